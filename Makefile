@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OUT    ?= runs/demo
+
+.PHONY: install demo test test-slow lint plugin clean
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,rtx]'
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/moee demo --out $(OUT) --force
+
+test: install lint
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu and not trt" --durations=20
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+plugin: install
+	$(BIN)/moee plugin build
+
+clean:
+	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""ONNX export, engines, parity, latency and the command line for routed ViTs."""
