@@ -67,7 +67,7 @@ def extract(
             reports.append(layer_report)
             report("experts", position, len(ffns))
     if not layers:
-        raise UserError("no layer showed two clusters or more, so the model would stay dense; add images or lower --min-cluster-size")
+        raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
         replace_module(model, name, layer)
     if config.compensation == "refit":

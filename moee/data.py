@@ -217,7 +217,7 @@ def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSe
     if divided:
         root /= "train" if split == "train" else next(v for v in VALIDATION_FOLDERS if (root / v).is_dir())
     try:
-        kwargs = {"split": part} if part else {}
+        kwargs: dict[str, Any] = {"split": part} if part else {}
         dataset: Any = timm.data.create_dataset(name, root=str(root), **kwargs)
         total = len(dataset)
     except Exception as error:  # readers of many libraries, each with errors of its own
@@ -226,7 +226,7 @@ def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSe
     dataset.transform = timm.data.create_transform(
         **{**transform.config, "input_size": (3, transform.size, transform.size)}, is_training=False
     )
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     targets = [int(t) for _, t in reader.samples] if hasattr(reader, "samples") else [-1] * total
     classes = len(set(targets))
     positions = list(range(total))

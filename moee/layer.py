@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moee import ops
 from moee.errors import UserError
-from moee.routing import route
+from moee.routing import route, scores
 
 LOAD_UNIT = 1_000_000  # loads are parts per million
 
@@ -53,6 +53,15 @@ class RoutedFFN(nn.Module):
     buffers `router_bias` [K], `neurons` [sum of widths] int32, `offsets` [K + 1] int32.
     """
 
+    router: nn.Parameter
+    w_up: nn.Parameter
+    b_up: nn.Parameter
+    w_down: nn.Parameter
+    b_out: nn.Parameter
+    router_bias: Tensor
+    neurons: Tensor
+    offsets: Tensor
+
     def __init__(self, experts: Experts, channels_first: bool = False):
         super().__init__()
         check_indices(experts.neurons, experts.offsets, len(experts.router), len(experts.w_up))
@@ -65,9 +74,6 @@ class RoutedFFN(nn.Module):
         self.register_buffer("router_bias", experts.router_bias.detach().clone().float())
         self.register_buffer("neurons", experts.neurons.detach().clone().to(torch.int32))
         self.register_buffer("offsets", experts.offsets.detach().clone().to(torch.int32))
-        self.router_bias: Tensor
-        self.neurons: Tensor
-        self.offsets: Tensor
 
     @property
     def num_experts(self) -> int:
@@ -93,7 +99,15 @@ class RoutedFFN(nn.Module):
             x, self.router, self.router_bias, self.w_up, self.b_up, self.w_down, self.b_out, self.neurons, self.offsets,
             self.activation, self.top_k, self.max_width, list(self.load),
         )  # fmt: skip
+        if self.router.requires_grad and torch.is_grad_enabled():
+            y = y * self._straight_through(x)
         return y.movedim(-1, 1) if self.channels_first else y
+
+    def _straight_through(self, x: Tensor) -> Tensor:
+        """Ones [..., 1] whose gradient is that of the chosen experts' softmax share: what lets a router be trained."""
+        gates = torch.softmax(scores(x, self.router, self.router_bias), -1)
+        chosen = gates.topk(self.top_k, dim=-1).values.sum(-1, keepdim=True)
+        return chosen / chosen.detach()
 
     def extra_repr(self) -> str:
         widths = self.widths

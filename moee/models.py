@@ -137,7 +137,7 @@ def _activation_name(name: str, act: nn.Module) -> str:
             return "gelu_tanh" if label == "gelu" and getattr(act, "approximate", "none") == "tanh" else label
     if type(act).__name__ in ("GELUTanh", "GELU"):  # timm.layers has its own classes for both forms
         return "gelu_tanh" if type(act).__name__ == "GELUTanh" else "gelu"
-    raise UserError(f"`{name}` uses {type(act).__name__}; MoEE knows gelu, gelu_tanh, relu and silu. Skip it with --exclude {name}")
+    raise UserError(f"`{name}` uses {type(act).__name__}; MoEE knows gelu, gelu_tanh, relu, silu. Skip it with --exclude {name}")
 
 
 def _is_gated(module: nn.Module) -> bool:

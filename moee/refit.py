@@ -58,7 +58,7 @@ def refit_layer(layer: RoutedFFN, ffn: FFN, tokens: Tensor, ridge: float) -> Non
         means[e] = (kept, hidden_mean, target_mean)
     system = gram.double()
     system.diagonal().add_(ridge * system.diagonal().mean().clamp(min=1e-12))
-    layer.w_down += torch.cholesky_solve(cross.double(), torch.linalg.cholesky(system)).float()
+    layer.w_down.data += torch.cholesky_solve(cross.double(), torch.linalg.cholesky(system)).float()
     for e, (kept, hidden_mean, target_mean) in means.items():
         layer.b_out[e] = ffn.b_down + target_mean - hidden_mean @ layer.w_down[kept]
 
