@@ -28,6 +28,15 @@ def _groups(chosen: Tensor, experts: int) -> list[Tensor]:
     return list((order // chosen.shape[1]).split(counts))
 
 
+def _activation_gradient(upstream: Tensor, x: Tensor, activation: str) -> Tensor:
+    """Gradient of `activate` at x; spelt out because an operator's body runs below autograd."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(upstream, x, 0)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(upstream, x)
+    return torch.ops.aten.gelu_backward(upstream, x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
 def _check(x: Tensor, router: Tensor, router_bias: Tensor, w_up: Tensor, b_out: Tensor, offsets: Tensor, top_k: int) -> None:
     k, d = router.shape
     if x.shape[-1] != d or w_up.shape[1] != d or b_out.shape != (k, d) or router_bias.shape != (k,):
@@ -103,14 +112,12 @@ def ffn_backward(
             continue
         kept = neurons[bounds[e] : bounds[e + 1]].long()
         inputs, outputs, up, down = tokens[rows], upstream[rows], w_up[kept], w_down[kept]
-        with torch.enable_grad():
-            before = torch.addmm(b_up[kept], inputs, up.T).detach().requires_grad_()
-            hidden = activate(before, activation)
-        (g_before,) = torch.autograd.grad(hidden, before, outputs @ down.T)
+        before = torch.addmm(b_up[kept], inputs, up.T)
+        g_before = _activation_gradient(outputs @ down.T, before, activation)
         g_x[rows] += g_before @ up
         g_up[kept] += g_before.T @ inputs
         g_b[kept] += g_before.sum(0)
-        g_down[kept] += hidden.detach().T @ outputs
+        g_down[kept] += activate(before, activation).T @ outputs
         g_out[e] = outputs.sum(0)
     return g_x.reshape(x.shape), g_up, g_b, g_down, g_out
 
