@@ -1,0 +1,9 @@
+"""The two errors that the command line turns into exit codes."""
+
+
+class UserError(ValueError):
+    """Bad input: what was expected, what came, what to do, in one sentence. Exit code 2."""
+
+
+class MissingDependency(RuntimeError):
+    """The environment lacks something; the message names it and the command that installs it. Exit code 3."""
