@@ -21,8 +21,10 @@ from moee.clustering.core import core_distances
 from moee.clustering.mst import Edges, Forest, spanning_tree
 from moee.clustering.neighbours import all_nearest, block_pairs
 from moee.clustering.pairwise import Bounds, Points, fast_dtype, full_precision_products
+from moee.errors import UserError
 
 Progress = Callable[[int, int, str], None]
+MIN_SAMPLES = 5
 
 
 class ClusteringStopped(RuntimeError):
@@ -41,8 +43,8 @@ class HDBSCAN:
     """Exact HDBSCAN in the Euclidean metric.
 
     min_cluster_size: smallest group that counts as a cluster, at least 2.
-    min_samples: the core distance is that to the `min_samples`-th neighbour; None takes `min_cluster_size`, as the
-        `hdbscan` package does (its count: the point itself is not a neighbour).
+    min_samples: the core distance is that to the `min_samples`-th neighbour, the point itself not counted (as the
+        `hdbscan` package counts). None takes the smaller of min_cluster_size and 5; docs/clustering.md says why.
     cluster_selection_method: "eom" (excess of mass) or "leaf".
     allow_single_cluster: let the whole data be one cluster.
     block: rows of a product's block; memory beyond the data is about N x neighbours x 30 bytes plus block^2 x 8.
@@ -66,20 +68,22 @@ class HDBSCAN:
         min_samples: int | None = None,
         cluster_selection_method: str = "eom",
         allow_single_cluster: bool = False,
-        block: int = 2048,
+        block: int = 4096,
         neighbours: int | None = None,
         precision: torch.dtype | None = None,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> None:
         if min_cluster_size < 2:
-            raise ValueError(f"min_cluster_size must be at least 2, got {min_cluster_size}.")
+            raise UserError(f"min_cluster_size must be at least 2, got {min_cluster_size}.")
         if min_samples is not None and min_samples < 1:
-            raise ValueError(f"min_samples must be at least 1, got {min_samples}.")
+            raise UserError(f"min_samples must be at least 1, got {min_samples}.")
         if cluster_selection_method not in ("eom", "leaf"):
-            raise ValueError(f"cluster_selection_method must be 'eom' or 'leaf', got {cluster_selection_method!r}.")
+            raise UserError(f"cluster_selection_method must be 'eom' or 'leaf', got {cluster_selection_method!r}.")
         if block < 1:
-            raise ValueError(f"block must be at least 1, got {block}.")
+            raise UserError(f"block must be at least 1, got {block}.")
+        if neighbours is not None and neighbours < 1:
+            raise UserError(f"neighbours must be at least 1, got {neighbours}.")
         self.min_cluster_size, self.min_samples = min_cluster_size, min_samples
         self.cluster_selection_method, self.allow_single_cluster = cluster_selection_method, allow_single_cluster
         self.block, self.neighbours, self.precision = block, neighbours, precision
@@ -92,10 +96,11 @@ class HDBSCAN:
     def fit(self, x: Tensor | np.ndarray) -> HDBSCAN:
         """Cluster the rows of x [N, F], any float type (computed as float32), contiguous or not, CPU or CUDA.
 
-        Raises ValueError for a shape other than [N, F], fewer rows than min_cluster_size, or rows that are not finite.
+        Raises UserError (a ValueError) for a shape other than [N, F], fewer rows than min_cluster_size, or rows that are
+        not finite.
         """
         data = _checked(x, self.min_cluster_size)
-        samples = min(self.min_samples or self.min_cluster_size, len(data) - 1)
+        samples = min(self.min_samples or min(MIN_SAMPLES, self.min_cluster_size), len(data) - 1)
         with torch.inference_mode(), full_precision_products():
             self.minimum_spanning_tree_ = self._tree(data, samples)
         tree, weights = self.minimum_spanning_tree_.edges.double(), self.minimum_spanning_tree_.weights
@@ -129,7 +134,7 @@ class HDBSCAN:
         core, bound, known = core_distances(points, lists, ladder, copies, samples, self.block, tick)
         edges = [Edges.between(each.rows, each.index, each.low, each.high, core) for each in known]
         del lists, known
-        forest = Forest(points, core, bound, Edges(*(torch.cat(parts) for parts in zip(*map(_fields, edges)))))
+        forest = Forest(points, core, bound, Edges(*(torch.cat(parts) for parts in zip(*map(_fields, edges), strict=True))))
         del edges
         tree = spanning_tree(forest, ladder, samples + 16, self.block, tick)
         return _expanded(tree, core.cpu(), first.cpu(), which.cpu())
@@ -140,15 +145,17 @@ def _fields(edges: Edges) -> tuple[Tensor, ...]:
 
 
 def _checked(x: Any, least: int) -> Tensor:
+    if isinstance(x, np.ndarray) and not x.flags.writeable:
+        x = x.astype(np.float32)  # a copy: PyTorch warns about tensors over memory that it may not write
     data = torch.as_tensor(x)
     if data.ndim != 2 or data.shape[1] == 0 or not data.is_floating_point():
-        raise ValueError(f"Expected floating-point rows of shape [N, F], F >= 1, got {data.dtype} {list(data.shape)}.")
+        raise UserError(f"Expected floating-point rows of shape [N, F], F >= 1, got {data.dtype} {list(data.shape)}.")
     if len(data) < least:
-        raise ValueError(f"Clustering needs at least min_cluster_size = {least} rows, got {len(data)}: give more rows.")
+        raise UserError(f"Clustering needs at least min_cluster_size = {least} rows, got {len(data)}: give more rows.")
     data = data.detach().float().contiguous()
     bad = len(data) - sum(int(part.isfinite().all(1).sum()) for part in data.split(4096))
     if bad:
-        raise ValueError(f"{bad} of {len(data)} rows hold NaN or infinite values (as float32): remove them first.")
+        raise UserError(f"{bad} of {len(data)} rows hold NaN or infinite values (as float32): remove them first.")
     return data
 
 

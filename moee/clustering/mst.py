@@ -136,7 +136,7 @@ def spanning_tree(
         if bool(certain.any()):
             forest.join(chosen[certain])
             continue
-        wanted = _cheapest(forest, weight, block)
+        wanted = _cheapest(forest, weight)
         step, length = 0, width
         while True:
             weight, _ = forest.lightest()
@@ -159,13 +159,16 @@ def spanning_tree(
     return torch.from_numpy(tree[np.lexsort((tree[:, 1], tree[:, 0], tree[:, 2]))])
 
 
-def _cheapest(forest: Forest, weight: Tensor, block: int) -> Tensor:
-    """Which components to scan, bool [groups]: by ascending number of rows, until two blocks of rows are busy."""
+def _cheapest(forest: Forest, weight: Tensor) -> Tensor:
+    """Which components to scan, bool [groups]: by ascending number of rows, up to a sixteenth of all rows.
+
+    Small steps pay: a component that a smaller one joins may never need a scan of its own.
+    """
     need = (forest.bound <= weight[forest.group]).long()
     rows = torch.zeros(forest.groups, dtype=torch.int64, device=need.device).index_add_(0, forest.group, need)
     order = rows.argsort(stable=True)
     before = rows[order].cumsum(0) - rows[order]
     wanted = torch.zeros(forest.groups, dtype=torch.bool, device=need.device)
-    wanted[order] = before < 2 * block
-    wanted[order[-1]] &= forest.groups == 1  # the most expensive one is never needed: the others join it
+    wanted[order] = before < max(512, len(forest.core) // 16)
+    wanted[order[-1]] = False  # the most expensive one is never needed: the others join it
     return wanted

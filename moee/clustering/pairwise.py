@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,34 +92,39 @@ class Bounds:
         self.norms = points.norms
         unit = UNIT[dtype]
         gamma = self.width * unit / (1 - self.width * unit)
-        ratio = self._rounding()
+        ratio = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 0.0}[dtype]
+        self.kept = None
+        if keep:
+            self.kept = torch.zeros((rows, self.width), dtype=dtype, device=points.x.device)
+            measured = 0.0
+            for start in range(0, rows, 4096):
+                part = slice(start, start + 4096)
+                z = points.rows(part)
+                h = self.kept[part, :features] = z.to(dtype)
+                if dtype != torch.bfloat16:
+                    continue  # bfloat16 rounds away enough for measuring to pay: about half of the worst case
+                lost = ((z - h.double()).norm(dim=1) / self.norms[part].sqrt()).where(self.norms[part] > TINY, 0.0)
+                measured = max(measured, float(lost.max()) * (1 + 1e-6))
+            ratio = min(ratio, measured) if dtype == torch.bfloat16 else ratio
         self.relative = (2 * ratio + ratio * ratio) + 2.1 * gamma + 8 * unit
-        self.kept = torch.cat([self._make(slice(s, s + 4096)) for s in range(0, rows, 4096)]) if keep else None
-
-    def _rounding(self) -> float:
-        """Largest |z - h| / |z| over the rows. Measured for bfloat16, where it is about half of the worst case."""
-        if self.dtype != torch.bfloat16:
-            return 2.0**-24 if self.dtype == torch.float32 else 0.0
-        ratio = 0.0
-        for start in range(0, len(self.norms), 4096):
-            z = self.points.rows(slice(start, start + 4096))
-            lost = (z - z.to(self.dtype).double()).norm(dim=1)
-            norm = self.norms[start : start + 4096].sqrt()
-            ratio = max(ratio, float((lost / norm).where(norm > TINY**0.5, 0.0).max()))
-        return ratio * (1 + 1e-6)
+        if self.kept is not None:
+            self._append_norms(self.kept, slice(0, rows))
 
     def _make(self, index: slice | Tensor) -> Tensor:
         z = self.points.rows(index)
         block = z.new_zeros((len(z), self.width), dtype=self.dtype)
-        features, parts = z.shape[1], NORM_PARTS[self.dtype]
-        block[:, :features] = z.to(self.dtype)
+        block[:, : z.shape[1]] = z.to(self.dtype)
+        self._append_norms(block, index)
+        return block
+
+    def _append_norms(self, block: Tensor, index: slice | Tensor) -> None:
+        features, parts = self.points.x.shape[1], NORM_PARTS[self.dtype]
         rest = self.norms[index] * (1 - self.relative) - TINY
         for part in range(parts):
             piece = rest.to(self.dtype)
             block[:, features + part] = piece
             rest = rest - piece.double()
         block[:, features + parts : features + 2 * parts] = 1
-        return block
 
     def right(self, index: slice | Tensor) -> Tensor:
         """Right-hand operand [n, width]: features, then the shrunk squared norm, then ones."""
@@ -149,21 +157,39 @@ class Bounds:
         return squared.float()
 
 
-def exact_distances(x: Tensor, i: Tensor, j: Tensor, chunk: int = 256) -> Tensor:
+def exact_distances(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Euclidean distances of the pairs (i, j), float64 [E], from float64 differences of the rows of x [M, F].
 
     The sum is a fixed binary tree of element-wise additions, so a pair's distance does not depend on the number of
     threads, on the device or on the pairs beside it.
     """
-    out = torch.empty(len(i), dtype=torch.float64, device=x.device)
-    for start in range(0, len(i), chunk):
-        part = slice(start, start + chunk)
-        d = x[i[part]].double().sub_(x[j[part]].double())
-        d.mul_(d)
-        width = d.shape[1]
-        while width > 1:
-            half = (width + 1) // 2
-            d[:, : width - half] += d[:, half:width]
-            width = half
-        out[part] = d[:, 0]
-    return out.sqrt_()
+    if x.device.type != "cpu":
+        parts = zip(i.split(1 << 14), j.split(1 << 14), strict=True)
+        sums = [_tree_sum((x[a].double() - x[b].double()).square_()) for a, b in parts]
+        return torch.cat(sums).sqrt_() if sums else x.new_zeros(0, dtype=torch.float64)
+    # On the CPU: NumPy in plain threads, on chunks that stay in a core's cache. PyTorch would meet at a barrier after
+    # each of these small steps, which costs a time slice whenever another process holds a core.
+    rows, left, right = x.numpy(), i.numpy(), j.numpy()
+    out = np.empty(len(left))
+    size = max(1, (1 << 16) // rows.shape[1])
+
+    def work(start: int) -> None:
+        part = slice(start, start + size)
+        d = rows[left[part]].astype(np.float64)
+        d -= rows[right[part]].astype(np.float64)
+        d *= d
+        out[part] = _tree_sum(d)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(work, range(0, len(left), size)))
+    return torch.from_numpy(np.sqrt(out))
+
+
+def _tree_sum(d: Any) -> Any:
+    """Sum over the second dimension of a tensor or array, which it overwrites, by halving."""
+    width = d.shape[1]
+    while width > 1:
+        half = (width + 1) // 2
+        d[:, : width - half] += d[:, half:width]
+        width = half
+    return d[:, 0]
