@@ -70,9 +70,7 @@ def _lists(
         yield part, nearest_outside(bounds, part, limit, length, block, lambda: tick("core distances"), nothing, alone)
 
 
-def _settle(
-    x: Tensor, rows: Tensor, index: Tensor, low: Tensor, high: Tensor, copies: Tensor, min_samples: int
-) -> Tensor:
+def _settle(x: Tensor, rows: Tensor, index: Tensor, low: Tensor, high: Tensor, copies: Tensor, min_samples: int) -> Tensor:
     """Core distances [n] over the listed rows. Narrows `low` and `high` in place wherever they were ambiguous."""
     need = min_samples + 1 - copies[rows]
     weight = torch.where(index >= 0, copies[index.clamp_min(0)], 0)

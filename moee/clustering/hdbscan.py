@@ -132,16 +132,11 @@ class HDBSCAN:
         length = min(self.neighbours or samples + max(16, samples // 4), count)
         lists = all_nearest(ladder(0), length, self.block, lambda: tick("nearest neighbours"))
         core, bound, known = core_distances(points, lists, ladder, copies, samples, self.block, tick)
-        edges = [Edges.between(each.rows, each.index, each.low, each.high, core) for each in known]
+        edges = Edges.joined([Edges.between(each.rows, each.index, each.low, each.high, core) for each in known])
         del lists, known
-        forest = Forest(points, core, bound, Edges(*(torch.cat(parts) for parts in zip(*map(_fields, edges), strict=True))))
-        del edges
+        forest = Forest(points, core, edges, bound.cpu().numpy())
         tree = spanning_tree(forest, ladder, samples + 16, self.block, tick)
         return _expanded(tree, core.cpu(), first.cpu(), which.cpu())
-
-
-def _fields(edges: Edges) -> tuple[Tensor, ...]:
-    return edges.i, edges.j, edges.low, edges.high
 
 
 def _checked(x: Any, least: int) -> Tensor:

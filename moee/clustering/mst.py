@@ -28,12 +28,15 @@ Tick = Callable[[str], None]
 
 @dataclass
 class Edges:
-    """Known edges: `i` < `j` int64 [E]; `low` <= weight <= `high` float64 [E], equal once computed exactly."""
+    """Known edges: `i` < `j` int64 [E]; `low` <= weight <= `high` float64 [E], equal once computed exactly.
 
-    i: Tensor
-    j: Tensor
-    low: Tensor
-    high: Tensor
+    NumPy, on the CPU: this bookkeeping is many small steps, each of which would cost PyTorch a meeting of its threads.
+    """
+
+    i: np.ndarray
+    j: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
     @classmethod
     def between(cls, rows: Tensor, index: Tensor, low: Tensor, high: Tensor, core: Tensor) -> Edges:
@@ -42,20 +45,23 @@ class Edges:
         source, target = rows[:, None].expand_as(index)[listed], index[listed]
         floor = torch.maximum(core[source], core[target])
         i, j = torch.minimum(source, target), torch.maximum(source, target)
-        return cls(i, j, torch.maximum(low[listed], floor), torch.maximum(high[listed], floor))
+        found = [i, j, torch.maximum(low[listed], floor), torch.maximum(high[listed], floor)]
+        return cls(*(each.cpu().numpy() for each in found))
 
-    def __getitem__(self, keep: Tensor) -> Edges:
+    @classmethod
+    def joined(cls, parts: list[Edges]) -> Edges:
+        """All edges of some sets, one after another."""
+        return cls(*(np.concatenate(each) for each in zip(*(vars(part).values() for part in parts), strict=True)))
+
+    def __getitem__(self, keep: np.ndarray) -> Edges:
         return Edges(self.i[keep], self.j[keep], self.low[keep], self.high[keep])
 
-    def __add__(self, other: Edges) -> Edges:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Edges(*(torch.cat(pair) for pair in pairs))
-
-    def settle(self, which: Tensor, x: Tensor, core: Tensor) -> None:
+    def settle(self, which: np.ndarray, x: Tensor, core: np.ndarray) -> None:
         """Compute the weights of the edges `which` (bool [E]) exactly."""
-        which = (which & (self.low < self.high)).nonzero()[:, 0]
+        which = np.flatnonzero(which & (self.low < self.high))
         i, j = self.i[which], self.j[which]
-        weight = torch.maximum(exact_distances(x, i, j), torch.maximum(core[i], core[j]))
+        pairs = (torch.from_numpy(end).to(x.device) for end in (i, j))
+        weight = np.maximum(exact_distances(x, *pairs).cpu().numpy(), np.maximum(core[i], core[j]))
         self.low[which], self.high[which] = weight, weight
 
 
@@ -65,62 +71,67 @@ class Forest:
 
     points: Points
     core: Tensor  # [M] float64
-    bound: Tensor  # [M] float64: b_v above
     edges: Edges
-    group: Tensor = field(init=False)  # [M] int64 component of each point, 0..groups-1
+    bound: np.ndarray  # [M] float64: b_v above
+    group: np.ndarray = field(init=False)  # [M] int64 component of each point, 0..groups-1
     groups: int = field(init=False)
-    tree: list[Tensor] = field(init=False, default_factory=list)  # [n, 3] float64 rows (i, j, weight)
+    tree: list[np.ndarray] = field(init=False, default_factory=list)  # [n, 3] float64 rows (i, j, weight)
 
     def __post_init__(self) -> None:
-        self.groups = len(self.core)
-        self.group = torch.arange(self.groups, device=self.core.device)
+        self.groups = len(self.bound)
+        self.group = np.arange(self.groups)
+        self.heights = self.core.cpu().numpy()
 
-    def lightest(self) -> tuple[Tensor, Tensor]:
+    def lightest(self) -> tuple[np.ndarray, np.ndarray]:
         """Lightest known edge out of each component: its weight [groups] (inf: none) and position in `edges` (-1)."""
         edges = self.edges
         gi, gj = self.group[edges.i], self.group[edges.j]
         least = self._least(gi, gj, edges.high)
-        edges.settle((edges.low <= least[gi]) | (edges.low <= least[gj]), self.points.x, self.core)
+        edges.settle((edges.low <= least[gi]) | (edges.low <= least[gj]), self.points.x, self.heights)
         weight = self._least(gi, gj, edges.high)
-        at_i, at_j = edges.high == weight[gi], edges.high == weight[gj]
-        owner = torch.cat([gi[at_i], gj[at_j]])
-        place = torch.cat([at_i.nonzero()[:, 0], at_j.nonzero()[:, 0]])
+        at_i, at_j = np.flatnonzero(edges.high == weight[gi]), np.flatnonzero(edges.high == weight[gj])
+        owner, place = np.concatenate([gi[at_i], gj[at_j]]), np.concatenate([at_i, at_j])
         for end in (edges.i, edges.j):  # ties: smallest i, then smallest j
             key = end[place]
-            first = torch.full((self.groups,), len(self.core), device=key.device).scatter_reduce(0, owner, key, "amin")
+            first = np.full(self.groups, len(self.bound))
+            np.minimum.at(first, owner, key)
             keep = key == first[owner]
             owner, place = owner[keep], place[keep]
-        chosen = torch.full((self.groups,), -1, dtype=torch.int64, device=weight.device)
+        chosen = np.full(self.groups, -1)
         chosen[owner] = place  # an edge may be known twice: either copy will do
         return weight, chosen
 
-    def _least(self, gi: Tensor, gj: Tensor, value: Tensor) -> Tensor:
-        out = torch.full((self.groups,), torch.inf, dtype=torch.float64, device=value.device)
-        return out.scatter_reduce(0, gi, value, "amin").scatter_reduce(0, gj, value, "amin")
+    def _least(self, gi: np.ndarray, gj: np.ndarray, value: np.ndarray) -> np.ndarray:
+        out = np.full(self.groups, np.inf)
+        np.minimum.at(out, gi, value)
+        np.minimum.at(out, gj, value)
+        return out
 
-    def certificates(self) -> Tensor:
+    def certificates(self) -> np.ndarray:
         """Smallest bound b_v of each component, [groups]."""
-        out = torch.full((self.groups,), torch.inf, dtype=torch.float64, device=self.bound.device)
-        return out.scatter_reduce(0, self.group, self.bound, "amin")
+        out = np.full(self.groups, np.inf)
+        np.minimum.at(out, self.group, self.bound)
+        return out
 
-    def join(self, chosen: Tensor) -> None:
+    def join(self, chosen: np.ndarray) -> None:
         """Add the edges at these positions to the tree and merge the components they connect."""
         edges = self.edges[chosen]
-        pairs, first = np.unique((edges.i * len(self.core) + edges.j).cpu().numpy(), return_index=True)
-        edges = edges[torch.from_numpy(first).to(chosen.device)]
-        self.tree.append(torch.stack([edges.i.double(), edges.j.double(), edges.high], dim=1))
-        ends = self.group[edges.i].cpu().numpy(), self.group[edges.j].cpu().numpy()
-        graph = coo_array((np.ones(len(pairs), dtype=np.int8), ends), shape=(self.groups, self.groups))
+        _, first = np.unique(edges.i * len(self.bound) + edges.j, return_index=True)
+        edges = edges[first]
+        self.tree.append(np.column_stack([edges.i, edges.j, edges.high]).astype(np.float64))
+        ends = self.group[edges.i], self.group[edges.j]
+        graph = coo_array((np.ones(len(first), dtype=np.int8), ends), shape=(self.groups, self.groups))
         self.groups, merged = connected_components(graph, directed=False)
-        self.group = torch.from_numpy(merged.astype(np.int64)).to(self.group.device)[self.group]
+        self.group = merged.astype(np.int64)[self.group]
         self.edges = self.edges[self.group[self.edges.i] != self.group[self.edges.j]]
 
     def learn(self, rows: Tensor, lists: Lists, bounds: Bounds) -> None:
         """Take in the lists of a scan of `rows`."""
         low = bounds.lower(lists.entry)
         high = bounds.upper(lists.entry, rows[:, None], lists.index.clamp_min(0))
-        self.edges = self.edges + Edges.between(rows, lists.index, low, high, self.core)
-        self.bound[rows] = torch.maximum(self.bound[rows], bounds.lower(lists.limit))
+        self.edges = Edges.joined([self.edges, Edges.between(rows, lists.index, low, high, self.core)])
+        where = rows.cpu().numpy()
+        self.bound[where] = np.maximum(self.bound[where], bounds.lower(lists.limit).cpu().numpy())
 
 
 def spanning_tree(
@@ -133,42 +144,48 @@ def spanning_tree(
     while forest.groups > 1:
         weight, chosen = forest.lightest()
         certain = weight < forest.certificates()
-        if bool(certain.any()):
+        if certain.any():
             forest.join(chosen[certain])
-            continue
-        wanted = _cheapest(forest, weight)
-        step, length = 0, width
-        while True:
-            weight, _ = forest.lightest()
-            need = forest.bound <= weight[forest.group]
-            rows = (need & wanted[forest.group]).nonzero()[:, 0]
-            if len(rows) == 0:
-                break
-            bounds, length = ladder(step), min(length, len(forest.core))
-            core = torch.nextafter((forest.core * forest.points.scale).square().float(), torch.tensor(-1.0)).clamp_min(0)
-            for part in rows.split(max(1, min(4 * block, budget // length))):
-                limit = bounds.reach(weight[forest.group[part]])
-                found = nearest_outside(
-                    bounds, part, limit, length, block, lambda: tick("joining components"), core, forest.group
-                )
-                forest.learn(part, found, bounds)
-            step, length = step + 1, length * 4
-    if not forest.tree:
-        return forest.core.new_zeros((0, 3))
-    tree = torch.cat(forest.tree).cpu().numpy()
+        else:
+            _scan(forest, weight, ladder, width, block, tick, budget)
+    tree = np.concatenate([*forest.tree, np.empty((0, 3))])
     return torch.from_numpy(tree[np.lexsort((tree[:, 1], tree[:, 0], tree[:, 2]))])
 
 
-def _cheapest(forest: Forest, weight: Tensor) -> Tensor:
+def _scan(
+    forest: Forest, weight: np.ndarray, ladder: Callable[[int], Bounds], width: int, block: int, tick: Tick, budget: int
+) -> None:
+    """Scan components until the lightest edges out of them, of known `weight` [groups] so far, have certificates."""
+    device, wanted = forest.core.device, _cheapest(forest, weight)
+    group = torch.from_numpy(forest.group).to(device)
+    squared = (forest.core * forest.points.scale).square().float()
+    core = torch.nextafter(squared, squared.new_tensor(-1.0)).clamp_min(0)  # rounded down
+    step = 0
+    while True:
+        rows = np.flatnonzero((forest.bound <= weight[forest.group]) & wanted[forest.group])
+        if len(rows) == 0:
+            return
+        bounds, length = ladder(step), min(width * 4**step, len(forest.bound))
+        for start in range(0, len(rows), size := max(1, min(4 * block, budget // length))):
+            part = rows[start : start + size]
+            limit = bounds.reach(torch.from_numpy(weight[forest.group[part]]).to(device))
+            where = torch.from_numpy(part).to(device)
+            found = nearest_outside(bounds, where, limit, length, block, lambda: tick("joining components"), core, group)
+            forest.learn(where, found, bounds)
+        weight, _ = forest.lightest()
+        step += 1  # what is still open has more near neighbours than its list holds, or bounds too loose to tell
+
+
+def _cheapest(forest: Forest, weight: np.ndarray) -> np.ndarray:
     """Which components to scan, bool [groups]: by ascending number of rows, up to a sixteenth of all rows.
 
     Small steps pay: a component that a smaller one joins may never need a scan of its own.
     """
-    need = (forest.bound <= weight[forest.group]).long()
-    rows = torch.zeros(forest.groups, dtype=torch.int64, device=need.device).index_add_(0, forest.group, need)
-    order = rows.argsort(stable=True)
-    before = rows[order].cumsum(0) - rows[order]
-    wanted = torch.zeros(forest.groups, dtype=torch.bool, device=need.device)
-    wanted[order] = before < max(512, len(forest.core) // 16)
+    need = forest.bound <= weight[forest.group]
+    rows = np.bincount(forest.group, weights=need, minlength=forest.groups)
+    order = np.argsort(rows, kind="stable")
+    before = np.cumsum(rows[order]) - rows[order]
+    wanted = np.zeros(forest.groups, dtype=bool)
+    wanted[order] = before < max(512, len(forest.bound) // 16)
     wanted[order[-1]] = False  # the most expensive one is never needed: the others join it
     return wanted
