@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from moee.config import FinetuneConfig, make_extract_config
 from moee.data import batches
 from moee.pipeline import Session, run_extract, run_finetune
 from moee.progress import Reporter, silent
+
+log = logging.getLogger("moee")
 
 SCHEMA = "moee.summary/1"
 MODEL, DATA = "dinov2-s", "digits"
@@ -70,8 +73,20 @@ def run_demo(
 
 
 def _build(exported: Path, out: Path, report: Reporter) -> dict[str, Any] | None:
-    """The engines, built on the CPU; None where the builder is not installed."""
-    return None
+    """The engines, built on the CPU; None where the builder or a compiler is not installed."""
+    from exporter.engine import build_engines, require_backend
+    from exporter.plugin_cache import DEMO_SMS, ensure_plugin
+
+    try:
+        require_backend("tensorrt-rtx")
+        plugin = ensure_plugin(DEMO_SMS, report)
+    except MissingDependency as error:
+        log.warning("no engines: %s", error)
+        return None
+    report("build engines", 0, 1)
+    built = build_engines(exported, out, plugin=plugin, force=True)
+    report("build engines", 1, 1)
+    return {"builder": built.builder, "path": str(out / built.moee.file), "plugin_layers": built.plugin_layers}
 
 
 def _summary(
