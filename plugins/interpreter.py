@@ -163,12 +163,17 @@ def _interpreted_library() -> Iterator[None]:
 
 
 def _dot(a: Any, b: Any, d: Any, *_: Any) -> Any:
-    """Triton's interpreter keeps bfloat16 as uint16 and multiplies those integers; widen them to float32 first."""
+    """Block product in float32, each row summed the same way wherever it stands in the block.
+
+    Triton's own uses BLAS, whose sums depend on a row's position, and multiplies bfloat16 as the uint16 it is kept in.
+    """
     left, right = (
         (h.data.astype(np.uint32) << 16).view(np.float32) if h.get_element_ty() == tl.bfloat16 else h.data
         for h in (a, b)
     )
-    return backend.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    with np.errstate(invalid="ignore", over="ignore"):
+        product = np.einsum("ik,kj->ij", left.astype(d.data.dtype), right.astype(d.data.dtype))
+        return backend.TensorHandle(product + d.data, d.dtype.scalar)
 
 
 @cache
