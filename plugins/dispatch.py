@@ -12,7 +12,7 @@ import torch
 
 from plugins import interpreter
 from plugins.contract import ACTIVATIONS
-from plugins.kernels.spec import KernelSpec, POINTERS
+from plugins.kernels.spec import POINTERS, KernelSpec
 from plugins.tactics import SPECS, Config, Tactic, config, grid_axes
 from plugins.workspace import TORCH_DTYPES, Sizes, layout
 
@@ -70,8 +70,9 @@ def run(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """Run `tactic` on the operator's `inputs`; returns (y [T, D], workspace buffers by name).
 
-    `load_cdf` [K] int32 switches to the build phase's `route_load`. `memory` (uint8) is the workspace and `y` the output;
-    both are made if not given. `watch` observes the interpreter. Raises ValueError if the tactic does not fit the sizes.
+    `load_cdf` [K] int32 switches to the build phase's `route_load`. `memory` (uint8) is the workspace and `y` the
+    output; both are made if not given. `watch` observes the interpreter. Raises ValueError if the tactic does not fit
+    the sizes.
     """
     sizes = sizes_of(inputs, top_k)
     x = inputs["x"]

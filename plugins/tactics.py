@@ -18,8 +18,7 @@ from plugins.kernels import (
 from plugins.kernels.spec import Block, KernelSpec
 
 SPECS: dict[str, KernelSpec] = {
-    m.SPEC.role: m.SPEC
-    for m in (route, route_load, expert_up, expert_down, fused, masked_up, masked_down, combine)
+    m.SPEC.role: m.SPEC for m in (route, route_load, expert_up, expert_down, fused, masked_up, masked_down, combine)
 }
 GEMM_ROLES = ("route", "expert_up", "expert_down", "fused", "masked_up", "masked_down")
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plugins import dispatch, reference
 from plugins.contract import ACTIVATIONS
-from plugins.interpreter import Watch
-from plugins.tactics import TACTICS
+from plugins.interpreter import Watch, watching
+from plugins.tactics import SPECS, TACTICS, config
 from plugins.workspace import Sizes, layout
 from tests.plugins.cases import bound, operator, poison
 
 NAMES = {t.name: t for t in TACTICS}
 # Sizes and why: (tokens, dim, widths, union).
 SHAPES = {
-    "odd": (37, 48, (5, 33, 17, 70, 1), 70),  # D not a power of two, widths around the tiles' edges, U not a multiple of 16
+    "odd": (
+        37,
+        48,
+        (5, 33, 17, 70, 1),
+        70,
+    ),  # D not a power of two, widths around the tiles' edges, U not a multiple of 16
     "one-token": (1, 32, (16, 20), 40),  # a single row
     "one-expert": (20, 64, (50,), 50),  # K = 1: static pruning
     "empty-expert": (24, 32, (16, 0, 20), 40),  # an expert without neurons: only its bias
@@ -59,7 +66,9 @@ def test_tactic_odd_shapes(name, dtype):
     inputs = operator(*SHAPES["odd"], dtype)
     y, buffers = run_checked(NAMES[name], inputs)
     close(y, inputs, buffers)
-    assert torch.equal(buffers["routes"].view(-1, 1).long(), reference.routes(inputs["x"], inputs["router"], inputs["router_bias"]))
+    assert torch.equal(
+        buffers["routes"].view(-1, 1).long(), reference.routes(inputs["x"], inputs["router"], inputs["router_bias"])
+    )
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "odd"])
@@ -118,12 +127,18 @@ def test_tokens_that_are_not_finite(name, value):
     assert ((y[others].double() - want).abs() <= bound(want, "float32")).all()
 
 
-def test_ties_go_to_the_lowest_id():
-    inputs = operator(5, 16, (4, 4, 4, 4), 8, "float32")
+@pytest.mark.parametrize(
+    ("experts", "best", "want"), [(4, [1, 2, 3], [1, 2]), (70, [3, 66], [3, 66]), (70, [65, 68], [65, 68])]
+)
+def test_ties_go_to_the_lowest_id(experts, best, want):
+    """Also where the equal scores stand in different blocks of 64 experts."""
+    inputs = operator(5, 16, (4,) * experts, 8, "float32")
     inputs["router"].zero_()
-    inputs["router_bias"] = torch.tensor([0.0, 2.0, 2.0, 2.0])
-    _, buffers = run_checked(NAMES["tile16"], inputs, top_k=2)
-    assert buffers["routes"].view(5, 2).tolist() == [[1, 2]] * 5
+    inputs["router_bias"] = torch.zeros(experts)
+    inputs["router_bias"][best] = 2.0
+    for top_k in (1, 2):
+        _, buffers = run_checked(NAMES["tile16"], inputs, top_k=top_k)
+        assert buffers["routes"].view(5, top_k).tolist() == [want[:top_k]] * 5
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -177,6 +192,25 @@ def test_route_load_survives_a_wrong_load():
         _, buffers = run_checked(NAMES["tile16"], inputs, top_k=2, load_cdf=torch.tensor(cdf, dtype=torch.int32))
         rows = buffers["routes"].view(64, 2).tolist()
         assert all(a != b and 0 <= a < 3 and 0 <= b < 3 for a, b in rows)
+
+
+@given(
+    name=st.sampled_from(["tile16", "tile32", "masked16", "fused_d192"]),
+    dtype=st.sampled_from(["float32", "float16"]),
+    tokens=st.integers(1, 40),
+    dim=st.integers(1, 6).map(lambda n: 16 * n),
+    widths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    union=st.integers(40, 60),
+    data=st.data(),
+)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_any_sizes(name, dtype, tokens, dim, widths, union, data):
+    if not any(widths):
+        widths[0] = 1
+    top_k = data.draw(st.integers(1, len(widths)))
+    inputs = operator(tokens, dim, widths, union, dtype, seed=tokens)
+    y, buffers = run_checked(NAMES[name], inputs, top_k=top_k, seed=dim)
+    close(y, inputs, buffers, top_k=top_k)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -260,3 +294,30 @@ def test_tactic_on_the_device(name, dtype, top_k):
         assert torch.equal(results[0][0], results[1][0]), "two runs must agree to the bit"
         y, buffers = results[0]
         close(y.cpu(), inputs, {n: b.cpu() for n, b in buffers.items()}, top_k=top_k)
+
+
+@pytest.mark.parametrize("role", ["expert_up", "expert_down"])
+def test_offsets_beyond_two_to_the_31(role):
+    """Slot 70,000 of a buffer with rows of 32,768: in 32 bits the offset would turn negative.
+
+    The big buffer is never filled, so it takes address space, not memory.
+    """
+    slot, stride = 70_000, 32_768
+    spec, setting = SPECS[role], config(role, "bm16", "float16")
+    inputs = operator(slot + 1, 16, (16,), 16, "float16", seed=13)
+    hidden = torch.empty(slot + 1, stride, dtype=torch.float16)
+    buckets = torch.full((1, slot + 1), slot, dtype=torch.int32)
+    extra = {"hidden": hidden, "counts": torch.ones(1, dtype=torch.int32), "buckets": buckets, "y": inputs["x"].clone()}
+    extra |= {"tokens": slot + 1, "dim": 16, "experts": 1, "max_width": stride, "top_k": 1, "activation": 2}
+    available = {**inputs, **extra, "partial": extra["y"]}
+    hidden[slot, :16] = 1.0
+    watch = Watch()
+    watch.allow({n: t for n, t in available.items() if isinstance(t, torch.Tensor)})
+    with watching(watch):
+        dispatch.launch(spec, setting, (1, 1, 1), {a: available[a] for a in spec.arguments})
+    if role == "expert_up":
+        want = (inputs["w_up"].float() @ inputs["x"][slot].float() + inputs["b_up"].float()).relu()
+        assert torch.allclose(hidden[slot, :16].float(), want[inputs["neurons"].long()], atol=0.02)
+    else:
+        want = inputs["w_down"].float().sum(0) + inputs["b_out"][0].float()
+        assert torch.allclose(extra["y"][slot].float(), want, atol=0.02)
