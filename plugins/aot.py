@@ -133,7 +133,7 @@ def source_sha256() -> str:
 def key(job: Job) -> str:
     """Cache key: source with all called device functions, settings, target, and compiler versions."""
     goal = target(job.sm)
-    settings = config(job.role, job.variant, "float16" if job.dtype == "any" else job.dtype)
+    settings = config(job.role, job.variant, "float16" if job.dtype == "any" else job.dtype, job.sm)
     parts = {
         "job": asdict(job),
         "kernel": SPECS[job.role].fn.cache_key,

@@ -134,7 +134,7 @@ def to_ptx(job: Job, max_registers: int | None = None) -> tuple[str, Any]:
 
     spec, dtype = SPECS[job.role], "float16" if job.dtype == "any" else job.dtype
     check_arguments(spec)
-    settings = config(job.role, job.variant, dtype)
+    settings = config(job.role, job.variant, dtype, job.sm)
     types, hints = signature(spec, settings, dtype)
     source = ASTSource(spec.fn, signature=types, constexprs=dict(settings.constants), attrs=hints)
     goal = target(job.sm)
@@ -179,7 +179,7 @@ def compile_job(job: Job, gates: bool = True) -> Compiled:
     """Compile, inspect and check one kernel; GateError says which promise broke (`gates=False` only reports)."""
     spec, goal = SPECS[job.role], target(job.sm)
     dtype = "float16" if job.dtype == "any" else job.dtype
-    settings = config(job.role, job.variant, dtype)
+    settings = config(job.role, job.variant, dtype, job.sm)
     ptx, metadata = to_ptx(job)
     binary, registers, spills, stack = assemble(ptx, goal)
     if spills or stack:
