@@ -1,0 +1,29 @@
+// Which tactics of the embedded table a layer can use, and which kernels run them on a device.
+#pragma once
+
+#include "operator.h"
+#include "workspace.h"
+
+#include <vector>
+
+namespace moee {
+
+// Kernels that can run `role`/`variant` on `sm`, best first: the SM's own cubin, a cubin that the architecture promises
+// to run, PTX for the driver's compiler. With `sm` 0, any build.
+std::vector<Kernel const*> candidates(char const* role, char const* variant, Type type, int32_t sm);
+
+// Tactics for this layer whose kernels all exist for `sm` (0: for any). `tokens` 0 means that T is not known.
+std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, int64_t tokens, int32_t sm);
+
+Tactic const* findTactic(int32_t id);
+
+// Workspace buffers that the tactic's kernels name.
+Needs needsOf(Tactic const& tactic, Type type);
+
+// Choice for tactic 0, when nothing was timed: the largest token tile that the average expert fills.
+Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const& sizes);
+
+// "80, 86, 87" of one type: for messages.
+std::string builtSms(Type type);
+
+}  // namespace moee
