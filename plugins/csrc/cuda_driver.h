@@ -5,16 +5,22 @@
 #include <cstdint>
 #include <string>
 
+// Declared out here: inside the namespace they would be new types.
+struct CUctx_st;
+struct CUmod_st;
+struct CUfunc_st;
+struct CUstream_st;
+
 namespace moee {
 
 // The driver's own types, by its binary interface (cuda.h of CUDA 11 to 13).
 using CuResult = int;
 using CuDevice = int;
 using CuDevicePtr = uint64_t;
-using CuContext = struct CUctx_st*;
-using CuModule = struct CUmod_st*;
-using CuFunction = struct CUfunc_st*;
-using CuStream = struct CUstream_st*;
+using CuContext = CUctx_st*;
+using CuModule = CUmod_st*;
+using CuFunction = CUfunc_st*;
+using CuStream = CUstream_st*;
 
 constexpr CuResult kCuSuccess = 0;
 constexpr int kCuComputeCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_*

@@ -58,12 +58,13 @@ bool fill(Values& values, Workspace const& w, Sizes const& s, Pointers const& p,
             return false;
         }
     }
-    values.set(Arg::kCounts, base + w.counts);
-    values.set(Arg::kMember, base + w.member);
-    values.set(Arg::kBuckets, base + w.buckets);
-    values.set(Arg::kRoutes, base + w.routes);
-    values.set(Arg::kHidden, base + w.hidden);
-    values.set(Arg::kPartial, base + w.partial);
+    auto const at = [base](size_t offset) { return offset == kAbsent ? CuDevicePtr{0} : base + offset; };
+    values.set(Arg::kCounts, at(w.counts));
+    values.set(Arg::kMember, at(w.member));
+    values.set(Arg::kBuckets, at(w.buckets));
+    values.set(Arg::kRoutes, at(w.routes));
+    values.set(Arg::kHidden, at(w.hidden));
+    values.set(Arg::kPartial, at(w.partial));
     values.set(Arg::kLoadCdf, loadCdf);
     values.set(Arg::kTokens, static_cast<int32_t>(s.tokens));
     values.set(Arg::kDim, s.dim);
@@ -106,7 +107,7 @@ bool launch(CudaDriver const& driver, Step const& step, Sizes const& sizes, Valu
 bool enqueueProgram(Programs const& programs, Program const& program, Sizes const& sizes, Pointers const& pointers,
     CuStream stream, std::string& why) {
     CudaDriver const& driver = programs.driver();
-    Workspace const workspace = layOut(sizes, program.needs);
+    Workspace const workspace = layOut(sizes, program.kind);
     Values values;
     if (!fill(values, workspace, sizes, pointers, programs.loadCdf(), why)) {
         return false;

@@ -202,7 +202,7 @@ size_t MoeeFfn::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t 
         size_t bytes = 0;
         // Over every tactic, not the advertised ones alone: a call may fall back to the default tactic.
         for (Tactic const* tactic : validTactics(sizes.type, sizes.dim, sizes.topK, 0, 0)) {
-            bytes = std::max(bytes, layOut(sizes, needsOf(*tactic, sizes.type)).bytes);
+            bytes = std::max(bytes, layOut(sizes, kindOf(*tactic)).bytes);
         }
         trace("trace workspace tokens=" + std::to_string(sizes.tokens) + " bytes=" + std::to_string(bytes));
         return bytes;

@@ -68,17 +68,20 @@ bool Programs::build(Sizes const& sizes, Attributes const& attributes, bool cali
     }
     return (!calibrated || uploadLoad(attributes.load, why))
         && std::all_of(tactics.begin(), tactics.end(),
-            [&](Tactic const* tactic) { return addTactic(*tactic, sizes.type, calibrated, why); });
+            [&](Tactic const* tactic) { return addTactic(*tactic, sizes, calibrated, why); });
 }
 
-bool Programs::addTactic(Tactic const& tactic, Type type, bool calibrated, std::string& why) {
-    Program program{&tactic, needsOf(tactic, type), {}};
+bool Programs::addTactic(Tactic const& tactic, Sizes const& sizes, bool calibrated, std::string& why) {
+    Program program{&tactic, kindOf(tactic), {}};
     for (int32_t i = 0; i < tactic.launchCount; ++i) {
         Launch const& launch = tactic.launches[i];
+        if (!isNeeded(launch, sizes.topK)) {
+            continue;
+        }
         bool const routes = calibrated && std::strcmp(launch.role, "route") == 0
-            && !candidates("route_load", launch.variant, type, mSm).empty();
+            && !candidates("route_load", launch.variant, sizes.type, mSm).empty();
         Step step{};
-        if (!loadStep(routes ? "route_load" : launch.role, launch.variant, type, step, why)) {
+        if (!loadStep(routes ? "route_load" : launch.role, launch.variant, sizes.type, step, why)) {
             return false;
         }
         program.steps.push_back(step);

@@ -21,7 +21,7 @@ struct Step {
 // One tactic, ready to launch.
 struct Program {
     Tactic const* tactic;
-    Needs needs;
+    Kind kind;
     std::vector<Step> steps;
 };
 
@@ -44,7 +44,7 @@ public:
 private:
     Programs() = default;
     bool build(Sizes const& sizes, Attributes const& attributes, bool calibrated, std::string& why);
-    bool addTactic(Tactic const& tactic, Type type, bool calibrated, std::string& why);
+    bool addTactic(Tactic const& tactic, Sizes const& sizes, bool calibrated, std::string& why);
     bool loadStep(char const* role, char const* variant, Type type, Step& step, std::string& why);
     bool uploadLoad(std::vector<int32_t> const& load, std::string& why);
 

@@ -21,9 +21,9 @@ bool runsOn(Kernel const& kernel, int32_t sm) {
     return sm < 90 && kernel.sm / 10 == sm / 10 && kernel.sm < sm && !isTegra(kernel.sm) && !isTegra(sm);
 }
 
-bool isMasked(Tactic const& tactic) {
+bool hasRole(Tactic const& tactic, char const* role) {
     return std::any_of(tactic.launches, tactic.launches + tactic.launchCount,
-        [](Launch const& launch) { return std::strncmp(launch.role, "masked", 6) == 0; });
+        [role](Launch const& launch) { return std::strcmp(launch.role, role) == 0; });
 }
 
 // Token tile of the tactic's widest GEMM stage.
@@ -64,7 +64,7 @@ std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, in
         bool const fits = (!tactic.onlyTopOne || topK == 1) && (tactic.maxDim == 0 || dim <= tactic.maxDim)
             && (tactic.maxTokens == 0 || tokens <= tactic.maxTokens);
         if (fits && std::all_of(tactic.launches, tactic.launches + tactic.launchCount, [&](Launch const& launch) {
-                return !candidates(launch.role, launch.variant, type, sm).empty();
+                return !isNeeded(launch, topK) || !candidates(launch.role, launch.variant, type, sm).empty();
             })) {
             found.push_back(&tactic);
         }
@@ -79,20 +79,11 @@ Tactic const* findTactic(int32_t id) {
     return found != end ? found : nullptr;
 }
 
-Needs needsOf(Tactic const& tactic, Type type) {
-    Needs needs;
-    needs.maskedHidden = isMasked(tactic);
-    for (int32_t i = 0; i < tactic.launchCount; ++i) {
-        for (Kernel const* kernel : candidates(tactic.launches[i].role, tactic.launches[i].variant, type, 0)) {
-            for (int32_t a = 0; a < kernel->argCount; ++a) {
-                needs.member |= kernel->args[a] == Arg::kMember;
-                needs.hidden |= kernel->args[a] == Arg::kHidden;
-                needs.partial |= kernel->args[a] == Arg::kPartial;
-            }
-        }
-    }
-    return needs;
+Kind kindOf(Tactic const& tactic) {
+    return hasRole(tactic, "masked_up") ? Kind::kMasked : hasRole(tactic, "fused") ? Kind::kFused : Kind::kTile;
 }
+
+bool isNeeded(Launch const& launch, int32_t topK) { return topK > 1 || std::strcmp(launch.role, "combine") != 0; }
 
 Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const& sizes) {
     int64_t const average = sizes.tokens * sizes.topK / sizes.experts;
@@ -100,7 +91,7 @@ Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const&
     int32_t bestTile = 0;
     for (Tactic const* tactic : from) {
         int32_t const tile = tokenTile(*tactic, sizes.type);
-        if (isMasked(*tactic) || (tactic->maxTokens != 0 && sizes.tokens > tactic->maxTokens)) {
+        if (kindOf(*tactic) == Kind::kMasked || (tactic->maxTokens != 0 && sizes.tokens > tactic->maxTokens)) {
             continue;
         }
         bool const better = tile <= average ? bestTile > average || tile > bestTile : bestTile > average && tile < bestTile;

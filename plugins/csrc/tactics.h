@@ -17,8 +17,11 @@ std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, in
 
 Tactic const* findTactic(int32_t id);
 
-// Workspace buffers that the tactic's kernels name.
-Needs needsOf(Tactic const& tactic, Type type);
+// Follows from the roles among its launches.
+Kind kindOf(Tactic const& tactic);
+
+// False for a step that this layer does without: `combine` adds up the experts of a token.
+bool isNeeded(Launch const& launch, int32_t topK);
 
 // Choice for tactic 0, when nothing was timed: the largest token tile that the average expert fills.
 Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const& sizes);

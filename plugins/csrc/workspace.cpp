@@ -9,31 +9,33 @@ size_t roundUp(size_t value, size_t multiple) { return (value + multiple - 1) / 
 
 }  // namespace
 
-int64_t hiddenStride(Sizes const& sizes, bool masked) {
-    return static_cast<int64_t>(roundUp(static_cast<size_t>(masked ? sizes.unionSize : sizes.maxWidth), 16));
-}
-
-Workspace layOut(Sizes const& sizes, Needs const& needs) {
+Workspace layOut(Sizes const& sizes, Kind kind) {
     auto const tokens = static_cast<size_t>(sizes.tokens);
     auto const experts = static_cast<size_t>(sizes.experts);
+    auto const unionSize = static_cast<size_t>(sizes.unionSize);
     size_t const slots = tokens * static_cast<size_t>(sizes.topK);
     Workspace w;
-    size_t end = 0;
-    auto const take = [&end](bool wanted, size_t bytes) {
-        size_t const start = end;
-        end += wanted ? roundUp(bytes, kAlignment) : 0;
+    auto const take = [&w](size_t bytes) {
+        size_t const start = w.bytes;
+        w.bytes += roundUp(bytes, kAlignment);
         return start;
     };
-    w.counts = take(true, experts * sizeof(int32_t));
-    w.member = take(needs.member, experts * static_cast<size_t>(sizes.unionSize));
-    w.zeroed = end;
-    w.buckets = take(true, experts * tokens * sizeof(int32_t));
-    w.routes = take(true, slots * sizeof(int32_t));
-    size_t const rows = needs.maskedHidden ? tokens : slots;
-    auto const stride = static_cast<size_t>(hiddenStride(sizes, needs.maskedHidden));
-    w.hidden = take(needs.hidden, rows * stride * typeBytes(sizes.type));
-    w.partial = take(needs.partial, slots * static_cast<size_t>(sizes.dim) * sizeof(float));
-    w.bytes = end;
+    w.counts = take(experts * sizeof(int32_t));
+    if (kind == Kind::kMasked) {
+        w.member = take(experts * unionSize);
+    }
+    w.zeroed = w.bytes;
+    w.buckets = take(experts * tokens * sizeof(int32_t));
+    w.routes = take(slots * sizeof(int32_t));
+    // Rows of hidden start on 16-element boundaries; the kernels compute the same stride.
+    if (kind == Kind::kMasked) {
+        w.hidden = take(tokens * roundUp(unionSize, 16) * typeBytes(sizes.type));
+    } else if (kind == Kind::kTile) {
+        w.hidden = take(slots * roundUp(static_cast<size_t>(sizes.maxWidth), 16) * typeBytes(sizes.type));
+    }
+    if (kind != Kind::kMasked && sizes.topK > 1) {
+        w.partial = take(slots * static_cast<size_t>(sizes.dim) * sizeof(float));
+    }
     return w;
 }
 

@@ -7,28 +7,26 @@
 
 namespace moee {
 
-// Which buffers a tactic's kernels name among their arguments.
-struct Needs {
-    bool member{false};
-    bool hidden{false};
-    bool maskedHidden{false};  // [T, U] instead of [T * top_k, max_width]
-    bool partial{false};
+// What a tactic's kernels keep between them.
+enum class Kind {
+    kTile,    // hidden [T * top_k, max_width]
+    kFused,   // no hidden
+    kMasked,  // member [K, U] and hidden [T, U]
 };
+
+constexpr size_t kAbsent = ~size_t{0};  // offset of a buffer that the tactic does without
 
 struct Workspace {
     size_t counts{0};   // [K] int32
-    size_t member{0};   // [K, U] uint8
+    size_t member{kAbsent};  // [K, U] uint8
     size_t zeroed{0};   // bytes from `counts` on that must be zero before the first launch
     size_t buckets{0};  // [K, T] int32
     size_t routes{0};   // [T * top_k] int32
-    size_t hidden{0};   // T
-    size_t partial{0};  // [T * top_k, D] float32
+    size_t hidden{kAbsent};   // T
+    size_t partial{kAbsent};  // [T * top_k, D] float32, if top_k > 1
     size_t bytes{0};
 };
 
-Workspace layOut(Sizes const& sizes, Needs const& needs);
-
-// Row stride of `hidden` in elements.
-int64_t hiddenStride(Sizes const& sizes, bool masked);
+Workspace layOut(Sizes const& sizes, Kind kind);
 
 }  // namespace moee
