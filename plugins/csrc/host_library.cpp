@@ -3,6 +3,9 @@
 #include <dlfcn.h>
 #include <link.h>
 
+#include <NvInferVersion.h>
+
+#include <cstdint>
 #include <cstring>
 
 namespace moee {
@@ -45,6 +48,23 @@ void* hostSymbol(char const* name) {
     void* const symbol = dlsym(library, name);
     dlclose(library);  // gives back our reference only: the program still holds the library
     return symbol;
+}
+
+HostInterface hostInterface() {
+    std::string const path = hostLibraryPath();
+    if (path.empty()) {
+        return HostInterface::kHeaders;  // linked into the program, which was built with the same headers
+    }
+    using Version = int32_t (*)() noexcept;
+    auto const major = reinterpret_cast<Version>(hostSymbol("getInferLibMajorVersion"));
+    auto const minor = reinterpret_cast<Version>(hostSymbol("getInferLibMinorVersion"));
+    if (major == nullptr || minor == nullptr) {
+        return HostInterface::kUnknown;
+    }
+    if (path.find("libtensorrt_rtx") != std::string::npos) {
+        return major() == 1 && minor() >= 7 ? HostInterface::kVersioned : HostInterface::kUnknown;
+    }
+    return major() == NV_TENSORRT_MAJOR ? HostInterface::kHeaders : HostInterface::kUnknown;
 }
 
 }  // namespace moee

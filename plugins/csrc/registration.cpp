@@ -26,23 +26,18 @@ MoeeFfnCreator& creator() {
     return instance;
 }
 
-// The registry's virtual table differs between major versions and between TensorRT and TensorRT-RTX, so it is touched
-// only if it is the one that the headers describe. --dynamicPlugins does not depend on this.
+// The registry is touched only if the headers describe it. --dynamicPlugins does not depend on this.
 nvinfer1::IPluginRegistry* matchingRegistry() {
     if (hostLibraryPath().find("libnvinfer") == std::string::npos) {
         return nullptr;
     }
-    auto const major = reinterpret_cast<int32_t (*)() noexcept>(hostSymbol("getInferLibMajorVersion"));
+    if (hostInterface() != HostInterface::kHeaders) {
+        logWarning("built with the headers of TensorRT " MOEE_TEXT(NV_TENSORRT_MAJOR) ", but another major version is loaded: "
+                   "use --dynamicPlugins, or build the plugin with that version's headers");
+        return nullptr;
+    }
     auto const registry = reinterpret_cast<nvinfer1::IPluginRegistry* (*)() noexcept>(hostSymbol("getPluginRegistry"));
-    if (major == nullptr || registry == nullptr) {
-        return nullptr;
-    }
-    if (major() != NV_TENSORRT_MAJOR) {
-        logWarning("built for TensorRT " MOEE_TEXT(NV_TENSORRT_MAJOR) ", but " + std::to_string(major())
-            + " is loaded: use --dynamicPlugins, or build the plugin with that version's headers");
-        return nullptr;
-    }
-    return registry();
+    return registry != nullptr ? registry() : nullptr;
 }
 
 class SelfRegistration {
