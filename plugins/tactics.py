@@ -66,22 +66,22 @@ class Tactic:
 
 def _tile(id: int, m: int) -> Tactic:
     launches = (
-        Launch("route", "bm32"),
+        Launch("route", "buckets"),
         Launch("expert_up", f"bm{m}"),
         Launch("expert_down", f"bm{m}"),
-        Launch("combine", "bm16"),
+        Launch("combine", "sum"),
     )
     return Tactic(id, f"tile{m}", "tile", launches)
 
 
 def _masked(id: int, m: int, max_tokens: int) -> Tactic:
-    launches = (Launch("route", "bm32_members"), Launch("masked_up", f"bm{m}"), Launch("masked_down", f"bm{m}"))
+    launches = (Launch("route", "members"), Launch("masked_up", f"bm{m}"), Launch("masked_down", f"bm{m}"))
     return Tactic(id, f"masked{m}", "masked", launches, max_tokens=max_tokens)
 
 
-def _fused(id: int, m: int, max_d: int) -> Tactic:
-    launches = (Launch("route", "bm32"), Launch("fused", f"bm{m}_d{max_d}"), Launch("combine", "bm16"))
-    return Tactic(id, f"fused{m}_d{max_d}", "fused", launches, max_d=max_d)
+def _fused(id: int, max_d: int) -> Tactic:
+    launches = (Launch("route", "buckets"), Launch("fused", f"d{max_d}"), Launch("combine", "sum"))
+    return Tactic(id, f"fused_d{max_d}", "fused", launches, max_d=max_d)
 
 
 # The masked form computes every union neuron for every token: it can only win while reading weights dominates.
@@ -92,8 +92,8 @@ TACTICS: tuple[Tactic, ...] = (
     _tile(4, 128),
     _masked(5, 16, 512),
     _masked(6, 64, 2048),
-    _fused(7, 32, 192),
-    _fused(8, 32, 384),
+    _fused(7, 192),
+    _fused(8, 384),
 )
 
 
@@ -106,10 +106,12 @@ def _variants(wide: bool) -> dict[tuple[str, str], Config]:
     k, s = (16, 2) if wide else (64, 3)
     table: dict[tuple[str, str], Config] = {}
     members = ("token_tiles", "union_tiles", "one")
-    table["route", "bm32"] = _config(32, 64, k, 4, s, BK=k, MEMBERS=0)
-    table["route", "bm32_members"] = _config(32, 64, k, 4, s, members, BK=k, MEMBERS=1)
-    table["route_load", "bm32"] = _config(32, 64, 0, 4, 1, MEMBERS=0)
-    table["route_load", "bm32_members"] = _config(32, 64, 0, 4, 1, members, MEMBERS=1)
+    # 16 tokens a program: 32 spill on some SMs, and few tokens need many programs.
+    # Three stages also for float32: with two, ptxas 12.9 spills on sm_86 to sm_89.
+    table["route", "buckets"] = _config(16, 64, k, 4, 3, BK=k, MEMBERS=0)
+    table["route", "members"] = _config(16, 64, k, 4, 3, members, BK=k, MEMBERS=1)
+    table["route_load", "buckets"] = _config(16, 64, 0, 4, 1, MEMBERS=0)
+    table["route_load", "members"] = _config(16, 64, 0, 4, 1, members, MEMBERS=1)
     for m, n, kk, warps, stages in (
         (16, 64, k, 4, s + 1),
         (32, 64, k, 4, s),
@@ -117,14 +119,15 @@ def _variants(wide: bool) -> dict[tuple[str, str], Config]:
         (128, 64 if wide else 128, 16 if wide else 32, 8, s),
     ):
         table["expert_up", f"bm{m}"] = _config(m, n, kk, warps, stages, BK=kk)
-        table["expert_down", f"bm{m}"] = _config(m, n, kk, warps, stages, BK=kk)
+        # The look-up of neuron ids takes part of the pipeline's depth.
+        table["expert_down", f"bm{m}"] = _config(m, n, kk, warps, stages + 2, BK=kk)
         if m in (16, 64):
             table["masked_up", f"bm{m}"] = _config(m, n, kk, warps, stages, BK=kk)
             table["masked_down", f"bm{m}"] = _config(m, n, kk, warps, stages, BK=kk)
-    n = 16 if wide else 32
-    table["fused", "bm32_d192"] = _config(32, n, 192, 4, 1 if wide else 2, D0=128, D1=64)
-    table["fused", "bm32_d384"] = _config(32, n, 384, 8, 1 if wide else 2, D0=256, D1=128)
-    table["combine", "bm16"] = _config(16, 128, 0, 4, 1)
+    m, n = (16, 16) if wide else (32, 32)
+    table["fused", "d192"] = _config(m, n, 192, 4, 1 if wide else 3, D0=128, D1=64)
+    table["fused", "d384"] = _config(m, n, 384, 8, 1 if wide else 3, D0=256, D1=128)
+    table["combine", "sum"] = _config(16, 128, 0, 4, 1)
     return table
 
 

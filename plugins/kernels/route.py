@@ -56,20 +56,20 @@ def append(chosen, slot, live, counts, buckets, tokens, experts, BM: tl.constexp
 
 
 @triton.jit
-def mark_members(neurons, offsets, member, experts, union_size, BM: tl.constexpr, BN: tl.constexpr):
+def mark_members(neurons, offsets, member, experts, union_size, BC: tl.constexpr, BN: tl.constexpr):
     """All programs of the grid together: member[e, neurons[i]] = 1 for i in [offsets[e], offsets[e + 1])."""
     program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    step = tl.num_programs(0) * tl.num_programs(1) * BM
+    step = tl.num_programs(0) * tl.num_programs(1) * BC
     total = tl.load(offsets + experts)
     column = tl.arange(0, BN)
-    for start in range(program * BM, total, step):
-        index = start + tl.arange(0, BM)
-        expert = tl.zeros((BM,), tl.int32)
+    for start in range(program * BC, total, step):
+        index = start + tl.arange(0, BC)
+        expert = tl.zeros((BC,), tl.int32)
         for k in range(0, experts, BN):
             end = tl.load(offsets + 1 + k + column, mask=k + column < experts, other=2147483647)
             expert += tl.sum((end[None, :] <= index[:, None]).to(tl.int32), 1)
         neuron = tl.load(neurons + index, mask=index < total, other=0)
-        one = tl.full((BM,), 1, tl.uint8)
+        one = tl.full((BC,), 1, tl.uint8)
         tl.store(member + expert.to(tl.int64) * union_size + neuron, one, mask=index < total)
 
 
@@ -106,7 +106,7 @@ def route_kernel(x, router, router_bias, neurons, offsets, counts, member, bucke
                  MEMBERS: tl.constexpr):  # fmt: skip
     """Grid (token tiles, 1), with MEMBERS (token tiles, union tiles). BN experts are scored at a time."""
     if MEMBERS:
-        mark_members(neurons, offsets, member, experts, union_size, BM, BN)
+        mark_members(neurons, offsets, member, experts, union_size, 64, BN)
         if tl.program_id(1) > 0:
             return
     token = tl.program_id(0) * BM + tl.arange(0, BM)

@@ -39,7 +39,7 @@ def route_load_kernel(load_cdf, neurons, offsets, counts, member, buckets, route
                       BM: tl.constexpr, BN: tl.constexpr, MEMBERS: tl.constexpr):  # fmt: skip
     """Grid as `route`."""
     if MEMBERS:
-        mark_members(neurons, offsets, member, experts, union_size, BM, BN)
+        mark_members(neurons, offsets, member, experts, union_size, 64, BN)
         if tl.program_id(1) > 0:
             return
     token = tl.program_id(0) * BM + tl.arange(0, BM)
