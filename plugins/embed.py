@@ -1,6 +1,6 @@
-"""Kernel manifest to C++: `tables.cpp` and `kernels.bin`, which the plugin compiles in.
+"""Kernel manifest to C++: `tables.cpp`, `modules.cpp` and `kernels.bin`, which the plugin compiles in.
 
-The blob holds each module once, as a raw deflate stream that `csrc/inflate.cpp` reads. `tables.cpp` includes it with
+The blob holds each module once, as a raw deflate stream that `csrc/inflate.cpp` reads. `modules.cpp` includes it with
 the assembler's `.incbin`, so a 40 MB blob costs the compiler nothing.
 """
 
@@ -60,28 +60,26 @@ SCALARS = {
 
 
 @dataclass
-class Blob:
-    """Deflated modules, each distinct one once."""
+class Modules:
+    """Cubin and PTX files in the order of first use, each distinct content once: name and content."""
 
-    data: bytearray = field(default_factory=bytearray)
-    placed: dict[bytes, tuple[int, int]] = field(default_factory=dict)
+    files: list[tuple[str, bytes]] = field(default_factory=list)
+    index: dict[bytes, int] = field(default_factory=dict)
 
-    def add(self, module: bytes) -> tuple[int, int]:
-        """Offset and size of the deflated `module` in the blob."""
-        if module not in self.placed:
-            packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-            packed = packer.compress(module) + packer.flush()
-            self.placed[module] = (len(self.data), len(packed))
-            self.data += packed
-        return self.placed[module]
+    def add(self, name: str, content: bytes) -> int:
+        """Index of `content`."""
+        if content not in self.index:
+            self.index[content] = len(self.files)
+            self.files.append((name, content))
+        return self.index[content]
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What went into the tables. Sizes in bytes."""
+    """What went into the tables. Sizes in bytes; `files` are the names of the embedded modules, by index."""
 
     sms: tuple[int, ...]
-    modules: int
+    files: tuple[str, ...]
     packed_bytes: int
     raw_bytes: int
     source_sha256: str
@@ -127,7 +125,7 @@ def ptx_base(sms: Sequence[int]) -> int | None:
 
 
 def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, ptx: bool = True) -> Embedded:
-    """Write `tables.cpp` and `kernels.bin` for `sms` (None: all) to `out_dir`.
+    """Write `tables.cpp`, `modules.cpp` and `kernels.bin` for `sms` (None: all) to `out_dir`.
 
     `ptx` also embeds the PTX of the lowest portable SM, so that a device without a cubin can compile it.
     Raises `UserError` for a missing or foreign manifest, an unknown SM, argument, axis or type, or a missing file.
@@ -136,18 +134,15 @@ def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, pt
     manifest = read_kernels(kernels_dir)
     chosen = select_sms(manifest, sms)
     base = ptx_base(chosen) if ptx else None
-    blob = Blob()
+    modules = Modules()
     arguments: dict[tuple[str, ...], str] = {}
     rows = []
-    raw = 0
     for kernel in manifest["kernels"]:
         if int(kernel["sm"]) not in chosen:
             continue
-        modules = [(False, kernel["cubin"])] + ([(True, kernel["ptx"])] if int(kernel["sm"]) == base else [])
-        for is_ptx, name in modules:
-            data = _module(kernels_dir, name)
-            raw += len(data)
-            rows.append(_kernel_row(kernel, is_ptx, data, blob, arguments))
+        for is_ptx, name in [(False, kernel["cubin"])] + ([(True, kernel["ptx"])] if int(kernel["sm"]) == base else []):
+            module = modules.add(name, _module(kernels_dir, name))
+            rows.append(_kernel_row(kernel, is_ptx, module, arguments))
     tactics, launches = _tactic_rows(manifest)
     out_dir.mkdir(parents=True, exist_ok=True)
     text = _TABLES.format(
@@ -158,11 +153,27 @@ def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, pt
         tactic_count=len(tactics),
         kernel_count=len(rows),
         source=_text(str(manifest["source_sha256"])),
-        blob_bytes=len(blob.data),
     )
-    _write(out_dir / "kernels.bin", bytes(blob.data))
+    blob, entries = _pack([content for _, content in modules.files])
+    _write(out_dir / "kernels.bin", blob)
+    _write(out_dir / "modules.cpp", _MODULES.format(entries="\n".join(entries)).encode())
     _write(out_dir / "tables.cpp", text.encode())
-    return Embedded(chosen, len(blob.placed), len(blob.data), raw, str(manifest["source_sha256"]))
+    raw = sum(len(content) for _, content in modules.files)
+    files = tuple(name for name, _ in modules.files)
+    return Embedded(chosen, files, len(blob), raw, str(manifest["source_sha256"]))
+
+
+def _pack(contents: Sequence[bytes]) -> tuple[bytes, list[str]]:
+    """The blob, and each module's line of `modules.cpp`."""
+    blob, entries = bytearray(), []
+    for content in contents:
+        packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+        packed = packer.compress(content) + packer.flush()
+        entries.append(
+            f"    {{moee_blob + {len(blob)}, {len(packed)}, {len(content)}, {zlib.adler32(content)}U, true}},"
+        )
+        blob += packed
+    return bytes(blob), entries
 
 
 def _module(folder: Path, name: str) -> bytes:
@@ -204,19 +215,17 @@ def argument_name(argument: Mapping[str, str]) -> str:
 
 
 def _kernel_row(
-    kernel: Mapping[str, Any], is_ptx: bool, data: bytes, blob: Blob, arguments: dict[tuple[str, ...], str]
+    kernel: Mapping[str, Any], is_ptx: bool, module: int, arguments: dict[tuple[str, ...], str]
 ) -> str:
     args = tuple(argument_name(argument) for argument in kernel["args"])
     name = arguments.setdefault(args, f"kArgs{len(arguments)}")
-    offset, packed = blob.add(data)
     grid = ", ".join("Axis::" + _lookup(AXES, axis, "grid axis") for axis in kernel["grid"])
     block = kernel["block"]
     return (
         f"    {{{_text(kernel['role'])}, {_text(kernel['variant'])}, {_text(kernel['symbol'])}, "
         f"Type::{_lookup(TYPES, kernel['dtype'], 'dtype')}, {int(kernel['sm'])}, {'true' if is_ptx else 'false'}, "
         f"{int(kernel['num_warps'])}, {int(kernel['shared_bytes'])}, "
-        f"{int(block['m'])}, {int(block['n'])}, {int(block['k'])}, {{{grid}}}, {name}, {len(args)}, "
-        f"{offset}, {packed}, {len(data)}, {zlib.adler32(data)}U}},"
+        f"{int(block['m'])}, {int(block['n'])}, {int(block['k'])}, {{{grid}}}, {name}, {len(args)}, {module}}},"
     )
 
 
@@ -236,7 +245,7 @@ def _tactic_rows(manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return tactics, launches
 
 
-_TABLES = """// Written by plugins/embed.py from kernels.json. Do not edit.
+_MODULES = """// Written by plugins/embed.py from kernels.json. Do not edit.
 #include "tables.h"
 
 __asm__(
@@ -250,6 +259,21 @@ __asm__(
     ".popsection\\n");
 
 extern "C" unsigned char const moee_blob[];
+
+namespace moee {{
+
+Embedded const& embedded(int32_t module) {{
+    static Embedded const modules[] = {{
+{entries}
+    }};
+    return modules[module];
+}}
+
+}}  // namespace moee
+"""
+
+_TABLES = """// Written by plugins/embed.py from kernels.json. Do not edit.
+#include "tables.h"
 
 namespace moee {{
 namespace {{
@@ -269,7 +293,7 @@ constexpr Tactic kTactics[] = {{
 }}  // namespace
 
 Tables const& tables() {{
-    static Tables const instance{{kKernels, {kernel_count}, kTactics, {tactic_count}, {source}, moee_blob, {blob_bytes}}};
+    static Tables const instance{{kKernels, {kernel_count}, kTactics, {tactic_count}, {source}}};
     return instance;
 }}
 

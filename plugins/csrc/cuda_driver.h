@@ -23,6 +23,9 @@ using CuFunction = CUfunc_st*;
 using CuStream = CUstream_st*;
 
 constexpr CuResult kCuSuccess = 0;
+constexpr CuResult kCuInvalidImage = 200;  // CUDA_ERROR_*
+constexpr CuResult kCuNoBinary = 209;
+constexpr CuResult kCuUnsupportedPtx = 222;
 constexpr int kCuComputeCapabilityMajor = 75;  // CU_DEVICE_ATTRIBUTE_*
 constexpr int kCuComputeCapabilityMinor = 76;
 constexpr int kCuMaxDynamicSharedBytes = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

@@ -13,16 +13,13 @@ namespace moee {
 namespace {
 
 bool unpack(Kernel const& kernel, std::vector<unsigned char>& bytes, std::string& why) {
-    Tables const& t = tables();
-    if (kernel.offset > t.blobBytes || kernel.packedBytes > t.blobBytes - kernel.offset) {
-        why = "embedded kernel table is corrupt: it points outside the blob";
-        return false;
-    }
-    if (!inflateRaw(t.blob + kernel.offset, kernel.packedBytes, kernel.bytes, bytes, why)) {
+    Embedded const& packed = embedded(kernel.module);
+    if (!packed.deflated) {
+        bytes.assign(packed.data, packed.data + packed.bytes);
+    } else if (!inflateRaw(packed.data, packed.packedBytes, packed.bytes, bytes, why)) {
         why = std::string("embedded kernel ") + kernel.symbol + " is corrupt: " + why;
         return false;
-    }
-    if (adler32(bytes.data(), bytes.size()) != kernel.adler32) {
+    } else if (adler32(bytes.data(), bytes.size()) != packed.adler32) {
         why = std::string("embedded kernel ") + kernel.symbol + " is corrupt: its checksum differs";
         return false;
     }
@@ -32,24 +29,25 @@ bool unpack(Kernel const& kernel, std::vector<unsigned char>& bytes, std::string
 
 }  // namespace
 
-std::shared_ptr<Module> Module::acquire(
-    CudaDriver const& driver, CuContext context, Kernel const& kernel, std::string& why) {
+std::shared_ptr<Module> Module::acquire(CudaDriver const& driver, CuContext context, Kernel const& kernel,
+    bool& unsuitable, std::string& why) {
     static std::mutex mutex;
-    static auto& cache = *new std::map<std::pair<CuContext, Kernel const*>, std::weak_ptr<Module>>;  // outlives all users
+    static auto& cache = *new std::map<std::pair<CuContext, int32_t>, std::weak_ptr<Module>>;  // outlives all users
     std::lock_guard<std::mutex> const lock(mutex);
-    auto& slot = cache[{context, &kernel}];
+    auto& slot = cache[{context, kernel.module}];
     if (auto module = slot.lock()) {
         return module;
     }
     std::shared_ptr<Module> module(new Module(driver, context));
-    if (!module->load(kernel, why)) {
+    if (!module->load(kernel, unsuitable, why)) {
         return nullptr;
     }
     slot = module;
     return module;
 }
 
-bool Module::load(Kernel const& kernel, std::string& why) {
+bool Module::load(Kernel const& kernel, bool& unsuitable, std::string& why) {
+    unsuitable = false;
     std::vector<unsigned char> bytes;
     if (!unpack(kernel, bytes, why)) {
         return false;
@@ -63,6 +61,7 @@ bool Module::load(Kernel const& kernel, std::string& why) {
         + (kernel.isPtx ? " PTX)" : " cubin)");
     if (result != kCuSuccess) {
         mModule = nullptr;
+        unsuitable = result == kCuInvalidImage || result == kCuNoBinary || result == kCuUnsupportedPtx;
         why = "cuModuleLoadDataEx of " + name + " failed: " + mDriver.describe(result)
             + (errors[0] != 0 ? std::string(": ") + errors.data() : "");
         return false;

@@ -132,7 +132,8 @@ int32_t MoeeFfn::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbIn
         }
         mSizes = sizes;
         if (tacticsHere().empty()) {
-            return fail("configurePlugin", std::string("this library has no ") + typeName(sizes.type) + " kernels");
+            return fail("configurePlugin", std::string("this library has no ") + typeName(sizes.type)
+                    + " kernels for this layer and device; it was built for SM " + builtSms(sizes.type));
         }
         mConfigured = true;
         trace("trace configure x=" + text(shapes[kInX]) + " type=" + typeName(sizes.type)

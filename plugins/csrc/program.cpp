@@ -93,13 +93,20 @@ bool Programs::addTactic(Tactic const& tactic, Sizes const& sizes, bool calibrat
 bool Programs::loadStep(char const* role, char const* variant, Type type, Step& step, std::string& why) {
     for (Kernel const* kernel : candidates(role, variant, type, mSm)) {
         std::string reason;
-        if (auto module = Module::acquire(*mDriver, mContext, *kernel, reason)) {
+        bool unsuitable = false;
+        if (auto module = Module::acquire(*mDriver, mContext, *kernel, unsuitable, reason)) {
+            if (kernel->isPtx) {
+                trace("compiled PTX of " + std::string(kernel->symbol) + " for sm_" + std::to_string(mSm));
+            }
             step = Step{kernel, module->function()};
             mModules.push_back(std::move(module));
             return true;
         }
-        trace(reason);
         why = why.empty() ? reason : why;  // the first candidate's reason tells most
+        if (!unsuitable) {
+            return false;
+        }
+        trace(reason);
     }
     return false;
 }

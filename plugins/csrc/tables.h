@@ -40,10 +40,16 @@ struct Kernel {
     Axis grid[3];
     Arg const* args;
     int32_t argCount;
-    size_t offset;  // of the deflated module in the blob
+    int32_t module;  // for embedded()
+};
+
+// A cubin or PTX file in the library.
+struct Embedded {
+    unsigned char const* data;
     size_t packedBytes;
-    size_t bytes;
-    uint32_t adler32;  // of the inflated module
+    size_t bytes;        // once inflated
+    uint32_t adler32;    // of the inflated bytes
+    bool deflated;       // false: stored as it is
 };
 
 struct Launch {
@@ -67,10 +73,10 @@ struct Tables {
     Tactic const* tactics;
     int32_t tacticCount;
     char const* sourceHash;  // of the kernels' sources: part of the timing cache id
-    unsigned char const* blob;
-    size_t blobBytes;
 };
 
+// Both are generated: tables.cpp and modules.cpp.
 Tables const& tables();
+Embedded const& embedded(int32_t module);
 
 }  // namespace moee

@@ -388,6 +388,12 @@ void testDevices(Fake const& fake) {
         CHECK(attach(runtime.get()) != nullptr);
         CHECK_TEXT(fake.log().find(device.module) != std::string::npos, device.module);
     }
+    // A cubin that this driver refuses gives way to PTX; any other error does not.
+    fake.reset();
+    Plugin const orin = configured();
+    fake.fail("cuModuleLoadDataEx", 0, 209);
+    CHECK(attach(orin.get()) != nullptr);
+    CHECK(fake.log().find("cuModuleLoadDataEx ptx sm=80 route_load_buckets_float16") != std::string::npos);
     fake.reset();
     Plugin const built = configured();
     fake.context(0);
@@ -467,19 +473,20 @@ void testInflate() {
     std::mt19937 random(1);
     for (int32_t i = 0; i < t.kernelCount; ++i) {
         moee::Kernel const& k = t.kernels[i];
-        CHECK(moee::inflateRaw(t.blob + k.offset, k.packedBytes, k.bytes, out, why));
-        CHECK(moee::adler32(out.data(), out.size()) == k.adler32);
-        CHECK(!moee::inflateRaw(t.blob + k.offset, k.packedBytes, k.bytes - 1, out, why));
-        CHECK(!moee::inflateRaw(t.blob + k.offset, k.packedBytes, k.bytes + 1, out, why));
+        moee::Embedded const& e = moee::embedded(k.module);
+        CHECK(e.deflated && moee::inflateRaw(e.data, e.packedBytes, e.bytes, out, why));
+        CHECK(moee::adler32(out.data(), out.size()) == e.adler32);
+        CHECK(!moee::inflateRaw(e.data, e.packedBytes, e.bytes - 1, out, why));
+        CHECK(!moee::inflateRaw(e.data, e.packedBytes, e.bytes + 1, out, why));
         if (i % 16 != 0) {
             continue;
         }
         for (int32_t round = 0; round < 200; ++round) {  // corrupt or cut short: an error or other bytes, never a crash
-            std::vector<unsigned char> packed(t.blob + k.offset, t.blob + k.offset + k.packedBytes);
+            std::vector<unsigned char> packed(e.data, e.data + e.packedBytes);
             packed[random() % packed.size()] ^= static_cast<unsigned char>(1U << (random() % 8));
             packed.resize(round % 2 == 0 ? packed.size() : random() % packed.size());
             packed.shrink_to_fit();
-            if (!moee::inflateRaw(packed.data(), packed.size(), k.bytes, out, why)) {
+            if (!moee::inflateRaw(packed.data(), packed.size(), e.bytes, out, why)) {
                 CHECK(!why.empty());
             }
         }
