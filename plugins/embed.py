@@ -118,10 +118,13 @@ def select_sms(manifest: Mapping[str, Any], sms: Iterable[int] | None) -> tuple[
 
 
 def ptx_base(sms: Sequence[int]) -> int | None:
-    """The SM whose PTX goes in for the driver's compiler on later devices: the lowest without per-architecture
-    features, which start at sm_90."""
+    """The SM whose PTX goes in for the driver's own compiler: the lowest portable one, for later devices too.
+
+    From sm_90 on the kernels use features of one architecture, so their PTX helps only that one: it goes in if it is
+    the only SM, for a driver that refuses the cubins.
+    """
     portable = [sm for sm in sms if sm < 90]
-    return min(portable) if portable else None
+    return min(portable) if portable else sms[0] if len(sms) == 1 else None
 
 
 def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, ptx: bool = True) -> Embedded:
