@@ -101,9 +101,10 @@ def build_engines(
                 "timing_cache": str(Path(timing_cache).resolve()) if timing_cache else "",
                 "log": str(Path(log).resolve()) if log and name == "moee" else "",
             }
-            results[name] = run_worker(spec, lambda text, name=name: say(f"{name}: {text}"))
+            results[name] = run_worker(spec, _prefixed(say, name))
         if results["moee"]["plugin_layers"] != nodes:
-            raise BuildFailed(f"the graph has {nodes} {OP_TYPE} nodes, but TensorRT parsed {results['moee']['plugin_layers']}")
+            parsed = results["moee"]["plugin_layers"]
+            raise BuildFailed(f"the graph has {nodes} {OP_TYPE} nodes, but TensorRT parsed {parsed} plugin layers")
         body = {
             "builder": _builder(backend, results["moee"]),
             "target": _target(backend),
@@ -114,6 +115,10 @@ def build_engines(
         }
         write_manifest(folder, "engine.json", SCHEMA, body)
     return report_of(out_dir, body)
+
+
+def _prefixed(say: Progress, name: str) -> Progress:
+    return lambda text: say(f"{name}: {text}")
 
 
 def read_engines(folder: Path) -> EngineReport:

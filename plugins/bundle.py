@@ -39,7 +39,7 @@ def write_bundle(out_dir: Path, sm: int, kernels_dir: Path, force: bool = False)
 
 
 def _copy_ptx(manifest: dict[str, Any], kernels_dir: Path, folder: Path, files: tuple[str, ...], sm: int) -> None:
-    """`ptx/` and `generated/modules.txt`: for each embedded module its PTX, architecture and kind, for rebuild.cmake."""
+    """`ptx/`, and `generated/modules.txt` for rebuild.cmake: of each embedded module its PTX, architecture and kind."""
     sources = {kernel["cubin"]: kernel["ptx"] for kernel in manifest["kernels"]}
     (folder / "ptx").mkdir()
     lines = []
@@ -65,14 +65,14 @@ makes `build/{library}`. If TensorRT lies elsewhere, add `-DTENSORRT_ROOT=/path/
 Use it with trtexec:
 
     trtexec --onnx=tensorrt.onnx --dynamicPlugins=build/{library} --setPluginsToSerialize=build/{library} \\
-            --stronglyTyped --minShapes=input:1x3x224x224 --optShapes=input:8x3x224x224 --maxShapes=input:32x3x224x224 \\
-            --saveEngine=moee.plan
+            --stronglyTyped --saveEngine=moee.plan \\
+            --minShapes=input:1x3x224x224 --optShapes=input:8x3x224x224 --maxShapes=input:32x3x224x224
     trtexec --loadEngine=moee.plan --shapes=input:8x3x224x224
 
 (TensorRT 11 has no `--stronglyTyped`: every network is. Leave it out there.)
 
-The kernels are embedded as cubins, and as PTX that the driver compiles if it refuses a cubin. To compile the cubins with
-the toolkit on this device instead, for example because its driver is older than the compiler that made them:
+The kernels are embedded as cubins, and as PTX that the driver compiles if it refuses a cubin. To compile the cubins
+with the toolkit on this device instead, for example because its driver is older than the compiler that made them:
 
     cmake -S . -B build -DMOEE_REBUILD_CUBINS=ON
     cmake --build build -j

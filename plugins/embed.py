@@ -217,9 +217,7 @@ def argument_name(argument: Mapping[str, str]) -> str:
     return "Arg::" + _lookup(table, argument["name"], f"{argument['type']} argument")
 
 
-def _kernel_row(
-    kernel: Mapping[str, Any], is_ptx: bool, module: int, arguments: dict[tuple[str, ...], str]
-) -> str:
+def _kernel_row(kernel: Mapping[str, Any], is_ptx: bool, module: int, arguments: dict[tuple[str, ...], str]) -> str:
     args = tuple(argument_name(argument) for argument in kernel["args"])
     name = arguments.setdefault(args, f"kArgs{len(arguments)}")
     grid = ", ".join("Axis::" + _lookup(AXES, axis, "grid axis") for axis in kernel["grid"])

@@ -46,7 +46,9 @@ class Graph:
     def cast(self, value: str, output: str, dtype: str) -> str:
         return self.node("Cast", [value], output, to=ONNX_TYPES[dtype])
 
-    def moee(self, name: str, x: str, dim: int, experts: int, union: int, width: int, top_k: int = 1, **extra: Any) -> str:
+    def moee(
+        self, name: str, x: str, dim: int, experts: int, union: int, width: int, top_k: int = 1, **extra: Any
+    ) -> str:
         """One MoeeFfn node with random experts of `width` neurons each."""
         picks = [np.sort(self.random.choice(union, width, replace=False)).astype(np.int32) for _ in range(experts)]
         inputs = [
@@ -114,14 +116,16 @@ def vit(
     g = Graph(dtype)
     tokens = (size // patch) ** 2
     x = g.cast("input", "input.cast", dtype) if dtype != "float32" else "input"
-    x = g.node("Conv", [x, g.normal("patch", dim, 3, patch, patch)], "conv", strides=[patch, patch], kernel_shape=[patch, patch])
+    kernel = g.normal("patch", dim, 3, patch, patch)
+    x = g.node("Conv", [x, kernel], "conv", strides=[patch, patch], kernel_shape=[patch, patch])
     x = g.node("Reshape", [x, g.weight("flat", np.array([0, dim, tokens], np.int64))], "tokens0")
     x = g.node("Transpose", [x], "tokens", perm=[0, 2, 1])
     for i in range(depth):
         a = g.attention(f"b{i}.attn", g.norm(f"b{i}.n1", x, dim), dim, heads, tokens)
         x = g.node("Add", [x, a], f"b{i}.x1")
         n = g.norm(f"b{i}.n2", x, dim)
-        f = g.moee(f"b{i}.mlp", n, dim, experts, union, width, top_k) if experts else g.mlp(f"b{i}.mlp", n, dim, 4 * dim)
+        name = f"b{i}.mlp"
+        f = g.moee(name, n, dim, experts, union, width, top_k) if experts else g.mlp(name, n, dim, 4 * dim)
         x = g.node("Add", [x, f], f"b{i}.x2")
     x = g.node("ReduceMean", [x, g.weight("axes", np.array([1], np.int64))], "pooled", keepdims=0)
     x = g.cast(x, "logits", "float32") if dtype != "float32" else g.node("Identity", [x], "logits")

@@ -1,8 +1,8 @@
 """Runs the compiled plugin on the test-double driver: `python -m tests.plugins.enqueue_worker DOUBLES PLUGIN KERNELS`.
 
-The plugin's C++ `enqueue` launches; the driver calls back; here each launch is decoded from the manifest's argument list
-and executed by the kernel's own PyTorch reference on the plugin's buffers. A process of its own, because the double
-takes the real driver's name. Prints one JSON object: a list of cases with errors, call logs and tactic ids.
+The plugin's C++ `enqueue` launches; the driver calls back; here each launch is decoded from the manifest's argument
+list and executed by the kernel's own PyTorch reference on the plugin's buffers. A process of its own, because the
+double takes the real driver's name. Prints one JSON object: a list of cases with errors, call logs and tactic ids.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from plugins.tactics import SPECS, by_id, config, grid_axes  # noqa: E402
 from plugins.workspace import TORCH_DTYPES, Sizes, bytes_needed, layout  # noqa: E402
 
 DATA_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7}  # nvinfer1::DataType
+C_UINT = ctypes.c_uint
 EXECUTOR = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint, ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p)
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(C_UINT), C_UINT, C_UINT, ctypes.POINTER(ctypes.c_void_p)
 )
 
 
@@ -37,7 +39,8 @@ class Case(ctypes.Structure):
 
     _fields_ = [
         *(("lead_count", ctypes.c_int32), ("lead", ctypes.c_int64 * 4), ("dim", ctypes.c_int64)),
-        *(("experts", ctypes.c_int64), ("union", ctypes.c_int64), ("neurons", ctypes.c_int64), ("type", ctypes.c_int32)),
+        *(("experts", ctypes.c_int64), ("union", ctypes.c_int64), ("neurons", ctypes.c_int64)),
+        ("type", ctypes.c_int32),
     ]
 
 
@@ -175,9 +178,11 @@ def expected_launches(tactic: int, top_k: int, calibrated: bool) -> list[str]:
     return [f"{'route_load' if calibrated and s.role == 'route' else s.role}/{s.variant}" for s in steps]
 
 
-def run_case(manifest: dict[str, Any], sm: int, dtype: str, lead: tuple[int, ...], widths: list[int], dim: int, union: int,
-             top_k: int, activation: int, calibrated: bool) -> dict[str, Any]:  # fmt: skip
-    """One layer through the life cycle that TensorRT gives it, then every tactic. Calibrated: stays in the build phase."""
+def run_case(
+    manifest: dict[str, Any], sm: int, dtype: str, lead: tuple[int, ...], widths: list[int], dim: int, union: int,
+    top_k: int, activation: int, calibrated: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """One layer through TensorRT's life cycle, then every tactic. `calibrated`: it stays in the build phase."""
     tokens = 1
     for n in lead:
         tokens *= n
@@ -223,15 +228,21 @@ def run_case(manifest: dict[str, Any], sm: int, dtype: str, lead: tuple[int, ...
         # In the build phase tokens go where the load says, so the result is compared for that routing.
         due = moee_ffn(**inputs, activation=activation, top_k=top_k, chosen=routes) if calibrated else want
         error = (y.double() - due).abs().max().item()
-        results.append({
-            **{"tactic": tactic, "code": code, "error": error, "shares": (routes.flatten().bincount(minlength=len(widths)) / routes.numel()).tolist(), "launches": device.launches, "expected": device.expect},
-            **{"guard_intact": bool((memory[workspace_bytes:] == 0xFF).all()), "calls": FAKE.fake_log().decode().split("\n")},
-        })  # fmt: skip
+        shares = routes.flatten().bincount(minlength=len(widths)) / routes.numel()
+        results.append(
+            {
+                **{"tactic": tactic, "code": code, "error": error, "shares": shares.tolist()},
+                **{"launches": device.launches, "expected": device.expect},
+                "guard_intact": bool((memory[workspace_bytes:] == 0xFF).all()),
+                "calls": FAKE.fake_log().decode().split("\n"),
+            }
+        )
     log = HARNESS.harness_log().decode()
     for handle in {built, plain, attached}:
         HARNESS.harness_destroy(pointer(handle))
     return {
-        **{"dtype": dtype, "top_k": top_k, "calibrated": calibrated, "scale": want.abs().max().item(), "sizes": sizes.as_dict()},
+        **{"dtype": dtype, "top_k": top_k, "calibrated": calibrated, "scale": want.abs().max().item()},
+        "sizes": sizes.as_dict(),
         **{"problems": device.problems, "results": results, "workspace_bytes": workspace_bytes, "tactics": ids[:count]},
         **{"python_workspace_bytes": python_workspace(sizes, dtype), "live_modules": FAKE.fake_live_modules()},
         **{"live_memory": FAKE.fake_live_memory(), "log": [line for line in log.split("\n") if line[:7] != "VERBOSE"]},
@@ -255,12 +266,13 @@ def main() -> None:
     FAKE.fake_device(sm // 10, sm % 10)
     cases = []
     for dtype in DATA_TYPES:
+        run = partial(run_case, manifest, sm, dtype)
         for top_k, calibrated in ((1, False), (2, False), (1, True)):
-            # Odd sizes: no multiple of a tile but D, one expert without tokens is likely among seven.
-            cases.append(run_case(manifest, sm, dtype, (3, 19), [37, 5, 80, 1, 64, 33, 17], 96, 101, top_k, 0, calibrated))
-        cases.append(run_case(manifest, sm, dtype, (1,), [24], 48, 24, 1, 1, False))  # one token, one expert, rank 2
-        cases.append(run_case(manifest, sm, dtype, (2, 3, 5), [16] * 5, 400, 64, 1, 3, False))  # D > 384: no fused tactic
-        cases.append(run_case(manifest, sm, dtype, (520,), [16] * 5, 16, 32, 1, 2, False))  # too many for masked16
+            # Odd sizes: nothing but D is a multiple of a tile.
+            cases.append(run((3, 19), [37, 5, 80, 1, 64, 33, 17], 96, 101, top_k, 0, calibrated))
+        cases.append(run((1,), [24], 48, 24, 1, 1, False))  # one token, one expert, rank 2
+        cases.append(run((2, 3, 5), [16] * 5, 400, 64, 1, 3, False))  # D > 384: no fused tactic
+        cases.append(run((520,), [16] * 5, 16, 32, 1, 2, False))  # too many tokens for masked16
     print(json.dumps({"creator": HARNESS.harness_creator().decode(), "cases": cases}))
 
 
