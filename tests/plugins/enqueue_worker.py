@@ -95,7 +95,7 @@ class Device:
 
     def __init__(self, manifest: dict[str, Any], dtype: str, sm: int):
         kernels = [k for k in manifest["kernels"] if k["sm"] == sm]
-        self.kernels = {(k["symbol"], k["dtype"]): k for k in kernels}
+        self.kernels = {(k["role"], k["variant"]): k for k in kernels if k["dtype"] == dtype}
         self.dtype = dtype
         self.problems: list[str] = []
         self.launches: list[str] = []
@@ -106,12 +106,9 @@ class Device:
 
     def execute(self, symbol: bytes, grid: Any, threads: int, shared: int, args: Any) -> int:
         try:
-            # Real kernels share a symbol between variants: the tactic's order tells which one is due.
+            # Real kernels share symbols between variants: the tactic's order tells which one is due.
             role, variant = self.expect[len(self.launches)].split("/")
-            kernel = next(
-                k for k in self.kernels.values()
-                if (k["role"], k["variant"], k["dtype"]) == (role, variant, self.dtype)
-            )  # fmt: skip
+            kernel = self.kernels[role, variant]
             self.launches.append(f"{role}/{variant}")
             self.run(kernel, symbol.decode(), tuple(grid[:3]), threads, shared, args)
         except Exception as error:  # must not cross into C++
@@ -224,6 +221,7 @@ def run_case(
             pointer(attached), ctypes.byref(case), addresses, pointer(y.data_ptr()), pointer(memory.data_ptr())
         )
         FAKE.fake_capture(0)
+        assert code == 0, (HARNESS.harness_log().decode(), device.problems)
         routes = layout(sizes, dtype, kind).split(memory)["routes"].view(tokens, top_k).long()
         # In the build phase tokens go where the load says, so the result is compared for that routing.
         due = moee_ffn(**inputs, activation=activation, top_k=top_k, chosen=routes) if calibrated else want
