@@ -12,7 +12,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,13 +112,13 @@ def build_plugin(
     ptx: bool = True,
     tensorrt_root: Path | None = None,
     sanitize: bool = False,
-    host: Path | None = None,
+    host: Sequence[Path] = (),
     jobs: int | None = None,
 ) -> Path:
     """Compile the plugin with the kernels in `kernels_dir` and return the library's path, in `out_dir`.
 
-    `sms` limits the embedded SMs (None: all). `sanitize` builds with ASan and UBSan; `host` names the C++ source of a
-    test program, built as `out_dir/build/moee_host`. Raises `MissingDependency` without cmake, a compiler or headers,
+    `sms` limits the embedded SMs (None: all). `sanitize` builds with ASan and UBSan; `host` names the C++ sources of
+    a test program, built as `out_dir/build/moee_host`. Raises `MissingDependency` without cmake, a compiler or headers,
     `UserError` for unusable kernels or headers, `RuntimeError` with the compiler's output if compiling fails.
     """
     out_dir = Path(out_dir).resolve()
@@ -134,7 +134,7 @@ def build_plugin(
         f"-DMOEE_TABLES={tables}",
         f"-DTENSORRT_INCLUDE={headers.include}",
         f"-DMOEE_SANITIZE={'ON' if sanitize else 'OFF'}",
-        f"-DMOEE_HOST={host.resolve() if host else ''}",
+        f"-DMOEE_HOST={';'.join(str(Path(source).resolve()) for source in host)}",
     ]
     _run(configure)
     _run(["cmake", "--build", str(build), "-j", str(jobs or os.cpu_count() or 1)])

@@ -28,3 +28,9 @@ def build_harness(folder: Path) -> Path:
     """The ctypes harness as `folder/libharness.so`."""
     includes = ["-isystem", str(select_headers().include), "-isystem", str(SOURCE / "csrc" / "compat")]
     return compile_shared(CSRC / "harness.cpp", folder / "libharness.so", *includes, "-ldl")
+
+
+def build_nvinfer(folder: Path, *options: str) -> Path:
+    """The registry double as `folder/libnvinfer.so.10`."""
+    includes = ["-isystem", str(select_headers().include), "-isystem", str(SOURCE / "csrc" / "compat")]
+    return compile_shared(CSRC / "fake_nvinfer.cpp", folder / "libnvinfer.so.10", *includes, *options)

@@ -35,5 +35,5 @@ def doubles() -> Path:
 @cache
 def host() -> Path:
     """The host program, sanitized."""
-    build_plugin(ROOT / "host", kernels(), sanitize=True, host=CSRC / "host_main.cpp")
+    build_plugin(ROOT / "host", kernels(), sanitize=True, host=sorted(CSRC.glob("host_*.cpp")))
     return ROOT / "host" / "build" / "moee_host"
