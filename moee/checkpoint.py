@@ -1,0 +1,132 @@
+"""MoEE models on disk: `moee.json` and `model.safetensors` in one folder (schema `moee.model/1`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moee.artifact import atomic_folder, read_manifest, write_manifest
+from moee.config import ExtractConfig, validated
+from moee.errors import UserError
+from moee.layer import Experts, RoutedFFN, routed_layers
+from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
+from moee.probe import Probe
+
+MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
+SCHEMA = "moee.model/1"
+
+
+class LayerRecord(BaseModel):
+    """A routed layer as the manifest describes it: what rebuilds the module before its tensors are loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    activation: str
+    top_k: int = Field(ge=1)
+    experts: int = Field(ge=1)
+    union: int = Field(ge=1)
+    neurons: int = Field(ge=1)
+    dim: int = Field(ge=1)
+    load: tuple[int, ...]
+    channels_first: bool = False
+
+
+@dataclass
+class MoeeModel:
+    """A model with routed layers and everything that an artifact records about it.
+
+    `info` is free-form: the commands' results, such as metrics and per-layer reports.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    config: ExtractConfig | None
+    data: str
+    probe: Probe | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def dense(self) -> nn.Module:
+        """The unmodified model that this one was extracted from."""
+        return load_model(self.spec)
+
+
+def _record(name: str, layer: RoutedFFN) -> dict[str, Any]:
+    return LayerRecord(
+        name=name, activation=layer.activation, top_k=layer.top_k, experts=layer.num_experts, union=layer.union,
+        neurons=len(layer.neurons), dim=layer.w_up.shape[1], load=layer.load, channels_first=layer.channels_first,
+    ).model_dump()  # fmt: skip
+
+
+def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
+    """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
+    with atomic_folder(path, force) as folder:
+        save_file({k: v.detach().contiguous() for k, v in moee.model.state_dict().items()}, folder / WEIGHTS)
+        if moee.probe is not None:
+            save_file({k: v.contiguous() for k, v in moee.probe.state().items()}, folder / PROBE)
+        body = {
+            "model": moee.spec.model_dump(),
+            "config": moee.config.model_dump(mode="json") if moee.config else None,
+            "data": moee.data,
+            "layers": [_record(name, layer) for name, layer in routed_layers(moee.model).items()],
+            "info": moee.info,
+        }
+        write_manifest(folder, MANIFEST, SCHEMA, body)
+
+
+def load(path: Path | str) -> MoeeModel:
+    """Read an artifact. Raises `UserError` for a damaged, foreign or inconsistent one."""
+    path = Path(path)
+    manifest = read_manifest(path, MANIFEST, SCHEMA)
+    try:
+        records = [validated(LayerRecord, item) for item in manifest["layers"]]
+        spec = validated(ModelSpec, manifest["model"])
+        config = validated(ExtractConfig, manifest["config"]) if manifest["config"] else None
+        data, info = str(manifest["data"]), dict(manifest["info"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / MANIFEST} lacks {error}; make the artifact again") from error
+    state = read_safetensors(path / WEIGHTS)
+    model = load_model(spec.model_copy(update={"weights": None, "pretrained": False}))
+    ffns = {f.name: f for f in find_ffns(model, config.exclude if config else ())}
+    for record in records:
+        if record.name not in ffns:
+            raise UserError(f"{path / MANIFEST} names layer {record.name}, which {spec.timm_name} does not have")
+        replace_module(model, record.name, _rebuild(record, state, ffns[record.name]))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
+    probe = read_safetensors(path / PROBE) if (path / PROBE).is_file() else None
+    return MoeeModel(model.eval(), spec, config, data, Probe(probe["weight"], probe["bias"]) if probe else None, info)
+
+
+def _rebuild(record: LayerRecord, state: dict[str, Tensor], ffn: FFN) -> RoutedFFN:
+    """The routed layer of a record, from the tensors of `state`; shapes and indices are checked before use."""
+    k, d, u = record.experts, record.dim, record.union
+    shapes = {
+        "router": (k, d), "router_bias": (k,), "w_up": (u, d), "b_up": (u,), "w_down": (u, d), "b_out": (k, d),
+        "neurons": (record.neurons,), "offsets": (k + 1,),
+    }  # fmt: skip
+    if d != ffn.dim or u > ffn.hidden:
+        raise UserError(f"layer {record.name}: manifest says dim {d}, union {u}; the model has {ffn.dim} and {ffn.hidden}")
+    tensors = {}
+    for part, shape in shapes.items():
+        tensor = state.get(f"{record.name}.{part}")
+        if tensor is None or tuple(tensor.shape) != shape:
+            came = "nothing" if tensor is None else list(tensor.shape)
+            raise UserError(f"{WEIGHTS}: {record.name}.{part} should have shape {list(shape)}, came {came}")
+        if part in ("neurons", "offsets") and tensor.dtype != torch.int32:
+            raise UserError(f"{WEIGHTS}: {record.name}.{part} should be int32, came {tensor.dtype}")
+        tensors[part] = tensor
+    if record.top_k > k:
+        raise UserError(f"layer {record.name}: top_k {record.top_k} exceeds its {k} experts; the artifact is damaged")
+    experts = Experts(**tensors, activation=record.activation, top_k=record.top_k, load=record.load)
+    return RoutedFFN(experts, record.channels_first)
+
+

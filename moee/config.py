@@ -1,0 +1,84 @@
+"""Configuration of extraction and fine-tuning: frozen, validated, JSON round trip."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moee.errors import UserError
+
+PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
+
+
+class ExtractConfig(BaseModel):
+    """How experts are found. Defaults are the preset `compensated`.
+
+    `keep` is the share of the (weighted) activation variance that each expert's neurons must hold.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = 0
+    tokens: int = Field(PAPER_TOKENS, ge=1, description="calibration tokens a layer")
+    exclude: tuple[str, ...] = ()
+    clustering: Literal["hdbscan", "kmeans", "none"] = "hdbscan"
+    components: int | None = Field(50, ge=1, description="principal components before clustering; None clusters all features")
+    cluster_tokens: int = Field(6000, ge=2, description="tokens a layer that are clustered; the rest only feeds statistics")
+    min_cluster_size: float = Field(0.006, gt=0, lt=1, description="share of the clustered tokens")
+    min_samples: int | None = Field(None, ge=1)
+    clusters: int | None = Field(None, ge=2, description="number of clusters, k-means only")
+    criterion: Literal["variance", "output_variance"] = "output_variance"
+    keep: float = Field(0.95, gt=0, le=1)
+    statistics: Literal["cluster", "routed"] = "routed"
+    compensation: Literal["none", "mean", "refit"] = "refit"
+    refit_lambda: float = Field(0.01, gt=0, description="share of the Gram matrix's mean diagonal")
+    refit_tokens: int = Field(PAPER_TOKENS, ge=1, description="tokens a layer that the refit may use")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExtractConfig:
+        if self.clustering == "kmeans" and self.clusters is None:
+            raise ValueError("clustering kmeans needs --clusters (for example 32)")
+        if self.clustering != "kmeans" and self.clusters is not None:
+            raise ValueError(f"--clusters is for k-means; clustering {self.clustering} chooses their number itself")
+        return self
+
+
+class FinetuneConfig(BaseModel):
+    """Distillation from the dense model. Defaults are the paper's recipe; a last-feature match serves backbones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = 0
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(32, ge=1)
+    lr: float = Field(1.5e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    temperature: float = Field(1.0, gt=0, description="of the logits KL, classifiers only")
+    train_router: bool = False
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the images that chooses the best epoch")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "compensated": {},
+    "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},
+    "static": {"clustering": "none"},
+}
+
+
+def make_extract_config(preset: str = "compensated", **overrides: Any) -> ExtractConfig:
+    """A preset with overrides. Raises `UserError` for an unknown preset or a value that does not fit."""
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    return validated(ExtractConfig, {**PRESETS[preset], **{k: v for k, v in overrides.items() if v is not None}})
+
+
+def validated(kind: type, values: dict[str, Any]) -> Any:
+    """Build a pydantic model; its errors become one `UserError` sentence."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        came = f" (came {first['input']!r})" if where else ""
+        raise UserError(f"{'--' + where.replace('_', '-') + ': ' if where else ''}{first['msg']}{came}") from error

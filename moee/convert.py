@@ -1,0 +1,154 @@
+"""Extraction: from a dense model and calibration images to a model whose MLPs are routed experts."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moee.calibration import CHUNK, LayerTokens, collect_tokens, hidden_activations
+from moee.clustering import NOISE, cluster_tokens
+from moee.config import ExtractConfig
+from moee.data import ImageSet
+from moee.errors import UserError
+from moee.layer import LOAD_UNIT, Experts, RoutedFFN
+from moee.models import FFN, find_ffns, replace_module
+from moee.progress import Reporter, silent
+from moee.refit import refit
+from moee.routing import cosine_router, route
+from moee.selection import MomentAccumulator, Moments, select_neurons
+
+MIN_EXPERT_TOKENS = 2  # an expert needs a variance
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What extraction did to one MLP. `share` [K] is each expert's share of the calibration tokens."""
+
+    name: str
+    status: str  # "routed" or the reason why the layer stayed dense
+    hidden: int
+    experts: int
+    union: int
+    widths: list[int]
+    share: list[float]
+    noise: float
+
+    @property
+    def mean_width(self) -> float:
+        """Neurons a token uses on average; the dense width where the layer stayed dense."""
+        return sum(w * s for w, s in zip(self.widths, self.share, strict=True)) if self.widths else float(self.hidden)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "mean_width": self.mean_width}
+
+
+def extract(
+    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None
+) -> list[LayerReport]:
+    """Replace the MLPs of `model` in place by routed experts found on `data`; returns one report a layer.
+
+    Calibration tokens lie on disk under `scratch` (a temporary folder by default) while it runs. Deterministic for one
+    configuration, data set and thread count. Raises `UserError` for input it cannot work with; the model is then unchanged.
+    """
+    ffns = find_ffns(model, config.exclude)
+    reports, layers = [], {}
+    with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
+        sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
+        report("experts", 0, len(ffns))
+        for position, (ffn, tokens) in enumerate(zip(ffns, sampled, strict=True), 1):
+            experts, layer_report = find_experts(ffn, tokens, config)
+            if experts is not None:
+                layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
+            reports.append(layer_report)
+            report("experts", position, len(ffns))
+    if not layers:
+        raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    if config.compensation == "refit":
+        refit(model, layers, {f.name: f for f in ffns}, data, config.refit_tokens, config.refit_lambda, report)
+    return reports
+
+
+def find_experts(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> tuple[Experts | None, LayerReport]:
+    """Cluster one layer's tokens and build its experts, or None with the reason when it stays dense."""
+    generator = torch.Generator().manual_seed(config.seed)
+    rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
+    members = sampled.load(rows)
+    labels = cluster_tokens(hidden_activations(ffn, members), config)
+    count = int(labels.max()) + 1 if len(labels) else 0
+    noise = float((labels == NOISE).double().mean())
+    if count < (1 if config.clustering == "none" else 2):
+        reason = f"dense: {count} cluster{'s' if count != 1 else ''}, {noise:.0%} noise"
+        return None, LayerReport(ffn.name, reason, ffn.hidden, 0, ffn.hidden, [], [], noise)
+    router, bias = cosine_router(members, labels, count)
+    router, bias, routes = _routes_without_idle(sampled, router, bias)
+    if config.statistics == "cluster":
+        labels = labels if len(router) == count else route(members, router, bias)[:, 0]
+        moments = _moments(ffn, members, labels, len(router))
+    else:
+        moments = _moments(ffn, sampled, routes, len(router))
+    share = torch.bincount(routes, minlength=len(router)).double() / len(routes)
+    experts = assemble(ffn, moments, router, bias, config, share)
+    widths = experts.widths
+    return experts, LayerReport(
+        ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, share.tolist(), noise
+    )
+
+
+def _routes_without_idle(sampled: LayerTokens, router: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Routes [N] of all sampled tokens, after experts that (almost) no token reaches have been taken out."""
+    while True:
+        routes = torch.cat([
+            route(sampled.load(part), router, bias)[:, 0] for part in torch.arange(sampled.count).split(CHUNK)
+        ])  # fmt: skip
+        busy = torch.bincount(routes, minlength=len(router)) >= MIN_EXPERT_TOKENS
+        if busy.all():
+            return router, bias, routes
+        router, bias = router[busy], bias[busy]
+
+
+def _moments(ffn: FFN, tokens: LayerTokens | Tensor, experts: Tensor, count: int) -> Moments:
+    accumulator = MomentAccumulator(count, ffn.hidden)
+    for part in torch.arange(len(experts)).split(CHUNK):
+        inputs = tokens[part] if isinstance(tokens, Tensor) else tokens.load(part)
+        accumulator.add(hidden_activations(ffn, inputs), experts[part])
+    return accumulator.finish()
+
+
+def assemble(
+    ffn: FFN, moments: Moments, router: Tensor, router_bias: Tensor, config: ExtractConfig, share: Tensor
+) -> Experts:
+    """Select each expert's neurons, gather their union into one store and compute the output biases.
+
+    With compensation, b_out[e] = b + sum over dropped j of E[a_j | e] * W2[:, j] (design rule: dropped neurons are
+    replaced by their mean); without, b_out[e] = b.
+    """
+    kept = select_neurons(moments, ffn, config.criterion, config.keep)
+    union = torch.cat(kept).unique()
+    position = torch.full((ffn.hidden,), -1, dtype=torch.int64)
+    position[union] = torch.arange(len(union))
+    biases = []
+    for e, neurons in enumerate(kept):
+        dropped = moments.mean[e].clone()
+        dropped[neurons] = 0
+        extra = ffn.w_down.double() @ dropped if config.compensation != "none" else 0
+        biases.append((ffn.b_down.double() + extra).float())
+    offsets = torch.tensor([0, *[len(n) for n in kept]]).cumsum(0)
+    return Experts(
+        router=router,
+        router_bias=router_bias,
+        w_up=ffn.w_up[union],
+        b_up=ffn.b_up[union],
+        w_down=ffn.w_down.T[union],
+        b_out=torch.stack(biases),
+        neurons=torch.cat([position[n] for n in kept]).to(torch.int32),
+        offsets=offsets.to(torch.int32),
+        activation=ffn.activation,
+        load=tuple((share * LOAD_UNIT).round().long().tolist()),
+    )

@@ -1,0 +1,243 @@
+"""Images for calibration, fine-tuning and accuracy: two built-in sets, image folders, any `timm.data` dataset.
+
+Every dataset yields `(index, image [3, H, W] float32 or None, label)`: None marks an unreadable file, label -1 no label.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from moee.errors import UserError
+
+log = logging.getLogger("moee")
+
+CALIBRATION_PHOTOS = (
+    "astronaut.png", "motorcycle_left.png", "retina.jpg", "hubble_deep_field.jpg", "moon.png", "grass.png", "brick.png",
+    "gravel.png", "coins.png", "camera.png", "ihc.png", "color.png", "text.png", "page.png",
+)  # fmt: skip
+HELD_OUT_PHOTOS = ("coffee.png", "chelsea.png", "rocket.jpg", "horse.png", "china.jpg", "flower.jpg")
+CALIBRATION_CROPS, HELD_OUT_CROPS = 22, 16  # a photograph: 308 crops for calibration, 96 held out
+DIGITS_HELD_OUT = 0.4
+FOLDER_HELD_OUT = 0.2
+VALIDATION_FOLDERS = ("val", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a model expects of its input: size in pixels, channel mean and deviation, and timm's full description."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    config: dict[str, Any] = field(compare=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] in 0..1 to the model's scale."""
+        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        return (images - mean) / std
+
+
+def model_transform(model: nn.Module) -> Transform:
+    """The transform that travels with a timm model; the size is the one that the model was built for."""
+    config = timm.data.resolve_model_data_config(model)
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built is not None:
+        config["input_size"] = (3, *built)
+    return Transform(int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"]), config)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`images` [B, 3, H, W] float32, `labels` [B] int64 (-1: none), `indices` [B] int64 positions in the dataset."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class ImageSet(Dataset):
+    """Images with a name, an optional label each and a transform. Subclasses implement `load`."""
+
+    def __init__(self, name: str, labels: list[int], num_classes: int):
+        self.name, self.labels, self.num_classes = name, labels, num_classes
+        self.skipped: dict[int, str] = {}
+
+    @property
+    def labelled(self) -> bool:
+        return self.num_classes > 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> Tensor:
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None, int]:
+        try:
+            return index, self.load(index), self.labels[index]
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return index, None, self.labels[index]
+
+
+class TensorSet(ImageSet):
+    """Images that are in memory already: `images` [N, 3, H, W] float32, normalised."""
+
+    def __init__(self, name: str, images: Tensor, labels: list[int], num_classes: int):
+        super().__init__(name, labels, num_classes)
+        self.images = images
+
+    def load(self, index: int) -> Tensor:
+        return self.images[index]
+
+
+class TimmSet(ImageSet):
+    """A `timm.data` map-style dataset, transformed as the model asks; `positions` selects images from it."""
+
+    def __init__(self, name: str, dataset: Any, positions: list[int], labels: list[int], num_classes: int):
+        super().__init__(name, labels, num_classes)
+        self.dataset, self.positions = dataset, positions
+
+    def load(self, index: int) -> Tensor:
+        position = self.positions[index]
+        if not hasattr(self.dataset, "reader"):
+            return self.dataset[position][0]
+        # not dataset[position]: timm quietly returns the next image in the place of an unreadable one
+        handle, _ = self.dataset.reader[position]
+        return self.dataset.transform(Image.open(handle).convert("RGB"))
+
+    def describe(self, index: int) -> str:
+        filename = getattr(self.dataset, "filename", None)
+        return str(filename(self.positions[index], absolute=True)) if filename else super().describe(index)
+
+
+def batches(data: ImageSet, batch_size: int, workers: int = 0, order: Tensor | None = None) -> Iterator[Batch]:
+    """Batches in `order` (default: as stored). Unreadable images are skipped and kept in `data.skipped`.
+
+    Raises `UserError` when no image could be read.
+    """
+    sampler = order.tolist() if order is not None else range(len(data))
+    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    seen = 0
+    for items in loader:
+        good = [(i, image, label) for i, image, label in items if image is not None]
+        for index, image, _ in items:
+            if image is None and index not in data.skipped:
+                data.skipped[index] = data.describe(index)
+                log.warning("skipped unreadable image %s (%d so far)", data.skipped[index], len(data.skipped))
+        if good:
+            seen += len(good)
+            indices, images, labels = zip(*good, strict=True)
+            yield Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+    if not seen:
+        first = next(iter(data.skipped.values()), data.name)
+        raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
+
+
+def load_data(source: str, transform: Transform, split: str = "train", seed: int = 0) -> ImageSet:
+    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string.
+
+    `split` is `train` (calibration, fine-tuning) or `val` (held out). A folder is read as `train/` and `val/` below it
+    where they exist; otherwise a fifth of it, drawn with `seed`, is held out. Raises `UserError` for a source that is none
+    of these, an empty folder, or one whose images cannot be listed.
+    """
+    if split not in ("train", "val"):
+        raise UserError(f"unknown split {split!r}; expected train or val")
+    if source == "digits":
+        return _digits(transform, split)
+    if source == "photos" or source.startswith("photos:"):
+        return _photos(source, transform, split, seed)
+    return _folder(source, transform, split, seed)
+
+
+def _digits(transform: Transform, split: str) -> ImageSet:
+    """scikit-learn's digits, upsampled: 1,078 for training, 719 held out, stratified, always the same split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    rows = np.arange(len(digits.target))
+    train, held_out = train_test_split(rows, test_size=DIGITS_HELD_OUT, random_state=0, stratify=digits.target)
+    chosen = train if split == "train" else held_out
+    grey = torch.from_numpy(digits.images[chosen]).float().div_(16.0)[:, None]
+    size = (transform.size, transform.size)
+    images = nn.functional.interpolate(grey, size, mode="bicubic", align_corners=False).clamp_(0, 1)
+    labels = [int(label) for label in digits.target[chosen]]
+    return TensorSet("digits", transform.normalise(images.expand(-1, 3, -1, -1)), labels, 10)
+
+
+def _photo_path(name: str) -> Path:
+    package, folder = ("sklearn", "datasets/images") if name in ("china.jpg", "flower.jpg") else ("skimage", "data")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the built-in photos need {package}; install it with pip install {package}")
+    return Path(spec.origin).parent / folder / name
+
+
+def _photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
+    """Random crops at native resolution (small photographs are enlarged first). Unlabelled."""
+    names, count = (CALIBRATION_PHOTOS, CALIBRATION_CROPS) if split == "train" else (HELD_OUT_PHOTOS, HELD_OUT_CROPS)
+    if ":" in source and split == "train":
+        text = source.partition(":")[2]
+        if not text.isdigit() or int(text) < 1:
+            raise UserError(f"data {source!r}: expected photos:N with N crops a photograph, for example photos:64")
+        count = int(text)
+    crops = []
+    for position, name in enumerate(names):
+        generator = torch.Generator().manual_seed(seed * 1000 + position + (0 if split == "train" else 500))
+        image = Image.open(_photo_path(name)).convert("RGB")
+        scale = transform.size / min(image.size)
+        if scale > 1:
+            image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+        for _ in range(count):
+            top = int(torch.randint(pixels.shape[1] - transform.size + 1, (1,), generator=generator))
+            left = int(torch.randint(pixels.shape[2] - transform.size + 1, (1,), generator=generator))
+            crops.append(pixels[:, top : top + transform.size, left : left + transform.size])
+    return TensorSet("photos", transform.normalise(torch.stack(crops)), [-1] * len(crops), 0)
+
+
+def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
+    root, name, part = Path(source), "", None
+    if "/" in source and not root.exists() and source.split("/")[0] in ("torch", "tfds", "hfds", "hfids", "wds"):
+        name, root, part = source, Path("."), "train" if split == "train" else "validation"
+    elif not root.is_dir():
+        raise UserError(f"data {source!r}: expected digits, photos, an image folder or a timm.data dataset string")
+    divided = not name and (root / "train").is_dir() and any((root / v).is_dir() for v in VALIDATION_FOLDERS)
+    if divided:
+        root /= "train" if split == "train" else next(v for v in VALIDATION_FOLDERS if (root / v).is_dir())
+    try:
+        kwargs: dict[str, Any] = {"split": part} if part else {}
+        dataset: Any = timm.data.create_dataset(name, root=str(root), **kwargs)
+        total = len(dataset)
+    except Exception as error:  # readers of many libraries, each with errors of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data {source!r}: no images found ({reason}); expected image files below it") from error
+    dataset.transform = timm.data.create_transform(
+        **{**transform.config, "input_size": (3, transform.size, transform.size)}, is_training=False
+    )
+    reader: Any = getattr(dataset, "reader", None)
+    targets = [int(t) for _, t in reader.samples] if hasattr(reader, "samples") else [-1] * total
+    classes = len(set(targets))
+    positions = list(range(total))
+    if not divided and not part:
+        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+        held_out = max(1, round(total * FOLDER_HELD_OUT)) if total > 1 else 0
+        positions = sorted(shuffled[held_out:] if split == "train" else shuffled[:held_out] or shuffled)
+    labels = [targets[p] if classes > 1 else -1 for p in positions]
+    return TimmSet(source, dataset, positions, labels, classes if classes > 1 else 0)

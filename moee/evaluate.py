@@ -1,0 +1,100 @@
+"""Run a model over held-out images, and say how much of the dense model a changed one retains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moee.data import ImageSet, batches
+from moee.layer import RoutedFFN, routed_layers
+from moee.metrics import mean_cosine
+from moee.probe import Probe
+from moee.progress import Reporter, silent, track
+
+MAX_TOKEN_BYTES = 1 << 30  # above this the token features of a data set are not kept
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """`features` [N, C] (logits of a classifier), `tokens` [N, ..., D] float16 or None, `labels` [N] (-1: none),
+    `shares`: per routed layer, each expert's share of the tokens."""
+
+    features: Tensor
+    tokens: Tensor | None
+    labels: Tensor
+    shares: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """A changed model against the dense one on the same images. Accuracies are None where labels or a head lack."""
+
+    images: int
+    dense_accuracy: float | None
+    accuracy: float | None
+    top1_agreement: float | None
+    class_cosine: float
+    token_cosine: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def run(model: nn.Module, data: ImageSet, report: Reporter = silent, message: str = "evaluate", batch_size: int = 32) -> Outputs:
+    """Outputs, last token features and routing shares of `model` on `data`, in one pass."""
+    layers = routed_layers(model)
+    counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
+
+    def count(name: str, layer: RoutedFFN):
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            counts[name] += torch.bincount(layer.routes(args[0]).flatten(), minlength=layer.num_experts)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(count(name, layer)) for name, layer in layers.items()]
+    features, tokens, labels = [], [], []
+    keep = True
+    try:
+        for batch in track(batches(data, batch_size), message, -(-len(data) // batch_size), report):
+            last = model.forward_features(batch.images)  # type: ignore[operator]
+            features.append(model.forward_head(last))  # type: ignore[operator]
+            labels.append(batch.labels)
+            keep = keep and isinstance(last, Tensor) and last[0].numel() * 2 * len(data) <= MAX_TOKEN_BYTES
+            if keep:
+                tokens.append(last.half())
+    finally:
+        for handle in handles:
+            handle.remove()
+    shares = {name: (c.double() / c.sum()).tolist() for name, c in counts.items()}
+    return Outputs(torch.cat(features), torch.cat(tokens) if keep else None, torch.cat(labels), shares)
+
+
+def retention(reference: Outputs, outputs: Outputs, probe: Probe | None, classifier: bool) -> Retention:
+    """Compare `outputs` with the dense `reference` on the same images; `probe` gives logits where there is no classifier."""
+    dense_logits, logits = reference.features, outputs.features
+    labelled = bool((reference.labels >= 0).all())
+    dense_accuracy = ours = agreement = None
+    if probe is not None or classifier:
+        if probe is not None:
+            dense_logits, logits = probe.logits(dense_logits), probe.logits(logits)
+        agreement = float((dense_logits.argmax(1) == logits.argmax(1)).double().mean())
+        if labelled and int(reference.labels.max()) < logits.shape[1]:
+            dense_accuracy = float((dense_logits.argmax(1) == reference.labels).double().mean())
+            ours = float((logits.argmax(1) == reference.labels).double().mean())
+    token_cosine = None
+    if reference.tokens is not None and outputs.tokens is not None:
+        dim = reference.tokens.shape[-1] if reference.tokens.dim() == 3 else None
+        if dim:
+            token_cosine = mean_cosine(reference.tokens.reshape(-1, dim).float(), outputs.tokens.reshape(-1, dim).float())
+    return Retention(
+        images=len(reference.labels),
+        dense_accuracy=dense_accuracy,
+        accuracy=ours,
+        top1_agreement=agreement,
+        class_cosine=mean_cosine(reference.features, outputs.features),
+        token_cosine=token_cosine,
+    )

@@ -1,0 +1,175 @@
+"""Distillation: the MoEE model learns from the unmodified one (paper, section 4; its recipe as defaults).
+
+A classifier matches the teacher's logits (KL divergence), a backbone its features (squared error relative to their power,
+plus one minus cosine). Teacher outputs are computed once, since images are not augmented. The router stays frozen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moee.artifact import read_json, sha256_file, write_json
+from moee.config import FinetuneConfig
+from moee.data import ImageSet, batches
+from moee.errors import UserError
+from moee.evaluate import run
+from moee.layer import routed_layers
+from moee.progress import Reporter, silent
+
+STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
+
+
+@dataclass
+class FinetuneResult:
+    """Losses by epoch (index 0 is before training) and the epoch whose weights were kept."""
+
+    train_loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, classifier: bool, temperature: float = 1.0) -> Tensor:
+    """Scalar loss of outputs [B, C]: KL(teacher || student) for logits, relative error plus 1 - cosine for features."""
+    if classifier:
+        log_student = torch.log_softmax(student / temperature, -1)
+        soft = torch.softmax(teacher / temperature, -1)
+        return nn.functional.kl_div(log_student, soft, reduction="batchmean") * temperature**2
+    relative = (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
+    return (relative + 1 - nn.functional.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+def finetune(
+    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent,
+    resume: Path | None = None,
+) -> FinetuneResult:  # fmt: skip
+    """Train `model` in place to match `dense` on `data`; leaves the weights of the best validation epoch in it.
+
+    With `resume`, a folder, the state is saved after every epoch and an interrupted run goes on from it; a run with
+    another configuration or model is refused with `UserError`.
+    """
+    if len(data) < 2:
+        raise UserError(f"fine-tuning needs at least 2 images, came {len(data)}")
+    classifier = bool(getattr(model, "num_classes", 0))
+    teacher = run(dense, data, report, "teacher").features.clone()
+    if data.skipped:
+        raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
+    held_out = order[: max(1, round(len(data) * config.validation))].sort().values
+    train = order[len(held_out) :].sort().values
+    for layer in routed_layers(model).values():
+        layer.router.requires_grad_(config.train_router)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay)
+    steps = -(-len(train) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * steps)
+
+    def validate() -> float:
+        total = 0.0
+        with torch.no_grad():
+            for batch in batches(data, config.batch_size, order=held_out):
+                loss = distillation_loss(model(batch.images), teacher[batch.indices], classifier, config.temperature)
+                total += float(loss) * len(batch.images)
+        return total / len(held_out)
+
+    # the modules stay in eval mode: timm's dropout and stochastic depth would act on the student alone
+    result = FinetuneResult()
+    identity = _identity(model, data, config)
+    first, best = 0, {name: p.detach().clone() for name, p in trainable.items()}
+    restored = _restore(resume, identity, trainable, optimiser) if resume is not None else None
+    if restored is not None:
+        first, best, result = restored
+        schedule.last_epoch = first * steps
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * (1 + math.cos(math.pi * first / config.epochs)) / 2
+    else:
+        result.validation_loss.append(validate())
+        result.train_loss.append(math.nan)
+    report("finetune", first * steps, config.epochs * steps)
+    for epoch in range(first, config.epochs):
+        generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch + 1)
+        total = 0.0
+        shuffled = train[torch.randperm(len(train), generator=generator)]
+        for step, batch in enumerate(batches(data, config.batch_size, order=shuffled), 1):
+            loss = distillation_loss(model(batch.images), teacher[batch.indices], classifier, config.temperature)
+            if not torch.isfinite(loss):
+                raise UserError(f"the loss became {float(loss)} in epoch {epoch + 1}; lower --lr (came {config.lr})")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+            total += float(loss.detach()) * len(batch.images)
+            report("finetune", epoch * steps + step, config.epochs * steps)
+        result.train_loss.append(total / len(train))
+        result.validation_loss.append(validate())
+        if result.validation_loss[-1] < min(result.validation_loss[:-1]):
+            result.best_epoch = epoch + 1
+            best = {name: p.detach().clone() for name, p in trainable.items()}
+        if resume is not None:
+            _store(resume, epoch + 1, identity, trainable, best, optimiser, result)
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(best[name])
+    return result
+
+
+def _identity(model: nn.Module, data: ImageSet, config: FinetuneConfig) -> dict:
+    """What a resumed run must share with the one that was interrupted."""
+    checksum = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+    return {"config": config.model_dump(), "data": data.name, "images": len(data), "weights": f"{checksum:.6f}"}
+
+
+def _store(folder: Path, epoch: int, identity: dict, trainable, best, optimiser, result: FinetuneResult) -> None:
+    """Write the tensors first and the pointer to them last, so that a kill in between leaves the former state."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable.items():
+        slots = optimiser.state[parameter]
+        tensors |= {f"model.{name}": parameter.detach(), f"best.{name}": best[name]}
+        tensors |= {f"{key}.{name}": slots[key] for key in ("exp_avg", "exp_avg_sq") if key in slots}
+    path = folder / TENSORS.format(epoch=epoch)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss, "best_epoch": result.best_epoch}
+    write_json(
+        folder / STATE,
+        {"schema": "moee.finetune/1", "epoch": epoch, "identity": identity, "file": path.name,
+         "sha256": sha256_file(path), "step": float(next(iter(optimiser.state.values()))["step"]), **losses},
+    )  # fmt: skip
+    for old in folder.glob(TENSORS.format(epoch="*")):
+        if old != path:
+            old.unlink()
+
+
+def _restore(folder: Path, identity: dict, trainable, optimiser) -> tuple[int, dict[str, Tensor], FinetuneResult] | None:
+    if not (folder / STATE).is_file():
+        return None
+    state = read_json(folder / STATE)
+    for key, ours in identity.items():
+        if state["identity"].get(key) != ours:
+            raise UserError(
+                f"{folder} holds an interrupted run with another {key} ({state['identity'].get(key)!r}, now {ours!r}); "
+                "finish that one or remove the folder"
+            )
+    path = folder / Path(state["file"]).name
+    if not path.is_file() or sha256_file(path) != state["sha256"]:
+        raise UserError(f"{path} is missing or changed; remove {folder} to start the fine-tuning again")
+    tensors = load_file(path)
+    best = {}
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            best[name] = tensors[f"best.{name}"]
+            if f"exp_avg.{name}" not in tensors:  # it never had a gradient
+                continue
+            optimiser.state[parameter] = {
+                "step": torch.tensor(state["step"]),
+                "exp_avg": tensors[f"exp_avg.{name}"],
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+            }
+    result = FinetuneResult([math.nan, *state["train_loss"]], state["validation_loss"], state["best_epoch"])
+    return int(state["epoch"]), best, result

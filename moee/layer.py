@@ -1,0 +1,122 @@
+"""The routed FFN as a module: experts are lists of neuron ids into one shared weight store."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moee import ops
+from moee.errors import UserError
+from moee.routing import route, scores
+
+LOAD_UNIT = 1_000_000  # loads are parts per million
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Everything a routed FFN computes with: shapes as in the operator's contract, float32, neuron ids int32."""
+
+    router: Tensor
+    router_bias: Tensor
+    w_up: Tensor
+    b_up: Tensor
+    w_down: Tensor
+    b_out: Tensor
+    neurons: Tensor
+    offsets: Tensor
+    activation: str
+    top_k: int = 1
+    load: tuple[int, ...] = ()
+
+    @property
+    def widths(self) -> list[int]:
+        return self.offsets.diff().tolist()
+
+
+def check_indices(neurons: Tensor, offsets: Tensor, experts: int, union: int) -> None:
+    """Raise `UserError` unless offsets rise from 0 to len(neurons) and each expert's ids ascend within [0, union)."""
+    bounds = offsets.tolist()
+    if len(bounds) != experts + 1 or bounds[0] != 0 or bounds[-1] != len(neurons) or bounds != sorted(bounds):
+        raise UserError(f"offsets do not rise from 0 to {len(neurons)} in {experts} steps; the artifact is damaged")
+    if len(neurons) and (int(neurons.min()) < 0 or int(neurons.max()) >= union):
+        raise UserError(f"a neuron id lies outside 0..{union - 1}; the artifact is damaged")
+    if any((neurons[a:b].diff() <= 0).any() for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise UserError("an expert's neuron ids do not ascend; the artifact is damaged")
+
+
+class RoutedFFN(nn.Module):
+    """Takes the place of an fc1-act-fc2 MLP on [..., D] (or [B, D, H, W] with `channels_first`).
+
+    Parameters `w_up` [U, D], `b_up` [U], `w_down` [U, D], `b_out` [K, D], `router` [K, D] (frozen unless told otherwise);
+    buffers `router_bias` [K], `neurons` [sum of widths] int32, `offsets` [K + 1] int32.
+    """
+
+    router: nn.Parameter
+    w_up: nn.Parameter
+    b_up: nn.Parameter
+    w_down: nn.Parameter
+    b_out: nn.Parameter
+    router_bias: Tensor
+    neurons: Tensor
+    offsets: Tensor
+
+    def __init__(self, experts: Experts, channels_first: bool = False):
+        super().__init__()
+        check_indices(experts.neurons, experts.offsets, len(experts.router), len(experts.w_up))
+        self.activation, self.top_k, self.load = experts.activation, experts.top_k, tuple(experts.load)
+        self.channels_first = channels_first
+        self.max_width = max(experts.widths)
+        for name in ("w_up", "b_up", "w_down", "b_out"):
+            setattr(self, name, nn.Parameter(getattr(experts, name).detach().clone().float()))
+        self.router = nn.Parameter(experts.router.detach().clone().float(), requires_grad=False)
+        self.register_buffer("router_bias", experts.router_bias.detach().clone().float())
+        self.register_buffer("neurons", experts.neurons.detach().clone().to(torch.int32))
+        self.register_buffer("offsets", experts.offsets.detach().clone().to(torch.int32))
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.shape[0]
+
+    @property
+    def widths(self) -> list[int]:
+        return self.offsets.diff().tolist()
+
+    @property
+    def union(self) -> int:
+        return self.w_up.shape[0]
+
+    def routes(self, x: Tensor) -> Tensor:
+        """Experts [tokens, top_k] int64 of the layer's input, tokens in reading order."""
+        x = x.movedim(1, -1) if self.channels_first else x
+        return route(x.reshape(-1, x.shape[-1]), self.router, self.router_bias, self.top_k)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.channels_first:
+            x = x.movedim(1, -1).contiguous()
+        y = ops.ffn(
+            x, self.router, self.router_bias, self.w_up, self.b_up, self.w_down, self.b_out, self.neurons, self.offsets,
+            self.activation, self.top_k, self.max_width, list(self.load),
+        )  # fmt: skip
+        if self.router.requires_grad and torch.is_grad_enabled():
+            y = y * self._straight_through(x)
+        return y.movedim(-1, 1) if self.channels_first else y
+
+    def _straight_through(self, x: Tensor) -> Tensor:
+        """Ones [..., 1] whose gradient is that of the chosen experts' softmax share: what lets a router be trained."""
+        gates = torch.softmax(scores(x, self.router, self.router_bias), -1)
+        chosen = gates.topk(self.top_k, dim=-1).values.sum(-1, keepdim=True)
+        return chosen / chosen.detach()
+
+    def extra_repr(self) -> str:
+        widths = self.widths
+        return (
+            f"experts={self.num_experts}, union={self.union}, widths={min(widths)}..{max(widths)}, "
+            f"top_k={self.top_k}, activation={self.activation}"
+        )
+
+
+def routed_layers(model: nn.Module) -> dict[str, RoutedFFN]:
+    """Every routed FFN of a model by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedFFN)}

@@ -1,0 +1,79 @@
+"""MACs, parameters and feature similarity."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from moee.layer import RoutedFFN, routed_layers
+from moee.models import find_ffns
+
+
+def dense_macs(model: nn.Module, size: int) -> int:
+    """Multiply-accumulates of one image of `size` pixels, attention products included. Works on shapes alone."""
+    shadow = copy.deepcopy(model).to("meta").eval()
+    for module in shadow.modules():
+        if hasattr(module, "fused_attn"):  # fused attention hides its two products from the counter
+            module.fused_attn = False  # type: ignore[assignment]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.empty(1, 3, size, size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def tokens_per_image(model: nn.Module, names: Iterable[str], size: int) -> dict[str, int]:
+    """Tokens an image that each named MLP sees."""
+    found: dict[str, int] = {}
+    shadow = copy.deepcopy(model).to("meta").eval()
+
+    def hook(name: str):
+        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            first = next(p for p in module.parameters() if p.dim() > 1)
+            found[name] = args[0].numel() // first.shape[1]
+
+        return count
+
+    for name in names:
+        shadow.get_submodule(name).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        shadow(torch.empty(1, 3, size, size, device="meta"))
+    return found
+
+
+def dense_params(model: nn.Module) -> int:
+    """Trainable numbers of a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def routed_macs_per_token(layer: RoutedFFN, share: Iterable[float] | Tensor) -> float:
+    """MACs a token: the router's scores, and the two products of the experts weighted by their share of the tokens."""
+    dim = layer.w_up.shape[1]
+    weighted = sum(w * s for w, s in zip(layer.widths, share, strict=True))
+    return layer.num_experts * dim + 2.0 * dim * weighted * layer.top_k
+
+
+def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], size: int) -> dict[str, Any]:
+    """MACs and parameters of both models: {"dense": {"macs", "params"}, "moee": {"macs", "params"}}.
+
+    `shares` holds, per routed layer, each expert's measured share of the tokens. Neuron ids are indices and not counted.
+    """
+    macs, params = dense_macs(dense, size), dense_params(dense)
+    layers = routed_layers(moee)
+    ffns = {f.name: f for f in find_ffns(dense)}
+    tokens = tokens_per_image(dense, layers, size)
+    moee_macs, moee_params = float(macs), params
+    for name, layer in layers.items():
+        ffn = ffns[name]
+        moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - 2.0 * ffn.dim * ffn.hidden)
+        moee_params += sum(p.numel() for p in layer.parameters()) + layer.router_bias.numel()
+        moee_params -= ffn.w_up.numel() + ffn.b_up.numel() + ffn.w_down.numel() + ffn.b_down.numel()
+    return {"dense": {"macs": macs, "params": params}, "moee": {"macs": round(moee_macs), "params": moee_params}}
+
+
+def mean_cosine(a: Tensor, b: Tensor) -> float:
+    """Mean cosine similarity of the rows of two feature matrices [N, D]."""
+    return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=1).mean())

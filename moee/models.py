@@ -1,0 +1,231 @@
+"""Load a timm model by name, with weights from safetensors, and find its fc1-act-fc2 MLPs."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
+from torch import Tensor, nn
+
+from moee.errors import UserError
+
+ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
+MAX_LISTED_KEYS = 3
+
+
+class ModelSpec(BaseModel):
+    """Which timm model: everything that `load_model` needs, and what an artifact records."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    timm_name: str
+    kwargs: dict[str, Any] = {}
+    pretrained: bool = False
+    weights: str | None = None
+    weights_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One MLP of a model. Weights are views: `w_up` [H, D], `b_up` [H], `w_down` [D, H], `b_down` [D].
+
+    `scale` [D] is the LayerScale that follows the MLP, or None. `channels_first` marks 1x1-convolution MLPs on [B, D, H, W].
+    """
+
+    name: str
+    activation: str
+    w_up: Tensor
+    b_up: Tensor
+    w_down: Tensor
+    b_down: Tensor
+    scale: Tensor | None
+    channels_first: bool
+
+    @property
+    def dim(self) -> int:
+        return self.w_up.shape[1]
+
+    @property
+    def hidden(self) -> int:
+        return self.w_up.shape[0]
+
+
+def load_model(spec: ModelSpec) -> nn.Module:
+    """Build the timm model of `spec` in eval mode, float32.
+
+    Raises `UserError` for an unknown name, arguments that the model refuses, or weights that do not fit.
+    """
+    if not timm.is_model(spec.timm_name):
+        close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
+        raise UserError(f"unknown model {spec.name!r}: expected a timm name or the alias dinov2-s{hint}")
+    kwargs = dict(spec.kwargs)
+    if spec.weights is not None:
+        kwargs["checkpoint_path"] = ""
+    try:
+        model = timm.create_model(spec.timm_name, pretrained=spec.pretrained and spec.weights is None, **kwargs)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(f"{spec.timm_name} refused the arguments {spec.kwargs}: {error}") from error
+    except Exception as error:  # timm's hub client raises many kinds; all mean that the weights could not be had
+        raise UserError(
+            f"pretrained weights of {spec.timm_name} could not be fetched ({type(error).__name__}); "
+            "give a file with --weights model.safetensors"
+        ) from error
+    if spec.weights is not None:
+        load_weights(model, Path(spec.weights))
+    return model.eval()
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises `UserError` if it is missing, truncated or of another format."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"weights {path} are not a .safetensors file; convert them first, pickle files are never opened")
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"weights {path} not found; give an existing .safetensors file") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"weights {path} are not valid safetensors ({error}); fetch or convert them again") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors checkpoint through timm's own filter (it resizes position embeddings).
+
+    Raises `UserError` that names the first keys or shapes that do not fit.
+    """
+    state = read_safetensors(path)
+    expected = model.state_dict()
+    shared = state.keys() & expected.keys()
+    if not shared:
+        raise UserError(f"weights {path} share no tensor name with {type(model).__name__}; they belong to another model")
+    try:
+        module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
+        filter_fn = getattr(module, "checkpoint_filter_fn", None)
+        if filter_fn is not None:
+            state = filter_fn(state, model)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"weights {path} do not fit {type(model).__name__}: {reason}; check the model's name") from error
+    heads = tuple(f"{name}." for name in _classifier_names(model))
+    missing = [key for key in missing if not key.startswith(heads)] if heads else missing
+    if missing or unexpected:
+        listed = ", ".join([*missing[:MAX_LISTED_KEYS], *unexpected[:MAX_LISTED_KEYS]])
+        raise UserError(
+            f"weights {path} do not fit {type(model).__name__}: {len(missing)} tensors missing, "
+            f"{len(unexpected)} unexpected ({listed}); check the model's name and arguments"
+        )
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    name = getattr(model, "default_cfg", {}).get("classifier") or ()
+    return (name,) if isinstance(name, str) else tuple(name)
+
+
+def _activation_name(name: str, act: nn.Module) -> str:
+    for kind, label in ACTIVATIONS.items():
+        if isinstance(act, kind):
+            return "gelu_tanh" if label == "gelu" and getattr(act, "approximate", "none") == "tanh" else label
+    if type(act).__name__ in ("GELUTanh", "GELU"):  # timm.layers has its own classes for both forms
+        return "gelu_tanh" if type(act).__name__ == "GELUTanh" else "gelu"
+    raise UserError(f"`{name}` uses {type(act).__name__}; MoEE knows gelu, gelu_tanh, relu, silu. Skip it with --exclude {name}")
+
+
+def _is_gated(module: nn.Module) -> bool:
+    if isinstance(module, (GluMlp, SwiGLU, GlobalResponseNormMlp)):
+        return True
+    up, down = getattr(module, "fc1", None), getattr(module, "fc2", None)
+    if hasattr(module, "fc1_g") or hasattr(module, "w12") or hasattr(module, "w3"):
+        return True
+    return isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and up.out_features != down.in_features
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    return isinstance(module, (Mlp, ConvMlp, GluMlp, SwiGLU, GlobalResponseNormMlp)) or (
+        all(isinstance(getattr(module, part, None), (nn.Linear, nn.Conv2d)) for part in ("fc1", "fc2"))
+        and isinstance(getattr(module, "act", None), nn.Module)
+    )
+
+
+def _following_scale(model: nn.Module, name: str) -> Tensor | None:
+    """Weight [D] of the LayerScale behind an MLP: `ls2.gamma` in ViT blocks, `gamma` in ConvNeXt blocks."""
+    block = model.get_submodule(name.rpartition(".")[0])
+    gamma = getattr(getattr(block, "ls2", None), "gamma", None)
+    if gamma is None:
+        gamma = getattr(block, "gamma", None)
+    return gamma.detach().flatten() if isinstance(gamma, Tensor) else None
+
+
+def _describe(model: nn.Module, name: str, module: Any) -> FFN:
+    if _is_gated(module):
+        raise UserError(
+            f"`{name}` is a gated or normalised MLP ({type(module).__name__}); MoEE needs fc1-act-fc2. "
+            f"Skip it with --exclude {name}"
+        )
+    if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
+        raise UserError(f"`{name}` has a norm inside its MLP; MoEE needs fc1-act-fc2. Skip it with --exclude {name}")
+    up, down = module.fc1, module.fc2
+    conv = isinstance(up, nn.Conv2d)
+    if conv and (up.kernel_size != (1, 1) or down.kernel_size != (1, 1) or up.groups * down.groups != 1):
+        raise UserError(f"`{name}` uses spatial convolutions; MoEE needs fc1-act-fc2. Skip it with --exclude {name}")
+    w_up, w_down = up.weight.detach().flatten(1), down.weight.detach().flatten(1)
+    return FFN(
+        name=name,
+        activation=_activation_name(name, module.act),
+        w_up=w_up,
+        b_up=up.bias.detach() if up.bias is not None else w_up.new_zeros(w_up.shape[0]),
+        w_down=w_down,
+        b_down=down.bias.detach() if down.bias is not None else w_down.new_zeros(w_down.shape[0]),
+        scale=_following_scale(model, name),
+        channels_first=conv,
+    )
+
+
+def find_ffns(model: nn.Module, exclude: tuple[str, ...] = ()) -> list[FFN]:
+    """Every MLP of the model in execution order of its definition.
+
+    `exclude` names modules, or prefixes of them (`blocks.3`), that stay dense. Raises `UserError` for a block that is not
+    fc1-act-fc2, for an exclusion that matches nothing, and for a model with no MLP at all.
+    """
+    names = [name for name, module in model.named_modules() if name and _is_mlp(module)]
+    names = [n for n in names if not _is_head(model, n)]
+    for pattern in exclude:
+        if not any(n == pattern or n.startswith(f"{pattern}.") for n in names):
+            raise UserError(f"--exclude {pattern} matches no MLP; this model's MLPs are {', '.join(names) or 'none'}")
+    kept = [n for n in names if not any(n == p or n.startswith(f"{p}.") for p in exclude)]
+    if not kept:
+        raise UserError(f"{type(model).__name__} has no fc1-act-fc2 MLP to take experts from; choose a Vision Transformer")
+    return [_describe(model, name, model.get_submodule(name)) for name in kept]
+
+
+def _is_head(model: nn.Module, name: str) -> bool:
+    """MLPs of pooling or classification heads run on one token an image: no experts there."""
+    return name.split(".")[0] in ("head", "attn_pool", "fc_norm", *_classifier_names(model))
+
+
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where `name` is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply one of the contract's activations elementwise."""
+    if activation == "gelu":
+        return torch.nn.functional.gelu(x)
+    if activation == "gelu_tanh":
+        return torch.nn.functional.gelu(x, approximate="tanh")
+    if activation == "relu":
+        return torch.relu(x)
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    raise UserError(f"unknown activation {activation!r}; expected gelu, gelu_tanh, relu or silu")

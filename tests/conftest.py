@@ -1,0 +1,46 @@
+"""Shared fixtures: a tiny ViT with random weights, and small images for it."""
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from moee.config import make_extract_config  # noqa: E402
+from moee.convert import extract  # noqa: E402
+from moee.data import TensorSet  # noqa: E402
+from moee.models import ModelSpec, load_model  # noqa: E402
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=10)
+
+
+def tiny_spec(**kwargs) -> ModelSpec:
+    return ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs={**TINY, **kwargs})
+
+
+def tiny_images(count: int = 48, size: int = 32, classes: int = 4) -> TensorSet:
+    """Noise around one random pattern a class, so that tokens form clusters."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randn(classes, 3, size, size, generator=generator) * 2
+    labels = [i % classes for i in range(count)]
+    noise = torch.randn(count, 3, size, size, generator=generator) * 0.3
+    return TensorSet("tiny", patterns[labels] + noise, labels, classes)
+
+
+@pytest.fixture
+def tiny_model():
+    torch.manual_seed(0)
+    return load_model(tiny_spec())
+
+
+@pytest.fixture
+def tiny_moee(tiny_model):
+    """A tiny model with four k-means experts a layer, its dense original, its images."""
+    import copy
+
+    dense = copy.deepcopy(tiny_model)
+    data = tiny_images()
+    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
+    reports = extract(tiny_model, data, config)
+    return tiny_model, dense, data, config, reports

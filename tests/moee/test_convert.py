@@ -1,0 +1,184 @@
+"""Extraction and refit on a tiny model."""
+
+import copy
+
+import pytest
+import torch
+
+from moee.calibration import collect_tokens, hidden_activations
+from moee.config import make_extract_config
+from moee.convert import extract, find_experts
+from moee.data import TensorSet, batches
+from moee.errors import UserError
+from moee.layer import RoutedFFN, routed_layers
+from moee.models import find_ffns
+from moee.refit import refit_layer
+from tests.conftest import tiny_images
+
+KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)
+
+
+def first_inputs(model, name, images):
+    """Input tokens of one module, [N, D]."""
+    kept = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda m, a: kept.append(a[0].reshape(-1, a[0].shape[-1])))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return kept[0]
+
+
+def test_calibration_keeps_every_token_when_the_budget_allows(tiny_model, tmp_path):
+    data, ffns = tiny_images(40), find_ffns(tiny_model)
+    sampled = collect_tokens(tiny_model, ffns, data, tmp_path, budget=10**6)
+    expected = first_inputs(tiny_model, ffns[1].name, data.images)
+    assert sampled[1].count == 40 * 17
+    torch.testing.assert_close(sampled[1].load(), expected, rtol=1e-3, atol=1e-3)  # float16 on disk
+
+
+def test_calibration_sample_is_uniform_and_within_budget(tiny_model, tmp_path):
+    data, ffns = tiny_images(64), find_ffns(tiny_model)
+    sampled = collect_tokens(tiny_model, ffns, data, tmp_path, budget=300, seed=3)
+    assert [s.count for s in sampled] == [300] * 3
+    assert sampled[0].path.stat().st_size == 300 * 32 * 2
+    everything = first_inputs(tiny_model, ffns[0].name, data.images).half().float()
+    position = {row.numpy().tobytes(): i for i, row in enumerate(everything)}
+    drawn = sorted(position[row.numpy().tobytes()] for row in sampled[0].load())
+    assert len(set(drawn)) == 300
+    halves = sum(p < len(everything) // 2 for p in drawn)
+    assert 110 < halves < 190, "the sample leans to one half of the data"
+
+
+def test_full_share_reproduces_the_dense_model(tiny_model):
+    dense, data = copy.deepcopy(tiny_model), tiny_images()
+    for compensation in ("none", "mean", "refit"):
+        model = copy.deepcopy(dense)
+        extract(model, data, make_extract_config(keep=1.0, compensation=compensation, **KMEANS))
+        with torch.no_grad():
+            torch.testing.assert_close(model(data.images), dense(data.images), rtol=1e-3, atol=1e-4)
+
+
+def test_each_step_of_compensation_brings_the_output_closer(tiny_model):
+    dense, data = copy.deepcopy(tiny_model), tiny_images(64)
+    errors = {}
+    for compensation in ("none", "mean", "refit"):
+        model = copy.deepcopy(dense)
+        extract(model, data, make_extract_config(keep=0.7, compensation=compensation, **KMEANS))
+        with torch.no_grad():
+            errors[compensation] = float((model(data.images) - dense(data.images)).square().mean())
+    assert errors["refit"] < errors["mean"] < errors["none"]
+
+
+def test_refit_leaves_no_mean_error_and_solves_the_ridge_problem(tiny_model):
+    data, ffn = tiny_images(64), find_ffns(tiny_model)[0]
+    tokens = first_inputs(tiny_model, ffn.name, data.images)
+    model = copy.deepcopy(tiny_model)
+    extract(model, data, make_extract_config(keep=0.6, compensation="mean", **KMEANS))
+    layer = routed_layers(model)[ffn.name]
+    dense_out = hidden_activations(ffn, tokens) @ ffn.w_down.T + ffn.b_down
+    before = (layer(tokens) - dense_out).square().mean()
+    refit_layer(layer, ffn, tokens, ridge=1e-6)
+    error = layer(tokens) - dense_out
+    assert error.square().mean() < before
+    routes = layer.routes(tokens)[:, 0]
+    for e in routes.unique().tolist():
+        assert error[routes == e].mean(0).abs().max() < 1e-4, "an expert's mean output must equal the dense one"
+    # at the optimum of an (almost) unpenalised least-squares fit the residual is orthogonal to the masked activations
+    bounds = layer.offsets.tolist()
+    gradient = torch.zeros_like(layer.w_down)
+    for e in range(layer.num_experts):
+        rows, kept = routes == e, layer.neurons[bounds[e] : bounds[e + 1]].long()
+        hidden = torch.nn.functional.gelu(tokens[rows] @ layer.w_up[kept].T + layer.b_up[kept])
+        gradient[kept] += (hidden - hidden.mean(0)).T @ error[rows]
+    assert gradient.abs().max() / len(tokens) < 1e-5
+
+
+def test_same_seed_same_experts_bit_for_bit(tiny_model):
+    states = []
+    for _ in range(2):
+        model = copy.deepcopy(tiny_model)
+        extract(model, tiny_images(), make_extract_config(min_cluster_size=0.02, keep=0.8, cluster_tokens=400))
+        states.append(model.state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def test_static_preset_is_one_expert(tiny_model):
+    reports = extract(tiny_model, tiny_images(), make_extract_config("static", keep=0.9))
+    assert [r.experts for r in reports] == [1, 1, 1]
+    assert all(r.union == r.widths[0] < r.hidden for r in reports)
+
+
+def test_reports_agree_with_the_layers(tiny_moee):
+    model, _, _, _, reports = tiny_moee
+    for report in reports:
+        layer = routed_layers(model)[report.name]
+        assert report.widths == layer.widths and report.union == layer.union
+        assert abs(sum(report.share) - 1) < 1e-9 and abs(sum(layer.load) - 1e6) < 10
+
+
+def test_excluded_layers_stay_as_they_are(tiny_model):
+    extract(tiny_model, tiny_images(), make_extract_config(exclude=("blocks.1",), **KMEANS))
+    assert list(routed_layers(tiny_model)) == ["blocks.0.mlp", "blocks.2.mlp"]
+
+
+def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
+    import moee.convert
+
+    answers = iter([0, 4, 4])
+
+    def labels(activations, config):
+        count = next(answers)
+        return torch.arange(len(activations)) % count if count else torch.full((len(activations),), -1)
+
+    monkeypatch.setattr(moee.convert, "cluster_tokens", labels)
+    reports = extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
+    assert reports[0].status == "dense: 0 clusters, 100% noise"
+    assert [r.status for r in reports[1:]] == ["routed", "routed"]
+    assert not isinstance(tiny_model.blocks[0].mlp, RoutedFFN)
+
+
+def test_no_clusters_anywhere_is_refused(tiny_model, monkeypatch):
+    import moee.convert
+
+    monkeypatch.setattr(moee.convert, "cluster_tokens", lambda a, c: torch.full((len(a),), -1))
+    before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
+    with pytest.raises(UserError, match="would stay dense"):
+        extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
+    assert all(torch.equal(v, before[k]) for k, v in tiny_model.state_dict().items())
+
+
+def test_too_little_calibration_is_refused(tiny_model):
+    one = TensorSet("one", tiny_images(1).images, [0], 4)
+    with pytest.raises(UserError, match="minimum cluster size|clusters needs"):
+        extract(tiny_model, one, make_extract_config(clustering="kmeans", clusters=40))
+
+
+def test_nan_activations_name_the_layer(tiny_model):
+    with torch.no_grad():
+        tiny_model.blocks[1].norm2.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="`blocks.1.mlp` receives NaN"):
+        extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
+
+
+def test_cluster_statistics_use_the_members_only(tiny_model, tmp_path):
+    data, ffns = tiny_images(), find_ffns(tiny_model)
+    sampled = collect_tokens(tiny_model, ffns, data, tmp_path, 10**6)
+    routed, _ = find_experts(ffns[0], sampled[0], make_extract_config(keep=0.7, **KMEANS))
+    cluster, _ = find_experts(ffns[0], sampled[0], make_extract_config("paper", **KMEANS))
+    assert torch.equal(routed.router, cluster.router)
+    assert torch.equal(cluster.b_out, ffns[0].b_down.expand_as(cluster.b_out)), "the paper compensates nothing"
+    assert not torch.equal(routed.b_out, cluster.b_out)
+
+
+def test_unreadable_images_are_skipped_and_counted(caplog):
+    class Broken(TensorSet):
+        def load(self, index):
+            if index in (2, 5):
+                raise OSError("truncated")
+            return super().load(index)
+
+    data = Broken("broken", torch.zeros(8, 3, 4, 4), [0] * 8, 0)
+    seen = [int(i) for batch in batches(data, 3) for i in batch.indices]
+    assert seen == [0, 1, 3, 4, 6, 7] and sorted(data.skipped) == [2, 5]
+    assert "skipped unreadable image broken[2]" in caplog.text

@@ -1,0 +1,46 @@
+"""Neuron selection and streamed moments."""
+
+import pytest
+import torch
+
+from moee.models import find_ffns
+from moee.selection import MomentAccumulator, keep_by_share, output_weight, select_neurons
+
+
+def test_keeps_the_fewest_neurons_that_hold_the_share():
+    importance = torch.tensor([5.0, 1.0, 3.0, 1.0], dtype=torch.float64)
+    assert keep_by_share(importance, 0.5).tolist() == [0]
+    assert keep_by_share(importance, 0.51).tolist() == [0, 2]
+    assert keep_by_share(importance, 0.9).tolist() == [0, 1, 2]  # tie of 1 and 3 goes to the lower id
+    assert keep_by_share(importance, 1.0).tolist() == [0, 1, 2, 3]
+
+
+def test_constant_activations_still_keep_one_neuron():
+    assert keep_by_share(torch.zeros(4, dtype=torch.float64), 0.95).tolist() == [0]
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 17])
+def test_moments_do_not_depend_on_the_chunks(chunks):
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(200, 6, generator=g) * 3 + 100  # a large mean would ruin a naive sum of squares
+    experts = torch.randint(-1, 3, (200,), generator=g)
+    accumulator = MomentAccumulator(3, 6)
+    for part in torch.arange(200).chunk(chunks):
+        accumulator.add(values[part], experts[part])
+    moments = accumulator.finish()
+    for e in range(3):
+        member = values[experts == e].double()
+        assert int(moments.count[e]) == len(member)
+        torch.testing.assert_close(moments.mean[e], member.mean(0), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(moments.variance[e], member.var(0, correction=0), rtol=1e-4, atol=1e-6)
+
+
+def test_output_variance_weighs_by_the_down_projection(tiny_model):
+    ffn = find_ffns(tiny_model)[0]
+    ffn.w_down[:, 0] = 0  # a neuron that cannot be seen in the output is never worth keeping
+    accumulator = MomentAccumulator(1, ffn.hidden)
+    accumulator.add(torch.randn(100, ffn.hidden), torch.zeros(100, dtype=torch.int64))
+    moments = accumulator.finish()
+    assert output_weight(ffn)[0] == 0
+    assert 0 not in select_neurons(moments, ffn, "output_variance", 0.99)[0].tolist()
+    assert 0 in select_neurons(moments, ffn, "variance", 1.0)[0].tolist()
