@@ -87,7 +87,9 @@ def build(
             triton=triton.__version__,
             ptxas=", ".join(sorted({ptxas_version(target(sm).ptxas) for sm in sms})),
             tactics=tuple(
-                TacticEntry(t.id, t.name, t.top_k, t.max_d, t.max_tokens, tuple(dict(vars(step)) for step in t.launches))
+                TacticEntry(
+                    t.id, t.name, t.top_k, t.max_d, t.max_tokens, tuple(dict(vars(step)) for step in t.launches)
+                )
                 for t in TACTICS
             ),
             kernels=tuple(replace(compiled[job].kernel, dtype=dtype) for job, dtype in entries),
@@ -118,7 +120,10 @@ def default_cache() -> Path:
 def source_sha256() -> str:
     """Hash of everything that decides what the kernels do and how they are compiled."""
     digest = hashlib.sha256()
-    files = [*sorted((PACKAGE / "kernels").glob("*.py")), *(PACKAGE / n for n in ("tactics.py", "targets.py", "compile.py"))]
+    files = [
+        *sorted((PACKAGE / "kernels").glob("*.py")),
+        *(PACKAGE / n for n in ("tactics.py", "targets.py", "compile.py")),
+    ]
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -128,7 +133,7 @@ def source_sha256() -> str:
 def key(job: Job) -> str:
     """Cache key: source with all called device functions, settings, target, and compiler versions."""
     goal = target(job.sm)
-    settings = config(job.role, job.variant, "float16" if job.dtype == "any" else job.dtype)
+    settings = config(job.role, job.variant, "float16" if job.dtype == "any" else job.dtype, job.sm)
     parts = {
         "job": asdict(job),
         "kernel": SPECS[job.role].fn.cache_key,

@@ -44,7 +44,9 @@ def parse_parameters(listing: str) -> list[Parameter]:
 
     An entry reads `Attribute: EIATTR_KPARAM_INFO ... Ordinal : 0x3 Offset : 0x18 Size : 0x8`.
     """
-    pattern = re.compile(r"EIATTR_KPARAM_INFO\b.*?Ordinal\s*:\s*(0x\w+)\s+Offset\s*:\s*(0x\w+)\s+Size\s*:\s*(0x\w+)", re.S)
+    pattern = re.compile(
+        r"EIATTR_KPARAM_INFO\b.*?Ordinal\s*:\s*(0x\w+)\s+Offset\s*:\s*(0x\w+)\s+Size\s*:\s*(0x\w+)", re.S
+    )
     found = {int(o, 16): Parameter(int(o, 16), int(at, 16), int(size, 16)) for o, at, size in pattern.findall(listing)}
     return [found[o] for o in sorted(found)]
 

@@ -12,7 +12,7 @@ import torch
 
 from plugins import interpreter
 from plugins.contract import ACTIVATIONS
-from plugins.kernels.spec import KernelSpec, POINTERS
+from plugins.kernels.spec import POINTERS, KernelSpec
 from plugins.tactics import SPECS, Config, Tactic, config, grid_axes
 from plugins.workspace import TORCH_DTYPES, Sizes, layout
 
@@ -63,6 +63,14 @@ def sizes_of(inputs: Mapping[str, torch.Tensor], top_k: int) -> Sizes:
     return Sizes(x.shape[0], x.shape[1], experts, inputs["b_up"].shape[0], width, top_k)
 
 
+def sm_of(tensor: torch.Tensor) -> int | None:
+    """Architecture of the device that holds the tensor, such as 87; None for the CPU."""
+    if not tensor.is_cuda:
+        return None
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
 def run(
     tactic: Tactic, inputs: Mapping[str, torch.Tensor], *, activation: int = 0, top_k: int = 1,
     load_cdf: torch.Tensor | None = None, memory: torch.Tensor | None = None, y: torch.Tensor | None = None,
@@ -70,8 +78,9 @@ def run(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
     """Run `tactic` on the operator's `inputs`; returns (y [T, D], workspace buffers by name).
 
-    `load_cdf` [K] int32 switches to the build phase's `route_load`. `memory` (uint8) is the workspace and `y` the output;
-    both are made if not given. `watch` observes the interpreter. Raises ValueError if the tactic does not fit the sizes.
+    `load_cdf` [K] int32 switches to the build phase's `route_load`. `memory` (uint8) is the workspace and `y` the
+    output; both are made if not given. `watch` observes the interpreter. Raises ValueError if the tactic does not fit
+    the sizes.
     """
     sizes = sizes_of(inputs, top_k)
     x = inputs["x"]
@@ -91,12 +100,13 @@ def run(
     if watch is not None:
         watch.allow({n: v for n, v in available.items() if isinstance(v, torch.Tensor)})
 
+    capability = sm_of(x)
     for step in tactic.launches:
         if step.role == "combine" and top_k == 1:
             continue
         role = "route_load" if step.role == "route" and load_cdf is not None else step.role
         spec = SPECS[role]
-        settings = config(role, step.variant, dtype)
+        settings = config(role, step.variant, dtype, capability)
         grid = KernelSpec(role, spec.fn, spec.reference, grid_axes(role, settings)).launch_grid(
             sizes.as_dict(), settings.block
         )

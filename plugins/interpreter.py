@@ -28,6 +28,13 @@ from triton.runtime import interpreter as backend
 LIBRARY: tuple[types.ModuleType, ...] = (tl, core, standard)
 
 
+class DeviceFunction(backend.InterpretedFunction):
+    """A function called from a kernel. Triton's own class patches the language at each call and never undoes it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.rewrite()(*args, **kwargs)
+
+
 @cache
 def interpret(kernel: Any) -> Any:
     """The interpreted twin of a `triton.jit` function, device functions included."""
@@ -40,7 +47,8 @@ def interpret(kernel: Any) -> Any:
         value = kernel.fn.__globals__[name]
         namespace[name] = interpret(value) if isinstance(value, triton.runtime.JITFunction) else value
     namespace["__builtins__"] = __builtins__
-    return backend.InterpretedFunction(twin)
+    namespace["core"] = core  # the interpreter patches the language modules that a kernel's namespace holds
+    return DeviceFunction(twin)
 
 
 def _names(code: types.CodeType, known: Mapping[str, Any]) -> set[str]:
@@ -78,7 +86,9 @@ class Watch:
         if bad.any():
             near = self.ranges[int(max(at[bad][0], 0))]
             offset = int(active[bad][0]) - near[0]
-            raise IndexError(f"{what} of {int(bad.sum())} addresses outside every buffer; first: {near[2]} + {offset} bytes")
+            raise IndexError(
+                f"{what} of {int(bad.sum())} addresses outside every buffer; first: {near[2]} + {offset} bytes"
+            )
 
     def count(self, pointers: np.ndarray, mask: np.ndarray) -> None:
         """Remember one write to each active address."""
@@ -163,17 +173,22 @@ def _interpreted_library() -> Iterator[None]:
 
 
 def _dot(a: Any, b: Any, d: Any, *_: Any) -> Any:
-    """Triton's interpreter keeps bfloat16 as uint16 and multiplies those integers; widen them to float32 first."""
+    """Block product in float32, each row summed the same way wherever it stands in the block.
+
+    Triton's own uses BLAS, whose sums depend on a row's position, and multiplies bfloat16 as the uint16 it is kept in.
+    """
     left, right = (
         (h.data.astype(np.uint32) << 16).view(np.float32) if h.get_element_ty() == tl.bfloat16 else h.data
         for h in (a, b)
     )
-    return backend.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    with np.errstate(invalid="ignore", over="ignore"):
+        product = np.einsum("ik,kj->ij", left.astype(d.data.dtype), right.astype(d.data.dtype))
+        return backend.TensorHandle(product + d.data, d.dtype.scalar)
 
 
 @cache
 def _library_twin(function: Any) -> Any:
-    return backend.InterpretedFunction(function.fn)
+    return DeviceFunction(function.fn)
 
 
 def run(kernel: Any, grid: tuple[int, int, int], arguments: Mapping[str, Any]) -> None:

@@ -163,7 +163,9 @@ def _problem(manifest: Manifest) -> str | None:
                 roles = (step["role"], "route_load") if step["role"] == "route" else (step["role"],)
                 for role in roles:
                     if (role, step["variant"], dtype, sm) not in keys:
-                        return f"tactic {t.name} needs {role}/{step['variant']} for {dtype}, sm_{sm}, which is not listed"
+                        return (
+                            f"tactic {t.name} needs {role}/{step['variant']} for {dtype}, sm_{sm}, which is not listed"
+                        )
     return None
 
 

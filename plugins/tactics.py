@@ -16,10 +16,10 @@ from plugins.kernels import (
     route_load,
 )
 from plugins.kernels.spec import Block, KernelSpec
+from plugins.targets import target
 
 SPECS: dict[str, KernelSpec] = {
-    m.SPEC.role: m.SPEC
-    for m in (route, route_load, expert_up, expert_down, fused, masked_up, masked_down, combine)
+    m.SPEC.role: m.SPEC for m in (route, route_load, expert_up, expert_down, fused, masked_up, masked_down, combine)
 }
 GEMM_ROLES = ("route", "expert_up", "expert_down", "fused", "masked_up", "masked_down")
 
@@ -142,10 +142,14 @@ def by_id(id: int) -> Tactic:
     raise ValueError(f"tactic {id} is unknown; known are {[t.id for t in TACTICS]}")
 
 
-def config(role: str, variant: str, dtype: str) -> Config:
-    """Compile settings of one kernel; raises ValueError for one that does not exist."""
+def config(role: str, variant: str, dtype: str, sm: int | None = None) -> Config:
+    """Compile settings of one kernel; raises ValueError for one that does not exist.
+
+    Where there are no tensor cores to use (sm_75), every type takes the tiles of float32.
+    """
+    cores = sm is None or target(sm).tensor_cores
     try:
-        return VARIANTS[dtype][role, variant]
+        return VARIANTS[dtype if cores else "float32"][role, variant]
     except KeyError:
         raise ValueError(f"no kernel {role}/{variant} for {dtype}; see plugins/tactics.py") from None
 

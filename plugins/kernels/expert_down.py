@@ -14,7 +14,8 @@ from plugins.kernels.spec import RUNTIME, KernelSpec
 
 def reference(*, hidden, w_down, b_out, neurons, offsets, counts, buckets, y, partial, tokens, dim, experts, max_width,
               top_k) -> None:  # fmt: skip
-    """hidden [T * top_k, round16(max_width)], w_down [U, D], b_out [K, D] of T; fills y [T, D] or partial [T * top_k, D]."""
+    """hidden [T * top_k, round16(max_width)], w_down [U, D], b_out [K, D] of T; fills y [T, D] or, for top_k > 1,
+    partial [T * top_k, D] float32."""
     target = y if top_k == 1 else partial
     for e in range(experts):
         keep = neurons[int(offsets[e]) : int(offsets[e + 1])].long()

@@ -1,4 +1,4 @@
-"""`expert_up`: hidden[slot] = act(x[token] @ w_up[S_e].T + b_up[S_e]), gathering tokens and neuron rows on the way in."""
+"""`expert_up`: hidden[slot] = act(x[token] @ w_up[S_e].T + b_up[S_e]), gathering tokens and neuron rows as it reads."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ def fused_kernel(x, w_up, b_up, w_down, b_out, neurons, offsets, counts, buckets
         h = tl.dot(x0, tl.trans(u0), input_precision="ieee")
         h = tl.dot(x1, tl.trans(u1), h, input_precision="ieee")
         h += tl.load(b_up + neuron, mask=kept, other=0.0).to(tl.float32)[None, :]
-        h = tl.where(kept[None, :], activate(h, activation), 0.0).to(x.dtype.element_ty)
+        # Columns beyond the expert hold act(0) = 0 against rows of zeros.
+        h = activate(h, activation).to(x.dtype.element_ty)
         v0 = tl.load(w_down + w_row + c0[None, :], mask=m0, other=0.0)
         v1 = tl.load(w_down + w_row + c1[None, :], mask=m1, other=0.0)
         acc0 = tl.dot(h, v0, acc0, input_precision="ieee")

@@ -29,7 +29,9 @@ def masked_down_kernel(hidden, w_down, b_out, routes, y, tokens, dim, union_size
     row = tl.where(live, token, 0).to(tl.int64)
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, union_size, BK):
-        a = tl.load(hidden + row[:, None] * padded + (k + inner)[None, :], mask=(k + inner < padded)[None, :], other=0.0)
+        a = tl.load(
+            hidden + row[:, None] * padded + (k + inner)[None, :], mask=(k + inner < padded)[None, :], other=0.0
+        )
         b = tl.load(w_down + (k + inner).to(tl.int64)[:, None] * dim + column[None, :],
                     mask=(k + inner < union_size)[:, None] & inside[None, :], other=0.0)  # fmt: skip
         acc = tl.dot(a, b, acc, input_precision="ieee")

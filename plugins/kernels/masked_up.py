@@ -44,7 +44,9 @@ def masked_up_kernel(x, w_up, b_up, member, routes, hidden, tokens, dim, union_s
     weight = tl.zeros((BM, BN), tl.float32)
     for j in range(0, top_k):
         expert = tl.load(routes + token * top_k + j, mask=live, other=0).to(tl.int64)
-        kept = tl.load(member + expert[:, None] * union_size + column[None, :], mask=live[:, None] & here[None, :], other=0)
+        kept = tl.load(
+            member + expert[:, None] * union_size + column[None, :], mask=live[:, None] & here[None, :], other=0
+        )
         weight += kept.to(tl.float32)
     # A dropped neuron is 0 even where its activation overflowed, hence no plain product.
     value = tl.where(weight > 0.0, activate(acc, activation) * weight, 0.0)

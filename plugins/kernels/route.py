@@ -19,7 +19,7 @@ from plugins.kernels.spec import RUNTIME, KernelSpec
 
 def reference(*, x, router, router_bias, neurons, offsets, counts, member, buckets, routes, tokens, dim, experts,
               union_size, top_k, members=False) -> None:  # fmt: skip
-    """x [T, D], router [K, D] of T; fills counts [K], buckets [K, T], routes [T * top_k], or routes and member [K, U]."""
+    """x [T, D], router [K, D] of T; fills routes [T * top_k], and counts [K] and buckets [K, T] or member [K, U]."""
     scores = x.float() @ router.float().T + router_bias
     scores = torch.where(torch.isfinite(scores).all(1, keepdim=True), scores, 0.0)
     # A stable descending sort puts the lowest id first among equals.
@@ -83,7 +83,9 @@ def score_block(x, router, router_bias, row, dim, experts, k, BM: tl.constexpr, 
     for d in range(0, dim, BK):
         inside = d + inner < dim
         a = tl.load(x + row[:, None] * dim + (d + inner)[None, :], mask=inside[None, :], other=0.0)
-        b = tl.load(router + column[None, :] * dim + (d + inner)[:, None], mask=inside[:, None] & here[None, :], other=0.0)
+        b = tl.load(
+            router + column[None, :] * dim + (d + inner)[:, None], mask=inside[:, None] & here[None, :], other=0.0
+        )
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc + tl.load(router_bias + column, mask=here, other=0.0)[None, :]
 

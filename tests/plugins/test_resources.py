@@ -1,0 +1,31 @@
+"""The resource table: figures of a kernel in its row, one sentence on bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from plugins import aot, manifest, resources
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return aot.build(tmp_path_factory.mktemp("r") / "k", [87], dtypes=["float16"])
+
+
+def test_table(built):
+    text = resources.table(built)
+    k = built.find("expert_up", "bm64", "float16", 87)
+    line = next(l for l in text.splitlines() if l.startswith("| expert_up bm64 "))
+    cells = [c.strip() for c in line.strip("|").split("|")]
+    assert cells[2:6] == [str(k.num_warps), str(k.registers), str(k.shared_bytes), "0/0"]
+    assert cells[7:] == [str(k.mma_count), str(k.cp_async_count)]
+    assert "| 87 | Jetson Orin | ptxas | 7.8 | CUDA 12.0 | CUDA 11.8 |" in text
+    with pytest.raises(ValueError, match="has no folder"):
+        resources.table(manifest.parse(json.loads(built.to_json())))
+
+
+def test_bad_folder(tmp_path, capsys):
+    assert resources.main([str(tmp_path)]) == 2 and "does not exist" in capsys.readouterr().err
+    assert resources.main([]) == 2
