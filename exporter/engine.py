@@ -160,8 +160,7 @@ def count_plugin_nodes(graph: Path) -> int:
 
 
 def _graph(folder: Path, export: dict[str, Any], key: str) -> Path:
-    name = export.get(key, f"{key}.onnx")
-    path = folder / name if isinstance(name, str) else folder / f"{key}.onnx"
+    path = folder / export.get("graphs", {}).get(key, f"{key}.onnx")
     if not path.is_file():
         raise UserError(f"{path} is missing; export.json names it as the {key} graph; export again")
     return path

@@ -140,8 +140,9 @@ def write_export(folder: Path, **options: Any) -> Path:
     onnx.save(vit(**options, **experts), folder / "tensorrt.onnx")
     size = options["size"]
     manifest = {
-        **{"schema": "moee.export/1", "dense": "dense.onnx", "tensorrt": "tensorrt.onnx", "files": {}},
-        "input": {"name": "input", "shape": ["batch", 3, size, size]},
+        **{"schema": "moee.export/1", "files": {}},
+        "graphs": {"dense": "dense.onnx", "tensorrt": "tensorrt.onnx"},
+        "input": {"name": "input", "size": size},
     }
     (folder / "export.json").write_text(json.dumps(manifest))
     return folder

@@ -8,8 +8,12 @@ import pytest
 
 from exporter import engine
 from exporter.engine import BuildFailed, build_engines, count_plugin_nodes, read_engines, run_worker
+from exporter.onnx_export import export as export_model
 from moee.artifact import sha256_file
+from moee.checkpoint import MoeeModel
 from moee.errors import MissingDependency, UserError
+from moee.layer import routed_layers
+from tests.conftest import tiny_spec
 from tests.exporter.graphs import write_export
 from tests.plugins import built
 
@@ -70,8 +74,7 @@ class TestTiny:
         calls = trace(folder)
         created = [c for c in calls if c.startswith("create ")]
         assert created == [
-            f"create phase=build name=b{i}.mlp.y activation=gelu top_k=1 max_width=40 load=4"
-            for i in range(TINY["depth"])
+            f"create phase=build name=b{i}.mlp.y activation=gelu top_k=1 max_width=40 load=4" for i in range(TINY["depth"])
         ]
         kinds = [c.split()[0] for c in calls]
         due = ("create", "shapes", "format", "configure", "workspace", "tactics", "serialize")
@@ -95,9 +98,7 @@ def test_deit_builds(name, dim, heads, dtype, tmp_path):
         tmp_path / "export", depth=12, dim=dim, heads=heads, size=224, patch=16, dtype=dtype,
         experts=16, union=3 * dim, width=2 * dim,
     )  # fmt: skip
-    reports = [
-        build_engines(tmp_path / "export", tmp_path / "engine", plugin=built.plugin(), force=True) for _ in range(2)
-    ]
+    reports = [build_engines(tmp_path / "export", tmp_path / "engine", plugin=built.plugin(), force=True) for _ in range(2)]
     assert [r.plugin_layers for r in reports] == [12, 12]
     if name == "small":
         assert min(r.moee.build_s for r in reports) <= 1.2 * min(r.dense.build_s for r in reports)
@@ -196,3 +197,17 @@ class TestBadInput:
 def test_nodes_are_counted_without_reading_weights(export):
     assert count_plugin_nodes(export / "tensorrt.onnx") == 2
     assert count_plugin_nodes(export / "dense.onnx") == 0
+
+
+def test_model_from_the_exporter_builds(tiny_moee, tmp_path):
+    """What `moee export` writes, external weights included, becomes an engine with one plugin layer a routed FFN."""
+    model, _, _, config, _ = tiny_moee
+    export_model(MoeeModel(model.eval(), tiny_spec(), config, "tiny"), tmp_path / "export")
+    report = build_engines(
+        *(tmp_path / "export", tmp_path / "engine"), plugin=built.plugin(), batch=(1, 2, 4), log=tmp_path / "log.txt"
+    )
+    layers = list(routed_layers(model))
+    assert report.plugin_layers == len(layers) == 3
+    created = [line for line in trace(tmp_path) if line.startswith("create ")]
+    assert [line.split("name=")[1].split()[0] for line in created] == layers
+    assert all("load=4" in line for line in created)
