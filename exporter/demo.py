@@ -19,6 +19,7 @@ from moee.artifact import refuse_existing, write_json
 from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.data import batches
+from moee.errors import MissingDependency
 from moee.pipeline import Session, run_extract, run_finetune
 from moee.progress import Reporter, silent
 
