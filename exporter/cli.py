@@ -48,8 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--tokens", type=int, help="calibration tokens a layer (126080)")
     sub.add_argument("--clustering", help="hdbscan, kmeans or none (one expert)")
     sub.add_argument("--clusters", type=int, help="number of clusters; implies k-means")
-    sub.add_argument("--components", type=int, help="principal components before clustering (50)")
-    sub.add_argument("--cluster-tokens", type=int, help="tokens a layer that are clustered (6000)")
+    sub.add_argument("--components", type=int, help="principal components before clustering (all features)")
+    sub.add_argument("--cluster-tokens", type=int, help="of these, how many are clustered (all)")
     sub.add_argument("--min-cluster-size", type=float, help="share of the clustered tokens (0.006)")
     sub.add_argument("--min-samples", type=int)
     sub.add_argument("--criterion", help="variance or output_variance")
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--statistics", help="cluster or routed")
     sub.add_argument("--compensation", help="none, mean or refit")
     sub.add_argument("--refit-lambda", type=float)
+    sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     _out(sub, "the extracted model")
 
     sub = command("finetune", commands.finetune, "distil the dense model into an extracted one")

@@ -33,7 +33,7 @@ def extract(args: argparse.Namespace, console: Console) -> int:
         spec = resolve(
             args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
         )
-        moee = run_extract(spec, args.data, config, args.out, args.force, report)
+        moee = run_extract(spec, args.data, config, args.out, args.force, report, jobs=args.jobs)
     console.print(layer_table(moee.info["layers"]))
     console.print(stage_table(moee.info, f"{spec.name} on {args.data}, preset {args.preset}"))
     if moee.info["skipped_images"]:

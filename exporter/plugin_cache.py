@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from exporter.pretrained import cache_dir
+from moee.cache import cache_dir
 from moee.progress import Reporter, silent
 from plugins import aot, build, manifest
 from plugins.targets import DEFAULT_SMS
