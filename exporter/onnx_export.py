@@ -80,6 +80,10 @@ def to_onnx(model: nn.Module, size: int) -> ir.Model:
         )  # fmt: skip
     assert program is not None, "torch.onnx.export with dynamo=True returns a program"
     graph = program.model
+    for node in graph.graph:  # the tracer's stack traces, which name paths of this machine
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
     graph.opset_imports.setdefault(DOMAIN, VERSION)
     for shape in (graph.graph.inputs[0].shape, graph.graph.outputs[0].shape):
         if shape is not None:

@@ -114,7 +114,12 @@ class TimmSet(ImageSet):
         self.dataset, self.positions = dataset, positions
 
     def load(self, index: int) -> Tensor:
-        return self.dataset[self.positions[index]][0]
+        position = self.positions[index]
+        if not hasattr(self.dataset, "reader"):
+            return self.dataset[position][0]
+        # not dataset[position]: timm quietly returns the next image in the place of an unreadable one
+        handle, _ = self.dataset.reader[position]
+        return self.dataset.transform(Image.open(handle).convert("RGB"))
 
     def describe(self, index: int) -> str:
         filename = getattr(self.dataset, "filename", None)

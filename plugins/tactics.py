@@ -1,0 +1,159 @@
+"""The tactic table: which kernel variants make up a way to run the operator, and how each variant is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from plugins.contract import DTYPES
+from plugins.kernels import (
+    combine,
+    expert_down,
+    expert_up,
+    fused,
+    masked_down,
+    masked_up,
+    route,
+    route_load,
+)
+from plugins.kernels.spec import Block, KernelSpec
+from plugins.targets import target
+
+SPECS: dict[str, KernelSpec] = {
+    m.SPEC.role: m.SPEC for m in (route, route_load, expert_up, expert_down, fused, masked_up, masked_down, combine)
+}
+GEMM_ROLES = ("route", "expert_up", "expert_down", "fused", "masked_up", "masked_down")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to compile one variant: tile, threads, pipeline depth, further compile-time constants."""
+
+    block: Block
+    num_warps: int
+    num_stages: int
+    constants: tuple[tuple[str, int], ...] = ()
+    grid: tuple[str, str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One step of a tactic."""
+
+    role: str
+    variant: str
+
+
+@dataclass(frozen=True)
+class Tactic:
+    """One way to run the operator. Ids are positive and never change meaning; limits of 0 mean none."""
+
+    id: int
+    name: str
+    kind: str
+    launches: tuple[Launch, ...]
+    top_k: str = "any"
+    max_d: int = 0
+    max_tokens: int = 0
+
+    def fits(self, tokens: int, dim: int, top_k: int) -> bool:
+        """Whether the tactic can serve these sizes."""
+        return (
+            (self.top_k == "any" or top_k == 1)
+            and (not self.max_d or dim <= self.max_d)
+            and (not self.max_tokens or tokens <= self.max_tokens)
+        )
+
+
+def _tile(id: int, m: int) -> Tactic:
+    launches = (
+        Launch("route", "buckets"),
+        Launch("expert_up", f"bm{m}"),
+        Launch("expert_down", f"bm{m}"),
+        Launch("combine", "sum"),
+    )
+    return Tactic(id, f"tile{m}", "tile", launches)
+
+
+def _masked(id: int, m: int, max_tokens: int) -> Tactic:
+    launches = (Launch("route", "members"), Launch("masked_up", f"bm{m}"), Launch("masked_down", f"bm{m}"))
+    return Tactic(id, f"masked{m}", "masked", launches, max_tokens=max_tokens)
+
+
+def _fused(id: int, max_d: int) -> Tactic:
+    launches = (Launch("route", "buckets"), Launch("fused", f"d{max_d}"), Launch("combine", "sum"))
+    return Tactic(id, f"fused_d{max_d}", "fused", launches, max_d=max_d)
+
+
+# The masked form computes every union neuron for every token: it can only win while reading weights dominates.
+TACTICS: tuple[Tactic, ...] = (
+    _tile(1, 16),
+    _tile(2, 32),
+    _tile(3, 64),
+    _tile(4, 128),
+    _masked(5, 16, 512),
+    _masked(6, 64, 2048),
+    _fused(7, 192),
+    _fused(8, 384),
+)
+
+
+def _config(m: int, n: int, k: int, warps: int, stages: int, grid=None, **constants: int) -> Config:
+    return Config(Block(m, n, k), warps, stages, tuple(sorted({"BM": m, "BN": n, **constants}.items())), grid)
+
+
+def _variants(wide: bool) -> dict[tuple[str, str], Config]:
+    """`wide`: float32, whose products run on the ordinary cores, with smaller tiles."""
+    k, s = (16, 2) if wide else (64, 3)
+    table: dict[tuple[str, str], Config] = {}
+    members = ("token_tiles", "union_tiles", "one")
+    # 16 tokens a program: 32 spill on some SMs, and few tokens need many programs.
+    # Three stages also for float32: with two, ptxas 12.9 spills on sm_86 to sm_89.
+    table["route", "buckets"] = _config(16, 64, k, 4, 3, BK=k, MEMBERS=0)
+    table["route", "members"] = _config(16, 64, k, 4, 3, members, BK=k, MEMBERS=1)
+    table["route_load", "buckets"] = _config(16, 64, 0, 4, 1, MEMBERS=0)
+    table["route_load", "members"] = _config(16, 64, 0, 4, 1, members, MEMBERS=1)
+    for m, n, kk, warps, stages in (
+        (16, 64, k, 4, s + 1),
+        (32, 64, k, 4, s),
+        (64, 64, k, 4, s),
+        (128, 64 if wide else 128, 16 if wide else 32, 8, s),
+    ):
+        table["expert_up", f"bm{m}"] = _config(m, n, kk, warps, stages, BK=kk)
+        # The look-up of neuron ids takes part of the pipeline's depth.
+        table["expert_down", f"bm{m}"] = _config(m, n, kk, warps, stages + 2, BK=kk)
+        if m in (16, 64):
+            table["masked_up", f"bm{m}"] = _config(m, n, kk, warps, stages, BK=kk)
+            table["masked_down", f"bm{m}"] = _config(m, n, kk, warps, stages, BK=kk)
+    m, n = (16, 16) if wide else (32, 32)
+    table["fused", "d192"] = _config(m, n, 192, 4, 1 if wide else 3, D0=128, D1=64)
+    table["fused", "d384"] = _config(m, n, 384, 8, 1 if wide else 3, D0=256, D1=128)
+    table["combine", "sum"] = _config(16, 128, 0, 4, 1)
+    return table
+
+
+VARIANTS: dict[str, dict[tuple[str, str], Config]] = {dtype: _variants(dtype == "float32") for dtype in DTYPES}
+
+
+def by_id(id: int) -> Tactic:
+    """Raises ValueError for an id that is not in the table."""
+    for tactic in TACTICS:
+        if tactic.id == id:
+            return tactic
+    raise ValueError(f"tactic {id} is unknown; known are {[t.id for t in TACTICS]}")
+
+
+def config(role: str, variant: str, dtype: str, sm: int | None = None) -> Config:
+    """Compile settings of one kernel; raises ValueError for one that does not exist.
+
+    Where there are no tensor cores to use (sm_75), every type takes the tiles of float32.
+    """
+    cores = sm is None or target(sm).tensor_cores
+    try:
+        return VARIANTS[dtype if cores else "float32"][role, variant]
+    except KeyError:
+        raise ValueError(f"no kernel {role}/{variant} for {dtype}; see plugins/tactics.py") from None
+
+
+def grid_axes(role: str, settings: Config) -> tuple[str, str, str]:
+    """Grid of a variant: its own, or its role's."""
+    return settings.grid or SPECS[role].grid

@@ -1,0 +1,119 @@
+"""The command line: a small run from end to end, exit codes, one sentence for bad input."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from exporter import cli
+from moee.models import load_model
+from tests.conftest import tiny_spec
+
+KMEANS = ["--clusters", "4", "--cluster-tokens", "400", "--tokens", "2000"]
+MODEL = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch):
+    """Every model of the command line is the tiny ViT, and digits are a handful of its own images."""
+    import exporter.pretrained
+    import moee.pipeline
+    from tests.conftest import tiny_images
+
+    def resolve(name, data="", *, pretrained=False, weights=None, img_size=None, report=None):
+        return tiny_spec().model_copy(update={"weights": weights}) if name == MODEL else original(name, data, weights=weights)
+
+    original = exporter.pretrained.resolve
+    monkeypatch.setattr(exporter.pretrained, "resolve", resolve)
+
+    real = moee.pipeline.load_data
+
+    def load_data(source, transform, split="train", seed=0):
+        return tiny_images(40, classes=10) if source == "digits" else real(source, transform, split, seed)
+
+    monkeypatch.setattr(moee.pipeline, "load_data", load_data)
+    monkeypatch.setattr("moee.data.load_data", load_data)
+
+
+def run(*argv):
+    try:
+        return cli.main([str(a) for a in argv])
+    except SystemExit as exit:
+        return exit.code
+
+
+def test_whole_chain(tmp_path, capsys):
+    out = {name: tmp_path / name for name in ("extracted", "tuned", "export")}
+    assert run("extract", MODEL, "--data", "digits", *KMEANS, "--out", out["extracted"]) == 0
+    assert run("finetune", out["extracted"], "--epochs", 1, "--out", out["tuned"]) == 0
+    assert not (tmp_path / "tuned.resume").exists()
+    assert run("export", out["tuned"], "--out", out["export"]) == 0
+    assert run("verify", out["export"], "--out", tmp_path / "parity.json") == 0
+    assert run("bench", out["export"], "--runs", 3, "--batch", 1, "--out", tmp_path / "latency.json") == 0
+    text = capsys.readouterr().out
+    assert "parity passed" in text and "speed-up" in text
+    assert json.loads((tmp_path / "parity.json").read_text())["passed"] is True
+    manifest = json.loads((out["tuned"] / "moee.json").read_text())
+    assert set(manifest["info"]["stages"]) == {"extracted", "tuned"}
+    cost = manifest["info"]["stages"]["tuned"]["cost"]
+    assert cost["moee"]["macs"] < cost["dense"]["macs"]
+
+
+def test_verify_exits_1_when_parity_fails(tmp_path, capsys):
+    assert run("extract", MODEL, "--data", "digits", *KMEANS, "--out", tmp_path / "a") == 0
+    assert run("extract", MODEL, "--data", "digits", *KMEANS, "--keep", 0.7, "--out", tmp_path / "b") == 0
+    assert run("export", tmp_path / "a", "--out", tmp_path / "export") == 0
+    assert run("verify", tmp_path / "export", "--model", tmp_path / "b") == 1
+    assert "parity FAILED" in capsys.readouterr().out
+
+
+def refused(capsys, *argv):
+    code = run(*argv)
+    error = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.startswith("moee: ")]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, capsys):
+    extract = ["extract", MODEL, "--data", "digits", *KMEANS, "--out"]
+    assert run(*extract, tmp_path / "done") == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "done").iterdir()}
+    capsys.readouterr()
+    assert "exists; choose another --out" in refused(capsys, *extract, tmp_path / "done")
+    assert "unknown model" in refused(capsys, "extract", "vit_smal", "--data", "digits", "--out", tmp_path / "x")
+    assert "matches no MLP" in refused(capsys, *extract, tmp_path / "x", "--exclude", "blocks.99")
+    assert "--keep" in refused(capsys, *extract, tmp_path / "x", "--keep", "7")
+    assert "unknown preset" in refused(capsys, *extract, tmp_path / "x", "--preset", "nice")
+    assert "expected digits, photos" in refused(capsys, "extract", MODEL, "--data", "nowhere", "--out", tmp_path / "x")
+    assert "is not a folder" in refused(capsys, "export", tmp_path / "absent", "--out", tmp_path / "x")
+    assert "not found" in refused(capsys, "verify", tmp_path / "done")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    foreign = refused(capsys, *extract, tmp_path / "x", "--weights", tmp_path / "foreign.safetensors")
+    assert "belong to another model" in foreign
+    torch.save(load_model(tiny_spec()).state_dict(), tmp_path / "w.bin")
+    assert "pickle files are never opened" in refused(capsys, *extract, tmp_path / "x", "--weights", tmp_path / "w.bin")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "done").iterdir()} == before
+    assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_usage_errors_exit_2():
+    assert run("extract") == 2
+    assert run("no-such-command") == 2
+
+
+def test_interruption_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moee.checkpoint.write_manifest", interrupt)
+    assert run("extract", MODEL, "--data", "digits", *KMEANS, "--out", tmp_path / "x") == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_lists_what_is_missing(capsys):
+    assert run("doctor") == 0
+    text = capsys.readouterr().out
+    assert "ONNX Runtime" in text and "TensorRT" in text

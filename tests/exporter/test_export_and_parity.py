@@ -1,0 +1,194 @@
+"""The exported graphs: structure, numbers, routes; and that parity notices planted damage."""
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from exporter.latency import bench
+from exporter.onnx_export import MANIFEST, SCHEMA, export
+from exporter.parity import check_parity
+from exporter.passes.name_routes import name_routed_nodes
+from exporter.passes.portable import lower_routed_ffn
+from moee.artifact import read_manifest
+from moee.checkpoint import MoeeModel
+from moee.errors import UserError
+from moee.layer import RoutedFFN, routed_layers
+from moee.models import replace_module
+from plugins import contract
+from tests.conftest import tiny_spec
+from tests.moee.reference import random_problem
+from tests.moee.test_ops import layer_of
+
+
+@pytest.fixture
+def exported(tiny_moee, tmp_path):
+    model, _, data, config, _ = tiny_moee
+    moee = MoeeModel(model.eval(), tiny_spec(), config, "tiny")
+    export(moee, tmp_path / "export")
+    return moee, data, tmp_path / "export"
+
+
+def test_graphs_and_manifest(exported):
+    moee, _, folder = exported
+    manifest = read_manifest(folder, MANIFEST, SCHEMA)
+    assert manifest["routed_layers"] == list(routed_layers(moee.model))
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"dense.onnx", "dense.data", "portable.onnx", "tensorrt.onnx", "moee.data", "export.json"}
+    for name in ("dense", "portable", "tensorrt"):
+        onnx.checker.check_model(str(folder / f"{name}.onnx"), full_check=name != "tensorrt")
+    portable = onnx.load(folder / "portable.onnx", load_external_data=False)
+    assert {o.domain for o in portable.opset_import} == {""} and portable.opset_import[0].version >= 20
+    assert not [n for n in portable.graph.node if n.op_type == contract.OP_TYPE]
+
+
+def test_operator_node_follows_the_contract(exported):
+    moee, _, folder = exported
+    model = onnx.load(folder / "tensorrt.onnx")
+    nodes = [n for n in model.graph.node if n.op_type == contract.OP_TYPE]
+    assert [n.name for n in nodes] == list(routed_layers(moee.model))
+    types = {i.name: i.data_type for i in model.graph.initializer}
+    for node in nodes:
+        layer = routed_layers(moee.model)[node.name]
+        assert node.domain == contract.DOMAIN and len(node.input) == len(contract.INPUTS)
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert set(attributes) == set(contract.ATTRIBUTE_NAMES)
+        assert attributes["activation"] == b"gelu" and attributes["top_k"] == 1
+        assert attributes["max_width"] == max(layer.widths) and tuple(attributes["load"]) == layer.load
+        assert attributes["plugin_version"] == b"1" and attributes["plugin_namespace"] == b""
+        for given, name in zip(contract.INPUTS[1:], node.input[1:], strict=True):
+            expected = onnx.TensorProto.INT32 if given.dtype == "int32" else onnx.TensorProto.FLOAT
+            assert types[name] == expected, given.name
+
+
+def test_portable_shares_the_weights_and_keeps_one_copy(exported):
+    _, _, folder = exported
+    stored = sum(p.nbytes for p in exported[0].model.parameters())
+    assert (folder / "moee.data").stat().st_size < 1.1 * stored
+    assert (folder / "portable.onnx").stat().st_size < 200_000
+
+
+def test_dynamic_batch_and_parity(exported):
+    moee, data, folder = exported
+    result = check_parity(folder, moee, data)
+    assert result and result.passed
+    assert [b.batch for b in result.batches] == [1, 2, 8]
+    assert min(result.route_agreement.values()) == 1.0 and result.top1_agreement == 1.0
+    assert result.max_abs_error < 1e-5
+
+
+def _noise(moee):
+    moee.model.blocks[1].mlp.w_down.data *= 1.01
+
+
+def _swapped_experts(moee):
+    layer = moee.model.blocks[1].mlp
+    layer.router.data[[0, 1]] = layer.router.data[[1, 0]]
+
+
+@pytest.mark.parametrize("damage", [_noise, _swapped_experts])
+def test_parity_fails_when_the_graph_and_the_model_differ(exported, damage):
+    moee, data, folder = exported
+    damage(moee)
+    result = check_parity(folder, moee, data)
+    assert not result
+    if damage is _swapped_experts:
+        worst = min(result.route_agreement, key=result.route_agreement.get)
+        assert worst == "blocks.1.mlp" and result.route_agreement["blocks.0.mlp"] == 1.0
+
+
+CASES = {
+    "one expert": dict(tokens=9, dim=16, union=24, widths=[20]),
+    "one token, idle experts": dict(tokens=1, dim=16, union=24, widths=[5, 20, 9]),
+    "an expert without neurons": dict(tokens=30, dim=16, union=10, widths=[0, 10, 3]),
+    "top 2": dict(tokens=11, dim=16, union=24, widths=[5, 20, 9], top_k=2),
+    "relu": dict(tokens=11, dim=16, union=24, widths=[5, 20], activation="relu"),
+    "silu": dict(tokens=11, dim=16, union=24, widths=[5, 20], activation="silu"),
+    "tanh gelu": dict(tokens=11, dim=16, union=24, widths=[5, 20], activation="gelu_tanh"),
+}
+
+
+def lowered(layer: torch.nn.Module, dim: int):
+    """A one-layer model through the exporter and the pass, as an ONNX Runtime session."""
+    from exporter.onnx_export import to_onnx
+
+    class OneLayer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x.reshape(x.shape[0], -1, dim))
+
+    graph = to_onnx(OneLayer(), 4)
+    name_routed_nodes(graph, ["layer"])
+    assert lower_routed_ffn(graph) == 1
+    import onnx_ir as ir
+
+    return ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lowered_operator_matches_torch(case):
+    p = random_problem(**CASES[case])
+    layer = layer_of(p).eval()
+    session = lowered(layer, 16)
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 4, 4)
+        (got,) = session.run(None, {"input": x.numpy()})
+        np.testing.assert_allclose(got, layer(x.reshape(batch, 3, 16)).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_lowering_refuses_tables_that_are_not_constants():
+    import onnx_ir as ir
+
+    values = [ir.Value(name=n) for n in contract.INPUT_NAMES]
+    node = ir.Node(contract.DOMAIN, contract.OP_TYPE, values, num_outputs=1, name="layer")
+    model = ir.Model(ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 20}), ir_version=10)
+    with pytest.raises(ValueError, match="`layer`: neurons must be an initialiser"):
+        lower_routed_ffn(model)
+    with pytest.raises(ValueError, match="expected 2 MoeeFfn nodes, found 1"):
+        name_routed_nodes(model, ["a", "b"])
+
+
+def test_channels_first_models_export(tmp_path):
+    p = random_problem(24, 16, 32, [10, 20, 5])
+    from moee.layer import Experts
+
+    layer = RoutedFFN(Experts(**{k: v for k, v in p.items() if k != "x"}), channels_first=True)
+
+    class Conv(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = torch.nn.Identity()
+            replace_module(self, "mlp", layer)
+
+        def forward(self, x):
+            return self.mlp(x.repeat(1, 6, 1, 1)[:, :16])
+
+    from exporter.onnx_export import to_onnx
+
+    graph = to_onnx(Conv(), 4)
+    name_routed_nodes(graph, ["mlp"])
+    lower_routed_ffn(graph)
+    import onnx_ir as ir
+
+    session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 3, 4, 4)
+    expected = Conv()(x).detach().numpy()
+    np.testing.assert_allclose(session.run(None, {"input": x.numpy()})[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bench_reports_both_models(exported):
+    result = bench(exported[2], batch=2, runs=5)
+    assert result.batch == 2 and result.runs == 5
+    for values in (result.dense_ms, result.moee_ms):
+        assert 0 < values["p50"] <= values["p95"]
+    assert result.speedup_p5 <= result.speedup <= result.speedup_p95
+
+
+def test_a_model_without_routed_layers_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="no routed layer to export"):
+        export(MoeeModel(tiny_model, tiny_spec(), None, "tiny"), tmp_path / "x")
+    assert not (tmp_path / "x").exists()

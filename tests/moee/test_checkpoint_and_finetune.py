@@ -1,0 +1,203 @@
+"""Artifacts on disk, and distillation with resumption."""
+
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moee import checkpoint
+from moee.artifact import atomic_folder, sha256_file
+from moee.checkpoint import MoeeModel
+from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
+from moee.errors import UserError
+from moee.finetune import finetune
+from moee.layer import routed_layers
+from tests.conftest import tiny_spec
+
+
+@pytest.fixture
+def saved(tiny_moee, tmp_path):
+    model, _, data, config, _ = tiny_moee
+    path = tmp_path / "artifact"
+    checkpoint.save(MoeeModel(model, tiny_spec(), config, "tiny"), path)
+    return model, data, path
+
+
+def test_round_trip(saved):
+    model, data, path = saved
+    again = checkpoint.load(path)
+    assert again.config == make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
+    with torch.no_grad():
+        assert torch.equal(again.model(data.images), model(data.images))
+    assert [layer.load for layer in routed_layers(again.model).values()] == [
+        layer.load for layer in routed_layers(model).values()
+    ]
+
+
+def rewrite(path, change):
+    """Change the manifest or the tensors and put the hashes right again, so that only deeper checks can object."""
+    manifest = json.loads((path / "moee.json").read_text())
+    state = load_file(path / "model.safetensors")
+    change(manifest, state)
+    save_file(state, path / "model.safetensors")
+    manifest["files"]["model.safetensors"] = sha256_file(path / "model.safetensors")
+    (path / "moee.json").write_text(json.dumps(manifest))
+
+
+def _out_of_range(manifest, state):
+    state["blocks.0.mlp.neurons"][3] = 10_000
+
+
+def _descending(manifest, state):
+    state["blocks.0.mlp.neurons"][:2] = state["blocks.0.mlp.neurons"][:2].flip(0)
+
+
+def _offsets(manifest, state):
+    state["blocks.0.mlp.offsets"][1] = -1
+
+
+def _missing(manifest, state):
+    del state["blocks.1.mlp.router"]
+
+
+def _wrong_layer(manifest, state):
+    manifest["layers"][0]["name"] = "blocks.9.mlp"
+
+
+def _wrong_count(manifest, state):
+    manifest["layers"][0]["experts"] = 7
+
+
+def _unknown_field(manifest, state):
+    manifest["layers"][0]["surprise"] = 1
+
+
+def _schema(manifest, state):
+    manifest["schema"] = "moee.model/99"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_out_of_range, "neuron id lies outside"),
+        (_descending, "do not ascend"),
+        (_offsets, "offsets do not rise"),
+        (_missing, "blocks.1.mlp.router should have shape"),
+        (_wrong_layer, "names layer blocks.9.mlp"),
+        (_wrong_count, "should have shape"),
+        (_unknown_field, "Extra inputs"),
+        (_schema, "expected 'moee.model/1'"),
+    ],
+)
+def test_damage_is_named(saved, change, message):
+    rewrite(saved[2], change)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(saved[2])
+
+
+def test_changed_bytes_are_noticed(saved):
+    _, _, path = saved
+    raw = bytearray((path / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (path / "model.safetensors").write_bytes(raw)
+    with pytest.raises(UserError, match="does not match the hash"):
+        checkpoint.load(path)
+
+
+def test_existing_folder_is_refused_and_failure_leaves_it_alone(tmp_path):
+    target = tmp_path / "out"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(UserError, match="exists; choose another --out or pass --force"):
+        with atomic_folder(target):
+            pass
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_folder(target, force=True) as folder:
+            (folder / "a").write_text("2")
+            raise KeyboardInterrupt
+    assert (target / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "nothing half-written may stay"
+    with atomic_folder(target, force=True) as folder:
+        (folder / "a").write_text("3")
+    assert (target / "a").read_text() == "3"
+
+
+def test_config_round_trip_and_refusals():
+    config = make_extract_config("paper", keep=0.8, exclude=("blocks.1",))
+    assert ExtractConfig.model_validate_json(config.model_dump_json()) == config
+    for bad, message in [
+        (dict(keep=1.5), "--keep"),
+        (dict(clusters=4), "for k-means"),
+        (dict(clustering="kmeans"), "needs --clusters"),
+        (dict(clustering="magic"), "--clustering"),
+        (dict(nonsense=1), "nonsense"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            validated(ExtractConfig, bad)
+    with pytest.raises(UserError, match="unknown preset"):
+        make_extract_config("best")
+
+
+TUNE = FinetuneConfig(epochs=4, lr=1e-3, batch_size=8)
+
+
+@pytest.fixture
+def lossy(tiny_moee):
+    """A model that has something to learn: experts cut without compensation."""
+    from moee.convert import extract
+
+    _, dense, data, _, _ = tiny_moee
+    model = copy.deepcopy(dense)
+    extract(model, data, make_extract_config("paper", keep=0.5, clustering="kmeans", clusters=4))
+    return model, dense, data
+
+
+@pytest.mark.parametrize("classes", [10, 0], ids=["logits", "features"])
+def test_finetuning_approaches_the_dense_model(lossy, classes):
+    model, dense, data = lossy
+    if not classes:
+        for m in (model, dense):
+            m.reset_classifier(0)
+    with torch.no_grad():
+        before = (model(data.images) - dense(data.images)).square().mean()
+    routers = {n: layer.router.clone() for n, layer in routed_layers(model).items()}
+    result = finetune(model, dense, data, TUNE)
+    with torch.no_grad():
+        after = (model(data.images) - dense(data.images)).square().mean()
+    assert after < 0.7 * before and result.best_epoch > 0
+    assert min(result.validation_loss) == result.validation_loss[result.best_epoch]
+    assert all(torch.equal(routers[n], layer.router) for n, layer in routed_layers(model).items())
+
+
+def test_a_run_that_gets_worse_keeps_the_starting_weights(lossy):
+    model, dense, data = lossy
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = finetune(model, dense, data, FinetuneConfig(epochs=1, lr=5.0, batch_size=8))
+    assert result.best_epoch == 0
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(lossy, tmp_path):
+    model, dense, data = lossy
+    whole = copy.deepcopy(model)
+    finetune(whole, dense, data, TUNE)
+
+    steps = 0
+
+    def interrupt(message, done, total):
+        nonlocal steps
+        steps += message == "finetune"
+        if steps == 14:  # in the middle of the third epoch
+            raise KeyboardInterrupt
+
+    part = copy.deepcopy(model)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(part, dense, data, TUNE, interrupt, tmp_path)
+    again = copy.deepcopy(model)
+    finetune(again, dense, data, TUNE, resume=tmp_path)
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
+    with pytest.raises(UserError, match="another config"):
+        finetune(copy.deepcopy(model), dense, data, TUNE.model_copy(update={"lr": 1e-4}), resume=tmp_path)

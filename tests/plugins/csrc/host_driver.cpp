@@ -1,0 +1,161 @@
+// Devices, errors injected into each driver call, timing by the builder, damaged kernels, no driver at all.
+#include "host_checks.h"
+#include "inflate.h"
+#include "tables.h"
+
+#include <map>
+#include <random>
+
+namespace {
+
+void testDevices(Fake const& fake) {
+    struct Device {
+        int major, minor;
+        char const* module;  // kind and SM of what must be loaded last; null: attach must fail
+    };
+    // The tables of this test hold sm_80, sm_87 and the PTX of sm_80.
+    for (Device const& device : {Device{8, 0, "cubin sm=80"}, Device{8, 7, "cubin sm=87"}, Device{8, 6, "cubin sm=80"},
+             Device{8, 9, "cubin sm=80"}, Device{9, 0, "ptx sm=80"}, Device{12, 0, "ptx sm=80"}, Device{7, 5, nullptr}}) {
+        fake.reset();
+        fake.device(device.major, device.minor);
+        Plugin const built = configured();
+        if (device.module == nullptr) {
+            CHECK(built == nullptr);  // the builder would otherwise fail later, with less to say
+            fake.device(8, 7);
+            Plugin const elsewhere = configured();
+            fake.device(device.major, device.minor);
+            Plugin const runtime(recreate(gCreator, elsewhere.get()));
+            CHECK(attach(runtime.get()) == nullptr);
+            CHECK(logged("no float16 kernels for sm_75 (it was built for 80, 87)"));
+            continue;
+        }
+        fake.clearLog();
+        Plugin const runtime(recreate(gCreator, built.get()));
+        CHECK(attach(runtime.get()) != nullptr);
+        CHECK_TEXT(fake.log().find(device.module) != std::string::npos, device.module);
+    }
+    // A cubin that this driver refuses gives way to PTX; any other error does not.
+    fake.reset();
+    Plugin const orin = configured();
+    fake.fail("cuModuleLoadDataEx", 0, 209);
+    CHECK(attach(orin.get()) != nullptr);
+    CHECK(fake.log().find("cuModuleLoadDataEx ptx sm=80 route_load_buckets_float16") != std::string::npos);
+    fake.reset();
+    Plugin const built = configured();
+    fake.context(0);
+    Plugin const runtime(recreate(gCreator, built.get()));
+    CHECK(attach(runtime.get()) == nullptr);
+    CHECK(logged("no CUDA context"));
+}
+
+void testInjectedErrors(Fake const& fake) {
+    fake.reset();
+    Plugin const built = configured();
+    Plugin const runtime(recreate(gCreator, built.get()));
+    CHECK(fake.liveModules() == 0 && fake.liveMemory() == 0);
+    for (char const* call : {"cuCtxGetCurrent", "cuCtxGetDevice", "cuDeviceGetAttribute", "cuModuleLoadDataEx",
+             "cuModuleGetFunction", "cuFuncSetAttribute", "cuMemAlloc_v2", "cuMemcpyHtoD_v2"}) {
+        // The build-phase object routes by load, hence allocates; errors late in the sequence must clean up too.
+        for (int32_t after : {0, 1, 5}) {
+            bool const once = std::strcmp(call, "cuModuleLoadDataEx") != 0 && std::strcmp(call, "cuModuleGetFunction") != 0
+                && std::strcmp(call, "cuFuncSetAttribute") != 0;
+            bool const twice = std::strcmp(call, "cuDeviceGetAttribute") == 0;
+            fake.reset();
+            fake.fail(call, after, 2);
+            Plugin const attached = attach(built.get());
+            bool const reached = !once || after == 0 || (twice && after == 1);
+            CHECK_TEXT((attached == nullptr) == reached, std::string(call) + " " + std::to_string(after));
+            if (reached) {
+                CHECK_TEXT(logged("ERROR [moee] MoeeFfn attachToContext") && logged("CUDA_ERROR_OUT_OF_MEMORY")
+                        && logged(std::string(call).substr(0, std::string(call).find('_'))),
+                    call);
+                CHECK_TEXT(fake.liveModules() == 0 && fake.liveMemory() == 0, call);
+            }
+        }
+    }
+    fake.reset();
+    size_t const bytes = workspaceOf(built.get(), kCase);
+    Buffers const buffers(kCase, bytes);
+    {
+        Plugin const attached = attach(runtime.get());
+        for (auto const& [call, calls] : std::map<std::string, int>{{"cuMemsetD32Async", 1}, {"cuLaunchKernel", 3}}) {
+            for (int after = 0; after < calls; ++after) {
+                gLogger.lines.clear();
+                fake.fail(call.c_str(), after, 719);
+                CHECK_TEXT(runtimePart(attached.get())->setTactic(1) == 0, call);
+                CHECK_TEXT(enqueue(attached.get(), kCase, buffers) != 0, call);
+                CHECK_TEXT(logged("ERROR [moee] MoeeFfn enqueue: " + call), call);
+            }
+        }
+        fake.fail("none", 0, 0);
+        CHECK(enqueue(attached.get(), kCase, buffers) == 0);  // an error does not stick
+        CHECK(fake.liveModules() > 0);
+        Plugin const second = attach(runtime.get());  // shares the modules
+        int const live = fake.liveModules();
+        CHECK(second != nullptr && fake.liveModules() == live);
+    }
+    CHECK(fake.liveModules() == 0);
+}
+
+// The builder may time without attaching.
+void testBuilderTiming(Fake const& fake) {
+    fake.reset();
+    Plugin const built = configured();
+    auto const d = describe(kCase);
+    CHECK(runtimePart(built.get())->onShapeChange(d.data(), kInputs, d.data() + kInputs, 1) == 0);
+    Buffers const buffers(kCase, workspaceOf(built.get(), kCase));
+    fake.clearLog();
+    fake.capture(1);
+    CHECK(enqueue(built.get(), kCase, buffers) == 0);
+    CHECK(fake.log().find("route_load") != std::string::npos);
+    CHECK(fake.log().find("FORBIDDEN") == std::string::npos);
+    fake.capture(0);
+}
+
+void testInflate() {
+    moee::Tables const& t = moee::tables();
+    std::vector<unsigned char> out;
+    std::string why;
+    std::mt19937 random(1);
+    for (int32_t i = 0; i < t.kernelCount; ++i) {
+        moee::Kernel const& k = t.kernels[i];
+        moee::Embedded const& e = moee::embedded(k.module);
+        CHECK(e.deflated && moee::inflateRaw(e.data, e.packedBytes, e.bytes, out, why));
+        CHECK(moee::adler32(out.data(), out.size()) == e.adler32);
+        CHECK(!moee::inflateRaw(e.data, e.packedBytes, e.bytes - 1, out, why));
+        CHECK(!moee::inflateRaw(e.data, e.packedBytes, e.bytes + 1, out, why));
+        if (i % 16 != 0) {
+            continue;
+        }
+        for (int32_t round = 0; round < 200; ++round) {  // corrupt or cut short: an error or other bytes, never a crash
+            std::vector<unsigned char> packed(e.data, e.data + e.packedBytes);
+            packed[random() % packed.size()] ^= static_cast<unsigned char>(1U << (random() % 8));
+            packed.resize(round % 2 == 0 ? packed.size() : random() % packed.size());
+            packed.shrink_to_fit();
+            if (!moee::inflateRaw(packed.data(), packed.size(), e.bytes, out, why)) {
+                CHECK(!why.empty());
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void checkWithoutDriver() {
+    Plugin const built = configured();
+    CHECK(built != nullptr);
+    CHECK(workspaceOf(built.get(), kCase) > 0);
+    CHECK(buildPart(built.get())->getNbTactics() > 0);
+    auto const d = describe(kCase);
+    CHECK(runtimePart(built.get())->onShapeChange(d.data(), kInputs, d.data() + kInputs, 1) == 0);
+    Plugin const runtime(recreate(gCreator, built.get()));
+    CHECK(attach(runtime.get()) == nullptr);
+    CHECK(logged("no CUDA driver"));
+}
+
+void checkDriver(Fake const& fake) {
+    testDevices(fake);
+    testInjectedErrors(fake);
+    testBuilderTiming(fake);
+    testInflate();
+}

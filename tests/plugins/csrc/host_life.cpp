@@ -1,0 +1,147 @@
+// Clone, serialise, recreate, attach, enqueue: each tactic within exactly the workspace that was asked for.
+#include "host_checks.h"
+#include "tables.h"
+
+#include <map>
+
+namespace {
+
+void testCloneAndSerialise(Fake const& fake) {
+    fake.reset();
+    Plugin plugin = configured();
+    Plugin copy(plugin->clone());
+    std::string const id = buildPart(plugin.get())->getTimingCacheID();
+    plugin.reset();
+    CHECK(buildPart(copy.get())->getTimingCacheID() == id);
+    CHECK(id.find(moee::tables().sourceHash) != std::string::npos);
+    Plugin other = configured(kCase, {kGelu, kMaxWidth});
+    CHECK(buildPart(other.get())->getTimingCacheID() != id);  // no load
+    CHECK(copy->getCapabilityInterface(PluginCapabilityType::kCORE) != nullptr);
+    CHECK(copy->getCapabilityInterface(static_cast<PluginCapabilityType>(9)) == nullptr);
+
+    Plugin again(recreate(gCreator, copy.get()));
+    CHECK(again != nullptr);
+    Plugin attached = attach(again.get());
+    CHECK(attached != nullptr);
+
+    // Each serialised field missing, of another type, or out of range.
+    PluginFieldCollection const* const fields = runtimePart(copy.get())->getFieldsToSerialize();
+    Fields const all(fields->fields, fields->fields + fields->nbFields);
+    int32_t const wrong = -7;
+    for (size_t i = 0; i < all.size(); ++i) {
+        bool const optional = std::strcmp(all[i].name, "activation") == 0 || std::strcmp(all[i].name, "top_k") == 0
+            || std::strcmp(all[i].name, "kernels") == 0;
+        Fields fewer = all;
+        fewer.erase(fewer.begin() + static_cast<std::ptrdiff_t>(i));
+        CHECK_TEXT((create(fewer, TensorRTPhase::kRUNTIME) != nullptr) == optional, all[i].name);
+        if (all[i].type == PluginFieldType::kINT32) {
+            Fields corrupt = all;
+            corrupt[i].data = &wrong;
+            CHECK_TEXT(create(corrupt, TensorRTPhase::kRUNTIME) == nullptr, all[i].name);
+            corrupt[i].type = PluginFieldType::kFLOAT32;
+            CHECK_TEXT(create(corrupt, TensorRTPhase::kRUNTIME) == nullptr, all[i].name);
+        }
+    }
+    CHECK(create(kGood, TensorRTPhase::kRUNTIME) == nullptr);
+    CHECK(logged("missing or corrupt"));
+    Fields foreign = all;
+    foreign.back() = {"kernels", "other", PluginFieldType::kCHAR, 5};
+    CHECK(create(foreign, TensorRTPhase::kRUNTIME) != nullptr);
+    CHECK(logged("WARNING [moee] the engine was tuned with other kernels"));
+}
+
+// Writes the whole extent of every workspace buffer that a launch names.
+int touch(char const* symbol, unsigned const*, unsigned, unsigned, void** args) {
+    moee::Tables const& t = moee::tables();
+    for (int32_t i = 0; i < t.kernelCount; ++i) {
+        moee::Kernel const& kernel = t.kernels[i];
+        if (std::strcmp(kernel.symbol, symbol) != 0) {
+            continue;
+        }
+        std::map<moee::Arg, int64_t> scalars;
+        for (int32_t a = 0; a < kernel.argCount; ++a) {
+            if (kernel.args[a] > moee::Arg::kScratch) {
+                scalars[kernel.args[a]] = *static_cast<int32_t*>(args[a]);
+            }
+        }
+        for (int32_t a = 0; a < kernel.argCount; ++a) {
+            auto* const at = kernel.args[a] <= moee::Arg::kScratch ? *static_cast<unsigned char**>(args[a]) : nullptr;
+            int64_t const tokens = 18;  // of kCase
+            int64_t const experts = 4;
+            int64_t bytes = 0;
+            switch (kernel.args[a]) {
+            case moee::Arg::kCounts: bytes = experts * 4; break;
+            case moee::Arg::kBuckets: bytes = experts * tokens * 4; break;
+            case moee::Arg::kRoutes: bytes = tokens * 4; break;
+            case moee::Arg::kMember: bytes = experts * 100; break;
+            case moee::Arg::kHidden: bytes = tokens * (std::strncmp(kernel.role, "masked", 6) == 0 ? 112 : 48) * 2; break;
+            case moee::Arg::kY: bytes = tokens * 64 * 2; break;
+            default: break;
+            }
+            if (at != nullptr) {
+                std::memset(at, 0x5A, static_cast<size_t>(bytes));
+            }
+        }
+        return 0;
+    }
+    return 1;
+}
+
+void testEnqueue(Fake const& fake) {
+    fake.reset();
+    Plugin const plugin = configured();
+    size_t const bytes = workspaceOf(plugin.get(), kCase);
+    CHECK(bytes > 0);
+    Buffers const buffers(kCase, bytes);
+    CHECK(enqueue(plugin.get(), kCase, buffers) != 0);
+    CHECK(logged("no kernels are loaded"));
+    Plugin const runtime(recreate(gCreator, plugin.get()));
+    Plugin const attached = attach(runtime.get());
+    CHECK(attached != nullptr);
+    fake.executor(&touch);
+    IPluginV3OneRuntime* const run = runtimePart(attached.get());
+    int32_t ids[64];
+    int32_t const count = buildPart(plugin.get())->getNbTactics();
+    CHECK(count > 4 && buildPart(plugin.get())->getValidTactics(ids, count) == 0);
+    CHECK(buildPart(plugin.get())->getValidTactics(ids, count + 1) != 0);
+    fake.capture(1);
+    for (int32_t i = -1; i < count; ++i) {  // -1: the default, tactic 0
+        CHECK(run->setTactic(i < 0 ? 0 : ids[i]) == 0);
+        fake.clearLog();
+        CHECK(enqueue(attached.get(), kCase, buffers) == 0);
+        std::string const calls = fake.log();
+        CHECK(calls.find("FORBIDDEN") == std::string::npos);
+        size_t launches = 0;
+        for (size_t at = calls.find("cuLaunchKernel"); at != std::string::npos; at = calls.find("cuLaunchKernel", at + 1)) {
+            ++launches;
+        }
+        CHECK(launches >= 2 && launches <= 3);
+    }
+    fake.capture(0);
+    CHECK(run->setTactic(9999) != 0);
+    CHECK(logged("no tactic 9999"));
+    CHECK(run->setTactic(-1) != 0);
+
+    Case empty = kCase;
+    empty.lead[0] = 0;
+    fake.clearLog();
+    CHECK(enqueue(attached.get(), empty, buffers) == 0);
+    CHECK(fake.log().empty());
+    Case other = kCase;
+    other.type = 0;
+    CHECK(enqueue(attached.get(), other, buffers) != 0);  // kernels were loaded for float16
+    auto const d = describe(kCase);
+    std::vector<void*> bad = buffers.memory;
+    void* const outputs[] = {buffers.memory[9]};
+    bad[3] = static_cast<char*>(bad[3]) + 2;
+    CHECK(run->enqueue(d.data(), d.data() + kInputs, bad.data(), outputs, buffers.memory[10], nullptr) != 0);
+    CHECK(logged("not aligned to 16 bytes"));
+    CHECK(run->enqueue(d.data(), d.data() + kInputs, buffers.memory.data(), outputs, nullptr, nullptr) != 0);
+}
+
+}  // namespace
+
+void checkLifeCycle(Fake const& fake) {
+    testCloneAndSerialise(fake);
+    testEnqueue(fake);
+}
