@@ -165,8 +165,22 @@ def run(args: argparse.Namespace, emit: Callable[[dict[str, Any]], None]) -> Non
 
 
 def collect(folder: Path, rows: int) -> Path:
-    """Hidden activations of a middle block of the demo's model on its photographs, as an .npy file."""
-    raise SystemExit("give --activations FILE.npy")
+    """Hidden activations [rows, H] of the middle block of the demo's model on its photographs, as an .npy file."""
+    from exporter.pretrained import resolve
+    from moee.calibration import collect_tokens, hidden_activations
+    from moee.data import CALIBRATION_PHOTOS, load_data, model_transform
+    from moee.models import find_ffns, load_model
+
+    model = load_model(resolve("dinov2-s", "photos"))
+    transform = model_transform(model)
+    tokens = (transform.size // 14) ** 2 + 1  # an image, at patch size 14
+    crops = -(-rows // (tokens * len(CALIBRATION_PHOTOS)))
+    ffns = find_ffns(model)
+    ffn = ffns[len(ffns) // 2]
+    sampled = collect_tokens(model, [ffn], load_data(f"photos:{crops}", transform), folder, rows)[0]
+    out = folder / "activations.npy"
+    np.save(out, hidden_activations(ffn, sampled.load()).numpy().astype(np.float16))
+    return out
 
 
 def report(rows: list[dict[str, Any]], out: Path) -> None:

@@ -292,3 +292,28 @@ def test_memory_does_not_grow_with_the_square():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 200
+
+
+def photograph_patches(rows, features):
+    """Random 16 x 32 colour patches of a real photograph, as rows."""
+    data = pytest.importorskip("skimage.data")
+    image = torch.from_numpy(data.astronaut()).float() / 255
+    generator = torch.Generator().manual_seed(0)
+    top, left = (torch.randint(512 - size, (rows,), generator=generator).tolist() for size in (16, 32))
+    patches = [image[a : a + 16, b : b + 32].reshape(-1) for a, b in zip(top, left, strict=True)]
+    return torch.stack(patches)[:, torch.randperm(1536, generator=generator)[:features]].contiguous()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "samples"), [(5, 5), (30, 5), (15, 15), (50, 1)])
+@pytest.mark.parametrize("data", [blobs, photograph_patches], ids=["random", "photograph"])
+@pytest.mark.parametrize("features", [2, 16, 384, 1536])
+@pytest.mark.parametrize("rows", [1000, 2000, 4000, 8000])
+def test_agrees_with_the_package_at_size(rows, features, data, size, samples):
+    if rows * features > 4000 * 1536 and (size, samples) != (30, 5):
+        pytest.skip("the package takes minutes: one setting is enough")
+    x = data(rows, features)
+    torch.set_num_threads(2)
+    ours = HDBSCAN(size, samples).fit(x)
+    theirs = hdbscan.HDBSCAN(size, samples, gen_min_span_tree=True, algorithm="prims_kdtree").fit(x.double().numpy())
+    compare(ours, theirs)
