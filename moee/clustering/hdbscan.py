@@ -20,7 +20,7 @@ from torch import Tensor
 from moee.clustering.core import core_distances
 from moee.clustering.mst import Edges, Forest, spanning_tree
 from moee.clustering.neighbours import all_nearest, block_pairs
-from moee.clustering.pairwise import Bounds, Points, fast_dtype, full_precision_products
+from moee.clustering.pairwise import Bounds, Points, fast_dtype, full_precision_products, row_chunks
 from moee.errors import UserError
 
 Progress = Callable[[int, int, str], None]
@@ -148,7 +148,7 @@ def _checked(x: Any, least: int) -> Tensor:
     if len(data) < least:
         raise UserError(f"Clustering needs at least min_cluster_size = {least} rows, got {len(data)}: give more rows.")
     data = data.detach().float().contiguous()
-    bad = len(data) - sum(int(part.isfinite().all(1).sum()) for part in data.split(4096))
+    bad = len(data) - sum(int(data[part].isfinite().all(1).sum()) for part in row_chunks(data))
     if bad:
         raise UserError(f"{bad} of {len(data)} rows hold NaN or infinite values (as float32): remove them first.")
     return data
@@ -161,7 +161,7 @@ def unique_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     factor = torch.randint(-(2**62), 2**62, (x.shape[1],), generator=generator).to(x.device) * 2 + 1
-    parts = [((part + 0.0).view(torch.int32).long() * factor).sum(1) for part in x.split(1024)]  # -0.0 equals 0.0
+    parts = [((x[part] + 0.0).view(torch.int32).long() * factor).sum(1) for part in row_chunks(x)]  # -0.0 equals 0.0
     _, first, which = np.unique(torch.cat(parts).cpu().numpy(), return_index=True, return_inverse=True)
     owner = torch.from_numpy(first[which]).to(x.device)
     copy = (owner != torch.arange(len(x), device=x.device)).nonzero()[:, 0]

@@ -30,6 +30,16 @@ OUTPUT = {torch.float64: 2.0**-23, torch.float32: 0.0, torch.bfloat16: 2.0**-8}
 NORM_PARTS = {torch.float64: 1, torch.float32: 1, torch.bfloat16: 3}  # 3 x 8 bits hold a 24-bit squared norm
 
 
+def row_chunks(x: Tensor) -> Iterator[slice]:
+    """Slices over the rows of x [N, F] for element-wise passes.
+
+    On the CPU below 32,768 elements, the size from which PyTorch starts its threads: their meeting after every small step
+    costs far more than it saves as soon as another process holds a core.
+    """
+    size = max(1, 32767 // x.shape[1]) if x.device.type == "cpu" else 4096
+    return (slice(start, start + size) for start in range(0, len(x), size))
+
+
 @contextlib.contextmanager
 def full_precision_products() -> Iterator[None]:
     """Forbid TF32 and bfloat16 inside float32 products, and reduced-precision sums in bfloat16 ones."""
@@ -66,10 +76,10 @@ class Points:
     @classmethod
     def of(cls, x: Tensor) -> Points:
         total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-        for part in x.split(4096):
-            total += part.double().sum(0)
+        for part in row_chunks(x):
+            total += x[part].double().sum(0)
         centre = total / len(x)
-        norms = torch.cat([(part.double() - centre).square().sum(1) for part in x.split(4096)])
+        norms = torch.cat([(x[part].double() - centre).square().sum(1) for part in row_chunks(x)])
         largest = float(norms.max().sqrt())
         scale = 2.0 ** -int(torch.tensor(largest, dtype=torch.float64).frexp().exponent) if largest > 0 else 1.0
         return cls(x, centre, scale, norms * scale**2)
@@ -97,8 +107,7 @@ class Bounds:
         if keep:
             self.kept = torch.zeros((rows, self.width), dtype=dtype, device=points.x.device)
             measured = 0.0
-            for start in range(0, rows, 4096):
-                part = slice(start, start + 4096)
+            for part in row_chunks(points.x):
                 z = points.rows(part)
                 h = self.kept[part, :features] = z.to(dtype)
                 if dtype != torch.bfloat16:

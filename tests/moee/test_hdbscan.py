@@ -173,18 +173,6 @@ def test_threads_and_blocks_change_nothing():
         assert torch.equal(fit.minimum_spanning_tree_.weights, fits[0].minimum_spanning_tree_.weights)
 
 
-def test_reduced_precision_switches_do_not_reach_the_products():
-    x = blobs(300, 128)
-    want = HDBSCAN(5, 5).fit(x).minimum_spanning_tree_
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    try:
-        got = HDBSCAN(5, 5, precision=torch.float32).fit(x).minimum_spanning_tree_
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
-    assert torch.equal(got.edges, want.edges) and torch.equal(got.weights, want.weights)
-
-
 @pytest.mark.parametrize(
     "change",
     [lambda x: x.double(), lambda x: x.numpy(), lambda x: x.T.contiguous().T, lambda x: torch.cat([x, x], 1)[:, :12]],
