@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from moee.clustering.pairwise import Bounds
+from moee.clustering.workers import spread
 
 
 @dataclass
@@ -73,36 +76,39 @@ def all_nearest(bounds: Bounds, k: int, block: int, tick: Callable[[], None]) ->
     count = len(bounds.norms)
     lists = Lists.empty(torch.full((count,), torch.inf, device=device), k)
     starts = list(range(0, count, block))
-    for start in starts:  # the diagonal first: it gives every row a limit
+
+    def begin(start: int) -> None:
         rows = slice(start, min(start + block, count))
         entries = torch.mm(bounds.left(rows), bounds.right(rows).T)
         entries.fill_diagonal_(torch.inf)
-        size = rows.stop - start
-        take = min(k, size - 1)
+        take = min(k, len(entries) - 1)
         if take > 0:
             best, slot = entries.topk(take, dim=1, largest=False, sorted=False)
             lists.entry[rows, :take], lists.index[rows, :take] = best.float(), slot + start
             if take == k:
                 lists.limit[rows] = best.float().amax(1)
+
+    for _ in spread(begin, starts, device):  # the diagonal first: it gives every row a limit
         tick()
-    for place, start in enumerate(starts):
-        rows = slice(start, min(start + block, count))
-        left = bounds.left(rows)
-        for other in starts[place + 1 :]:
-            columns = slice(other, min(other + block, count))
-            entries = torch.mm(left, bounds.right(columns).T)
-            row_limit, column_limit = lists.limit[rows], lists.limit[columns]
-            mask = entries < row_limit.to(entries.dtype)[:, None]
-            mask |= entries < column_limit.to(entries.dtype)
-            row, column = positions(mask)
-            entry = entries[row, column].float()
-            for_row = entry < row_limit[row]
-            lists.part(rows).merge(row[for_row], column[for_row] + other, entry[for_row])
-            for_column = entry < column_limit[column]
-            row, column, entry = row[for_column], column[for_column], entry[for_column]
-            order = column.argsort(stable=True)
-            lists.part(columns).merge(column[order], row[order] + start, entry[order])
-            tick()
+    merging = Lock()
+
+    def offer(pair: tuple[int, int]) -> None:
+        rows, columns = (slice(start, min(start + block, count)) for start in pair)
+        entries = torch.mm(bounds.left(rows), bounds.right(columns).T)
+        row_limit, column_limit = lists.limit[rows].clone(), lists.limit[columns].clone()
+        mask = entries < row_limit.to(entries.dtype)[:, None]
+        mask |= entries < column_limit.to(entries.dtype)
+        row, column = positions(mask)
+        entry = entries[row, column].float()
+        order = column.argsort(stable=True)
+        order = order[entry[order] < column_limit[column[order]]]
+        for_row = entry < row_limit[row]
+        with merging:
+            lists.part(rows).merge(row[for_row], column[for_row] + pair[1], entry[for_row])
+            lists.part(columns).merge(column[order], row[order] + pair[0], entry[order])
+
+    for _ in spread(offer, combinations(starts, 2), device):
+        tick()
     return lists
 
 
@@ -121,16 +127,27 @@ def nearest_outside(
     below it are wanted. `tick` is called once a column block.
     """
     lists = Lists.empty(limit.to(bounds.dtype).float(), k)  # representable, so that comparing keeps the promise
-    left = bounds.left(rows)
-    own_core, own_group = core[rows].to(bounds.dtype), group[rows]
-    for start in range(0, len(core), block):
-        columns = slice(start, min(start + block, len(core)))
-        entries = torch.mm(left, bounds.right(columns).T)
+    starts = range(0, len(core), block)
+    share = -(-len(rows) // torch.get_num_threads()) if rows.device.type == "cpu" else len(rows)
+    parts = [slice(start, start + share) for start in range(0, len(rows), share)]
+    operands = [bounds.left(rows[part]) for part in parts]
+
+    def offer(task: tuple[int, int]) -> None:
+        number, start = task
+        columns, part = slice(start, min(start + block, len(core))), parts[number]
+        entries = torch.mm(operands[number], bounds.right(columns).T)
         torch.maximum(entries, core[columns].to(entries.dtype), out=entries)
-        torch.maximum(entries, own_core[:, None], out=entries)
-        mask = entries < lists.limit.to(entries.dtype)[:, None]
-        mask &= own_group[:, None] != group[columns]
+        torch.maximum(entries, core[rows[part]].to(entries.dtype)[:, None], out=entries)
+        mine = lists.part(part)
+        mask = entries < mine.limit.to(entries.dtype)[:, None]
+        mask &= group[rows[part]][:, None] != group[columns]
         row, column = positions(mask)
-        lists.merge(row, column + start, entries[row, column].float())
-        tick()
+        with merging[number]:
+            mine.merge(row, column + start, entries[row, column].float())
+
+    merging = [Lock() for _ in parts]
+    tasks = [(number, start) for start in starts for number in range(len(parts))]
+    for done, _ in enumerate(spread(offer, tasks, rows.device), start=1):
+        if done % len(parts) == 0:
+            tick()
     return lists
