@@ -256,7 +256,9 @@ def test_progress_reaches_its_total():
     assert calls[0][2] == "nearest neighbours"
 
 
-def test_stop_is_honoured_at_the_next_block():
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stop_is_honoured_at_the_next_block(threads):
+    torch.set_num_threads(threads)
     count = 0
 
     def stop():
