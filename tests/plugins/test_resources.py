@@ -39,8 +39,6 @@ def test_the_committed_table_is_of_these_kernels():
         assert f"## sm_{sm} " in text
     want *= len(DEFAULT_SMS)
     assert [row[: len(start)] for row, start in zip(rows, want, strict=True)] == want
-        DEFAULT_SMS
-    )
 
 
 def test_bad_folder(tmp_path, capsys):
