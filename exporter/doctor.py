@@ -31,7 +31,8 @@ def _version(*packages: str) -> str | None:
 
 def checks() -> list[Check]:
     """Everything that some command needs, in the order of the pipeline."""
-    from exporter.pretrained import TIMM_NAME, cache_dir
+    from exporter.pretrained import TIMM_NAME
+    from moee.cache import cache_dir
 
     weights = cache_dir() / f"{TIMM_NAME}.safetensors"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

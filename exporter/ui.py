@@ -44,6 +44,10 @@ class ProgressDisplay:
         if self.live:
             self.progress.stop()
 
+    def line(self, text: str) -> None:
+        """A message of a step whose length nobody knows."""
+        self.console.print(text, highlight=False, markup=False)
+
     def __call__(self, message: str, done: int, total: int) -> None:
         now = time.monotonic()
         if self.live:

@@ -23,8 +23,8 @@ class ExtractConfig(BaseModel):
     tokens: int = Field(PAPER_TOKENS, ge=1, description="calibration tokens a layer")
     exclude: tuple[str, ...] = ()
     clustering: Literal["hdbscan", "kmeans", "none"] = "hdbscan"
-    components: int | None = Field(50, ge=1, description="principal components before clustering; None clusters all features")
-    cluster_tokens: int = Field(6000, ge=2, description="tokens a layer that are clustered; the rest only feeds statistics")
+    components: int | None = Field(None, ge=1, description="principal components before clustering; None clusters all features")
+    cluster_tokens: int = Field(PAPER_TOKENS, ge=2, description="tokens a layer that are clustered; the rest feeds statistics")
     min_cluster_size: float = Field(0.006, gt=0, lt=1, description="share of the clustered tokens")
     min_samples: int | None = Field(None, ge=1)
     clusters: int | None = Field(None, ge=2, description="number of clusters, k-means only")

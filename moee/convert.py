@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moee.cache import read_labels, tensor_hash, write_labels
 from moee.calibration import CHUNK, LayerTokens, collect_tokens, hidden_activations
 from moee.clustering import NOISE, cluster_tokens
 from moee.config import ExtractConfig
@@ -48,24 +50,27 @@ class LayerReport:
 
 
 def extract(
-    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None
+    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None, jobs: int = 1
 ) -> list[LayerReport]:
     """Replace the MLPs of `model` in place by routed experts found on `data`; returns one report a layer.
 
     Calibration tokens lie on disk under `scratch` (a temporary folder by default) while it runs. Deterministic for one
-    configuration, data set and thread count. Raises `UserError` for input it cannot work with; the model is then unchanged.
+    configuration, data set and thread count. Cluster labels are cached, so an interrupted run does not cluster a
+    finished layer again; `jobs` layers are clustered side by side. Raises `UserError` for input it cannot work with;
+    the model is then unchanged.
     """
     ffns = find_ffns(model, config.exclude)
     reports, layers = [], {}
     with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
         sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
         report("experts", 0, len(ffns))
-        for position, (ffn, tokens) in enumerate(zip(ffns, sampled, strict=True), 1):
-            experts, layer_report = find_experts(ffn, tokens, config)
-            if experts is not None:
-                layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
-            reports.append(layer_report)
-            report("experts", position, len(ffns))
+        with ThreadPoolExecutor(max(1, jobs)) as pool:
+            found = pool.map(lambda pair: find_experts(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True))
+            for position, (ffn, (experts, layer_report)) in enumerate(zip(ffns, found, strict=True), 1):
+                if experts is not None:
+                    layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
+                reports.append(layer_report)
+                report("experts", position, len(ffns))
     if not layers:
         raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
@@ -75,12 +80,14 @@ def extract(
     return reports
 
 
-def find_experts(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> tuple[Experts | None, LayerReport]:
+def find_experts(
+    ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter = silent
+) -> tuple[Experts | None, LayerReport]:
     """Cluster one layer's tokens and build its experts, or None with the reason when it stays dense."""
     generator = torch.Generator().manual_seed(config.seed)
     rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
     members = sampled.load(rows)
-    labels = cluster_tokens(hidden_activations(ffn, members), config)
+    labels = _labels(ffn, members, config, report)
     count = int(labels.max()) + 1 if len(labels) else 0
     noise = float((labels == NOISE).double().mean())
     if count < (1 if config.clustering == "none" else 2):
@@ -99,6 +106,19 @@ def find_experts(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> tuple
     return experts, LayerReport(
         ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, share.tolist(), noise
     )
+
+
+def _labels(ffn: FFN, tokens: Tensor, config: ExtractConfig, report: Reporter) -> Tensor:
+    """Cluster labels [N] of a layer's tokens, from the cache if the same tokens were clustered the same way before."""
+    if config.clustering == "none":
+        return torch.zeros(len(tokens), dtype=torch.int64)
+    how = config.model_dump_json(include={"seed", "clustering", "components", "min_cluster_size", "min_samples", "clusters"})
+    key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/1 {ffn.activation} {how}")
+    labels = read_labels(key, len(tokens))
+    if labels is None:
+        labels = cluster_tokens(hidden_activations(ffn, tokens), config, report, f"cluster {ffn.name}")
+        write_labels(key, labels)
+    return labels
 
 
 def _routes_without_idle(sampled: LayerTokens, router: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

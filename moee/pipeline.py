@@ -70,7 +70,7 @@ class Session:
 
 def run_extract(
     spec: ModelSpec, source: str, config: ExtractConfig, out: Path | str, force: bool = False, report: Reporter = silent,
-    session: Session | None = None,
+    session: Session | None = None, jobs: int = 1,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
@@ -81,7 +81,7 @@ def run_extract(
     probe = session.probe()
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
-    layers = extract(model, session.train, config, report)
+    layers = extract(model, session.train, config, report, jobs=jobs)
     seconds = time.perf_counter() - started
     info = {
         "stages": {"extracted": {**session.measure(model, probe, "extracted on held-out images"), "seconds": seconds}},

@@ -169,8 +169,8 @@ def read_cache(store: Path, job: Job) -> Compiled:
     return Compiled(kernel, binary, ptx)
 
 
-def compile_into(store: Path, job: Job) -> Job:
-    """Compile one kernel and put it into the cache."""
+def compile_into(store: Path, job: Job, name: str) -> Job:
+    """Compile one kernel and put it into the cache under `name`, its key as the calling process sees it."""
     result = compile_job(job)
     staging = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
     try:
@@ -178,7 +178,7 @@ def compile_into(store: Path, job: Job) -> Job:
         _write(staging / "kernel.ptx", result.ptx.encode())
         entry = {"kernel": asdict(result.kernel), "ptx": hashlib.sha256(result.ptx.encode()).hexdigest()}
         _write(staging / "kernel.json", json.dumps(entry).encode())
-        _swap(staging, store / key(job))
+        _swap(staging, store / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return job
@@ -188,11 +188,11 @@ def _compile_all(jobs: list[Job], store: Path, workers: int | None) -> Iterator[
     workers = workers or min(os.cpu_count() or 1, 8)
     if workers == 1 or len(jobs) < POOL_FROM:
         for job in jobs:
-            yield compile_into(store, job)
+            yield compile_into(store, job, key(job))
         return
     # Fresh processes: LLVM's and torch's threads do not survive a fork.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(compile_into, store, job) for job in jobs]
+        futures = [pool.submit(compile_into, store, job, key(job)) for job in jobs]
         try:
             for future in as_completed(futures):
                 yield future.result()

@@ -66,7 +66,7 @@ class Watch:
     seed: int | None = None
     count_writes: bool = True
     ranges: list[tuple[int, int, str]] = field(default_factory=list)
-    writes: dict[int, int] = field(default_factory=dict)
+    writes: list[np.ndarray] = field(default_factory=list)
 
     def allow(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Only addresses inside these tensors may be touched from now on."""
@@ -92,15 +92,15 @@ class Watch:
 
     def count(self, pointers: np.ndarray, mask: np.ndarray) -> None:
         """Remember one write to each active address."""
-        active = pointers.reshape(-1)[np.broadcast_to(mask, pointers.shape).reshape(-1).astype(bool)]
-        for address in active.tolist():
-            self.writes[address] = self.writes.get(address, 0) + 1
+        self.writes.append(pointers.reshape(-1)[np.broadcast_to(mask, pointers.shape).reshape(-1).astype(bool)])
 
     def write_counts(self, tensor: torch.Tensor) -> torch.Tensor:
         """How often each element of a contiguous tensor was stored to; shape of the tensor."""
-        size = tensor.element_size()
-        addresses = range(tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * size, size)
-        return torch.tensor([self.writes.get(a, 0) for a in addresses]).reshape(tensor.shape)
+        size, start = tensor.element_size(), tensor.data_ptr()
+        written = np.concatenate([np.empty(0, np.int64), *(w.astype(np.int64) for w in self.writes)])
+        written = written[(written >= start) & (written < start + tensor.numel() * size)]
+        counts = np.bincount((written - start) // size, minlength=tensor.numel())
+        return torch.from_numpy(counts).reshape(tensor.shape)
 
 
 @contextmanager

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 ALIGNMENT = 256
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -85,14 +85,11 @@ def layout(sizes: Sizes, dtype: str, kind: str) -> Workspace:
         if s.top_k > 1:
             wanted.append(("partial", "float32", (slots, s.dim)))
 
-    item = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
     buffers: list[Buffer] = []
     offset = 0
-    for name, kind_, shape in wanted:
-        size = item[kind_]
-        for n in shape:
-            size *= n
-        buffers.append(Buffer(name, offset, size, kind_, shape))
+    for name, element, shape in wanted:
+        size = TORCH_DTYPES[element].itemsize * prod(shape)
+        buffers.append(Buffer(name, offset, size, element, shape))
         offset = round_up(offset + size, ALIGNMENT)
     first_unzeroed = next(b for b in buffers if b.name not in ("counts", "member"))
     return Workspace(tuple(buffers), first_unzeroed.offset, offset)

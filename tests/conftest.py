@@ -28,6 +28,13 @@ def tiny_images(count: int = 48, size: int = 32, classes: int = 4) -> TensorSet:
     return TensorSet("tiny", patterns[labels] + noise, labels, classes)
 
 
+@pytest.fixture(autouse=True)
+def no_label_cache(monkeypatch):
+    """Labels of earlier tests must not stand in for a clustering; the test of the cache takes this back."""
+    monkeypatch.setattr("moee.convert.read_labels", lambda key, count: None)
+    monkeypatch.setattr("moee.convert.write_labels", lambda key, labels: None)
+
+
 @pytest.fixture
 def tiny_model():
     torch.manual_seed(0)

@@ -6,25 +6,32 @@ import torch
 from torch import Tensor
 
 from moee.clustering.base import NOISE, Clusterer, principal_components, relabel
-from moee.clustering.hdbscan_package import PackageHDBSCAN
+from moee.clustering.hdbscan import HDBSCAN
 from moee.clustering.kmeans import KMeans
 from moee.config import ExtractConfig
 from moee.errors import UserError
+from moee.progress import Reporter, silent
 
-__all__ = ["NOISE", "Clusterer", "KMeans", "PackageHDBSCAN", "cluster_tokens", "make_clusterer", "principal_components"]
+__all__ = ["HDBSCAN", "NOISE", "Clusterer", "KMeans", "cluster_tokens", "make_clusterer", "principal_components"]
 
 MIN_CLUSTER_POINTS = 5
 
 
-def make_clusterer(config: ExtractConfig, points: int) -> Clusterer:
-    """The clusterer of a configuration for `points` rows."""
+def make_clusterer(config: ExtractConfig, points: int, report: Reporter = silent, name: str = "cluster") -> Clusterer:
+    """The clusterer of a configuration for `points` rows; `name` heads its progress."""
     if config.clustering == "kmeans":
         assert config.clusters is not None, "ExtractConfig validates that k-means has a cluster count"
         return KMeans(config.clusters, config.seed)
-    return PackageHDBSCAN(max(MIN_CLUSTER_POINTS, round(config.min_cluster_size * points)), config.min_samples)
+    return HDBSCAN(
+        max(MIN_CLUSTER_POINTS, round(config.min_cluster_size * points)),
+        config.min_samples,
+        progress=lambda done, total, message: report(name, done, total),
+    )
 
 
-def cluster_tokens(activations: Tensor, config: ExtractConfig) -> Tensor:
+def cluster_tokens(
+    activations: Tensor, config: ExtractConfig, report: Reporter = silent, name: str = "cluster"
+) -> Tensor:
     """Labels [N] int64 of hidden activations [N, H], noise -1, renumbered by first appearance.
 
     Raises `UserError` for too few points or values that are not finite.
@@ -41,4 +48,4 @@ def cluster_tokens(activations: Tensor, config: ExtractConfig) -> Tensor:
         )
     if config.components is not None and config.components < activations.shape[1]:
         activations = principal_components(activations, config.components)
-    return relabel(make_clusterer(config, len(activations)).fit_predict(activations))
+    return relabel(make_clusterer(config, len(activations), report, name).fit_predict(activations))

@@ -127,7 +127,7 @@ def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
 
     answers = iter([0, 4, 4])
 
-    def labels(activations, config):
+    def labels(activations, config, report, name):
         count = next(answers)
         return torch.arange(len(activations)) % count if count else torch.full((len(activations),), -1)
 
@@ -141,7 +141,7 @@ def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
 def test_no_clusters_anywhere_is_refused(tiny_model, monkeypatch):
     import moee.convert
 
-    monkeypatch.setattr(moee.convert, "cluster_tokens", lambda a, c: torch.full((len(a),), -1))
+    monkeypatch.setattr(moee.convert, "cluster_tokens", lambda a, *rest: torch.full((len(a),), -1))
     before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
     with pytest.raises(UserError, match="would stay dense"):
         extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
@@ -182,3 +182,43 @@ def test_unreadable_images_are_skipped_and_counted(caplog):
     seen = [int(i) for batch in batches(data, 3) for i in batch.indices]
     assert seen == [0, 1, 3, 4, 6, 7] and sorted(data.skipped) == [2, 5]
     assert "skipped unreadable image broken[2]" in caplog.text
+
+
+def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypatch):
+    import moee.convert
+    from moee import cache
+
+    monkeypatch.setenv("MOEE_CACHE", str(tmp_path))
+    monkeypatch.setattr(moee.convert, "read_labels", cache.read_labels)
+    monkeypatch.setattr(moee.convert, "write_labels", cache.write_labels)
+    real, clustered = moee.convert.cluster_tokens, []
+
+    def counted(activations, config, report, name):
+        clustered.append(name)
+        if len(clustered) == 3:
+            raise KeyboardInterrupt
+        return real(activations, config, report, name)
+
+    monkeypatch.setattr(moee.convert, "cluster_tokens", counted)
+    config = make_extract_config(**KMEANS)
+    with pytest.raises(KeyboardInterrupt):
+        extract(copy.deepcopy(tiny_model), tiny_images(), config)
+    resumed = copy.deepcopy(tiny_model)
+    extract(resumed, tiny_images(), config)
+    assert clustered == [f"cluster blocks.{i}.mlp" for i in (0, 1, 2, 2)]
+    whole = copy.deepcopy(tiny_model)
+    monkeypatch.setattr(moee.convert, "read_labels", lambda key, count: None)
+    extract(whole, tiny_images(), config)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
+    for file in (tmp_path / "labels").iterdir():
+        file.write_bytes(file.read_bytes()[:-3])
+    assert cache.read_labels(next((tmp_path / "labels").iterdir()).stem, 500) is None, "a damaged entry is no entry"
+
+
+def test_jobs_do_not_change_the_result(tiny_model):
+    states = []
+    for jobs in (1, 3):
+        model = copy.deepcopy(tiny_model)
+        extract(model, tiny_images(), make_extract_config(**KMEANS), jobs=jobs)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from plugins import aot, manifest, resources
+from plugins.contract import DTYPES
+from plugins.tactics import VARIANTS
+from plugins.targets import DEFAULT_SMS
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +28,18 @@ def test_table(built):
     assert "| 87 | Jetson Orin | ptxas | 7.8 | CUDA 12.0 | CUDA 11.8 |" in text
     with pytest.raises(ValueError, match="has no folder"):
         resources.table(manifest.parse(json.loads(built.to_json())))
+
+
+def test_the_committed_table_is_of_these_kernels():
+    """One row a kernel of the default build; after a change of the tactic table the document must be made again."""
+    text = (Path(__file__).parents[2] / "docs" / "results" / "kernels.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and " % |" not in line and "%)" in line]
+    want = [f"| {role} {variant} | {dtype} |" for dtype in DTYPES for role, variant in VARIANTS[dtype]]
+    for sm in DEFAULT_SMS:
+        assert f"## sm_{sm} " in text
+    assert [row[: len(start)] for row, start in zip(rows, want * len(DEFAULT_SMS), strict=True)] == want * len(
+        DEFAULT_SMS
+    )
 
 
 def test_bad_folder(tmp_path, capsys):

@@ -1,0 +1,51 @@
+"""The plugin library for a set of SMs: kernels compiled ahead of time and the C++ plugin, both kept in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from moee.cache import cache_dir
+from moee.progress import Reporter, silent
+from plugins import aot, build, manifest
+from plugins.targets import DEFAULT_SMS
+
+DEMO_SMS = (87, 89)  # Jetson Orin and one desktop generation: enough to prove the path in a minute
+
+
+def ensure_kernels(sms: Iterable[int] | None = None, report: Reporter = silent) -> Path:
+    """Folder with `kernels.json` for the SMs (None: all that ship), built if the cache lacks it.
+
+    Raises `ValueError` that lists the known SMs for an unknown one.
+    """
+    wanted = tuple(sorted(set(sms or DEFAULT_SMS)))
+    name = f"{aot.source_sha256()[:16]}-{'-'.join(map(str, wanted))}"
+    folder = cache_dir() / "kernels" / name
+    if not (folder / "kernels.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aot.build(folder, sms=list(wanted), progress=lambda done, total, label: report("compile kernels", done, total))
+    manifest.load(folder)
+    return folder
+
+
+def ensure_plugin(sms: Iterable[int] | None = None, report: Reporter = silent) -> Path:
+    """Path of the plugin library with kernels for the SMs, compiled if the cache lacks it."""
+    kernels = ensure_kernels(sms, report)
+    folder = cache_dir() / "plugin" / f"{kernels.name}-{_source_hash()}"
+    library = folder / build.LIBRARY
+    if not library.is_file():
+        report("compile plugin", 0, 1)
+        build.build_plugin(folder, kernels)
+        report("compile plugin", 1, 1)
+    return library
+
+
+def _source_hash() -> str:
+    """Hash of everything that the library is compiled from, TensorRT's headers by their version."""
+    digest = hashlib.sha256()
+    for path in sorted([*(build.SOURCE / "csrc").rglob("*"), build.SOURCE / "CMakeLists.txt", build.SOURCE / "embed.py"]):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    digest.update(build.select_headers().version.encode())
+    return digest.hexdigest()[:16]

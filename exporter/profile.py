@@ -1,0 +1,40 @@
+"""The batch profile of an engine, from trtexec's way of writing shapes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from exporter.onnx_export import MANIFEST, SCHEMA
+from moee.artifact import read_manifest
+from moee.errors import UserError
+
+DEFAULT_BATCH = (1, 8, 32)
+
+
+def batch_profile(export_dir: Path, low: str | None, opt: str | None, high: str | None) -> tuple[int, int, int]:
+    """(min, opt, max) batch from `input:1x3x224x224`, `1x3x224x224` or just `1`; defaults 1, 8, 32.
+
+    Raises `UserError` for a shape that the exported graph does not take.
+    """
+    given = read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)["input"]
+    batches = [_batch(text, given["name"], given["size"]) for text in (low, opt, high)]
+    stated = [b for b in batches if b]
+    first = batches[0] or min([DEFAULT_BATCH[0], *stated])
+    last = batches[2] or max([DEFAULT_BATCH[2], *stated])
+    middle = batches[1] or min(max(DEFAULT_BATCH[1], first), last)
+    if not first <= middle <= last:
+        raise UserError(f"batch profile {first}/{middle}/{last}: expected min <= opt <= max")
+    return first, middle, last
+
+
+def _batch(text: str | None, name: str, size: int) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(rf"(?:'?{re.escape(name)}'?:)?(\d+)(?:x(\d+)x(\d+)x(\d+))?", text.strip())
+    if match is None or int(match[1]) < 1:
+        raise UserError(f"shape {text!r}: expected {name}:Bx3x{size}x{size} or a batch size B of at least 1")
+    rest = tuple(int(v) for v in match.groups()[1:] if v)
+    if rest and rest != (3, size, size):
+        raise UserError(f"shape {text!r} is outside the graph's range: it takes {name}:Bx3x{size}x{size}, only B may vary")
+    return int(match[1])
