@@ -25,7 +25,8 @@ def make_clusterer(config: ExtractConfig, points: int, report: Reporter = silent
     return HDBSCAN(
         max(MIN_CLUSTER_POINTS, round(config.min_cluster_size * points)),
         config.min_samples,
-        progress=lambda done, total, message: report(name, done, total),
+        # further passes make the total grow, so the end is not reached before fit_predict returns
+        progress=lambda done, total, message: report(name, min(done, total - 1), total),
     )
 
 
@@ -48,4 +49,6 @@ def cluster_tokens(
         )
     if config.components is not None and config.components < activations.shape[1]:
         activations = principal_components(activations, config.components)
-    return relabel(make_clusterer(config, len(activations), report, name).fit_predict(activations))
+    labels = relabel(make_clusterer(config, len(activations), report, name).fit_predict(activations))
+    report(name, 1, 1)
+    return labels
