@@ -113,6 +113,11 @@ def build_parser() -> argparse.ArgumentParser:
     _out(sub, "the bundle")
     sub.set_defaults(run=commands.plugin_bundle)
 
+    sub = command("inspect", commands.inspect, "MACs, parameters, experts and routing, layer by layer")
+    sub.add_argument("model", help="timm model name, dinov2-s, or a folder that extract or finetune wrote")
+    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     command("doctor", commands.doctor, "what is installed, what is missing, how to add it")
 
     sub = command("demo", commands.demo, "everything, on a real pretrained ViT-S and scikit-learn's digits")
@@ -125,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
-    console, errors = Console(), Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         return args.run(args, console)
     except UserError as error:
