@@ -81,7 +81,7 @@ def verify(args: argparse.Namespace, console: Console) -> int:
         moee = checkpoint.load(source)
         data = load_data(args.data or manifest["data"], model_transform(moee.model), "val")
         result = check_parity(args.path, moee, data, args.threads, report)
-    table = Table(title=f"parity, torch and {result.runtime} (measured on CPU)")
+    table = Table(min_width=76, title=f"parity, torch and {result.runtime} (measured on CPU)")
     for column in ("batch", "max error", "mean error", "max error / rms"):
         table.add_column(column, justify="right")
     for b in result.batches:
@@ -122,7 +122,7 @@ def bench(args: argparse.Namespace, console: Console) -> int:
 
 
 def _latency_table(result: Any) -> Table:
-    table = Table(title=f"latency, batch {result.batch}, {result.threads} threads, {result.runtime} (measured on CPU)")
+    table = Table(min_width=76, title=f"latency, batch {result.batch}, {result.threads} threads, {result.runtime} (measured on CPU)")
     for column in ("", "p50 ms", "p95 ms"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in (("dense", result.dense_ms), ("MoEE", result.moee_ms)):
@@ -135,7 +135,7 @@ def _latency_table(result: Any) -> Table:
 def doctor(args: argparse.Namespace, console: Console) -> int:
     from exporter.doctor import checks
 
-    table = Table(title="moee doctor")
+    table = Table(min_width=76, title="moee doctor")
     for column in ("", "found", "to add it"):
         table.add_column(column)
     found = checks()
@@ -184,7 +184,7 @@ def build(args: argparse.Namespace, console: Console) -> int:
         except BuildFailed as error:
             console.print(f"build FAILED: {error}", markup=False)
             return GATE_FAILED
-    table = Table(title=f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
+    table = Table(min_width=76, title=f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
     for column in ("", "file", "MiB", "build s"):
         table.add_column(column)
     for name, engine in (("dense", result.dense), ("MoEE", result.moee)):
@@ -252,7 +252,7 @@ def inspect(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(json.dumps(result.to_json(), indent=2))
         return OK
-    table = Table(title=f"{result.model} at {result.size} x {result.size}")
+    table = Table(min_width=76, title=f"{result.model} at {result.size} x {result.size}")
     for column in ("layer", "tokens", "MMACs", "of", "experts", "union", "widths", "balance", "entropy"):
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for layer in result.layers:
