@@ -23,7 +23,7 @@ def extract(args: argparse.Namespace, console: Console) -> int:
 
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
-        "criterion", "keep", "statistics", "compensation", "refit_lambda",
+        "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
     if args.clusters is not None and args.clustering is None:
@@ -122,7 +122,8 @@ def bench(args: argparse.Namespace, console: Console) -> int:
 
 
 def _latency_table(result: Any) -> Table:
-    table = Table(min_width=76, title=f"latency, batch {result.batch}, {result.threads} threads, {result.runtime} (measured on CPU)")
+    title = f"latency, batch {result.batch}, {result.threads} threads, {result.runtime} (measured on CPU)"
+    table = Table(min_width=76, title=title)
     for column in ("", "p50 ms", "p95 ms"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in (("dense", result.dense_ms), ("MoEE", result.moee_ms)):
