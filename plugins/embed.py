@@ -6,7 +6,9 @@ the assembler's `.incbin`, so a 40 MB blob costs the compiler nothing.
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,3 +153,22 @@ def _write(path: Path, data: bytes) -> None:
     """Write only what changed, so that a rebuild compiles nothing."""
     if not path.exists() or path.read_bytes() != data:
         path.write_bytes(data)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m plugins.embed --kernels DIR --out DIR --sm 87`: what CMake runs for -DMOEE_SM."""
+    parser = argparse.ArgumentParser(description="Write the plugin's tables from a folder of compiled kernels.")
+    parser.add_argument("--kernels", type=Path, required=True, help="folder with kernels.json")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sm", required=True, help="such as 87 or 87,89")
+    args = parser.parse_args(arguments)
+    try:
+        embed(args.kernels, args.out, [int(sm) for sm in args.sm.split(",")])
+    except ValueError as error:
+        print(f"plugins.embed: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
