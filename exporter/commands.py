@@ -24,6 +24,7 @@ def extract(args: argparse.Namespace, console: Console) -> int:
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
         "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda",
+        "method", "experts", "top_k", "split", "selector",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
     if args.clusters is not None and args.clustering is None:

@@ -20,6 +20,7 @@ class ExtractConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    method: Literal["moee", "moefication"] = "moee"
     seed: int = 0
     tokens: int = Field(PAPER_TOKENS, ge=1, description="calibration tokens a layer")
     exclude: tuple[str, ...] = ()
@@ -35,11 +36,22 @@ class ExtractConfig(BaseModel):
     statistics: Literal["cluster", "routed"] = "routed"
     compensation: Literal["none", "mean", "refit"] = "refit"
     routing: Literal["cosine", "euclidean", "hash", "random"] = "cosine"
+    experts: int | None = Field(None, ge=1, description="of MoEfication: equal shares of the neurons")
+    top_k: int = Field(1, ge=1, description="experts a token, MoEfication only")
+    split: Literal["weights", "coactivation"] = "weights"
+    selector: Literal["centre", "router"] = "centre"
     refit_lambda: float = Field(0.01, gt=0, description="share of the Gram matrix's mean diagonal")
     refit_tokens: int = Field(PAPER_TOKENS, ge=1, description="tokens a layer that the refit may use")
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractConfig:
+        if self.method == "moefication":
+            if self.experts is None or self.top_k > self.experts:
+                raise ValueError(f"method moefication needs --experts, and --top-k (now {self.top_k}) within it")
+            if self.compensation == "refit":
+                raise ValueError("compensation refit is for method moee; moefication takes none or mean")
+        elif self.experts is not None or self.top_k != 1:
+            raise ValueError("--experts and --top-k are for --method moefication; MoEE finds its experts by --clustering")
         if self.clustering not in PARTITIONS and self.clusters is not None:
             raise ValueError(
                 f"--clusters is for {', '.join(PARTITIONS)}; clustering {self.clustering} chooses their number itself"
@@ -68,6 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "compensated": {},
     "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},
     "static": {"clustering": "none"},
+    "moefication": {"method": "moefication", "compensation": "mean"},
 }
 
 

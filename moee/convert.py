@@ -85,6 +85,10 @@ def find_experts(
     ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter = silent
 ) -> tuple[Experts | None, LayerReport]:
     """Cluster one layer's tokens and build its experts, or None with the reason when it stays dense."""
+    if config.method == "moefication":
+        from moee.moefication import find_moefication
+
+        return find_moefication(ffn, sampled, config)
     generator = torch.Generator().manual_seed(config.seed)
     rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
     members = sampled.load(rows)

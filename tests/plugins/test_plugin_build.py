@@ -217,6 +217,6 @@ def test_cmake_alone_can_choose_the_sm(tmp_path):
     ]
     subprocess.run(command, check=True, capture_output=True)
     assert {p.name for p in (tmp_path / "generated").iterdir()} == {"tables.cpp", "modules.cpp", "kernels.bin"}
-    command[6 - 1] = "-DMOEE_SM=99"
+    command[5] = "-DMOEE_SM=99"
     failed = subprocess.run(command, capture_output=True, text=True)
     assert failed.returncode and "plugins.embed:" in failed.stderr
