@@ -63,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, help="experts a token, moefication only")
     sub.add_argument("--split", help="weights (clusters of fc1's rows) or coactivation, moefication only")
     sub.add_argument("--selector", help="centre (parameter centre) or router (trained), moefication only")
-    sub.add_argument("--refit-lambda", type=float)
+    sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (0.01)")
+    sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     _out(sub, "the extracted model")
 

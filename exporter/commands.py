@@ -23,7 +23,7 @@ def extract(args: argparse.Namespace, console: Console) -> int:
 
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
-        "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda",
+        "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda", "refit_tokens",
         "method", "experts", "top_k", "split", "selector",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
