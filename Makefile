@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs/demo
 
+# threads that wait must not spin: with a second process on the cores, torch is about five times slower otherwise
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: install demo test test-slow lint plugin clean
 install: $(STAMP)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -46,17 +47,25 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--exclude", action="append", default=[], metavar="LAYER", help="leave this MLP or block dense; repeatable")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--tokens", type=int, help="calibration tokens a layer (126080)")
-    sub.add_argument("--clustering", help="hdbscan, kmeans or none (one expert)")
-    sub.add_argument("--clusters", type=int, help="number of clusters; implies k-means")
+    sub.add_argument("--clustering", help="hdbscan, dbscan, optics, kmeans, birch, random or none (one expert)")
+    sub.add_argument("--clusters", type=int, help="number of clusters; k-means if --clustering does not say otherwise")
     sub.add_argument("--components", type=int, help="principal components before clustering (all features)")
     sub.add_argument("--cluster-tokens", type=int, help="of these, how many are clustered (all)")
     sub.add_argument("--min-cluster-size", type=float, help="share of the clustered tokens (0.006)")
     sub.add_argument("--min-samples", type=int)
-    sub.add_argument("--criterion", help="variance or output_variance")
+    sub.add_argument("--criterion", help="output_variance, variance, magnitude or random")
     sub.add_argument("--keep", type=float, help="share of the variance that an expert keeps (0.95)")
     sub.add_argument("--statistics", help="cluster or routed")
     sub.add_argument("--compensation", help="none, mean or refit")
-    sub.add_argument("--refit-lambda", type=float)
+    sub.add_argument("--routing", help="cosine, euclidean, hash or random")
+    sub.add_argument("--eps", type=float, help="radius, dbscan only")
+    sub.add_argument("--method", help="moee, or moefication: disjoint experts, top-k a token")
+    sub.add_argument("--experts", type=int, help="experts a layer, moefication only")
+    sub.add_argument("--top-k", type=int, help="experts a token, moefication only")
+    sub.add_argument("--split", help="weights (clusters of fc1's rows) or coactivation, moefication only")
+    sub.add_argument("--selector", help="centre (parameter centre) or router (trained), moefication only")
+    sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (0.01)")
+    sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     _out(sub, "the extracted model")
 
@@ -113,6 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
     _out(sub, "the bundle")
     sub.set_defaults(run=commands.plugin_bundle)
 
+    sub = command("inspect", commands.inspect, "MACs, parameters, experts and routing, layer by layer")
+    sub.add_argument("model", help="timm model name, dinov2-s, or a folder that extract or finetune wrote")
+    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     command("doctor", commands.doctor, "what is installed, what is missing, how to add it")
 
     sub = command("demo", commands.demo, "everything, on a real pretrained ViT-S and scikit-learn's digits")
@@ -123,9 +137,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    # before torch is imported: OpenMP threads that spin at barriers slow a shared machine down about fivefold
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
-    console, errors = Console(), Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         return args.run(args, console)
     except UserError as error:

@@ -23,7 +23,8 @@ def extract(args: argparse.Namespace, console: Console) -> int:
 
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
-        "criterion", "keep", "statistics", "compensation", "refit_lambda",
+        "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda", "refit_tokens",
+        "method", "experts", "top_k", "split", "selector",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
     if args.clusters is not None and args.clustering is None:
@@ -81,7 +82,7 @@ def verify(args: argparse.Namespace, console: Console) -> int:
         moee = checkpoint.load(source)
         data = load_data(args.data or manifest["data"], model_transform(moee.model), "val")
         result = check_parity(args.path, moee, data, args.threads, report)
-    table = Table(title=f"parity, torch and {result.runtime} (measured on CPU)")
+    table = Table(min_width=76, title=f"parity, torch and {result.runtime} (measured on CPU)")
     for column in ("batch", "max error", "mean error", "max error / rms"):
         table.add_column(column, justify="right")
     for b in result.batches:
@@ -122,7 +123,8 @@ def bench(args: argparse.Namespace, console: Console) -> int:
 
 
 def _latency_table(result: Any) -> Table:
-    table = Table(title=f"latency, batch {result.batch}, {result.threads} threads, {result.runtime} (measured on CPU)")
+    title = f"latency, batch {result.batch}, {result.threads} threads, {result.runtime} (measured on CPU)"
+    table = Table(min_width=76, title=title)
     for column in ("", "p50 ms", "p95 ms"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in (("dense", result.dense_ms), ("MoEE", result.moee_ms)):
@@ -135,7 +137,7 @@ def _latency_table(result: Any) -> Table:
 def doctor(args: argparse.Namespace, console: Console) -> int:
     from exporter.doctor import checks
 
-    table = Table(title="moee doctor")
+    table = Table(min_width=76, title="moee doctor")
     for column in ("", "found", "to add it"):
         table.add_column(column)
     found = checks()
@@ -184,7 +186,7 @@ def build(args: argparse.Namespace, console: Console) -> int:
         except BuildFailed as error:
             console.print(f"build FAILED: {error}", markup=False)
             return GATE_FAILED
-    table = Table(title=f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
+    table = Table(min_width=76, title=f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
     for column in ("", "file", "MiB", "build s"):
         table.add_column(column)
     for name, engine in (("dense", result.dense), ("MoEE", result.moee)):
@@ -230,4 +232,40 @@ def plugin_bundle(args: argparse.Namespace, console: Console) -> int:
     with ProgressDisplay() as report:
         write_bundle(Path(args.out), sms[0], ensure_kernels(sms, report), args.force)
     console.print(f"bundle for sm_{sms[0]} written to {args.out}; its README says how to compile it on the device")
+    return OK
+
+
+def inspect(args: argparse.Namespace, console: Console) -> int:
+    import json
+
+    from exporter.pretrained import ALIAS, TIMM_NAME
+    from moee import checkpoint
+    from moee.inspection import inspect_artifact, inspect_dense
+    from moee.models import ModelSpec
+
+    if Path(args.model).is_dir():
+        result = inspect_artifact(checkpoint.load(args.model))
+    else:
+        kwargs = {} if args.img_size is None else {"img_size": args.img_size}
+        if args.model == ALIAS:
+            kwargs = {"img_size": args.img_size or 224, "num_classes": 0}
+        timm_name = TIMM_NAME if args.model == ALIAS else args.model
+        result = inspect_dense(ModelSpec(name=args.model, timm_name=timm_name, kwargs=kwargs))
+    if args.json:
+        print(json.dumps(result.to_json(), indent=2))
+        return OK
+    table = Table(min_width=76, title=f"{result.model} at {result.size} x {result.size}")
+    for column in ("layer", "tokens", "MMACs", "of", "experts", "union", "widths", "balance", "entropy"):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    for layer in result.layers:
+        widths = f"{layer.min_width}..{layer.max_width}" if layer.experts else str(layer.hidden)
+        table.add_row(
+            layer.name, str(layer.tokens), f"{layer.macs / 1e6:.1f}", f"{layer.dense_macs / 1e6:.1f}",
+            str(layer.experts or "dense"), str(layer.union or layer.hidden), widths,
+            number(layer.balance, 2), number(layer.entropy, 2),
+        )  # fmt: skip
+    console.print(table)
+    for name, figures in (("dense", result.dense), ("MoEE", result.moee)):
+        if figures:
+            console.print(f"{name}: {figures['macs'] / 1e9:.3f} GMACs an image, {figures['params'] / 1e6:.3f} M parameters")
     return OK

@@ -29,6 +29,7 @@ SCHEMA = "moee.summary/1"
 MODEL, DATA = "dinov2-s", "digits"
 KEEP = 0.90  # of the weighted variance: about 41 % fewer MACs on digits
 CLUSTER_TOKENS = 6000  # a layer: seconds instead of minutes, for a demo
+REFIT_TOKENS = 41_600  # 640 images
 EPOCHS = 2
 BATCH = 8
 
@@ -56,7 +57,9 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").unlink(missing_ok=True)
     session = Session(resolve(model, data, report=report), data, report=report)
-    config = make_extract_config("compensated", keep=KEEP, tokens=tokens, cluster_tokens=CLUSTER_TOKENS)
+    config = make_extract_config(
+        "compensated", keep=KEEP, tokens=tokens, cluster_tokens=CLUSTER_TOKENS, refit_tokens=REFIT_TOKENS
+    )
     extracted, tuned, exported = out / "extracted", out / "tuned", out / "export"
     run_extract(session.spec, data, config, extracted, True, report, session)
     if (out / "tuned.resume").is_dir():

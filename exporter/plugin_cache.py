@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moee.cache import cache_dir
+from moee.errors import UserError
 from moee.progress import Reporter, silent
 from plugins import aot, build, manifest
-from plugins.targets import DEFAULT_SMS
+from plugins.targets import DEFAULT_SMS, TARGETS
 
 DEMO_SMS = (87, 89)  # Jetson Orin and one desktop generation: enough to prove the path in a minute
 
@@ -17,9 +18,13 @@ DEMO_SMS = (87, 89)  # Jetson Orin and one desktop generation: enough to prove t
 def ensure_kernels(sms: Iterable[int] | None = None, report: Reporter = silent) -> Path:
     """Folder with `kernels.json` for the SMs (None: all that ship), built if the cache lacks it.
 
-    Raises `ValueError` that lists the known SMs for an unknown one.
+    Raises `UserError` that lists the known SMs for an unknown one.
     """
     wanted = tuple(sorted(set(sms or DEFAULT_SMS)))
+    unknown = [sm for sm in wanted if sm not in TARGETS]
+    if unknown:
+        known = ", ".join(map(str, TARGETS))
+        raise UserError(f"unknown SM {', '.join(map(str, unknown))}; expected some of {known} (Jetson Orin is 87, Thor 110)")
     name = f"{aot.source_sha256()[:16]}-{'-'.join(map(str, wanted))}"
     folder = cache_dir() / "kernels" / name
     if not (folder / "kernels.json").is_file():

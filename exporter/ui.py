@@ -79,7 +79,7 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
     """One column for the dense model and one a stage: accuracy, cosines, MACs, parameters."""
     stages: dict[str, Any] = info["stages"]
     first = next(iter(stages.values()))
-    table = Table(title=title)
+    table = Table(min_width=76, title=title)
     for column in ("", "dense", *stages):
         table.add_column(column, justify="left" if not column else "right")
     kept = [stage["retention"] for stage in stages.values()]
@@ -96,7 +96,7 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
 
 def layer_table(layers: list[dict[str, Any]]) -> Table:
     """Experts, union and mean width of every layer."""
-    table = Table(title="layers")
+    table = Table(min_width=76, title="layers")
     for column in ("layer", "status", "experts", "union", "mean width", "of", "noise"):
         table.add_column(column, justify="left" if column in ("layer", "status") else "right")
     for layer in layers:

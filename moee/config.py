@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from moee.errors import UserError
 
+PARTITIONS = ("kmeans", "birch", "random")  # clusterings that are told how many clusters to make
 PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
 
 
@@ -19,28 +20,44 @@ class ExtractConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    method: Literal["moee", "moefication"] = "moee"
     seed: int = 0
     tokens: int = Field(PAPER_TOKENS, ge=1, description="calibration tokens a layer")
     exclude: tuple[str, ...] = ()
-    clustering: Literal["hdbscan", "kmeans", "none"] = "hdbscan"
+    clustering: Literal["hdbscan", "dbscan", "optics", "kmeans", "birch", "random", "none"] = "hdbscan"
     components: int | None = Field(None, ge=1, description="principal components before clustering; None clusters all features")
     cluster_tokens: int = Field(PAPER_TOKENS, ge=2, description="tokens a layer that are clustered; the rest feeds statistics")
     min_cluster_size: float = Field(0.006, gt=0, lt=1, description="share of the clustered tokens")
     min_samples: int | None = Field(None, ge=1)
-    clusters: int | None = Field(None, ge=2, description="number of clusters, k-means only")
-    criterion: Literal["variance", "output_variance"] = "output_variance"
+    clusters: int | None = Field(None, ge=2, description="of a partition method; None takes HDBSCAN's number")
+    eps: float | None = Field(None, gt=0, description="DBSCAN's radius; None takes the median core distance")
+    criterion: Literal["variance", "output_variance", "magnitude", "random"] = "output_variance"
     keep: float = Field(0.95, gt=0, le=1)
     statistics: Literal["cluster", "routed"] = "routed"
     compensation: Literal["none", "mean", "refit"] = "refit"
+    routing: Literal["cosine", "euclidean", "hash", "random"] = "cosine"
+    experts: int | None = Field(None, ge=1, description="of MoEfication: equal shares of the neurons")
+    top_k: int = Field(1, ge=1, description="experts a token, MoEfication only")
+    split: Literal["weights", "coactivation"] = "weights"
+    selector: Literal["centre", "router"] = "centre"
     refit_lambda: float = Field(0.01, gt=0, description="share of the Gram matrix's mean diagonal")
     refit_tokens: int = Field(PAPER_TOKENS, ge=1, description="tokens a layer that the refit may use")
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractConfig:
-        if self.clustering == "kmeans" and self.clusters is None:
-            raise ValueError("clustering kmeans needs --clusters (for example 32)")
-        if self.clustering != "kmeans" and self.clusters is not None:
-            raise ValueError(f"--clusters is for k-means; clustering {self.clustering} chooses their number itself")
+        if self.method == "moefication":
+            if self.experts is None or self.top_k > self.experts:
+                raise ValueError(f"method moefication needs --experts, and --top-k (now {self.top_k}) within it")
+            if self.compensation == "refit":
+                raise ValueError("compensation refit is for method moee; moefication takes none or mean")
+        elif self.experts is not None or self.top_k != 1:
+            raise ValueError("--experts and --top-k are for --method moefication; MoEE finds its experts by --clustering")
+        if self.clustering not in PARTITIONS and self.clusters is not None:
+            raise ValueError(
+                f"--clusters is for {', '.join(PARTITIONS)}; clustering {self.clustering} chooses their number itself"
+            )
+        if self.clustering != "dbscan" and self.eps is not None:
+            raise ValueError(f"--eps is for dbscan; clustering {self.clustering} has no radius")
         return self
 
 
@@ -63,6 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "compensated": {},
     "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},
     "static": {"clustering": "none"},
+    "moefication": {"method": "moefication", "compensation": "mean"},
 }
 
 

@@ -21,9 +21,10 @@ from moee.layer import LOAD_UNIT, Experts, RoutedFFN
 from moee.models import FFN, find_ffns, replace_module
 from moee.progress import Reporter, silent
 from moee.refit import refit
-from moee.routing import cosine_router, route
+from moee.routing import make_router, route
 from moee.selection import MomentAccumulator, Moments, select_neurons
 
+CLUSTERING_FIELDS = {"seed", "clustering", "components", "min_cluster_size", "min_samples", "clusters", "eps"}
 MIN_EXPERT_TOKENS = 2  # an expert needs a variance
 
 
@@ -84,6 +85,10 @@ def find_experts(
     ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter = silent
 ) -> tuple[Experts | None, LayerReport]:
     """Cluster one layer's tokens and build its experts, or None with the reason when it stays dense."""
+    if config.method == "moefication":
+        from moee.moefication import find_moefication
+
+        return find_moefication(ffn, sampled, config)
     generator = torch.Generator().manual_seed(config.seed)
     rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
     members = sampled.load(rows)
@@ -93,7 +98,7 @@ def find_experts(
     if count < (1 if config.clustering == "none" else 2):
         reason = f"dense: {count} cluster{'s' if count != 1 else ''}, {noise:.0%} noise"
         return None, LayerReport(ffn.name, reason, ffn.hidden, 0, ffn.hidden, [], [], noise)
-    router, bias = cosine_router(members, labels, count)
+    router, bias = make_router(config.routing, members, labels, count, config.seed)
     router, bias, routes = _routes_without_idle(sampled, router, bias)
     if config.statistics == "cluster":
         labels = labels if len(router) == count else route(members, router, bias)[:, 0]
@@ -112,7 +117,7 @@ def _labels(ffn: FFN, tokens: Tensor, config: ExtractConfig, report: Reporter) -
     """Cluster labels [N] of a layer's tokens, from the cache if the same tokens were clustered the same way before."""
     if config.clustering == "none":
         return torch.zeros(len(tokens), dtype=torch.int64)
-    how = config.model_dump_json(include={"seed", "clustering", "components", "min_cluster_size", "min_samples", "clusters"})
+    how = config.model_dump_json(include=CLUSTERING_FIELDS)
     key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/1 {ffn.activation} {how}")
     labels = read_labels(key, len(tokens))
     if labels is None:
@@ -149,7 +154,7 @@ def assemble(
     With compensation, b_out[e] = b + sum over dropped j of E[a_j | e] * W2[:, j] (design rule: dropped neurons are
     replaced by their mean); without, b_out[e] = b.
     """
-    kept = select_neurons(moments, ffn, config.criterion, config.keep)
+    kept = select_neurons(moments, ffn, config.criterion, config.keep, config.seed)
     union = torch.cat(kept).unique()
     position = torch.full((ffn.hidden,), -1, dtype=torch.int64)
     position[union] = torch.arange(len(union))

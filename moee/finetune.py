@@ -46,17 +46,18 @@ def distillation_loss(student: Tensor, teacher: Tensor, classifier: bool, temper
 
 def finetune(
     model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent,
-    resume: Path | None = None,
+    resume: Path | None = None, teacher: Tensor | None = None,
 ) -> FinetuneResult:  # fmt: skip
     """Train `model` in place to match `dense` on `data`; leaves the weights of the best validation epoch in it.
 
     With `resume`, a folder, the state is saved after every epoch and an interrupted run goes on from it; a run with
-    another configuration or model is refused with `UserError`.
+    another configuration or model is refused with `UserError`. `teacher` [N, C]: the dense model's outputs on `data`, if they
+    are there already.
     """
     if len(data) < 2:
         raise UserError(f"fine-tuning needs at least 2 images, came {len(data)}")
     classifier = bool(getattr(model, "num_classes", 0))
-    teacher = run(dense, data, report, "teacher").features.clone()
+    teacher = (run(dense, data, report, "teacher").features if teacher is None else teacher).clone()
     if data.skipped:
         raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))

@@ -45,6 +45,7 @@ class Session:
         self.train = load_data(source, self.transform, "train", seed)
         self.held_out = load_data(source, self.transform, "val", seed)
         self._reference: Outputs | None = None
+        self._train_outputs: Outputs | None = None
 
     @property
     def reference(self) -> Outputs:
@@ -53,12 +54,18 @@ class Session:
             self._reference = run(self.dense, self.held_out, self.report, "dense on held-out images")
         return self._reference
 
+    @property
+    def train_outputs(self) -> Outputs:
+        """The dense model's outputs on the training images: what a probe is fitted on and a student learns from."""
+        if self._train_outputs is None:
+            self._train_outputs = run(self.dense, self.train, self.report, "dense on training images")
+        return self._train_outputs
+
     def probe(self) -> Probe | None:
         """A probe on the dense features of the training images; None for classifiers and unlabelled data."""
         if is_classifier(self.dense) or not self.train.labelled:
             return None
-        outputs = run(self.dense, self.train, self.report, "probe features")
-        return fit_probe(outputs.features, outputs.labels)
+        return fit_probe(self.train_outputs.features, self.train_outputs.labels)
 
     def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:
         """Retention on held-out images, and cost weighted by the routing measured on them."""
@@ -111,7 +118,7 @@ def run_finetune(
     session = session or Session(moee.spec, source or moee.data, seed, report)
     resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
-    result = finetune(moee.model, session.dense, session.train, config, report, resume)
+    result = finetune(moee.model, session.dense, session.train, config, report, resume, session.train_outputs.features)
     seconds = time.perf_counter() - started
     measured = session.measure(moee.model, moee.probe, "tuned on held-out images")
     tuned = {**measured, "seconds": seconds, "config": config.model_dump(), "best_epoch": result.best_epoch}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,45 @@ def cosine_router(tokens: Tensor, labels: Tensor, experts: int) -> tuple[Tensor,
     """
     rows = torch.stack([tokens[labels == e].double().mean(0) for e in range(experts)])
     return torch.nn.functional.normalize(rows, dim=1).float(), torch.zeros(experts)
+
+
+def euclidean_router(tokens: Tensor, labels: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Mean inputs [K, D] and biases -|mu|^2 / 2 [K]: the highest score is the nearest mean."""
+    rows = torch.stack([tokens[labels == e].double().mean(0) for e in range(experts)])
+    return rows.float(), (-rows.square().sum(1) / 2).float()
+
+
+def hash_router(tokens: Tensor, experts: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Locality-sensitive hashing by random hyperplanes through the mean token, written as a linear router.
+
+    With b = ceil(log2 K) planes h_i, expert e answers to the sign pattern c of its binary digits: its row is
+    sum_i c_i h_i, so the highest score is the pattern nearest to the token's.
+    """
+    bits = max(1, math.ceil(math.log2(experts)))
+    planes = torch.randn(bits, tokens.shape[1], generator=torch.Generator().manual_seed(seed))
+    codes = (torch.arange(experts)[:, None] >> torch.arange(bits)) % 2 * 2.0 - 1.0
+    rows = codes @ torch.nn.functional.normalize(planes, dim=1)
+    return rows, -rows @ tokens.mean(0)
+
+
+def random_router(tokens: Tensor, experts: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Random unit rows, centred on the mean token: experts that have nothing to do with the clusters."""
+    rows = torch.randn(experts, tokens.shape[1], generator=torch.Generator().manual_seed(seed))
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    return rows, -rows @ tokens.mean(0)
+
+
+def make_router(kind: str, tokens: Tensor, labels: Tensor, experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows [K, D] and biases [K] of a routing by name; tokens [N, D] and labels [N] as in `cosine_router`."""
+    if kind == "cosine":
+        return cosine_router(tokens, labels, experts)
+    if kind == "euclidean":
+        return euclidean_router(tokens, labels, experts)
+    if kind == "hash":
+        return hash_router(tokens, experts, seed)
+    if kind == "random":
+        return random_router(tokens, experts, seed)
+    raise ValueError(f"unknown routing {kind!r}; expected cosine, euclidean, hash or random")
 
 
 def scores(tokens: Tensor, router: Tensor, router_bias: Tensor) -> Tensor:

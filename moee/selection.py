@@ -12,11 +12,12 @@ from moee.models import FFN
 
 @dataclass(frozen=True)
 class Moments:
-    """Per expert and neuron: token `count` [K], activation `mean` and `variance` [K, H], float64."""
+    """Per expert and neuron: token `count` [K], activation `mean`, `variance` and mean `magnitude` [K, H], float64."""
 
     count: Tensor
     mean: Tensor
     variance: Tensor
+    magnitude: Tensor
 
 
 class MomentAccumulator:
@@ -25,6 +26,7 @@ class MomentAccumulator:
     def __init__(self, experts: int, hidden: int):
         self.count = torch.zeros(experts, dtype=torch.float64)
         self.mean = torch.zeros(experts, hidden, dtype=torch.float64)
+        self.absolute = torch.zeros(experts, hidden, dtype=torch.float64)
         self.squares = torch.zeros(experts, hidden, dtype=torch.float64)
 
     def add(self, activations: Tensor, experts: Tensor) -> None:
@@ -38,10 +40,12 @@ class MomentAccumulator:
             delta = mean.double() - self.mean[e]
             self.squares[e] += variance.double() * n + delta**2 * (self.count[e] * n / total)
             self.mean[e] += delta * (n / total)
+            self.absolute[e] += part.abs().sum(0).double()
             self.count[e] = total
 
     def finish(self) -> Moments:
-        return Moments(self.count, self.mean, self.squares / self.count.clamp(min=1)[:, None])
+        count = self.count.clamp(min=1)[:, None]
+        return Moments(self.count, self.mean, self.squares / count, self.absolute / count)
 
 
 def output_weight(ffn: FFN) -> Tensor:
@@ -64,7 +68,18 @@ def keep_by_share(importance: Tensor, share: float) -> Tensor:
     return order.indices[: min(needed, len(importance))].sort().values
 
 
-def select_neurons(moments: Moments, ffn: FFN, criterion: str, keep: float) -> list[Tensor]:
-    """Per expert, the ascending neuron ids [H_e] int64 that hold `keep` of its variance."""
+def select_neurons(moments: Moments, ffn: FFN, criterion: str, keep: float, seed: int = 0) -> list[Tensor]:
+    """Per expert, the ascending neuron ids [H_e] int64 to keep.
+
+    `variance` and `output_variance` keep the fewest that hold `keep` of the (weighted) variance. `magnitude` (mean
+    absolute activation) and `random` are there to compare with: they keep as many as `variance` would, so that the cost
+    is the same.
+    """
     weight = output_weight(ffn) if criterion == "output_variance" else torch.ones(ffn.hidden, dtype=torch.float64)
-    return [keep_by_share(row * weight, keep) for row in moments.variance]
+    kept = [keep_by_share(row * weight, keep) for row in moments.variance]
+    if criterion in ("variance", "output_variance"):
+        return kept
+    generator = torch.Generator().manual_seed(seed)
+    scores = moments.magnitude if criterion == "magnitude" else torch.rand(moments.mean.shape, generator=generator)
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices
+    return [order[: len(k)].sort().values for order, k in zip(ranked, kept, strict=True)]

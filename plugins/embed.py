@@ -6,8 +6,9 @@ the assembler's `.incbin`, so a 40 MB blob costs the compiler nothing.
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
+import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,48 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moee.errors import UserError
+from plugins import tables
 
 SCHEMA = "moee.kernels/1"
-
-# Names of the manifest and the enumerators of csrc/tables.h.
-TYPES = {"float32": "kFloat32", "float16": "kFloat16", "bfloat16": "kBfloat16"}
-AXES = {
-    "one": "kOne",
-    "token_tiles": "kTokenTiles",
-    "slot_tiles": "kSlotTiles",
-    "expert_tiles": "kExpertTiles",
-    "width_tiles": "kWidthTiles",
-    "union_tiles": "kUnionTiles",
-    "dim_tiles": "kDimTiles",
-}
-POINTERS = {
-    "x": "kX",
-    "router": "kRouter",
-    "router_bias": "kRouterBias",
-    "w_up": "kWUp",
-    "b_up": "kBUp",
-    "w_down": "kWDown",
-    "b_out": "kBOut",
-    "neurons": "kNeurons",
-    "offsets": "kOffsets",
-    "y": "kY",
-    "counts": "kCounts",
-    "member": "kMember",
-    "buckets": "kBuckets",
-    "routes": "kRoutes",
-    "hidden": "kHidden",
-    "partial": "kPartial",
-    "load_cdf": "kLoadCdf",
-}
-SCALARS = {
-    "tokens": "kTokens",
-    "dim": "kDim",
-    "experts": "kExperts",
-    "union_size": "kUnionSize",
-    "max_width": "kMaxWidth",
-    "top_k": "kTopK",
-    "activation": "kActivation",
-}
 
 
 @dataclass
@@ -145,21 +107,21 @@ def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, pt
             continue
         for is_ptx, name in [(False, kernel["cubin"])] + ([(True, kernel["ptx"])] if int(kernel["sm"]) == base else []):
             module = modules.add(name, _module(kernels_dir, name))
-            rows.append(_kernel_row(kernel, is_ptx, module, arguments))
-    tactics, launches = _tactic_rows(manifest)
+            rows.append(tables.kernel_row(kernel, is_ptx, module, arguments))
+    tactics, launches = tables.tactic_rows(manifest)
     out_dir.mkdir(parents=True, exist_ok=True)
-    text = _TABLES.format(
+    text = tables.TABLES.format(
         arguments="\n".join(f"constexpr Arg {name}[] = {{{', '.join(args)}}};" for args, name in arguments.items()),
         kernels="\n".join(rows),
         launches="\n".join(launches),
         tactics="\n".join(tactics),
         tactic_count=len(tactics),
         kernel_count=len(rows),
-        source=_text(str(manifest["source_sha256"])),
+        source=tables.text_literal(str(manifest["source_sha256"])),
     )
     blob, entries = _pack([content for _, content in modules.files])
     _write(out_dir / "kernels.bin", blob)
-    _write(out_dir / "modules.cpp", _MODULES.format(entries="\n".join(entries)).encode())
+    _write(out_dir / "modules.cpp", tables.MODULES.format(entries="\n".join(entries)).encode())
     _write(out_dir / "tables.cpp", text.encode())
     raw = sum(len(content) for _, content in modules.files)
     files = tuple(name for name, _ in modules.files)
@@ -172,9 +134,7 @@ def _pack(contents: Sequence[bytes]) -> tuple[bytes, list[str]]:
     for content in contents:
         packer = zlib.compressobj(9, zlib.DEFLATED, -15)
         packed = packer.compress(content) + packer.flush()
-        entries.append(
-            f"    {{moee_blob + {len(blob)}, {len(packed)}, {len(content)}, {zlib.adler32(content)}U, true}},"
-        )
+        entries.append(f"    {{moee_blob + {len(blob)}, {len(packed)}, {len(content)}, {zlib.adler32(content)}U, true}},")
         blob += packed
     return bytes(blob), entries
 
@@ -195,108 +155,20 @@ def _write(path: Path, data: bytes) -> None:
         path.write_bytes(data)
 
 
-def _text(value: str) -> str:
-    if not re.fullmatch(r"[ -~]*", value) or '"' in value or "\\" in value:
-        raise UserError(f"kernels.json holds {value!r}, which is not a plain name; build the kernels again")
-    return f'"{value}"'
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m plugins.embed --kernels DIR --out DIR --sm 87`: what CMake runs for -DMOEE_SM."""
+    parser = argparse.ArgumentParser(description="Write the plugin's tables from a folder of compiled kernels.")
+    parser.add_argument("--kernels", type=Path, required=True, help="folder with kernels.json")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sm", required=True, help="such as 87 or 87,89")
+    args = parser.parse_args(arguments)
+    try:
+        embed(args.kernels, args.out, [int(sm) for sm in args.sm.split(",")])
+    except ValueError as error:
+        print(f"plugins.embed: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _lookup(table: Mapping[str, str], key: str, kind: str) -> str:
-    if key not in table:
-        raise UserError(f"kernels.json has {kind} {key!r}, expected one of {', '.join(table)}; update the plugin")
-    return table[key]
-
-
-def argument_name(argument: Mapping[str, str]) -> str:
-    """Enumerator of `csrc/tables.h` for one manifest argument. Raises `UserError` for a name or type it lacks."""
-    if argument["type"] == "scratch_ptr":
-        return "Arg::kScratch"
-    if argument["type"] not in ("ptr", "i32"):
-        raise UserError(f"kernels.json has argument type {argument['type']!r}, expected ptr, i32 or scratch_ptr")
-    table = POINTERS if argument["type"] == "ptr" else SCALARS
-    return "Arg::" + _lookup(table, argument["name"], f"{argument['type']} argument")
-
-
-def _kernel_row(kernel: Mapping[str, Any], is_ptx: bool, module: int, arguments: dict[tuple[str, ...], str]) -> str:
-    args = tuple(argument_name(argument) for argument in kernel["args"])
-    name = arguments.setdefault(args, f"kArgs{len(arguments)}")
-    grid = ", ".join("Axis::" + _lookup(AXES, axis, "grid axis") for axis in kernel["grid"])
-    block = kernel["block"]
-    return (
-        f"    {{{_text(kernel['role'])}, {_text(kernel['variant'])}, {_text(kernel['symbol'])}, "
-        f"Type::{_lookup(TYPES, kernel['dtype'], 'dtype')}, {int(kernel['sm'])}, {'true' if is_ptx else 'false'}, "
-        f"{int(kernel['num_warps'])}, {int(kernel['shared_bytes'])}, "
-        f"{int(block['m'])}, {int(block['n'])}, {int(block['k'])}, {{{grid}}}, {name}, {len(args)}, {module}}},"
-    )
-
-
-def _tactic_rows(manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    tactics, launches = [], []
-    ids = [int(tactic["id"]) for tactic in manifest["tactics"]]
-    if len(set(ids)) != len(ids) or min(ids, default=0) < 1:
-        raise UserError(f"kernels.json has tactic ids {ids}; they must be positive and unique")
-    for tactic in manifest["tactics"]:
-        steps = ", ".join(f"{{{_text(s['role'])}, {_text(s['variant'])}}}" for s in tactic["launches"])
-        launches.append(f"constexpr Launch kLaunches{int(tactic['id'])}[] = {{{steps}}};")
-        tactics.append(
-            f"    {{{int(tactic['id'])}, {_text(tactic['name'])}, {'true' if tactic['top_k'] == 'one' else 'false'}, "
-            f"{int(tactic['max_d'])}, {int(tactic['max_tokens'])}, kLaunches{int(tactic['id'])}, "
-            f"{len(tactic['launches'])}}},"
-        )
-    return tactics, launches
-
-
-_MODULES = """// Written by plugins/embed.py from kernels.json. Do not edit.
-#include "tables.h"
-
-__asm__(
-    ".pushsection .rodata\\n"
-    ".balign 16\\n"
-    ".globl moee_blob\\n"
-    ".hidden moee_blob\\n"
-    "moee_blob:\\n"
-    ".incbin \\"" MOEE_BLOB "\\"\\n"
-    ".byte 0\\n"
-    ".popsection\\n");
-
-extern "C" unsigned char const moee_blob[];
-
-namespace moee {{
-
-Embedded const& embedded(int32_t module) {{
-    static Embedded const modules[] = {{
-{entries}
-    }};
-    return modules[module];
-}}
-
-}}  // namespace moee
-"""
-
-_TABLES = """// Written by plugins/embed.py from kernels.json. Do not edit.
-#include "tables.h"
-
-namespace moee {{
-namespace {{
-
-{arguments}
-
-constexpr Kernel kKernels[] = {{
-{kernels}
-}};
-
-{launches}
-
-constexpr Tactic kTactics[] = {{
-{tactics}
-}};
-
-}}  // namespace
-
-Tables const& tables() {{
-    static Tables const instance{{kKernels, {kernel_count}, kTactics, {tactic_count}, {source}}};
-    return instance;
-}}
-
-}}  // namespace moee
-"""
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,24 +8,37 @@ from torch import Tensor
 from moee.clustering.base import NOISE, Clusterer, principal_components, relabel
 from moee.clustering.hdbscan import HDBSCAN
 from moee.clustering.kmeans import KMeans
-from moee.config import ExtractConfig
+from moee.clustering.sklearn_methods import DBSCAN, OPTICS, Birch, RandomPartition
+from moee.config import PARTITIONS, ExtractConfig
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
-__all__ = ["HDBSCAN", "NOISE", "Clusterer", "KMeans", "cluster_tokens", "make_clusterer", "principal_components"]
+__all__ = [
+    "DBSCAN", "HDBSCAN", "NOISE", "OPTICS", "Birch", "Clusterer", "KMeans", "RandomPartition", "cluster_tokens",
+    "make_clusterer", "principal_components",
+]  # fmt: skip
 
 MIN_CLUSTER_POINTS = 5
+DBSCAN_SAMPLES = 10
 
 
-def make_clusterer(config: ExtractConfig, points: int, report: Reporter = silent, name: str = "cluster") -> Clusterer:
-    """The clusterer of a configuration for `points` rows; `name` heads its progress."""
-    if config.clustering == "kmeans":
-        assert config.clusters is not None, "ExtractConfig validates that k-means has a cluster count"
-        return KMeans(config.clusters, config.seed)
+def make_clusterer(
+    config: ExtractConfig, points: int, clusters: int | None = None, report: Reporter = silent, name: str = "cluster"
+) -> Clusterer:
+    """The clusterer of a configuration for `points` rows; partition methods make `clusters`, `name` heads the progress."""
+    size = max(MIN_CLUSTER_POINTS, round(config.min_cluster_size * points))
+    if config.clustering in PARTITIONS:
+        assert clusters is not None, "cluster_tokens asks HDBSCAN for the number where the configuration has none"
+        if config.clustering == "kmeans":
+            return KMeans(clusters, config.seed)
+        return Birch(clusters) if config.clustering == "birch" else RandomPartition(clusters, config.seed)
+    if config.clustering == "dbscan":
+        return DBSCAN(config.min_samples or DBSCAN_SAMPLES, config.eps)
+    if config.clustering == "optics":
+        return OPTICS(size, config.min_samples or DBSCAN_SAMPLES)
+    # further passes make the total grow, so the end is not reported before fit_predict returns
     return HDBSCAN(
-        max(MIN_CLUSTER_POINTS, round(config.min_cluster_size * points)),
-        config.min_samples,
-        progress=lambda done, total, message: report(name, done, total),
+        size, config.min_samples, progress=lambda done, total, message: report(name, min(done, total - 1), total)
     )
 
 
@@ -34,18 +47,26 @@ def cluster_tokens(
 ) -> Tensor:
     """Labels [N] int64 of hidden activations [N, H], noise -1, renumbered by first appearance.
 
-    Raises `UserError` for too few points or values that are not finite.
+    A partition method without a number of clusters takes HDBSCAN's. Raises `UserError` for too few points or values
+    that are not finite.
     """
     bad = int((~torch.isfinite(activations).all(1)).sum())
     if bad:
         raise UserError(f"{bad} of {len(activations)} tokens have NaN or infinite activations; check the model's weights")
     if config.clustering == "none":
         return torch.zeros(len(activations), dtype=torch.int64)
-    smallest = config.clusters if config.clustering == "kmeans" else MIN_CLUSTER_POINTS
-    if smallest is not None and len(activations) < smallest:
+    smallest = config.clusters or MIN_CLUSTER_POINTS
+    if len(activations) < smallest:
         raise UserError(
             f"calibration gave {len(activations)} tokens a layer, fewer than the minimum cluster size {smallest}; add images"
         )
     if config.components is not None and config.components < activations.shape[1]:
         activations = principal_components(activations, config.components)
-    return relabel(make_clusterer(config, len(activations), report, name).fit_predict(activations))
+    clusters = config.clusters
+    if config.clustering in PARTITIONS and clusters is None:
+        density = config.model_copy(update={"clustering": "hdbscan"})
+        found = make_clusterer(density, len(activations), report=report, name=name).fit_predict(activations)
+        clusters = max(2, int(found.max()) + 1)
+    labels = relabel(make_clusterer(config, len(activations), clusters, report, name).fit_predict(activations))
+    report(name, 1, 1)
+    return labels

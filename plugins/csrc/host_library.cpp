@@ -5,6 +5,7 @@
 
 #include <NvInferVersion.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
@@ -50,11 +51,7 @@ void* hostSymbol(char const* name) {
     return symbol;
 }
 
-HostInterface hostInterface() {
-    std::string const path = hostLibraryPath();
-    if (path.empty()) {
-        return HostInterface::kHeaders;  // linked into the program, which was built with the same headers
-    }
+static HostInterface findHostInterface(std::string const& path) {
     using Version = int32_t (*)() noexcept;
     auto const major = reinterpret_cast<Version>(hostSymbol("getInferLibMajorVersion"));
     auto const minor = reinterpret_cast<Version>(hostSymbol("getInferLibMinorVersion"));
@@ -65,6 +62,18 @@ HostInterface hostInterface() {
         return major() == 1 && minor() >= 7 ? HostInterface::kVersioned : HostInterface::kUnknown;
     }
     return major() == NV_TENSORRT_MAJOR ? HostInterface::kHeaders : HostInterface::kUnknown;
+}
+
+HostInterface hostInterface() {
+    static std::atomic<int> known{-1};
+    if (known.load() < 0) {
+        std::string const path = hostLibraryPath();
+        if (path.empty()) {
+            return HostInterface::kHeaders;  // linked into the program, which was built with the same headers
+        }
+        known.store(static_cast<int>(findHostInterface(path)));
+    }
+    return static_cast<HostInterface>(known.load());
 }
 
 }  // namespace moee

@@ -34,9 +34,13 @@ int32_t MoeeFfn::onShapeChange(
         if (mConfigured && !isBuild() && (sizes.type != mSizes.type || sizes.dim != mSizes.dim)) {
             return fail("onShapeChange", "the tensors do not match the engine's serialised type and width");
         }
+        // TensorRT also calls this when only an address changed: no message then, it is on the path of every inference.
+        bool const changed = isBuild() || sizes.tokens != mSizes.tokens;
         mSizes = sizes;
         mConfigured = true;
-        trace("trace shape_change x=" + shapeText(in[kInX].dims));
+        if (changed) {
+            trace("trace shape_change x=" + shapeText(in[kInX].dims));
+        }
         // The builder times without attaching. It must not fail here either: engines are built without a GPU.
         if (mPrograms == nullptr && !prepare(why)) {
             trace("no kernels loaded: " + why);

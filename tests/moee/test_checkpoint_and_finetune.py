@@ -129,8 +129,8 @@ def test_config_round_trip_and_refusals():
     assert ExtractConfig.model_validate_json(config.model_dump_json()) == config
     for bad, message in [
         (dict(keep=1.5), "--keep"),
-        (dict(clusters=4), "for k-means"),
-        (dict(clustering="kmeans"), "needs --clusters"),
+        (dict(clusters=4), "chooses their number itself"),
+        (dict(eps=0.5), "--eps is for dbscan"),
         (dict(clustering="magic"), "--clustering"),
         (dict(nonsense=1), "nonsense"),
     ]:

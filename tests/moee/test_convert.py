@@ -222,3 +222,46 @@ def test_jobs_do_not_change_the_result(tiny_model):
         extract(model, tiny_images(), make_extract_config(**KMEANS), jobs=jobs)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("clustering", ["hdbscan", "dbscan", "optics", "kmeans", "birch", "random"])
+def test_every_clustering_finds_experts(tiny_model, clustering):
+    settings = dict(clustering=clustering, components=8, cluster_tokens=300, min_cluster_size=0.02, compensation="mean")
+    reports = extract(tiny_model, tiny_images(), make_extract_config(**settings))
+    assert any(r.experts >= 2 for r in reports)
+
+
+@pytest.mark.parametrize("routing", ["cosine", "euclidean", "hash", "random"])
+def test_every_routing_spreads_the_tokens(tiny_model, routing):
+    reports = extract(tiny_model, tiny_images(), make_extract_config(routing=routing, **KMEANS))
+    assert all(max(r.share) < 0.95 for r in reports), "an expert took everything"
+
+
+def test_euclidean_routing_goes_to_the_nearest_mean():
+    from moee.routing import euclidean_router, route
+
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randn(200, 6, generator=generator) + 3, torch.arange(200) % 5
+    router, bias = euclidean_router(tokens, labels, 5)
+    means = torch.stack([tokens[labels == e].mean(0) for e in range(5)])
+    assert torch.equal(route(tokens, router, bias)[:, 0], torch.cdist(tokens, means).argmin(1))
+
+
+def test_hash_routing_is_the_sign_pattern_for_a_power_of_two():
+    from moee.routing import hash_router, route
+
+    tokens = torch.randn(300, 12, generator=torch.Generator().manual_seed(1)) + 2
+    router, bias = hash_router(tokens, 8, seed=5)
+    planes = torch.stack([(router[1 << i] - router[0]) / 2 for i in range(3)])
+    bits = ((tokens - tokens.mean(0)) @ planes.T > 0).long()
+    assert torch.equal(route(tokens, router, bias)[:, 0], (bits * torch.tensor([1, 2, 4])).sum(1))
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+def test_criteria_to_compare_with_cost_what_variance_costs(tiny_model, criterion):
+    widths = {}
+    for name in ("variance", criterion):
+        model = copy.deepcopy(tiny_model)
+        reports = extract(model, tiny_images(), make_extract_config(criterion=name, compensation="mean", **KMEANS))
+        widths[name] = [r.widths for r in reports]
+    assert widths["variance"] == widths[criterion]

@@ -16,78 +16,23 @@ from typing import Any
 
 DOUBLES = Path(sys.argv[1])
 FAKE = ctypes.CDLL(str(DOUBLES / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)  # before torch: the name must be ours
-HARNESS = ctypes.CDLL(str(DOUBLES / "libharness.so"))
 
 import torch  # noqa: E402
 
-from plugins.contract import ACTIVATIONS, INPUT_NAMES  # noqa: E402
 from plugins.dispatch import launch_reference  # noqa: E402
 from plugins.kernels.spec import POINTERS  # noqa: E402
 from plugins.reference import moee_ffn  # noqa: E402
 from plugins.tactics import SPECS, by_id, config, grid_axes  # noqa: E402
 from plugins.workspace import TORCH_DTYPES, Sizes, bytes_needed, layout  # noqa: E402
+from tests.plugins.harness import DATA_TYPES, Harness, aligned, case_of, make_inputs  # noqa: E402
 
-DATA_TYPES = {"float32": 0, "float16": 1, "bfloat16": 7}  # nvinfer1::DataType
 C_UINT = ctypes.c_uint
 EXECUTOR = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(C_UINT), C_UINT, C_UINT, ctypes.POINTER(ctypes.c_void_p)
 )
 
 
-class Case(ctypes.Structure):
-    """Mirrors `Case` of csrc/host.h."""
-
-    _fields_ = [
-        *(("lead_count", ctypes.c_int32), ("lead", ctypes.c_int64 * 4), ("dim", ctypes.c_int64)),
-        *(("experts", ctypes.c_int64), ("union", ctypes.c_int64), ("neurons", ctypes.c_int64)),
-        ("type", ctypes.c_int32),
-    ]
-
-
-for name in ("harness_create", "harness_recreate", "harness_attach"):
-    getattr(HARNESS, name).restype = ctypes.c_void_p
-HARNESS.harness_workspace.restype = ctypes.c_size_t
-for name in ("harness_log", "harness_creator", "harness_timing_id"):
-    getattr(HARNESS, name).restype = ctypes.c_char_p
 FAKE.fake_log.restype = ctypes.c_char_p
-
-
-def pointer(handle: int) -> ctypes.c_void_p:
-    return ctypes.c_void_p(handle)
-
-
-def aligned(count: int, dtype: torch.dtype, fill: float | None = None) -> torch.Tensor:
-    """A tensor that starts on a 256-byte boundary, as device memory does."""
-    item = torch.empty((), dtype=dtype).element_size()
-    raw = torch.empty(count * item + 256, dtype=torch.uint8)
-    start = -raw.data_ptr() % 256
-    tensor = raw[start : start + count * item].view(dtype)
-    return tensor if fill is None else tensor.fill_(fill)
-
-
-def make_inputs(sizes: Sizes, dtype: torch.dtype, seed: int, widths: list[int]) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        value = torch.randn(*shape, generator=g) * scale
-        return aligned(value.numel(), dtype).view(shape).copy_(value)
-
-    picks = [torch.randperm(sizes.union_size, generator=g)[:w].sort().values.int() for w in widths]
-    offsets = torch.tensor([0, *torch.tensor(widths).cumsum(0).tolist()], dtype=torch.int32)
-    neurons = torch.cat(picks)
-    inputs = {
-        "x": normal(sizes.tokens, sizes.dim),
-        "router": normal(sizes.experts, sizes.dim),
-        "router_bias": aligned(sizes.experts, torch.float32).copy_(torch.randn(sizes.experts, generator=g)),
-        "w_up": normal(sizes.union_size, sizes.dim, scale=sizes.dim**-0.5),
-        "b_up": normal(sizes.union_size, scale=0.1),
-        "w_down": normal(sizes.union_size, sizes.dim, scale=sizes.max_width**-0.5),
-        "b_out": normal(sizes.experts, sizes.dim, scale=0.1),
-        "neurons": aligned(len(neurons), torch.int32).copy_(neurons),
-        "offsets": aligned(len(offsets), torch.int32).copy_(offsets),
-    }
-    assert tuple(inputs) == INPUT_NAMES
-    return inputs
 
 
 class Device:
@@ -162,22 +107,14 @@ class Device:
         return torch.frombuffer(buffer, dtype=tensor_type).view(shape)
 
 
-def case_of(lead: tuple[int, ...], sizes: Sizes, neurons: int, dtype: str) -> Case:
-    case = Case(lead_count=len(lead), dim=sizes.dim, experts=sizes.experts, union=sizes.union_size, neurons=neurons)
-    case.type = DATA_TYPES[dtype]
-    for i, n in enumerate(lead):
-        case.lead[i] = n
-    return case
-
-
 def expected_launches(tactic: int, top_k: int, calibrated: bool) -> list[str]:
     steps = [s for s in by_id(tactic).launches if top_k > 1 or s.role != "combine"]
     return [f"{'route_load' if calibrated and s.role == 'route' else s.role}/{s.variant}" for s in steps]
 
 
 def run_case(
-    manifest: dict[str, Any], sm: int, dtype: str, lead: tuple[int, ...], widths: list[int], dim: int, union: int,
-    top_k: int, activation: int, calibrated: bool,
+    harness: Harness, manifest: dict[str, Any], sm: int, dtype: str, lead: tuple[int, ...], widths: list[int],
+    dim: int, union: int, top_k: int, activation: int, calibrated: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """One layer through TensorRT's life cycle, then every tactic. `calibrated`: it stays in the build phase."""
     tokens = 1
@@ -187,24 +124,19 @@ def run_case(
     inputs = make_inputs(sizes, TORCH_DTYPES[dtype], 7, widths)
     case = case_of(lead, sizes, sum(widths), dtype)
     load = [3, *([1] * (len(widths) - 1))]
-    HARNESS.harness_clear_log()
-    built = HARNESS.harness_create(
-        ACTIVATIONS[activation].encode(), top_k, max(widths), (ctypes.c_int32 * len(load))(*load), len(load)
-    )
-    assert built, HARNESS.harness_log().decode()
-    assert HARNESS.harness_configure(pointer(built), ctypes.byref(case), ctypes.byref(case), ctypes.byref(case)) == 0
-    ids = (ctypes.c_int32 * 64)()
-    count = HARNESS.harness_tactics(pointer(built), ids, 64)
-    workspace_bytes = HARNESS.harness_workspace(pointer(built), ctypes.byref(case))
-    plain = built if calibrated else HARNESS.harness_recreate(pointer(built))
-    attached = HARNESS.harness_attach(pointer(plain))
-    assert attached, HARNESS.harness_log().decode()
+    harness.clear_log()
+    layer = harness.create(activation, top_k, max(widths), load)
+    harness.configure(layer, case)
+    tactics = harness.tactics(layer)
+    workspace_bytes = harness.workspace(layer, case)
+    plain = layer if calibrated else harness.recreate(layer)
+    attached = harness.attach(plain)
     device = Device(manifest, dtype, sm)
     device.sizes = sizes
     want = moee_ffn(**inputs, activation=activation, top_k=top_k)
     results = []
-    assert HARNESS.harness_shape_change(pointer(attached), ctypes.byref(case)) == 0, HARNESS.harness_log().decode()
-    for tactic in ids[:count]:
+    harness.shape_change(attached, case)
+    for tactic in tactics:
         kind = by_id(tactic).kind
         device.shapes = {name: tuple(t.shape) for name, t in inputs.items()}
         device.shapes |= {b.name: b.shape for b in layout(sizes, dtype, kind).buffers}
@@ -213,15 +145,12 @@ def run_case(
         y = aligned(tokens * dim, TORCH_DTYPES[dtype], float("nan")).view(tokens, dim)
         # Exactly as large as asked for, between guard bytes, and poisoned.
         memory = aligned(workspace_bytes + 256, torch.uint8, 0xFF)
-        addresses = (ctypes.c_void_p * 9)(*(inputs[n].data_ptr() for n in INPUT_NAMES))
         FAKE.fake_clear_log()
         FAKE.fake_capture(1)
-        assert HARNESS.harness_set_tactic(pointer(attached), tactic) == 0
-        code = HARNESS.harness_enqueue(
-            pointer(attached), ctypes.byref(case), addresses, pointer(y.data_ptr()), pointer(memory.data_ptr())
-        )
+        harness.set_tactic(attached, tactic)
+        code = harness.enqueue(attached, case, inputs, y, memory)
         FAKE.fake_capture(0)
-        assert code == 0, (HARNESS.harness_log().decode(), device.problems)
+        assert code == 0, (harness.log(), device.problems)
         routes = layout(sizes, dtype, kind).split(memory)["routes"].view(tokens, top_k).long()
         # In the build phase tokens go where the load says, so the result is compared for that routing.
         due = moee_ffn(**inputs, activation=activation, top_k=top_k, chosen=routes) if calibrated else want
@@ -235,13 +164,12 @@ def run_case(
                 "calls": FAKE.fake_log().decode().split("\n"),
             }
         )
-    log = HARNESS.harness_log().decode()
-    for handle in {built, plain, attached}:
-        HARNESS.harness_destroy(pointer(handle))
+    log = harness.log()
+    harness.destroy(layer, plain, attached)
     return {
         **{"dtype": dtype, "top_k": top_k, "calibrated": calibrated, "scale": want.abs().max().item()},
         "sizes": sizes.as_dict(),
-        **{"problems": device.problems, "results": results, "workspace_bytes": workspace_bytes, "tactics": ids[:count]},
+        **{"problems": device.problems, "results": results, "workspace_bytes": workspace_bytes, "tactics": tactics},
         **{"python_workspace_bytes": python_workspace(sizes, dtype), "live_modules": FAKE.fake_live_modules()},
         **{"live_memory": FAKE.fake_live_memory(), "log": [line for line in log.split("\n") if line[:7] != "VERBOSE"]},
     }
@@ -260,18 +188,18 @@ def main() -> None:
     plugin, kernels = Path(sys.argv[2]), Path(sys.argv[3])
     manifest = json.loads((kernels / "kernels.json").read_text())
     sm = 87
-    assert HARNESS.harness_open(str(plugin).encode()) == 0, HARNESS.harness_log().decode()
+    harness = Harness(DOUBLES / "libharness.so", plugin)
     FAKE.fake_device(sm // 10, sm % 10)
     cases = []
     for dtype in DATA_TYPES:
-        run = partial(run_case, manifest, sm, dtype)
+        run = partial(run_case, harness, manifest, sm, dtype)
         for top_k, calibrated in ((1, False), (2, False), (1, True)):
             # Odd sizes: nothing but D is a multiple of a tile.
             cases.append(run((3, 19), [37, 5, 80, 1, 64, 33, 17], 96, 101, top_k, 0, calibrated))
         cases.append(run((1,), [24], 48, 24, 1, 1, False))  # one token, one expert, rank 2
         cases.append(run((2, 3, 5), [16] * 5, 400, 64, 1, 3, False))  # D > 384: no fused tactic
         cases.append(run((520,), [16] * 5, 16, 32, 1, 2, False))  # too many tokens for masked16
-    print(json.dumps({"creator": HARNESS.harness_creator().decode(), "cases": cases}))
+    print(json.dumps({"cases": cases}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,3 +208,15 @@ def test_bundle_refuses_unknown_sm_and_existing_folder(tmp_path):
     with pytest.raises(UserError, match="--force"):
         write_bundle(tmp_path / "b", 87, built.kernels())
     assert (write_bundle(tmp_path / "b", 87, built.kernels(), force=True) / "bundle.json").is_file()
+
+
+def test_cmake_alone_can_choose_the_sm(tmp_path):
+    command = [
+        *("cmake", "-S", str(build.SOURCE), "-B", str(tmp_path), "-DMOEE_SM=87", f"-DMOEE_KERNELS={built.kernels()}"),
+        *(f"-DPython3_EXECUTABLE={sys.executable}", f"-DTENSORRT_INCLUDE={FIRST.include}"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    assert {p.name for p in (tmp_path / "generated").iterdir()} == {"tables.cpp", "modules.cpp", "kernels.bin"}
+    command[5] = "-DMOEE_SM=99"
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode and "plugins.embed:" in failed.stderr

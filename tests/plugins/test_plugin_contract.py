@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from plugins import embed
+from plugins import tables
 from plugins.build import SOURCE
 from plugins.contract import (
     ACTIVATIONS,
@@ -55,14 +55,14 @@ def test_creator_fields_are_the_contracts_attributes():
 
 
 def test_kernel_arguments_are_known_to_the_generator_and_to_the_launcher():
-    assert set(embed.POINTERS) == set(POINTERS) and set(embed.SCALARS) == set(SCALARS)
+    assert set(tables.POINTERS) == set(POINTERS) and set(tables.SCALARS) == set(SCALARS)
     known = enumerators(source("tables.h"), "Arg")
     assert [snake(n) for n in known] == [*POINTERS, "scratch", *SCALARS]
-    assert {f"k{n}" for n in known} == {*embed.POINTERS.values(), *embed.SCALARS.values(), "kScratch"}
+    assert {f"k{n}" for n in known} == {*tables.POINTERS.values(), *tables.SCALARS.values(), "kScratch"}
 
 
 def test_grid_axes_are_known_to_the_generator_and_to_the_launcher():
-    assert list(embed.AXES) == list(AXES)
+    assert list(tables.AXES) == list(AXES)
     assert [snake(n) for n in enumerators(source("tables.h"), "Axis")] == list(AXES)
 
 

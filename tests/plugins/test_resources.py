@@ -37,9 +37,8 @@ def test_the_committed_table_is_of_these_kernels():
     want = [f"| {role} {variant} | {dtype} |" for dtype in DTYPES for role, variant in VARIANTS[dtype]]
     for sm in DEFAULT_SMS:
         assert f"## sm_{sm} " in text
-    assert [row[: len(start)] for row, start in zip(rows, want * len(DEFAULT_SMS), strict=True)] == want * len(
-        DEFAULT_SMS
-    )
+    want *= len(DEFAULT_SMS)
+    assert [row[: len(start)] for row, start in zip(rows, want, strict=True)] == want
 
 
 def test_bad_folder(tmp_path, capsys):

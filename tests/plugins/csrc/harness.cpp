@@ -91,10 +91,11 @@ int harness_shape_change(void* handle, Case const* c) {
     return runtimePart(plugin(handle))->onShapeChange(d.data(), kInputs, d.data() + kInputs, 1);
 }
 
-int harness_enqueue(void* handle, Case const* c, void const* const* inputs, void* y, void* workspace) {
+int harness_enqueue(void* handle, Case const* c, void const* const* inputs, void* y, void* workspace,
+    void* stream) {
     auto const d = describe(*c);
     void* const outputs[] = {y};
-    return runtimePart(plugin(handle))->enqueue(d.data(), d.data() + kInputs, inputs, outputs, workspace, nullptr);
+    return runtimePart(plugin(handle))->enqueue(d.data(), d.data() + kInputs, inputs, outputs, workspace, static_cast<cudaStream_t>(stream));
 }
 
 }  // extern "C"

@@ -2,6 +2,7 @@
 #include "host_checks.h"
 #include "tables.h"
 
+#include <algorithm>
 #include <map>
 
 namespace {
@@ -139,9 +140,40 @@ void testEnqueue(Fake const& fake) {
     CHECK(run->enqueue(d.data(), d.data() + kInputs, buffers.memory.data(), outputs, nullptr, nullptr) != 0);
 }
 
+// A tactic that was timed at few tokens also gets the profile's larger shapes: the default tactic takes over.
+void testTokenLimit(Fake const& fake) {
+    fake.reset();
+    moee::Tables const& t = moee::tables();
+    auto const* const limited
+        = std::find_if(t.tactics, t.tactics + t.tacticCount, [](moee::Tactic const& tactic) { return tactic.maxTokens > 0; });
+    CHECK(limited != t.tactics + t.tacticCount);
+    Case many = kCase;
+    many.lead[0] = limited->maxTokens;  // times 9
+    Plugin const built = configured(many);
+    Buffers const buffers(many, workspaceOf(built.get(), many));
+    Plugin const runtime(recreate(gCreator, built.get()));
+    Plugin const attached = attach(runtime.get());
+    CHECK(runtimePart(attached.get())->setTactic(limited->id) == 0);
+    fake.clearLog();
+    CHECK(enqueue(attached.get(), kCase, buffers) == 0);
+    CHECK(fake.log().find(limited->launches[1].role) != std::string::npos);
+    fake.clearLog();
+    CHECK(enqueue(attached.get(), many, buffers) == 0);
+    CHECK(fake.log().find(limited->launches[1].role) == std::string::npos);
+    // Few tokens an expert take small tiles, many take large ones.
+    CHECK(runtimePart(attached.get())->setTactic(0) == 0);
+    fake.clearLog();
+    CHECK(enqueue(attached.get(), kCase, buffers) == 0);
+    CHECK(fake.log().find("expert_up_bm16") != std::string::npos);
+    fake.clearLog();
+    CHECK(enqueue(attached.get(), many, buffers) == 0);
+    CHECK(fake.log().find("expert_up_bm128") != std::string::npos);
+}
+
 }  // namespace
 
 void checkLifeCycle(Fake const& fake) {
     testCloneAndSerialise(fake);
     testEnqueue(fake);
+    testTokenLimit(fake);
 }

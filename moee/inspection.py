@@ -1,0 +1,110 @@
+"""What a model costs and how its experts are used, layer by layer: the figures behind `moee inspect`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moee.checkpoint import MoeeModel
+from moee.data import model_transform
+from moee.layer import routed_layers
+from moee.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
+from moee.models import FFN, ModelSpec, find_ffns, load_model
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """One MLP. `macs` per image; `balance` is the largest share times the experts (1: even), `entropy` of the routing
+    relative to its maximum (1: even). Both are None for a dense layer."""
+
+    name: str
+    tokens: int
+    hidden: int
+    macs: int
+    params: int
+    dense_macs: int
+    dense_params: int
+    experts: int = 0
+    union: int = 0
+    min_width: int = 0
+    mean_width: float = 0.0
+    max_width: int = 0
+    balance: float | None = None
+    entropy: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model."""
+
+    model: str
+    size: int
+    dense: dict[str, int]
+    moee: dict[str, int] | None
+    layers: list[LayerFigures]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": "moee.inspect/1", **asdict(self)}
+
+
+def _ffn_cost(ffn: FFN, tokens: int) -> tuple[int, int]:
+    return 2 * tokens * ffn.dim * ffn.hidden, ffn.w_up.numel() + ffn.b_up.numel() + ffn.w_down.numel() + ffn.b_down.numel()
+
+
+def inspect_dense(spec: ModelSpec) -> Inspection:
+    """Figures of a timm model by its shapes alone: no weights are loaded, no memory is taken."""
+    with torch.device("meta"):
+        model = load_model(spec.model_copy(update={"weights": None, "pretrained": False}))
+    size = model_transform(model).size
+    layers = [
+        LayerFigures(f.name, tokens, f.hidden, *_ffn_cost(f, tokens), *_ffn_cost(f, tokens))
+        for f, tokens in _with_tokens(model, size)
+    ]
+    return Inspection(spec.name, size, {"macs": dense_macs(model, size), "params": dense_params(model)}, None, layers)
+
+
+def _with_tokens(model: nn.Module, size: int) -> list[tuple[FFN, int]]:
+    ffns = find_ffns(model)
+    tokens = tokens_per_image(model, [f.name for f in ffns], size)
+    return [(f, tokens[f.name]) for f in ffns]
+
+
+def routing_entropy(share: list[float]) -> float:
+    """Entropy of a layer's routing over its maximum log K; 1 for one expert."""
+    if len(share) < 2:
+        return 1.0
+    return -sum(p * math.log(p) for p in share if p > 0) / math.log(len(share))
+
+
+def inspect_artifact(moee: MoeeModel) -> Inspection:
+    """Figures of an extracted or tuned model; shares are those measured on its held-out images."""
+    dense = moee.dense()
+    size = model_transform(dense).size
+    stages = moee.info.get("stages", {})
+    shares = (stages.get("tuned") or stages.get("extracted") or {}).get("shares", {})
+    routed = routed_layers(moee.model)
+    for name, layer in routed.items():
+        shares.setdefault(name, [1 / layer.num_experts] * layer.num_experts)
+    layers = []
+    for ffn, tokens in _with_tokens(dense, size):
+        macs, params = _ffn_cost(ffn, tokens)
+        if ffn.name not in routed:
+            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params))
+            continue
+        layer, share = routed[ffn.name], shares[ffn.name]
+        widths = layer.widths
+        layers.append(
+            LayerFigures(
+                ffn.name, tokens, ffn.hidden, round(tokens * routed_macs_per_token(layer, share)),
+                sum(p.numel() for p in layer.parameters()) + layer.router_bias.numel(), macs, params,
+                experts=layer.num_experts, union=layer.union, min_width=min(widths),
+                mean_width=sum(w * s for w, s in zip(widths, share, strict=True)), max_width=max(widths),
+                balance=max(share) * len(share), entropy=routing_entropy(share),
+            )  # fmt: skip
+        )
+    cost = model_cost(dense, moee.model, shares, size)
+    return Inspection(moee.spec.name, size, cost["dense"], cost["moee"], layers)

@@ -1,0 +1,78 @@
+"""MoEfication: balanced disjoint experts, top-k, and exactness when nothing is dropped."""
+
+import copy
+
+import pytest
+import torch
+
+from moee.config import make_extract_config
+from moee.convert import extract
+from moee.errors import UserError
+from moee.layer import routed_layers
+from moee.moefication import balanced_groups
+from tests.conftest import tiny_images
+
+
+def config(**changes):
+    return make_extract_config("moefication", **{"experts": 8, "top_k": 4, **changes})
+
+
+@pytest.mark.parametrize(("count", "groups"), [(12, 4), (13, 4), (9, 9), (7, 1)])
+def test_groups_are_balanced(count, groups):
+    found = balanced_groups(torch.randn(count, 5, generator=torch.Generator().manual_seed(0)), groups, seed=0)
+    sizes = torch.bincount(found, minlength=groups)
+    assert sizes.max() - sizes.min() <= 1 and sizes.sum() == count
+
+
+def test_clear_clusters_are_found():
+    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).repeat_interleave(5, 0) * 10
+    rows += torch.randn(20, 6, generator=torch.Generator().manual_seed(1)) * 0.01
+    found = balanced_groups(rows, 4, seed=0).reshape(4, 5)
+    assert (found == found[:, :1]).all() and len(found[:, 0].unique()) == 4
+
+
+@pytest.mark.parametrize("split", ["weights", "coactivation"])
+@pytest.mark.parametrize("selector", ["centre", "router"])
+@pytest.mark.parametrize("compensation", ["none", "mean"])
+def test_all_experts_reproduce_the_dense_model(tiny_model, split, selector, compensation):
+    dense, data = copy.deepcopy(tiny_model), tiny_images()
+    extract(tiny_model, data, config(top_k=8, split=split, selector=selector, compensation=compensation))
+    for layer in routed_layers(tiny_model).values():
+        assert sorted(layer.neurons.tolist()) == list(range(128)) and set(layer.widths) == {16}
+    with torch.no_grad():
+        torch.testing.assert_close(tiny_model(data.images), dense(data.images), rtol=1e-3, atol=1e-4)
+
+
+def test_mean_compensation_and_more_experts_help(tiny_model):
+    dense, data = copy.deepcopy(tiny_model), tiny_images(64)
+    errors = {}
+    for top_k, compensation in [(2, "none"), (2, "mean"), (6, "mean")]:
+        model = copy.deepcopy(dense)
+        extract(model, data, config(top_k=top_k, compensation=compensation))
+        with torch.no_grad():
+            errors[top_k, compensation] = float((model(data.images) - dense(data.images)).square().mean())
+    assert errors[6, "mean"] < errors[2, "mean"] < errors[2, "none"]
+
+
+def test_contradictions_are_refused(tiny_model):
+    for bad in (dict(experts=None), dict(top_k=9), dict(compensation="refit")):
+        with pytest.raises(UserError, match="moefication"):
+            config(**bad) if "experts" not in bad else make_extract_config("moefication")
+    with pytest.raises(UserError, match="for --method moefication"):
+        make_extract_config(top_k=2)
+    with pytest.raises(UserError, match="cannot split 128 neurons into 500"):
+        extract(tiny_model, tiny_images(), config(experts=500))
+
+
+def test_parity_of_the_exported_graph(tiny_model, tmp_path):
+    from exporter.onnx_export import export
+    from exporter.parity import check_parity
+    from moee.checkpoint import MoeeModel
+    from tests.conftest import tiny_spec
+
+    data = tiny_images()
+    extract(tiny_model, data, config())
+    moee = MoeeModel(tiny_model.eval(), tiny_spec(), config(), "tiny")
+    export(moee, tmp_path / "export")
+    result = check_parity(tmp_path / "export", moee, data)
+    assert result and min(result.route_agreement.values()) == 1.0
