@@ -65,6 +65,7 @@ def extract(
     with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
         sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
         report("experts", 0, len(ffns))
+        threads = torch.get_num_threads()
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             found = pool.map(lambda pair: find_experts(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True))
             for position, (ffn, (experts, layer_report)) in enumerate(zip(ffns, found, strict=True), 1):
@@ -72,6 +73,7 @@ def extract(
                     layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
                 reports.append(layer_report)
                 report("experts", position, len(ffns))
+        torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
     if not layers:
         raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
@@ -118,7 +120,7 @@ def _labels(ffn: FFN, tokens: Tensor, config: ExtractConfig, report: Reporter) -
     if config.clustering == "none":
         return torch.zeros(len(tokens), dtype=torch.int64)
     how = config.model_dump_json(include=CLUSTERING_FIELDS)
-    key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/1 {ffn.activation} {how}")
+    key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/2 {ffn.activation} {how}")
     labels = read_labels(key, len(tokens))
     if labels is None:
         labels = cluster_tokens(hidden_activations(ffn, tokens), config, report, f"cluster {ffn.name}")
