@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     command("doctor", commands.doctor, "what is installed, what is missing, how to add it")
 
     sub = command("demo", commands.demo, "everything, on a real pretrained ViT-S and scikit-learn's digits")
-    sub.add_argument("--epochs", type=int, default=2, help="epochs of fine-tuning")
+    sub.add_argument("--epochs", type=int, default=3, help="epochs of fine-tuning")
     _out(sub, "all results")
     return parser
 
