@@ -8,6 +8,9 @@ OUT    ?= runs/demo
 # threads that wait must not spin: with a second process on the cores, torch is about five times slower otherwise
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# pip's cmake serves where the system has none
+export PATH := $(abspath $(BIN)):$(PATH)
+
 .PHONY: install demo test test-slow lint plugin clean
 install: $(STAMP)
 

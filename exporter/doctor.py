@@ -33,6 +33,7 @@ def checks() -> list[Check]:
     """Everything that some command needs, in the order of the pipeline."""
     from exporter.pretrained import TIMM_NAME
     from moee.cache import cache_dir
+    from plugins.build import find_cmake
 
     weights = cache_dir() / f"{TIMM_NAME}.safetensors"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -46,7 +47,7 @@ def checks() -> list[Check]:
         Check("TensorRT-RTX (engines with no GPU)", _version("tensorrt-rtx-cu13"), "pip install 'moee[rtx]'"),
         Check("TensorRT", tensorrt, "pip install 'moee[trt]', or the device's JetPack"),
         Check("C++ compiler (plugin)", shutil.which("g++") or shutil.which("c++"), "apt-get install g++"),
-        Check("CMake (plugin)", shutil.which("cmake"), "apt-get install cmake"),
+        Check("CMake (plugin)", find_cmake(), "pip install cmake"),
         Check("NVIDIA GPU", gpu, "optional: kernels and engines run on one, everything else does not need it"),
         Check("dinov2-s weights", str(weights) if weights.is_file() else None, "fetched on first use of dinov2-s"),
     ]

@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,26 +124,33 @@ def build_plugin(
     """
     out_dir = Path(out_dir).resolve()
     headers = select_headers(tensorrt_root)
-    for tool, package in (("cmake", "cmake"), ("c++", "g++")):
-        if shutil.which(tool) is None:
-            raise MissingDependency(f"{tool} is not installed; run `apt-get install {package}`")
+    cmake = find_cmake()
+    for tool, package in ((cmake, "cmake"), (shutil.which("c++"), "g++")):
+        if tool is None:
+            raise MissingDependency(f"{package} is not installed; run `apt-get install {package}`")
     tables = out_dir / "generated"
     embed(kernels_dir, tables, sms, ptx)
     build = out_dir / "build"
     configure = [
-        *("cmake", "-S", str(SOURCE), "-B", str(build)),
+        *(str(cmake), "-S", str(SOURCE), "-B", str(build)),
         f"-DMOEE_TABLES={tables}",
         f"-DTENSORRT_INCLUDE={headers.include}",
         f"-DMOEE_SANITIZE={'ON' if sanitize else 'OFF'}",
         f"-DMOEE_HOST={';'.join(str(Path(source).resolve()) for source in host)}",
     ]
     _run(configure)
-    _run(["cmake", "--build", str(build), "-j", str(jobs or os.cpu_count() or 1)])
+    _run([str(cmake), "--build", str(build), "-j", str(jobs or os.cpu_count() or 1)])
     library = out_dir / LIBRARY
     temporary = library.with_suffix(".tmp")
     shutil.copy2(build / LIBRARY, temporary)
     temporary.replace(library)
     return library
+
+
+def find_cmake() -> str | None:
+    """CMake on the search path, or the one that pip put beside this Python."""
+    beside = Path(sys.executable).parent / "cmake"
+    return shutil.which("cmake") or (str(beside) if beside.is_file() else None)
 
 
 def _run(command: list[str]) -> None:

@@ -84,7 +84,7 @@ def test_missing_headers_name_the_ways_to_get_them(monkeypatch, tmp_path):
 
 
 def test_missing_tools_name_their_package(monkeypatch, tmp_path):
-    monkeypatch.setattr(build.shutil, "which", lambda tool: None if tool == "cmake" else tool)
+    monkeypatch.setattr(build, "find_cmake", lambda: None)
     with pytest.raises(MissingDependency, match="apt-get install cmake"):
         build.build_plugin(tmp_path, built.kernels())
 
