@@ -73,16 +73,21 @@ def run(model: nn.Module, data: ImageSet, report: Reporter = silent, message: st
     return Outputs(torch.cat(features), torch.cat(tokens) if keep else None, torch.cat(labels), shares)
 
 
-def retention(reference: Outputs, outputs: Outputs, probe: Probe | None, classifier: bool) -> Retention:
-    """Compare `outputs` with the dense `reference` on the same images; `probe` gives logits where there is no classifier."""
+def retention(
+    reference: Outputs, outputs: Outputs, probe: Probe | None, classifier: bool, comparable: bool = True
+) -> Retention:
+    """Compare `outputs` with the dense `reference` on the same images; `probe` gives logits where there is no classifier.
+
+    `comparable`: the labels number the classes that the logits stand for, so that an accuracy means something.
+    """
     dense_logits, logits = reference.features, outputs.features
-    labelled = bool((reference.labels >= 0).all())
+    labelled = comparable and bool((reference.labels >= 0).all())
     dense_accuracy = ours = agreement = None
     if probe is not None or classifier:
         if probe is not None:
             dense_logits, logits = probe.logits(dense_logits), probe.logits(logits)
         agreement = float((dense_logits.argmax(1) == logits.argmax(1)).double().mean())
-        if labelled and int(reference.labels.max()) < logits.shape[1]:
+        if labelled:
             dense_accuracy = float((dense_logits.argmax(1) == reference.labels).double().mean())
             ours = float((logits.argmax(1) == reference.labels).double().mean())
     token_cosine = None

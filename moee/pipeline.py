@@ -70,7 +70,9 @@ class Session:
     def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:
         """Retention on held-out images, and cost weighted by the routing measured on them."""
         outputs = run(model, self.held_out, self.report, message)
-        kept = retention(self.reference, outputs, probe, is_classifier(self.dense))
+        # a folder of 2 classes says nothing about a head of 1,000
+        comparable = probe is not None or self.held_out.num_classes == getattr(self.dense, "num_classes", 0)
+        kept = retention(self.reference, outputs, probe, is_classifier(self.dense), comparable)
         cost = model_cost(self.dense, model, outputs.shares, self.transform.size)
         return {"retention": kept.to_json(), "cost": cost, "shares": outputs.shares}
 

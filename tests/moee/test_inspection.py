@@ -48,3 +48,15 @@ def test_entropy():
     assert routing_entropy([0.25] * 4) == pytest.approx(1.0)
     assert routing_entropy([1.0, 0.0]) == 0.0
     assert routing_entropy([0.5, 0.5, 0.0, 0.0]) == pytest.approx(math.log(2) / math.log(4))
+
+
+def test_accuracy_only_where_labels_and_head_number_the_same_classes(tiny_model, monkeypatch):
+    import moee.pipeline
+    from tests.conftest import tiny_images
+
+    for classes, reported in ((10, True), (4, False)):
+        monkeypatch.setattr(moee.pipeline, "load_data", lambda *a, c=classes: tiny_images(20, classes=c))
+        session = moee.pipeline.Session(tiny_spec(), "tiny")
+        kept = session.measure(session.dense, None, "dense")["retention"]
+        assert (kept["accuracy"] is not None) == reported
+        assert kept["top1_agreement"] == 1.0 and kept["class_cosine"] == pytest.approx(1.0)
