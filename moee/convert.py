@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,9 @@ from moee.config import ExtractConfig
 from moee.data import ImageSet
 from moee.errors import UserError
 from moee.layer import LOAD_UNIT, Experts, RoutedFFN
+from moee.layer_report import LayerReport
 from moee.models import FFN, find_ffns, replace_module
+from moee.moefication import find_moefication
 from moee.progress import Reporter, silent
 from moee.refit import refit
 from moee.routing import make_router, route
@@ -26,28 +26,6 @@ from moee.selection import MomentAccumulator, Moments, select_neurons
 
 CLUSTERING_FIELDS = {"seed", "clustering", "components", "min_cluster_size", "min_samples", "clusters", "eps"}
 MIN_EXPERT_TOKENS = 2  # an expert needs a variance
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What extraction did to one MLP. `share` [K] is each expert's share of the calibration tokens."""
-
-    name: str
-    status: str  # "routed" or the reason why the layer stayed dense
-    hidden: int
-    experts: int
-    union: int
-    widths: list[int]
-    share: list[float]
-    noise: float
-
-    @property
-    def mean_width(self) -> float:
-        """Neurons a token uses on average; the dense width where the layer stayed dense."""
-        return sum(w * s for w, s in zip(self.widths, self.share, strict=True)) if self.widths else float(self.hidden)
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "mean_width": self.mean_width}
 
 
 def extract(
@@ -88,8 +66,6 @@ def find_experts(
 ) -> tuple[Experts | None, LayerReport]:
     """Cluster one layer's tokens and build its experts, or None with the reason when it stays dense."""
     if config.method == "moefication":
-        from moee.moefication import find_moefication
-
         return find_moefication(ffn, sampled, config)
     generator = torch.Generator().manual_seed(config.seed)
     rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values

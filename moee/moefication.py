@@ -13,9 +13,9 @@ from torch import Tensor
 
 from moee.calibration import CHUNK, LayerTokens, hidden_activations
 from moee.config import ExtractConfig
-from moee.convert import LayerReport
 from moee.errors import UserError
 from moee.layer import LOAD_UNIT, Experts
+from moee.layer_report import LayerReport
 from moee.models import FFN
 from moee.routing import route
 

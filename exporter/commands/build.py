@@ -1,0 +1,60 @@
+"""`moee build`: build dense and MoEE engines from an export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from exporter.commands import GATE_FAILED, OK, add_out
+from exporter.sms import parse_sms
+from exporter.ui import ProgressDisplay
+
+TEXT = "build dense and MoEE engines from an export"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("build", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("path", help="folder that moee export wrote")
+    sub.add_argument("--backend", default="tensorrt-rtx", help="tensorrt-rtx (needs no GPU) or tensorrt")
+    sub.add_argument("--plugin", help="plugin library (default: compiled and cached for --sm)")
+    sub.add_argument("--sm", default="all", help="SMs of the plugin's kernels, such as 87 or 87,89 (all)")
+    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
+    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
+    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
+    sub.add_argument("--timing-cache", "--timingCacheFile", metavar="FILE", help="TensorRT's timing cache, read and written")
+    add_out(sub, "dense.plan, moee.plan and engine.json")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.engine import BuildFailed, build_engines, require_backend
+    from exporter.plugin_cache import ensure_plugin
+    from exporter.profile import batch_profile
+    from moee.artifact import refuse_existing
+
+    require_backend(args.backend)
+    refuse_existing(Path(args.out), args.force)
+    batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
+    with ProgressDisplay() as report:
+        plugin = Path(args.plugin) if args.plugin else ensure_plugin(parse_sms(args.sm), report)
+        try:
+            result = build_engines(
+                Path(args.path), Path(args.out), plugin=plugin, backend=args.backend, batch=batch,
+                timing_cache=Path(args.timing_cache) if args.timing_cache else None, force=args.force,
+                progress=lambda text: report.line(text),
+            )  # fmt: skip
+        except BuildFailed as error:
+            console.print(f"build FAILED: {error}", markup=False)
+            return GATE_FAILED
+    table = Table(min_width=76, title=f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
+    for column in ("", "file", "MiB", "build s"):
+        table.add_column(column)
+    for name, engine in (("dense", result.dense), ("MoEE", result.moee)):
+        table.add_row(name, engine.file, f"{engine.size_bytes / 2**20:.1f}", f"{engine.build_s:.1f}")
+    console.print(table)
+    console.print(f"{result.plugin_layers} plugin layers; target: {result.target}; written to {args.out}")
+    return OK

@@ -1,0 +1,41 @@
+"""`moee demo`: everything, on a real pretrained ViT-S and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exporter.commands import GATE_FAILED, OK, add_out
+from exporter.commands.bench import latency_table
+from exporter.ui import ProgressDisplay, number, percent, stage_table
+
+TEXT = "everything, on a real pretrained ViT-S and scikit-learn's digits"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("demo", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("--epochs", type=int, default=3, help="epochs of fine-tuning")
+    add_out(sub, "all results")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.demo import run_demo
+
+    with ProgressDisplay() as report:
+        result = run_demo(args.out, args.force, report, epochs=args.epochs)
+    console.print(stage_table(result.moee.info, f"{result.summary['model']} on {result.summary['dataset']}"))
+    console.print(latency_table(result.latency))
+    parity = result.parity
+    console.print(
+        f"parity {'passed' if parity else 'FAILED'}: max error {parity.max_abs_error:.2e}, "
+        f"route agreement {number(parity.mean_route_agreement, 6)}, top-1 agreement {percent(parity.top1_agreement)}"
+    )
+    engine = result.summary["engine"]
+    if engine:
+        console.print(f"engine built on CPU by {engine['builder']}: {engine['plugin_layers']} plugin layers, {engine['path']}")
+    console.print(f"summary written to {Path(args.out) / 'summary.json'}")
+    return OK if parity else GATE_FAILED

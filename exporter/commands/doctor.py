@@ -1,0 +1,32 @@
+"""`moee doctor`: what is installed, what is missing, how to add it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from exporter.commands import ENVIRONMENT, OK
+
+TEXT = "what is installed, what is missing, how to add it"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("doctor", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.doctor import checks
+
+    table = Table(min_width=76, title="moee doctor")
+    for column in ("", "found", "to add it"):
+        table.add_column(column)
+    found = checks()
+    for check in found:
+        table.add_row(check.name, check.found or "missing", "" if check.found else escape(check.fix))
+    console.print(table)
+    return ENVIRONMENT if any(c.required and not c.found for c in found) else OK

@@ -1,0 +1,42 @@
+"""`moee finetune`: distil the dense model into an extracted one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+from exporter.commands import OK, add_out
+from exporter.ui import ProgressDisplay, stage_table
+
+TEXT = "distil the dense model into an extracted one"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("finetune", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("path", help="folder that moee extract wrote")
+    sub.add_argument("--data", help="default: the data it was extracted on")
+    sub.add_argument("--epochs", type=int)
+    sub.add_argument("--batch-size", type=int)
+    sub.add_argument("--lr", type=float)
+    sub.add_argument("--weight-decay", type=float)
+    sub.add_argument("--temperature", type=float)
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--train-router", action="store_true", default=None)
+    add_out(sub, "the tuned model")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from moee.config import FinetuneConfig, validated
+    from moee.pipeline import run_finetune
+
+    names = ("seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router")
+    values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = validated(FinetuneConfig, values)
+    with ProgressDisplay() as report:
+        moee = run_finetune(args.path, config, args.out, args.data, args.force, report)
+    console.print(stage_table(moee.info, f"{moee.spec.name} on {moee.data}"))
+    console.print(f"written to {args.out}; best epoch {moee.info['stages']['tuned']['best_epoch']}")
+    return OK

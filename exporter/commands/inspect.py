@@ -1,0 +1,59 @@
+"""`moee inspect`: MACs, parameters, experts and routing, layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from exporter.commands import OK
+from exporter.ui import number
+
+TEXT = "MACs, parameters, experts and routing, layer by layer"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("inspect", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("model", help="timm model name, dinov2-s, or a folder that extract or finetune wrote")
+    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    import json
+
+    from exporter.pretrained import ALIAS, TIMM_NAME
+    from moee import checkpoint
+    from moee.inspection import inspect_artifact, inspect_dense
+    from moee.models import ModelSpec
+
+    if Path(args.model).is_dir():
+        result = inspect_artifact(checkpoint.load(args.model))
+    else:
+        kwargs = {} if args.img_size is None else {"img_size": args.img_size}
+        if args.model == ALIAS:
+            kwargs = {"img_size": args.img_size or 224, "num_classes": 0}
+        timm_name = TIMM_NAME if args.model == ALIAS else args.model
+        result = inspect_dense(ModelSpec(name=args.model, timm_name=timm_name, kwargs=kwargs))
+    if args.json:
+        print(json.dumps(result.to_json(), indent=2))
+        return OK
+    table = Table(min_width=76, title=f"{result.model} at {result.size} x {result.size}")
+    for column in ("layer", "tokens", "MMACs", "of", "experts", "union", "widths", "balance", "entropy"):
+        table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
+    for layer in result.layers:
+        widths = f"{layer.min_width}..{layer.max_width}" if layer.experts else str(layer.hidden)
+        table.add_row(
+            layer.name, str(layer.tokens), f"{layer.macs / 1e6:.1f}", f"{layer.dense_macs / 1e6:.1f}",
+            str(layer.experts or "dense"), str(layer.union or layer.hidden), widths,
+            number(layer.balance, 2), number(layer.entropy, 2),
+        )  # fmt: skip
+    console.print(table)
+    for name, figures in (("dense", result.dense), ("MoEE", result.moee)):
+        if figures:
+            console.print(f"{name}: {figures['macs'] / 1e9:.3f} GMACs an image, {figures['params'] / 1e6:.3f} M parameters")
+    return OK

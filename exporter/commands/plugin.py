@@ -1,0 +1,56 @@
+"""`moee plugin`: the TensorRT plugin: build it, or bundle it for a device."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exporter.commands import OK, add_out
+from exporter.sms import parse_sms
+from exporter.ui import ProgressDisplay
+from moee.errors import UserError
+
+
+def add_parser(subparsers: Any) -> None:
+    plugin = subparsers.add_parser("plugin", help="the TensorRT plugin: build it, or bundle it for a device")
+    actions = plugin.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sub = actions.add_parser("build", help="compile the kernels and the library (cached)")
+    sub.add_argument("--sm", default="all", help="such as 87 or 87,89 (all)")
+    sub.add_argument("--out", help="copy the library to this file")
+    sub.set_defaults(run=run_build)
+    sub = actions.add_parser("bundle", help="a folder that compiles on the device with g++ and cmake alone")
+    sub.add_argument("--sm", required=True, help="the device's SM: 87 for Jetson Orin, 110 for Thor")
+    add_out(sub, "the bundle")
+    sub.set_defaults(run=run_bundle)
+
+
+def run_build(args: argparse.Namespace, console: Console) -> int:
+    import shutil
+
+    from exporter.plugin_cache import ensure_plugin
+
+    with ProgressDisplay() as report:
+        library = ensure_plugin(parse_sms(args.sm), report)
+    if args.out:
+        target = Path(args.out)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(library, target)
+        library = target
+    console.print(f"plugin: {library} ({library.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)
+    return OK
+
+
+def run_bundle(args: argparse.Namespace, console: Console) -> int:
+    from exporter.plugin_cache import ensure_kernels
+    from plugins.bundle import write_bundle
+
+    sms = parse_sms(args.sm)
+    if sms is None or len(sms) != 1:
+        raise UserError(f"--sm {args.sm}: a bundle is for one SM, for example --sm 87")
+    with ProgressDisplay() as report:
+        write_bundle(Path(args.out), sms[0], ensure_kernels(sms, report), args.force)
+    console.print(f"bundle for sm_{sms[0]} written to {args.out}; its README says how to compile it on the device")
+    return OK
