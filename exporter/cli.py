@@ -26,12 +26,13 @@ from exporter.commands import (
     finetune,
     inspect,
     plugin,
+    report,
     verify,
 )
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, build, plugin, inspect, doctor, demo)
+COMMANDS = (extract, finetune, export, verify, bench, build, plugin, report, inspect, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
