@@ -19,6 +19,7 @@ from exporter.commands import (
     INTERRUPTED,
     bench,
     build,
+    bundle,
     demo,
     doctor,
     export,
@@ -32,7 +33,7 @@ from exporter.commands import (
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, build, plugin, report, inspect, doctor, demo)
+COMMANDS = (extract, finetune, export, verify, bench, build, bundle, plugin, report, inspect, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:
