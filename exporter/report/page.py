@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.report import sections, tables
+from exporter.report import agreement, sections, tables, timing
 from exporter.report.collect import Sources, collect
 from exporter.report.markup import Html, join, raw_text_element, tag
 from exporter.report.style import SCRIPT, STYLE
@@ -19,9 +19,9 @@ from moee.errors import UserError
 
 SECTIONS = (
     ("cost", "What changed", sections.cost),
-    ("retention", "What was kept", sections.retention),
-    ("parity", "Parity", sections.parity),
-    ("latency", "Latency", sections.latency),
+    ("retention", "What was kept", agreement.retention),
+    ("parity", "Parity", agreement.parity),
+    ("latency", "Latency", timing.latency),
     ("routing", "Routing", sections.routing),
     ("layer-table", "Layers", tables.layer_table),
     ("engines", "Engines", sections.engines),
@@ -124,7 +124,7 @@ def _cards(sources: Sources) -> Html:
     detail = f"{speed.get('runtime', DASH)}, batch {speed.get('batch', DASH)}" if speed else "not timed"
     cards.append(("speed-up", fixed(speed.get("speedup"), 2, "×"), detail))
     agreed = _either(sources, "moee.parity", "parity")
-    verdict = sections.verdict(agreed) or DASH
+    verdict = agreement.verdict(agreed) or DASH
     cards.append(("parity", verdict, f"largest error {scientific(agreed.get('max_abs_error'))}" if agreed else "not verified"))
     kinds = {"passed": " good", "FAILED": " bad"}
     items = [

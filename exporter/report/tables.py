@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from exporter.report.collect import Sources
 from exporter.report.commands import commands
 from exporter.report.markup import Html, table, tag
@@ -17,6 +19,8 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
     routes = dig(sources.body("moee.parity"), "route_agreement")
     head = ["layer", "status", "experts", "hidden", "kept by any", "mean width", "widths", "noise"]
     head += ["equal routes"] if isinstance(routes, dict) else []
+    times = _times(sources)
+    head += ["dense ms", "MoEE ms"] if times else []
     rows: list[list[object]] = []
     keys: list[list[float | str]] = []
     for index, layer in enumerate(found):
@@ -35,12 +39,23 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         if isinstance(routes, dict):
             row.append(percent(dig(routes, str(layer.get("name"))), 4))
             key.append(real(dig(routes, str(layer.get("name")))) or 0.0)
+        if times:
+            pair = times.get(str(layer.get("name")), (None, None))
+            row += [fixed(ms, 3) for ms in pair]
+            key += [real(ms) or 0.0 for ms in pair]
         rows.append(row)
         keys.append(key)
     note = "Mean width: hidden neurons that a token meets, weighted by routing. "
     note += "Kept by any: neurons that at least one expert holds. "
     note += "Noise: calibration tokens that the clustering left outside every cluster. Press a column's head to sort."
     return None, [tag("p", note), table(head, rows, "Layers", id_="layers", sort_keys=keys)]
+
+
+def _times(sources: Sources) -> dict[str, tuple[Any, Any]]:
+    """Kernel milliseconds of each layer in both graphs, where `moee bench` profiled them."""
+    found = dig(sources.body("moee.latency"), "layers", "layers")
+    rows = [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    return {str(row.get("name")): (row.get("dense_ms"), row.get("moee_ms")) for row in rows}
 
 
 def reproduce(sources: Sources) -> tuple[str | None, list[Html]]:

@@ -62,11 +62,19 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny") ->
         **{"runtime": "onnxruntime 1.31.0 CPU", "batches": batches, "route_agreement": dict.fromkeys(names, 1.0)},
         **{"top1_agreement": 1.0, "images": 40, "max_abs_error": 8e-5, "passed": True},
     }
+    share = {"value": 0.95, "low": 0.9, "high": 0.98}
+    accuracy = {
+        **{"images": 40, "dense_top1": share, "moee_top1": share, "dense_top5": None, "moee_top5": None, "agreement": share},
+        **{"kl": 0.01, "dense_ece": 0.02, "moee_ece": 0.03, "drop_pp": 0.25, "drop_interval_pp": [-0.5, 1.0]},
+    }
+    parity |= {"accuracy": accuracy, "cases": [{"group": "layer", "name": layer, "failure": None}], "first_deviation": None}
     _json(folder / "parity.json", {"schema": "moee.parity/1", **parity})
     latency = {
         **{"runtime": "onnxruntime 1.31.0 CPU", "batch": 8, "threads": 2, "runs": 5},
         **{"dense_ms": {"p50": 10.0, "p95": 12.0}, "moee_ms": {"p50": 5.0, "p95": 6.5}},
         **{"samples_ms": {"dense": [9.0, 10.0, 10.0, 11.0, 12.0], "moee": [4.0, 5.0, 5.0, 6.0, 6.5]}},
+        **{"verdict": {"winner": "moee", "text": "MoEE is faster"}, "throughput": {"dense": 100.0, "moee": 180.5}, "streams": 2},
+        **{"layers": {"layers": [{"name": layer, "dense_ms": 2.5, "moee_ms": 1.25}]}, "environment": [{"cpu": {"model": "a CPU", "mhz": None}, "gpu": None}]},
         **{"speedup": 2.0, "speedup_p5": 1.8, "speedup_p95": 2.2, "ideal_speedup": 2.5},
     }
     _json(folder / "latency.json", {"schema": "moee.latency/1", **latency})

@@ -84,7 +84,9 @@ def test_figures_are_those_of_the_artifacts(run):
     text = page_of(run).text
     for figure in ("94.00%", "dense 95.00%, −1.00 points", "−50.0%", "−25.0%", "2.00×", "passed", "8.00e-05",
                    "2.000 G", "1.000 G (−50.0%)", "p50 5.00 ms, p95 6.50 ms", "1.80 to 2.20", "80% of the ideal 2.50×",
-                   "1/8/32", "3 plugin layers", "3.0 MiB", "3 experts, top 70%", "match"):  # fmt: skip
+                   "1/8/32", "3 plugin layers", "3.0 MiB", "3 experts, top 70%", "match", "95.00% (90.00% to 98.00%)",
+                   "drop 0.25 points (-0.50 to 1.00)", "Verdict: MoEE is faster", "moee 180.5", "2.500 1.250",
+                   "cpu model a CPU"):  # fmt: skip
         assert figure in text, figure
     assert "not found" not in text.lower()
 
@@ -109,12 +111,12 @@ def test_layers_sort_by_their_numbers(run):
         if "data-sort" in attributes:
             keys.append(attributes["data-sort"])
     head, *body = rows
-    assert len(body) == 3 and all(len(row) == 9 for row in body)
+    assert len(body) == 3 and all(len(row) == 11 for row in body)
     assert [row[0] for row in body] == ["0", "1", "2"], "layers stand in the model's order"
     assert [float(row[4]) for row in body] == [100, 9, 50], "sorted as numbers, 9 comes before 50"
     heads = [a for t, a in page.tags if t == "th" and "aria-sort" in a]
     buttons = [a for t, a in page.tags if t == "button"]
-    assert len(heads) == len(buttons) == 9 + 2 and {a["aria-sort"] for a in heads} == {"none"}
+    assert len(heads) == len(buttons) == 11 + 2 and {a["aria-sort"] for a in heads} == {"none"}
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,16 @@ def test_layers_sort_by_their_numbers(run):
 def test_missing_parts_are_said_to_be_missing(run, absent, said):
     (run / absent).unlink()
     assert said in page_of(run).text
+
+
+def test_failures_are_listed(run):
+    body = json.loads((run / "parity.json").read_text())
+    body |= {"passed": False, "first_deviation": {"layer": "blocks.1.mlp", "reason": "weights"}}
+    body["cases"].append({"group": "routes", "name": "blocks.1.mlp", "failure": "7 of 9 tokens take another expert"})
+    (run / "parity.json").write_text(json.dumps(body))
+    text = page_of(run).text
+    assert "Parity FAILED" in text and "routes blocks.1.mlp: 7 of 9 tokens" in text
+    assert "first deviation: layer blocks.1.mlp, reason weights" in text
 
 
 def test_a_single_file_is_enough(run):
