@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moee.errors import UserError
+from moee.schema import upgraded
 
 
 def sha256_file(path: Path) -> str:
@@ -124,15 +125,13 @@ def write_manifest(folder: Path, name: str, schema: str, body: dict[str, Any]) -
 def read_manifest(folder: Path | str, name: str, schema: str, verify: bool = True) -> dict[str, Any]:
     """Read `folder/name`, check its schema and, with `verify`, the hash of each file that it lists.
 
-    Raises `UserError` for a missing folder, a foreign schema, a missing or changed file, or a name that leaves the folder.
+    Raises `UserError` for a missing folder, a foreign or newer schema, a missing or changed file, or a name that leaves the
+    folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that holds {name}")
-    manifest = read_json(folder / name)
-    if not isinstance(manifest, dict) or manifest.get("schema") != schema:
-        came = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(f"{folder / name} has schema {came!r}, expected {schema!r}; make it again with this version")
+    manifest = upgraded(read_json(folder / name), schema, folder / name)
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise UserError(f"{folder / name} lists no files; make it again")

@@ -74,7 +74,8 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny") ->
         **{"dense_ms": {"p50": 10.0, "p95": 12.0}, "moee_ms": {"p50": 5.0, "p95": 6.5}},
         **{"samples_ms": {"dense": [9.0, 10.0, 10.0, 11.0, 12.0], "moee": [4.0, 5.0, 5.0, 6.0, 6.5]}},
         **{"verdict": {"winner": "moee", "text": "MoEE is faster"}, "throughput": {"dense": 100.0, "moee": 180.5}, "streams": 2},
-        **{"layers": {"layers": [{"name": layer, "dense_ms": 2.5, "moee_ms": 1.25}]}, "environment": [{"cpu": {"model": "a CPU", "mhz": None}, "gpu": None}]},
+        **{"layers": {"layers": [{"name": layer, "dense_ms": 2.5, "moee_ms": 1.25}]}},
+        **{"environment": [{"cpu": {"model": "a CPU", "mhz": None}, "gpu": None}]},
         **{"speedup": 2.0, "speedup_p5": 1.8, "speedup_p95": 2.2, "ideal_speedup": 2.5},
     }
     _json(folder / "latency.json", {"schema": "moee.latency/1", **latency})
