@@ -14,6 +14,7 @@ import onnx
 from exporter import bundle_configs as configs
 from exporter.deploy import DEPLOY
 from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, SCHEMA, TENSORRT
+from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
 from moee.artifact import atomic_folder, read_manifest, sha256_file, write_manifest
 from moee.checkpoint import PROBE
@@ -98,10 +99,7 @@ def write_deployment(
 
 def graph_tensors(path: Path) -> tuple[Tensor, Tensor]:
     """The input and the output of a graph. Raises `UserError` unless there is one of each, static beside the batch."""
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # protobuf's decode errors share no base class with onnx's own
-        raise UserError(f"{path} is not a readable ONNX file ({error}); export it again") from error
+    graph = check_onnx(path).graph
     if len(graph.input) != 1 or len(graph.output) != 1:
         raise UserError(f"{path} has {len(graph.input)} inputs and {len(graph.output)} outputs; expected one of each")
     return _tensor(path, graph.input[0]), _tensor(path, graph.output[0])
@@ -139,6 +137,8 @@ def _copy_models(export_dir: Path, models: Path) -> None:
     for name in (DENSE, PORTABLE, TENSORRT, DENSE_DATA, MOEE_DATA, MANIFEST):
         if not (export_dir / name).is_file():
             raise UserError(f"{export_dir / name} is missing; export again")
+        if name.endswith(".onnx"):
+            check_onnx(export_dir / name)
         shutil.copy2(export_dir / name, models / name)
 
 

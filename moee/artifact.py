@@ -20,6 +20,8 @@ from typing import Any
 from moee.errors import UserError
 from moee.schema import upgraded
 
+MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
+
 
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file as hex digits, read in blocks of 1 MiB."""
@@ -98,7 +100,7 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} not found; expected a file that a moee command wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); make it again") from error
 
 
@@ -122,6 +124,19 @@ def write_manifest(folder: Path, name: str, schema: str, body: dict[str, Any]) -
     write_json(folder / name, {"schema": schema, "tools": tool_versions(), "files": files, **body})
 
 
+def stays_inside(folder: Path, relative: str) -> bool:
+    """Whether a name from a manifest means a file below `folder`, through no link."""
+    if not relative or "\0" in relative or Path(relative).is_absolute() or ".." in Path(relative).parts:
+        return False
+    try:
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(relative).parts):
+            return False
+        resolved = (folder / relative).resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that no file system can hold
+        return False
+    return resolved == folder.resolve() / Path(relative)
+
+
 def read_manifest(folder: Path | str, name: str, schema: str, verify: bool = True) -> dict[str, Any]:
     """Read `folder/name`, check its schema and, with `verify`, the hash of each file that it lists.
 
@@ -137,7 +152,7 @@ def read_manifest(folder: Path | str, name: str, schema: str, verify: bool = Tru
         raise UserError(f"{folder / name} lists no files; make it again")
     for relative, expected in files.items() if verify else ():
         path = folder / relative
-        if Path(relative).is_absolute() or ".." in Path(relative).parts or path.is_symlink():
+        if not stays_inside(folder, relative):
             raise UserError(f"{folder / name} names {relative!r}, which leaves its folder; do not use this artifact")
         if not path.is_file():
             raise UserError(f"{path} is missing; its manifest lists it; make the artifact again")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import read_json, sha256_file
+from moee.artifact import read_json, sha256_file, stays_inside
 from moee.errors import UserError
 
 NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json")
@@ -116,7 +116,7 @@ def _check_hashes(path: Path, body: dict[str, Any]) -> str:
         return "lists no files"
     for name, expected in files.items():
         file = path.parent / str(name)
-        if Path(name).is_absolute() or ".." in Path(name).parts or file.is_symlink():
+        if not stays_inside(path.parent, str(name)):
             return f"{name} leaves the folder"
         if not file.is_file():
             return f"{name} is missing"

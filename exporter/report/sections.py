@@ -8,6 +8,7 @@ from exporter.report import charts
 from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
 from exporter.report.values import DASH, change, dig, fixed, numbers, real, scaled
+from moee.artifact import stays_inside
 
 STAGE_NAMES = {"extracted": "extracted", "tuned": "fine-tuned"}
 
@@ -66,7 +67,7 @@ def _bytes(sources: Sources) -> Html:
     for artifact in sources.all:
         for name in sorted(artifact.body.get("files") or {}) if isinstance(artifact.body.get("files"), dict) else ():
             file = artifact.folder / str(name)
-            if ".." not in file.parts and file.is_file() and not file.is_symlink():
+            if stays_inside(artifact.folder, str(name)) and file.is_file():
                 rows.append(
                     [f"{artifact.folder.name}/{name}", f"{file.stat().st_size:,}", scaled(file.stat().st_size, 2**20, 1, " MiB")]
                 )
