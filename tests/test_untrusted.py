@@ -6,6 +6,7 @@ Each test of random inputs runs a few of them by default and 10,000 under `slow`
 import json
 import os
 import random
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_manifests_with_any_value_anywhere(made, tmp_path, count):
         (folder / "moee.json").write_text(json.dumps(replaced(body, spot, value)))
         accepts_or_refuses(checkpoint.load, folder)
         render(collect([folder])) if accepts_or_refuses(collect, [folder]) else None
+
+
+HUGE = [{"img_size": 10**9}, {"embed_dim": 12288}, {"depth": 10**9}, {"mlp_ratio": 9999.0}, {"img_size": 8192}]
+
+
+@pytest.mark.parametrize("kwargs", HUGE, ids=str)
+def test_a_manifest_cannot_ask_for_a_huge_model(made, tmp_path, kwargs):
+    """Refused before any memory is taken: the largest of these would need terabytes."""
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    body = json.loads((folder / "moee.json").read_text())
+    body["model"]["kwargs"] |= kwargs
+    (folder / "moee.json").write_text(json.dumps(body))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert not accepts_or_refuses(checkpoint.load, folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "KiB"
 
 
 @pytest.mark.parametrize("count", COUNTS)
