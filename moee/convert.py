@@ -5,27 +5,27 @@ from __future__ import annotations
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moee.cache import read_labels, tensor_hash, write_labels
-from moee.calibration import CHUNK, LayerTokens, collect_tokens, hidden_activations
-from moee.clustering import NOISE, cluster_tokens
+from moee.allocation import Allocation, Candidate, allocate
+from moee.assembly import build_layer
+from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
-from moee.data import ImageSet
+from moee.data import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import LOAD_UNIT, Experts, RoutedFFN
+from moee.grouping import RoutedLayer, find_routes
+from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
+from moee.metrics import dense_macs, tokens_per_image
 from moee.models import FFN, find_ffns, replace_module
 from moee.moefication import find_moefication
 from moee.progress import Reporter, silent
 from moee.refit import refit
-from moee.routing import make_router, route
-from moee.selection import MomentAccumulator, Moments, select_neurons
-
-CLUSTERING_FIELDS = {"seed", "clustering", "components", "min_cluster_size", "min_samples", "clusters", "eps"}
-MIN_EXPERT_TOKENS = 2  # an expert needs a variance
+from moee.selection import keep_by_share, select_neurons
+from moee.sensitivity import RoutedStats, measure_sensitivity
 
 
 def extract(
@@ -39,19 +39,26 @@ def extract(
     the model is then unchanged.
     """
     ffns = find_ffns(model, config.exclude)
-    reports, layers = [], {}
     with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
         sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
         report("experts", 0, len(ffns))
         threads = torch.get_num_threads()
+        found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]] = []
         with ThreadPoolExecutor(max(1, jobs)) as pool:
-            found = pool.map(lambda pair: find_experts(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True))
-            for position, (ffn, (experts, layer_report)) in enumerate(zip(ffns, found, strict=True), 1):
-                if experts is not None:
-                    layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
-                reports.append(layer_report)
-                report("experts", position, len(ffns))
+            for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True)):
+                found.append(result)
+                report("experts", len(found), len(ffns))
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
+    routed = {r.ffn.name: r for r in found if isinstance(r, RoutedLayer)}
+    kept = choose_neurons(model, routed, data, config, report)
+    reports, layers = [], {}
+    for ffn, result in zip(ffns, found, strict=True):
+        if isinstance(result, RoutedLayer):
+            result = build_layer(result, kept.get(ffn.name), config)
+        experts, layer_report = result if isinstance(result, tuple) else (None, result)
+        if experts is not None:
+            layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
+        reports.append(layer_report)
     if not layers:
         raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
@@ -61,97 +68,63 @@ def extract(
     return reports
 
 
-def find_experts(
-    ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter = silent
-) -> tuple[Experts | None, LayerReport]:
-    """Cluster one layer's tokens and build its experts, or None with the reason when it stays dense."""
-    if config.method == "moefication":
-        return find_moefication(ffn, sampled, config)
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
-    members = sampled.load(rows)
-    labels = _labels(ffn, members, config, report)
-    count = int(labels.max()) + 1 if len(labels) else 0
-    noise = float((labels == NOISE).double().mean())
-    if count < (1 if config.clustering == "none" else 2):
-        reason = f"dense: {count} cluster{'s' if count != 1 else ''}, {noise:.0%} noise"
-        return None, LayerReport(ffn.name, reason, ffn.hidden, 0, ffn.hidden, [], [], noise)
-    router, bias = make_router(config.routing, members, labels, count, config.seed)
-    router, bias, routes = _routes_without_idle(sampled, router, bias)
-    if config.statistics == "cluster":
-        labels = labels if len(router) == count else route(members, router, bias)[:, 0]
-        moments = _moments(ffn, members, labels, len(router))
-    else:
-        moments = _moments(ffn, sampled, routes, len(router))
-    share = torch.bincount(routes, minlength=len(router)).double() / len(routes)
-    experts = assemble(ffn, moments, router, bias, config, share)
-    widths = experts.widths
-    return experts, LayerReport(
-        ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, share.tolist(), noise
+def _find(ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter) -> Any:
+    return find_moefication(ffn, sampled, config) if config.method == "moefication" else find_routes(ffn, sampled, config, report)
+
+
+def choose_neurons(
+    model: nn.Module, routed: dict[str, RoutedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent
+) -> dict[str, list[Tensor]]:
+    """Per layer and expert, the ascending ids of the neurons to keep; a layer that would cost as much as dense is left out."""
+    if config.criterion != "sensitivity":
+        return {
+            name: select_neurons(r.moments, r.ffn, config.criterion, config.keep, config.seed) for name, r in routed.items()
+        }
+    if not routed:
+        return {}
+    error = sensitivity_of(model, routed, data, config, report)
+    if config.allocation == "expert":
+        return {name: [keep_by_share(row, config.keep) for row in e] for name, e in error.items()}
+    size = next(batches(data, 1)).images.shape[-1]
+    tokens = tokens_per_image(model, routed, size)
+    candidates = {n: Candidate(error[n], r.share, tokens[n], r.ffn.dim) for n, r in routed.items()}
+    budget = None
+    if config.target_macs is not None:
+        total = dense_macs(model, size)
+        budget = ffn_budget(total, sum(c.dense_macs for c in candidates.values()), config.target_macs)
+    return worthwhile(candidates, allocate(candidates, budget, config.keep))
+
+
+def sensitivity_of(
+    model: nn.Module, routed: dict[str, RoutedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent
+) -> dict[str, Tensor]:
+    """Sensitivity a token [K, H] of every routed layer's experts and neurons."""
+    ffns = {name: r.ffn for name, r in routed.items()}
+    stats = {name: RoutedStats(r.router, r.bias, r.moments.mean) for name, r in routed.items()}
+    return measure_sensitivity(
+        model, ffns, stats, data, config.sensitivity_tokens, config.objective, config.seed, report
     )
 
 
-def _labels(ffn: FFN, tokens: Tensor, config: ExtractConfig, report: Reporter) -> Tensor:
-    """Cluster labels [N] of a layer's tokens, from the cache if the same tokens were clustered the same way before."""
-    if config.clustering == "none":
-        return torch.zeros(len(tokens), dtype=torch.int64)
-    how = config.model_dump_json(include=CLUSTERING_FIELDS)
-    key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/2 {ffn.activation} {how}")
-    labels = read_labels(key, len(tokens))
-    if labels is None:
-        labels = cluster_tokens(hidden_activations(ffn, tokens), config, report, f"cluster {ffn.name}")
-        write_labels(key, labels)
-    return labels
+def ffn_budget(total: int, ffn: int, target: float) -> float:
+    """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`.
 
-
-def _routes_without_idle(sampled: LayerTokens, router: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Routes [N] of all sampled tokens, after experts that (almost) no token reaches have been taken out."""
-    while True:
-        routes = torch.cat([
-            route(sampled.load(part), router, bias)[:, 0] for part in torch.arange(sampled.count).split(CHUNK)
-        ])  # fmt: skip
-        busy = torch.bincount(routes, minlength=len(router)) >= MIN_EXPERT_TOKENS
-        if busy.all():
-            return router, bias, routes
-        router, bias = router[busy], bias[busy]
-
-
-def _moments(ffn: FFN, tokens: LayerTokens | Tensor, experts: Tensor, count: int) -> Moments:
-    accumulator = MomentAccumulator(count, ffn.hidden)
-    for part in torch.arange(len(experts)).split(CHUNK):
-        inputs = tokens[part] if isinstance(tokens, Tensor) else tokens.load(part)
-        accumulator.add(hidden_activations(ffn, inputs), experts[part])
-    return accumulator.finish()
-
-
-def assemble(
-    ffn: FFN, moments: Moments, router: Tensor, router_bias: Tensor, config: ExtractConfig, share: Tensor
-) -> Experts:
-    """Select each expert's neurons, gather their union into one store and compute the output biases.
-
-    With compensation, b_out[e] = b + sum over dropped j of E[a_j | e] * W2[:, j] (design rule: dropped neurons are
-    replaced by their mean); without, b_out[e] = b.
+    Raises `UserError` if nothing would be left.
     """
-    kept = select_neurons(moments, ffn, config.criterion, config.keep, config.seed)
-    union = torch.cat(kept).unique()
-    position = torch.full((ffn.hidden,), -1, dtype=torch.int64)
-    position[union] = torch.arange(len(union))
-    biases = []
-    for e, neurons in enumerate(kept):
-        dropped = moments.mean[e].clone()
-        dropped[neurons] = 0
-        extra = ffn.w_down.double() @ dropped if config.compensation != "none" else 0
-        biases.append((ffn.b_down.double() + extra).float())
-    offsets = torch.tensor([0, *[len(n) for n in kept]]).cumsum(0)
-    return Experts(
-        router=router,
-        router_bias=router_bias,
-        w_up=ffn.w_up[union],
-        b_up=ffn.b_up[union],
-        w_down=ffn.w_down.T[union],
-        b_out=torch.stack(biases),
-        neurons=torch.cat([position[n] for n in kept]).to(torch.int32),
-        offsets=offsets.to(torch.int32),
-        activation=ffn.activation,
-        load=tuple((share * LOAD_UNIT).round().long().tolist()),
-    )
+    budget = ffn - (1 - target) * total
+    if budget <= 0:
+        raise UserError(
+            f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
+            f"{1 - ffn / total:.2f}"
+        )
+    return budget
+
+
+def worthwhile(candidates: dict[str, Candidate], allocation: Allocation) -> dict[str, list[Tensor]]:
+    """The allocation without layers whose experts cost as much as the dense layer: those stay dense."""
+    kept = {}
+    for name, c in candidates.items():
+        widths = torch.tensor([len(k) for k in allocation.kept[name]], dtype=torch.float64)
+        if c.router_macs + 2 * c.tokens * c.dim * float(widths @ c.share) < c.dense_macs:
+            kept[name] = allocation.kept[name]
+    return kept
