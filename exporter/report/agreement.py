@@ -86,7 +86,7 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
     if rule := dig(body, "tolerance", "rule"):
         parts.append(tag("p", f"Allowed: {rule}."))
     routes = body.get("route_agreement")
-    if isinstance(routes, dict):
+    if isinstance(routes, dict) and not layers(sources):  # else they stand in the table of the layers
         agreeing: list[list[object]] = [[str(name), percent(value, 4)] for name, value in routes.items()]
         keys: list[list[float | str]] = [[index, real(value) or 0.0] for index, value in enumerate(routes.values())]
         parts.append(table(["layer", "tokens on the same expert"], agreeing, "Routes", id_="routes", sort_keys=keys))

@@ -22,8 +22,11 @@ def commands(sources: Sources) -> list[str]:
         if isinstance(tuned, dict):
             lines.append(_line("moee", "finetune", "extracted", *_flags(tuned, FinetuneConfig), "--out", "tuned"))
     source = "tuned" if len(lines) > 1 else "extracted"
-    if sources.body("moee.export"):
-        lines.append(_line("moee", "export", source, "--out", "export"))
+    export = sources.body("moee.export")
+    if export:
+        precision = export.get("precision")
+        typed = ["--precision", precision] if isinstance(precision, str) and precision != "fp32" else []
+        lines.append(_line("moee", "export", source, *typed, "--out", "export"))
     if sources.body("moee.parity"):
         lines.append("moee verify export --out parity.json")
     latency = sources.body("moee.latency")

@@ -72,7 +72,7 @@ rect.dense { fill: var(--dense); } rect.moee { fill: var(--moee); }
 figure { margin: 0; background: #ffffff; border: 1px solid var(--rule); border-radius: .5rem; padding: .5rem; }
 figure img { width: 100%; height: auto; }
 figcaption { color: #55606e; font-size: .875rem; }
-pre { background: var(--panel); border-radius: .5rem; padding: .75rem; overflow-x: auto; font-size: .875rem; }
+pre { background: var(--panel); border-radius: .5rem; padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .875rem; }
 @media (max-width: 40rem) {
   body { padding: .9rem; }
   .row { grid-template-columns: 1fr auto; }
@@ -84,7 +84,7 @@ pre { background: var(--panel); border-radius: .5rem; padding: .75rem; overflow-
     --s0: #17577b; --s1: #2b7cab; --s2: #559bc4; --s3: #84b8d7; --s4: #aed0e5; --s5: #d0e4f0; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, .skip { display: none; }
-  .scroll, pre { overflow: visible; } pre { white-space: pre-wrap; }
+  .scroll, pre { overflow: visible; }
   .card { border: 1px solid var(--rule); }
   tr, .row, .card, figure { break-inside: avoid; } h2, h3 { break-after: avoid; }
   svg, .swatch { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -28,7 +28,8 @@ def latency(sources: Sources) -> tuple[str | None, list[Html]]:
         rows.append(
             [label, *[fixed(marks.get(p), 2) for p in ("p50", "p90", "p95", "p99")], str(len(samples) or shown.get("runs", DASH))]
         )
-    where = f"{shown.get('runtime', DASH)}, batch {shown.get('batch', DASH)}, {shown.get('threads', DASH)} threads"
+    threads = shown.get("threads", dig(sources.body("moee.summary"), "threads") or DASH)
+    where = f"{shown.get('runtime', DASH)}, batch {shown.get('batch', DASH)}, {threads} threads"
     parts = [charts.runs(drawn)] if drawn else []
     parts.append(table(["ms a batch", "p50", "p90", "p95", "p99", "runs"], rows, f"Latency, {where}"))
     low, high = shown.get("speedup_p5"), shown.get("speedup_p95")
