@@ -7,7 +7,7 @@ from typing import Any
 from exporter.report import charts
 from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
-from exporter.report.sections import STAGE_NAMES, not_there, stages
+from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.values import DASH, dig, fixed, numbers, percent, real, scientific
 
 

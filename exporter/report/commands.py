@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from exporter.report.collect import Sources
@@ -20,7 +22,10 @@ def commands(sources: Sources) -> list[str]:
         lines.append(_extract(model))
         tuned = dig(model, "info", "stages", "tuned", "config")
         if isinstance(tuned, dict):
-            lines.append(_line("moee", "finetune", "extracted", *_flags(tuned, FinetuneConfig), "--out", "tuned"))
+            lines.append(
+                _line("moee", "finetune", "extracted", *_flags(tuned, FinetuneConfig), "--out", "tuned")
+                + _python_only(tuned, FinetuneConfig)
+            )
     source = "tuned" if len(lines) > 1 else "extracted"
     export = sources.body("moee.export")
     if export:
@@ -57,16 +62,18 @@ def _extract(body: dict[str, Any]) -> str:
     size = dig(spec, "kwargs", "img_size")
     if isinstance(size, int) and spec.get("name") == spec.get("timm_name"):
         words += ["--img-size", size]
-    return _line(*words, *_flags(config if isinstance(config, dict) else {}, ExtractConfig), "--out", "extracted")
+    config = config if isinstance(config, dict) else {}
+    return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
 
 
 def _flags(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> list[Any]:
+    """Flags of the settings that differ from their default. Those without a flag are left to `_python_only`."""
     words: list[Any] = []
-    for name, info in kind.model_fields.items():
-        value = values.get(name, info.default)
-        if value is None or value == info.default or name == "validation":
-            continue
+    known = _known_flags("extract" if kind is ExtractConfig else "finetune")
+    for name, value in _changed(values, kind):
         flag = f"--{name.replace('_', '-')}"
+        if flag not in known:
+            continue
         if isinstance(value, bool):
             words += [flag] if value else []
         elif isinstance(value, (list, tuple)):
@@ -74,6 +81,28 @@ def _flags(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConf
         else:
             words += [flag, value]
     return words
+
+
+def _python_only(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> str:
+    """A shell comment that names the changed settings without a flag, or nothing."""
+    known = _known_flags("extract" if kind is ExtractConfig else "finetune")
+    rest = [f"{name}={value!r}" for name, value in _changed(values, kind) if f"--{name.replace('_', '-')}" not in known]
+    return f"   # set in Python: {', '.join(rest)}".replace("\n", " ") if rest else ""
+
+
+def _changed(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> Iterator[tuple[str, Any]]:
+    for name, info in kind.model_fields.items():
+        value = values.get(name, info.default)
+        if value is not None and value != info.default:
+            yield name, value
+
+
+@cache
+def _known_flags(command: str) -> frozenset[str]:
+    from exporter.cli import build_parser
+
+    actions = build_parser()._subparsers._group_actions[0].choices[command]._option_string_actions  # type: ignore[union-attr,index,call-overload]
+    return frozenset(actions)
 
 
 def _build(engine: dict[str, Any]) -> str:

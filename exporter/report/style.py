@@ -72,7 +72,8 @@ rect.dense { fill: var(--dense); } rect.moee { fill: var(--moee); }
 figure { margin: 0; background: #ffffff; border: 1px solid var(--rule); border-radius: .5rem; padding: .5rem; }
 figure img { width: 100%; height: auto; }
 figcaption { color: #55606e; font-size: .875rem; }
-pre { background: var(--panel); border-radius: .5rem; padding: .75rem; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .875rem; }
+pre { background: var(--panel); border-radius: .5rem; padding: .75rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; font-size: .875rem; }
 @media (max-width: 40rem) {
   body { padding: .9rem; }
   .row { grid-template-columns: 1fr auto; }

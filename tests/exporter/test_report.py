@@ -10,7 +10,7 @@ from exporter import cli
 from exporter.report import collect, render
 from exporter.report.commands import commands
 from exporter.report.page import MAX_BYTES
-from moee.config import ExtractConfig, FinetuneConfig
+from moee.config import ExtractConfig
 from moee.errors import UserError
 from tests.exporter.report_data import EVIL, write_run
 
@@ -208,11 +208,19 @@ def test_commands_reproduce_the_configuration(run):
         parser.parse_args(line.split()[1:])
 
 
-def test_every_setting_has_the_flag_that_the_report_writes():
-    extract, finetune = (cli.build_parser()._subparsers._group_actions[0].choices[name] for name in ("extract", "finetune"))
-    for parser, config in ((extract, ExtractConfig), (finetune, FinetuneConfig)):
-        flags = {f"--{name.replace('_', '-')}" for name in config.model_fields if name != "validation"}
-        assert flags <= set(parser._option_string_actions), flags - set(parser._option_string_actions)
+def test_every_setting_is_in_the_command_or_named_beside_it(tmp_path):
+    """Each field of the configuration in turn, at a value that is not its default."""
+    run = write_run(tmp_path / "run")
+    path = run / "tuned" / "moee.json"
+    body = json.loads(path.read_text())
+    for name, info in ExtractConfig.model_fields.items():
+        body["config"] = {name: ["a"] if isinstance(info.default, tuple) else "x" if isinstance(info.default, str) else 7}
+        path.write_text(json.dumps(body))
+        line = commands(collect([run]))[0]
+        flag, comment = f"--{name.replace('_', '-')} ", f"set in Python: {name}="
+        assert (flag in line) != (comment in line), line
+        if flag in line:
+            cli.build_parser().parse_args(line.split()[1:])
 
 
 def test_an_unknown_path_is_one_sentence(tmp_path):
