@@ -26,6 +26,7 @@ from exporter.commands import (
     extract,
     finetune,
     inspect,
+    plan,
     plugin,
     report,
     verify,
@@ -33,7 +34,7 @@ from exporter.commands import (
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, build, bundle, plugin, report, inspect, doctor, demo)
+COMMANDS = (plan, extract, finetune, export, verify, bench, build, bundle, plugin, report, inspect, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -126,7 +126,7 @@ def write_manifest(folder: Path, name: str, schema: str, body: dict[str, Any]) -
 
 def stays_inside(folder: Path, relative: str) -> bool:
     """Whether a name from a manifest means a file below `folder`, through no link."""
-    if not relative or "\0" in relative or Path(relative).is_absolute() or ".." in Path(relative).parts:
+    if not relative or not relative.isprintable() or Path(relative).is_absolute() or ".." in Path(relative).parts:
         return False
     try:
         if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(relative).parts):

@@ -16,8 +16,8 @@ class ExtractConfig(BaseModel):
     """How experts are found. Defaults are the preset `compensated`.
 
     `keep` is the share of the criterion (a weighted activation variance) that the kept neurons must hold: in each expert
-    with `allocation` expert, over all layers and experts together with `allocation` model (there `target_macs` can take its
-    place).
+    with `allocation` expert, over all layers and experts together with `allocation` model. `target_macs` finds the share that
+    meets a cost instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,8 +58,8 @@ class ExtractConfig(BaseModel):
                 raise ValueError("compensation refit is for method moee; moefication takes none or mean")
         elif self.experts is not None or self.top_k != 1:
             raise ValueError("--experts and --top-k are for --method moefication; MoEE finds its experts by --clustering")
-        if self.target_macs is not None and self.allocation != "model":
-            raise ValueError(f"--target-macs needs --allocation model; with {self.allocation}, --keep sets each expert's width")
+        if self.target_macs is not None and self.method == "moefication":
+            raise ValueError("--target-macs is for method moee; moefication's cost is --top-k of --experts")
         if self.allocation == "model" and self.criterion != "sensitivity":
             raise ValueError(
                 f"--allocation model compares neurons across layers, so it needs --criterion sensitivity (came {self.criterion})"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moee.allocation import Allocation, Candidate, allocate
+from moee.allocation import Candidate, allocate
 from moee.assembly import build_layer
 from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
@@ -27,6 +28,22 @@ from moee.refit import refit
 from moee.selection import keep_by_share, select_neurons
 from moee.sensitivity import RoutedStats, measure_sensitivity
 
+SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An extraction up to the choice of neurons: the grouped layers and, for the criterion sensitivity, the error [K, H] that
+    dropping each neuron of each expert makes. Different budgets can be applied to it."""
+
+    ffns: list[FFN]
+    found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]]
+    error: dict[str, Tensor]
+
+    @property
+    def routed(self) -> dict[str, RoutedLayer]:
+        return {r.ffn.name: r for r in self.found if isinstance(r, RoutedLayer)}
+
 
 def extract(
     model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None, jobs: int = 1
@@ -38,24 +55,44 @@ def extract(
     finished layer again; `jobs` layers are clustered side by side. Raises `UserError` for input it cannot work with;
     the model is then unchanged.
     """
+    return apply(model, prepare(model, data, config, report, scratch, jobs), data, config, report)
+
+
+def prepare(
+    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None, jobs: int = 1
+) -> Prepared:
+    """The first half of `extract`: calibrate, group each layer's tokens, measure the sensitivity. `model` stays as it is."""
     ffns = find_ffns(model, config.exclude)
+    found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]] = []
     with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
         sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
         report("experts", 0, len(ffns))
         threads = torch.get_num_threads()
-        found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]] = []
         with ThreadPoolExecutor(max(1, jobs)) as pool:
             for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True)):
                 found.append(result)
                 report("experts", len(found), len(ffns))
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
-    routed = {r.ffn.name: r for r in found if isinstance(r, RoutedLayer)}
-    kept = choose_neurons(model, routed, data, config, report)
+    prepared = Prepared(ffns, found, {})
+    if config.criterion == "sensitivity" and prepared.routed:
+        prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report))
+    return prepared
+
+
+def apply(
+    model: nn.Module, prepared: Prepared, data: ImageSet, config: ExtractConfig, report: Reporter = silent
+) -> list[LayerReport]:
+    """The second half of `extract`: choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit."""
+    kept = choose_neurons(model, prepared.routed, prepared.error, data, config)
     reports, layers = [], {}
-    for ffn, result in zip(ffns, found, strict=True):
+    for ffn, result in zip(prepared.ffns, prepared.found, strict=True):
+        experts: Experts | None = None
         if isinstance(result, RoutedLayer):
-            result = build_layer(result, kept.get(ffn.name), config)
-        experts, layer_report = result if isinstance(result, tuple) else (None, result)
+            experts, layer_report = build_layer(result, kept.get(ffn.name), config)
+        elif isinstance(result, tuple):
+            experts, layer_report = result
+        else:
+            layer_report = result
         if experts is not None:
             layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
         reports.append(layer_report)
@@ -64,7 +101,7 @@ def extract(
     for name, layer in layers.items():
         replace_module(model, name, layer)
     if config.compensation == "refit":
-        refit(model, layers, {f.name: f for f in ffns}, data, config.refit_tokens, config.refit_lambda, report)
+        refit(model, layers, {f.name: f for f in prepared.ffns}, data, config.refit_tokens, config.refit_lambda, report)
     return reports
 
 
@@ -73,26 +110,60 @@ def _find(ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporte
 
 
 def choose_neurons(
-    model: nn.Module, routed: dict[str, RoutedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent
+    model: nn.Module, routed: dict[str, RoutedLayer], error: dict[str, Tensor], data: ImageSet, config: ExtractConfig
 ) -> dict[str, list[Tensor]]:
-    """Per layer and expert, the ascending ids of the neurons to keep; a layer that would cost as much as dense is left out."""
-    if config.criterion != "sensitivity":
-        return {
-            name: select_neurons(r.moments, r.ffn, config.criterion, config.keep, config.seed) for name, r in routed.items()
-        }
+    """Per layer and expert, the ascending ids of the neurons to keep; a layer that would cost as much as dense is left out.
+
+    `error` [K, H] a layer is needed by the criterion sensitivity alone.
+    """
     if not routed:
         return {}
-    error = sensitivity_of(model, routed, data, config, report)
-    if config.allocation == "expert":
-        return {name: [keep_by_share(row, config.keep) for row in e] for name, e in error.items()}
+    if config.target_macs is None and config.allocation == "expert":
+        return {name: _by_expert(r, error.get(name), config, config.keep) for name, r in routed.items()}
     size = next(batches(data, 1)).images.shape[-1]
     tokens = tokens_per_image(model, routed, size)
-    candidates = {n: Candidate(error[n], r.share, tokens[n], r.ffn.dim) for n, r in routed.items()}
     budget = None
     if config.target_macs is not None:
-        total = dense_macs(model, size)
-        budget = ffn_budget(total, sum(c.dense_macs for c in candidates.values()), config.target_macs)
-    return worthwhile(candidates, allocate(candidates, budget, config.keep))
+        ffn = sum(2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items())
+        budget = ffn_budget(dense_macs(model, size), ffn, config.target_macs)
+    if config.allocation == "expert":
+        assert budget is not None
+        kept = _share_for(budget, routed, error, tokens, config)
+    else:
+        candidates = {n: Candidate(error[n], r.share, tokens[n], r.ffn.dim) for n, r in routed.items()}
+        kept = allocate(candidates, budget, config.keep).kept
+    dense = {n: 2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items()}
+    return {n: k for n, k in kept.items() if _macs(routed[n], k, tokens[n]) < dense[n]}
+
+
+def _by_expert(routed: RoutedLayer, error: Tensor | None, config: ExtractConfig, keep: float) -> list[Tensor]:
+    """Each expert's neurons that hold the share `keep` of the criterion in that expert."""
+    if config.criterion == "sensitivity":
+        assert error is not None
+        return [keep_by_share(row, keep) for row in error]
+    return select_neurons(routed.moments, routed.ffn, config.criterion, keep, config.seed)
+
+
+def _macs(routed: RoutedLayer, kept: list[Tensor], tokens: int) -> float:
+    """MACs an image of a layer with the given neurons, router included."""
+    widths = torch.tensor([len(k) for k in kept], dtype=torch.float64)
+    return tokens * routed.ffn.dim * (len(kept) + 2 * float(widths @ routed.share))
+
+
+def _share_for(
+    budget: float, routed: dict[str, RoutedLayer], error: dict[str, Tensor], tokens: dict[str, int], config: ExtractConfig
+) -> dict[str, list[Tensor]]:
+    """The largest share `keep` whose experts cost at most `budget` MACs an image, by bisection."""
+    low, high = 0.0, 1.0
+    best = {name: _by_expert(r, error.get(name), config, 1e-9) for name, r in routed.items()}
+    for _ in range(SHARE_STEPS):
+        middle = (low + high) / 2
+        kept = {name: _by_expert(r, error.get(name), config, middle) for name, r in routed.items()}
+        if sum(_macs(routed[n], k, tokens[n]) for n, k in kept.items()) <= budget:
+            best, low = kept, middle
+        else:
+            high = middle
+    return best
 
 
 def sensitivity_of(
@@ -118,13 +189,3 @@ def ffn_budget(total: int, ffn: int, target: float) -> float:
             f"{1 - ffn / total:.2f}"
         )
     return budget
-
-
-def worthwhile(candidates: dict[str, Candidate], allocation: Allocation) -> dict[str, list[Tensor]]:
-    """The allocation without layers whose experts cost as much as the dense layer: those stay dense."""
-    kept = {}
-    for name, c in candidates.items():
-        widths = torch.tensor([len(k) for k in allocation.kept[name]], dtype=torch.float64)
-        if c.router_macs + 2 * c.tokens * c.dim * float(widths @ c.share) < c.dense_macs:
-            kept[name] = allocation.kept[name]
-    return kept

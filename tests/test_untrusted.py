@@ -58,8 +58,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     spec = tiny_spec(depth=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moee.convert.read_labels", lambda key, count: None)
-        patch.setattr("moee.convert.write_labels", lambda key, labels: None)
+        patch.setenv("MOEE_CACHE", str(folder / "cache"))
         model = load_model(spec)
         config = make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=300)
         extract(model, tiny_images(24), config)

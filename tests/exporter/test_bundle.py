@@ -42,8 +42,7 @@ def shared(tmp_path_factory):
     """One export and one bundle for the tests that only read."""
     folder = tmp_path_factory.mktemp("shared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moee.convert.read_labels", lambda key, count: None)
-        patch.setattr("moee.convert.write_labels", lambda key, labels: None)
+        patch.setenv("MOEE_CACHE", str(folder / "cache"))
         model = load_model(tiny_spec())
         config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
         extract(model, tiny_images(), config)

@@ -170,7 +170,7 @@ def test_cluster_statistics_use_the_members_only(tiny_model, tmp_path):
         build_layer(found, kept[ffns[0].name], config)[0]
         for config in (make_extract_config(keep=0.7, **KMEANS), make_extract_config("paper", **KMEANS))
         for found in [find_routes(ffns[0], sampled[0], config)]
-        for kept in [choose_neurons(tiny_model, {ffns[0].name: found}, data, config)]
+        for kept in [choose_neurons(tiny_model, {ffns[0].name: found}, {}, data, config)]
     )
     assert torch.equal(routed.router, cluster.router)
     assert torch.equal(cluster.b_out, ffns[0].b_down.expand_as(cluster.b_out)), "the paper compensates nothing"
