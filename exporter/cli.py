@@ -19,6 +19,7 @@ from exporter.commands import (
     INTERRUPTED,
     bench,
     build,
+    bundle,
     demo,
     doctor,
     export,
@@ -27,12 +28,13 @@ from exporter.commands import (
     inspect,
     plan,
     plugin,
+    report,
     verify,
 )
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (plan, extract, finetune, export, verify, bench, build, plugin, inspect, doctor, demo)
+COMMANDS = (plan, extract, finetune, export, verify, bench, build, bundle, plugin, report, inspect, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,5 +37,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
     engine = result.summary["engine"]
     if engine:
         console.print(f"engine built on CPU by {engine['builder']}: {engine['plugin_layers']} plugin layers, {engine['path']}")
-    console.print(f"summary written to {Path(args.out) / 'summary.json'}")
+    console.print(f"summary written to {Path(args.out) / 'summary.json'}, report to {Path(args.out) / 'report.html'}")
     return OK if parity else GATE_FAILED
