@@ -97,7 +97,7 @@ class RoundedModel(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype):
         super().__init__()
-        self.compute = compute
+        self.dtype, self.compute = dtype, compute
         self.model = copy.deepcopy(model)
         for tensor in _lowered_tensors(self.model):
             tensor.data = tensor.data.to(dtype).to(compute)

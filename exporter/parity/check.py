@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
-from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
+from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity, probe_routes
 from exporter.parity.outputs import SAFETY, BatchError, batch_error
 from exporter.parity.stats import error_stats
-from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
+from exporter.parity.taps import Tap, copied, hooked, probe_graph, tapped_graph, taps_of
 from exporter.parity.weights import WeightProblem, check_weights
-from exporter.precision import RoundedModel, dtype_of, typed
+from exporter.precision import PRECISIONS, RoundedModel, dtype_of, typed
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
 from moee.artifact import read_manifest
@@ -194,13 +194,35 @@ def _layers(
     with tapped_graph(folder / PORTABLE, names, widened) as path, OnnxRunner(path, threads, provider) as runner:
         got = taps_of(runner.run(x.numpy()), names)
     reference, by_torch = _hooked_run(yard.exact, yard.exact.model, x), _hooked_run(yard.own, yard.own, x, own)
+    probes = _probe(folder, yard, names, reference, threads, provider, widened)
     judged = []
     for done, name in enumerate(names):
         if got[name].tokens.shape != reference[name].tokens.shape:
             raise UserError(f"{PORTABLE}: {name} gets {tuple(got[name].tokens.shape)} tokens, the model's layer another number")
-        judged.append(layer_parity(name, exact[name], own[name], got[name], reference[name], by_torch[name]))
+        judged.append(layer_parity(name, exact[name], own[name], got[name], probes[name], reference[name], by_torch[name]))
         report("layers", done + 1, len(names))
     return judged
+
+
+def _probe(
+    folder: Path, yard: Yardsticks, names: list[str], reference: dict[str, Tap], threads: int | None, provider: str, widened: bool
+) -> dict[str, Tap]:
+    """Every layer with dictated routes, on tokens of the float64 run rounded to the graph's type."""
+    exact, _ = yard.layers()
+    precision = {v: k for k, v in PRECISIONS.items()}[yard.exact.dtype]
+    taps, feeds = {}, {}
+    for name in names:
+        tokens, routes = probe_routes(exact[name], reference[name].tokens)
+        tokens = tokens.to(yard.exact.dtype).float()
+        feeds[f"{name}/probe_tokens"], feeds[f"{name}/probe_route"] = tokens.numpy(), routes.reshape(-1).numpy()
+        taps[name] = Tap(tokens, routes, tokens)
+    graph = folder / PORTABLE
+    with probe_graph(graph, names, precision, widened) as path, OnnxRunner(path, threads, provider) as runner:
+        results = runner.run_feeds(feeds)
+    return {
+        n: Tap(taps[n].tokens, taps[n].route, torch.from_numpy(r).reshape(taps[n].tokens.shape))
+        for n, r in zip(names, results, strict=True)
+    }
 
 
 def _hooked_run(model: nn.Module, inner: nn.Module, x: Tensor, layers: dict[str, RoutedFFN] | None = None) -> dict[str, Tap]:

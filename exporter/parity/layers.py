@@ -1,9 +1,10 @@
 """Parity of each routed layer: its result and its routes on the inputs that it got, and how far those inputs had drifted.
 
-Two comparisons, because they answer different questions:
+Three comparisons, because they answer different questions:
 - *local*: the layer in float64 on the tokens that the runtime itself fed it, with the runtime's routes. A layer that fails here
   is wrong, whatever came before it. Its routes are held against float64 scores of those tokens: another expert than the best
   is a near tie if the scores differ by less than float32 sums can be off, and an error otherwise.
+- *probe*: the same with routes that are dictated, so that each expert works, also those that no image's token reaches.
 - *cumulative*: the same layer in a float64 run of the whole model. It shows how errors add up, and which tokens took another
   expert because of them (flips).
 """
@@ -23,6 +24,8 @@ from exporter.parity.taps import Tap
 from moee.layer import RoutedFFN
 from moee.models import activate
 
+PROBES = 16  # tokens for each expert
+
 
 @dataclass(frozen=True)
 class LayerParity:
@@ -31,8 +34,9 @@ class LayerParity:
     `agreement`: share of tokens with the routes of the float64 run, `flips` the others. `flip_margin_*`: how much better the
     float64 run's expert scored than the one taken, over the median gap between the best two experts. `wrong_routes`: tokens
     whose expert is not the best of their own scores by more than rounding explains. `local`: errors of the layer alone, allowed
-    up to `local_tolerance`. `equal`, `flipped`: cumulative errors of tokens with equal and with other routes. `input_drift`:
-    mean error of the layer's input, allowed up to `input_tolerance`.
+    up to `local_tolerance`; `probe`: the same where every expert gets tokens, up to `probe_tolerance`. `equal`, `flipped`:
+    cumulative errors of tokens with equal and with other routes. `input_drift`: mean error of the layer's input, allowed up to
+    `input_tolerance`.
     """
 
     name: str
@@ -45,6 +49,8 @@ class LayerParity:
     wrong_route_margin: float
     local: ErrorStats
     local_tolerance: float
+    probe: ErrorStats
+    probe_tolerance: float
     equal: ErrorStats
     flipped: ErrorStats | None
     input_drift: float
@@ -52,7 +58,16 @@ class LayerParity:
 
     @property
     def output_passed(self) -> bool:
-        return self.local.max_abs_error <= self.local_tolerance
+        return self.local.max_abs_error <= self.local_tolerance and self.probe.max_abs_error <= self.probe_tolerance
+
+    @property
+    def output_message(self) -> str:
+        """The worse of the two errors of the layer alone, and what is allowed."""
+        error, allowed = max(
+            (self.local.max_abs_error, self.local_tolerance), (self.probe.max_abs_error, self.probe_tolerance),
+            key=lambda pair: pair[0] / max(pair[1], 1e-300),
+        )  # fmt: skip
+        return f"{error:.2e} of {allowed:.2e} allowed"
 
     @property
     def passed(self) -> bool:
@@ -105,17 +120,26 @@ def wrong_routes(layer: RoutedFFN, tokens: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(inside & ~repeated, over, torch.full_like(over, float("inf")))
 
 
-def layer_parity(name: str, exact: RoutedFFN, own: RoutedFFN, got: Tap, reference: Tap, by_torch: Tap) -> LayerParity:
-    """Judge one layer. `exact` is the layer in float64, `own` in the type that the runtime computes in; `got` comes from the
-    runtime, `reference` from the float64 run of the model, `by_torch` from torch in the runtime's type."""
+def probe_routes(layer: RoutedFFN, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [N, D] and routes [N, k] that give each expert `PROBES` tokens, drawn evenly from `tokens`."""
+    count = max(layer.num_experts * PROBES, 1)
+    picked = tokens[torch.arange(count) * len(tokens) // count]
+    experts = torch.arange(count) % layer.num_experts
+    return picked, torch.stack([(experts + i) % layer.num_experts for i in range(layer.top_k)], 1)
+
+
+def layer_parity(
+    name: str, exact: RoutedFFN, own: RoutedFFN, got: Tap, probe: Tap, reference: Tap, by_torch: Tap
+) -> LayerParity:
+    """Judge one layer. `exact` is the layer in float64, `own` in the type that the runtime computes in; `got` and `probe` come
+    from the runtime, `reference` from the float64 run of the model, `by_torch` from torch in the runtime's type."""
     dtype = own.w_up.dtype
-    expected = apply_layer(exact, got.tokens, got.route)
-    local = error_stats(got.output.float().numpy(), expected.numpy())
-    by_own = error_stats(apply_layer(own, got.tokens, got.route).float().numpy(), expected.numpy())
+    local, local_tolerance = _alone(exact, own, got)
+    probed, probe_tolerance = _alone(exact, own, probe)
     over = wrong_routes(exact, got.tokens, got.route)
     flipped = (got.route.sort(1).values != reference.route.sort(1).values).any(1)
     margins = _margins(exact, reference, got.route)[flipped]
-    split = [error_stats(got.output[m].float().numpy(), reference.output[m].numpy()) for m in (~flipped, flipped)]
+    split = [error_stats(got.result[m].float().numpy(), reference.result[m].numpy()) for m in (~flipped, flipped)]
     drift = error_stats(got.tokens.float().numpy(), reference.tokens.numpy())
     usual = error_stats(by_torch.tokens.float().numpy(), reference.tokens.numpy())
     return LayerParity(
@@ -128,12 +152,21 @@ def layer_parity(name: str, exact: RoutedFFN, own: RoutedFFN, got: Tap, referenc
         wrong_routes=int((over > 0).sum()),
         wrong_route_margin=float(over.max()) if len(over) else 0.0,
         local=local,
-        local_tolerance=tolerance(by_own.max_abs_error, by_own.rms, dtype),
+        local_tolerance=local_tolerance,
+        probe=probed,
+        probe_tolerance=probe_tolerance,
         equal=split[0],
         flipped=split[1] if len(margins) else None,
         input_drift=drift.mean_abs_error,
         input_tolerance=SAFETY * max(usual.mean_abs_error, torch.finfo(dtype).eps * usual.rms),
     )
+
+
+def _alone(exact: RoutedFFN, own: RoutedFFN, got: Tap) -> tuple[ErrorStats, float]:
+    """Error of the layer on the tokens and routes that it got, and how much torch's own type excuses."""
+    expected = apply_layer(exact, got.tokens, got.route).numpy()
+    by_own = error_stats(apply_layer(own, got.tokens, got.route).float().numpy(), expected)
+    return error_stats(got.result.float().numpy(), expected), tolerance(by_own.max_abs_error, by_own.rms, own.w_up.dtype)
 
 
 def _margins(layer: RoutedFFN, reference: Tap, chosen: Tensor) -> Tensor:
@@ -159,8 +192,7 @@ def first_deviation(layers: list[LayerParity], outputs_passed: bool, damaged: di
             message = f"{layer.wrong_routes} of {layer.tokens} tokens take an expert that is not their best, by up to "
             return Deviation(layer.name, "routes", f"{message}{layer.wrong_route_margin:.2e} beyond rounding")
         if not layer.output_passed:
-            message = f"the layer alone is off by {layer.local.max_abs_error:.2e} ({layer.local_tolerance:.2e} allowed)"
-            return Deviation(layer.name, "output", message)
+            return Deviation(layer.name, "output", f"the layer alone is off by {layer.output_message}")
         before = layer.name
     if not outputs_passed:
         return Deviation(before, "head", f"every routed layer agrees; something after {before} differs")

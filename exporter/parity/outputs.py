@@ -38,7 +38,7 @@ class BatchError:
 
 
 def tolerance(own_error: float, rms: float, dtype: torch.dtype, rtol: float | None = None, atol: float | None = None) -> float:
-    """Largest absolute error allowed where torch itself, computing in `dtype`, is off by `own_error` at most; `rms` is the output's.
+    """Largest absolute error allowed where torch itself, computing in `dtype`, is off by `own_error`; `rms` is the output's.
 
     `SAFETY` times torch's largest error, and at least `SAFETY` roundings of a value as large as the output's rms. With `rtol`
     or `atol` given, atol + rtol x rms instead.

@@ -13,22 +13,24 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from exporter.passes.widen import widen_bfloat16
 from moee.errors import UserError
 from moee.layer import RoutedFFN, routed_layers
 
-PARTS = ("tokens", "route", "output")
+ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+PARTS = ("tokens", "route", "result")
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One layer in one run: `tokens` [T, D], `route` [T, k] int64, `output` [T, D]."""
+    """One layer in one run: `tokens` [T, D], `route` [T, k] int64, `result` [T, D]."""
 
     tokens: Tensor
     route: Tensor
-    output: Tensor
+    result: Tensor
 
 
 @contextmanager
@@ -38,16 +40,51 @@ def tapped_graph(graph: Path, layers: list[str], widen: bool = False) -> Iterato
     With `widen`, bfloat16 becomes float32. Raises `UserError` if the graph lacks one of these values.
     """
     model = ir.load(graph)
+    for parts in _parts(model, graph, layers):
+        model.graph.outputs.extend(parts)
+    with copied(model, graph, widen) as path:
+        yield path
+
+
+def _parts(model: ir.Model, graph: Path, layers: list[str]) -> list[list[ir.Value]]:
     values = {v.name: v for node in model.graph for v in node.outputs}
+    found = []
     for layer in layers:
         for part in PARTS:
-            value = values.get(f"{layer}/{part}")
-            if value is None:
+            if f"{layer}/{part}" not in values:
                 raise UserError(
                     f"{graph} has no value {layer}/{part}: it was made from another model or by an older version; export it again"
                 )
-            if value not in model.graph.outputs:
-                model.graph.outputs.append(value)
+        found.append([values[f"{layer}/{part}"] for part in PARTS])
+    return found
+
+
+@contextmanager
+def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = False) -> Iterator[Path]:
+    """A temporary graph of the routed layers alone, with tokens and routes as inputs, so that every expert can be reached.
+
+    Inputs are `<layer>/probe_tokens` [N, D] float32 and `<layer>/probe_route` [N * k] int64 of every layer, outputs their
+    results [N, D].
+    """
+    model = ir.load(graph)
+    results = []
+    for layer, (tokens, route, result) in zip(layers, _parts(model, graph, layers), strict=True):
+        feed = ir.Value(name=f"{layer}/probe_tokens", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None]))
+        chosen = ir.Value(name=f"{layer}/probe_route", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None]))
+        model.graph.inputs.extend([feed, chosen])
+        source = feed
+        if precision != "fp32":
+            cast = ir.Node("", "Cast", [feed], [ir.AttrInt64("to", int(ONNX_TYPES[precision]))], name=f"{layer}/probe_cast")
+            cast.outputs[0].name = f"{layer}/probe_typed"
+            model.graph.insert_before(model.graph[0], cast)
+            source = cast.outputs[0]
+        ir.convenience.replace_all_uses_with(tokens, source)
+        ir.convenience.replace_all_uses_with(route, chosen)
+        results.append(result)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(results)
+    model.graph.inputs.pop(0)
+    RemoveUnusedNodesPass()(model)
     with copied(model, graph, widen) as path:
         yield path
 
@@ -73,8 +110,8 @@ def taps_of(outputs: list[np.ndarray], layers: list[str], own: int = 1) -> dict[
     """Taps from the outputs of a tapped graph; the first `own` outputs are the model's."""
     taps = {}
     for i, layer in enumerate(layers):
-        tokens, route, output = (torch.from_numpy(np.ascontiguousarray(a)) for a in outputs[own + 3 * i : own + 3 * i + 3])
-        taps[layer] = Tap(tokens, route.reshape(len(tokens), -1), output.reshape(tokens.shape))
+        tokens, route, result = (torch.from_numpy(np.ascontiguousarray(a)) for a in outputs[own + 3 * i : own + 3 * i + 3])
+        taps[layer] = Tap(tokens, route.reshape(len(tokens), -1), result.reshape(tokens.shape))
     return taps
 
 

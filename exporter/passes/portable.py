@@ -10,8 +10,8 @@ Rules, in the order of the emitted nodes:
    initialisers, which ONNX Runtime folds when it loads the graph: the file keeps one copy of each neuron.
 6. Concat, put back in slot order by the inverse permutation; top_k > 1: sum a token's slots.
 7. Restore x's shape.
-8. Three values have fixed names, so that they can be made outputs: `<layer>/tokens` [T, D], `<layer>/route` [T * k] and
-   `<layer>/output` in x's shape.
+8. Three values have fixed names, so that verification can read and replace them: `<layer>/tokens` [T, D], `<layer>/route`
+   [T * k], which alone decides where tokens go, and `<layer>/result` [T, D].
 """
 
 from __future__ import annotations
@@ -117,16 +117,16 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
 
     joined = tape.op("Concat", parts, axis=0)[0] if experts > 1 else parts[0]  # rule 6
     inverse = tape.op("TopK", [order, ones], outputs=2, axis=0, largest=0, sorted=1)[1]
-    y = tape.op("Gather", [joined, inverse], axis=0)[0]
+    y = tape.op("Gather", [joined, inverse], axis=0, name="slots" if top_k > 1 else "result")[0]  # rule 8
     if top_k > 1:
         slots = tape.op("Reshape", [y, tape.constant(np.array([-1, top_k, dim], np.int64), "slot_shape")])[0]
-        y = tape.op("ReduceSum", [slots, tape.constant(np.array([1], np.int64), "slot_axis")], keepdims=0)[0]
+        axis = tape.constant(np.array([1], np.int64), "slot_axis")
+        y = tape.op("ReduceSum", [slots, axis], keepdims=0, name="result")[0]
     result = tape.op("Reshape", [y, tape.op("Shape", [x])[0]])[0]  # rule 7
     old = node.outputs[0]
     result.type, result.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
-    result.name = f"{tape.prefix}/output"  # rule 8
 
 
 def _routes(tape: _Tape, tokens: ir.Value, router: ir.Value, bias: ir.Value | None, top_k: int, minus_one: ir.Value) -> ir.Value:

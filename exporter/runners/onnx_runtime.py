@@ -77,6 +77,10 @@ class OnnxRunner(Runner):
         session = self._open()
         return list(session.run(None, {session.get_inputs()[0].name: images}))
 
+    def run_feeds(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Run a graph of several inputs, given by name."""
+        return list(self._open().run(None, feeds))
+
     def end_profile(self) -> Path:
         """Stop profiling and return the trace, a JSON file in Chrome's format."""
         return Path(self._open().end_profiling())

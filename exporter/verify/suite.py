@@ -81,7 +81,7 @@ class VerifyResult:
             damaged.setdefault(problem.layer, problem.message)
         for layer in self.parity.layers:
             found.append(Case("weights", layer.name, f"{TENSORRT} holds the model's weights", damaged.pop(layer.name, None)))
-            off = f"{layer.local.max_abs_error:.3g} of {layer.local_tolerance:.3g} allowed"
+            off = layer.output_message
             found.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
             found.append(self._route_case(layer))
         found += [Case("weights", name, "", message) for name, message in damaged.items()]

@@ -73,7 +73,7 @@ def test_dynamic_batch_and_parity(exported):
     moee, data, folder = exported
     result = check_parity(folder, moee, data)
     assert result and result.passed
-    assert [b.batch for b in result.batches] == [1, 2, 8]
+    assert [b.batch for b in result.batches] == [1, 8, 32]
     assert min(result.route_agreement.values()) == 1.0 and result.top1_agreement == 1.0
     assert result.max_abs_error < 1e-5
 
