@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 
 from exporter.runners.base import Runner
@@ -84,3 +86,18 @@ class OnnxRunner(Runner):
     def end_profile(self) -> Path:
         """Stop profiling and return the trace, a JSON file in Chrome's format."""
         return Path(self._open().end_profiling())
+
+
+def provider_works(provider: str) -> bool:
+    """Whether a one-node graph runs on `provider`."""
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy")
+    graph = onnx.helper.make_graph([node], "probe", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+        onnx.save(model, Path(folder) / "probe.onnx")
+        try:
+            with OnnxRunner(Path(folder) / "probe.onnx", 1, provider) as runner:
+                return bool(runner.run(np.ones(1, np.float32))[0][0] == 1)
+        except MissingDependency:
+            return False

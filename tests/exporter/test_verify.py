@@ -117,39 +117,35 @@ def test_wrong_tables_of_the_plugin_node_are_caught(tiny_export, tmp_path):
     """The plugin's graph has no CPU runtime, so its stored inputs are compared."""
     folder = tiny_export.copy(tmp_path / "export")
 
-    def late(offsets):
-        offsets[1] += 1
-        return offsets
-
-    damage.change_store(folder, LAYER, "offsets", late)
+    damage.change_store(folder, LAYER, "offsets", lambda offsets: offsets + np.int32([0, 1, 0, 0, 0]))
     result = check(tiny_export, folder)
     assert not result and result.first_deviation.layer == LAYER
     assert "offsets: 1 of 5 values differ, first at [1]" in result.first_deviation.message
 
 
-def test_damage_outside_the_layers_is_placed_between_them(tiny_export, tmp_path):
+def change_weight(folder, node_prefix, by):
+    """Add a constant to the weight that the first MatMul or Gemm of a module reads in the portable graph."""
     import onnx
     from onnx import numpy_helper
 
-    folder = tiny_export.copy(tmp_path / "export")
     model = onnx.load(folder / "portable.onnx")
-    tensor = next(t for t in model.graph.initializer if "blocks.1.attn.proj.bias" in t.name)
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(0.01), tensor.name))
+    node = next(n for n in model.graph.node if n.name.startswith(node_prefix) and n.op_type in ("MatMul", "Gemm"))
+    tensor = next(t for t in model.graph.initializer if t.name in node.input)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(by), tensor.name))
     onnx.save(model, folder / "portable.onnx")
+
+
+def test_damage_outside_the_layers_is_placed_between_them(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    change_weight(folder, "blocks.1.attn.proj/", 0.01)
     deviation = check(tiny_export, folder).first_deviation
     assert deviation.layer == LAYER and deviation.where == "input"
     assert "between blocks.0.mlp and blocks.1.mlp" in deviation.message
 
 
 def test_a_damaged_head_is_placed_behind_the_layers(tiny_export, tmp_path):
-    import onnx
-    from onnx import numpy_helper
-
     folder = tiny_export.copy(tmp_path / "export")
-    model = onnx.load(folder / "portable.onnx")
-    tensor = next(t for t in model.graph.initializer if t.name == "head.bias")
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(0.001), tensor.name))
-    onnx.save(model, folder / "portable.onnx")
+    change_weight(folder, "head/", 0.001)
     result = check(tiny_export, folder)
     assert not result and result.first_deviation.where == "head" and result.first_deviation.layer == "blocks.2.mlp"
 
