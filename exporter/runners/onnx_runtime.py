@@ -56,7 +56,7 @@ class OnnxRunner(Runner):
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile)
         try:
-            session = ort.InferenceSession(str(self.path), options, providers=[wanted])
+            session = ort.InferenceSession(str(self.path), options, providers=[wanted], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
             reason = str(error).splitlines()[0]
             if self.provider != "cpu":
