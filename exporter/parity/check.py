@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity, probe_routes
 from exporter.parity.outputs import SAFETY, BatchError, batch_error
-from exporter.parity.stats import error_stats
+from exporter.parity.stats import error_stats, json_safe
 from exporter.parity.taps import Tap, copied, hooked, probe_graph, tapped_graph, taps_of
 from exporter.parity.weights import WeightProblem, check_weights
 from exporter.precision import PRECISIONS, RoundedModel, dtype_of, typed
@@ -79,7 +79,7 @@ class ParityResult:
     def to_json(self) -> dict[str, Any]:
         deviation = self.first_deviation
         largest = max(b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches)
-        return {
+        body = {
             "schema": "moee.parity/1",
             **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement")},
             "batches": [{**asdict(b), "passed": b.passed} for b in self.batches],
@@ -93,6 +93,7 @@ class ParityResult:
             "first_deviation": asdict(deviation) if deviation else None,
             "passed": self.passed,
         }
+        return json_safe(body)
 
 
 @dataclass(frozen=True)

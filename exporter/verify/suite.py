@@ -16,6 +16,7 @@ from torch import Tensor
 from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, SCHEMA, TENSORRT
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors, yardsticks
+from exporter.parity.stats import json_safe
 from exporter.parity.taps import copied
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
@@ -126,7 +127,7 @@ class VerifyResult:
         return {
             **self.parity.to_json(),
             "accuracy": self.accuracy.to_json() if self.accuracy else None,
-            "engine": engine,
+            "engine": json_safe(engine),
             "cases": [asdict(case) for case in self.cases()],
             "seconds": self.seconds,
             "passed": self.passed,

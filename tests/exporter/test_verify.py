@@ -150,6 +150,15 @@ def test_a_damaged_head_is_placed_behind_the_layers(tiny_export, tmp_path):
     assert not result and result.first_deviation.where == "head" and result.first_deviation.layer == "blocks.2.mlp"
 
 
+def test_an_output_that_is_no_number_fails_and_stays_valid_json(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    scale_weight(folder, "head/", float("nan"))
+    result = check(tiny_export, folder)
+    assert not result and result.first_deviation.where == "head"
+    body = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert body["batches"][0]["max_abs_error"] is None and body["passed"] is False
+
+
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_typed_exports_pass_and_their_damage_is_caught(tiny_export, tmp_path, precision):
     folder = tiny_export.copy(tmp_path / "export", precision)
