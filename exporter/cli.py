@@ -26,13 +26,14 @@ from exporter.commands import (
     extract,
     finetune,
     inspect,
+    plan,
     plugin,
     verify,
 )
 from moee import __version__
 from moee.errors import MissingDependency, StepFailed, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, build, plugin, inspect, doctor, demo)
+COMMANDS = (plan, extract, finetune, export, verify, bench, build, plugin, inspect, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

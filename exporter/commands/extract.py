@@ -10,6 +10,7 @@ from rich.console import Console
 from exporter.commands import OK, add_out
 from exporter.ui import ProgressDisplay, layer_table, stage_table
 from moee.config import PRESETS
+from moee.errors import UserError
 
 TEXT = "find experts in a dense model's MLPs"
 
@@ -32,8 +33,12 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--cluster-tokens", type=int, help="of these, how many are clustered (all)")
     sub.add_argument("--min-cluster-size", type=float, help="share of the clustered tokens (0.006)")
     sub.add_argument("--min-samples", type=int)
-    sub.add_argument("--criterion", help="output_variance, variance, magnitude or random")
-    sub.add_argument("--keep", type=float, help="share of the variance that an expert keeps (0.95)")
+    sub.add_argument("--criterion", help="output_variance, sensitivity, variance, magnitude or random")
+    sub.add_argument("--keep", type=float, help="share of the criterion that is kept (0.95)")
+    sub.add_argument("--target-macs", type=float, help="find the kept share that leaves this share of the dense MACs")
+    sub.add_argument("--allocation", help="expert (each keeps its share) or model (one threshold; criterion sensitivity)")
+    sub.add_argument("--objective", help="what the sensitivity is of: output, tokens or both (both)")
+    sub.add_argument("--plan", metavar="PLAN", help="plan.json of moee plan: its winner; takes no other option of the method")
     sub.add_argument("--statistics", help="cluster or routed")
     sub.add_argument("--compensation", help="none, mean or refit")
     sub.add_argument("--routing", help="cosine, euclidean, hash or random")
@@ -43,7 +48,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--top-k", type=int, help="experts a token, moefication only")
     sub.add_argument("--split", help="weights (clusters of fc1's rows) or coactivation, moefication only")
     sub.add_argument("--selector", help="centre (parameter centre) or router (trained), moefication only")
-    sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (0.01)")
+    sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (held-out choice)")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     add_out(sub, "the extracted model")
@@ -53,20 +58,27 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.pretrained import resolve
     from moee.config import make_extract_config
     from moee.pipeline import run_extract
+    from moee.planning import read_plan
 
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
         "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda", "refit_tokens",
-        "method", "experts", "top_k", "split", "selector",
+        "method", "experts", "top_k", "split", "selector", "target_macs", "allocation", "objective",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
     if args.clusters is not None and args.clustering is None:
         overrides["clustering"] = "kmeans"
+    if args.plan:
+        given = [f"--{name.replace('_', '-')}" for name, value in overrides.items() if value is not None]
+        if given or args.exclude:
+            raise UserError(f"--plan decides the method; leave {', '.join(given) or '--exclude'} out")
     config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
     with ProgressDisplay() as report:
         spec = resolve(
             args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
         )
+        if args.plan:
+            config = read_plan(args.plan, spec)
         moee = run_extract(spec, args.data, config, args.out, args.force, report, jobs=args.jobs)
     console.print(layer_table(moee.info["layers"]))
     console.print(stage_table(moee.info, f"{spec.name} on {args.data}, preset {args.preset}"))
