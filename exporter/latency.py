@@ -84,7 +84,7 @@ def time_pairs(
         times.append((taken[0], taken[1]))
         passed = clock() - began
         expected = max(runs, round(len(times) * duration_s / passed)) if duration_s and passed else runs
-        report("latency", min(len(times), expected), expected)
+        report("latency", min(len(times), expected - 1), expected)
     report("latency", len(times), len(times))
     return np.array(times).T
 

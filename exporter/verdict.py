@@ -14,7 +14,7 @@ import numpy as np
 CONFIDENCE = 0.99  # a gate in a build must not fire one time in twenty
 RESAMPLES = 2000
 MIN_PAIRS = 10
-MIN_EFFECT = 0.02  # two sessions of one graph differ by up to this much, for where their memory happens to lie
+MIN_EFFECT = 0.02  # a smaller difference is shown with its interval, but nobody is called the winner for it
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class Verdict:
             return f"MoEE is faster: {span}"
         if self.winner == "dense":
             return f"dense is faster: {span}"
-        why = f"fewer than {MIN_PAIRS} pairs" if self.pairs < MIN_PAIRS else "the noise is as large as the difference"
+        if self.pairs < MIN_PAIRS:
+            why = f"fewer than {MIN_PAIRS} pairs"
+        elif self.low <= 1 <= self.high:
+            why = "the noise is as large as the difference"
+        else:
+            why = f"the difference is below {MIN_EFFECT:.0%}"
         return f"no winner, {why}: {span}"
 
 
