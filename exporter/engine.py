@@ -17,7 +17,7 @@ from typing import Any
 
 from exporter.onnx_safety import check_onnx
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, sha256_file, write_manifest
-from moee.errors import MissingDependency, UserError
+from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.build import describe_plugin
 from plugins.contract import DOMAIN, OP_TYPE
 
@@ -53,7 +53,7 @@ class EngineReport:
     moee: Engine
 
 
-class BuildFailed(RuntimeError):
+class BuildFailed(StepFailed):
     """TensorRT gave up or aborted; the message holds its last words."""
 
 
@@ -110,6 +110,7 @@ def build_engines(
             "batch": {"min": low, "opt": opt, "max": high},
             "plugin": {"file": library.name, "sha256": sha256_file(library), "headers": info.headers},
             "plugin_layers": results["moee"]["plugin_layers"],
+            "source_sha256": sha256_file(graphs["moee"]),
             "engines": {name: _engine(folder / f"{name}.plan", result) for name, result in results.items()},
         }
         write_manifest(folder, "engine.json", SCHEMA, body)
