@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from exporter.operator_schema import VERSION, register
+from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
 from moee.artifact import atomic_folder, write_manifest
@@ -27,7 +28,7 @@ from moee.data import model_transform
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.progress import Reporter, silent
-from plugins.contract import DOMAIN, OP_TYPE, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20
 INPUT, OUTPUT = "input", "output"
@@ -35,6 +36,9 @@ SCHEMA = "moee.export/1"
 MANIFEST = "export.json"
 DENSE, PORTABLE, TENSORRT = "dense.onnx", "portable.onnx", "tensorrt.onnx"
 MOEE_DATA, DENSE_DATA = "moee.data", "dense.data"
+TRACED = "traced.onnx"  # what both graphs are lowered from; removed before the export is done
+CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/method.md)
+CLEAR_PORTABLE: Form = "sorted"  # the faster form in ONNX Runtime on the CPU (docs/results/clear_moe.md)
 
 register()
 _moee = onnxscript.values.Opset(DOMAIN, VERSION)
@@ -48,6 +52,16 @@ def _routed_ffn(
     return _moee.MoeeFfn(
         x, router, router_bias, w_up, b_up, w_down, b_out, neurons, offsets, activation=activation, top_k=top_k,
         max_width=max_width, plugin_version=PLUGIN_VERSION, plugin_namespace=PLUGIN_NAMESPACE, **attributes,
+    )  # fmt: skip
+
+
+def _clear_ffn(
+    x, router, router_bias, router_hidden, router_hidden_bias, up_in, up_out, up_bias, down_in, down_out, down_bias,
+    ranks, activation: str,
+):  # fmt: skip
+    return _moee.ClearFfn(
+        x, router, router_bias, router_hidden, router_hidden_bias, up_in, up_out, up_bias, down_in, down_out, down_bias,
+        ranks=list(ranks), activation=activation,
     )  # fmt: skip
 
 
@@ -69,9 +83,13 @@ def _quiet() -> Iterator[None]:
 
 def to_onnx(model: nn.Module, size: int) -> ir.Model:
     """Trace `model` on [batch, 3, size, size] with a dynamic batch; routed layers become `moee::MoeeFfn` nodes."""
-    import moee.ops  # noqa: F401  registers torch.ops.moee.ffn
+    import moee.clear_moe.ops
+    import moee.ops  # noqa: F401  registers the operators
 
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.moee.ffn.default: _routed_ffn}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.moee.ffn.default: _routed_ffn,
+        torch.ops.moee.clear_ffn.default: _clear_ffn,
+    }
     with _quiet():
         program = torch.onnx.export(
             model.eval(), (torch.zeros(2, 3, size, size),), dynamo=True, opset_version=OPSET, verbose=False,
@@ -109,13 +127,19 @@ def export(
         report("export", 1, 3)
         graph = to_onnx(moee.model, transform.size)
         name_routed_nodes(graph, list(layers))
-        ir.save(graph, folder / TENSORRT, external_data=MOEE_DATA)
+        traced = folder / TRACED
+        ir.save(graph, traced, external_data=MOEE_DATA)
+        tensorrt = ir.load(traced)
+        lower_clear_ffn(tensorrt, CLEAR_TENSORRT)
+        ir.save(tensorrt, folder / TENSORRT)
         report("export", 2, 3)
-        portable = ir.load(folder / TENSORRT)
-        lowered = lower_routed_ffn(portable)
+        portable = ir.load(traced)
+        lowered = lower_clear_ffn(portable, CLEAR_PORTABLE) + lower_routed_ffn(portable)
         if lowered != len(layers):
-            raise RuntimeError(f"{lowered} {OP_TYPE} nodes exported for {len(layers)} routed layers; please report this")
+            raise RuntimeError(f"{lowered} routed nodes exported for {len(layers)} routed layers; please report this")
+        portable.opset_imports.pop(DOMAIN, None)
         ir.save(portable, folder / PORTABLE)
+        traced.unlink()
         body = {
             "input": {"name": INPUT, "size": transform.size, "mean": transform.mean, "std": transform.std},
             "output": {"name": OUTPUT},

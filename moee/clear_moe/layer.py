@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,7 +125,7 @@ class ClearFFN(RoutedLayer):
         k = self.num_experts
         return (r1 + k * q1 + k, r2 + k * q2 + k) if masked else (r1 + q1, r2 + q2)
 
-    def macs_per_token(self, share: list[float] | Tensor | None = None, masked: bool = False) -> float:
+    def macs_per_token(self, share: Sequence[float] | Tensor = (), masked: bool = False) -> float:
         """Multiply-accumulates a token: the router and both maps. Experts are of equal rank, so `share` does not matter.
 
         `masked`: of the form without dispatch, which computes all experts' coefficients.

@@ -66,8 +66,9 @@ def low_rank_layer(ffn: FFN, tokens: Tensor, rank: int, metric: str) -> ClearFFN
 
 @torch.no_grad()
 def score_layer(
-    model: nn.Module, ffn: FFN, tokens: Tensor, images: Tensor, reference: Tensor, rank: int, clusters: int, metric: str, seed: int
-) -> LayerScore:
+    model: nn.Module, ffn: FFN, tokens: Tensor, images: Tensor, reference: Tensor, rank: int, clusters: int,
+    metric: str, seed: int,
+) -> LayerScore:  # fmt: skip
     """Figures of one layer from its input tokens [N, D]; sensitivity is the relative change of the model's output
     `reference` on `images` when this layer alone runs at `rank`."""
     hidden = dense_hidden(ffn, tokens[:: max(1, len(tokens) // SPARSITY_TOKENS)])

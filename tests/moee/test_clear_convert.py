@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from moee.clear_moe import ClearConfig, ClearFFN, convert
-from moee.layer import routed_layers
+from moee.clear_moe import ClearConfig, convert
 from tests.conftest import tiny_images
 
 

@@ -1,0 +1,131 @@
+"""CLEAR-MoE through save, load, export, ONNX Runtime and parity; and both lowered forms against torch."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+
+from exporter.onnx_export import export, to_onnx
+from exporter.parity import check_parity
+from exporter.passes.clear import OP_TYPE, lower_clear_ffn
+from exporter.passes.name_routes import name_routed_nodes
+from moee import checkpoint
+from moee.checkpoint import MoeeModel
+from moee.clear_moe import ClearConfig, convert
+from moee.clear_moe.dispatch import Factors
+from moee.clear_moe.layer import ClearFFN, ClearParts
+from moee.clear_moe.routers import Router
+from tests.conftest import tiny_images, tiny_spec
+
+
+def random_layer(experts=3, ranks=(6, 2, 5, 3), dim=16, hidden=24, width=0, activation="gelu", seed=0) -> ClearFFN:
+    """A layer with random weights; `width` hidden units in the router."""
+    g = torch.Generator().manual_seed(seed)
+
+    def factors(rank, residual, inputs, outputs):
+        rows = rank + experts * residual
+        return Factors(
+            torch.randn(rows, inputs, generator=g) / inputs**0.5, torch.randn(rows, outputs, generator=g) / rows**0.5,
+            torch.randn(experts, outputs, generator=g), rank, residual,
+        )  # fmt: skip
+
+    router = Router(
+        torch.randn(experts, width or dim, generator=g), torch.randn(experts, generator=g) / 4,
+        torch.randn(width, dim, generator=g), torch.randn(width, generator=g),
+    )  # fmt: skip
+    up, down = factors(*ranks[:2], dim, hidden), factors(*ranks[2:], hidden, dim)
+    return ClearFFN(ClearParts(router, up, down, activation)).eval()
+
+
+CASES = {
+    "linear router": dict(),
+    "two-layer router": dict(width=7),
+    "one expert": dict(experts=1),
+    "no residual": dict(ranks=(6, 0, 5, 0)),
+    "residual in one map": dict(ranks=(6, 0, 5, 3)),
+    "silu": dict(activation="silu"),
+    "relu": dict(activation="relu"),
+    "idle expert": dict(experts=8),
+}
+
+
+def session_of(layer, form, dim=16):
+    class OneLayer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x.reshape(x.shape[0], -1, dim))
+
+    graph = to_onnx(OneLayer(), 4)
+    name_routed_nodes(graph, ["layer"])
+    assert lower_clear_ffn(graph, form) == 1
+    routes = [v for n in graph.graph for v in n.outputs if v.name == "layer/route"]
+    graph.graph.outputs.append(routes[0])
+    return ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("form", ["masked", "sorted"])
+@pytest.mark.parametrize("case", CASES)
+def test_lowered_layer_matches_torch(case, form):
+    layer = random_layer(**CASES[case])
+    session = session_of(layer, form)
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 4, 4)
+        got, routes = session.run(None, {"input": x.numpy()})
+        tokens = x.reshape(batch, 3, 16)
+        np.testing.assert_allclose(got, layer(tokens).detach().numpy(), rtol=1e-4, atol=1e-5)
+        assert (routes == layer.routes(tokens)[:, 0].numpy()).all()
+
+
+@pytest.fixture
+def exported(tiny_model, tmp_path):
+    data = tiny_images()
+    config = ClearConfig(rank=8, residual_rank=2, experts=3, calibration_images=40)
+    convert(tiny_model, data, config)
+    moee = MoeeModel(tiny_model.eval(), tiny_spec(), config, "tiny")
+    checkpoint.save(moee, tmp_path / "model")
+    loaded = checkpoint.load(tmp_path / "model")
+    export(loaded, tmp_path / "export")
+    return moee, loaded, data, tmp_path
+
+
+def test_saved_model_comes_back_bit_for_bit(exported):
+    moee, loaded, data, _ = exported
+    assert loaded.config == moee.config
+    for name, tensor in moee.model.state_dict().items():
+        assert torch.equal(tensor, loaded.model.state_dict()[name]), name
+    with torch.no_grad():
+        assert torch.equal(moee.model(data.images), loaded.model(data.images))
+
+
+def test_parity_and_graphs_of_standard_operators(exported):
+    _, loaded, data, folder = exported
+    result = check_parity(folder / "export", loaded, data)
+    assert result.passed and min(result.route_agreement.values()) == 1.0 and result.max_abs_error < 1e-5
+    assert not (folder / "export" / "traced.onnx").exists()
+    for name in ("portable", "tensorrt"):
+        path = folder / "export" / f"{name}.onnx"
+        onnx.checker.check_model(str(path), full_check=True)
+        nodes = onnx.load(path, load_external_data=False).graph.node
+        assert not [n for n in nodes if n.domain or n.op_type == OP_TYPE]
+    loops = [n for n in onnx.load(folder / "export" / "tensorrt.onnx").graph.node if n.op_type in ("Split", "TopK")]
+    assert not loops, "the TensorRT form has no dispatch"
+
+
+def test_parity_notices_a_changed_expert(exported):
+    _, loaded, data, folder = exported
+    with torch.no_grad():
+        loaded.model.blocks[1].mlp.up_out[-1] *= 3
+    assert not check_parity(folder / "export", loaded, data)
+
+
+def test_the_tensorrt_form_computes_the_same(exported):
+    _, loaded, data, folder = exported
+    session = ort.InferenceSession(str(folder / "export" / "tensorrt.onnx"), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"input": data.images[:5].numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(got, loaded.model(data.images[:5]).numpy(), rtol=1e-4, atol=1e-5)
