@@ -18,6 +18,7 @@ from exporter.commands import (
     ENVIRONMENT,
     INTERRUPTED,
     bench,
+    bench_dispatch,
     build,
     demo,
     doctor,
@@ -31,7 +32,7 @@ from exporter.commands import (
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, build, plugin, inspect, doctor, demo)
+COMMANDS = (extract, finetune, export, verify, bench, bench_dispatch, build, plugin, inspect, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -81,8 +81,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def to_onnx(model: nn.Module, size: int) -> ir.Model:
-    """Trace `model` on [batch, 3, size, size] with a dynamic batch; routed layers become `moee::MoeeFfn` nodes."""
+def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) -> ir.Model:
+    """Trace `model` on [batch, 3, size, size], or on inputs like `example`, with a dynamic first dimension; routed layers
+    become `moee::MoeeFfn` or `moee::ClearFfn` nodes."""
     import moee.clear_moe.ops
     import moee.ops  # noqa: F401  registers the operators
 
@@ -92,7 +93,7 @@ def to_onnx(model: nn.Module, size: int) -> ir.Model:
     }
     with _quiet():
         program = torch.onnx.export(
-            model.eval(), (torch.zeros(2, 3, size, size),), dynamo=True, opset_version=OPSET, verbose=False,
+            model.eval(), (torch.zeros(2, 3, size, size) if example is None else example,), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             custom_translation_table=table,
         )  # fmt: skip
