@@ -17,6 +17,7 @@ from exporter.commands import (
     BAD_INPUT,
     ENVIRONMENT,
     INTERRUPTED,
+    ablate_clear,
     bench,
     bench_dispatch,
     build,
@@ -32,7 +33,7 @@ from exporter.commands import (
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, bench_dispatch, build, plugin, inspect, doctor, demo)
+COMMANDS = (extract, finetune, export, verify, bench, bench_dispatch, build, plugin, inspect, ablate_clear, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -113,7 +113,8 @@ def measure_machine(size: int = 1536, megabytes: int = 256, runs: int = 7) -> Ma
 
 
 def synthetic_layer(
-    dim: int = 384, hidden: int = 1536, experts: int = 4, rank: int = 160, residual: int = 8, activation: str = "gelu", seed: int = 0
+    dim: int = 384, hidden: int = 1536, experts: int = 4, rank: int = 160, residual: int = 8,
+    activation: str = "gelu", seed: int = 0,
 ) -> ClearFFN:  # fmt: skip
     """A layer of random weights, for shapes alone."""
     g = torch.Generator().manual_seed(seed)

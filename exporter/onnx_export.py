@@ -92,8 +92,9 @@ def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) ->
         torch.ops.moee.clear_ffn.default: _clear_ffn,
     }
     with _quiet():
+        given = torch.zeros(2, 3, size, size) if example is None else example
         program = torch.onnx.export(
-            model.eval(), (torch.zeros(2, 3, size, size) if example is None else example,), dynamo=True, opset_version=OPSET, verbose=False,
+            model.eval(), (given,), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             custom_translation_table=table,
         )  # fmt: skip

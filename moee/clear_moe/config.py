@@ -29,7 +29,7 @@ class ClearConfig(BaseModel):
     router: Literal["linear", "mlp", "centroid", "random"] = "linear"
     router_width: int = Field(32, ge=1, description="hidden units of the mlp router")
     calibration_images: int = Field(200, ge=1)
-    tokens: int = Field(32_768, ge=2, description="calibration tokens a layer")
+    tokens: int = Field(16_384, ge=2, description="calibration tokens a layer")
     metric: Literal["output", "plain"] = "output"
     refit: bool = True
     refit_lambda: float = Field(0.01, gt=0, description="share of the Gram matrix's mean diagonal")

@@ -40,7 +40,7 @@ from moee.metrics import dense_macs, tokens_per_image
 from moee.models import FFN, activate, find_ffns, replace_module
 from moee.progress import Reporter, silent
 
-CLUSTER_TOKENS = 8192  # of a layer that k-means sees; the router learns from the same
+CLUSTER_TOKENS = 4096  # of a layer that k-means sees; the router learns from the same
 SCORE_IMAGES = 32
 Ranks = tuple[int, int, int, int]
 
@@ -102,7 +102,7 @@ def cluster(tokens: Tensor, experts: int, seed: int, name: str = "layer") -> Ten
         return torch.zeros(len(tokens), dtype=torch.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn warns of what is raised below
-        labels = KMeans(experts, n_init=2, random_state=seed).fit_predict(tokens.numpy())
+        labels = KMeans(experts, n_init=1, random_state=seed).fit_predict(tokens.numpy())
     found = len(set(labels.tolist()))
     if found < experts:
         raise UserError(

@@ -26,7 +26,7 @@ from moee.clear_moe.dispatch import Factors
 from moee.errors import UserError
 from moee.models import FFN, activate
 
-METRIC_TOKENS = 8192  # that the up map's metric is averaged over
+METRIC_TOKENS = 4096  # that the up map's metric is averaged over
 FLOOR = 1e-10  # of the largest eigenvalue: below, a direction of the metric counts as that large, so that it can be inverted
 NORMALISED = 1  # direction that LayerNorm takes from every token it puts out
 SINGULAR = 1e-13  # of the largest eigenvalue: below, a direction carries nothing
