@@ -27,9 +27,9 @@ from moee.errors import UserError
 from moee.models import FFN, activate
 
 METRIC_TOKENS = 4096  # that the up map's metric is averaged over
-FLOOR = 1e-10  # of the largest eigenvalue: below, a direction of the metric counts as that large, so that it can be inverted
+FLOOR = 1e-9  # of the largest eigenvalue: below, a direction of the metric counts as that large, so that it can be inverted
 NORMALISED = 1  # direction that LayerNorm takes from every token it puts out
-SINGULAR = 1e-13  # of the largest eigenvalue: below, a direction carries nothing
+SINGULAR = 1e-12  # of the largest eigenvalue: below, a direction carries nothing but the rounding of float32
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def moments(rows: Tensor, experts: Tensor, count: int) -> Moments:
         mine = rows[experts == e]
         use = mine if len(mine) else rows
         mean = use.double().mean(0)
-        centred = use - mean.float()
+        centred = use.double() - mean
         counts.append(len(mine))
         means.append(mean)
-        covs.append((centred.T @ centred).double() / len(use))
+        covs.append(centred.T @ centred / len(use))
     return Moments(torch.tensor(counts).double(), torch.stack(means), torch.stack(covs))
 
 
@@ -76,18 +76,19 @@ def directions(covariance: Tensor) -> int:
     return int((values > SINGULAR * values[-1].clamp(min=torch.finfo(values.dtype).tiny)).sum())
 
 
-def subspaces(m: Moments, rank: int, residual: int, name: str = "layer") -> tuple[Tensor, Tensor]:
-    """Shared basis [m, rank] and the experts' bases [K, m, residual], each orthogonal to the shared one.
-
-    Raises `UserError` if the tokens and the map leave fewer than `rank` directions: the layer is singular for this rank.
-    """
-    pooled = m.pooled
-    found = directions(pooled)
+def require_directions(covariance: Tensor, rank: int, name: str) -> None:
+    """Raises `UserError` if a map's outputs have fewer than `rank` directions: the layer is singular for this rank."""
+    found = directions(covariance)
     if found + NORMALISED < rank:
         raise UserError(
             f"`{name}` is singular: its map has {found} independent directions on the calibration tokens, rank {rank} needs as "
             f"many; lower --rank, give more --calibration-images or skip it with --exclude {name}"
         )
+
+
+def subspaces(m: Moments, rank: int, residual: int) -> tuple[Tensor, Tensor]:
+    """Shared basis [m, rank] and the experts' bases [K, m, residual], each orthogonal to the shared one."""
+    pooled = m.pooled
     basis = leading(pooled, rank)
     size = len(pooled)
     left = torch.eye(size, dtype=basis.dtype) - basis @ basis.T
@@ -99,10 +100,10 @@ def subspaces(m: Moments, rank: int, residual: int, name: str = "layer") -> tupl
     return basis, experts
 
 
-def sqrt_and_inverse(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root of a metric [m, m] and its inverse; directions without weight count as `FLOOR`."""
+def sqrt_and_inverse(metric: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a metric [m, m] and its inverse; directions without weight count as `floor`."""
     values, vectors = torch.linalg.eigh(metric)
-    values = values.clamp(min=float(values[-1]) * FLOOR).clamp(min=1e-30).sqrt()
+    values = values.clamp(min=float(values[-1]) * floor).clamp(min=1e-30).sqrt()
     return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
 
 
@@ -152,7 +153,9 @@ def decompose_up(ffn: FFN, tokens: Tensor, routes: Tensor, experts: int, rank: i
     check_rank(ffn, rank, residual)
     root, inverse = sqrt_and_inverse(metric)
     m = moments(tokens, routes, experts)
-    basis, own = subspaces(m.through(root), rank, residual, ffn.name)
+    plain, _ = sqrt_and_inverse(ffn.w_up.double().T @ ffn.w_up.double(), 0.0)
+    require_directions(m.through(plain).pooled, rank, ffn.name)
+    basis, own = subspaces(m.through(root), rank, residual)
     weight = ffn.w_up.double() @ inverse  # [H, D] from the coordinates to the hidden layer
     inward = _stack(basis.T @ root, own.transpose(1, 2) @ root)
     outward = _stack((weight @ basis).T, (weight @ own).transpose(1, 2))
@@ -187,7 +190,8 @@ def decompose_down(
     check_rank(ffn, rank, residual)
     scale = output_scale(ffn)
     fitted = moments(hidden @ weight.T * scale.float(), routes, experts)
-    basis, own = subspaces(fitted, rank, residual, ffn.name)
+    require_directions(fitted.pooled, rank, ffn.name)
+    basis, own = subspaces(fitted, rank, residual)
     inner = scale[:, None] * weight.double()  # [D, H] from the hidden layer to the coordinates
     inward = _stack(basis.T @ inner, own.transpose(1, 2) @ inner)
     outward = _stack((basis / scale[:, None]).T, (own / scale[:, None]).transpose(1, 2))

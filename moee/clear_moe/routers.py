@@ -12,7 +12,7 @@ from moee.routing import random_router, route, scores
 HELD_OUT = 0.2  # of the labelled tokens, for the router's accuracy
 PENALTY = 1e-4  # on the squared weights of the trained routers, inputs standardised
 LINEAR_STEPS = 60
-MLP_EPOCHS, MLP_BATCH, MLP_RATE = 6, 512, 3e-3
+MLP_STEPS, MLP_BATCH, MLP_RATE = 200, 512, 3e-3
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ def mlp_router(tokens: Tensor, labels: Tensor, experts: int, width: int, seed: i
     parts = [p.requires_grad_() for p in (first, torch.zeros(width), second, torch.zeros(experts))]
     optimiser = torch.optim.AdamW(parts, lr=MLP_RATE, weight_decay=PENALTY)
     with torch.enable_grad():
-        for _ in range(MLP_EPOCHS):
-            for rows in torch.randperm(len(x), generator=generator).split(MLP_BATCH):
-                hidden = torch.relu(x[rows] @ parts[0].T + parts[1])
-                loss = nn.functional.cross_entropy(hidden @ parts[2].T + parts[3], labels[rows])
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
+        for _ in range(MLP_STEPS):
+            rows = torch.randint(len(x), (MLP_BATCH,), generator=generator)
+            hidden = torch.relu(x[rows] @ parts[0].T + parts[1])
+            loss = nn.functional.cross_entropy(hidden @ parts[2].T + parts[3], labels[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
     w, b, rows, bias = (p.detach() for p in parts)
     folded = w / deviation
     return Router(rows, bias, folded, b - folded @ mean)
