@@ -196,6 +196,7 @@ def _choose(model: nn.Module, found: list[_Analysis], size: int, config: ClearCo
             dense=2.0 * tokens[a.ffn.name] * a.ffn.dim * a.ffn.hidden,
             unit=float(tokens[a.ffn.name]) * (a.ffn.dim + a.ffn.hidden),
             router=float(tokens[a.ffn.name]) * a.router.macs,
+            gain=_gain(a),
         )
         for a in found
     ]
@@ -227,6 +228,18 @@ def _choose(model: nn.Module, found: list[_Analysis], size: int, config: ClearCo
             solved.append(r if costs[i].of(sum(r)) < costs[i].dense else None)
     for i, r4 in zip(picked, solved, strict=True):
         found[i].ranks = r4
+
+
+def _gain(a: _Analysis) -> float:
+    """Squared change of the model's output for one unit of block-output error, from the layer's measured sensitivity."""
+    if a.score is None or a.tables is None:
+        return 1.0
+    rank = a.score.rank
+    error = 0.0
+    for table in a.tables:
+        nearest = min(range(len(table.ranks)), key=lambda i: abs(table.ranks[i] - rank))  # noqa: B023
+        error += table.total * float(table.loss[nearest, 0])
+    return a.score.sensitivity**2 / max(error, 1e-30)
 
 
 def _until_budget(

@@ -115,10 +115,8 @@ def test_loss_falls_with_rank_and_residual():
     assert table.loss[i, j] <= 0.1
     cheaper = [table.loss[a, b] for a, ra in enumerate(table.ranks) for b, qb in enumerate(table.residuals) if ra + qb < r + q]
     assert all(v > 0.1 for v in cheaper)
-    best = table.best(6)
-    assert best[0] + best[1] <= 6 and best[2] == pytest.approx(min(
-        float(table.loss[a, b]) for a, ra in enumerate(table.ranks) for b, qb in enumerate(table.residuals) if ra + qb <= 6
-    ))  # fmt: skip
+    free, dear = table.at_price(1.0, 0.0), table.at_price(1.0, 1e9)
+    assert free[2] == pytest.approx(0, abs=1e-9) and dear[0] + dear[1] == min(table.ranks)
 
 
 def test_budget_is_spent_but_not_exceeded():
