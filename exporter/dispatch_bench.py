@@ -3,6 +3,8 @@
 A stage is memory-bound if its arithmetic intensity (FLOPs a byte) is below the machine balance: peak FLOP/s of a large float32
 matrix product over the bandwidth of a large copy, both measured here. Bytes are the least that a stage must move: each operand
 read once, each result written once, float32.
+
+With one thread the clock is this process's CPU time, so that other load on the machine does not count; with more it is the wall.
 """
 
 from __future__ import annotations
@@ -93,12 +95,16 @@ class DispatchReport:
         }  # fmt: skip
 
 
+def _clock() -> Callable[[], float]:
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def _seconds(function: Callable[[], Any], runs: int) -> np.ndarray:
-    times = np.zeros(runs)
+    clock, times = _clock(), np.zeros(runs)
     for i in range(runs):
-        started = time.perf_counter()
+        started = clock()
         function()
-        times[i] = time.perf_counter() - started
+        times[i] = clock() - started
     return times
 
 
@@ -210,14 +216,14 @@ def bench_forms(layer: ClearFFN, x: Tensor, runs: int, threads: int, report: Rep
         sessions[form] = _session(graph, threads)
         shares[form] = layer.macs_per_token(masked=form == "masked") / whole
     feed = {"input": x.numpy()}
-    times = {name: np.zeros(runs) for name in sessions}
+    clock, times = _clock(), {name: np.zeros(runs) for name in sessions}
     for i in range(-3, runs):
         names = list(sessions) if i % 2 else list(sessions)[::-1]
         for name in names:
-            started = time.perf_counter()
+            started = clock()
             sessions[name].run(None, feed)
             if i >= 0:
-                times[name][i] = time.perf_counter() - started
+                times[name][i] = clock() - started
         report("graph forms", max(0, i + 1), runs)
     result = []
     for name, seconds in times.items():
@@ -229,9 +235,22 @@ def bench_forms(layer: ClearFFN, x: Tensor, runs: int, threads: int, report: Rep
 
 
 def bench_dispatch(
-    layer: ClearFFN, x: Tensor, backends: list[str] | None = None, runs: int = 30, report: Reporter = silent
-) -> DispatchReport:
-    """All stages of the named backends (default: all that are installed) and the graph forms, for tokens x [T, D]."""
+    layer: ClearFFN, x: Tensor, backends: list[str] | None = None, runs: int = 30, threads: int | None = None,
+    report: Reporter = silent,
+) -> DispatchReport:  # fmt: skip
+    """All stages of the named backends (default: all that are installed) and the graph forms, for tokens x [T, D].
+
+    `threads` of torch and ONNX Runtime; default: those that torch has.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return _bench(layer, x, backends, runs, report)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bench(layer: ClearFFN, x: Tensor, backends: list[str] | None, runs: int, report: Reporter) -> DispatchReport:
     machine = measure_machine()
     names = backends or list(BACKENDS)
     stages: list[Stage] = []

@@ -24,6 +24,7 @@ from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
 from moee.artifact import atomic_folder, write_manifest
 from moee.checkpoint import MoeeModel
+from moee.clear_moe import ClearFFN
 from moee.data import model_transform
 from moee.errors import UserError
 from moee.layer import routed_layers
@@ -151,6 +152,7 @@ def export(
             "cost": _latest_cost(moee),
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
             "routed_layers": list(layers),
+            "plugin_nodes": sum(not isinstance(layer, ClearFFN) for layer in layers.values()),
             "graphs": {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT},
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)

@@ -29,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--residual-rank", type=int, default=8)
     sub.add_argument("--backend", action="append", help="loop, sorted, grouped, masked, triton; repeatable (all but triton)")
     sub.add_argument("--runs", type=int, default=30)
+    sub.add_argument("--threads", type=int, help="1 times CPU seconds, which other load does not disturb (all cores, wall time)")
     sub.add_argument("--out", help="write dispatch.json here")
 
 
@@ -40,7 +41,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.artifact import write_json
     from moee.clear_moe.dispatch import backend
 
-    for name, value in (("--runs", args.runs), ("--tokens", args.tokens), ("--batch", args.batch), ("--experts", args.experts)):
+    counts = {
+        "--runs": args.runs, "--tokens": args.tokens, "--batch": args.batch, "--experts": args.experts,
+        "--threads": args.threads or 1,
+    }  # fmt: skip
+    for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name} must be at least 1, came {value}")
     if args.path:
@@ -58,11 +63,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         backend(name)  # refuses an unknown one before anything is measured
     with ProgressDisplay() as report:
         backends = args.backend or [n for n in ("loop", "sorted", "grouped", "masked") if _available(n)]
-        result = bench_dispatch(layer, x, backends, args.runs, report)
+        result = bench_dispatch(layer, x, backends, args.runs, args.threads, report)
     machine = result.machine
+    clock = "one thread, CPU time" if machine.threads == 1 else f"{machine.threads} threads, wall time"
     console.print(
         f"machine: {machine.peak_gflops:.0f} GFLOP/s, {machine.bandwidth_gb_s:.1f} GB/s, balance {machine.balance:.1f} FLOPs a "
-        f"byte ({machine.threads} threads, measured on CPU)"
+        f"byte ({clock}, measured on CPU)"
     )
     console.print(stage_table(result))
     console.print(form_table(result))

@@ -1,5 +1,8 @@
 """CLEAR-MoE through save, load, export, ONNX Runtime and parity; and both lowered forms against torch."""
 
+import copy
+import itertools
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -17,6 +20,7 @@ from moee.clear_moe import ClearConfig, convert
 from moee.clear_moe.dispatch import Factors
 from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.clear_moe.routers import Router
+from moee.models import load_model
 from tests.conftest import tiny_images, tiny_spec
 
 
@@ -51,7 +55,9 @@ CASES = {
 }
 
 
-def session_of(layer, form, dim=16):
+def sessions_of(layer, dim=16):
+    """One traced graph, lowered to each form, as ONNX Runtime sessions that also give the routes."""
+
     class OneLayer(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -62,18 +68,18 @@ def session_of(layer, form, dim=16):
 
     graph = to_onnx(OneLayer(), 4)
     name_routed_nodes(graph, ["layer"])
-    assert lower_clear_ffn(graph, form) == 1
-    routes = [v for n in graph.graph for v in n.outputs if v.name == "layer/route"]
-    graph.graph.outputs.append(routes[0])
-    return ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    proto = ir.to_proto(graph)
+    for form in ("masked", "sorted"):
+        lowered = ir.from_proto(proto)
+        assert lower_clear_ffn(lowered, form) == 1
+        lowered.graph.outputs.append(next(v for n in lowered.graph for v in n.outputs if v.name == "layer/route"))
+        yield ort.InferenceSession(ir.to_proto(lowered).SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.parametrize("form", ["masked", "sorted"])
 @pytest.mark.parametrize("case", CASES)
-def test_lowered_layer_matches_torch(case, form):
+def test_lowered_layer_matches_torch(case):
     layer = random_layer(**CASES[case])
-    session = session_of(layer, form)
-    for batch in (1, 3):
+    for session, batch in itertools.product(sessions_of(layer), (1, 3)):
         x = torch.randn(batch, 3, 4, 4)
         got, routes = session.run(None, {"input": x.numpy()})
         tokens = x.reshape(batch, 3, 16)
@@ -81,16 +87,18 @@ def test_lowered_layer_matches_torch(case, form):
         assert (routes == layer.routes(tokens)[:, 0].numpy()).all()
 
 
-@pytest.fixture
-def exported(tiny_model, tmp_path):
-    data = tiny_images()
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A converted model, the same saved and loaded, its images, its folder. Tests that change the model take a copy."""
+    torch.manual_seed(0)
+    model, data, folder = load_model(tiny_spec()), tiny_images(), tmp_path_factory.mktemp("clear")
     config = ClearConfig(rank=8, residual_rank=2, experts=3, calibration_images=40)
-    convert(tiny_model, data, config)
-    moee = MoeeModel(tiny_model.eval(), tiny_spec(), config, "tiny")
-    checkpoint.save(moee, tmp_path / "model")
-    loaded = checkpoint.load(tmp_path / "model")
-    export(loaded, tmp_path / "export")
-    return moee, loaded, data, tmp_path
+    convert(model, data, config)
+    moee = MoeeModel(model.eval(), tiny_spec(), config, "tiny")
+    checkpoint.save(moee, folder / "model")
+    loaded = checkpoint.load(folder / "model")
+    export(loaded, folder / "export")
+    return moee, loaded, data, folder
 
 
 def test_saved_model_comes_back_bit_for_bit(exported):
@@ -118,9 +126,10 @@ def test_parity_and_graphs_of_standard_operators(exported):
 
 def test_parity_notices_a_changed_expert(exported):
     _, loaded, data, folder = exported
+    damaged = copy.deepcopy(loaded)
     with torch.no_grad():
-        loaded.model.blocks[1].mlp.up_out[-1] *= 3
-    assert not check_parity(folder / "export", loaded, data)
+        damaged.model.blocks[1].mlp.up_out[-1] *= 3
+    assert not check_parity(folder / "export", damaged, data)
 
 
 def test_the_tensorrt_form_computes_the_same(exported):
@@ -129,3 +138,28 @@ def test_the_tensorrt_form_computes_the_same(exported):
     (got,) = session.run(None, {"input": data.images[:5].numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(got, loaded.model(data.images[:5]).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_engine_without_a_plugin(exported):
+    pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx to build engines on the CPU")
+    from exporter.engine import build_engines, needs_plugin
+
+    folder = exported[3]
+    assert not needs_plugin(folder / "export")
+    report = build_engines(folder / "export", folder / "engine", plugin=None, batch=(1, 2, 4))
+    assert report.plugin_layers == 0 and report.moee.size_bytes > 0 and report.plugin == ""
+
+
+def test_distillation_trains_everything_but_the_router(exported):
+    from moee.config import FinetuneConfig
+    from moee.finetune import finetune
+
+    loaded, data = copy.deepcopy(exported[1]), exported[2]
+    torch.manual_seed(0)
+    dense = load_model(tiny_spec())
+    before = {n: p.detach().clone() for n, p in loaded.model.named_parameters()}
+    result = finetune(loaded.model, dense, data, FinetuneConfig(epochs=1, lr=1e-4, batch_size=16))
+    assert result.validation_loss[1] < result.validation_loss[0]
+    changed = {n for n, p in loaded.model.named_parameters() if not torch.equal(p, before[n])}
+    assert {f"blocks.0.mlp.{p}" for p in ("up_in", "up_out", "up_bias", "down_in", "down_out", "down_bias")} <= changed
+    assert not [n for n in changed if n.endswith("mlp.router")]
