@@ -2,7 +2,7 @@
 
 A stage is memory-bound if its arithmetic intensity (FLOPs a byte) is below the machine balance: peak FLOP/s of a large float32
 matrix product over the bandwidth of a large copy, both measured here. Bytes are the least that a stage must move: each operand
-read once, each result written once, float32.
+read once, each result written once, float32. An elementwise operation counts one FLOP.
 
 With one thread the clock is this process's CPU time, so that other load on the machine does not count; with more it is the wall.
 """
@@ -143,8 +143,8 @@ def stage_work(name: str, layer: ClearFFN, tokens: int) -> dict[str, tuple[float
     routing = (2.0 * t * router.macs, WORD * (t * d + router.macs + t * k) + INDEX * t)
     moved = 2 * WORD * t * d + INDEX * t  # a gather of rows of width D
     permutation = {"loop": INDEX * t * (k + 1), "masked": 0.0, "triton": 2 * INDEX * t}.get(name, 2 * INDEX * t + moved)
-    shared_flops = 2.0 * t * (r1 + r2) * (d + h) + t * h
-    shared_bytes = WORD * (t * (2 * d + 4 * h + 2 * (r1 + r2)) + (r1 + r2) * (d + h))
+    shared_flops = 2.0 * t * (r1 + r2) * (d + h)
+    shared_bytes = WORD * (t * (2 * d + 2 * h + 2 * (r1 + r2)) + (r1 + r2) * (d + h))
     factor = {"masked": k, "triton": 2}.get(name, 1)
     terms = factor * (q1 + q2)
     flops = 2.0 * t * terms * (d + h) + t * (d + h)
@@ -155,7 +155,7 @@ def stage_work(name: str, layer: ClearFFN, tokens: int) -> dict[str, tuple[float
     combine = moved if name in ("sorted", "grouped") else 0.0
     return {
         "routing": routing, "permutation": (0.0, permutation), "shared products": (shared_flops, shared_bytes),
-        "expert products": (flops, volume), "combine": (0.0, combine),
+        "expert products": (flops, volume), "activation": (float(t * h), 2.0 * WORD * t * h), "combine": (0.0, combine),
     }  # fmt: skip
 
 
@@ -170,8 +170,9 @@ def bench_backend(name: str, layer: ClearFFN, x: Tensor, runs: int, machine: Mac
     calls: dict[str, Callable[[], Any]] = {
         "routing": lambda: parts.router.route(x),
         "permutation": lambda: via.permute(x, routes, layer.num_experts),
-        "shared products": lambda: (activate(parts.up.shared(rows), layer.activation), parts.down.shared(hidden)),
+        "shared products": lambda: (parts.up.shared(rows), parts.down.shared(hidden)),
         "expert products": lambda: (via.residual(rows, plan, parts.up), via.residual(hidden, plan, parts.down)),
+        "activation": lambda: activate(hidden, layer.activation),
         "combine": lambda: via.combine(y, plan),
     }
     work = stage_work(name, layer, len(x))

@@ -28,6 +28,7 @@ from moee.clear_moe import ClearFFN
 from moee.data import model_transform
 from moee.errors import UserError
 from moee.layer import routed_layers
+from moee.metrics import tokens_per_image
 from moee.progress import Reporter, silent
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
@@ -39,7 +40,9 @@ DENSE, PORTABLE, TENSORRT = "dense.onnx", "portable.onnx", "tensorrt.onnx"
 MOEE_DATA, DENSE_DATA = "moee.data", "dense.data"
 TRACED = "traced.onnx"  # what both graphs are lowered from; removed before the export is done
 CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/method.md)
-CLEAR_PORTABLE: Form = "sorted"  # the faster form in ONNX Runtime on the CPU (docs/results/clear_moe.md)
+# Portable form of a CLEAR-MoE layer, by what was faster in ONNX Runtime on the CPU (docs/results/clear_moe.md): segments of fewer
+# tokens than this make poor products, and without residual rank there is nothing to sort for.
+MIN_SEGMENT, USUAL_BATCH = 128, 8
 
 register()
 _moee = onnxscript.values.Opset(DOMAIN, VERSION)
@@ -129,6 +132,7 @@ def export(
         ir.save(to_onnx(moee.dense(), transform.size), folder / DENSE, external_data=DENSE_DATA)
         report("export", 1, 3)
         graph = to_onnx(moee.model, transform.size)
+        forms = clear_forms(moee, transform.size)
         name_routed_nodes(graph, list(layers))
         traced = folder / TRACED
         ir.save(graph, traced, external_data=MOEE_DATA)
@@ -137,7 +141,7 @@ def export(
         ir.save(tensorrt, folder / TENSORRT)
         report("export", 2, 3)
         portable = ir.load(traced)
-        lowered = lower_clear_ffn(portable, CLEAR_PORTABLE) + lower_routed_ffn(portable)
+        lowered = lower_clear_ffn(portable, forms) + lower_routed_ffn(portable)
         if lowered != len(layers):
             raise RuntimeError(f"{lowered} routed nodes exported for {len(layers)} routed layers; please report this")
         portable.opset_imports.pop(DOMAIN, None)
@@ -152,11 +156,27 @@ def export(
             "cost": _latest_cost(moee),
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
             "routed_layers": list(layers),
+            "clear_forms": forms,
             "plugin_nodes": sum(not isinstance(layer, ClearFFN) for layer in layers.values()),
             "graphs": {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT},
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
     report("export", 3, 3)
+
+
+def clear_forms(moee: MoeeModel, size: int) -> dict[str, Form]:
+    """The portable form of each CLEAR-MoE layer."""
+    layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
+    if not layers:
+        return {}
+    tokens = tokens_per_image(moee.dense(), layers, size)
+    return {name: portable_form(layer, tokens[name]) for name, layer in layers.items()}
+
+
+def portable_form(layer: ClearFFN, tokens: int) -> Form:
+    """`masked` for layers without residual rank and for small segments, at `tokens` an image; else `sorted`."""
+    _, q1, _, q2 = layer.ranks
+    return "masked" if q1 + q2 == 0 or USUAL_BATCH * tokens < MIN_SEGMENT * layer.num_experts else "sorted"
 
 
 def _latest_cost(moee: MoeeModel) -> dict[str, Any] | None:

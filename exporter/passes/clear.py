@@ -14,6 +14,7 @@ Rules, in the order of the emitted nodes:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -30,13 +31,14 @@ INPUT_NAMES = (
 Form = Literal["masked", "sorted"]
 
 
-def lower_clear_ffn(model: ir.Model, form: Form) -> int:
-    """Replace every `ClearFfn` node in place; returns how many there were."""
-    if form not in ("masked", "sorted"):
-        raise ValueError(f"unknown form {form!r}; expected masked or sorted")
+def lower_clear_ffn(model: ir.Model, form: Form | Mapping[str, Form]) -> int:
+    """Replace every `ClearFfn` node in place; returns how many there were. `form` is one for all, or one a layer by name."""
     nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]
     for node in nodes:
-        _lower(model.graph, node, form)
+        chosen = form if isinstance(form, str) else form[node.name or ""]
+        if chosen not in ("masked", "sorted"):
+            raise ValueError(f"unknown form {chosen!r}; expected masked or sorted")
+        _lower(model.graph, node, chosen)
     if nodes:
         for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
             del model.graph.initializers[name]

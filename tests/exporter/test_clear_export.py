@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.onnx_export import export, to_onnx
+from exporter.onnx_export import export, portable_form, to_onnx
 from exporter.parity import check_parity
 from exporter.passes.clear import OP_TYPE, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
@@ -55,7 +55,7 @@ CASES = {
 }
 
 
-def sessions_of(layer, dim=16):
+def sessions_of(layer, dim=16, forms=("masked", "sorted")):
     """One traced graph, lowered to each form, as ONNX Runtime sessions that also give the routes."""
 
     class OneLayer(torch.nn.Module):
@@ -69,7 +69,7 @@ def sessions_of(layer, dim=16):
     graph = to_onnx(OneLayer(), 4)
     name_routed_nodes(graph, ["layer"])
     proto = ir.to_proto(graph)
-    for form in ("masked", "sorted"):
+    for form in forms:
         lowered = ir.from_proto(proto)
         assert lower_clear_ffn(lowered, form) == 1
         lowered.graph.outputs.append(next(v for n in lowered.graph for v in n.outputs if v.name == "layer/route"))
@@ -138,6 +138,14 @@ def test_the_tensorrt_form_computes_the_same(exported):
     (got,) = session.run(None, {"input": data.images[:5].numpy()})
     with torch.no_grad():
         np.testing.assert_allclose(got, loaded.model(data.images[:5]).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_portable_form_follows_the_segments():
+    layer = random_layer(experts=4)
+    assert portable_form(layer, 65) == "sorted" and portable_form(layer, 60) == "masked"
+    assert portable_form(random_layer(ranks=(6, 0, 5, 0)), 10_000) == "masked"
+    with pytest.raises(ValueError, match="unknown form 'x'"):
+        next(sessions_of(layer, forms=("x",)))
 
 
 def test_engine_without_a_plugin(exported):
