@@ -147,8 +147,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         share = row["macs_share"]
         lines.append(
             f"| {s['router']} | {s['rank']} | {s['experts']} | {s['calibration_images']} | {row['seeds']} | "
-            f"{(share[0] - 1) * 100:+.1f} % | {cell(row['accuracy'], 100, 2)} | {cell(row['class_cosine'], 1, 4)} | "
-            f"{cell(row['token_cosine'], 1, 4)} | {cell(row['router_accuracy'], 100, 1)} |"
+            f"{(share[0] - 1) * 100:+.1f} % | {cell(row['accuracy'], 100, 2)} | {cell(row['class_cosine'], 1, 5)} | "
+            f"{cell(row['token_cosine'], 1, 5)} | {cell(row['router_accuracy'], 100, 1)} |"
         )
     return "\n".join(lines) + "\n"
 
