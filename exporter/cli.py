@@ -27,13 +27,16 @@ from exporter.commands import (
     extract,
     finetune,
     inspect,
+    plan,
     plugin,
     verify,
 )
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, bench_dispatch, build, plugin, inspect, ablate_clear, doctor, demo)
+COMMANDS = (
+    plan, extract, finetune, export, verify, bench, bench_dispatch, build, plugin, inspect, ablate_clear, doctor, demo
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

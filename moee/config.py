@@ -15,7 +15,9 @@ PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
 class ExtractConfig(BaseModel):
     """How experts are found. Defaults are the preset `compensated`.
 
-    `keep` is the share of the (weighted) activation variance that each expert's neurons must hold.
+    `keep` is the share of the criterion (a weighted activation variance) that the kept neurons must hold: in each expert
+    with `allocation` expert, over all layers and experts together with `allocation` model. `target_macs` finds the share that
+    meets a cost instead.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,8 +33,12 @@ class ExtractConfig(BaseModel):
     min_samples: int | None = Field(None, ge=1)
     clusters: int | None = Field(None, ge=2, description="of a partition method; None takes HDBSCAN's number")
     eps: float | None = Field(None, gt=0, description="DBSCAN's radius; None takes the median core distance")
-    criterion: Literal["variance", "output_variance", "magnitude", "random"] = "output_variance"
+    criterion: Literal["sensitivity", "output_variance", "variance", "magnitude", "random"] = "output_variance"
     keep: float = Field(0.95, gt=0, le=1)
+    allocation: Literal["expert", "model"] = "expert"
+    target_macs: float | None = Field(None, gt=0, lt=1, description="MACs of the result as a share of the dense model's")
+    objective: Literal["output", "tokens", "both"] = "both"
+    sensitivity_tokens: int = Field(32_768, ge=1, description="tokens a layer that the sensitivity is measured on")
     statistics: Literal["cluster", "routed"] = "routed"
     compensation: Literal["none", "mean", "refit"] = "refit"
     routing: Literal["cosine", "euclidean", "hash", "random"] = "cosine"
@@ -40,7 +46,7 @@ class ExtractConfig(BaseModel):
     top_k: int = Field(1, ge=1, description="experts a token, MoEfication only")
     split: Literal["weights", "coactivation"] = "weights"
     selector: Literal["centre", "router"] = "centre"
-    refit_lambda: float = Field(0.01, gt=0, description="share of the Gram matrix's mean diagonal")
+    refit_lambda: float | None = Field(None, gt=0, description="of the Gram matrix's mean diagonal; None: by held-out images")
     refit_tokens: int = Field(PAPER_TOKENS, ge=1, description="tokens a layer that the refit may use")
 
     @model_validator(mode="after")
@@ -52,6 +58,14 @@ class ExtractConfig(BaseModel):
                 raise ValueError("compensation refit is for method moee; moefication takes none or mean")
         elif self.experts is not None or self.top_k != 1:
             raise ValueError("--experts and --top-k are for --method moefication; MoEE finds its experts by --clustering")
+        if self.target_macs is not None and self.method == "moefication":
+            raise ValueError("--target-macs is for method moee; moefication's cost is --top-k of --experts")
+        if self.allocation == "model" and self.criterion != "sensitivity":
+            raise ValueError(
+                f"--allocation model compares neurons across layers, so it needs --criterion sensitivity (came {self.criterion})"
+            )
+        if self.criterion == "sensitivity" and self.statistics == "cluster":
+            raise ValueError("--criterion sensitivity is measured on routed tokens; use --statistics routed")
         if self.clustering not in PARTITIONS and self.clusters is not None:
             raise ValueError(
                 f"--clusters is for {', '.join(PARTITIONS)}; clustering {self.clustering} chooses their number itself"

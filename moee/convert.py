@@ -4,28 +4,45 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moee.cache import read_labels, tensor_hash, write_labels
-from moee.calibration import CHUNK, LayerTokens, collect_tokens, hidden_activations
-from moee.clustering import NOISE, cluster_tokens
+from moee.allocation import Candidate, allocate
+from moee.assembly import build_layer
+from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
-from moee.data import ImageSet
+from moee.data import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import LOAD_UNIT, Experts, RoutedFFN
+from moee.grouping import RoutedLayer, find_routes
+from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
+from moee.metrics import dense_macs, tokens_per_image
 from moee.models import FFN, find_ffns, replace_module
 from moee.moefication import find_moefication
 from moee.progress import Reporter, silent
 from moee.refit import refit
-from moee.routing import make_router, route
-from moee.selection import MomentAccumulator, Moments, select_neurons
+from moee.selection import keep_by_share, select_neurons
+from moee.sensitivity import RoutedStats, measure_sensitivity
 
-CLUSTERING_FIELDS = {"seed", "clustering", "components", "min_cluster_size", "min_samples", "clusters", "eps"}
-MIN_EXPERT_TOKENS = 2  # an expert needs a variance
+SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An extraction up to the choice of neurons: the grouped layers and, for the criterion sensitivity, the error [K, H] that
+    dropping each neuron of each expert makes. Different budgets can be applied to it."""
+
+    ffns: list[FFN]
+    found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]]
+    error: dict[str, Tensor]
+
+    @property
+    def routed(self) -> dict[str, RoutedLayer]:
+        return {r.ffn.name: r for r in self.found if isinstance(r, RoutedLayer)}
 
 
 def extract(
@@ -38,120 +55,137 @@ def extract(
     finished layer again; `jobs` layers are clustered side by side. Raises `UserError` for input it cannot work with;
     the model is then unchanged.
     """
+    return apply(model, prepare(model, data, config, report, scratch, jobs), data, config, report)
+
+
+def prepare(
+    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None, jobs: int = 1
+) -> Prepared:
+    """The first half of `extract`: calibrate, group each layer's tokens, measure the sensitivity. `model` stays as it is."""
     ffns = find_ffns(model, config.exclude)
-    reports, layers = [], {}
+    found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]] = []
     with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
         sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
         report("experts", 0, len(ffns))
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(max(1, jobs)) as pool:
-            found = pool.map(lambda pair: find_experts(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True))
-            for position, (ffn, (experts, layer_report)) in enumerate(zip(ffns, found, strict=True), 1):
-                if experts is not None:
-                    layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
-                reports.append(layer_report)
-                report("experts", position, len(ffns))
+            for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True)):
+                found.append(result)
+                report("experts", len(found), len(ffns))
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
+    prepared = Prepared(ffns, found, {})
+    if config.criterion == "sensitivity" and prepared.routed:
+        prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report))
+    return prepared
+
+
+def apply(
+    model: nn.Module, prepared: Prepared, data: ImageSet, config: ExtractConfig, report: Reporter = silent
+) -> list[LayerReport]:
+    """The second half of `extract`: choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit."""
+    kept = choose_neurons(model, prepared.routed, prepared.error, data, config)
+    reports, layers = [], {}
+    for ffn, result in zip(prepared.ffns, prepared.found, strict=True):
+        experts: Experts | None = None
+        if isinstance(result, RoutedLayer):
+            experts, layer_report = build_layer(result, kept.get(ffn.name), config)
+        elif isinstance(result, tuple):
+            experts, layer_report = result
+        else:
+            layer_report = result
+        if experts is not None:
+            layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
+        reports.append(layer_report)
     if not layers:
         raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
         replace_module(model, name, layer)
     if config.compensation == "refit":
-        refit(model, layers, {f.name: f for f in ffns}, data, config.refit_tokens, config.refit_lambda, report)
+        refit(model, layers, {f.name: f for f in prepared.ffns}, data, config.refit_tokens, config.refit_lambda, report)
     return reports
 
 
-def find_experts(
-    ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter = silent
-) -> tuple[Experts | None, LayerReport]:
-    """Cluster one layer's tokens and build its experts, or None with the reason when it stays dense."""
-    if config.method == "moefication":
-        return find_moefication(ffn, sampled, config)
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
-    members = sampled.load(rows)
-    labels = _labels(ffn, members, config, report)
-    count = int(labels.max()) + 1 if len(labels) else 0
-    noise = float((labels == NOISE).double().mean())
-    if count < (1 if config.clustering == "none" else 2):
-        reason = f"dense: {count} cluster{'s' if count != 1 else ''}, {noise:.0%} noise"
-        return None, LayerReport(ffn.name, reason, ffn.hidden, 0, ffn.hidden, [], [], noise)
-    router, bias = make_router(config.routing, members, labels, count, config.seed)
-    router, bias, routes = _routes_without_idle(sampled, router, bias)
-    if config.statistics == "cluster":
-        labels = labels if len(router) == count else route(members, router, bias)[:, 0]
-        moments = _moments(ffn, members, labels, len(router))
-    else:
-        moments = _moments(ffn, sampled, routes, len(router))
-    share = torch.bincount(routes, minlength=len(router)).double() / len(routes)
-    experts = assemble(ffn, moments, router, bias, config, share)
-    widths = experts.widths
-    return experts, LayerReport(
-        ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, share.tolist(), noise
-    )
+def _find(ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter) -> Any:
+    return find_moefication(ffn, sampled, config) if config.method == "moefication" else find_routes(ffn, sampled, config, report)
 
 
-def _labels(ffn: FFN, tokens: Tensor, config: ExtractConfig, report: Reporter) -> Tensor:
-    """Cluster labels [N] of a layer's tokens, from the cache if the same tokens were clustered the same way before."""
-    if config.clustering == "none":
-        return torch.zeros(len(tokens), dtype=torch.int64)
-    how = config.model_dump_json(include=CLUSTERING_FIELDS)
-    key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/2 {ffn.activation} {how}")
-    labels = read_labels(key, len(tokens))
-    if labels is None:
-        labels = cluster_tokens(hidden_activations(ffn, tokens), config, report, f"cluster {ffn.name}")
-        write_labels(key, labels)
-    return labels
+def choose_neurons(
+    model: nn.Module, routed: dict[str, RoutedLayer], error: dict[str, Tensor], data: ImageSet, config: ExtractConfig
+) -> dict[str, list[Tensor]]:
+    """Per layer and expert, the ascending ids of the neurons to keep; a layer that would cost as much as dense is left out.
 
-
-def _routes_without_idle(sampled: LayerTokens, router: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Routes [N] of all sampled tokens, after experts that (almost) no token reaches have been taken out."""
-    while True:
-        routes = torch.cat([
-            route(sampled.load(part), router, bias)[:, 0] for part in torch.arange(sampled.count).split(CHUNK)
-        ])  # fmt: skip
-        busy = torch.bincount(routes, minlength=len(router)) >= MIN_EXPERT_TOKENS
-        if busy.all():
-            return router, bias, routes
-        router, bias = router[busy], bias[busy]
-
-
-def _moments(ffn: FFN, tokens: LayerTokens | Tensor, experts: Tensor, count: int) -> Moments:
-    accumulator = MomentAccumulator(count, ffn.hidden)
-    for part in torch.arange(len(experts)).split(CHUNK):
-        inputs = tokens[part] if isinstance(tokens, Tensor) else tokens.load(part)
-        accumulator.add(hidden_activations(ffn, inputs), experts[part])
-    return accumulator.finish()
-
-
-def assemble(
-    ffn: FFN, moments: Moments, router: Tensor, router_bias: Tensor, config: ExtractConfig, share: Tensor
-) -> Experts:
-    """Select each expert's neurons, gather their union into one store and compute the output biases.
-
-    With compensation, b_out[e] = b + sum over dropped j of E[a_j | e] * W2[:, j] (design rule: dropped neurons are
-    replaced by their mean); without, b_out[e] = b.
+    `error` [K, H] a layer is needed by the criterion sensitivity alone.
     """
-    kept = select_neurons(moments, ffn, config.criterion, config.keep, config.seed)
-    union = torch.cat(kept).unique()
-    position = torch.full((ffn.hidden,), -1, dtype=torch.int64)
-    position[union] = torch.arange(len(union))
-    biases = []
-    for e, neurons in enumerate(kept):
-        dropped = moments.mean[e].clone()
-        dropped[neurons] = 0
-        extra = ffn.w_down.double() @ dropped if config.compensation != "none" else 0
-        biases.append((ffn.b_down.double() + extra).float())
-    offsets = torch.tensor([0, *[len(n) for n in kept]]).cumsum(0)
-    return Experts(
-        router=router,
-        router_bias=router_bias,
-        w_up=ffn.w_up[union],
-        b_up=ffn.b_up[union],
-        w_down=ffn.w_down.T[union],
-        b_out=torch.stack(biases),
-        neurons=torch.cat([position[n] for n in kept]).to(torch.int32),
-        offsets=offsets.to(torch.int32),
-        activation=ffn.activation,
-        load=tuple((share * LOAD_UNIT).round().long().tolist()),
+    if not routed:
+        return {}
+    if config.target_macs is None and config.allocation == "expert":
+        return {name: _by_expert(r, error.get(name), config, config.keep) for name, r in routed.items()}
+    size = next(batches(data, 1)).images.shape[-1]
+    tokens = tokens_per_image(model, routed, size)
+    budget = None
+    if config.target_macs is not None:
+        ffn = sum(2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items())
+        budget = ffn_budget(dense_macs(model, size), ffn, config.target_macs)
+    if config.allocation == "expert":
+        assert budget is not None
+        kept = _share_for(budget, routed, error, tokens, config)
+    else:
+        candidates = {n: Candidate(error[n], r.share, tokens[n], r.ffn.dim) for n, r in routed.items()}
+        kept = allocate(candidates, budget, config.keep).kept
+    dense = {n: 2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items()}
+    return {n: k for n, k in kept.items() if _macs(routed[n], k, tokens[n]) < dense[n]}
+
+
+def _by_expert(routed: RoutedLayer, error: Tensor | None, config: ExtractConfig, keep: float) -> list[Tensor]:
+    """Each expert's neurons that hold the share `keep` of the criterion in that expert."""
+    if config.criterion == "sensitivity":
+        assert error is not None
+        return [keep_by_share(row, keep) for row in error]
+    return select_neurons(routed.moments, routed.ffn, config.criterion, keep, config.seed)
+
+
+def _macs(routed: RoutedLayer, kept: list[Tensor], tokens: int) -> float:
+    """MACs an image of a layer with the given neurons, router included."""
+    widths = torch.tensor([len(k) for k in kept], dtype=torch.float64)
+    return tokens * routed.ffn.dim * (len(kept) + 2 * float(widths @ routed.share))
+
+
+def _share_for(
+    budget: float, routed: dict[str, RoutedLayer], error: dict[str, Tensor], tokens: dict[str, int], config: ExtractConfig
+) -> dict[str, list[Tensor]]:
+    """The largest share `keep` whose experts cost at most `budget` MACs an image, by bisection."""
+    low, high = 0.0, 1.0
+    best = {name: _by_expert(r, error.get(name), config, 1e-9) for name, r in routed.items()}
+    for _ in range(SHARE_STEPS):
+        middle = (low + high) / 2
+        kept = {name: _by_expert(r, error.get(name), config, middle) for name, r in routed.items()}
+        if sum(_macs(routed[n], k, tokens[n]) for n, k in kept.items()) <= budget:
+            best, low = kept, middle
+        else:
+            high = middle
+    return best
+
+
+def sensitivity_of(
+    model: nn.Module, routed: dict[str, RoutedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent
+) -> dict[str, Tensor]:
+    """Sensitivity a token [K, H] of every routed layer's experts and neurons."""
+    ffns = {name: r.ffn for name, r in routed.items()}
+    stats = {name: RoutedStats(r.router, r.bias, r.moments.mean) for name, r in routed.items()}
+    return measure_sensitivity(
+        model, ffns, stats, data, config.sensitivity_tokens, config.objective, config.seed, report
     )
+
+
+def ffn_budget(total: int, ffn: int, target: float) -> float:
+    """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`.
+
+    Raises `UserError` if nothing would be left.
+    """
+    budget = ffn - (1 - target) * total
+    if budget <= 0:
+        raise UserError(
+            f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
+            f"{1 - ffn / total:.2f}"
+        )
+    return budget

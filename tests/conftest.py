@@ -31,8 +31,8 @@ def tiny_images(count: int = 48, size: int = 32, classes: int = 4) -> TensorSet:
 @pytest.fixture(autouse=True)
 def no_label_cache(monkeypatch):
     """Labels of earlier tests must not stand in for a clustering; the test of the cache takes this back."""
-    monkeypatch.setattr("moee.convert.read_labels", lambda key, count: None)
-    monkeypatch.setattr("moee.convert.write_labels", lambda key, labels: None)
+    monkeypatch.setattr("moee.grouping.read_labels", lambda key, count: None)
+    monkeypatch.setattr("moee.grouping.write_labels", lambda key, labels: None)
 
 
 @pytest.fixture

@@ -34,8 +34,12 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--cluster-tokens", type=int, help="of these, how many are clustered (all)")
     sub.add_argument("--min-cluster-size", type=float, help="share of the clustered tokens (0.006)")
     sub.add_argument("--min-samples", type=int)
-    sub.add_argument("--criterion", help="output_variance, variance, magnitude or random")
-    sub.add_argument("--keep", type=float, help="share of the variance that an expert keeps (0.95)")
+    sub.add_argument("--criterion", help="output_variance, sensitivity, variance, magnitude or random")
+    sub.add_argument("--keep", type=float, help="share of the criterion that is kept (0.95)")
+    sub.add_argument("--target-macs", type=float, help="find the kept share, or the ranks, that leave this share of the dense MACs")
+    sub.add_argument("--allocation", help="expert (each keeps its share) or model (one threshold; criterion sensitivity)")
+    sub.add_argument("--objective", help="what the sensitivity is of: output, tokens or both (both)")
+    sub.add_argument("--plan", metavar="PLAN", help="plan.json of moee plan: its winner; takes no other option of the method")
     sub.add_argument("--statistics", help="cluster or routed")
     sub.add_argument("--compensation", help="none, mean or refit")
     sub.add_argument("--routing", help="cosine, euclidean, hash or random")
@@ -43,7 +47,6 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--rank", type=int, help="of the shared basis of both maps, clear-moe only")
     sub.add_argument("--residual-rank", type=int, help="of each expert, clear-moe only (divided by least error)")
     sub.add_argument("--energy", type=float, help="kept share of each map's output variance, clear-moe only (0.98)")
-    sub.add_argument("--target-macs", type=float, help="share of the dense model's MACs, clear-moe only")
     sub.add_argument("--layers", type=int, help="how many layers, best scores first, clear-moe only (all that pay)")
     sub.add_argument("--calibration-images", type=int, help="clear-moe only (200)")
     sub.add_argument("--eps", type=float, help="radius, dbscan only")
@@ -52,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--top-k", type=int, help="experts a token, moefication only")
     sub.add_argument("--split", help="weights (clusters of fc1's rows) or coactivation, moefication only")
     sub.add_argument("--selector", help="centre (parameter centre) or router (trained), moefication only")
-    sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (0.01)")
+    sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (held-out choice)")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     add_out(sub, "the extracted model")
@@ -63,28 +66,36 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.clear_moe import ClearConfig
     from moee.config import ExtractConfig, make_extract_config
     from moee.pipeline import run_extract
+    from moee.planning import read_plan
 
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
         "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda", "refit_tokens",
-        "method", "experts", "top_k", "split", "selector",
+        "method", "experts", "top_k", "split", "selector", "target_macs", "allocation", "objective",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
     if args.clusters is not None and args.clustering is None:
         overrides["clustering"] = "kmeans"
-    only_clear = ("router", "rank", "residual_rank", "energy", "target_macs", "layers", "calibration_images")
+    if args.plan:
+        taken = [name for name, value in overrides.items() if value is not None]
+        taken += [name for name in ONLY_CLEAR if getattr(args, name) is not None]
+        if taken or args.exclude:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
+            raise UserError(f"--plan decides the method; leave {given or '--exclude'} out")
     config: ExtractConfig | ClearConfig
     if args.method == "clear-moe":
-        config = clear_config(args, only_clear)
+        config = clear_config(args)
     else:
-        given = [name for name in only_clear if getattr(args, name) is not None]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
+        foreign = [name for name in ONLY_CLEAR if getattr(args, name) is not None]
+        if foreign:
+            raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
         config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
     with ProgressDisplay() as report:
         spec = resolve(
             args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
         )
+        if args.plan:
+            config = read_plan(args.plan, spec)
         moee = run_extract(spec, args.data, config, args.out, args.force, report, jobs=args.jobs)
     if isinstance(config, ClearConfig):
         console.print(clear_table(moee.info["layers"]))
@@ -97,24 +108,25 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
-CLEAR_SHARED = ("seed", "experts", "tokens", "refit_lambda")  # flags that clear-moe has in common with moee
+ONLY_CLEAR = ("router", "rank", "residual_rank", "energy", "layers", "calibration_images")
+CLEAR_SHARED = ("seed", "experts", "tokens", "refit_lambda", "target_macs")  # flags that clear-moe has in common with moee
 
 
-def clear_config(args: argparse.Namespace, only_clear: tuple[str, ...]) -> Any:
+def clear_config(args: argparse.Namespace) -> Any:
     """The configuration of CLEAR-MoE; flags of the other methods are refused rather than ignored."""
     from moee.clear_moe import ClearConfig
     from moee.config import validated
 
     foreign = (
         "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters", "criterion", "keep",
-        "statistics", "routing", "eps", "refit_tokens", "top_k", "split", "selector",
+        "statistics", "routing", "eps", "refit_tokens", "top_k", "split", "selector", "allocation", "objective",
     )  # fmt: skip
     given = [name for name in foreign if getattr(args, name) is not None]
     if given:
         raise UserError(f"--{given[0].replace('_', '-')} is not for --method clear-moe; leave it out")
     if args.compensation not in (None, "mean", "refit"):
         raise UserError(f"--compensation {args.compensation}: clear-moe takes mean or refit")
-    values = {name: getattr(args, name) for name in (*only_clear, *CLEAR_SHARED) if getattr(args, name) is not None}
+    values = {name: getattr(args, name) for name in (*ONLY_CLEAR, *CLEAR_SHARED) if getattr(args, name) is not None}
     return validated(ClearConfig, {**values, "exclude": tuple(args.exclude), "refit": args.compensation != "mean"})
 
 

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 
+from moee.assembly import build_layer
 from moee.calibration import collect_tokens, hidden_activations
 from moee.config import make_extract_config
-from moee.convert import extract, find_experts
+from moee.convert import choose_neurons, extract
 from moee.data import TensorSet, batches
 from moee.errors import UserError
+from moee.grouping import find_routes
 from moee.layer import RoutedFFN, routed_layers
 from moee.models import find_ffns
 from moee.refit import refit_layer
@@ -123,7 +125,7 @@ def test_excluded_layers_stay_as_they_are(tiny_model):
 
 
 def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
-    import moee.convert
+    import moee.grouping
 
     answers = iter([0, 4, 4])
 
@@ -131,7 +133,7 @@ def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
         count = next(answers)
         return torch.arange(len(activations)) % count if count else torch.full((len(activations),), -1)
 
-    monkeypatch.setattr(moee.convert, "cluster_tokens", labels)
+    monkeypatch.setattr(moee.grouping, "cluster_tokens", labels)
     reports = extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
     assert reports[0].status == "dense: 0 clusters, 100% noise"
     assert [r.status for r in reports[1:]] == ["routed", "routed"]
@@ -139,9 +141,9 @@ def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
 
 
 def test_no_clusters_anywhere_is_refused(tiny_model, monkeypatch):
-    import moee.convert
+    import moee.grouping
 
-    monkeypatch.setattr(moee.convert, "cluster_tokens", lambda a, *rest: torch.full((len(a),), -1))
+    monkeypatch.setattr(moee.grouping, "cluster_tokens", lambda a, *rest: torch.full((len(a),), -1))
     before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
     with pytest.raises(UserError, match="would stay dense"):
         extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
@@ -164,8 +166,12 @@ def test_nan_activations_name_the_layer(tiny_model):
 def test_cluster_statistics_use_the_members_only(tiny_model, tmp_path):
     data, ffns = tiny_images(), find_ffns(tiny_model)
     sampled = collect_tokens(tiny_model, ffns, data, tmp_path, 10**6)
-    routed, _ = find_experts(ffns[0], sampled[0], make_extract_config(keep=0.7, **KMEANS))
-    cluster, _ = find_experts(ffns[0], sampled[0], make_extract_config("paper", **KMEANS))
+    routed, cluster = (
+        build_layer(found, kept[ffns[0].name], config)[0]
+        for config in (make_extract_config(keep=0.7, **KMEANS), make_extract_config("paper", **KMEANS))
+        for found in [find_routes(ffns[0], sampled[0], config)]
+        for kept in [choose_neurons(tiny_model, {ffns[0].name: found}, {}, data, config)]
+    )
     assert torch.equal(routed.router, cluster.router)
     assert torch.equal(cluster.b_out, ffns[0].b_down.expand_as(cluster.b_out)), "the paper compensates nothing"
     assert not torch.equal(routed.b_out, cluster.b_out)
@@ -185,13 +191,13 @@ def test_unreadable_images_are_skipped_and_counted(caplog):
 
 
 def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypatch):
-    import moee.convert
+    import moee.grouping
     from moee import cache
 
     monkeypatch.setenv("MOEE_CACHE", str(tmp_path))
-    monkeypatch.setattr(moee.convert, "read_labels", cache.read_labels)
-    monkeypatch.setattr(moee.convert, "write_labels", cache.write_labels)
-    real, clustered = moee.convert.cluster_tokens, []
+    monkeypatch.setattr(moee.grouping, "read_labels", cache.read_labels)
+    monkeypatch.setattr(moee.grouping, "write_labels", cache.write_labels)
+    real, clustered = moee.grouping.cluster_tokens, []
 
     def counted(activations, config, report, name):
         clustered.append(name)
@@ -199,7 +205,7 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(activations, config, report, name)
 
-    monkeypatch.setattr(moee.convert, "cluster_tokens", counted)
+    monkeypatch.setattr(moee.grouping, "cluster_tokens", counted)
     config = make_extract_config(**KMEANS)
     with pytest.raises(KeyboardInterrupt):
         extract(copy.deepcopy(tiny_model), tiny_images(), config)
@@ -207,7 +213,7 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
     extract(resumed, tiny_images(), config)
     assert clustered == [f"cluster blocks.{i}.mlp" for i in (0, 1, 2, 2)]
     whole = copy.deepcopy(tiny_model)
-    monkeypatch.setattr(moee.convert, "read_labels", lambda key, count: None)
+    monkeypatch.setattr(moee.grouping, "read_labels", lambda key, count: None)
     extract(whole, tiny_images(), config)
     assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
     for file in (tmp_path / "labels").iterdir():

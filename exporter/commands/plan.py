@@ -1,0 +1,112 @@
+"""`moee plan`: which method wins on this model, data and device, under a budget."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from exporter.commands import OK, add_out
+from exporter.ui import ProgressDisplay, number, percent
+from moee.errors import UserError
+
+TEXT = "try methods and budgets, print what wins and by how much over static pruning and dense"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("plan", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("model", help="timm model name, or dinov2-s")
+    sub.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
+    sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    sub.add_argument("--weights", help="weights as a .safetensors file")
+    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    sub.add_argument("--max-drop", type=float, help="accuracy that may be lost, 0.005 is half a point; needs labels")
+    sub.add_argument("--min-cosine", type=float, help="mean cosine of the output features to dense that must stay")
+    sub.add_argument("--target-macs", type=float, help="MACs as a share of dense")
+    sub.add_argument("--target-params", type=float, help="parameters as a share of dense")
+    sub.add_argument("--target-latency-ms", type=float, help="p50 of a batch on --device")
+    sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
+    sub.add_argument("--batch", type=int, default=8, help="batch size of latencies (8)")
+    sub.add_argument("--methods", help="comma-separated: hdbscan, kmeans-8, kmeans-32, static (all)")
+    sub.add_argument("--targets", help="comma-separated shares of MACs to try (0.8,0.7,0.6,0.5)")
+    sub.add_argument("--cluster-tokens", type=int, default=6000, help="tokens a layer that are clustered (6000)")
+    sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
+    sub.add_argument("--seed", type=int)
+    add_out(sub, "plan.json")
+
+
+def parse_targets(text: str | None) -> tuple[float, ...] | None:
+    """`0.8,0.6` to numbers. Raises `UserError` for anything else."""
+    if text is None:
+        return None
+    try:
+        targets = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--targets {text}: expected shares such as 0.8,0.6") from error
+    if not all(0 < t < 1 for t in targets):
+        raise UserError(f"--targets {text}: expected shares of the MACs between 0 and 1")
+    return targets
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.device import latency_of
+    from exporter.pretrained import resolve
+    from moee.config import validated
+    from moee.pipeline import Session
+    from moee.planning import METHODS, TARGETS, Budget, make_plan
+
+    names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
+    budget = validated(Budget, {name: getattr(args, name) for name in names})
+    targets = parse_targets(args.targets) or TARGETS
+    methods = tuple(args.methods.split(",")) if args.methods else tuple(METHODS)
+    base = {"cluster_tokens": args.cluster_tokens, "refit_tokens": args.refit_tokens, "seed": args.seed}
+    with ProgressDisplay() as report:
+        spec = resolve(
+            args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
+        )
+        session = Session(spec, args.data, args.seed or 0, report)
+        latency = latency_of(args.device, session, args.batch) if args.device else None
+        plan = make_plan(
+            session, budget, args.out, methods, targets, {k: v for k, v in base.items() if v is not None}, latency,
+            args.force, report,
+        )  # fmt: skip
+    console.print(points_table(plan))
+    for line in verdict(plan):
+        console.print(line, soft_wrap=True)
+    console.print(f"written to {args.out}; to apply it: moee extract {args.model} --data {args.data} --plan {args.out} --out DIR")
+    return OK
+
+
+def points_table(plan: dict[str, Any]) -> Table:
+    """All points by MACs; those on the Pareto front are marked, and the winner."""
+    front = [p["config"] for p in plan["front"]]
+    table = Table(min_width=76, title=f"{plan['model']['name']} on {plan['data']}")
+    for column in ("", "method", "allocation", "MACs", "params", "cosine", "accuracy", "latency ms"):
+        table.add_column(column, justify="left" if column in ("", "method", "allocation") else "right", no_wrap=True)
+    for p in sorted(plan["points"], key=lambda p: p["macs"]):
+        mark = "winner" if p["config"] == plan["winner"]["config"] else "front" if p["config"] in front else ""
+        latency = p["latency"]
+        table.add_row(
+            mark, p["method"], p["allocation"], percent(p["macs"]), percent(p["params"]), number(p["cosine"], 4),
+            percent(p["accuracy"]), f"{latency['moee_ms']:.2f} ({latency['kind']})" if latency else "",
+        )  # fmt: skip
+    return table
+
+
+def verdict(plan: dict[str, Any]) -> list[str]:
+    """The winner and its margins as sentences."""
+    winner = plan["winner"]
+    name = winner["method"] + (f" ({winner['allocation']})" if winner["allocation"] else "")
+    lines = [f"winner: {name} at {percent(winner['macs'])} of the MACs, cosine {number(winner['cosine'], 4)}"]
+    for other, margin in plan["margins"].items():
+        if margin is None:
+            lines.append(f"no {other} model meets the budget")
+            continue
+        text = f"over {other}: {margin['macs'] * 100:+.1f} points of MACs saved, cosine {margin['cosine']:+.4f}"
+        if margin["latency_ms"] is not None:
+            text += f", {margin['latency_ms']:+.2f} ms saved"
+        lines.append(text)
+    return lines

@@ -1,0 +1,126 @@
+"""Latency of a candidate on a device: measured here on the CPU, modelled for a GPU by a roofline.
+
+The model of a GPU takes, per operation, the larger of arithmetic time and memory time, and a launch: routed layers pay for
+whole tiles (a tile of tokens an expert, rounded up) and read every expert's weights. It knows no caches and no overlap, so it
+ranks candidates; it does not predict milliseconds. Its figures are always labelled `modelled`.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moee.errors import UserError
+from moee.layer import routed_layers
+from moee.metrics import dense_macs, tokens_per_image
+from moee.models import find_ffns
+from moee.pipeline import Session
+
+TILE_TOKENS, TILE_WIDTH = 64, 64
+EFFICIENCY = 0.6  # of the peak that dense products reach
+BYTES = 2  # float16
+CPU_RUNS = 20
+
+
+@dataclass(frozen=True)
+class Device:
+    """Vendor figures: float16 tensor-core TFLOP/s (dense), memory GB/s. Microseconds a launch are an assumption."""
+
+    name: str
+    tflops: float
+    gbytes: float
+    launch_us: float
+    source: str
+
+
+DEVICES = {
+    d.name: d
+    for d in (
+        # Jetson data sheets give sparse int8 TOPS of the GPU: a quarter of them is dense float16
+        Device("orin-agx", 42.5, 204.8, 6.0, "NVIDIA Jetson AGX Orin 64GB data sheet, 170 sparse int8 TOPS"),
+        Device("orin-nano", 10.0, 68.0, 8.0, "NVIDIA Jetson Orin Nano 8GB data sheet, 40 sparse int8 TOPS"),
+        Device("rtx-4090", 165.2, 1008.0, 3.0, "NVIDIA Ada architecture white paper"),
+        Device("rtx-3090", 71.0, 936.0, 3.0, "NVIDIA GA102 white paper"),
+        Device("l4", 121.0, 300.0, 3.0, "NVIDIA L4 data sheet: 242 TFLOP/s with sparsity"),
+    )
+}
+
+
+def latency_of(device: str, session: Session, batch: int) -> Callable[[nn.Module, dict[str, Any]], dict[str, Any]]:
+    """The latency function of `moee plan` for a device name. Raises `UserError` for an unknown one."""
+    if device == "cpu":
+        return lambda model, cost: measure_on_cpu(model, cost, session, batch)
+    if device not in DEVICES:
+        raise UserError(f"unknown device {device!r}; expected cpu, {', '.join(DEVICES)}")
+    return lambda model, cost: modelled(DEVICES[device], session.dense, model, session.transform.size, batch)
+
+
+def measure_on_cpu(model: nn.Module, cost: dict[str, Any], session: Session, batch: int) -> dict[str, Any]:
+    """p50 of a batch by ONNX Runtime on this CPU, dense and candidate interleaved in one process."""
+    from exporter.latency import bench
+    from exporter.onnx_export import export
+    from moee.checkpoint import MoeeModel
+    from moee.data import batches
+
+    images = next(batches(session.held_out, batch)).images.numpy()
+    with tempfile.TemporaryDirectory(prefix="moee-plan-") as folder:
+        target = Path(folder) / "export"
+        export(MoeeModel(model.eval(), session.spec, None, session.source), target, True)
+        result = bench(target, batch, CPU_RUNS, images=images)
+    return {
+        "kind": "measured on CPU", "device": "cpu", "batch": batch, "dense_ms": result.dense_ms["p50"],
+        "moee_ms": result.moee_ms["p50"], "speedup": result.speedup,
+    }  # fmt: skip
+
+
+def operation_ms(device: Device, macs: float, moved: float, launches: int = 1) -> float:
+    """Roofline time of an operation: MACs, bytes moved, kernel launches."""
+    arithmetic = 2 * macs / (device.tflops * 1e12 * EFFICIENCY)
+    memory = moved / (device.gbytes * 1e9)
+    return max(arithmetic, memory) * 1e3 + launches * device.launch_us * 1e-3
+
+
+def modelled(device: Device, dense: nn.Module, model: nn.Module, size: int, batch: int) -> dict[str, Any]:
+    """Dense and candidate in milliseconds by the roofline; only the MLPs differ, the rest counts once as one product a block."""
+    ffns = {f.name: f for f in find_ffns(dense)}
+    tokens = tokens_per_image(dense, list(ffns), size)
+    routed = routed_layers(model)
+    dense_ffn = {n: _dense_ffn_ms(device, f.dim, f.hidden, tokens[n] * batch) for n, f in ffns.items()}
+    rest_macs = dense_macs(dense, size) - sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
+    weights = sum(p.numel() for p in dense.parameters()) - sum(2 * f.dim * f.hidden for f in ffns.values())
+    activations = sum(12 * tokens[n] * batch * f.dim for n, f in ffns.items())  # about twelve passes a block
+    rest = operation_ms(device, rest_macs * batch, BYTES * (weights + activations), 8 * len(ffns))
+    ours = sum(_routed_ms(device, routed[n], tokens[n] * batch) if n in routed else dense_ffn[n] for n in ffns)
+    return {
+        "kind": "modelled", "device": device.name, "batch": batch, "dense_ms": rest + sum(dense_ffn.values()),
+        "moee_ms": rest + ours, "speedup": (rest + sum(dense_ffn.values())) / (rest + ours),
+    }  # fmt: skip
+
+
+def _dense_ffn_ms(device: Device, dim: int, hidden: int, tokens: int) -> float:
+    rows = math.ceil(tokens / TILE_TOKENS) * TILE_TOKENS
+    moved = BYTES * (2 * dim * hidden + 2 * tokens * dim + 2 * tokens * hidden)
+    return operation_ms(device, 2 * rows * dim * hidden, moved, 2)
+
+
+def _routed_ms(device: Device, layer: Any, tokens: int) -> float:
+    """Route, up, down: whole tiles an expert, at the calibrated load; one expert needs no routing and is two plain products."""
+    dim, widths = layer.w_up.shape[1], layer.widths
+    if len(widths) == 1:
+        return _dense_ffn_ms(device, dim, widths[0], tokens)
+    load = [part / sum(layer.load) for part in layer.load] if layer.load else [1 / len(widths)] * len(widths)
+    macs, moved = 0.0, float(BYTES * (2 * tokens * dim))
+    for width, share in zip(widths, load, strict=True):
+        count = share * tokens * layer.top_k
+        tile = math.ceil(count / TILE_TOKENS) * TILE_TOKENS
+        padded = math.ceil(width / TILE_WIDTH) * TILE_WIDTH
+        macs += 2 * tile * padded * dim
+        moved += BYTES * (2 * width * dim + 2 * count * width)
+    route = operation_ms(device, tokens * dim * len(widths), BYTES * tokens * dim)
+    return route + operation_ms(device, macs, moved, 2)

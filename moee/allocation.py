@@ -1,0 +1,82 @@
+"""Which neurons the experts of a whole model keep: one price for every neuron's error, under a budget of MACs.
+
+A neuron that expert e of a layer keeps costs 2 D MACs on each of the expert's tokens and removes its own part of the error
+there. Errors of different neurons are taken to add up, so the best choice under a budget keeps every (layer, expert,
+neuron) whose error a MAC exceeds one threshold: a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer to allocate neurons in: error a token `error` [K, H] of dropping each neuron, `share` [K] of the tokens that
+    each expert gets, `tokens` an image, `dim` D."""
+
+    error: Tensor
+    share: Tensor
+    tokens: int
+    dim: int
+
+    @property
+    def router_macs(self) -> int:
+        """MACs an image of the routing scores."""
+        return self.tokens * self.dim * len(self.error)
+
+    @property
+    def dense_macs(self) -> int:
+        """MACs an image of the dense MLP."""
+        return 2 * self.tokens * self.dim * self.error.shape[1]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Ascending neuron ids that each expert of each layer keeps; `error` is the share of the total that is dropped, `macs` an
+    image of the routed layers, router included."""
+
+    kept: dict[str, list[Tensor]]
+    error: float
+    macs: float
+
+
+def allocate(candidates: Mapping[str, Candidate], macs: float | None = None, keep: float | None = None) -> Allocation:
+    """Keep the neurons with the highest error a MAC until the layers cost `macs` an image, or until they hold the share
+    `keep` of the total error. Every expert keeps at least its best neuron. Ties go to the earlier layer, expert, neuron.
+    """
+    names = list(candidates)
+    ratios, costs, errors = [], [], []
+    for c in candidates.values():
+        tokens = (c.share * c.tokens)[:, None].expand_as(c.error)
+        ratio = c.error / c.dim
+        best = c.error.argmax(1)
+        ratio = ratio.scatter(1, best[:, None], torch.inf)
+        ratios.append(ratio.flatten())
+        costs.append((tokens * 2 * c.dim).flatten())
+        errors.append((tokens * c.error).flatten())
+    order = torch.cat(ratios).sort(descending=True, stable=True).indices
+    error = torch.cat(errors)[order].cumsum(0)
+    cost = torch.cat(costs)[order].cumsum(0)
+    fixed = sum(c.router_macs for c in candidates.values())
+    least = sum(len(c.error) for c in candidates.values())
+    if macs is not None:
+        count = int((cost + fixed <= macs).sum())
+    else:
+        assert keep is not None, "allocate needs macs or keep"
+        count = int((error < keep * error[-1] * (1 - 1e-12)).sum()) + 1
+    count = min(max(count, least), len(order))
+    chosen = torch.zeros(len(order), dtype=torch.bool)
+    chosen[order[:count]] = True
+    kept, start = {}, 0
+    for name in names:
+        shape = candidates[name].error.shape
+        mask = chosen[start : start + shape.numel()].view(shape)
+        kept[name] = [row.nonzero()[:, 0] for row in mask]
+        start += shape.numel()
+    dropped = 1 - float(error[count - 1] / error[-1]) if float(error[-1]) > 0 else 0.0
+    return Allocation(kept, max(0.0, dropped), float(cost[count - 1]) + fixed)

@@ -1,0 +1,9 @@
+"""Planning: what wins on a given model, data and device."""
+
+from moee.planning.budget import Budget, Point, choose, margins, pareto
+from moee.planning.plan import PLAN, make_plan, read_plan
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS
+
+__all__ = [
+    "ALLOCATIONS", "METHODS", "PLAN", "TARGETS", "Budget", "Point", "choose", "make_plan", "margins", "pareto", "read_plan",
+]  # fmt: skip

@@ -1,0 +1,118 @@
+"""What a plan must meet, the points it chooses from, and the choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+COST_TOLERANCE = 0.005  # of the dense MACs: routing on held-out images differs a little from calibration
+
+
+class Budget(BaseModel):
+    """What a plan must meet. Shares are of the dense model; `max_drop` is in accuracy points of 0..1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_drop: float | None = Field(None, ge=0, lt=1)
+    min_cosine: float | None = Field(None, gt=0, le=1)
+    target_macs: float | None = Field(None, gt=0, lt=1)
+    target_params: float | None = Field(None, gt=0, lt=1)
+    target_latency_ms: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _something(self) -> Budget:
+        if all(value is None for value in self.model_dump().values()):
+            raise ValueError(
+                "a plan needs a budget: --max-drop, --min-cosine, --target-macs, --target-params or --target-latency-ms"
+            )
+        return self
+
+    @property
+    def limits_quality(self) -> bool:
+        return self.max_drop is not None or self.min_cosine is not None
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model that was made and measured: `macs` and `params` as shares of dense, latency in ms (None: not asked)."""
+
+    method: str
+    allocation: str
+    macs: float
+    params: float
+    cosine: float
+    token_cosine: float | None
+    accuracy: float | None
+    drop: float | None
+    latency: dict[str, Any] | None
+    config: dict[str, Any] | None
+
+    def shortfalls(self, budget: Budget) -> dict[str, float]:
+        """By how much each figure misses the budget, relative to the limit; empty if the point meets it."""
+        found = {}
+        if budget.max_drop is not None and (self.drop or 0.0) > budget.max_drop + 1e-9:
+            found["accuracy"] = (self.drop or 0.0) - budget.max_drop
+        if budget.min_cosine is not None and self.cosine < budget.min_cosine:
+            found["cosine"] = budget.min_cosine - self.cosine
+        if budget.target_macs is not None and self.macs > budget.target_macs + COST_TOLERANCE:
+            found["MACs"] = self.macs - budget.target_macs
+        if budget.target_params is not None and self.params > budget.target_params:
+            found["parameters"] = self.params - budget.target_params
+        if budget.target_latency_ms is not None and self.latency:
+            over = self.latency["moee_ms"] / budget.target_latency_ms - 1
+            if over > 0:
+                found["latency"] = over
+        return found
+
+    def cost(self) -> float:
+        """What a quality budget minimises: the latency where it is known, MACs otherwise."""
+        return self.latency["moee_ms"] if self.latency else self.macs
+
+
+def pareto(points: list[Point]) -> list[Point]:
+    """Points that no other beats in both MACs and cosine, by rising MACs."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.macs, -p.cosine)):
+        if not front or point.cosine > front[-1].cosine:
+            front.append(point)
+    return front
+
+
+def choose(points: list[Point], budget: Budget) -> Point | None:
+    """The best point that meets the budget: the cheapest under a quality limit, else the most faithful; None if none does."""
+    meeting = [p for p in points if not p.shortfalls(budget)]
+    if not meeting:
+        return None
+    if budget.limits_quality:
+        return min(meeting, key=lambda p: (p.cost(), -p.cosine))
+    return max(meeting, key=lambda p: (p.cosine, -p.cost()))
+
+
+def nearest(points: list[Point], budget: Budget) -> str:
+    best = min(points, key=lambda p: sum(p.shortfalls(budget).values()))
+    missing = ", ".join(f"{name} by {value:.3f}" for name, value in best.shortfalls(budget).items())
+    return (
+        f"nothing meets the budget; nearest is {best.method} {best.allocation} with {best.macs:.0%} of the MACs, "
+        f"{best.params:.0%} of the parameters and cosine {best.cosine:.4f}: it misses {missing}"
+    )
+
+
+def margins(winner: Point, points: list[Point], dense: Point, budget: Budget) -> dict[str, Any]:
+    """How far the winner is ahead of the best static model that meets the budget too, and of dense: differences of the MACs
+    share, the cosine and the latency (None where one lacks it)."""
+    static = choose([p for p in points if p.method == "static"], budget)
+
+    def against(other: Point | None) -> dict[str, Any] | None:
+        if other is None:
+            return None
+        known = winner.latency and other.latency
+        return {
+            "macs": other.macs - winner.macs,
+            "params": other.params - winner.params,
+            "cosine": winner.cosine - other.cosine,
+            "latency_ms": other.latency["moee_ms"] - winner.latency["moee_ms"] if known else None,  # type: ignore[index]
+        }
+
+    return {"static": against(static), "dense": against(dense)}

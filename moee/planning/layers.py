@@ -1,0 +1,53 @@
+"""What each layer of a plan's winner does, and what it costs alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moee.config import ExtractConfig, validated
+from moee.convert import apply
+from moee.data import batches
+from moee.layer import routed_layers
+from moee.metrics import mean_cosine
+from moee.models import replace_module
+from moee.pipeline import Session
+from moee.planning.budget import Point
+from moee.planning.search import Planner
+from moee.progress import Reporter, silent
+
+ALONE_IMAGES = 32
+
+
+def layer_table(session: Session, planner: Planner, winner: Point, report: Reporter = silent) -> list[dict[str, Any]]:
+    """Per MLP of the winner: share of the neurons a token uses, and the cosine of the model's output if this layer alone is
+    replaced (measured on the first held-out images). Empty for dense."""
+    if winner.config is None:
+        return []
+    config = validated(ExtractConfig, winner.config)
+    model = copy.deepcopy(session.dense)
+    reports = apply(model, planner.prepare(winner.method), session.train, config, report)
+    images = next(batches(session.held_out, ALONE_IMAGES)).images
+    reference = session.reference.features[: len(images)]
+    rows = []
+    routed = routed_layers(model)
+    for position, layer in enumerate(reports, 1):
+        row = {"name": layer.name, "status": layer.status, "kept": layer.mean_width / layer.hidden, "cosine_alone": 1.0}
+        if layer.name in routed:
+            row["cosine_alone"] = _alone(session.dense, layer.name, routed[layer.name], images, reference)
+        rows.append(row)
+        report("layer by layer", position, len(reports))
+    return rows
+
+
+def _alone(dense: nn.Module, name: str, layer: nn.Module, images: Tensor, reference: Tensor) -> float:
+    original = dense.get_submodule(name)
+    replace_module(dense, name, layer)
+    try:
+        with torch.inference_mode():
+            return mean_cosine(dense(images), reference)
+    finally:
+        replace_module(dense, name, original)

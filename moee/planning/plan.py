@@ -1,0 +1,102 @@
+"""Which way of cutting a model wins: methods, allocations and budgets tried on the user's own model and data.
+
+Each method is prepared once (calibration, grouping, sensitivity); each budget then costs a refit and an evaluation on the
+held-out images. Every figure of a plan was measured on the model that `moee extract --plan` makes again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moee.artifact import atomic_folder, read_json, refuse_existing, tool_versions, write_json
+from moee.config import ExtractConfig, validated
+from moee.errors import UserError
+from moee.models import ModelSpec
+from moee.pipeline import Session
+from moee.planning.budget import Budget, choose, margins, nearest, pareto
+from moee.planning.layers import layer_table
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner
+from moee.progress import Reporter, silent
+
+SCHEMA = "moee.plan/1"
+PLAN = "plan.json"
+
+
+def make_plan(
+    session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] = tuple(METHODS),
+    targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | None = None,
+    force: bool = False, report: Reporter = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
+
+    `base` are further options of every configuration. `latency(model, cost)` returns {"kind", "dense_ms", "moee_ms"}. Points
+    of an interrupted run are kept in `<out>.resume`. Raises `UserError` if nothing meets the budget: it names the nearest point.
+    """
+    out = Path(out)
+    refuse_existing(out, force)
+    unknown = set(methods) - METHODS.keys()
+    if unknown:
+        raise UserError(f"unknown method {', '.join(sorted(unknown))}; expected some of {', '.join(METHODS)}")
+    if budget.max_drop is not None and (session.held_out.labels[0] < 0 or not session.train.labelled):
+        raise UserError(f"--max-drop needs labelled images and {session.source} has none; use --min-cosine")
+    if budget.target_latency_ms is not None and latency is None:
+        raise UserError("--target-latency-ms needs a device to time or model; give --device")
+    store = out.parent / f"{out.name}.resume"
+    identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
+    _check_store(store, identity)
+    planner = Planner(session, budget, base or {}, store, latency, report)
+    if budget.target_macs is not None and not budget.limits_quality:
+        targets = (budget.target_macs,)
+    points = [p for m in methods for a in ALLOCATIONS for t in targets if (p := planner.point(m, a, t)) is not None]
+    points += planner.refine(points, targets)
+    points = list({json.dumps(p.config, sort_keys=True): p for p in points}.values())
+    dense = planner.dense()
+    everything = [*points, dense]
+    winner = choose(everything, budget)
+    if winner is None:
+        raise UserError(nearest(everything, budget))
+    result = {
+        "schema": SCHEMA, "tools": tool_versions(), **identity, "budget": budget.model_dump(),
+        "winner": asdict(winner), "margins": margins(winner, points, dense, budget),
+        "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
+        "layers": layer_table(session, planner, winner, report),
+    }  # fmt: skip
+    with atomic_folder(out, force) as folder:
+        write_json(folder / PLAN, result)
+    for leftover in store.glob("*"):
+        leftover.unlink()
+    store.rmdir()
+    return result
+
+
+def _check_store(store: Path, identity: dict[str, Any]) -> None:
+    header = store / "identity.json"
+    if header.is_file():
+        stored = read_json(header)
+        for key, ours in identity.items():
+            if stored.get(key) != ours:
+                raise UserError(f"{store} holds an interrupted plan with another {key}; finish that one or remove the folder")
+        return
+    store.mkdir(parents=True, exist_ok=True)
+    write_json(header, identity)
+
+
+def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig:
+    """The winner's configuration from `plan.json` (or its folder). Raises `UserError` for a plan of another model, or for one
+    whose winner is the dense model."""
+    path = Path(path)
+    plan = read_json(path / PLAN if path.is_dir() else path)
+    if not isinstance(plan, dict) or plan.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not a plan of this version (expected schema {SCHEMA}); make it with moee plan")
+    made_for = validated(ModelSpec, plan.get("model") or {})
+    for key in ("timm_name", "kwargs", "weights_sha256"):
+        ours, theirs = getattr(spec, key), getattr(made_for, key)
+        if ours != theirs:
+            raise UserError(f"{path} was made for {made_for.name} with {key} {theirs!r}, but this model has {ours!r}; plan again")
+    config = (plan.get("winner") or {}).get("config")
+    if not config:
+        raise UserError(f"{path} says that the dense model wins; there is nothing to extract")
+    return validated(ExtractConfig, config)

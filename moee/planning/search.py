@@ -1,0 +1,123 @@
+"""Points of a plan: each method is prepared once, each budget costs a refit and an evaluation."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moee.artifact import read_json, write_json
+from moee.config import ExtractConfig, make_extract_config
+from moee.convert import Prepared, apply, prepare
+from moee.errors import UserError
+from moee.pipeline import Session
+from moee.planning.budget import Budget, Point
+from moee.progress import Reporter
+
+METHODS: dict[str, dict[str, Any]] = {
+    "hdbscan": {"clustering": "hdbscan"},
+    "kmeans-8": {"clustering": "kmeans", "clusters": 8, "components": 50},
+    "kmeans-32": {"clustering": "kmeans", "clusters": 32, "components": 50},
+    "static": {"clustering": "none"},
+}
+ALLOCATIONS: dict[str, dict[str, Any]] = {
+    "share": {"criterion": "output_variance", "allocation": "expert"},
+    "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
+}
+TARGETS = (0.8, 0.7, 0.6, 0.5)
+REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
+
+Latency = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+
+
+class Planner:
+    def __init__(
+        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, report: Reporter
+    ):
+        self.session, self.budget, self.base, self.store = session, budget, base, store
+        self.latency, self.report = latency, report
+        self.probe = session.probe()
+        self.prepared: dict[str, Prepared] = {}
+
+    def config(self, method: str, allocation: str, target: float) -> ExtractConfig:
+        return make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS[allocation], "target_macs": target})
+
+    def prepare(self, method: str) -> Prepared:
+        if method not in self.prepared:
+            config = make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS["sensitivity"]})
+            self.prepared[method] = prepare(self.session.dense, self.session.train, config, self.report)
+        return self.prepared[method]
+
+    def point(self, method: str, allocation: str, target: float) -> Point | None:
+        """Make and measure one model, or read its figures if an interrupted run has; None if it cannot be made."""
+        config = self.config(method, allocation, target)
+        key = hashlib.sha256(json.dumps([config.model_dump(mode="json"), self.latency is not None]).encode()).hexdigest()[:16]
+        file = self.store / f"{key}.json"
+        if file.is_file():
+            stored = read_json(file)
+            return Point(**stored) if stored else None
+        try:
+            prepared = self.prepare(method)
+            model = copy.deepcopy(self.session.dense)
+            apply(model, prepared, self.session.train, config, self.report)
+        except UserError:
+            write_json(file, None)
+            return None
+        measured = self.session.measure(model, self.probe, f"{method}, {allocation}, {target:.2f} on held-out images")
+        kept, cost = measured["retention"], measured["cost"]
+        drop = None if kept["accuracy"] is None else kept["dense_accuracy"] - kept["accuracy"]
+        result = Point(
+            method, allocation, cost["moee"]["macs"] / cost["dense"]["macs"], cost["moee"]["params"] / cost["dense"]["params"],
+            kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
+            self.latency(model, cost) if self.latency else None, config.model_dump(mode="json"),
+        )  # fmt: skip
+        write_json(file, asdict(result))
+        return result
+
+    def dense(self) -> Point:
+        accuracy = self.session.measure(self.session.dense, self.probe, "dense on held-out images")["retention"]["accuracy"]
+        return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, None if accuracy is None else 0.0, None, None)
+
+    def refine(self, points: list[Point], targets: tuple[float, ...]) -> list[Point]:
+        """More points between the one that meets the budget most tightly and its cheaper (or dearer) neighbour."""
+        added: list[Point] = []
+        pairs = sorted({(p.method, p.allocation) for p in points})
+        for method, allocation in self._leaders(points, pairs):
+            tried = sorted((t, p) for t in targets if (p := self.point(method, allocation, t)) is not None)
+            ok = [t for t, p in tried if not p.shortfalls(self.budget)]
+            bad = [t for t, p in tried if p.shortfalls(self.budget)]
+            good: float | None = None
+            worse: float | None = None
+            if self.budget.limits_quality:  # the cheapest that is good enough, dense at worst
+                good = min(ok, default=1.0)
+                worse = max((t for t in bad if t < good), default=None)
+            elif ok:  # the dearest that is cheap enough
+                good = max(ok)
+                worse = min((t for t in bad if t > good), default=None)
+            for _ in range(REFINEMENTS):
+                if good is None or worse is None:
+                    break
+                middle = round((good + worse) / 2, 4)
+                point = self.point(method, allocation, middle)
+                if point is None:
+                    break
+                added.append(point)
+                good, worse = (good, middle) if point.shortfalls(self.budget) else (middle, worse)
+        return added
+
+    def _leaders(self, points: list[Point], pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The two best pairs by mean cosine, and the best static one: those worth more evaluations."""
+        mean = {
+            pair: sum(p.cosine for p in mine) / len(mine)
+            for pair in pairs
+            if (mine := [p for p in points if (p.method, p.allocation) == pair])
+        }
+        ranked = sorted(mean, key=lambda pair: -mean[pair])
+        static = [pair for pair in ranked if pair[0] == "static"][:1]
+        return list(dict.fromkeys([*ranked[:2], *static]))

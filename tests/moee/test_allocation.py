@@ -1,0 +1,178 @@
+"""One threshold over all layers and experts, and the sensitivity that it is set on."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moee.allocation import Candidate, allocate
+from moee.calibration import hidden_activations
+from moee.config import make_extract_config
+from moee.convert import extract, ffn_budget
+from moee.data import TensorSet
+from moee.errors import UserError
+from moee.layer import routed_layers
+from moee.metrics import mean_cosine, model_cost
+from moee.models import find_ffns, load_model
+from moee.sensitivity import RoutedStats, measure_sensitivity, output_projection
+from tests.conftest import tiny_images, tiny_spec
+
+KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)
+MODEL = dict(criterion="sensitivity", allocation="model", **KMEANS)
+
+
+def candidates(seed, layers=3):
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for i in range(layers):
+        experts, hidden = 1 + i, 12 + i
+        share = torch.rand(experts, generator=generator, dtype=torch.float64) + 0.1
+        error = torch.rand(experts, hidden, generator=generator, dtype=torch.float64)
+        result[str(i)] = Candidate(error, share / share.sum(), tokens=10 + i, dim=8 * (1 + i % 2))
+    return result
+
+
+def macs_of(layers, kept):
+    return sum(
+        c.router_macs + sum(2 * c.tokens * c.dim * float(s) * len(k) for s, k in zip(c.share, kept[n], strict=True))
+        for n, c in layers.items()
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), part=st.floats(0.3, 1.0))
+def test_budget_is_met_and_no_dropped_neuron_is_worth_more_than_a_kept_one(seed, part):
+    layers = candidates(seed)
+    budget = part * sum(c.dense_macs + c.router_macs for c in layers.values())
+    result = allocate(layers, macs=budget)
+    assert macs_of(layers, result.kept) == pytest.approx(result.macs)
+    assert result.macs <= budget
+    kept, dropped = [], []
+    for name, c in layers.items():
+        for row, neurons in zip(c.error / c.dim, result.kept[name], strict=True):
+            mask = torch.zeros(len(row), dtype=torch.bool)
+            mask[neurons] = True
+            kept += row[mask & (row < row.max())].tolist()
+            dropped += row[~mask].tolist()
+    assert not kept or not dropped or min(kept) >= max(dropped)
+
+
+def test_keep_is_the_share_of_the_error_of_all_layers_together():
+    layers = candidates(1)
+    result = allocate(layers, keep=0.9)
+    total = sum(float((c.error * c.share[:, None]).sum()) * c.tokens for c in layers.values())
+    held = sum(
+        float(c.share[e] * c.tokens * c.error[e, k].sum()) for n, c in layers.items() for e, k in enumerate(result.kept[n])
+    )
+    assert 0.9 <= held / total < 0.93
+    assert result.error == pytest.approx(1 - held / total)
+    assert allocate(layers, keep=1.0).error == pytest.approx(0)
+
+
+def test_every_expert_keeps_a_neuron_even_with_no_budget():
+    layers = candidates(2)
+    result = allocate(layers, macs=0.0)
+    assert all(len(k) == 1 for kept in result.kept.values() for k in kept)
+
+
+def test_sensitivity_equals_the_exact_jacobian():
+    """Sum over tokens of (a - m)^2 |P J w2|^2 / |f|^2 with the Jacobian J of the features, against the sampled estimate."""
+    torch.manual_seed(0)
+    model = load_model(tiny_spec(num_classes=0))
+    data, ffn = tiny_images(6), find_ffns(model)[1]
+    mean = torch.full((1, ffn.hidden), 0.1, dtype=torch.float64)
+    kept = {}
+    handle = model.get_submodule(ffn.name).register_forward_hook(lambda m, a, y: kept.update(x=a[0], y=y) or y)
+    exact = torch.zeros(ffn.hidden, dtype=torch.float64)
+    tokens = 0
+    for image in data.images:
+        output = model(image[None])
+        unit = torch.nn.functional.normalize(output[0], dim=0).detach()
+        project = (torch.eye(len(unit)) - unit[:, None] * unit) / output.norm().detach()
+        rows = [torch.autograd.grad(v @ output[0], kept["y"], retain_graph=True)[0][0] for v in project]
+        jacobian = torch.stack(rows)  # [C, N, D]
+        effect = (jacobian @ ffn.w_down).square().sum(0)
+        deviation = (hidden_activations(ffn, kept["x"][0].detach()) - 0.1).square()
+        exact += (effect * deviation).sum(0).detach().double()
+        tokens += len(deviation)
+    handle.remove()
+    stats = {ffn.name: RoutedStats(torch.ones(1, ffn.dim), torch.zeros(1), mean)}
+    estimates = [
+        measure_sensitivity(model, {ffn.name: ffn}, stats, data, 10**6, "output", seed)[ffn.name][0] for seed in range(60)
+    ]
+    torch.testing.assert_close(
+        torch.stack(estimates).mean(0), exact / exact.sum() / tokens, rtol=0.3, atol=0.02 / tokens / ffn.hidden
+    )
+
+
+def test_logit_projection_has_the_metric_of_the_kl_divergence():
+    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).expand(200_000, 5)
+    v = output_projection(logits, True, torch.Generator().manual_seed(1))
+    p = logits[0].softmax(0)
+    torch.testing.assert_close(v.T @ v / len(v), torch.diag(p) - p[:, None] * p, rtol=0.05, atol=0.002)
+
+
+def test_target_macs_is_met_and_weights_are_untouched(tiny_model):
+    dense, data = copy.deepcopy(tiny_model), tiny_images(48)
+    extract(tiny_model, data, make_extract_config(target_macs=0.8, **MODEL))
+    layers = routed_layers(tiny_model)
+    shares = {}
+    for name, layer in layers.items():
+        handle = layer.register_forward_pre_hook(
+            lambda m, a, name=name, layer=layer: shares.__setitem__(
+                name, torch.bincount(layer.routes(a[0]).flatten(), minlength=layer.num_experts)
+            )
+        )
+        with torch.no_grad():
+            tiny_model(data.images)
+        handle.remove()
+    parts = {name: (c.double() / c.sum()).tolist() for name, c in shares.items()}
+    cost = model_cost(dense, tiny_model, parts, data.images.shape[-1])
+    assert cost["moee"]["macs"] / cost["dense"]["macs"] == pytest.approx(0.8, abs=0.02)
+    assert all(p.requires_grad for p in tiny_model.patch_embed.parameters())
+
+
+def test_allocation_over_the_model_beats_equal_shares_where_layers_differ(tiny_model):
+    """A layer whose output hardly matters should give its neurons to the others."""
+    with torch.no_grad():
+        tiny_model.blocks[0].mlp.fc2.weight.mul_(0.01)
+    dense, data = copy.deepcopy(tiny_model), tiny_images(64)
+    cosines = {}
+    for name, config in {
+        "model": make_extract_config(target_macs=0.75, compensation="mean", **MODEL),
+        "expert": make_extract_config(keep=0.72, compensation="mean", criterion="variance", **KMEANS),
+    }.items():
+        model = copy.deepcopy(dense)
+        extract(model, data, config)
+        widths = {n: sum(layer.widths) / len(layer.widths) for n, layer in routed_layers(model).items()}
+        with torch.no_grad():
+            cosines[name] = (mean_cosine(model(data.images), dense(data.images)), sum(widths.values()))
+    assert cosines["model"][1] <= cosines["expert"][1], "the comparison should not favour the allocation"
+    assert cosines["model"][0] > cosines["expert"][0]
+
+
+def test_a_target_below_the_rest_of_the_model_is_refused():
+    with pytest.raises(UserError, match="hold 50% of the MACs"):
+        ffn_budget(100, 50, 0.5)
+
+
+@pytest.mark.parametrize(
+    "bad, match",
+    [
+        (dict(target_macs=0.5, method="moefication", compensation="mean", experts=4, top_k=2), "--top-k of --experts"),
+        (dict(allocation="model"), "needs --criterion sensitivity"),
+        (dict(criterion="sensitivity", statistics="cluster"), "routed"),
+    ],
+)
+def test_contradictory_options_are_refused(bad, match):
+    with pytest.raises(UserError, match=match):
+        make_extract_config(**bad)
+
+
+def test_token_objective_needs_only_a_feature_map(tiny_model):
+    data, ffns = tiny_images(4), {f.name: f for f in find_ffns(tiny_model)}
+    stats = {n: RoutedStats(torch.ones(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden).double()) for n, f in ffns.items()}
+    found = measure_sensitivity(tiny_model, ffns, stats, TensorSet("t", data.images, [-1] * 4, 0), 10**6, "tokens")
+    assert all(bool((s > 0).any()) for s in found.values())

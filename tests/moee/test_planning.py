@@ -1,0 +1,125 @@
+"""The planner's choice, its budgets and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+from moee.checkpoint import load
+from moee.errors import UserError
+from moee.models import ModelSpec
+from moee.pipeline import Session, run_extract
+from moee.planning import PLAN, Budget, Point, choose, make_plan, margins, pareto, read_plan
+from tests.conftest import TINY, tiny_images
+
+FAST = dict(methods=("kmeans-8", "static"), targets=(0.85, 0.7), base={"cluster_tokens": 300})
+
+
+def point(method="kmeans-8", macs=0.6, cosine=0.99, drop=0.0, latency=None, params=0.8):
+    return Point(method, "share", macs, params, cosine, cosine, None, drop, latency, {"method": method, "macs": macs})
+
+
+@pytest.fixture
+def session(monkeypatch):
+    torch.manual_seed(0)
+    train, held = tiny_images(40), tiny_images(24)
+    monkeypatch.setattr("moee.pipeline.load_data", lambda source, transform, split, seed: train if split == "train" else held)
+    return Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY), "tiny")
+
+
+def test_quality_budget_takes_the_cheapest_and_cost_budget_the_most_faithful():
+    points = [point(macs=0.5, cosine=0.97), point(macs=0.6, cosine=0.99), point(macs=0.7, cosine=0.995)]
+    assert choose(points, Budget(min_cosine=0.98)).macs == 0.6
+    assert choose(points, Budget(target_macs=0.65)).macs == 0.6
+    assert choose(points, Budget(target_macs=0.72)).macs == 0.7
+    assert choose(points, Budget(min_cosine=0.999)) is None
+
+
+def test_a_slower_model_with_fewer_macs_does_not_win():
+    """The failure that the project exists for: fewer MACs on paper, slower on the device."""
+    slow = point(macs=0.5, latency={"moee_ms": 12.0, "kind": "measured on CPU"})
+    fast = point(method="static", macs=0.6, latency={"moee_ms": 8.0, "kind": "measured on CPU"})
+    dense = Point("dense", "", 1.0, 1.0, 1.0, 1.0, None, 0.0, {"moee_ms": 10.0, "kind": "measured on CPU"}, None)
+    assert choose([slow, fast, dense], Budget(min_cosine=0.9)) is fast
+    assert choose([slow, dense], Budget(min_cosine=0.9)) is dense
+
+
+def test_front_holds_no_beaten_point():
+    points = [point(macs=m, cosine=c) for m, c in ((0.5, 0.9), (0.6, 0.89), (0.7, 0.95), (0.7, 0.94), (1.0, 1.0))]
+    assert [(p.macs, p.cosine) for p in pareto(points)] == [(0.5, 0.9), (0.7, 0.95), (1.0, 1.0)]
+
+
+def test_margins_are_against_the_best_static_model_within_the_budget():
+    ours, dense = point(macs=0.5), point("dense", macs=1.0, cosine=1.0)
+    static = [point("static", macs=0.6), point("static", macs=0.55, cosine=0.5)]
+    found = margins(ours, [ours, *static], dense, Budget(min_cosine=0.9))
+    assert found["static"]["macs"] == pytest.approx(0.1)
+    assert found["dense"]["macs"] == pytest.approx(0.5)
+    assert margins(ours, [ours], dense, Budget(min_cosine=0.9))["static"] is None
+
+
+def test_the_plan_is_what_extract_then_measures(session, tmp_path):
+    plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
+    assert json.loads((tmp_path / "plan" / PLAN).read_text())["winner"] == plan["winner"]
+    winner = plan["winner"]
+    assert winner["method"] != "dense" and winner["macs"] <= 0.805
+    assert len(plan["layers"]) == 3 and all(row["cosine_alone"] <= 1 + 1e-6 for row in plan["layers"])
+    assert not (tmp_path / "plan.resume").exists()
+    config = read_plan(tmp_path / "plan", session.spec)
+    run_extract(session.spec, "tiny", config, tmp_path / "model", session=session)
+    stage = load(tmp_path / "model").info["stages"]["extracted"]
+    assert stage["cost"]["moee"]["macs"] / stage["cost"]["dense"]["macs"] == pytest.approx(winner["macs"], abs=1e-3)
+    assert stage["retention"]["class_cosine"] == pytest.approx(winner["cosine"], abs=1e-3)
+
+
+def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
+    real, calls = session.measure, []
+
+    def stop(model, probe, message):
+        calls.append(message)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(model, probe, message)
+
+    monkeypatch.setattr(session, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
+    done = len(list((tmp_path / "plan.resume").glob("*.json"))) - 1
+    assert done == 2
+    calls.extend([""] * 3)
+    before = len(calls)
+    make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
+    first = [message for message in calls[before:] if "kmeans-8, share, 0.85" in message]
+    assert not first, "a finished point was measured again"
+
+
+def test_interrupted_plan_of_other_options_is_refused(session, tmp_path):
+    (tmp_path / "plan.resume").mkdir()
+    (tmp_path / "plan.resume" / "identity.json").write_text('{"model": {}, "data": "other", "base": {}}')
+    with pytest.raises(UserError, match="interrupted plan with another model"):
+        make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
+
+
+def test_unreachable_budget_names_the_nearest(session, tmp_path):
+    with pytest.raises(UserError, match="nothing meets the budget; nearest is .* it misses"):
+        make_plan(session, Budget(target_macs=0.85, min_cosine=0.999999), tmp_path / "plan", **FAST)
+
+
+def test_accuracy_budget_needs_labels(session, tmp_path):
+    session.held_out.labels[0] = -1
+    with pytest.raises(UserError, match="--max-drop needs labelled images"):
+        make_plan(session, Budget(max_drop=0.01), tmp_path / "plan", **FAST)
+
+
+def test_plan_of_another_model_is_refused(session, tmp_path):
+    make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
+    other = ModelSpec(name="deit", timm_name="deit_tiny_patch16_224")
+    with pytest.raises(UserError, match="was made for tiny with timm_name"):
+        read_plan(tmp_path / "plan", other)
+
+
+def test_a_plan_needs_a_budget():
+    from moee.config import validated
+
+    with pytest.raises(UserError, match="a plan needs a budget"):
+        validated(Budget, {})
