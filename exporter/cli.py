@@ -18,7 +18,9 @@ from exporter.commands import (
     ENVIRONMENT,
     GATE_FAILED,
     INTERRUPTED,
+    ablate_clear,
     bench,
+    bench_dispatch,
     build,
     bundle,
     demo,
@@ -35,7 +37,9 @@ from exporter.commands import (
 from moee import __version__
 from moee.errors import MissingDependency, StepFailed, UserError
 
-COMMANDS = (plan, extract, finetune, export, verify, bench, build, bundle, plugin, report, inspect, doctor, demo)
+COMMANDS = (
+    plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, report, inspect, ablate_clear, doctor, demo,
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
