@@ -17,6 +17,7 @@ from exporter.commands import (
     BAD_INPUT,
     ENVIRONMENT,
     INTERRUPTED,
+    ablate,
     bench,
     build,
     demo,
@@ -25,13 +26,14 @@ from exporter.commands import (
     extract,
     finetune,
     inspect,
+    plots,
     plugin,
     verify,
 )
 from moee import __version__
 from moee.errors import MissingDependency, UserError
 
-COMMANDS = (extract, finetune, export, verify, bench, build, plugin, inspect, doctor, demo)
+COMMANDS = (extract, finetune, export, verify, bench, build, plugin, inspect, ablate, plots, doctor, demo)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,7 +14,7 @@ from moee.calibration import CHUNK, LayerTokens, collect_tokens, hidden_activati
 from moee.clustering import NOISE, cluster_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet
-from moee.errors import UserError
+from moee.errors import NothingRouted
 from moee.layer import LOAD_UNIT, Experts, RoutedFFN
 from moee.layer_report import LayerReport
 from moee.models import FFN, find_ffns, replace_module
@@ -29,19 +29,21 @@ MIN_EXPERT_TOKENS = 2  # an expert needs a variance
 
 
 def extract(
-    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None, jobs: int = 1
-) -> list[LayerReport]:
+    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None,
+    jobs: int = 1, sampled: list[LayerTokens] | None = None,
+) -> list[LayerReport]:  # fmt: skip
     """Replace the MLPs of `model` in place by routed experts found on `data`; returns one report a layer.
 
     Calibration tokens lie on disk under `scratch` (a temporary folder by default) while it runs. Deterministic for one
     configuration, data set and thread count. Cluster labels are cached, so an interrupted run does not cluster a
-    finished layer again; `jobs` layers are clustered side by side. Raises `UserError` for input it cannot work with;
+    finished layer again; `jobs` layers are clustered side by side. `sampled`, the tokens of an earlier calibration of the
+    same dense model (one entry an MLP), saves collecting them again. Raises `UserError` for input it cannot work with;
     the model is then unchanged.
     """
     ffns = find_ffns(model, config.exclude)
     reports, layers = [], {}
     with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
-        sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
+        sampled = sampled or collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
         report("experts", 0, len(ffns))
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(max(1, jobs)) as pool:
@@ -53,7 +55,7 @@ def extract(
                 report("experts", position, len(ffns))
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
     if not layers:
-        raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
+        raise NothingRouted("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
         replace_module(model, name, layer)
     if config.compensation == "refit":

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class MissingDependency(RuntimeError):
     """The environment lacks something; the message names it and the command that installs it. Exit code 3."""
+
+
+class NothingRouted(UserError):
+    """No layer showed two clusters, so the model would stay dense."""

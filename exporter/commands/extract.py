@@ -17,7 +17,7 @@ TEXT = "find experts in a dense model's MLPs"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("extract", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, or dinov2-s")
+    sub.add_argument("model", help="timm model name, dinov2-s or vit-scratch")
     sub.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
     sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     sub.add_argument("--weights", help="weights as a .safetensors file")
