@@ -38,8 +38,8 @@ class ScratchRecipe(BaseModel):
     num_heads: int = 3
     num_classes: int = 10
     seed: int = 0
-    epochs: int = 40
-    warmup_epochs: int = 3
+    epochs: int = 60
+    warmup_epochs: int = 4
     batch_size: int = 64
     lr: float = 1e-3
     weight_decay: float = 0.05
