@@ -136,7 +136,7 @@ class AblationConfig(BaseModel):
     tables: tuple[str, ...] = tuple(TABLES)
     seeds: int = Field(3, ge=1)
     compensation: tuple[Compensation, ...] = ("none", "refit")
-    keeps: tuple[float, ...] = (0.80, 0.90, 0.95)
+    keeps: tuple[float, ...] = (0.70, 0.80, 0.90)
     tokens: int = Field(20_000, ge=1)
     cluster_tokens: int = Field(4000, ge=2)
     components: int = Field(50, ge=1)
