@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from exporter.plots.figure import grid
 from moee.data import ImageSet, Transform
@@ -20,9 +23,7 @@ def routing(numbers: dict[str, Any]) -> Figure:
     figure, panels = grid(len(layers))
     for axis, (name, shares) in zip(panels, layers.items(), strict=True):
         image = axis.imshow(np.asarray(shares), aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
-        axis.set_title(name)
-        axis.set_xlabel("expert")
-        axis.set_ylabel("class")
+        _label(axis, name, "expert", "class")
         if len(numbers["classes"]) <= 20:
             axis.set_yticks(range(len(numbers["classes"])), ["all" if c < 0 else str(c) for c in numbers["classes"]])
         figure.colorbar(image, ax=axis)
@@ -35,9 +36,7 @@ def similarity(numbers: dict[str, Any]) -> Figure:
     figure, panels = grid(len(layers))
     for axis, (name, matrix) in zip(panels, layers.items(), strict=True):
         image = axis.imshow(np.asarray(matrix), vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
-        axis.set_title(name)
-        axis.set_xlabel("expert")
-        axis.set_ylabel("expert")
+        _label(axis, name, "expert", "expert")
         figure.colorbar(image, ax=axis)
     return figure
 
@@ -97,7 +96,14 @@ def _strip(places: list[dict[str, int]], data: ImageSet, transform: Transform, c
     return np.concatenate(parts, axis=1) if parts else np.ones((1, 1, 3))
 
 
-def _colours(count: int) -> list[Any]:
-    import matplotlib
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    """Title and names of the axes of a heat map, whose ticks are whole numbers."""
+    axis.set_title(title)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
 
+
+def _colours(count: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](position) for position in np.linspace(0, 0.95, max(1, count))]

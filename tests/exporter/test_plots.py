@@ -125,8 +125,9 @@ def test_ablation_command(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec())
     monkeypatch.setattr("moee.pipeline.load_data", lambda *args: tiny_images(40, classes=10))
-    argv = ["ablate", "--tables", "2", "--seeds", "1", "--compensation", "mean", "--keep", "0.7,0.9", "--tokens", "600",
-            "--cluster-tokens", "300", "--components", "8", "--min-cluster-size", "0.02", "--out", str(tmp_path / "a")]  # fmt: skip
+    scale = ["--tokens", "600", "--cluster-tokens", "300", "--components", "8", "--min-cluster-size", "0.02"]
+    rows = ["--tables", "2", "--seeds", "1", "--compensation", "mean", "--keep", "0.7,0.9"]
+    argv = ["ablate", *rows, *scale, "--out", str(tmp_path / "a")]
     assert cli.main(argv) == 0
     assert "Table 2, routing helps, compensation mean, by accuracy:" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"setup.json", "cells", "ablation.json", "table.md", "table2.svg"}

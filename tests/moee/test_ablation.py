@@ -96,9 +96,15 @@ def test_tables_share_cells_and_every_row_is_a_valid_configuration():
     reference = {t: {cell_key(c.config) for c in cells if c.table == t and c.row == TABLES[t].reference} for t in TABLES}
     assert reference["2"] == reference["3"] == reference["7"] == reference["8"] == reference["9"]
     assert {c.config.compensation for c in cells if c.config.method == "moefication"} == {"none", "mean"}
-    for bad, message in (({"tables": ("4",)}, "unknown table 4"), ({"keeps": (1.5,)}, "0..1"), ({"compensation": ("much",)}, "should be")):
-        with pytest.raises(UserError, match=message):
-            make_ablation_config(**bad)
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ({"tables": ("4",)}, "unknown table 4"), ({"keeps": (1.5,)}, "0..1"), ({"compensation": ("much",)}, "should be 'none'"),
+    ({"seeds": 0}, "--seeds"),
+])  # fmt: skip
+def test_bad_options_are_named(bad, message):
+    with pytest.raises(UserError, match=message):
+        make_ablation_config(**bad)
 
 
 def test_layers_without_clusters_are_a_result_and_not_an_error(session, tmp_path):

@@ -1,8 +1,11 @@
 """The small ViT trained here: learns, is deterministic, is trained once; what the alias refuses."""
 
+import json
+
 import pytest
 import torch
 
+from exporter import cli
 from exporter.pretrained import resolve
 from moee import scratch
 from moee.errors import UserError
@@ -43,6 +46,13 @@ def test_alias_refuses_what_it_cannot_take():
     for options in ({"img_size": 64}, {"pretrained": True}, {"weights": "x.safetensors"}):
         with pytest.raises(UserError, match="vit-scratch is trained here"):
             resolve("vit-scratch", "digits", **options)
+
+
+def test_inspection_trains_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(scratch, "train", lambda *args, **kwargs: pytest.fail("trained"))
+    assert cli.main(["inspect", "vit-scratch", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert len(figures["layers"]) == ScratchRecipe().depth and 600_000 < figures["dense"]["params"] < 800_000
 
 
 @pytest.mark.slow
