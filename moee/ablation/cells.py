@@ -6,7 +6,9 @@ import copy
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moee.ablation.grid import AblationConfig, Cell, cells_of
 from moee.artifact import read_json, tool_versions, write_json
@@ -29,16 +31,41 @@ def cell_key(config: ExtractConfig) -> str:
     return tensor_hash(extra=config.model_dump_json())[:16]
 
 
+class CellResult(BaseModel):
+    """What a cell's file holds as its result. Changes are relative to the dense model; figures lack where all layers stayed
+    dense, accuracies also where labels or a head lack."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    status: Literal["routed", "dense"]
+    seconds: float
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    top1_agreement: float | None = None
+    class_cosine: float | None = None
+    token_cosine: float | None = None
+    macs_change: float | None = None
+    params_change: float | None = None
+    experts: list[int] = []
+    noise: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> CellResult:
+        if self.status == "routed" and (self.macs_change is None or self.class_cosine is None):
+            raise ValueError("a routed cell has MACs and a cosine")
+        return self
+
+
 def read_cells(out: Path) -> dict[str, dict[str, Any]]:
-    """Finished cells of an ablation folder by key; a damaged file counts as not run."""
+    """Finished cells of an ablation folder by key; a file that is damaged or under a foreign name counts as not run."""
     found = {}
     for path in sorted((out / CELLS).glob("*.json")):
         try:
             cell = read_json(path)
-        except UserError:
+            if cell["schema"] == CELL_SCHEMA and cell_key(ExtractConfig(**cell["config"])) == path.stem:
+                found[path.stem] = CellResult(**cell["result"]).model_dump()
+        except (UserError, ValidationError, KeyError, TypeError):
             continue
-        if isinstance(cell, dict) and cell.get("schema") == CELL_SCHEMA and "result" in cell:
-            found[path.stem] = cell["result"]
     return found
 
 
@@ -110,17 +137,17 @@ def run_cell(session: Session, config: ExtractConfig, sampled: list[LayerTokens]
     try:
         layers = extract(model, session.train, config, sampled=sampled)
     except NothingRouted:
-        return {"status": "dense", "seconds": time.perf_counter() - started}
+        return CellResult(status="dense", seconds=time.perf_counter() - started).model_dump()
     seconds = time.perf_counter() - started
     measured = session.measure(model, probe, "")
     dense, ours = measured["cost"]["dense"], measured["cost"]["moee"]
     kept = measured["retention"]
-    return {
-        "status": "routed",
+    return CellResult(
+        status="routed",
+        seconds=seconds,
         **{name: kept[name] for name in ("dense_accuracy", "accuracy", "top1_agreement", "class_cosine", "token_cosine")},
-        "macs_change": ours["macs"] / dense["macs"] - 1,
-        "params_change": ours["params"] / dense["params"] - 1,
-        "experts": [layer.experts for layer in layers],
-        "noise": sum(layer.noise for layer in layers) / len(layers),
-        "seconds": seconds,
-    }
+        macs_change=ours["macs"] / dense["macs"] - 1,
+        params_change=ours["params"] / dense["params"] - 1,
+        experts=[layer.experts for layer in layers],
+        noise=sum(layer.noise for layer in layers) / len(layers),
+    ).model_dump()

@@ -64,6 +64,12 @@ def test_interrupted_run_goes_on_and_gives_the_same(session, counted, tmp_path, 
     counted.clear()
     run_ablation(session, config, tmp_path / "cut")
     assert counted == []
+    files = sorted((tmp_path / "cut" / "cells").glob("*.json"))
+    files[0].rename(files[1])  # a result under another configuration's name
+    broken = json.loads(files[2].read_text())
+    broken["result"]["macs_change"] = "little"
+    files[2].write_text(json.dumps(broken))
+    assert len(read_cells(tmp_path / "cut")) == total - 3
     text = (tmp_path / "cut" / "table.md").read_text()
     assert "variance before magnitude" in text and "| random | mean |" in text
     assert json.loads((tmp_path / "cut" / "ablation.json").read_text())["schema"] == "moee.ablation/1"
