@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--tables", help="comma-separated: 2, 3, 7, 8, 9, fig6, fig7 (all)")
     sub.add_argument("--seeds", type=int, help="runs a cell, with seeds 0, 1, ... (3)")
     sub.add_argument("--compensation", help="comma-separated: none, mean, refit (none,refit)")
-    sub.add_argument("--keep", help="comma-separated kept shares that each row is run at (0.70,0.80,0.90)")
+    sub.add_argument("--keep", help="comma-separated kept shares that each row is run at (0.50,0.70,0.90)")
     sub.add_argument("--tokens", type=int, help="calibration tokens a layer (20000)")
     sub.add_argument("--cluster-tokens", type=int, help="of these, how many are clustered (4000)")
     sub.add_argument("--components", type=int, help="principal components before clustering (50)")

@@ -59,7 +59,7 @@ _MOEFICATION_EXPERTS = 16
 _MOEFICATION = {"method": "moefication", "experts": _MOEFICATION_EXPERTS, "selector": "router"}
 _TOP_K = tuple({"top_k": k} for k in (4, 8, 12, 14))
 _SIZES = (0.003, 0.006, 0.0125, 0.025, 0.05)
-_KEEPS = (0.60, 0.70, 0.80, 0.90, 0.95, 0.98)
+_KEEPS = (0.30, 0.50, 0.70, 0.80, 0.90, 0.95)
 
 TABLES: dict[str, Table] = {
     table.key: table
@@ -136,7 +136,7 @@ class AblationConfig(BaseModel):
     tables: tuple[str, ...] = tuple(TABLES)
     seeds: int = Field(3, ge=1)
     compensation: tuple[Compensation, ...] = ("none", "refit")
-    keeps: tuple[float, ...] = (0.70, 0.80, 0.90)
+    keeps: tuple[float, ...] = (0.50, 0.70, 0.90)
     tokens: int = Field(20_000, ge=1)
     cluster_tokens: int = Field(4000, ge=2)
     components: int = Field(50, ge=1)
