@@ -113,8 +113,6 @@ def run_cells(
     cells = list(cells_of(ablation))
     finished = read_cells(out)
     missing = {key: cell for cell in cells if (key := cell_key(cell.config)) not in finished}
-    total = len({cell_key(cell.config) for cell in cells})
-    report("cells", total - len(missing), total)
     if missing:
         probe, _ = session.probe(), session.reference
         quiet = copy.copy(session)  # shares the dense outputs; a cell's own steps are not reported
@@ -122,11 +120,12 @@ def run_cells(
         with tempfile.TemporaryDirectory(prefix="moee-") as folder:
             ffns = find_ffns(session.dense)
             sampled = collect_tokens(session.dense, ffns, session.train, Path(folder), ablation.tokens, 0, report)
-            for done, (key, cell) in enumerate(missing.items(), total - len(missing) + 1):
+            report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
+            for done, (key, cell) in enumerate(missing.items(), 1):
                 finished[key] = run_cell(quiet, cell.config, sampled, probe)
                 body = {"schema": CELL_SCHEMA, "config": cell.config.model_dump(mode="json"), "result": finished[key]}
                 write_json(out / CELLS / f"{key}.json", body)
-                report("cells", done, total)
+                report("cells", done, len(missing))
     return [(cell, finished[cell_key(cell.config)]) for cell in cells]
 
 
