@@ -18,6 +18,7 @@ from exporter.commands import (
     ENVIRONMENT,
     GATE_FAILED,
     INTERRUPTED,
+    ablate,
     ablate_clear,
     bench,
     bench_dispatch,
@@ -30,6 +31,7 @@ from exporter.commands import (
     finetune,
     inspect,
     plan,
+    plots,
     plugin,
     report,
     verify,
@@ -38,7 +40,8 @@ from moee import __version__
 from moee.errors import MissingDependency, StepFailed, UserError
 
 COMMANDS = (
-    plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, report, inspect, ablate_clear, doctor, demo,
+    plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
+    ablate_clear, doctor, demo,
 )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ class Yardsticks:
     def layers(self) -> tuple[dict[str, RoutedFFN], dict[str, RoutedFFN]]:
         """Routed layers of both by name."""
         inner = self.own.model if hasattr(self.own, "model") else self.own
-        return routed_layers(self.exact.model), routed_layers(inner)  # type: ignore[arg-type]
+        return routed_layers(self.exact.model), routed_layers(inner)  # type: ignore[arg-type,return-value]
 
 
 def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
@@ -181,7 +181,7 @@ def check_parity(
         precision=precision,
         arithmetic=str(yard.dtype).removeprefix("torch."),
         layers=judged,
-        weight_problems=check_weights(folder / TENSORRT, layers, dtype_of(precision)),
+        weight_problems=check_weights(folder / TENSORRT, layers, dtype_of(precision)),  # type: ignore[arg-type]
         min_route_agreement=floor,
     )
 
