@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from moee.errors import UserError
-from moee.layer import RoutedFFN
+from moee.layer import RoutedLayer
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, SimpleNorm)
+ROUTER_BIASES = ("router_bias", "router_hidden_bias")  # of routed layers: they belong to scores, which are float32
 SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
 
 
@@ -36,7 +37,7 @@ def _lowered_tensors(model: nn.Module) -> Iterator[Tensor]:
         if isinstance(module, NORMS):
             continue
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            if tensor.is_floating_point() and not (isinstance(module, RoutedFFN) and name == "router_bias"):
+            if tensor.is_floating_point() and not (isinstance(module, RoutedLayer) and name in ROUTER_BIASES):
                 yield tensor
 
 

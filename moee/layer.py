@@ -50,10 +50,12 @@ def check_indices(neurons: Tensor, offsets: Tensor, experts: int, union: int) ->
 class RoutedLayer(nn.Module):
     """What evaluation, cost, checkpoints, parity and export need of a layer that sends tokens to experts.
 
-    `router` (a parameter, frozen unless told otherwise), `num_experts`, and what follows.
+    `router` (a parameter, frozen unless told otherwise, of the type that the layer computes in), `top_k`, `num_experts`, and what
+    follows.
     """
 
     router: nn.Parameter
+    top_k: int
     channels_first: bool
     activation: str
 

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
-from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity, probe_routes
+from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import SAFETY, BatchError, batch_error
+from exporter.parity.probes import check_form, probe_layers
 from exporter.parity.stats import error_stats, json_safe
-from exporter.parity.taps import Tap, copied, hooked, probe_graph, tapped_graph, taps_of
+from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
 from exporter.parity.weights import WeightProblem, check_weights
-from exporter.precision import PRECISIONS, RoundedModel, dtype_of, typed
+from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
 from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import RoutedFFN, routed_layers
+from moee.layer import RoutedLayer, routed_layers
 from moee.progress import Reporter, silent
 
 DEFAULT_BATCHES = DEFAULT_BATCH
@@ -104,10 +105,10 @@ class Yardsticks:
     own: nn.Module
     dtype: torch.dtype
 
-    def layers(self) -> tuple[dict[str, RoutedFFN], dict[str, RoutedFFN]]:
+    def layers(self) -> tuple[dict[str, RoutedLayer], dict[str, RoutedLayer]]:
         """Routed layers of both by name."""
-        inner = self.own.model if hasattr(self.own, "model") else self.own
-        return routed_layers(self.exact.model), routed_layers(inner)  # type: ignore[arg-type,return-value]
+        inner = self.own.model if isinstance(self.own, (RoundedModel, TypedModel)) else self.own
+        return routed_layers(self.exact.model), routed_layers(inner)
 
 
 def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
@@ -170,7 +171,7 @@ def check_parity(
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
-    judged = _layers(folder, yard, names, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
+    judged, form_problems = _layers(folder, yard, names, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
     floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
     return ParityResult(
         runtime=name,
@@ -181,7 +182,7 @@ def check_parity(
         precision=precision,
         arithmetic=str(yard.dtype).removeprefix("torch."),
         layers=judged,
-        weight_problems=check_weights(folder / TENSORRT, layers, dtype_of(precision)),  # type: ignore[arg-type]
+        weight_problems=check_weights(folder / TENSORRT, layers, dtype_of(precision)) + form_problems,
         min_route_agreement=floor,
     )
 
@@ -189,44 +190,25 @@ def check_parity(
 def _layers(
     folder: Path, yard: Yardsticks, names: list[str], x: Tensor, threads: int | None, provider: str, widened: bool,
     report: Reporter,
-) -> list[LayerParity]:  # fmt: skip
-    """Every routed layer on one batch of images."""
+) -> tuple[list[LayerParity], list[WeightProblem]]:  # fmt: skip
+    """Every routed layer of the portable graph on one batch of images, and what is wrong with CLEAR-MoE layers' other form."""
     exact, own = yard.layers()
     with tapped_graph(folder / PORTABLE, names, widened) as path, OnnxRunner(path, threads, provider) as runner:
         got = taps_of(runner.run(x.numpy()), names)
     reference, by_torch = _hooked_run(yard.exact, yard.exact.model, x), _hooked_run(yard.own, yard.own, x, own)
-    probes = _probe(folder, yard, names, reference, threads, provider, widened)
+    where = (threads, provider, widened)
+    probes = probe_layers(folder / PORTABLE, exact, reference, yard.exact.dtype, *where)
     judged = []
     for done, name in enumerate(names):
         if got[name].tokens.shape != reference[name].tokens.shape:
             raise UserError(f"{PORTABLE}: {name} gets {tuple(got[name].tokens.shape)} tokens, the model's layer another number")
-        judged.append(layer_parity(name, exact[name], own[name], got[name], probes[name], reference[name], by_torch[name]))
+        seen = (got[name], probes[name].tap, reference[name], by_torch[name])
+        judged.append(layer_parity(name, exact[name], own[name], *seen))
         report("layers", done + 1, len(names))
-    return judged
+    return judged, check_form(folder, exact, own, reference, yard.exact.dtype, *where)
 
 
-def _probe(
-    folder: Path, yard: Yardsticks, names: list[str], reference: dict[str, Tap], threads: int | None, provider: str, widened: bool
-) -> dict[str, Tap]:
-    """Every layer with dictated routes, on tokens of the float64 run rounded to the graph's type."""
-    exact, _ = yard.layers()
-    precision = {v: k for k, v in PRECISIONS.items()}[yard.exact.dtype]
-    taps, feeds = {}, {}
-    for name in names:
-        tokens, routes = probe_routes(exact[name], reference[name].tokens)
-        tokens = tokens.to(yard.exact.dtype).float()
-        feeds[f"{name}/probe_tokens"], feeds[f"{name}/probe_route"] = tokens.numpy(), routes.reshape(-1).numpy()
-        taps[name] = Tap(tokens, routes, tokens)
-    graph = folder / PORTABLE
-    with probe_graph(graph, names, precision, widened) as path, OnnxRunner(path, threads, provider) as runner:
-        results = runner.run_feeds(feeds)
-    return {
-        n: Tap(taps[n].tokens, taps[n].route, torch.from_numpy(r).reshape(taps[n].tokens.shape))
-        for n, r in zip(names, results, strict=True)
-    }
-
-
-def _hooked_run(model: nn.Module, inner: nn.Module, x: Tensor, layers: dict[str, RoutedFFN] | None = None) -> dict[str, Tap]:
+def _hooked_run(model: nn.Module, inner: nn.Module, x: Tensor, layers: dict[str, RoutedLayer] | None = None) -> dict[str, Tap]:
     """Taps of one forward pass, by the layers' names in the unwrapped model."""
     with hooked(inner) as taps:
         model(x)

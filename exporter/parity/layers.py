@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporter.parity.kinds import apply_layer, scores_and_bound
 from exporter.parity.outputs import SAFETY, tolerance
 from exporter.parity.stats import ErrorStats, error_stats
 from exporter.parity.taps import Tap
-from moee.layer import RoutedFFN
-from moee.models import activate
-
-PROBES = 16  # tokens for each expert
+from moee.layer import RoutedLayer
 
 
 @dataclass(frozen=True)
@@ -86,30 +84,12 @@ class Deviation:
     message: str
 
 
-def apply_layer(layer: RoutedFFN, tokens: Tensor, chosen: Tensor) -> Tensor:
-    """The routed FFN on tokens [T, D] with given experts [T, k], in the type of the layer's weights."""
-    dtype = layer.w_up.dtype
-    tokens, bounds = tokens.to(dtype), layer.offsets.tolist()
-    y = torch.zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32))
-    for e in range(layer.num_experts):
-        rows = (chosen == e).any(1).nonzero()[:, 0]
-        if len(rows):
-            kept = layer.neurons[bounds[e] : bounds[e + 1]].long()
-            hidden = activate(torch.addmm(layer.b_up[kept], tokens[rows], layer.w_up[kept].T), layer.activation)
-            y[rows] += torch.addmm(layer.b_out[e], hidden, layer.w_down[kept]).to(y.dtype)
-    return y.to(dtype)
-
-
-def wrong_routes(layer: RoutedFFN, tokens: Tensor, chosen: Tensor) -> Tensor:
+def wrong_routes(layer: RoutedLayer, tokens: Tensor, chosen: Tensor) -> Tensor:
     """By how much [T] each token's choice is worse than its best experts, less what float32 sums may be off; 0 where right.
 
-    `layer` is in float64. The bound is that of a sum of D products in any order: (D + 2) half-ulps of the sum of magnitudes.
+    `layer` is in float64.
     """
-    x = tokens.double()
-    scores = x @ layer.router.T + layer.router_bias
-    scores = torch.where(torch.isfinite(scores).all(1, keepdim=True), scores, torch.zeros_like(scores))
-    magnitude = x.abs() @ layer.router.abs().T + layer.router_bias.abs()
-    bound = (x.shape[1] + 2) * torch.finfo(torch.float32).eps / 2 * magnitude
+    scores, bound = scores_and_bound(layer, tokens)
     inside = ((chosen >= 0) & (chosen < layer.num_experts)).all(1)
     safe = chosen.clamp(0, layer.num_experts - 1)
     best = scores.topk(layer.top_k, dim=1)
@@ -120,22 +100,14 @@ def wrong_routes(layer: RoutedFFN, tokens: Tensor, chosen: Tensor) -> Tensor:
     return torch.where(inside & ~repeated, over, torch.full_like(over, float("inf")))
 
 
-def probe_routes(layer: RoutedFFN, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [N, D] and routes [N, k] that give each expert `PROBES` tokens, drawn evenly from `tokens`."""
-    count = max(layer.num_experts * PROBES, 1)
-    picked = tokens[torch.arange(count) * len(tokens) // count]
-    experts = torch.arange(count) % layer.num_experts
-    return picked, torch.stack([(experts + i) % layer.num_experts for i in range(layer.top_k)], 1)
-
-
 def layer_parity(
-    name: str, exact: RoutedFFN, own: RoutedFFN, got: Tap, probe: Tap, reference: Tap, by_torch: Tap
+    name: str, exact: RoutedLayer, own: RoutedLayer, got: Tap, probe: Tap, reference: Tap, by_torch: Tap
 ) -> LayerParity:
     """Judge one layer. `exact` is the layer in float64, `own` in the type that the runtime computes in; `got` and `probe` come
     from the runtime, `reference` from the float64 run of the model, `by_torch` from torch in the runtime's type."""
-    dtype = own.w_up.dtype
-    local, local_tolerance = _alone(exact, own, got)
-    probed, probe_tolerance = _alone(exact, own, probe)
+    dtype = own.router.dtype
+    local, local_tolerance = alone(exact, own, got)
+    probed, probe_tolerance = alone(exact, own, probe)
     over = wrong_routes(exact, got.tokens, got.route)
     flipped = (got.route.sort(1).values != reference.route.sort(1).values).any(1)
     margins = _margins(exact, reference, got.route)[flipped]
@@ -162,16 +134,16 @@ def layer_parity(
     )
 
 
-def _alone(exact: RoutedFFN, own: RoutedFFN, got: Tap) -> tuple[ErrorStats, float]:
+def alone(exact: RoutedLayer, own: RoutedLayer, got: Tap) -> tuple[ErrorStats, float]:
     """Error of the layer on the tokens and routes that it got, and how much torch's own type excuses."""
     expected = apply_layer(exact, got.tokens, got.route).numpy()
     by_own = error_stats(apply_layer(own, got.tokens, got.route).float().numpy(), expected)
-    return error_stats(got.result.float().numpy(), expected), tolerance(by_own.max_abs_error, by_own.rms, own.w_up.dtype)
+    return error_stats(got.result.float().numpy(), expected), tolerance(by_own.max_abs_error, by_own.rms, own.router.dtype)
 
 
-def _margins(layer: RoutedFFN, reference: Tap, chosen: Tensor) -> Tensor:
+def _margins(layer: RoutedLayer, reference: Tap, chosen: Tensor) -> Tensor:
     """Score of the reference's weakest expert less that of the weakest one taken [T], over the median gap of the best two."""
-    scores = reference.tokens.double() @ layer.router.T + layer.router_bias
+    scores, _ = scores_and_bound(layer, reference.tokens)
     lost = scores.gather(1, reference.route).min(1).values - scores.gather(1, chosen.clamp(0, scores.shape[1] - 1)).min(1).values
     if scores.shape[1] < 2:
         return lost

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from exporter.passes.widen import widen_bfloat16
 from moee.errors import UserError
-from moee.layer import RoutedFFN, routed_layers
+from moee.layer import RoutedLayer, routed_layers
 
 ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PARTS = ("tokens", "route", "result")
@@ -63,8 +63,8 @@ def _parts(model: ir.Model, graph: Path, layers: list[str]) -> list[list[ir.Valu
 def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = False) -> Iterator[Path]:
     """A temporary graph of the routed layers alone, with tokens and routes as inputs, so that every expert can be reached.
 
-    Inputs are `<layer>/probe_tokens` [N, D] float32 and `<layer>/probe_route` [N * k] int64 of every layer, outputs their
-    results [N, D].
+    Inputs are `<layer>/probe_tokens` [N, D] float32 and `<layer>/probe_route` [N * k] int64 of every layer; outputs, a pair a
+    layer, are its result [N, D] and the routes [N * k] that its own router wanted.
     """
     model = ir.load(graph)
     results = []
@@ -80,7 +80,7 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
             source = cast.outputs[0]
         ir.convenience.replace_all_uses_with(tokens, source)
         ir.convenience.replace_all_uses_with(route, chosen)
-        results.append(result)
+        results += [result, route]
     model.graph.outputs.clear()
     model.graph.outputs.extend(results)
     model.graph.inputs.pop(0)
@@ -121,7 +121,7 @@ def hooked(model: nn.Module) -> Iterator[dict[str, Tap]]:
     taps: dict[str, Tap] = {}
 
     def hook(name: str):
-        def record(module: RoutedFFN, args: tuple[Tensor, ...], y: Tensor) -> None:
+        def record(module: RoutedLayer, args: tuple[Tensor, ...], y: Tensor) -> None:
             x = args[0]
             route = module.routes(x)
             x, y = (t.movedim(1, -1) if module.channels_first else t for t in (x, y))

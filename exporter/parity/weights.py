@@ -1,64 +1,103 @@
-"""The weights and tables inside `tensorrt.onnx` against the torch model's, bit for bit: what an engine is built from."""
+"""The weights and tables inside `tensorrt.onnx` against the torch model's, bit for bit: what an engine is built from.
+
+A `RoutedFFN` is a MoeeFfn node that holds them as inputs. A `ClearFFN` is standard operators; its weights are found at the nodes
+that use them, so a weight of another layer in the right shape is noticed too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
-from moee.layer import RoutedFFN
+from exporter.passes.clear import STORED_AT
+from exporter.precision import ROUTER_BIASES
+from moee.clear_moe import ClearFFN
+from moee.layer import RoutedFFN, RoutedLayer
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 
 @dataclass(frozen=True)
 class WeightProblem:
-    """A layer whose stored input or attribute is not the model's."""
+    """A layer whose stored input, attribute or form is not the model's."""
 
     layer: str
     what: str
     message: str
 
 
-def check_weights(graph: Path, layers: dict[str, RoutedFFN], dtype: torch.dtype) -> list[WeightProblem]:
-    """Compare every MoeeFfn node's stored inputs and attributes with the model's layer of its name; empty if all agree.
+def check_weights(graph: Path, layers: Mapping[str, RoutedLayer], dtype: torch.dtype) -> list[WeightProblem]:
+    """Compare what the graph stores for every layer with the model's layer of its name; empty if all agree.
 
     `dtype` is the graph's token type: the model's weights are rounded to it, as the export does.
     """
     model = ir.load(graph)
     nodes = {n.name: n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE}
-    problems = [WeightProblem(n, "node", f"{graph.name} has no MoeeFfn node of this name") for n in layers if n not in nodes]
-    problems += [WeightProblem(str(n), "node", "the model lacks this layer of the graph") for n in nodes if n not in layers]
+    values = {v.name: v for n in model.graph for v in n.outputs}
+    problems = [WeightProblem(str(n), "node", "the model lacks this layer of the graph") for n in nodes if n not in layers]
     for name, layer in layers.items():
+        if isinstance(layer, ClearFFN):
+            problems += _clear(name, values, layer, dtype, graph.name)
+            continue
+        assert isinstance(layer, RoutedFFN), f"no check for {type(layer).__name__}"
         if name in nodes:
             problems += _inputs(name, nodes[name], layer, dtype) + _attributes(name, nodes[name], layer)
+        else:
+            problems.append(WeightProblem(name, "node", f"{graph.name} has no MoeeFfn node of this name"))
     return problems
 
 
 def _inputs(name: str, node: ir.Node, layer: RoutedFFN, dtype: torch.dtype) -> list[WeightProblem]:
     found = []
     for part, value in list(zip(INPUT_NAMES, node.inputs, strict=True))[1:]:
-        expected = getattr(layer, part).detach()
-        if expected.is_floating_point() and part != "router_bias":
-            expected = expected.to(dtype)
-        if value is None or value.const_value is None:
-            found.append(WeightProblem(name, part, f"{part} is not stored in the graph"))
-            continue
-        stored = np.asarray(value.const_value.numpy())
-        if stored.dtype.kind not in "fi":  # bfloat16 has a NumPy type of its own
-            stored = stored.astype(np.float32)
-        wanted = (expected.float() if expected.dtype == torch.bfloat16 else expected).numpy()
-        if stored.shape != wanted.shape:
-            found.append(WeightProblem(name, part, f"{part} has shape {stored.shape}, the model's has {wanted.shape}"))
-            continue
-        differ = stored != wanted
-        if differ.any():
-            at = tuple(int(i) for i in np.argwhere(differ)[0])
-            message = f"{part}: {int(differ.sum())} of {differ.size} values differ, first at {list(at)}: "
-            found.append(WeightProblem(name, part, f"{message}graph {stored[at]}, model {wanted[at]}"))
+        found += _compare(name, part, value, getattr(layer, part), dtype)
     return found
+
+
+def _clear(
+    name: str, values: Mapping[str | None, ir.Value], layer: ClearFFN, dtype: torch.dtype, graph: str
+) -> list[WeightProblem]:
+    found = []
+    for part, (place, position) in STORED_AT.items():
+        expected: Tensor = getattr(layer, part)
+        if not expected.numel():  # a router of one layer has no hidden rows, a layer without ranks no factors
+            continue
+        node = values[f"{name}/{place}"].producer() if f"{name}/{place}" in values else None
+        if node is None or position >= len(node.inputs):
+            found.append(WeightProblem(name, part, f"{graph} has no node {name}/{place}, which reads {part}; export it again"))
+            continue
+        value = node.inputs[position]
+        before = value.producer() if value is not None else None
+        if before is not None and before.op_type == "Cast":
+            value = before.inputs[0]
+        found += _compare(name, part, value, expected, dtype)
+    return found
+
+
+def _compare(name: str, part: str, value: ir.Value | None, tensor: Tensor, dtype: torch.dtype) -> list[WeightProblem]:
+    """One stored tensor with the model's, which takes the type that the export gives it."""
+    expected = tensor.detach()
+    if expected.is_floating_point() and part not in ROUTER_BIASES:
+        expected = expected.to(dtype)
+    if value is None or value.const_value is None:
+        return [WeightProblem(name, part, f"{part} is not stored in the graph")]
+    stored = np.asarray(value.const_value.numpy())
+    if stored.dtype.kind not in "fi":  # bfloat16 has a NumPy type of its own
+        stored = stored.astype(np.float32)
+    wanted = (expected.float() if expected.dtype == torch.bfloat16 else expected).numpy()
+    if stored.shape != wanted.shape:
+        return [WeightProblem(name, part, f"{part} has shape {stored.shape}, the model's has {wanted.shape}")]
+    differ = stored != wanted
+    if not differ.any():
+        return []
+    at = tuple(int(i) for i in np.argwhere(differ)[0])
+    message = f"{part}: {int(differ.sum())} of {differ.size} values differ, first at {list(at)}: "
+    return [WeightProblem(name, part, f"{message}graph {stored[at]}, model {wanted[at]}")]
 
 
 def _attributes(name: str, node: ir.Node, layer: RoutedFFN) -> list[WeightProblem]:

@@ -2,6 +2,7 @@
 
 Rules, in the order of the emitted nodes:
 1. Flatten x to tokens [T, D]; route = ArgMax of the router's scores (two Gemm and a Relu if the router has two layers).
+   Scores are float32 whatever x's type.
 2. `masked`, no dispatch: per map Gemm(tokens, inward) gives the shared and all experts' coefficients [T, r + K q + K]; Mul by
    the mask row of the token's expert sets the other experts' to zero; MatMul(outward) adds everything up. The last K columns
    are ones before the mask and stand for the experts' biases, so no [T, H] tensor is gathered or added.
@@ -9,7 +10,9 @@ Rules, in the order of the emitted nodes:
    own), Concat, inverse Gather. Only the token's own expert is computed.
 4. Slices, zeros and masks are constants or constant expressions of initialisers, which runtimes fold at load: the file keeps
    every weight once, and both forms share one data file.
-5. The route is named `<layer>/route`, the result takes the old output's place.
+5. Three values have fixed names, as in the portable form of `MoeeFfn`: `<layer>/tokens` [T, D], `<layer>/route` [T], which alone
+   decides where tokens go, and `<layer>/result` [T, D]. In the masked form the nodes that read the weights have names too
+   (`STORED_AT`), so that verification finds the weights by where they are used.
 """
 
 from __future__ import annotations
@@ -29,6 +32,14 @@ INPUT_NAMES = (
     "down_bias",
 )  # fmt: skip
 Form = Literal["masked", "sorted"]
+# Each input of the operator: which node `<layer>/...` of the masked form reads it, and as which of its inputs (in typed graphs
+# behind a Cast).
+STORED_AT = {
+    "router": ("scores", 1), "router_bias": ("scores", 2),
+    "router_hidden": ("features", 1), "router_hidden_bias": ("features", 2),
+    "up_in": ("up_inward", 0), "up_out": ("up_outward", 0), "up_bias": ("up_outward", 1),
+    "down_in": ("down_inward", 0), "down_out": ("down_outward", 0), "down_bias": ("down_outward", 1),
+}  # fmt: skip
 
 
 def lower_clear_ffn(model: ir.Model, form: Form | Mapping[str, Form]) -> int:
@@ -57,11 +68,11 @@ def _lower(graph: ir.Graph, node: ir.Node, form: Form) -> None:
     dim = _shape(inputs["up_in"])[1]
     tape = _Tape(graph, node, node.name or "clear")
     x = inputs["x"]
-    tokens = tape.op("Reshape", [x, tape.constant(np.array([-1, dim], np.int64), "token_shape")])[0]  # rule 1
+    tokens = tape.op("Reshape", [x, tape.constant(np.array([-1, dim], np.int64), "token_shape")], name="tokens")[0]  # rule 1
     route = _route(tape, tokens, inputs)
     lower = _masked if form == "masked" else _sorted
     y = lower(tape, tokens, route, inputs, ranks, activation)
-    result = tape.op("Reshape", [y, tape.op("Shape", [x])[0]])[0]  # rule 5
+    result = tape.op("Reshape", [y, tape.op("Shape", [x])[0]])[0]
     old = node.outputs[0]
     result.type, result.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
@@ -70,11 +81,20 @@ def _lower(graph: ir.Graph, node: ir.Node, form: Form) -> None:
 
 def _route(tape: _Tape, tokens: ir.Value, inputs: dict[str, ir.Value | None]) -> ir.Value:
     """Expert of each token, [T] int64."""
-    features = tokens
+    stored = inputs["router"]
+    assert stored is not None, "the operator has a router"
+    typed = stored.dtype != ir.DataType.FLOAT
+
+    def float32(value: ir.Value | None) -> ir.Value | None:
+        return tape.op("Cast", [value], to=int(ir.DataType.FLOAT))[0] if typed else value
+
+    features = float32(tokens)
     if _shape(inputs["router_hidden"])[0]:
-        hidden = tape.op("Gemm", [tokens, inputs["router_hidden"], inputs["router_hidden_bias"]], transB=1)[0]
+        rows = float32(inputs["router_hidden"])
+        hidden = tape.op("Gemm", [features, rows, inputs["router_hidden_bias"]], transB=1, name="features")[0]
         features = tape.op("Relu", [hidden])[0]
-    scores = tape.op("Gemm", [features, inputs["router"], inputs["router_bias"]], transB=1, name="scores")[0]
+    rows = float32(stored)
+    scores = tape.op("Gemm", [features, rows, inputs["router_bias"]], transB=1, name="scores")[0]
     return tape.op("ArgMax", [scores], axis=1, keepdims=0, name="route")[0]
 
 
@@ -91,15 +111,17 @@ def _masked(
     rows, experts = tokens, _shape(inputs["up_bias"])[0]
     for position, name in enumerate(("up", "down")):
         rank, residual = ranks[2 * position : 2 * position + 2]
-        width = _shape(inputs[f"{name}_in"])[1]
-        ones = np.concatenate([np.zeros(rank + experts * residual, np.float32), np.ones(experts, np.float32)])
-        empty = tape.constant(np.zeros((experts, width), np.float32), f"{name}_no_input")
-        inward = tape.op("Concat", [inputs[f"{name}_in"], empty], axis=0)[0]
-        outward = tape.op("Concat", [inputs[f"{name}_out"], inputs[f"{name}_bias"]], axis=0)[0]
-        table = tape.constant(_mask(rank, residual, experts), f"{name}_mask")
+        stored = inputs[f"{name}_in"]
+        assert stored is not None and stored.dtype is not None, "weights are initialisers, their types are known"
+        width, dtype = _shape(stored)[1], stored.dtype.numpy()
+        ones = np.concatenate([np.zeros(rank + experts * residual, dtype), np.ones(experts, dtype)])
+        empty = tape.constant(np.zeros((experts, width), dtype), f"{name}_no_input")
+        inward = tape.op("Concat", [stored, empty], axis=0, name=f"{name}_inward")[0]
+        outward = tape.op("Concat", [inputs[f"{name}_out"], inputs[f"{name}_bias"]], axis=0, name=f"{name}_outward")[0]
+        table = tape.constant(_mask(rank, residual, experts).astype(dtype), f"{name}_mask")
         coefficients = tape.op("Gemm", [rows, inward, tape.constant(ones, f"{name}_ones")], transB=1)[0]
         kept = tape.op("Mul", [coefficients, tape.op("Gather", [table, route], axis=0)[0]])[0]
-        rows = tape.op("MatMul", [kept, outward])[0]
+        rows = tape.op("MatMul", [kept, outward], name="result" if name == "down" else "")[0]  # rule 5
         if name == "up":
             rows = _activation(tape, rows, activation)
     return rows
@@ -133,4 +155,4 @@ def _sorted(
         parts.append(rows)
     joined = tape.op("Concat", parts, axis=0)[0] if experts > 1 else parts[0]
     inverse = tape.op("TopK", [order, count], outputs=2, axis=0, largest=0, sorted=1)[1]
-    return tape.op("Gather", [joined, inverse], axis=0)[0]
+    return tape.op("Gather", [joined, inverse], axis=0, name="result")[0]  # rule 5

@@ -53,7 +53,7 @@ class ClearFFN(RoutedLayer):
 
     def __init__(self, parts: ClearParts, channels_first: bool = False):
         super().__init__()
-        self.activation, self.channels_first, self.backend = parts.activation, channels_first, "sorted"
+        self.activation, self.top_k, self.channels_first, self.backend = parts.activation, 1, channels_first, "sorted"
         self.ranks = (parts.up.rank, parts.up.residual, parts.down.rank, parts.down.residual)
         for name, factors in (("up", parts.up), ("down", parts.down)):
             self._check(name, factors, parts.router.experts)

@@ -35,7 +35,11 @@ class Router:
         return self.rows.numel() + self.hidden.numel()
 
     def features(self, tokens: Tensor) -> Tensor:
-        return torch.relu(torch.addmm(self.hidden_bias, tokens, self.hidden.T)) if len(self.hidden) else tokens
+        """What is scored [T, F]: float32 from half-precision tokens, as scores are."""
+        if not len(self.hidden):
+            return tokens
+        exact = torch.promote_types(tokens.dtype, torch.float32)
+        return torch.relu(torch.addmm(self.hidden_bias.to(exact), tokens.to(exact), self.hidden.to(exact).T))
 
     def scores(self, tokens: Tensor) -> Tensor:
         """Scores [T, K] float32; zero everywhere for a token whose scores are not all finite."""

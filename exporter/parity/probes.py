@@ -1,0 +1,83 @@
+"""Layers of a graph by themselves, on tokens and routes that are dictated, so that each expert works."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from exporter.onnx_export import TENSORRT
+from exporter.parity.layers import alone, wrong_routes
+from exporter.parity.taps import Tap, probe_graph
+from exporter.parity.weights import WeightProblem
+from exporter.precision import PRECISIONS
+from exporter.runners import OnnxRunner
+from moee.clear_moe import ClearFFN
+from moee.layer import RoutedLayer
+
+PROBES = 16  # tokens for each expert
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A layer's result on dictated routes, and `routes` [N, k], the ones that its own router wanted for these tokens."""
+
+    tap: Tap
+    routes: Tensor
+
+
+def probe_routes(layer: RoutedLayer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [N, D] and routes [N, k] that give each expert `PROBES` tokens, drawn evenly from `tokens`."""
+    count = max(layer.num_experts * PROBES, 1)
+    picked = tokens[torch.arange(count) * len(tokens) // count]
+    experts = torch.arange(count) % layer.num_experts
+    return picked, torch.stack([(experts + i) % layer.num_experts for i in range(layer.top_k)], 1)
+
+
+def probe_layers(
+    graph: Path, layers: Mapping[str, RoutedLayer], reference: dict[str, Tap], dtype: torch.dtype, threads: int | None,
+    provider: str, widened: bool,
+) -> dict[str, Probe]:  # fmt: skip
+    """Run the named layers of `graph` on tokens of the float64 run `reference`, rounded to the graph's type `dtype`."""
+    precision = {v: k for k, v in PRECISIONS.items()}[dtype]
+    taps, feeds = {}, {}
+    for name, layer in layers.items():
+        tokens, routes = probe_routes(layer, reference[name].tokens)
+        tokens = tokens.to(dtype).float()
+        feeds[f"{name}/probe_tokens"], feeds[f"{name}/probe_route"] = tokens.numpy(), routes.reshape(-1).numpy()
+        taps[name] = Tap(tokens, routes, tokens)
+    with probe_graph(graph, list(layers), precision, widened) as path, OnnxRunner(path, threads, provider) as runner:
+        outputs = [torch.from_numpy(a) for a in runner.run_feeds(feeds)]
+    found = {}
+    for name, result, wanted in zip(layers, outputs[::2], outputs[1::2], strict=True):
+        tap = taps[name]
+        found[name] = Probe(
+            Tap(tap.tokens, tap.route, result.reshape(tap.tokens.shape)), wanted.reshape(tap.route.shape)
+        )
+    return found
+
+
+def check_form(
+    folder: Path, exact: dict[str, RoutedLayer], own: dict[str, RoutedLayer], reference: dict[str, Tap], dtype: torch.dtype,
+    threads: int | None, provider: str, widened: bool,
+) -> list[WeightProblem]:  # fmt: skip
+    """Run what `tensorrt.onnx` holds in the place of each CLEAR-MoE layer: standard operators, of another form than the portable
+    graph's, so equal weights alone do not show that it computes the layer. Empty if all do. `exact` and `own` as in
+    `layer_parity`."""
+    clear = {name: layer for name, layer in exact.items() if isinstance(layer, ClearFFN)}
+    if not clear:
+        return []
+    problems = []
+    for name, probe in probe_layers(folder / TENSORRT, clear, reference, dtype, threads, provider, widened).items():
+        stats, allowed = alone(exact[name], own[name], probe.tap)
+        if not stats.max_abs_error <= allowed:
+            message = f"{TENSORRT}: the layer alone is off by {stats.max_abs_error:.2e} of {allowed:.2e} allowed"
+            problems.append(WeightProblem(name, "form", message))
+        wrong = int((wrong_routes(exact[name], probe.tap.tokens, probe.routes) > 0).sum())
+        if wrong:
+            message = f"{TENSORRT}: {wrong} of {len(probe.routes)} tokens take an expert that is not their best"
+            problems.append(WeightProblem(name, "routes", message))
+    return problems
