@@ -22,6 +22,7 @@ from exporter.parity.kinds import apply_layer, scores_and_bound
 from exporter.parity.outputs import SAFETY, tolerance
 from exporter.parity.stats import ErrorStats, error_stats
 from exporter.parity.taps import Tap
+from moee.clear_moe import ClearFFN
 from moee.layer import RoutedLayer
 
 
@@ -34,7 +35,7 @@ class LayerParity:
     whose expert is not the best of their own scores by more than rounding explains. `local`: errors of the layer alone, allowed
     up to `local_tolerance`; `probe`: the same where every expert gets tokens, up to `probe_tolerance`. `equal`, `flipped`:
     cumulative errors of tokens with equal and with other routes. `input_drift`: mean error of the layer's input, allowed up to
-    `input_tolerance`.
+    `input_tolerance`. `kind`: moee (a plugin node in `tensorrt.onnx`) or clear-moe (standard operators there too).
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerParity:
     flipped: ErrorStats | None
     input_drift: float
     input_tolerance: float
+    kind: str = "moee"
 
     @property
     def output_passed(self) -> bool:
@@ -131,6 +133,7 @@ def layer_parity(
         flipped=split[1] if len(margins) else None,
         input_drift=drift.mean_abs_error,
         input_tolerance=SAFETY * max(usual.mean_abs_error, torch.finfo(dtype).eps * usual.rms),
+        kind="clear-moe" if isinstance(exact, ClearFFN) else "moee",
     )
 
 

@@ -103,7 +103,8 @@ def routing_by_class(trace: RoutingTrace) -> dict[str, Any]:
 
 
 def router_similarity(model: nn.Module) -> dict[str, Any]:
-    """Cosine similarity of the experts' router rows (their mean inputs) per layer: {"layers": {name: K x K}}; paper, Figure 5."""
+    """Cosine similarity of the experts' router rows per layer: {"layers": {name: K x K}}; paper, Figure 5. The rows are
+    mean inputs, or in CLEAR-MoE whatever its router learned."""
     layers = {}
     for name, layer in routed_layers(model).items():
         rows = nn.functional.normalize(layer.router.detach().double(), dim=1)

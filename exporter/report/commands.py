@@ -9,9 +9,11 @@ from typing import Any
 
 from exporter.report.collect import Sources
 from exporter.report.values import dig
+from moee.clear_moe.config import ClearConfig
 from moee.config import ExtractConfig, FinetuneConfig
 
 WRITES = {"moee.model": "model", "moee.export": "export", "moee.engine": "engine"}
+Kind = type[ExtractConfig] | type[ClearConfig] | type[FinetuneConfig]
 
 
 def commands(sources: Sources) -> list[str]:
@@ -63,13 +65,19 @@ def _extract(body: dict[str, Any]) -> str:
     if isinstance(size, int) and spec.get("name") == spec.get("timm_name"):
         words += ["--img-size", size]
     config = config if isinstance(config, dict) else {}
-    return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
+    if config.get("method") != "clear-moe":
+        return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
+    words += ["--method", "clear-moe", *_flags(config, ClearConfig)]
+    if config.get("refit") is False:
+        words += ["--compensation", "mean"]
+        config = {**config, "refit": True}
+    return _line(*words, "--out", "extracted") + _python_only(config, ClearConfig)
 
 
-def _flags(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> list[Any]:
+def _flags(values: dict[str, Any], kind: Kind) -> list[Any]:
     """Flags of the settings that differ from their default. Those without a flag are left to `_python_only`."""
     words: list[Any] = []
-    known = _known_flags("extract" if kind is ExtractConfig else "finetune")
+    known = _known_flags("finetune" if kind is FinetuneConfig else "extract")
     for name, value in _changed(values, kind):
         flag = f"--{name.replace('_', '-')}"
         if flag not in known:
@@ -83,14 +91,14 @@ def _flags(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConf
     return words
 
 
-def _python_only(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> str:
+def _python_only(values: dict[str, Any], kind: Kind) -> str:
     """A shell comment that names the changed settings without a flag, or nothing."""
-    known = _known_flags("extract" if kind is ExtractConfig else "finetune")
+    known = _known_flags("finetune" if kind is FinetuneConfig else "extract")
     rest = [f"{name}={value!r}" for name, value in _changed(values, kind) if f"--{name.replace('_', '-')}" not in known]
     return f"   # set in Python: {', '.join(rest)}".replace("\n", " ") if rest else ""
 
 
-def _changed(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> Iterator[tuple[str, Any]]:
+def _changed(values: dict[str, Any], kind: Kind) -> Iterator[tuple[str, Any]]:
     for name, info in kind.model_fields.items():
         value = values.get(name, info.default)
         if value is not None and value != info.default:

@@ -115,6 +115,8 @@ def engines(sources: Sources) -> tuple[str | None, list[Html]]:
     facts = f"Builder: {body.get('builder', DASH)}. Batch {'/'.join(batch)} (min/opt/max), "
     facts += f"{body.get('plugin_layers', DASH)} plugin layers. "
     plugin = f"Plugin {dig(body, 'plugin', 'file')}, sha256 {dig(body, 'plugin', 'sha256')}."
+    if dig(body, "plugin", "file") == "":
+        plugin = "Standard operators alone, no plugin."
     return None, [
         table(["engine", "file", "size", "build time"], rows, f"Target: {body.get('target', DASH)}"),
         tag("p", facts, plugin, class_="wrap"),

@@ -47,6 +47,9 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         keys.append(key)
     note = "Mean width: hidden neurons that a token meets, weighted by routing. "
     note += "Kept by any: neurons that at least one expert holds. "
+    if any(layer.get("ranks") for layer in found):
+        note += "A CLEAR-MoE layer holds no neurons: its widths are those of a dense MLP of equal MACs, kept by any that of one "
+        note += "of equally many weights. "
     note += "Noise: calibration tokens that the clustering left outside every cluster. Press a column's head to sort."
     return None, [tag("p", note), table(head, rows, "Layers", id_="layers", sort_keys=keys)]
 

@@ -28,7 +28,8 @@ MANIFEST = "engine.json"
 
 @dataclass(frozen=True)
 class PluginCheck:
-    """The plugin library of an engine folder against the hash that engine.json recorded when the engine was built."""
+    """The plugin library of an engine folder against the hash that engine.json recorded when the engine was built. `file` is
+    empty for an engine of standard operators alone."""
 
     file: str
     expected: str
@@ -40,6 +41,8 @@ class PluginCheck:
 
     @property
     def message(self) -> str:
+        if not self.file:
+            return "the engine needs no plugin"
         if self.passed:
             return f"{self.file} is the library that the engine was built with"
         return (
@@ -51,7 +54,12 @@ class PluginCheck:
 def check_plugin(folder: Path | str) -> PluginCheck:
     """Hash the plugin library of an engine folder. Raises `MissingDependency` if it is not there."""
     folder = Path(folder)
-    plugin = read_manifest(folder, MANIFEST, SCHEMA, verify=False)["plugin"]
+    manifest = read_manifest(folder, MANIFEST, SCHEMA, verify=False)
+    plugin, layers = manifest["plugin"], manifest["plugin_layers"]
+    if not plugin["file"]:
+        if layers:
+            raise UserError(f"{folder / MANIFEST} names no plugin library for its {layers} plugin layers; run moee build again")
+        return PluginCheck("", "", "")
     library = folder / plugin["file"]
     if Path(plugin["file"]).name != plugin["file"]:
         raise UserError(f"{folder / MANIFEST} names the plugin {plugin['file']!r}, which leaves its folder")
@@ -156,7 +164,7 @@ class EngineRunner(Runner):
         trt = self.binding
         self.logger = trt.Logger(trt.Logger.WARNING)
         runtime = trt.Runtime(self.logger)
-        if self.model == "moee":
+        if self.model == "moee" and self.manifest["plugin"]["file"]:
             library = self.folder / self.manifest["plugin"]["file"]
             if runtime.get_plugin_registry().load_library(str(library.resolve())) is None:
                 raise UserError(f"{self.backend} cannot load the plugin library {library}; run moee build again")

@@ -81,7 +81,8 @@ class VerifyResult:
         for problem in self.parity.weight_problems:
             damaged.setdefault(problem.layer, problem.message)
         for layer in self.parity.layers:
-            found.append(Case("weights", layer.name, f"{TENSORRT} holds the model's weights", damaged.pop(layer.name, None)))
+            held = f"{TENSORRT} holds the model's weights" + (" and computes the layer" if layer.kind == "clear-moe" else "")
+            found.append(Case("weights", layer.name, held, damaged.pop(layer.name, None)))
             off = layer.output_message
             found.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
             found.append(self._route_case(layer))
@@ -112,7 +113,7 @@ class VerifyResult:
         e = self.engine
         if e is None:
             return []
-        layers = ", ".join(layer.name for layer in self.parity.layers)
+        layers = ", ".join(layer.name for layer in self.parity.layers if layer.kind == "moee")
         stale = None if e.plugin.passed else f"{e.plugin.message}; it runs {layers}"
         source = "was built from another export; run moee build again" if e.built_from_this_export is False else None
         return [

@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
+from exporter.passes.clear import STORED_AT
 from plugins.contract import INPUT_NAMES, OP_TYPE
 from tests.exporter.conftest import rehash
 
@@ -19,8 +20,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 def change_store(folder: Path, layer: str, part: str, change: Change) -> None:
     """Change one of a layer's operator inputs where it is stored: in `moee.data` for both graphs, or in each graph."""
     tensorrt = onnx.load(folder / "tensorrt.onnx", load_external_data=False)
-    node = next(n for n in tensorrt.graph.node if n.op_type == OP_TYPE and n.name == layer)
-    name = node.input[INPUT_NAMES.index(part)]
+    name = _stored_name(tensorrt, layer, part)
     for graph in ("tensorrt.onnx", "portable.onnx"):
         model = onnx.load(folder / graph, load_external_data=False)
         tensor = next((t for t in model.graph.initializer if t.name == name), None)
@@ -35,6 +35,16 @@ def change_store(folder: Path, layer: str, part: str, change: Change) -> None:
     rehash(folder)
 
 
+def _stored_name(tensorrt: onnx.ModelProto, layer: str, part: str) -> str:
+    """Initialiser of an operator input: at its MoeeFfn node, or where a CLEAR-MoE layer reads it."""
+    nodes = {n.name: n for n in tensorrt.graph.node}
+    if layer in nodes:
+        assert nodes[layer].op_type == OP_TYPE
+        return nodes[layer].input[INPUT_NAMES.index(part)]
+    place, position = STORED_AT[part]
+    return nodes[f"{layer}/{place}"].input[position]
+
+
 def _external(folder: Path, tensor: onnx.TensorProto, change: Change) -> None:
     where = ExternalDataInfo(tensor)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
@@ -45,9 +55,9 @@ def _external(folder: Path, tensor: onnx.TensorProto, change: Change) -> None:
     (folder / where.location).write_bytes(data)
 
 
-def change_portable(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
-    """Change small constants of `portable.onnx` in place; they are given by name."""
-    model = onnx.load(folder / "portable.onnx", load_external_data=False)
+def change_constants(folder: Path, change: Callable[[dict[str, np.ndarray]], None], graph: str = "portable.onnx") -> None:
+    """Change small constants of one graph in place; they are given by name."""
+    model = onnx.load(folder / graph, load_external_data=False)
     stored = {t.name: t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL}
     arrays = {name: numpy_helper.to_array(t).copy() for name, t in stored.items()}
     before = {name: array.copy() for name, array in arrays.items()}
@@ -56,5 +66,5 @@ def change_portable(folder: Path, change: Callable[[dict[str, np.ndarray]], None
     assert changed, "nothing was damaged"
     for name in changed:
         stored[name].CopyFrom(numpy_helper.from_array(arrays[name], name))
-    onnx.save(model, folder / "portable.onnx")
+    onnx.save(model, folder / graph)
     rehash(folder)

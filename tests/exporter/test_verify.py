@@ -67,7 +67,7 @@ def swapped_expert(folder):
         a, b = f"{LAYER}/neurons_0", f"{LAYER}/neurons_1"
         stored[a], stored[b] = stored[b], stored[a]
 
-    damage.change_portable(folder, change)
+    damage.change_constants(folder, change)
 
 
 def wrong_offset(folder):
@@ -77,7 +77,7 @@ def wrong_offset(folder):
         first, second = (stored[f"{LAYER}/neurons_{e}"] for e in (0, 1))
         stored[f"{LAYER}/neurons_0"], stored[f"{LAYER}/neurons_1"] = np.append(first, second[0]), second[1:]
 
-    damage.change_portable(folder, change)
+    damage.change_constants(folder, change)
 
 
 DAMAGE = {
