@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+from pydantic import BaseModel
+
 from exporter.report.collect import Sources
 from exporter.report.values import dig
-from moee.clear_moe.config import ClearConfig
 from moee.config import ExtractConfig, FinetuneConfig
 
 WRITES = {"moee.model": "model", "moee.export": "export", "moee.engine": "engine"}
-Kind = type[ExtractConfig] | type[ClearConfig] | type[FinetuneConfig]
 
 
 def commands(sources: Sources) -> list[str]:
@@ -67,6 +67,8 @@ def _extract(body: dict[str, Any]) -> str:
     config = config if isinstance(config, dict) else {}
     if config.get("method") != "clear-moe":
         return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
+    from moee.clear_moe.config import ClearConfig  # brings torch, which a report does without
+
     words += ["--method", "clear-moe", *_flags(config, ClearConfig)]
     if config.get("refit") is False:
         words += ["--compensation", "mean"]
@@ -74,7 +76,7 @@ def _extract(body: dict[str, Any]) -> str:
     return _line(*words, "--out", "extracted") + _python_only(config, ClearConfig)
 
 
-def _flags(values: dict[str, Any], kind: Kind) -> list[Any]:
+def _flags(values: dict[str, Any], kind: type[BaseModel]) -> list[Any]:
     """Flags of the settings that differ from their default. Those without a flag are left to `_python_only`."""
     words: list[Any] = []
     known = _known_flags("finetune" if kind is FinetuneConfig else "extract")
@@ -91,14 +93,14 @@ def _flags(values: dict[str, Any], kind: Kind) -> list[Any]:
     return words
 
 
-def _python_only(values: dict[str, Any], kind: Kind) -> str:
+def _python_only(values: dict[str, Any], kind: type[BaseModel]) -> str:
     """A shell comment that names the changed settings without a flag, or nothing."""
     known = _known_flags("finetune" if kind is FinetuneConfig else "extract")
     rest = [f"{name}={value!r}" for name, value in _changed(values, kind) if f"--{name.replace('_', '-')}" not in known]
     return f"   # set in Python: {', '.join(rest)}".replace("\n", " ") if rest else ""
 
 
-def _changed(values: dict[str, Any], kind: Kind) -> Iterator[tuple[str, Any]]:
+def _changed(values: dict[str, Any], kind: type[BaseModel]) -> Iterator[tuple[str, Any]]:
     for name, info in kind.model_fields.items():
         value = values.get(name, info.default)
         if value is not None and value != info.default:

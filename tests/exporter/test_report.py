@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from exporter import cli
-from exporter.report import collect, render
+from exporter.commands.extract import clear_config
+from exporter.report import collect, render, write_report
 from exporter.report.commands import commands
 from exporter.report.page import MAX_BYTES
+from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig
 from moee.errors import UserError
 from tests.exporter.report_data import EVIL, write_run
@@ -226,3 +228,27 @@ def test_every_setting_is_in_the_command_or_named_beside_it(tmp_path):
 def test_an_unknown_path_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="not found; give folders"):
         collect([tmp_path / "absent"])
+
+
+def test_clear_moe_is_reported_with_its_own_flags(tmp_path):
+    """Each field of its configuration in turn; the command parses to the same configuration."""
+    run = write_run(tmp_path / "run")
+    path = run / "tuned" / "moee.json"
+    body = json.loads(path.read_text())
+    base = {"method": "clear-moe", "rank": 8, "residual_rank": 4}
+    changes = {"experts": 3, "router": "mlp", "layers": 2, "calibration_images": 50, "refit": False, "seed": 5, "router_width": 7}
+    for name, value in changes.items():
+        body["config"] = {**base, name: value}
+        path.write_text(json.dumps(body))
+        line = commands(collect([run]))[0]
+        command, _, comment = line.partition("   # set in Python: ")
+        assert comment == ("router_width=7" if name == "router_width" else "")
+        config = clear_config(cli.build_parser().parse_args(command.split()[1:]))
+        assert config == ClearConfig(**{**base, name: 32 if name == "router_width" else value})
+    body["info"]["layers"][0]["ranks"] = [8, 4, 8, 4]
+    path.write_text(json.dumps(body))
+    engine = json.loads((run / "engine" / "engine.json").read_text())
+    engine |= {"plugin": {"file": "", "sha256": "", "headers": ""}, "plugin_layers": 0}
+    (run / "engine" / "engine.json").write_text(json.dumps(engine))
+    page = write_report([run], tmp_path / "r.html").read_text()
+    assert "A CLEAR-MoE layer holds no neurons" in page and "Standard operators alone, no plugin." in page
