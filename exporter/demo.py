@@ -20,7 +20,7 @@ from moee.artifact import refuse_existing, write_json
 from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.data import batches
-from moee.errors import MissingDependency
+from moee.errors import MissingDependency, StepFailed
 from moee.pipeline import Session, run_extract, run_finetune
 from moee.progress import Reporter, silent
 
@@ -43,6 +43,7 @@ class DemoResult:
     moee: MoeeModel
     parity: ParityResult
     latency: LatencyResult
+    engine_error: str | None = None
 
 
 def run_demo(
@@ -73,13 +74,17 @@ def run_demo(
     parity = check_parity(exported, moee, session.held_out, report=report)
     images = next(batches(session.held_out, BATCH)).images.numpy()
     latency = bench(exported, BATCH, images=images, report=report)
-    engine = _build(exported, out / "engine", report)
+    engine, engine_error = None, None
+    try:
+        engine = _build(exported, out / "engine", report)
+    except StepFailed as error:  # everything else is done: write it down, and let the caller say that this failed
+        engine_error = " ".join(str(error).split())
     summary = _summary(moee, data, parity, latency, engine)
     for name, result in (("parity", parity), ("latency", latency)):
         write_json(out / f"{name}.json", result.to_json())
     write_json(out / "summary.json", summary)
     write_report([out], out / "report.html", force=True)
-    return DemoResult(summary, moee, parity, latency)
+    return DemoResult(summary, moee, parity, latency, engine_error)
 
 
 def _build(exported: Path, out: Path, report: Reporter) -> dict[str, Any] | None:

@@ -80,12 +80,16 @@ def atomic_folder(path: Path | str, force: bool = False) -> Iterator[Path]:
 
 def write_json(path: Path | str, data: Any) -> None:
     """Write JSON atomically: temporary file, fsync, rename."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(data, handle, indent=2)
-            handle.write("\n")
+            handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)

@@ -69,7 +69,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if not timm.is_model(spec.timm_name):
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
-        raise UserError(f"unknown model {spec.name!r}: expected a timm name or the alias dinov2-s{hint}")
+        raise UserError(f"unknown model {spec.name!r}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
     kwargs = dict(spec.kwargs)
     forbidden = sorted(kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
