@@ -18,8 +18,12 @@ from exporter.commands import (
     ENVIRONMENT,
     GATE_FAILED,
     INTERRUPTED,
+    ablate,
+    ablate_clear,
     bench,
+    bench_dispatch,
     build,
+    bundle,
     demo,
     doctor,
     export,
@@ -27,13 +31,18 @@ from exporter.commands import (
     finetune,
     inspect,
     plan,
+    plots,
     plugin,
+    report,
     verify,
 )
 from moee import __version__
 from moee.errors import MissingDependency, StepFailed, UserError
 
-COMMANDS = (plan, extract, finetune, export, verify, bench, build, plugin, inspect, doctor, demo)
+COMMANDS = (
+    plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
+    ablate_clear, doctor, demo,
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

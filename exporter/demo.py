@@ -14,6 +14,7 @@ from exporter.latency import LatencyResult, bench
 from exporter.onnx_export import export
 from exporter.parity import ParityResult, check_parity
 from exporter.pretrained import resolve
+from exporter.report import write_report
 from moee import checkpoint
 from moee.artifact import refuse_existing, write_json
 from moee.checkpoint import MoeeModel
@@ -49,14 +50,16 @@ def run_demo(
     out: Path | str, force: bool = False, report: Reporter = silent, model: str = MODEL, data: str = DATA,
     epochs: int = EPOCHS, tokens: int | None = None,
 ) -> DemoResult:  # fmt: skip
-    """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}` and `summary.json`.
+    """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}`, the
+    results as JSON and `report.html`.
 
     With `force`, an earlier demo in `out` is replaced, and nothing else that lies there.
     """
     out = Path(out)
     refuse_existing(out, force)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").unlink(missing_ok=True)
+    for name in ("summary.json", "parity.json", "latency.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
     session = Session(resolve(model, data, report=report), data, report=report)
     config = make_extract_config(
         "compensated", keep=KEEP, tokens=tokens, cluster_tokens=CLUSTER_TOKENS, refit_tokens=REFIT_TOKENS
@@ -77,7 +80,10 @@ def run_demo(
     except StepFailed as error:  # everything else is done: write it down, and let the caller say that this failed
         engine_error = " ".join(str(error).split())
     summary = _summary(moee, data, parity, latency, engine)
+    for name, result in (("parity", parity), ("latency", latency)):
+        write_json(out / f"{name}.json", result.to_json())
     write_json(out / "summary.json", summary)
+    write_report([out], out / "report.html", force=True)
     return DemoResult(summary, moee, parity, latency, engine_error)
 
 

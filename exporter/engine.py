@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
+from exporter.onnx_safety import check_onnx
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, sha256_file, write_manifest
 from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.build import describe_plugin
@@ -62,7 +61,7 @@ def build_engines(
     export_dir: Path,
     out_dir: Path,
     *,
-    plugin: Path,
+    plugin: Path | None,
     backend: str = "tensorrt-rtx",
     batch: tuple[int, int, int] = (1, 8, 32),
     timing_cache: Path | None = None,
@@ -72,11 +71,12 @@ def build_engines(
 ) -> EngineReport:
     """Build `dense.plan` and `moee.plan` from an export folder, and write them with `engine.json` to `out_dir`.
 
-    `batch` is the profile's (min, opt, max). The plugin library is copied beside the engines. `log` receives
+    `batch` is the profile's (min, opt, max). The plugin library is copied beside the engines; an export that needs none
+    (CLEAR-MoE) takes None. `log` receives
     TensorRT's verbose messages of the MoEE build, the plugin's call trace included.
     Raises `UserError` for bad input, `MissingDependency` if the back end is not installed, `BuildFailed` otherwise.
     """
-    export_dir, out_dir, plugin = Path(export_dir), Path(out_dir), Path(plugin)
+    export_dir, out_dir = Path(export_dir), Path(out_dir)
     say = progress or (lambda text: None)
     low, opt, high = batch
     if not 1 <= low <= opt <= high:
@@ -86,18 +86,21 @@ def build_engines(
     export = read_manifest(export_dir, "export.json", EXPORT_SCHEMA)
     graphs = {"dense": _graph(export_dir, export, "dense"), "moee": _graph(export_dir, export, "tensorrt")}
     nodes = count_plugin_nodes(graphs["moee"])
-    if nodes == 0:
+    if nodes == 0 and export.get("plugin_nodes") != 0:
         raise UserError(f"{graphs['moee']} has no {OP_TYPE} nodes; build from a folder that `moee export` wrote")
-    info = describe_plugin(plugin)
+    if nodes and plugin is None:
+        raise UserError(f"{graphs['moee']} has {nodes} {OP_TYPE} nodes, which need the plugin library; give it with --plugin")
+    info = describe_plugin(Path(plugin)) if plugin is not None and nodes else None
     results: dict[str, dict[str, Any]] = {}
     with atomic_folder(out_dir, force) as folder:
-        library = folder / plugin.name
-        shutil.copy2(plugin, library)
+        library = folder / Path(plugin).name if plugin is not None and info is not None else None
+        if library is not None and plugin is not None:
+            shutil.copy2(plugin, library)
         for name, graph in graphs.items():
             say(f"building {name}.plan with {backend}")
             spec = {
                 **{"backend": backend, "onnx": str(graph.resolve()), "plan": str(folder / f"{name}.plan")},
-                **{"plugin": str(library) if name == "moee" else "", "batch": list(batch)},
+                **{"plugin": str(library) if library is not None and name == "moee" else "", "batch": list(batch)},
                 "timing_cache": str(Path(timing_cache).resolve()) if timing_cache else "",
                 "log": str(Path(log).resolve()) if log and name == "moee" else "",
             }
@@ -109,11 +112,13 @@ def build_engines(
             "builder": _builder(backend, results["moee"]),
             "target": _target(backend),
             "batch": {"min": low, "opt": opt, "max": high},
-            "plugin": {"file": library.name, "sha256": sha256_file(library), "headers": info.headers},
+            "plugin": {"file": "", "sha256": "", "headers": ""},  # of an export that needs none
             "plugin_layers": results["moee"]["plugin_layers"],
             "source_sha256": sha256_file(graphs["moee"]),
             "engines": {name: _engine(folder / f"{name}.plan", result) for name, result in results.items()},
         }
+        if library is not None and info is not None:
+            body["plugin"] = {"file": library.name, "sha256": sha256_file(library), "headers": info.headers}
         write_manifest(folder, "engine.json", SCHEMA, body)
     return report_of(out_dir, body)
 
@@ -151,20 +156,25 @@ def require_backend(backend: str) -> None:
         raise MissingDependency(f"{backend} is not installed; run `pip install 'moee[{extra}]'`")
 
 
+def needs_plugin(export_dir: Path | str) -> bool:
+    """Whether the TensorRT graph of an export folder holds plugin nodes; CLEAR-MoE's is of standard operators alone."""
+    return read_manifest(export_dir, "export.json", EXPORT_SCHEMA).get("plugin_nodes") != 0
+
+
 def count_plugin_nodes(graph: Path) -> int:
-    """MoeeFfn nodes in an ONNX file (its weights are not read). Raises `UserError` if it cannot be read."""
-    try:
-        model = onnx.load(graph, load_external_data=False)
-    except Exception as error:  # protobuf's decode errors share no base class with onnx's own
-        raise UserError(f"{graph} is not a readable ONNX file ({error}); export it again") from error
+    """MoeeFfn nodes in an ONNX file (its weights are not read). Raises `UserError` if it cannot be read or is unsafe."""
+    model = check_onnx(graph)
     return sum(node.op_type == OP_TYPE and node.domain == DOMAIN for node in model.graph.node)
 
 
 def _graph(folder: Path, export: dict[str, Any], key: str) -> Path:
-    path = folder / export.get("graphs", {}).get(key, f"{key}.onnx")
-    if not path.is_file():
-        raise UserError(f"{path} is missing; export.json names it as the {key} graph; export again")
-    return path
+    graphs = export.get("graphs", {})
+    name = graphs.get(key, f"{key}.onnx") if isinstance(graphs, dict) else None
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(f"{folder} names {name!r} as the {key} graph; expected a file of that folder; export again")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name} is missing; export.json names it as the {key} graph; export again")
+    return folder / name
 
 
 def _engine(path: Path, result: dict[str, Any]) -> dict[str, Any]:

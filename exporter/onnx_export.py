@@ -20,16 +20,19 @@ import torch
 from torch import nn
 
 from exporter.operator_schema import VERSION, register
+from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
 from exporter.precision import dtype_of, typed
 from moee.artifact import atomic_folder, write_manifest
 from moee.checkpoint import MoeeModel
+from moee.clear_moe import ClearFFN
 from moee.data import model_transform
 from moee.errors import UserError
 from moee.layer import RoutedFFN, routed_layers
+from moee.metrics import tokens_per_image
 from moee.progress import Reporter, silent
-from plugins.contract import DOMAIN, OP_TYPE, PLUGIN_NAMESPACE, PLUGIN_VERSION
+from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20
 OPSETS = {torch.bfloat16: 22}  # the first in which Conv takes bfloat16
@@ -38,6 +41,11 @@ SCHEMA = "moee.export/1"
 MANIFEST = "export.json"
 DENSE, PORTABLE, TENSORRT = "dense.onnx", "portable.onnx", "tensorrt.onnx"
 MOEE_DATA, DENSE_DATA = "moee.data", "dense.data"
+TRACED = "traced.onnx"  # what both graphs are lowered from; removed before the export is done
+CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/method.md)
+# Portable form of a CLEAR-MoE layer, by what was faster in ONNX Runtime on the CPU (docs/results/clear_moe.md): segments of fewer
+# tokens than this make poor products, and without residual rank there is nothing to sort for.
+MIN_SEGMENT, USUAL_BATCH = 128, 8
 
 register()
 _moee = onnxscript.values.Opset(DOMAIN, VERSION)
@@ -51,6 +59,16 @@ def _routed_ffn(
     return _moee.MoeeFfn(
         x, router, router_bias, w_up, b_up, w_down, b_out, neurons, offsets, activation=activation, top_k=top_k,
         max_width=max_width, plugin_version=PLUGIN_VERSION, plugin_namespace=PLUGIN_NAMESPACE, **attributes,
+    )  # fmt: skip
+
+
+def _clear_ffn(
+    x, router, router_bias, router_hidden, router_hidden_bias, up_in, up_out, up_bias, down_in, down_out, down_bias,
+    ranks, activation: str,
+):  # fmt: skip
+    return _moee.ClearFfn(
+        x, router, router_bias, router_hidden, router_hidden_bias, up_in, up_out, up_bias, down_in, down_out, down_bias,
+        ranks=list(ranks), activation=activation,
     )  # fmt: skip
 
 
@@ -70,17 +88,23 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def to_onnx(model: nn.Module, size: int) -> ir.Model:
-    """Trace `model` on [batch, 3, size, size] with a dynamic batch; routed layers become `moee::MoeeFfn` nodes.
+def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) -> ir.Model:
+    """Trace `model` on [batch, 3, size, size], or on inputs like `example`, with a dynamic first dimension; routed layers
+    become `moee::MoeeFfn` or `moee::ClearFfn` nodes.
 
     Every node is named after the module that it came from (`blocks.0.mlp.fc1/node_linear_2`), as profiles and viewers show it.
     """
-    import moee.ops  # noqa: F401  registers torch.ops.moee.ffn
+    import moee.clear_moe.ops
+    import moee.ops  # noqa: F401  registers the operators
 
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.moee.ffn.default: _routed_ffn}
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        torch.ops.moee.ffn.default: _routed_ffn,
+        torch.ops.moee.clear_ffn.default: _clear_ffn,
+    }
     with _quiet():
+        given = torch.zeros(2, 3, size, size) if example is None else example
         program = torch.onnx.export(
-            model.eval(), (torch.zeros(2, 3, size, size),), dynamo=True, opset_version=_opset(model), verbose=False,
+            model.eval(), (given,), dynamo=True, opset_version=_opset(model), verbose=False,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             custom_translation_table=table,
         )  # fmt: skip
@@ -137,14 +161,21 @@ def export(
         ir.save(to_onnx(typed(moee.dense(), dtype), transform.size), folder / DENSE, external_data=DENSE_DATA)
         report("export", 1, 3)
         graph = to_onnx(typed(moee.model, dtype), transform.size)
+        forms = clear_forms(moee, transform.size)
         name_routed_nodes(graph, list(layers))
-        ir.save(graph, folder / TENSORRT, external_data=MOEE_DATA)
+        traced = folder / TRACED
+        ir.save(graph, traced, external_data=MOEE_DATA)
+        tensorrt = ir.load(traced)
+        lower_clear_ffn(tensorrt, CLEAR_TENSORRT)
+        ir.save(tensorrt, folder / TENSORRT)
         report("export", 2, 3)
-        portable = ir.load(folder / TENSORRT)
-        lowered = lower_routed_ffn(portable)
+        portable = ir.load(traced)
+        lowered = lower_clear_ffn(portable, forms) + lower_routed_ffn(portable)
         if lowered != len(layers):
-            raise RuntimeError(f"{lowered} {OP_TYPE} nodes exported for {len(layers)} routed layers; please report this")
+            raise RuntimeError(f"{lowered} routed nodes exported for {len(layers)} routed layers; please report this")
+        portable.opset_imports.pop(DOMAIN, None)
         ir.save(portable, folder / PORTABLE)
+        traced.unlink()
         body = {
             "input": {"name": INPUT, "size": transform.size, "mean": transform.mean, "std": transform.std},
             "output": {"name": OUTPUT},
@@ -155,10 +186,27 @@ def export(
             "cost": _latest_cost(moee),
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
             "routed_layers": list(layers),
+            "clear_forms": forms,
+            "plugin_nodes": sum(not isinstance(layer, ClearFFN) for layer in layers.values()),
             "graphs": {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT},
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
     report("export", 3, 3)
+
+
+def clear_forms(moee: MoeeModel, size: int) -> dict[str, Form]:
+    """The portable form of each CLEAR-MoE layer."""
+    layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
+    if not layers:
+        return {}
+    tokens = tokens_per_image(moee.dense(), layers, size)
+    return {name: portable_form(layer, tokens[name]) for name, layer in layers.items()}
+
+
+def portable_form(layer: ClearFFN, tokens: int) -> Form:
+    """`masked` for layers without residual rank and for small segments, at `tokens` an image; else `sorted`."""
+    _, q1, _, q2 = layer.ranks
+    return "masked" if q1 + q2 == 0 or USUAL_BATCH * tokens < MIN_SEGMENT * layer.num_experts else "sorted"
 
 
 def _latest_cost(moee: MoeeModel) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx.defs
 from onnx.defs import OpSchema
 
+from exporter.passes.clear import INPUT_NAMES as CLEAR_INPUTS
+from exporter.passes.clear import OP_TYPE as CLEAR
 from plugins.contract import ACTIVATIONS, ATTRIBUTES, DOMAIN, DTYPES, INPUTS, OP_TYPE
 
 VERSION = 1
@@ -37,7 +39,24 @@ def schema() -> OpSchema:
     )
 
 
+def clear_schema() -> OpSchema:
+    """The node that a CLEAR-MoE layer is while it is being exported; `passes.clear` lowers it, no file holds it."""
+    ints = OpSchema.Attribute("ranks", OpSchema.AttrType.INTS, description="r1, q1, r2, q2", required=True)
+    text = OpSchema.Attribute("activation", OpSchema.AttrType.STRING, description="of the hidden layer", required=True)
+    return OpSchema(
+        CLEAR,
+        DOMAIN,
+        VERSION,
+        doc="Two low-rank maps with a shared basis and residual experts.",
+        inputs=[OpSchema.FormalParameter(name, "T", "") for name in CLEAR_INPUTS],
+        outputs=[OpSchema.FormalParameter("y", "T", "same shape as x")],
+        type_constraints=[("T", ["tensor(float)"], "token type")],
+        attributes=[ints, text],
+    )
+
+
 def register() -> None:
-    """Register the schema once, so that onnx's checker and onnxscript know the operator."""
-    if not onnx.defs.has(OP_TYPE, VERSION, DOMAIN):
-        onnx.defs.register_schema(schema())
+    """Register the schemas once, so that onnx's checker and onnxscript know the operators."""
+    for name, make in ((OP_TYPE, schema), (CLEAR, clear_schema)):
+        if not onnx.defs.has(name, VERSION, DOMAIN):
+            onnx.defs.register_schema(make())

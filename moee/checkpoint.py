@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,14 +12,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moee.artifact import atomic_folder, read_manifest, write_manifest
+from moee.clear_moe.config import ClearConfig
+from moee.clear_moe.dispatch import Factors
+from moee.clear_moe.layer import ClearFFN, ClearParts
+from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig, validated
 from moee.errors import UserError
-from moee.layer import Experts, RoutedFFN, routed_layers
+from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
+MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
+MAX_MLP_RATIO = 64  # hidden over token width; models have 4
 
 
 class LayerRecord(BaseModel):
@@ -38,6 +44,23 @@ class LayerRecord(BaseModel):
     channels_first: bool = False
 
 
+class ClearRecord(BaseModel):
+    """A CLEAR-MoE layer as the manifest describes it; `ranks` are (up, up residual, down, down residual)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["clear-moe"]
+    name: str
+    activation: str
+    experts: int = Field(ge=1)
+    ranks: tuple[int, int, int, int]
+    router_width: int = Field(ge=1)
+    router_hidden: int = Field(ge=0)
+    dim: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    channels_first: bool = False
+
+
 @dataclass
 class MoeeModel:
     """A model with routed layers and everything that an artifact records about it.
@@ -47,7 +70,7 @@ class MoeeModel:
 
     model: nn.Module
     spec: ModelSpec
-    config: ExtractConfig | None
+    config: ExtractConfig | ClearConfig | None
     data: str
     probe: Probe | None = None
     info: dict[str, Any] = field(default_factory=dict)
@@ -57,7 +80,14 @@ class MoeeModel:
         return load_model(self.spec)
 
 
-def _record(name: str, layer: RoutedFFN) -> dict[str, Any]:
+def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
+    if isinstance(layer, ClearFFN):
+        return ClearRecord(
+            kind="clear-moe", name=name, activation=layer.activation, experts=layer.num_experts, ranks=layer.ranks,
+            router_width=layer.router.shape[1], router_hidden=len(layer.router_hidden), dim=layer.dim, hidden=layer.hidden,
+            channels_first=layer.channels_first,
+        ).model_dump()  # fmt: skip
+    assert isinstance(layer, RoutedFFN), f"no record for {type(layer).__name__}"
     return LayerRecord(
         name=name, activation=layer.activation, top_k=layer.top_k, experts=layer.num_experts, union=layer.union,
         neurons=len(layer.neurons), dim=layer.w_up.shape[1], load=layer.load, channels_first=layer.channels_first,
@@ -85,25 +115,91 @@ def load(path: Path | str) -> MoeeModel:
     path = Path(path)
     manifest = read_manifest(path, MANIFEST, SCHEMA)
     try:
-        records = [validated(LayerRecord, item) for item in manifest["layers"]]
+        records = [validated(ClearRecord if "kind" in item else LayerRecord, item) for item in manifest["layers"]]
         spec = validated(ModelSpec, manifest["model"])
-        config = validated(ExtractConfig, manifest["config"]) if manifest["config"] else None
+        config = _config(manifest["config"]) if manifest["config"] else None
         data, info = str(manifest["data"]), dict(manifest["info"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST} lacks {error}; make the artifact again") from error
     state = read_safetensors(path / WEIGHTS)
-    model = load_model(spec.model_copy(update={"weights": None, "pretrained": False}))
+    bare = spec.model_copy(update={"weights": None, "pretrained": False})
+    _check_size(bare, state, {record.name for record in records}, path)
+    model = load_model(bare)
     ffns = {f.name: f for f in find_ffns(model, config.exclude if config else ())}
     for record in records:
         if record.name not in ffns:
             raise UserError(f"{path / MANIFEST} names layer {record.name}, which {spec.timm_name} does not have")
-        replace_module(model, record.name, _rebuild(record, state, ffns[record.name]))
+        rebuild = _rebuild_clear if isinstance(record, ClearRecord) else _rebuild
+        replace_module(model, record.name, rebuild(record, state, ffns[record.name]))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
     probe = read_safetensors(path / PROBE) if (path / PROBE).is_file() else None
     return MoeeModel(model.eval(), spec, config, data, Probe(probe["weight"], probe["bias"]) if probe else None, info)
+
+
+def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], path: Path) -> None:
+    """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
+    model is first laid out without memory: every tensor outside the routed MLPs must be in the file, in that shape, and no MLP
+    may be absurdly wide. Raises `UserError` otherwise."""
+    for key, value in spec.kwargs.items():
+        if isinstance(value, (int, float)) and abs(value) > MAX_ARGUMENT:
+            raise UserError(f"{path / MANIFEST} asks for {key} {value}; expected at most {MAX_ARGUMENT}")
+    with torch.device("meta"):
+        laid_out = load_model(spec).state_dict()
+    owners = {key: key.rpartition(".")[0].rpartition(".")[0] for key in laid_out}
+    for name in sorted(routed - set(owners.values())):
+        raise UserError(f"{path / MANIFEST} names layer {name}, which {spec.timm_name} does not have")
+    for key, tensor in laid_out.items():
+        if owners[key] in routed:
+            if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
+                raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
+        elif key not in state or state[key].shape != tensor.shape:
+            came = list(state[key].shape) if key in state else "nothing"
+            raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {list(tensor.shape)}, came {came}")
+
+
+def _config(values: dict[str, Any]) -> ExtractConfig | ClearConfig:
+    return validated(ClearConfig if values.get("method") == "clear-moe" else ExtractConfig, values)
+
+
+def _tensors(name: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A layer's tensors, checked against the shapes that its record implies."""
+    tensors = {}
+    for part, shape in shapes.items():
+        tensor = state.get(f"{name}.{part}")
+        if tensor is None or tuple(tensor.shape) != shape:
+            came = "nothing" if tensor is None else list(tensor.shape)
+            raise UserError(f"{WEIGHTS}: {name}.{part} should have shape {list(shape)}, came {came}")
+        tensors[part] = tensor
+    return tensors
+
+
+def _rebuild_clear(record: ClearRecord, state: dict[str, Tensor], ffn: FFN) -> ClearFFN:
+    """The CLEAR-MoE layer of a record, from the tensors of `state`; shapes are checked before use."""
+    k, d, h = record.experts, record.dim, record.hidden
+    r1, q1, r2, q2 = record.ranks
+    if (d, h) != (ffn.dim, ffn.hidden) or min(record.ranks) < 0:
+        raise UserError(
+            f"layer {record.name}: manifest says dim {d}, hidden {h}, ranks {list(record.ranks)}; the model has {ffn.dim} and "
+            f"{ffn.hidden}"
+        )
+    up, down = r1 + k * q1, r2 + k * q2
+    t = _tensors(record.name, {
+        "router": (k, record.router_width), "router_bias": (k,), "router_hidden": (record.router_hidden, d),
+        "router_hidden_bias": (record.router_hidden,), "up_in": (up, d), "up_out": (up, h), "up_bias": (k, h),
+        "down_in": (down, h), "down_out": (down, d), "down_bias": (k, d),
+    }, state)  # fmt: skip
+    if record.router_width != (record.router_hidden or d):
+        raise UserError(f"layer {record.name}: the router's rows do not fit its features; the artifact is damaged")
+    parts = ClearParts(
+        Router(t["router"], t["router_bias"], t["router_hidden"], t["router_hidden_bias"]),
+        Factors(t["up_in"], t["up_out"], t["up_bias"], r1, q1),
+        Factors(t["down_in"], t["down_out"], t["down_bias"], r2, q2),
+        record.activation,
+    )
+    return ClearFFN(parts, record.channels_first)
 
 
 def _rebuild(record: LayerRecord, state: dict[str, Tensor], ffn: FFN) -> RoutedFFN:
@@ -115,18 +211,11 @@ def _rebuild(record: LayerRecord, state: dict[str, Tensor], ffn: FFN) -> RoutedF
     }  # fmt: skip
     if d != ffn.dim or u > ffn.hidden:
         raise UserError(f"layer {record.name}: manifest says dim {d}, union {u}; the model has {ffn.dim} and {ffn.hidden}")
-    tensors = {}
-    for part, shape in shapes.items():
-        tensor = state.get(f"{record.name}.{part}")
-        if tensor is None or tuple(tensor.shape) != shape:
-            came = "nothing" if tensor is None else list(tensor.shape)
-            raise UserError(f"{WEIGHTS}: {record.name}.{part} should have shape {list(shape)}, came {came}")
-        if part in ("neurons", "offsets") and tensor.dtype != torch.int32:
-            raise UserError(f"{WEIGHTS}: {record.name}.{part} should be int32, came {tensor.dtype}")
-        tensors[part] = tensor
+    tensors: dict[str, Any] = _tensors(record.name, shapes, state)
+    for part in ("neurons", "offsets"):
+        if tensors[part].dtype != torch.int32:
+            raise UserError(f"{WEIGHTS}: {record.name}.{part} should be int32, came {tensors[part].dtype}")
     if record.top_k > k:
         raise UserError(f"layer {record.name}: top_k {record.top_k} exceeds its {k} experts; the artifact is damaged")
     experts = Experts(**tensors, activation=record.activation, top_k=record.top_k, load=record.load)
     return RoutedFFN(experts, record.channels_first)
-
-

@@ -11,3 +11,7 @@ class MissingDependency(RuntimeError):
 
 class StepFailed(RuntimeError):
     """A step that the environment allows was tried and failed, such as a compilation. One sentence; exit code 1."""
+
+
+class NothingRouted(UserError):
+    """No layer showed two clusters, so the model would stay dense."""

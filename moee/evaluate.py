@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.data import ImageSet, batches
-from moee.layer import RoutedFFN, routed_layers
+from moee.layer import RoutedLayer, routed_layers
 from moee.metrics import mean_cosine
 from moee.probe import Probe
 from moee.progress import Reporter, silent, track
@@ -49,7 +49,7 @@ def run(model: nn.Module, data: ImageSet, report: Reporter = silent, message: st
     layers = routed_layers(model)
     counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
 
-    def count(name: str, layer: RoutedFFN):
+    def count(name: str, layer: RoutedLayer):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             counts[name] += torch.bincount(layer.routes(args[0]).flatten(), minlength=layer.num_experts)
 

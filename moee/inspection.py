@@ -100,7 +100,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
         layers.append(
             LayerFigures(
                 ffn.name, tokens, ffn.hidden, round(tokens * routed_macs_per_token(layer, share)),
-                sum(p.numel() for p in layer.parameters()) + layer.router_bias.numel(), macs, params,
+                layer.stored_numbers(), macs, params,
                 experts=layer.num_experts, union=layer.union, min_width=min(widths),
                 mean_width=sum(w * s for w, s in zip(widths, share, strict=True)), max_width=max(widths),
                 balance=max(share) * len(share), entropy=routing_entropy(share),

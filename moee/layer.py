@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +47,45 @@ def check_indices(neurons: Tensor, offsets: Tensor, experts: int, union: int) ->
         raise UserError("an expert's neuron ids do not ascend; the artifact is damaged")
 
 
-class RoutedFFN(nn.Module):
+class RoutedLayer(nn.Module):
+    """What evaluation, cost, checkpoints, parity and export need of a layer that sends tokens to experts.
+
+    `router` (a parameter, frozen unless told otherwise), `num_experts`, and what follows.
+    """
+
+    router: nn.Parameter
+    channels_first: bool
+    activation: str
+
+    @property
+    def num_experts(self) -> int:
+        raise NotImplementedError
+
+    def routes(self, x: Tensor) -> Tensor:
+        """Experts [tokens, top_k] int64 of the layer's input, tokens in reading order."""
+        raise NotImplementedError
+
+    def macs_per_token(self, share: Sequence[float] | Tensor) -> float:
+        """MACs a token, router included, experts weighted by their share [K] of the tokens."""
+        raise NotImplementedError
+
+    @property
+    def widths(self) -> list[int]:
+        """Hidden neurons of each expert, or of a dense MLP of equal MACs."""
+        raise NotImplementedError
+
+    @property
+    def union(self) -> int:
+        """Hidden neurons stored, or those of a dense MLP of equally many weights."""
+        raise NotImplementedError
+
+    def stored_numbers(self) -> int:
+        """Parameters and the floating-point buffers of the router; indices are not counted."""
+        floats = [b for b in self.buffers() if b.is_floating_point()]
+        return sum(t.numel() for t in (*self.parameters(), *floats))
+
+
+class RoutedFFN(RoutedLayer):
     """Takes the place of an fc1-act-fc2 MLP on [..., D] (or [B, D, H, W] with `channels_first`).
 
     Parameters `w_up` [U, D], `b_up` [U], `w_down` [U, D], `b_out` [K, D], `router` [K, D] (frozen unless told otherwise);
@@ -83,6 +122,12 @@ class RoutedFFN(nn.Module):
     def widths(self) -> list[int]:
         return self.offsets.diff().tolist()
 
+    def macs_per_token(self, share: Sequence[float] | Tensor) -> float:
+        """The router's scores, and the two products of the experts weighted by their share of the tokens."""
+        dim = self.w_up.shape[1]
+        weighted = sum(w * s for w, s in zip(self.widths, share, strict=True))
+        return self.num_experts * dim + 2.0 * dim * float(weighted) * self.top_k
+
     @property
     def union(self) -> int:
         return self.w_up.shape[0]
@@ -117,6 +162,6 @@ class RoutedFFN(nn.Module):
         )
 
 
-def routed_layers(model: nn.Module) -> dict[str, RoutedFFN]:
-    """Every routed FFN of a model by name, in order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedFFN)}
+def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
+    """Every routed layer of a model by name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moee.layer import RoutedFFN, routed_layers
+from moee.layer import RoutedLayer, routed_layers
 from moee.models import find_ffns
 
 
@@ -49,11 +49,9 @@ def dense_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def routed_macs_per_token(layer: RoutedFFN, share: Iterable[float] | Tensor) -> float:
-    """MACs a token: the router's scores, and the two products of the experts weighted by their share of the tokens."""
-    dim = layer.w_up.shape[1]
-    weighted = sum(w * s for w, s in zip(layer.widths, share, strict=True))
-    return layer.num_experts * dim + 2.0 * dim * weighted * layer.top_k
+def routed_macs_per_token(layer: RoutedLayer, share: Iterable[float] | Tensor) -> float:
+    """MACs a token of a routed layer: its router, and its experts weighted by their share of the tokens."""
+    return layer.macs_per_token(list(share))
 
 
 def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], size: int) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]]
     for name, layer in layers.items():
         ffn = ffns[name]
         moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - 2.0 * ffn.dim * ffn.hidden)
-        moee_params += sum(p.numel() for p in layer.parameters()) + layer.router_bias.numel()
+        moee_params += layer.stored_numbers()
         moee_params -= ffn.w_up.numel() + ffn.b_up.numel() + ffn.w_down.numel() + ffn.b_down.numel()
     return {"dense": {"macs": macs, "params": params}, "moee": {"macs": round(moee_macs), "params": moee_params}}
 

@@ -6,6 +6,7 @@ import copy
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -13,12 +14,15 @@ from torch import nn
 from moee import checkpoint
 from moee.artifact import refuse_existing
 from moee.checkpoint import MoeeModel
+from moee.clear_moe import ClearConfig, convert
+from moee.clear_moe.convert import ClearLayerReport
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract
 from moee.data import load_data, model_transform
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention, run
 from moee.finetune import finetune
+from moee.layer_report import LayerReport
 from moee.metrics import model_cost
 from moee.models import ModelSpec, load_model
 from moee.probe import Probe, fit_probe
@@ -78,8 +82,8 @@ class Session:
 
 
 def run_extract(
-    spec: ModelSpec, source: str, config: ExtractConfig, out: Path | str, force: bool = False, report: Reporter = silent,
-    session: Session | None = None, jobs: int = 1,
+    spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str, force: bool = False,
+    report: Reporter = silent, session: Session | None = None, jobs: int = 1,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
@@ -90,7 +94,11 @@ def run_extract(
     probe = session.probe()
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
-    layers = extract(model, session.train, config, report, jobs=jobs)
+    layers: Sequence[LayerReport | ClearLayerReport]
+    if isinstance(config, ClearConfig):
+        layers = convert(model, session.train, config, report)
+    else:
+        layers = extract(model, session.train, config, report, jobs=jobs)
     seconds = time.perf_counter() - started
     info = {
         "stages": {"extracted": {**session.measure(model, probe, "extracted on held-out images"), "seconds": seconds}},

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.engine import BuildFailed, build_engines, require_backend
+    from exporter.engine import BuildFailed, build_engines, needs_plugin, require_backend
     from exporter.plugin_cache import ensure_plugin
     from exporter.profile import batch_profile
     from moee.artifact import refuse_existing
@@ -40,7 +40,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     refuse_existing(Path(args.out), args.force)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
-        plugin = Path(args.plugin) if args.plugin else ensure_plugin(parse_sms(args.sm), report)
+        plugin = Path(args.plugin) if args.plugin else None
+        if plugin is None and needs_plugin(args.path):
+            plugin = ensure_plugin(parse_sms(args.sm), report)
         try:
             result = build_engines(
                 Path(args.path), Path(args.out), plugin=plugin, backend=args.backend, batch=batch,

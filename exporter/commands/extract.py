@@ -6,9 +6,10 @@ import argparse
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from exporter.commands import OK, add_out
-from exporter.ui import ProgressDisplay, layer_table, stage_table
+from exporter.ui import ProgressDisplay, layer_table, number, percent, stage_table
 from moee.config import PRESETS
 from moee.errors import UserError
 
@@ -18,7 +19,7 @@ TEXT = "find experts in a dense model's MLPs"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("extract", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, or dinov2-s")
+    sub.add_argument("model", help="timm model name, dinov2-s or vit-scratch")
     sub.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
     sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     sub.add_argument("--weights", help="weights as a .safetensors file")
@@ -35,16 +36,22 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--min-samples", type=int)
     sub.add_argument("--criterion", help="output_variance, sensitivity, variance, magnitude or random")
     sub.add_argument("--keep", type=float, help="share of the criterion that is kept (0.95)")
-    sub.add_argument("--target-macs", type=float, help="find the kept share that leaves this share of the dense MACs")
+    sub.add_argument("--target-macs", type=float, help="share of the dense MACs that remains: finds the kept share, or the ranks")
     sub.add_argument("--allocation", help="expert (each keeps its share) or model (one threshold; criterion sensitivity)")
     sub.add_argument("--objective", help="what the sensitivity is of: output, tokens or both (both)")
     sub.add_argument("--plan", metavar="PLAN", help="plan.json of moee plan: its winner; takes no other option of the method")
     sub.add_argument("--statistics", help="cluster or routed")
     sub.add_argument("--compensation", help="none, mean or refit")
     sub.add_argument("--routing", help="cosine, euclidean, hash or random")
+    sub.add_argument("--router", help="linear, mlp, centroid or random, clear-moe only")
+    sub.add_argument("--rank", type=int, help="of the shared basis of both maps, clear-moe only")
+    sub.add_argument("--residual-rank", type=int, help="of each expert, clear-moe only (divided by least error)")
+    sub.add_argument("--energy", type=float, help="kept share of each map's output variance, clear-moe only (0.98)")
+    sub.add_argument("--layers", type=int, help="how many layers, best scores first, clear-moe only (all that pay)")
+    sub.add_argument("--calibration-images", type=int, help="clear-moe only (200)")
     sub.add_argument("--eps", type=float, help="radius, dbscan only")
-    sub.add_argument("--method", help="moee, or moefication: disjoint experts, top-k a token")
-    sub.add_argument("--experts", type=int, help="experts a layer, moefication only")
+    sub.add_argument("--method", help="moee; moefication: disjoint experts, top-k a token; clear-moe: low-rank experts")
+    sub.add_argument("--experts", type=int, help="experts a layer, moefication and clear-moe only")
     sub.add_argument("--top-k", type=int, help="experts a token, moefication only")
     sub.add_argument("--split", help="weights (clusters of fc1's rows) or coactivation, moefication only")
     sub.add_argument("--selector", help="centre (parameter centre) or router (trained), moefication only")
@@ -56,7 +63,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.pretrained import resolve
-    from moee.config import make_extract_config
+    from moee.clear_moe import ClearConfig
+    from moee.config import ExtractConfig, make_extract_config
     from moee.pipeline import run_extract
     from moee.planning import read_plan
 
@@ -69,10 +77,19 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.clusters is not None and args.clustering is None:
         overrides["clustering"] = "kmeans"
     if args.plan:
-        given = [f"--{name.replace('_', '-')}" for name, value in overrides.items() if value is not None]
-        if given or args.exclude:
-            raise UserError(f"--plan decides the method; leave {', '.join(given) or '--exclude'} out")
-    config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
+        taken = [name for name, value in overrides.items() if value is not None]
+        taken += [name for name in ONLY_CLEAR if getattr(args, name) is not None]
+        if taken or args.exclude:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
+            raise UserError(f"--plan decides the method; leave {given or '--exclude'} out")
+    config: ExtractConfig | ClearConfig
+    if args.method == "clear-moe":
+        config = clear_config(args)
+    else:
+        foreign = [name for name in ONLY_CLEAR if getattr(args, name) is not None]
+        if foreign:
+            raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
+        config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
     with ProgressDisplay() as report:
         spec = resolve(
             args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
@@ -80,9 +97,50 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.plan:
             config = read_plan(args.plan, spec)
         moee = run_extract(spec, args.data, config, args.out, args.force, report, jobs=args.jobs)
+    if isinstance(config, ClearConfig):
+        console.print(clear_table(moee.info["layers"]))
     console.print(layer_table(moee.info["layers"]))
-    console.print(stage_table(moee.info, f"{spec.name} on {args.data}, preset {args.preset}"))
+    what = "clear-moe" if isinstance(config, ClearConfig) else f"preset {args.preset}"
+    console.print(stage_table(moee.info, f"{spec.name} on {args.data}, {what}"))
     if moee.info["skipped_images"]:
         console.print(f"skipped {len(moee.info['skipped_images'])} unreadable images")
     console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB")
     return OK
+
+
+ONLY_CLEAR = ("router", "rank", "residual_rank", "energy", "layers", "calibration_images")
+CLEAR_SHARED = ("seed", "experts", "tokens", "refit_lambda", "target_macs")  # flags that clear-moe has in common with moee
+
+
+def clear_config(args: argparse.Namespace) -> Any:
+    """The configuration of CLEAR-MoE; flags of the other methods are refused rather than ignored."""
+    from moee.clear_moe import ClearConfig
+    from moee.config import validated
+
+    foreign = (
+        "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters", "criterion", "keep",
+        "statistics", "routing", "eps", "refit_tokens", "top_k", "split", "selector", "allocation", "objective",
+    )  # fmt: skip
+    given = [name for name in foreign if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"--{given[0].replace('_', '-')} is not for --method clear-moe; leave it out")
+    if args.compensation not in (None, "mean", "refit"):
+        raise UserError(f"--compensation {args.compensation}: clear-moe takes mean or refit")
+    values = {name: getattr(args, name) for name in (*ONLY_CLEAR, *CLEAR_SHARED) if getattr(args, name) is not None}
+    return validated(ClearConfig, {**values, "exclude": tuple(args.exclude), "refit": args.compensation != "mean"})
+
+
+def clear_table(layers: list[dict[str, Any]]) -> Table:
+    """Scores, ranks and router accuracy of every layer."""
+    table = Table(min_width=76, title="scores and ranks")
+    for column in ("layer", "near zero", "silhouette", "sensitivity", "score", "up", "down", "router"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in layers:
+        score, ranks = layer["scores"] or {}, layer["ranks"]
+        table.add_row(
+            layer["name"], percent(score.get("sparsity")), number(score.get("silhouette"), 3),
+            number(score.get("sensitivity")), number(score.get("score"), 2),
+            f"{ranks[0]}+{ranks[1]}" if ranks else "dense", f"{ranks[2]}+{ranks[3]}" if ranks else "dense",
+            percent(layer["router_accuracy"]),
+        )  # fmt: skip
+    return table

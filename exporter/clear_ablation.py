@@ -1,0 +1,178 @@
+"""Ablation of CLEAR-MoE: a grid of settings, one JSON file a cell, mean and standard deviation over seeds.
+
+A cell is written atomically and skipped if it is there, so an interrupted run goes on. The `star` design varies one factor at a
+time around a centre; `full` takes every combination.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moee.artifact import write_json
+from moee.clear_moe import ClearConfig, convert
+from moee.config import validated
+from moee.errors import UserError
+from moee.pipeline import Session
+from moee.progress import Reporter, silent
+
+SCHEMA = "moee.clear-cell/1"
+FACTORS = ("router", "rank", "experts", "calibration_images")
+METRICS = ("accuracy", "class_cosine", "token_cosine")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values of each factor; `centre` holds the setting that a star varies. Ranks are shared + residual rank together."""
+
+    router: tuple[str, ...] = ("random", "linear", "mlp", "centroid")
+    rank: tuple[int, ...] = (96, 128, 176)
+    experts: tuple[int, ...] = (2, 4, 8)
+    calibration_images: tuple[int, ...] = (50, 200, 500)
+    seeds: int = 3
+    residual_rank: int = 16
+    tokens: int = 16_384
+    centre: tuple[tuple[str, Any], ...] = (("router", "linear"), ("rank", 128), ("experts", 4), ("calibration_images", 200))
+
+    def settings(self, design: str) -> list[dict[str, Any]]:
+        """One dict a setting, without seeds. Raises `UserError` for an unknown design."""
+        centre = dict(self.centre)
+        if design == "full":
+            values = [getattr(self, name) for name in FACTORS]
+            return [dict(zip(FACTORS, combination, strict=True)) for combination in itertools.product(*values)]
+        if design != "star":
+            raise UserError(f"unknown design {design!r}; expected star or full")
+        found = [centre]
+        for name in FACTORS:
+            found += [{**centre, name: value} for value in getattr(self, name) if value != centre[name]]
+        return found
+
+    def config(self, setting: dict[str, Any], seed: int) -> ClearConfig:
+        """The configuration of a cell."""
+        values = {
+            **setting, "rank": setting["rank"] - self.residual_rank, "residual_rank": self.residual_rank, "seed": seed,
+            "tokens": self.tokens, "score": False,
+        }  # fmt: skip
+        return validated(ClearConfig, values)
+
+
+def cell_name(setting: dict[str, Any], seed: int) -> str:
+    return "-".join([*(f"{setting[name]}" for name in FACTORS), f"s{seed}"])
+
+
+def run_cell(session: Session, probe: Any, config: ClearConfig, setting: dict[str, Any]) -> dict[str, Any]:
+    """Convert, measure on the held-out images, and describe the result."""
+    model = copy.deepcopy(session.dense)
+    started = time.perf_counter()
+    layers = convert(model, session.train, config)
+    seconds = time.perf_counter() - started
+    measured = session.measure(model.eval(), probe, "held-out images")
+    kept, cost = measured["retention"], measured["cost"]
+    accuracy = [r.router_accuracy for r in layers if r.router_accuracy is not None]
+    return {
+        "schema": SCHEMA,
+        "setting": setting,
+        "config": config.model_dump(mode="json"),
+        **{name: kept[name] for name in ("dense_accuracy", *METRICS)},
+        "macs_share": cost["moee"]["macs"] / cost["dense"]["macs"],
+        "router_accuracy": statistics.fmean(accuracy),
+        "seconds": seconds,
+    }
+
+
+def ablate(
+    session: Session, grid: Grid, design: str, out: Path | str, report: Reporter = silent
+) -> list[dict[str, Any]]:
+    """Run what is missing of the grid into folder `out`; returns all cells. Seeds are the outer loop, so that an early stop
+    leaves every setting measured once."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = [(setting, seed) for seed in range(grid.seeds) for setting in grid.settings(design)]
+    probe = None
+    cells = []
+    for done, (setting, seed) in enumerate(jobs):
+        report("ablation", done, len(jobs))
+        path = out / f"{cell_name(setting, seed)}.json"
+        config = grid.config(setting, seed)
+        if path.is_file():
+            cell = json.loads(path.read_text())
+            if cell.get("config") != config.model_dump(mode="json"):
+                raise UserError(f"{path} was made with another configuration; give another --out or remove it")
+        else:
+            probe = probe or session.probe()
+            cell = run_cell(session, probe, config, setting)
+            write_json(path, cell)
+        cells.append(cell)
+    report("ablation", len(jobs), len(jobs))
+    return cells
+
+
+def spread(values: Iterable[float | None]) -> tuple[float, float] | None:
+    """Mean and standard deviation (0 for one value); None if nothing was measured."""
+    known = [v for v in values if v is not None]
+    return (statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0) if known else None
+
+
+def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a setting: mean and standard deviation over seeds, in the order of first appearance."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        rows.setdefault(json.dumps(cell["setting"]), []).append(cell)
+    names = (*METRICS, "router_accuracy", "macs_share", "dense_accuracy")
+    return [
+        {"setting": group[0]["setting"], "seeds": len(group), **{n: spread(c[n] for c in group) for n in names}}
+        for group in rows.values()
+    ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of a summary."""
+
+    def cell(value: tuple[float, float] | None, scale: float, digits: int) -> str:
+        return "–" if value is None else f"{value[0] * scale:.{digits}f} ± {value[1] * scale:.{digits}f}"
+
+    lines = [
+        "| router | rank | experts | images | seeds | MACs | accuracy % | class cosine | token cosine | router accuracy % |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        s = row["setting"]
+        share = row["macs_share"]
+        lines.append(
+            f"| {s['router']} | {s['rank']} | {s['experts']} | {s['calibration_images']} | {row['seeds']} | "
+            f"{(share[0] - 1) * 100:+.1f} % | {cell(row['accuracy'], 100, 2)} | {cell(row['class_cosine'], 1, 5)} | "
+            f"{cell(row['token_cosine'], 1, 5)} | {cell(row['router_accuracy'], 100, 1)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict[str, Any]], grid: Grid, path: Path) -> bool:
+    """Class cosine over each factor's values around the centre, as SVG; False if matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    centre = dict(grid.centre)
+    figure, axes = pyplot.subplots(1, len(FACTORS), figsize=(12, 3), sharey=True)
+    for axis, name in zip(axes, FACTORS, strict=True):
+        found = [r for r in rows if all(r["setting"][o] == centre[o] for o in FACTORS if o != name)]
+        found.sort(key=lambda r: getattr(grid, name).index(r["setting"][name]))  # noqa: B023
+        labels = [str(r["setting"][name]) for r in found]
+        means, deviations = zip(*[r["class_cosine"] for r in found], strict=True)
+        axis.errorbar(labels, means, yerr=deviations, marker="o", capsize=3)
+        axis.set_xlabel(name.replace("_", " "))
+    axes[0].set_ylabel("class cosine to dense")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return True

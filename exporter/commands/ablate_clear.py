@@ -1,0 +1,69 @@
+"""`moee ablate-clear`: CLEAR-MoE over routers, ranks, experts, calibration sizes and seeds; resumable."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exporter.commands import OK
+from exporter.ui import ProgressDisplay
+from moee.errors import UserError
+
+TEXT = "CLEAR-MoE over routers, ranks, experts, calibration sizes and seeds; resumable"
+
+
+def _list(kind: type):
+    def parse(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    return parse
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("ablate-clear", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("model", help="timm model name, or dinov2-s")
+    sub.add_argument("--data", required=True)
+    sub.add_argument("--pretrained", action="store_true")
+    sub.add_argument("--weights", help="weights as a .safetensors file")
+    sub.add_argument("--img-size", type=int)
+    sub.add_argument("--design", default="star", help="star (one factor at a time) or full (every combination)")
+    sub.add_argument("--routers", type=_list(str), help="comma-separated (random,linear,mlp,centroid)")
+    sub.add_argument("--ranks", type=_list(int), help="shared plus residual rank (96,128,176)")
+    sub.add_argument("--experts", type=_list(int), help="(2,4,8)")
+    sub.add_argument("--calibration-images", type=_list(int), help="(50,200,500)")
+    sub.add_argument("--residual-rank", type=int, default=16)
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--out", required=True, help="folder of the cells; what it holds is not computed again")
+    sub.add_argument("--table", help="write the Markdown table here, and beside it a plot as SVG if matplotlib is installed")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.clear_ablation import Grid, ablate, markdown, plot, summarise
+    from exporter.pretrained import resolve
+    from moee.pipeline import Session
+
+    if args.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, came {args.seeds}")
+    given = {"router": args.routers, "rank": args.ranks, "experts": args.experts, "calibration_images": args.calibration_images}
+    given = {name: values for name, values in given.items() if values}
+    defaults = dict(Grid().centre)
+    centre = tuple((n, v if n not in given or v in given[n] else given[n][len(given[n]) // 2]) for n, v in defaults.items())
+    grid = Grid(**given, seeds=args.seeds, residual_rank=args.residual_rank, centre=centre)
+    with ProgressDisplay() as report:
+        spec = resolve(
+            args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
+        )
+        cells = ablate(Session(spec, args.data, report=report), grid, args.design, args.out, report)
+    rows = summarise(cells)
+    text = markdown(rows)
+    console.print(text, markup=False)
+    if args.table:
+        Path(args.table).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.table).write_text(text)
+        picture = Path(args.table).with_suffix(".svg")
+        console.print(f"table written to {args.table}" + (f", plot to {picture}" if plot(rows, grid, picture) else ""))
+    return OK

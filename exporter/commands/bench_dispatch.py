@@ -1,0 +1,135 @@
+"""`moee bench-dispatch`: routing, permutation, products and combine of a CLEAR-MoE layer, apart, for every backend."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from exporter.commands import OK
+from exporter.ui import ProgressDisplay
+from moee.errors import UserError
+
+TEXT = "stages of CLEAR-MoE dispatch: time, bytes, FLOPs, and which are memory-bound"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("bench-dispatch", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("path", nargs="?", help="CLEAR-MoE model folder; its first layer on real tokens (default: random weights)")
+    sub.add_argument("--layer", help="name of the layer, with a model folder")
+    sub.add_argument("--batch", type=int, default=8, help="images, with a model folder (8)")
+    sub.add_argument("--tokens", type=int, default=2056, help="tokens of the random input (2056: eight images of 257)")
+    sub.add_argument("--dim", type=int, default=384)
+    sub.add_argument("--hidden", type=int, default=1536)
+    sub.add_argument("--experts", type=int, default=4)
+    sub.add_argument("--rank", type=int, default=160)
+    sub.add_argument("--residual-rank", type=int, default=8)
+    sub.add_argument("--backend", action="append", help="loop, sorted, grouped, masked, triton; repeatable (all but triton)")
+    sub.add_argument("--runs", type=int, default=30)
+    sub.add_argument("--threads", type=int, help="1 times CPU seconds, which other load does not disturb (all cores, wall time)")
+    sub.add_argument("--out", help="write dispatch.json here")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    import torch
+
+    from exporter.dispatch_bench import bench_dispatch, synthetic_layer
+    from exporter.triton_dispatch import install
+    from moee.artifact import write_json
+    from moee.clear_moe.dispatch import backend
+
+    counts = {
+        "--runs": args.runs, "--tokens": args.tokens, "--batch": args.batch, "--experts": args.experts,
+        "--threads": args.threads or 1,
+    }  # fmt: skip
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, came {value}")
+    if args.path:
+        layer, x = real_layer(args.path, args.layer, args.batch)
+    else:
+        if args.rank < 1 or args.residual_rank < 0 or args.rank + args.residual_rank > min(args.dim, args.hidden):
+            raise UserError(
+                f"--rank {args.rank} plus --residual-rank {args.residual_rank} must lie in 1..{min(args.dim, args.hidden)}, "
+                "the full rank"
+            )
+        layer = synthetic_layer(args.dim, args.hidden, args.experts, args.rank, args.residual_rank)
+        x = torch.randn(args.tokens, args.dim, generator=torch.Generator().manual_seed(0))
+    install()
+    for name in args.backend or ():
+        backend(name)  # refuses an unknown one before anything is measured
+    with ProgressDisplay() as report:
+        backends = args.backend or [n for n in ("loop", "sorted", "grouped", "masked") if _available(n)]
+        result = bench_dispatch(layer, x, backends, args.runs, args.threads, report)
+    machine = result.machine
+    clock = "one thread, CPU time" if machine.threads == 1 else f"{machine.threads} threads, wall time"
+    console.print(
+        f"machine: {machine.peak_gflops:.0f} GFLOP/s, {machine.bandwidth_gb_s:.1f} GB/s, balance {machine.balance:.1f} FLOPs a "
+        f"byte ({clock}, measured on CPU)"
+    )
+    console.print(stage_table(result))
+    console.print(form_table(result))
+    if args.out:
+        write_json(args.out, result.to_json())
+    return OK
+
+
+def _available(name: str) -> bool:
+    from moee.clear_moe.dispatch import BACKENDS
+
+    return name in BACKENDS
+
+
+def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
+    """A layer of a saved model and its input tokens on the first held-out images."""
+    import torch
+
+    from moee import checkpoint
+    from moee.clear_moe import ClearFFN
+    from moee.data import batches, load_data, model_transform
+    from moee.layer import routed_layers
+
+    moee = checkpoint.load(path)
+    layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
+    if not layers:
+        raise UserError(f"{path} has no CLEAR-MoE layer; make one with moee extract --method clear-moe")
+    name = name or next(iter(layers))
+    if name not in layers:
+        raise UserError(f"--layer {name}: expected one of {', '.join(layers)}")
+    seen: list[torch.Tensor] = []
+    handle = layers[name].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    images = next(batches(load_data(moee.data, model_transform(moee.model), "val"), batch)).images
+    with torch.no_grad():
+        moee.model(images)
+    handle.remove()
+    x = seen[0].movedim(1, -1) if layers[name].channels_first else seen[0]
+    return layers[name], x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def stage_table(result: Any) -> Table:
+    s = result.shapes
+    title = f"{s['tokens']} tokens, {s['dim']} to {s['hidden']}, {s['experts']} experts, ranks {s['up_rank']}+{s['up_residual']}"
+    table = Table(min_width=76, title=f"{title} and {s['down_rank']}+{s['down_residual']}")
+    for column in ("backend", "stage", "p50 ms", "p95 ms", "MFLOP", "MB", "FLOPs/byte", "bound by"):
+        table.add_column(column, justify="left" if column in ("backend", "stage", "bound by") else "right")
+    for stage in result.stages:
+        table.add_row(
+            stage.backend, stage.stage, f"{stage.p50_ms:.3f}", f"{stage.p95_ms:.3f}", f"{stage.flops / 1e6:.1f}",
+            f"{stage.bytes / 1e6:.2f}", f"{stage.intensity:.1f}", stage.bound,
+        )  # fmt: skip
+    return table
+
+
+def form_table(result: Any) -> Table:
+    table = Table(min_width=76, title="the whole layer in ONNX Runtime, interleaved (measured on CPU)")
+    for column in ("form", "MACs of dense", "p50 ms", "p95 ms", "speed-up", "p5 to p95"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for form in result.forms:
+        table.add_row(
+            form.form, f"{form.macs_share:.3f}", f"{form.p50_ms:.2f}", f"{form.p95_ms:.2f}", f"{form.speedup:.2f}x",
+            f"{form.speedup_p5:.2f} to {form.speedup_p95:.2f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,136 @@
+"""Lower `moee::ClearFfn` to standard ONNX operators, in one of two forms.
+
+Rules, in the order of the emitted nodes:
+1. Flatten x to tokens [T, D]; route = ArgMax of the router's scores (two Gemm and a Relu if the router has two layers).
+2. `masked`, no dispatch: per map Gemm(tokens, inward) gives the shared and all experts' coefficients [T, r + K q + K]; Mul by
+   the mask row of the token's expert sets the other experts' to zero; MatMul(outward) adds everything up. The last K columns
+   are ones before the mask and stand for the experts' biases, so no [T, H] tensor is gathered or added.
+3. `sorted`: tokens in expert order, Split by counts, per expert the same two products on constant slices (shared rows and its
+   own), Concat, inverse Gather. Only the token's own expert is computed.
+4. Slices, zeros and masks are constants or constant expressions of initialisers, which runtimes fold at load: the file keeps
+   every weight once, and both forms share one data file.
+5. The route is named `<layer>/route`, the result takes the old output's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from exporter.passes.portable import _activation, _Tape
+from plugins.contract import DOMAIN
+
+OP_TYPE = "ClearFfn"
+INPUT_NAMES = (
+    "x", "router", "router_bias", "router_hidden", "router_hidden_bias", "up_in", "up_out", "up_bias", "down_in", "down_out",
+    "down_bias",
+)  # fmt: skip
+Form = Literal["masked", "sorted"]
+
+
+def lower_clear_ffn(model: ir.Model, form: Form | Mapping[str, Form]) -> int:
+    """Replace every `ClearFfn` node in place; returns how many there were. `form` is one for all, or one a layer by name."""
+    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    for node in nodes:
+        chosen = form if isinstance(form, str) else form[node.name or ""]
+        if chosen not in ("masked", "sorted"):
+            raise ValueError(f"unknown form {chosen!r}; expected masked or sorted")
+        _lower(model.graph, node, chosen)
+    if nodes:
+        for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
+            del model.graph.initializers[name]
+    return len(nodes)
+
+
+def _shape(value: ir.Value | None) -> list[int]:
+    assert value is not None and value.shape is not None, "weights are initialisers, their shapes are static"
+    return [int(d) for d in value.shape]  # type: ignore[arg-type]
+
+
+def _lower(graph: ir.Graph, node: ir.Node, form: Form) -> None:
+    inputs = dict(zip(INPUT_NAMES, node.inputs, strict=True))
+    ranks = [int(v) for v in node.attributes["ranks"].as_ints()]
+    activation = node.attributes["activation"].as_string()
+    dim = _shape(inputs["up_in"])[1]
+    tape = _Tape(graph, node, node.name or "clear")
+    x = inputs["x"]
+    tokens = tape.op("Reshape", [x, tape.constant(np.array([-1, dim], np.int64), "token_shape")])[0]  # rule 1
+    route = _route(tape, tokens, inputs)
+    lower = _masked if form == "masked" else _sorted
+    y = lower(tape, tokens, route, inputs, ranks, activation)
+    result = tape.op("Reshape", [y, tape.op("Shape", [x])[0]])[0]  # rule 5
+    old = node.outputs[0]
+    result.type, result.shape = old.type, old.shape
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def _route(tape: _Tape, tokens: ir.Value, inputs: dict[str, ir.Value | None]) -> ir.Value:
+    """Expert of each token, [T] int64."""
+    features = tokens
+    if _shape(inputs["router_hidden"])[0]:
+        hidden = tape.op("Gemm", [tokens, inputs["router_hidden"], inputs["router_hidden_bias"]], transB=1)[0]
+        features = tape.op("Relu", [hidden])[0]
+    scores = tape.op("Gemm", [features, inputs["router"], inputs["router_bias"]], transB=1, name="scores")[0]
+    return tape.op("ArgMax", [scores], axis=1, keepdims=0, name="route")[0]
+
+
+def _mask(rank: int, residual: int, experts: int) -> np.ndarray:
+    """Rows [K, r + K q + K]: ones for the shared part, for the expert's own coefficients and for its bias."""
+    own = np.eye(experts, dtype=np.float32)
+    return np.concatenate([np.ones((experts, rank), np.float32), own.repeat(residual, axis=1), own], axis=1)
+
+
+def _masked(
+    tape: _Tape, tokens: ir.Value, route: ir.Value, inputs: dict[str, ir.Value | None], ranks: list[int], activation: str
+) -> ir.Value:
+    """Rule 2."""
+    rows, experts = tokens, _shape(inputs["up_bias"])[0]
+    for position, name in enumerate(("up", "down")):
+        rank, residual = ranks[2 * position : 2 * position + 2]
+        width = _shape(inputs[f"{name}_in"])[1]
+        ones = np.concatenate([np.zeros(rank + experts * residual, np.float32), np.ones(experts, np.float32)])
+        empty = tape.constant(np.zeros((experts, width), np.float32), f"{name}_no_input")
+        inward = tape.op("Concat", [inputs[f"{name}_in"], empty], axis=0)[0]
+        outward = tape.op("Concat", [inputs[f"{name}_out"], inputs[f"{name}_bias"]], axis=0)[0]
+        table = tape.constant(_mask(rank, residual, experts), f"{name}_mask")
+        coefficients = tape.op("Gemm", [rows, inward, tape.constant(ones, f"{name}_ones")], transB=1)[0]
+        kept = tape.op("Mul", [coefficients, tape.op("Gather", [table, route], axis=0)[0]])[0]
+        rows = tape.op("MatMul", [kept, outward])[0]
+        if name == "up":
+            rows = _activation(tape, rows, activation)
+    return rows
+
+
+def _sorted(
+    tape: _Tape, tokens: ir.Value, route: ir.Value, inputs: dict[str, ir.Value | None], ranks: list[int], activation: str
+) -> ir.Value:
+    """Rule 3."""
+    experts = _shape(inputs["up_bias"])[0]
+    count = tape.op("Shape", [route])[0]
+    order = tape.op("TopK", [route, count], outputs=2, axis=0, largest=0, sorted=1)[1]
+    ids = tape.constant(np.arange(experts, dtype=np.int64)[:, None], "ids")
+    hits = tape.op("Cast", [tape.op("Equal", [ids, route])[0]], to=int(ir.DataType.INT32))[0]
+    counts = tape.op("ReduceSum", [hits, tape.constant(np.array([1], np.int64), "axis")], keepdims=0)[0]
+    counts = tape.op("Cast", [counts], to=int(ir.DataType.INT64))[0]
+    gathered = tape.op("Gather", [tokens, order], axis=0)[0]
+    groups = tape.op("Split", [gathered, counts], outputs=experts, axis=0) if experts > 1 else [gathered]
+    parts = []
+    for e, rows in enumerate(groups):
+        for position, name in enumerate(("up", "down")):
+            rank, residual = ranks[2 * position : 2 * position + 2]
+            own = np.concatenate([np.arange(rank), rank + e * residual + np.arange(residual)]).astype(np.int64)
+            index = tape.constant(own, f"{name}_rows_{e}")
+            inward, outward = (tape.op("Gather", [inputs[f"{name}_{side}"], index], axis=0)[0] for side in ("in", "out"))
+            bias = tape.op("Gather", [inputs[f"{name}_bias"], tape.constant(np.array(e, np.int64), f"{name}_id_{e}")], axis=0)[0]
+            rows = tape.op("Gemm", [rows, inward], transB=1)[0]
+            rows = tape.op("Gemm", [rows, outward, bias])[0]
+            if name == "up":
+                rows = _activation(tape, rows, activation)
+        parts.append(rows)
+    joined = tape.op("Concat", parts, axis=0)[0] if experts > 1 else parts[0]
+    inverse = tape.op("TopK", [order, count], outputs=2, axis=0, largest=0, sorted=1)[1]
+    return tape.op("Gather", [joined, inverse], axis=0)[0]

@@ -1,0 +1,11 @@
+"""CLEAR-MoE: selected MLPs become a shared low-rank basis plus small low-rank experts, after training, without gradients.
+
+Four phases: score the layers (`scoring`), decompose both linear maps (`decompose`, `ranks`), train a light router (`routers`),
+dispatch tokens (`dispatch`). `convert` runs them; `layer.ClearFFN` is what takes an MLP's place.
+"""
+
+from moee.clear_moe.config import ClearConfig
+from moee.clear_moe.convert import convert
+from moee.clear_moe.layer import ClearFFN
+
+__all__ = ["ClearConfig", "ClearFFN", "convert"]
