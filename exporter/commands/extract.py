@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--min-samples", type=int)
     sub.add_argument("--criterion", help="output_variance, sensitivity, variance, magnitude or random")
     sub.add_argument("--keep", type=float, help="share of the criterion that is kept (0.95)")
-    sub.add_argument("--target-macs", type=float, help="find the kept share, or the ranks, that leave this share of the dense MACs")
+    sub.add_argument("--target-macs", type=float, help="find the kept share or ranks that leave this share of the dense MACs")
     sub.add_argument("--allocation", help="expert (each keeps its share) or model (one threshold; criterion sensitivity)")
     sub.add_argument("--objective", help="what the sensitivity is of: output, tokens or both (both)")
     sub.add_argument("--plan", metavar="PLAN", help="plan.json of moee plan: its winner; takes no other option of the method")
