@@ -1,5 +1,7 @@
 """ONNX graphs from someone else: external data that escapes or lies, cycles, unknown operators, tables out of order."""
 
+import importlib.util
+import json
 import os
 import random
 import shutil
@@ -12,8 +14,12 @@ import torch
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from exporter.bundle import write_deployment
+from exporter.engine import build_engines
 from exporter.onnx_safety import check_onnx
+from moee.artifact import sha256_file
 from moee.errors import UserError
+from tests.plugins import built
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
 from tests.untrusted.tables import TABLE_DAMAGE
 
@@ -113,3 +119,38 @@ def test_graphs_with_any_bytes_changed(made, tmp_path, count):
             damaged[source.randrange(len(damaged))] = source.randrange(256)
         (folder / "tensorrt.onnx").write_bytes(damaged[:length])
         accepts_or_refuses(check_onnx, folder / "tensorrt.onnx")
+
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("graph", ["dense.onnx", "tensorrt.onnx"])
+def test_engines_are_built_from_checked_graphs_alone(made, tmp_path, graph):
+    """With hashes that fit: the manifest's author is the attacker."""
+    folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
+    (tmp_path / "secret").write_bytes((folder / "moee.data").read_bytes())
+    model = onnx.load(folder / graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for item in tensor.external_data:
+            item.value = "../secret" if item.key == "location" else item.value
+    (folder / graph).write_bytes(model.SerializeToString())
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["files"][graph] = sha256_file(folder / graph)
+    (folder / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no name in the file's own folder"):
+        build_engines(folder, tmp_path / "engine", plugin=built.plugin())
+    with pytest.raises(UserError, match="no name in the file's own folder"):
+        write_deployment(folder, tmp_path / "bundle", 87, built.kernels())
+    assert not (tmp_path / "engine").exists() and not (tmp_path / "bundle").exists()
+
+
+@needs_rtx
+def test_engines_take_no_graph_from_elsewhere(made, tmp_path):
+    folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
+    manifest = json.loads((folder / "export.json").read_text())
+    for name in ("../dense.onnx", "/dense.onnx", 7, None):
+        manifest["graphs"]["dense"] = name
+        (folder / "export.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="expected a file of that folder"):
+            build_engines(folder, tmp_path / "engine", plugin=built.plugin())
