@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # pip's cmake serves where the system has none
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install demo test test-slow lint plugin clean
+.PHONY: install demo test test-slow test-browser lint plugin docs dist clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -28,12 +28,24 @@ test: install lint
 test-slow: install
 	$(BIN)/python -m pytest -m "slow and not gpu and not trt" --durations=20
 
+test-browser: install
+	$(BIN)/python -m pytest -m browser
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 plugin: install
 	$(BIN)/moee plugin build
+
+# API reference from the docstrings, in build/api; a warning is an error
+docs: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/python scripts/build_api.py build/api
+
+# wheel and source distribution, in dist/
+dist: install
+	$(BIN)/python scripts/build_dist.py dist
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,6 @@
 """The command line: `moee COMMAND`. Each command parses its flags, calls one function and shows the result.
 
-Exit codes: 0 ok, 1 a gate failed, 2 usage or bad input, 3 the environment lacks something, 130 interrupted.
+Exit codes: 0 ok, 1 a gate or a step failed, 2 usage or bad input, 3 the environment lacks something, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from rich.console import Console
 from exporter.commands import (
     BAD_INPUT,
     ENVIRONMENT,
+    GATE_FAILED,
     INTERRUPTED,
+    ablate,
     ablate_clear,
     bench,
     bench_dispatch,
     build,
+    bundle,
     demo,
     doctor,
     export,
@@ -28,14 +31,17 @@ from exporter.commands import (
     finetune,
     inspect,
     plan,
+    plots,
     plugin,
+    report,
     verify,
 )
 from moee import __version__
-from moee.errors import MissingDependency, UserError
+from moee.errors import MissingDependency, StepFailed, UserError
 
 COMMANDS = (
-    plan, extract, finetune, export, verify, bench, bench_dispatch, build, plugin, inspect, ablate_clear, doctor, demo
+    plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
+    ablate_clear, doctor, demo,
 )  # fmt: skip
 
 
@@ -70,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         errors.print(f"moee: {error}")
         return ENVIRONMENT
+    except StepFailed as error:
+        if args.debug:
+            raise
+        errors.print(f"moee: {' '.join(str(error).split())}")
+        return GATE_FAILED
     except KeyboardInterrupt:
         errors.print("moee: interrupted; earlier results are as they were")
         return INTERRUPTED

@@ -14,12 +14,13 @@ from exporter.latency import LatencyResult, bench
 from exporter.onnx_export import export
 from exporter.parity import ParityResult, check_parity
 from exporter.pretrained import resolve
+from exporter.report import write_report
 from moee import checkpoint
 from moee.artifact import refuse_existing, write_json
 from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.data import batches
-from moee.errors import MissingDependency
+from moee.errors import MissingDependency, StepFailed
 from moee.pipeline import Session, run_extract, run_finetune
 from moee.progress import Reporter, silent
 
@@ -42,20 +43,23 @@ class DemoResult:
     moee: MoeeModel
     parity: ParityResult
     latency: LatencyResult
+    engine_error: str | None = None
 
 
 def run_demo(
     out: Path | str, force: bool = False, report: Reporter = silent, model: str = MODEL, data: str = DATA,
     epochs: int = EPOCHS, tokens: int | None = None,
 ) -> DemoResult:  # fmt: skip
-    """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}` and `summary.json`.
+    """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}`, the
+    results as JSON and `report.html`.
 
     With `force`, an earlier demo in `out` is replaced, and nothing else that lies there.
     """
     out = Path(out)
     refuse_existing(out, force)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").unlink(missing_ok=True)
+    for name in ("summary.json", "parity.json", "latency.json", "report.html"):
+        (out / name).unlink(missing_ok=True)
     session = Session(resolve(model, data, report=report), data, report=report)
     config = make_extract_config(
         "compensated", keep=KEEP, tokens=tokens, cluster_tokens=CLUSTER_TOKENS, refit_tokens=REFIT_TOKENS
@@ -70,10 +74,17 @@ def run_demo(
     parity = check_parity(exported, moee, session.held_out, report=report)
     images = next(batches(session.held_out, BATCH)).images.numpy()
     latency = bench(exported, BATCH, images=images, report=report)
-    engine = _build(exported, out / "engine", report)
+    engine, engine_error = None, None
+    try:
+        engine = _build(exported, out / "engine", report)
+    except StepFailed as error:  # everything else is done: write it down, and let the caller say that this failed
+        engine_error = " ".join(str(error).split())
     summary = _summary(moee, data, parity, latency, engine)
+    for name, result in (("parity", parity), ("latency", latency)):
+        write_json(out / f"{name}.json", result.to_json())
     write_json(out / "summary.json", summary)
-    return DemoResult(summary, moee, parity, latency)
+    write_report([out], out / "report.html", force=True)
+    return DemoResult(summary, moee, parity, latency, engine_error)
 
 
 def _build(exported: Path, out: Path, report: Reporter) -> dict[str, Any] | None:

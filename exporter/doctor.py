@@ -49,5 +49,22 @@ def checks() -> list[Check]:
         Check("C++ compiler (plugin)", shutil.which("g++") or shutil.which("c++"), "apt-get install g++"),
         Check("CMake (plugin)", find_cmake(), "pip install cmake"),
         Check("NVIDIA GPU", gpu, "optional: kernels and engines run on one, everything else does not need it"),
+        *_runners(),
         Check("dinov2-s weights", str(weights) if weights.is_file() else None, "fetched on first use of dinov2-s"),
     ]
+
+
+def _runners() -> list[Check]:
+    """What can execute a graph or an engine here, each tried: an installed provider may still lack its driver."""
+    from exporter.engine import BACKENDS
+    from exporter.engine_worker import device_count
+    from exporter.runners import PROVIDERS, provider_works
+
+    found = []
+    for name, (_, label, fix) in PROVIDERS.items():
+        found.append(Check(f"run ONNX on {label}", f"--provider {name}" if provider_works(name) else None, fix))
+    devices = device_count()
+    for backend, (module, _, extra) in BACKENDS.items():
+        works = importlib.util.find_spec(module) is not None and devices > 0 and torch.cuda.is_available()
+        found.append(Check(f"run {backend} engines", "yes" if works else None, f"pip install 'moee[{extra}]' and an NVIDIA GPU"))
+    return found

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-
+from exporter.onnx_safety import check_onnx
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, sha256_file, write_manifest
-from moee.errors import MissingDependency, UserError
+from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.build import describe_plugin
 from plugins.contract import DOMAIN, OP_TYPE
 
@@ -54,7 +53,7 @@ class EngineReport:
     moee: Engine
 
 
-class BuildFailed(RuntimeError):
+class BuildFailed(StepFailed):
     """TensorRT gave up or aborted; the message holds its last words."""
 
 
@@ -115,6 +114,7 @@ def build_engines(
             "batch": {"min": low, "opt": opt, "max": high},
             "plugin": {"file": "", "sha256": "", "headers": ""},  # of an export that needs none
             "plugin_layers": results["moee"]["plugin_layers"],
+            "source_sha256": sha256_file(graphs["moee"]),
             "engines": {name: _engine(folder / f"{name}.plan", result) for name, result in results.items()},
         }
         if library is not None and info is not None:
@@ -162,19 +162,19 @@ def needs_plugin(export_dir: Path | str) -> bool:
 
 
 def count_plugin_nodes(graph: Path) -> int:
-    """MoeeFfn nodes in an ONNX file (its weights are not read). Raises `UserError` if it cannot be read."""
-    try:
-        model = onnx.load(graph, load_external_data=False)
-    except Exception as error:  # protobuf's decode errors share no base class with onnx's own
-        raise UserError(f"{graph} is not a readable ONNX file ({error}); export it again") from error
+    """MoeeFfn nodes in an ONNX file (its weights are not read). Raises `UserError` if it cannot be read or is unsafe."""
+    model = check_onnx(graph)
     return sum(node.op_type == OP_TYPE and node.domain == DOMAIN for node in model.graph.node)
 
 
 def _graph(folder: Path, export: dict[str, Any], key: str) -> Path:
-    path = folder / export.get("graphs", {}).get(key, f"{key}.onnx")
-    if not path.is_file():
-        raise UserError(f"{path} is missing; export.json names it as the {key} graph; export again")
-    return path
+    graphs = export.get("graphs", {})
+    name = graphs.get(key, f"{key}.onnx") if isinstance(graphs, dict) else None
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(f"{folder} names {name!r} as the {key} graph; expected a file of that folder; export again")
+    if not (folder / name).is_file():
+        raise UserError(f"{folder / name} is missing; export.json names it as the {key} graph; export again")
+    return folder / name
 
 
 def _engine(path: Path, result: dict[str, Any]) -> dict[str, Any]:

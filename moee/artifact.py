@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from moee.errors import UserError
+from moee.schema import upgraded
+
+MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 
 
 def sha256_file(path: Path) -> str:
@@ -77,12 +80,16 @@ def atomic_folder(path: Path | str, force: bool = False) -> Iterator[Path]:
 
 def write_json(path: Path | str, data: Any) -> None:
     """Write JSON atomically: temporary file, fsync, rename."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as handle:
-            json.dump(data, handle, indent=2)
-            handle.write("\n")
+            handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -97,7 +104,7 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} not found; expected a file that a moee command wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); make it again") from error
 
 
@@ -121,24 +128,35 @@ def write_manifest(folder: Path, name: str, schema: str, body: dict[str, Any]) -
     write_json(folder / name, {"schema": schema, "tools": tool_versions(), "files": files, **body})
 
 
+def stays_inside(folder: Path, relative: str) -> bool:
+    """Whether a name from a manifest means a file below `folder`, through no link."""
+    if not relative or not relative.isprintable() or Path(relative).is_absolute() or ".." in Path(relative).parts:
+        return False
+    try:
+        if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(relative).parts):
+            return False
+        resolved = (folder / relative).resolve()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that no file system can hold
+        return False
+    return resolved == folder.resolve() / Path(relative)
+
+
 def read_manifest(folder: Path | str, name: str, schema: str, verify: bool = True) -> dict[str, Any]:
     """Read `folder/name`, check its schema and, with `verify`, the hash of each file that it lists.
 
-    Raises `UserError` for a missing folder, a foreign schema, a missing or changed file, or a name that leaves the folder.
+    Raises `UserError` for a missing folder, a foreign or newer schema, a missing or changed file, or a name that leaves the
+    folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that holds {name}")
-    manifest = read_json(folder / name)
-    if not isinstance(manifest, dict) or manifest.get("schema") != schema:
-        came = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(f"{folder / name} has schema {came!r}, expected {schema!r}; make it again with this version")
+    manifest = upgraded(read_json(folder / name), schema, folder / name)
     files = manifest.get("files")
     if not isinstance(files, dict):
         raise UserError(f"{folder / name} lists no files; make it again")
     for relative, expected in files.items() if verify else ():
         path = folder / relative
-        if Path(relative).is_absolute() or ".." in Path(relative).parts or path.is_symlink():
+        if not stays_inside(folder, relative):
             raise UserError(f"{folder / name} names {relative!r}, which leaves its folder; do not use this artifact")
         if not path.is_file():
             raise UserError(f"{path} is missing; its manifest lists it; make the artifact again")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moee.config import ExtractConfig
-from moee.grouping import RoutedLayer, stays_dense
+from moee.grouping import GroupedLayer, stays_dense
 from moee.layer import LOAD_UNIT, Experts
 from moee.layer_report import LayerReport
 from moee.models import FFN
@@ -14,7 +14,7 @@ from moee.selection import Moments
 
 
 def build_layer(
-    routed: RoutedLayer, kept: list[Tensor] | None, config: ExtractConfig
+    routed: GroupedLayer, kept: list[Tensor] | None, config: ExtractConfig
 ) -> tuple[Experts | None, LayerReport]:
     """The experts that keep the given neurons; None and the reason where the layer stays dense."""
     ffn = routed.ffn

@@ -24,6 +24,8 @@ from moee.probe import Probe
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
+MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
+MAX_MLP_RATIO = 64  # hidden over token width; models have 4
 
 
 class LayerRecord(BaseModel):
@@ -120,7 +122,9 @@ def load(path: Path | str) -> MoeeModel:
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST} lacks {error}; make the artifact again") from error
     state = read_safetensors(path / WEIGHTS)
-    model = load_model(spec.model_copy(update={"weights": None, "pretrained": False}))
+    bare = spec.model_copy(update={"weights": None, "pretrained": False})
+    _check_size(bare, state, {record.name for record in records}, path)
+    model = load_model(bare)
     ffns = {f.name: f for f in find_ffns(model, config.exclude if config else ())}
     for record in records:
         if record.name not in ffns:
@@ -133,6 +137,27 @@ def load(path: Path | str) -> MoeeModel:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
     probe = read_safetensors(path / PROBE) if (path / PROBE).is_file() else None
     return MoeeModel(model.eval(), spec, config, data, Probe(probe["weight"], probe["bias"]) if probe else None, info)
+
+
+def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], path: Path) -> None:
+    """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
+    model is first laid out without memory: every tensor outside the routed MLPs must be in the file, in that shape, and no MLP
+    may be absurdly wide. Raises `UserError` otherwise."""
+    for key, value in spec.kwargs.items():
+        if isinstance(value, (int, float)) and abs(value) > MAX_ARGUMENT:
+            raise UserError(f"{path / MANIFEST} asks for {key} {value}; expected at most {MAX_ARGUMENT}")
+    with torch.device("meta"):
+        laid_out = load_model(spec).state_dict()
+    owners = {key: key.rpartition(".")[0].rpartition(".")[0] for key in laid_out}
+    for name in sorted(routed - set(owners.values())):
+        raise UserError(f"{path / MANIFEST} names layer {name}, which {spec.timm_name} does not have")
+    for key, tensor in laid_out.items():
+        if owners[key] in routed:
+            if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
+                raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
+        elif key not in state or state[key].shape != tensor.shape:
+            came = list(state[key].shape) if key in state else "nothing"
+            raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {list(tensor.shape)}, came {came}")
 
 
 def _config(values: dict[str, Any]) -> ExtractConfig | ClearConfig:
@@ -194,5 +219,3 @@ def _rebuild(record: LayerRecord, state: dict[str, Tensor], ffn: FFN) -> RoutedF
         raise UserError(f"layer {record.name}: top_k {record.top_k} exceeds its {k} experts; the artifact is damaged")
     experts = Experts(**tensors, activation=record.activation, top_k=record.top_k, load=record.load)
     return RoutedFFN(experts, record.channels_first)
-
-

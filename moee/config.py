@@ -86,6 +86,8 @@ class FinetuneConfig(BaseModel):
     lr: float = Field(1.5e-5, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     temperature: float = Field(1.0, gt=0, description="of the logits KL, classifiers only")
+    distil: Literal["output", "tokens"] = "output"
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero")
     train_router: bool = False
     validation: float = Field(0.1, gt=0, lt=1, description="share of the images that chooses the best epoch")
 

@@ -16,8 +16,8 @@ from moee.assembly import build_layer
 from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches
-from moee.errors import UserError
-from moee.grouping import RoutedLayer, find_routes
+from moee.errors import NothingRouted, UserError
+from moee.grouping import GroupedLayer, find_routes
 from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
 from moee.metrics import dense_macs, tokens_per_image
@@ -37,35 +37,38 @@ class Prepared:
     dropping each neuron of each expert makes. Different budgets can be applied to it."""
 
     ffns: list[FFN]
-    found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]]
+    found: list[GroupedLayer | LayerReport | tuple[Experts, LayerReport]]
     error: dict[str, Tensor]
 
     @property
-    def routed(self) -> dict[str, RoutedLayer]:
-        return {r.ffn.name: r for r in self.found if isinstance(r, RoutedLayer)}
+    def routed(self) -> dict[str, GroupedLayer]:
+        return {r.ffn.name: r for r in self.found if isinstance(r, GroupedLayer)}
 
 
 def extract(
-    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None, jobs: int = 1
-) -> list[LayerReport]:
+    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None,
+    jobs: int = 1, sampled: list[LayerTokens] | None = None,
+) -> list[LayerReport]:  # fmt: skip
     """Replace the MLPs of `model` in place by routed experts found on `data`; returns one report a layer.
 
     Calibration tokens lie on disk under `scratch` (a temporary folder by default) while it runs. Deterministic for one
     configuration, data set and thread count. Cluster labels are cached, so an interrupted run does not cluster a
-    finished layer again; `jobs` layers are clustered side by side. Raises `UserError` for input it cannot work with;
+    finished layer again; `jobs` layers are clustered side by side. `sampled`, the tokens of an earlier calibration of the
+    same dense model (one entry an MLP), saves collecting them again. Raises `UserError` for input it cannot work with;
     the model is then unchanged.
     """
-    return apply(model, prepare(model, data, config, report, scratch, jobs), data, config, report)
+    return apply(model, prepare(model, data, config, report, scratch, jobs, sampled), data, config, report)
 
 
 def prepare(
-    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None, jobs: int = 1
-) -> Prepared:
+    model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None,
+    jobs: int = 1, sampled: list[LayerTokens] | None = None,
+) -> Prepared:  # fmt: skip
     """The first half of `extract`: calibrate, group each layer's tokens, measure the sensitivity. `model` stays as it is."""
     ffns = find_ffns(model, config.exclude)
-    found: list[RoutedLayer | LayerReport | tuple[Experts, LayerReport]] = []
+    found: list[GroupedLayer | LayerReport | tuple[Experts, LayerReport]] = []
     with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
-        sampled = collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
+        sampled = sampled or collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
         report("experts", 0, len(ffns))
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(max(1, jobs)) as pool:
@@ -87,7 +90,7 @@ def apply(
     reports, layers = [], {}
     for ffn, result in zip(prepared.ffns, prepared.found, strict=True):
         experts: Experts | None = None
-        if isinstance(result, RoutedLayer):
+        if isinstance(result, GroupedLayer):
             experts, layer_report = build_layer(result, kept.get(ffn.name), config)
         elif isinstance(result, tuple):
             experts, layer_report = result
@@ -97,7 +100,7 @@ def apply(
             layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
         reports.append(layer_report)
     if not layers:
-        raise UserError("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
+        raise NothingRouted("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
         replace_module(model, name, layer)
     if config.compensation == "refit":
@@ -110,7 +113,7 @@ def _find(ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporte
 
 
 def choose_neurons(
-    model: nn.Module, routed: dict[str, RoutedLayer], error: dict[str, Tensor], data: ImageSet, config: ExtractConfig
+    model: nn.Module, routed: dict[str, GroupedLayer], error: dict[str, Tensor], data: ImageSet, config: ExtractConfig
 ) -> dict[str, list[Tensor]]:
     """Per layer and expert, the ascending ids of the neurons to keep; a layer that would cost as much as dense is left out.
 
@@ -136,7 +139,7 @@ def choose_neurons(
     return {n: k for n, k in kept.items() if _macs(routed[n], k, tokens[n]) < dense[n]}
 
 
-def _by_expert(routed: RoutedLayer, error: Tensor | None, config: ExtractConfig, keep: float) -> list[Tensor]:
+def _by_expert(routed: GroupedLayer, error: Tensor | None, config: ExtractConfig, keep: float) -> list[Tensor]:
     """Each expert's neurons that hold the share `keep` of the criterion in that expert."""
     if config.criterion == "sensitivity":
         assert error is not None
@@ -144,14 +147,14 @@ def _by_expert(routed: RoutedLayer, error: Tensor | None, config: ExtractConfig,
     return select_neurons(routed.moments, routed.ffn, config.criterion, keep, config.seed)
 
 
-def _macs(routed: RoutedLayer, kept: list[Tensor], tokens: int) -> float:
+def _macs(routed: GroupedLayer, kept: list[Tensor], tokens: int) -> float:
     """MACs an image of a layer with the given neurons, router included."""
     widths = torch.tensor([len(k) for k in kept], dtype=torch.float64)
     return tokens * routed.ffn.dim * (len(kept) + 2 * float(widths @ routed.share))
 
 
 def _share_for(
-    budget: float, routed: dict[str, RoutedLayer], error: dict[str, Tensor], tokens: dict[str, int], config: ExtractConfig
+    budget: float, routed: dict[str, GroupedLayer], error: dict[str, Tensor], tokens: dict[str, int], config: ExtractConfig
 ) -> dict[str, list[Tensor]]:
     """The largest share `keep` whose experts cost at most `budget` MACs an image, by bisection."""
     low, high = 0.0, 1.0
@@ -167,7 +170,7 @@ def _share_for(
 
 
 def sensitivity_of(
-    model: nn.Module, routed: dict[str, RoutedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent
+    model: nn.Module, routed: dict[str, GroupedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent
 ) -> dict[str, Tensor]:
     """Sensitivity a token [K, H] of every routed layer's experts and neurons."""
     ffns = {name: r.ffn for name, r in routed.items()}

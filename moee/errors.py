@@ -1,4 +1,4 @@
-"""The two errors that the command line turns into exit codes."""
+"""The errors that the command line turns into exit codes."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,11 @@ class UserError(ValueError):
 
 class MissingDependency(RuntimeError):
     """The environment lacks something; the message names it and the command that installs it. Exit code 3."""
+
+
+class StepFailed(RuntimeError):
+    """A step that the environment allows was tried and failed, such as a compilation. One sentence; exit code 1."""
+
+
+class NothingRouted(UserError):
+    """No layer showed two clusters, so the model would stay dense."""

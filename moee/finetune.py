@@ -1,7 +1,8 @@
 """Distillation: the MoEE model learns from the unmodified one (paper, section 4; its recipe as defaults).
 
 A classifier matches the teacher's logits (KL divergence), a backbone its features (squared error relative to their power,
-plus one minus cosine). Teacher outputs are computed once, since images are not augmented. The router stays frozen.
+plus one minus cosine); `distil` tokens adds every token of the last feature map. Teacher outputs are computed once, since
+images are not augmented. The router stays frozen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from moee.artifact import read_json, sha256_file, write_json
 from moee.config import FinetuneConfig
-from moee.data import ImageSet, batches
+from moee.data import Batch, ImageSet, batches
 from moee.errors import UserError
 from moee.evaluate import run
 from moee.layer import routed_layers
@@ -44,6 +45,39 @@ def distillation_loss(student: Tensor, teacher: Tensor, classifier: bool, temper
     return (relative + 1 - nn.functional.cosine_similarity(student, teacher, dim=-1)).mean()
 
 
+def token_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Scalar loss of feature maps [B, ..., D]: squared error over the teacher's mean power, plus one minus the tokens' cosine."""
+    relative = (student - teacher).square().sum(-1).mean() / teacher.square().sum(-1).mean().clamp(min=1e-12)
+    return relative + 1 - nn.functional.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Factor of the learning rate: a linear rise over the share `warmup` of the steps, then half a cosine down to zero."""
+    rise = warmup * steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return (1 + math.cos(math.pi * (step - rise) / max(1.0, steps - rise))) / 2
+
+
+class _Comparison:
+    """Loss of a batch: on the output, and with `distil` tokens on the last feature map too (the dense model runs along)."""
+
+    def __init__(self, model: nn.Module, dense: nn.Module, teacher: Tensor, classifier: bool, config: FinetuneConfig):
+        self.model, self.dense, self.teacher, self.classifier, self.config = model, dense, teacher, classifier, config
+
+    def __call__(self, batch: Batch) -> Tensor:
+        target = self.teacher[batch.indices]
+        if self.config.distil == "output":
+            return distillation_loss(self.model(batch.images), target, self.classifier, self.config.temperature)
+        features = self.model.forward_features(batch.images)  # type: ignore[operator]
+        output = self.model.forward_head(features)  # type: ignore[operator]
+        with torch.no_grad():
+            wanted = self.dense.forward_features(batch.images)  # type: ignore[operator]
+        if wanted.shape[-1] != self.dense.num_features:
+            features, wanted = features.movedim(1, -1), wanted.movedim(1, -1)  # [B, D, H, W]
+        return distillation_loss(output, target, self.classifier, self.config.temperature) + token_loss(features, wanted)
+
+
 def finetune(
     model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent,
     resume: Path | None = None, teacher: Tensor | None = None,
@@ -68,14 +102,13 @@ def finetune(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay)
     steps = -(-len(train) // config.batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.epochs * steps)
+    compare = _Comparison(model, dense, teacher, classifier, config)
 
     def validate() -> float:
         total = 0.0
         with torch.no_grad():
             for batch in batches(data, config.batch_size, order=held_out):
-                loss = distillation_loss(model(batch.images), teacher[batch.indices], classifier, config.temperature)
-                total += float(loss) * len(batch.images)
+                total += float(compare(batch)) * len(batch.images)
         return total / len(held_out)
 
     # the modules stay in eval mode: timm's dropout and stochastic depth would act on the student alone
@@ -85,9 +118,6 @@ def finetune(
     restored = _restore(resume, identity, trainable, optimiser) if resume is not None else None
     if restored is not None:
         first, best, result = restored
-        schedule.last_epoch = first * steps
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * (1 + math.cos(math.pi * first / config.epochs)) / 2
     else:
         result.validation_loss.append(validate())
         result.train_loss.append(math.nan)
@@ -97,13 +127,14 @@ def finetune(
         total = 0.0
         shuffled = train[torch.randperm(len(train), generator=generator)]
         for step, batch in enumerate(batches(data, config.batch_size, order=shuffled), 1):
-            loss = distillation_loss(model(batch.images), teacher[batch.indices], classifier, config.temperature)
+            for group in optimiser.param_groups:
+                group["lr"] = config.lr * rate(epoch * steps + step - 1, config.epochs * steps, config.warmup)
+            loss = compare(batch)
             if not torch.isfinite(loss):
                 raise UserError(f"the loss became {float(loss)} in epoch {epoch + 1}; lower --lr (came {config.lr})")
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
-            schedule.step()
             total += float(loss.detach()) * len(batch.images)
             report("finetune", epoch * steps + step, config.epochs * steps)
         result.train_loss.append(total / len(train))

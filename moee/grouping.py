@@ -22,7 +22,7 @@ MIN_EXPERT_TOKENS = 2  # an expert needs a variance
 
 
 @dataclass(frozen=True)
-class RoutedLayer:
+class GroupedLayer:
     """A layer whose tokens have been grouped: its router, the activation moments of each expert, each expert's share [K]
     of the calibration tokens, and the share of clustered tokens that were noise."""
 
@@ -36,7 +36,7 @@ class RoutedLayer:
 
 def find_routes(
     ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter = silent
-) -> RoutedLayer | LayerReport:
+) -> GroupedLayer | LayerReport:
     """Cluster one layer's tokens and make its router; a `LayerReport` with the reason when it stays dense."""
     generator = torch.Generator().manual_seed(config.seed)
     rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
@@ -54,7 +54,7 @@ def find_routes(
     else:
         moments = _moments(ffn, sampled, routes, len(router))
     share = torch.bincount(routes, minlength=len(router)).double() / len(routes)
-    return RoutedLayer(ffn, router, bias, moments, share, noise)
+    return GroupedLayer(ffn, router, bias, moments, share, noise)
 
 
 def stays_dense(ffn: FFN, reason: str, noise: float = 0.0) -> LayerReport:

@@ -19,6 +19,8 @@ from moee.errors import UserError
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
 MAX_LISTED_KEYS = 3
+# Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
+FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained"}
 
 
 class ModelSpec(BaseModel):
@@ -67,10 +69,11 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if not timm.is_model(spec.timm_name):
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
-        raise UserError(f"unknown model {spec.name!r}: expected a timm name or the alias dinov2-s{hint}")
+        raise UserError(f"unknown model {spec.name!r}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
     kwargs = dict(spec.kwargs)
-    if spec.weights is not None:
-        kwargs["checkpoint_path"] = ""
+    forbidden = sorted(kwargs.keys() & FILE_ARGUMENTS)
+    if forbidden:
+        raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights as .safetensors")
     try:
         model = timm.create_model(spec.timm_name, pretrained=spec.pretrained and spec.weights is None, **kwargs)
     except (TypeError, AssertionError, ValueError) as error:

@@ -64,11 +64,13 @@ def ffn(
     max_width: int,
     load: Sequence[int],
 ) -> Tensor:
-    """x [..., D] to y [..., D]; arguments as in `plugins.contract`. Sums in float32, result in x's dtype."""
+    """x [..., D] to y [..., D]; arguments as in `plugins.contract`. Sums in float32 (float64 for
+    a float64 x), result in x's dtype."""
     _check(x, router, router_bias, w_up, b_out, offsets, top_k)
     tokens = x.reshape(-1, x.shape[-1])
     bounds = offsets.tolist()
-    y = torch.zeros(tokens.shape, dtype=torch.float32 if top_k > 1 else x.dtype, device=x.device)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(tokens.shape, dtype=exact if top_k > 1 else x.dtype, device=x.device)
     for e, rows in enumerate(_groups(route(tokens, router, router_bias, top_k), router.shape[0])):
         if not len(rows):
             continue
@@ -78,7 +80,7 @@ def ffn(
         if top_k == 1:
             y[rows] = part
         else:
-            y[rows] += part.float()
+            y[rows] += part.to(exact)
     return y.to(x.dtype).reshape(x.shape)
 
 

@@ -57,8 +57,10 @@ def make_router(kind: str, tokens: Tensor, labels: Tensor, experts: int, seed: i
 
 
 def scores(tokens: Tensor, router: Tensor, router_bias: Tensor) -> Tensor:
-    """Scores [N, K] float32 of tokens [N, D]. A token with any score that is not finite scores zero everywhere."""
-    raw = tokens.float() @ router.float().T + router_bias.float()
+    """Scores [N, K] float32 (float64 for float64 tokens) of tokens [N, D]. A token with any score that is not finite scores
+    zero everywhere."""
+    exact = torch.promote_types(tokens.dtype, torch.float32)
+    raw = tokens.to(exact) @ router.to(exact).T + router_bias.to(exact)
     return torch.where(torch.isfinite(raw).all(-1, keepdim=True), raw, torch.zeros_like(raw))
 
 

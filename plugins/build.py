@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moee.errors import MissingDependency, UserError
+from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.embed import embed
 
 LIBRARY = "libmoee_plugin.so"
@@ -120,7 +120,7 @@ def build_plugin(
 
     `sms` limits the embedded SMs (None: all). `sanitize` builds with ASan and UBSan; `host` names the C++ sources of
     a test program, built as `out_dir/build/moee_host`. Raises `MissingDependency` without cmake, a compiler or headers,
-    `UserError` for unusable kernels or headers, `RuntimeError` with the compiler's output if compiling fails.
+    `UserError` for unusable kernels or headers, `StepFailed` if compiling fails: the compiler's output is in `out_dir/build.log`.
     """
     out_dir = Path(out_dir).resolve()
     headers = select_headers(tensorrt_root)
@@ -138,8 +138,8 @@ def build_plugin(
         f"-DMOEE_SANITIZE={'ON' if sanitize else 'OFF'}",
         f"-DMOEE_HOST={';'.join(str(Path(source).resolve()) for source in host)}",
     ]
-    _run(configure)
-    _run([str(cmake), "--build", str(build), "-j", str(jobs or os.cpu_count() or 1)])
+    _run(configure, out_dir / "build.log")
+    _run([str(cmake), "--build", str(build), "-j", str(jobs or os.cpu_count() or 1)], out_dir / "build.log")
     library = out_dir / LIBRARY
     temporary = library.with_suffix(".tmp")
     shutil.copy2(build / LIBRARY, temporary)
@@ -153,10 +153,14 @@ def find_cmake() -> str | None:
     return shutil.which("cmake") or (str(beside) if beside.is_file() else None)
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str], log: Path) -> None:
+    """Run a command; its output goes to `log`. Raises `StepFailed` with the first line that speaks of an error."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    log.write_text(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}", encoding="utf-8")
     if done.returncode != 0:
-        raise RuntimeError(f"`{' '.join(command)}` failed:\n{(done.stdout + done.stderr)[-4000:]}")
+        lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "it said nothing")
+        raise StepFailed(f"compiling the plugin failed: {first[:300]} (all of the output is in {log})")
 
 
 def describe_plugin(path: Path) -> PluginInfo:

@@ -1,8 +1,9 @@
-"""`moee bench`: latency of the dense and the MoEE graph, interleaved."""
+"""`moee bench`: latency and throughput of the dense and the MoEE model, interleaved, with a verdict only where there is one."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,18 +12,25 @@ from rich.table import Table
 from exporter.commands import GATE_FAILED, OK
 from exporter.ui import ProgressDisplay
 
-TEXT = "latency of the dense and the MoEE graph, interleaved"
+TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
 
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bench", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
+    sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
+    sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
     sub.add_argument("--batch", type=int, default=8)
-    sub.add_argument("--runs", type=int, default=40)
+    sub.add_argument("--runs", "--iterations", type=int, default=40, help="pairs of runs, at least (40)")
+    sub.add_argument("--duration", type=float, default=3.0, metavar="S", help="seconds of pairs, at least (3)")
+    sub.add_argument("--streams", "--infStreams", type=int, default=2, help="requests in flight for throughput (2)")
+    sub.add_argument("--throughput", type=float, default=3.0, metavar="S", help="seconds for throughput, 0 for none (3)")
+    sub.add_argument("--cuda-graph", "--useCudaGraph", action="store_true", help="replay engines as CUDA graphs")
+    sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
     sub.add_argument("--threads", type=int)
     sub.add_argument("--out", help="write latency.json here")
-    sub.add_argument("--fail-if-slower", action="store_true", help="exit code 1 if MoEE is slower than dense")
+    sub.add_argument("--fail-if-slower", action="store_true", help="exit code 1 if dense is faster beyond the noise")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -30,31 +38,58 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.onnx_export import MANIFEST, SCHEMA
     from moee.artifact import read_manifest, write_json
     from moee.data import Transform, batches, load_data
+    from moee.errors import UserError
 
     manifest = read_manifest(args.path, MANIFEST, SCHEMA)
     given = manifest["input"]
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:
         images = None
         if manifest["data"] in ("digits", "photos"):
             transform = Transform(given["size"], tuple(given["mean"]), tuple(given["std"]), {})
             images = next(batches(load_data(manifest["data"], transform, "val"), args.batch)).images.numpy()
-        result = bench(args.path, args.batch, args.runs, args.threads, images, report)
+        result = bench(
+            args.path, args.batch, args.runs, args.threads, images, report, duration_s=args.duration, provider=args.provider,
+            engine=args.engine, cuda_graph=args.cuda_graph, streams=args.streams, throughput_s=args.throughput,
+            profile=args.profile,
+        )  # fmt: skip
     console.print(latency_table(result))
+    if result.throughput:
+        rate = result.throughput
+        console.print(
+            f"throughput with {result.streams} in flight: dense {rate['dense']:.1f}, MoEE {rate['moee']:.1f} images a second"
+        )
+    if result.layers:
+        console.print(_layer_table(result.layers))
+    console.print(result.verdict.text, highlight=False)
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result.to_json())
-    if args.fail_if_slower and result.speedup < 1:
-        console.print(f"MoEE is slower than dense: {result.speedup:.2f}x")
+    if args.fail_if_slower and result.verdict.winner == "dense":
+        console.print("FAILED: MoEE is slower than dense")
         return GATE_FAILED
     return OK
 
 
 def latency_table(result: Any) -> Table:
-    title = f"latency, batch {result.batch}, {result.threads} threads, {result.runtime} (measured on CPU)"
+    where = "GPU" if result.cuda_graph is not None else f"{result.threads} threads"
+    title = f"latency, batch {result.batch}, {where}, {result.runtime}, {result.precision}"
     table = Table(min_width=76, title=title)
-    for column in ("", "p50 ms", "p95 ms"):
+    for column in ("", "p50 ms", "p90 ms", "p95 ms", "p99 ms"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in (("dense", result.dense_ms), ("MoEE", result.moee_ms)):
-        table.add_row(name, f"{values['p50']:.2f}", f"{values['p95']:.2f}")
+        table.add_row(name, *[f"{values[p]:.2f}" for p in ("p50", "p90", "p95", "p99")])
     ideal = f" of ideal {result.ideal_speedup:.2f}x" if result.ideal_speedup else ""
-    table.caption = f"speed-up {result.speedup:.2f}x ({result.speedup_p5:.2f} to {result.speedup_p95:.2f}){ideal}"
+    table.caption = f"speed-up {result.speedup:.2f}x (p5 {result.speedup_p5:.2f}, p95 {result.speedup_p95:.2f}){ideal}"
+    return table
+
+
+def _layer_table(profile: Any) -> Table:
+    table = Table(min_width=76, title=f"routed layers, kernel time a batch ({profile.runs} profiled runs)")
+    for column in ("layer", "dense ms", "MoEE ms", "speed-up"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in profile.layers:
+        table.add_row(layer.name, f"{layer.dense_ms:.3f}", f"{layer.moee_ms:.3f}", f"{layer.speedup:.2f}x")
+    table.add_row("everything else", f"{profile.other_dense_ms:.3f}", f"{profile.other_moee_ms:.3f}", "")
     return table

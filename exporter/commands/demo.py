@@ -37,5 +37,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     engine = result.summary["engine"]
     if engine:
         console.print(f"engine built on CPU by {engine['builder']}: {engine['plugin_layers']} plugin layers, {engine['path']}")
-    console.print(f"summary written to {Path(args.out) / 'summary.json'}")
-    return OK if parity else GATE_FAILED
+    if result.engine_error:
+        console.print(f"no engines: {result.engine_error}", markup=False, highlight=False)
+    console.print(f"summary written to {Path(args.out) / 'summary.json'}, report to {Path(args.out) / 'report.html'}")
+    return OK if parity and not result.engine_error else GATE_FAILED

@@ -17,6 +17,9 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("export", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee extract or finetune wrote")
+    sub.add_argument(
+        "--precision", default="fp32", help="fp32, fp16 or bf16; norms, softmax and routing stay in float32 (fp32)"
+    )
     add_out(sub, "the graphs")
 
 
@@ -25,6 +28,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee import checkpoint
 
     with ProgressDisplay() as report:
-        export(checkpoint.load(args.path), args.out, args.force, report, source=args.path)
+        export(checkpoint.load(args.path), args.out, args.force, report, source=args.path, precision=args.precision)
     console.print(f"dense.onnx, portable.onnx and tensorrt.onnx written to {args.out}")
     return OK

@@ -23,6 +23,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--lr", type=float)
     sub.add_argument("--weight-decay", type=float)
     sub.add_argument("--temperature", type=float)
+    sub.add_argument("--distil", help="output (the paper's), or tokens: the last feature map too (for backbones)")
+    sub.add_argument("--warmup", type=float, help="share of the steps over which the learning rate rises (0)")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--train-router", action="store_true", default=None)
     add_out(sub, "the tuned model")
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.config import FinetuneConfig, validated
     from moee.pipeline import run_finetune
 
-    names = ("seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router")
+    names = ("seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router", "distil", "warmup")
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = validated(FinetuneConfig, values)
     with ProgressDisplay() as report:

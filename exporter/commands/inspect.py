@@ -18,7 +18,7 @@ TEXT = "MACs, parameters, experts and routing, layer by layer"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("inspect", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, dinov2-s, or a folder that extract or finetune wrote")
+    sub.add_argument("model", help="timm model name, dinov2-s, vit-scratch, or a folder that extract or finetune wrote")
     sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     import json
 
     from exporter.pretrained import ALIAS, TIMM_NAME
-    from moee import checkpoint
+    from moee import checkpoint, scratch
     from moee.inspection import inspect_artifact, inspect_dense
     from moee.models import ModelSpec
 
@@ -37,7 +37,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         kwargs = {} if args.img_size is None else {"img_size": args.img_size}
         if args.model == ALIAS:
             kwargs = {"img_size": args.img_size or 224, "num_classes": 0}
-        timm_name = TIMM_NAME if args.model == ALIAS else args.model
+        if args.model == scratch.NAME:
+            kwargs = scratch.ScratchRecipe().model_kwargs()
+        timm_name = {ALIAS: TIMM_NAME, scratch.NAME: scratch.TIMM_NAME}.get(args.model, args.model)
         result = inspect_dense(ModelSpec(name=args.model, timm_name=timm_name, kwargs=kwargs))
     if args.json:
         print(json.dumps(result.to_json(), indent=2))

@@ -1,4 +1,4 @@
-"""`moee verify`: parity of torch and ONNX Runtime; exit code 1 if it fails."""
+"""`moee verify`: is this export still the model it was made from, and accurate enough? Exit code 1 if a gate fails."""
 
 from __future__ import annotations
 
@@ -13,46 +13,123 @@ from exporter.commands import GATE_FAILED, OK
 from exporter.ui import ProgressDisplay, percent
 from moee.errors import UserError
 
-TEXT = "parity of torch and ONNX Runtime; exit code 1 if it fails"
+TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 if a gate fails"
 
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("verify", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
+    sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
     sub.add_argument("--model", help="artifact it was exported from (default: the one its manifest names)")
     sub.add_argument("--data", help="default: the data it was extracted on")
+    sub.add_argument("--images", type=int, default=1000, help="labelled images for accuracy, 0 for none (1000)")
+    sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
+    sub.add_argument("--max-drop", type=float, metavar="POINTS", help="fail if top-1 falls by more percentage points")
+    sub.add_argument("--min-route-agreement", type=float, metavar="SHARE", help="(fp32: 0.9999; else none)")
+    sub.add_argument("--rtol", type=float, help="allow atol + rtol x rms instead of 8 times torch's own error")
+    sub.add_argument("--atol", type=float)
+    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
+    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
+    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
+    sub.add_argument("--bisect", action="store_true", help="show every routed layer, and name the first that deviates")
     sub.add_argument("--threads", type=int)
-    sub.add_argument("--out", help="write parity.json here")
+    sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
+    sub.add_argument("--force", action="store_true", help="replace an existing output folder")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.onnx_export import MANIFEST, SCHEMA
-    from exporter.parity import check_parity
+    from exporter.profile import batch_profile
+    from exporter.verify import verify
     from moee import checkpoint
-    from moee.artifact import read_manifest, write_json
+    from moee.artifact import read_manifest, refuse_existing
     from moee.data import load_data, model_transform
 
     manifest = read_manifest(args.path, MANIFEST, SCHEMA)
+    if args.out and not args.out.endswith(".json"):
+        refuse_existing(Path(args.out), args.force)
     source = Path(args.model) if args.model else Path(args.path) / manifest["source"] if manifest["source"] else None
     if source is None:
         raise UserError(f"{args.path} does not say which model it was made from; give it with --model DIR")
+    if args.images < 0:
+        raise UserError(f"--images {args.images}: expected 0 or more")
+    sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
         moee = checkpoint.load(source)
         data = load_data(args.data or manifest["data"], model_transform(moee.model), "val")
-        result = check_parity(args.path, moee, data, args.threads, report)
-    table = Table(min_width=76, title=f"parity, torch and {result.runtime} (measured on CPU)")
-    for column in ("batch", "max error", "mean error", "max error / rms"):
-        table.add_column(column, justify="right")
-    for b in result.batches:
-        table.add_row(str(b.batch), f"{b.max_abs_error:.2e}", f"{b.mean_abs_error:.2e}", f"{b.relative:.2e}")
-    console.print(table)
-    worst = min(result.route_agreement, key=lambda name: result.route_agreement[name])
-    console.print(
-        f"route agreement: lowest {percent(result.route_agreement[worst])} ({worst}); "
-        f"top-1 agreement: {percent(result.top1_agreement)} of {result.images} images"
-    )
+        result = verify(
+            args.path, moee, data, sizes=sizes, provider=args.provider, threads=args.threads, rtol=args.rtol, atol=args.atol,
+            max_drop_pp=args.max_drop, min_route_agreement=args.min_route_agreement, images=args.images, engine=args.engine,
+            report=report,
+        )  # fmt: skip
+    _show(console, result, args.bisect)
     if args.out:
-        write_json(args.out, result.to_json())
-    console.print("parity passed" if result else "parity FAILED")
+        _write(Path(args.out), args.force, result)
+    console.print("parity passed" if result.parity else "parity FAILED")
+    console.print("verify passed" if result else "verify FAILED")
     return OK if result else GATE_FAILED
+
+
+def _write(out: Path, force: bool, result: Any) -> None:
+    from exporter.verify.junit import to_junit
+    from exporter.verify.markdown import to_markdown
+    from moee.artifact import atomic_folder, write_json, write_manifest
+
+    body = result.to_json()
+    if out.suffix == ".json":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, body)
+        return
+    with atomic_folder(out, force) as folder:
+        (folder / "junit.xml").write_text(to_junit(result), encoding="utf-8")
+        (folder / "summary.md").write_text(to_markdown(result), encoding="utf-8")
+        write_manifest(folder, "parity.json", body.pop("schema"), body)
+
+
+def _show(console: Console, result: Any, layers: bool) -> None:
+    parity = result.parity
+    table = Table(min_width=76, title=f"parity of {parity.runtime} with torch, {parity.precision}, against float64")
+    for column in ("batch", "max error", "mean error", "p99", "allowed", "torch's own"):
+        table.add_column(column, justify="right")
+    for b in parity.batches + (result.engine.batches if result.engine else []):
+        figures = (b.max_abs_error, b.mean_abs_error, b.p99_abs_error, b.tolerance_abs, b.torch_max_abs_error)
+        table.add_row(str(b.batch), *[f"{v:.2e}" for v in figures])
+    console.print(table)
+    if layers:
+        console.print(_layer_table(parity.layers))
+    worst = min(parity.route_agreement, key=lambda name: parity.route_agreement[name])
+    console.print(
+        f"route agreement: lowest {percent(parity.route_agreement[worst])} ({worst}); "
+        f"top-1 agreement with torch: {percent(parity.top1_agreement)} of {parity.images} images"
+    )
+    a = result.accuracy
+    if a:
+        low, high = a.drop_interval_pp
+        console.print(
+            f"accuracy on {a.images} images: dense {percent(a.dense_top1.value)}, MoEE {percent(a.moee_top1.value)}, "
+            f"drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}), agreement {percent(a.agreement.value)}, KL {a.kl:.1e}"
+        )
+    else:
+        console.print(f"accuracy: not measured, {result.no_accuracy}")
+    for case in result.cases():
+        if case.failure:
+            console.print(f"FAILED {case.group}, {case.name}: {case.failure}", markup=False, highlight=False)
+    deviation = parity.first_deviation
+    if deviation:
+        text = f"first deviation: {deviation.layer} ({deviation.where}): {deviation.message}"
+        console.print(text, markup=False, highlight=False)
+    elif layers:
+        console.print("no layer deviates")
+
+
+def _layer_table(layers: Any) -> Table:
+    table = Table(min_width=76, title="routed layers: alone, on the inputs that the runtime gave them")
+    for column in ("layer", "max error", "allowed", "routes equal", "flips", "wrong", "input drift"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in layers:
+        table.add_row(
+            layer.name, f"{layer.local.max_abs_error:.2e}", f"{layer.local_tolerance:.2e}", percent(layer.agreement),
+            str(layer.flips), str(layer.wrong_routes), f"{layer.input_drift:.2e}",
+        )  # fmt: skip
+    return table

@@ -2,13 +2,16 @@
 
 Rules, in the order of the emitted nodes:
 1. Flatten x to tokens [T, D]; scores = tokens @ router.T + router_bias.
+   Scores are float32 whatever x's type; a token with a score that is not finite gets all its scores replaced by zero.
 2. top_k = 1: route = ArgMax (lowest id on ties). top_k > 1: route = the k best, slots [T * k].
 3. order = slots sorted by expert; counts an expert by comparing routes with 0..K-1.
 4. Gather the sorted tokens, Split them by counts.
 5. Per expert: Gemm(up) -> activation -> Gemm(down) on constant slices of the shared stores. The slices are Gathers of
    initialisers, which ONNX Runtime folds when it loads the graph: the file keeps one copy of each neuron.
 6. Concat, put back in slot order by the inverse permutation; top_k > 1: sum a token's slots.
-7. Restore x's shape. The route's value is named `<layer>/route`, so that it can be made an output.
+7. Restore x's shape.
+8. Three values have fixed names, so that verification can read and replace them: `<layer>/tokens` [T, D], `<layer>/route`
+   [T * k], which alone decides where tokens go, and `<layer>/result` [T, D].
 """
 
 from __future__ import annotations
@@ -89,7 +92,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     tape = _Tape(graph, node, node.name or "moee")
 
     minus_one = tape.constant(np.array([-1], np.int64), "minus_one")
-    tokens = tape.op("Reshape", [x, tape.constant(np.array([-1, dim], np.int64), "token_shape")])[0]  # rule 1
+    tokens = tape.op("Reshape", [x, tape.constant(np.array([-1, dim], np.int64), "token_shape")], name="tokens")[0]  # rule 1
     routes = _routes(tape, tokens, router, inputs["router_bias"], top_k, minus_one)  # rule 2
     ones = tape.op("Shape", [routes])[0]
     order = tape.op("TopK", [routes, ones], outputs=2, axis=0, largest=0, sorted=1)[1]  # rule 3
@@ -114,10 +117,11 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
 
     joined = tape.op("Concat", parts, axis=0)[0] if experts > 1 else parts[0]  # rule 6
     inverse = tape.op("TopK", [order, ones], outputs=2, axis=0, largest=0, sorted=1)[1]
-    y = tape.op("Gather", [joined, inverse], axis=0)[0]
+    y = tape.op("Gather", [joined, inverse], axis=0, name="slots" if top_k > 1 else "result")[0]  # rule 8
     if top_k > 1:
         slots = tape.op("Reshape", [y, tape.constant(np.array([-1, top_k, dim], np.int64), "slot_shape")])[0]
-        y = tape.op("ReduceSum", [slots, tape.constant(np.array([1], np.int64), "slot_axis")], keepdims=0)[0]
+        axis = tape.constant(np.array([1], np.int64), "slot_axis")
+        y = tape.op("ReduceSum", [slots, axis], keepdims=0, name="result")[0]
     result = tape.op("Reshape", [y, tape.op("Shape", [x])[0]])[0]  # rule 7
     old = node.outputs[0]
     result.type, result.shape = old.type, old.shape
@@ -127,7 +131,13 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
 
 def _routes(tape: _Tape, tokens: ir.Value, router: ir.Value, bias: ir.Value | None, top_k: int, minus_one: ir.Value) -> ir.Value:
     """Expert of each slot, [T * top_k] int64."""
-    scores = tape.op("Gemm", [tokens, router, bias], transB=1, name="scores")[0]
+    if router.dtype != ir.DataType.FLOAT:
+        tokens, router = (tape.op("Cast", [v], to=int(ir.DataType.FLOAT))[0] for v in (tokens, router))
+    raw = tape.op("Gemm", [tokens, router, bias], transB=1)[0]
+    # a - a is 0 for a finite a, else NaN, and so is the sum over the experts
+    excess = tape.op("ReduceSum", [tape.op("Sub", [raw, raw])[0], minus_one], keepdims=1)[0]
+    zero = tape.constant(np.array(0, np.float32), "zero")
+    scores = tape.op("Where", [tape.op("IsNaN", [excess])[0], zero, raw], name="scores")[0]
     if top_k == 1:
         return tape.op("ArgMax", [scores], axis=1, keepdims=0, name="route")[0]
     k = tape.constant(np.array([top_k], np.int64), "k")

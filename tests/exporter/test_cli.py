@@ -49,11 +49,12 @@ def test_whole_chain(tmp_path, capsys):
     assert run("finetune", out["extracted"], "--epochs", 1, "--out", out["tuned"]) == 0
     assert not (tmp_path / "tuned.resume").exists()
     assert run("export", out["tuned"], "--out", out["export"]) == 0
-    assert run("verify", out["export"], "--out", tmp_path / "parity.json") == 0
+    assert run("verify", out["export"], "--out", tmp_path / "verify") == 0
     assert run("bench", out["export"], "--runs", 3, "--batch", 1, "--out", tmp_path / "latency.json") == 0
     text = capsys.readouterr().out
     assert "parity passed" in text and "speed-up" in text
-    assert json.loads((tmp_path / "parity.json").read_text())["passed"] is True
+    assert {p.name for p in (tmp_path / "verify").iterdir()} == {"parity.json", "junit.xml", "summary.md"}
+    assert json.loads((tmp_path / "verify" / "parity.json").read_text())["passed"] is True
     manifest = json.loads((out["tuned"] / "moee.json").read_text())
     assert set(manifest["info"]["stages"]) == {"extracted", "tuned"}
     cost = manifest["info"]["stages"]["tuned"]["cost"]

@@ -211,3 +211,16 @@ def test_model_from_the_exporter_builds(tiny_moee, tmp_path):
     created = [line for line in trace(tmp_path) if line.startswith("create ")]
     assert [line.split("name=")[1].split()[0] for line in created] == layers
     assert all("load=4" in line for line in created)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_typed_exports_build(tiny_export, tmp_path, precision):
+    """What `moee export --precision` writes, dense and MoEE; the plugin sees the token type of the graph."""
+    folder = tiny_export.folder(precision)
+    report = build_engines(folder, tmp_path / "engine", plugin=built.plugin(), batch=(1, 2, 4), log=tmp_path / "log.txt")
+    assert report.plugin_layers == 3
+    name = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert any(f"type={name}" in line for line in trace(tmp_path) if line.startswith("configure "))
+    body = json.loads((tmp_path / "engine" / "engine.json").read_text())
+    assert body["source_sha256"] == sha256_file(folder / "tensorrt.onnx")

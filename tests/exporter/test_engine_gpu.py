@@ -125,3 +125,19 @@ def test_latency_against_dense(deit, capsys):
     with capsys.disabled():
         print(f"DeiT-S, batch 8, float16: dense {dense:.3f} (p95 {dense95:.3f}) ms, MoEE {moee:.3f} (p95 {moee95:.3f}) ms")
     assert moee < dense
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_verify_and_bench_run_the_engines(tiny_export, plugin, tmp_path, precision):
+    """The commands' own path: hashes, plugin, parity at the profile's batches, timing with and without CUDA graphs."""
+    from exporter.latency import bench
+    from exporter.verify import verify
+
+    export_dir = tiny_export.folder(precision)
+    build_engines(export_dir, tmp_path / "engine", plugin=plugin, batch=(1, 4, 8))
+    result = verify(export_dir, tiny_export.moee, tiny_export.data, sizes=(1, 4), engine=tmp_path / "engine")
+    assert result, [case for case in result.cases() if case.failure]
+    assert result.engine is not None and [b.batch for b in result.engine.batches] == [1, 4, 8]
+    for cuda_graph in (False, True):
+        timed = bench(export_dir, batch=4, runs=10, engine=tmp_path / "engine", cuda_graph=cuda_graph)
+        assert timed.moee_ms["p50"] > 0 and timed.cuda_graph is cuda_graph

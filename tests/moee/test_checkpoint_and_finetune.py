@@ -12,7 +12,7 @@ from moee.artifact import atomic_folder, sha256_file
 from moee.checkpoint import MoeeModel
 from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
 from moee.errors import UserError
-from moee.finetune import finetune
+from moee.finetune import finetune, rate
 from moee.layer import routed_layers
 from tests.conftest import tiny_spec
 
@@ -169,6 +169,25 @@ def test_finetuning_approaches_the_dense_model(lossy, classes):
     assert after < 0.7 * before and result.best_epoch > 0
     assert min(result.validation_loss) == result.validation_loss[result.best_epoch]
     assert all(torch.equal(routers[n], layer.router) for n, layer in routed_layers(model).items())
+
+
+def test_token_distillation_brings_the_last_feature_map_closer(lossy):
+    model, dense, data = lossy
+
+    def error():
+        with torch.no_grad():
+            return (model.forward_features(data.images) - dense.forward_features(data.images)).square().mean()
+
+    before = error()
+    result = finetune(model, dense, data, TUNE.model_copy(update={"distil": "tokens", "warmup": 0.2}))
+    assert error() < 0.8 * before and result.best_epoch > 0
+
+
+def test_learning_rate_rises_then_falls_to_zero():
+    rates = [rate(s, 100, 0.1) for s in range(100)]
+    assert rates[0] < 0.1 and max(rates) == rates[10] == 1.0
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001 and rate(0, 100, 0.0) == 1.0
 
 
 def test_a_run_that_gets_worse_keeps_the_starting_weights(lossy):

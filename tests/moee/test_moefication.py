@@ -64,15 +64,19 @@ def test_contradictions_are_refused(tiny_model):
         extract(tiny_model, tiny_images(), config(experts=500))
 
 
-def test_parity_of_the_exported_graph(tiny_model, tmp_path):
+@pytest.mark.parametrize(("split", "selector", "top_k"), [("weights", "centre", 4), ("coactivation", "router", 3)])
+def test_parity_of_the_exported_graph(tiny_model, tmp_path, split, selector, top_k):
     from exporter.onnx_export import export
     from exporter.parity import check_parity
     from moee.checkpoint import MoeeModel
     from tests.conftest import tiny_spec
 
     data = tiny_images()
-    extract(tiny_model, data, config())
-    moee = MoeeModel(tiny_model.eval(), tiny_spec(), config(), "tiny")
+    chosen = config(split=split, selector=selector, top_k=top_k)
+    extract(tiny_model, data, chosen)
+    assert {layer.top_k for layer in routed_layers(tiny_model).values()} == {top_k}
+    moee = MoeeModel(tiny_model.eval(), tiny_spec(), chosen, "tiny")
     export(moee, tmp_path / "export")
     result = check_parity(tmp_path / "export", moee, data)
     assert result and min(result.route_agreement.values()) == 1.0
+    assert result.max_abs_error <= 1e-4

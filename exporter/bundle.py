@@ -1,0 +1,174 @@
+"""`moee bundle`: one folder with everything that a device needs, to copy there and to build there."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from exporter import bundle_configs as configs
+from exporter.deploy import DEPLOY
+from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, SCHEMA, TENSORRT
+from exporter.onnx_safety import check_onnx
+from exporter.passes.raw_pixels import take_raw_pixels
+from moee.artifact import atomic_folder, read_manifest, sha256_file, write_manifest
+from moee.checkpoint import PROBE
+from moee.errors import UserError
+from moee.models import read_safetensors
+from plugins.build import SOURCE
+from plugins.bundle import write_bundle
+
+DEPLOYMENT_SCHEMA = "moee.deployment/1"
+PIXELS = "tensorrt_pixels.onnx"
+TYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of the graph without its batch dimension."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """timm's evaluation transform: the shorter side becomes `resize` (both, if `crop` is squash), then the middle `size`."""
+
+    size: int
+    resize: int
+    crop: str
+    filter: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def write_deployment(
+    export_dir: Path | str,
+    out: Path | str,
+    sm: int,
+    kernels: Path,
+    batch: tuple[int, int, int] = (1, 8, 32),
+    force: bool = False,
+) -> Path:
+    """Write the folder for one SM from an export and compiled kernels, and return its path.
+
+    `batch` is the profile's (min, opt, max). Raises `UserError` for a foreign or damaged export, an SM that `kernels`
+    lacks, or a pre-processing that the runner cannot do; the output appears whole or not at all.
+    """
+    export_dir, out = Path(export_dir), Path(out)
+    low, opt, high = batch
+    if not 1 <= low <= opt <= high:
+        raise UserError(f"batch profile {low}/{opt}/{high} must satisfy 1 <= min <= opt <= max")
+    export = read_manifest(export_dir, MANIFEST, SCHEMA)
+    given, output = graph_tensors(export_dir / TENSORRT)
+    recipe = make_recipe(export)
+    if given.shape != (3, recipe.size, recipe.size):
+        raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {recipe.size}; export again")
+    with atomic_folder(out, force) as folder:
+        _copy_models(export_dir, folder / "models")
+        classifies = ends_in_classes(export)
+        take_raw_pixels(folder / "models" / TENSORRT, folder / "models" / PIXELS, recipe.mean, recipe.std, classifies)
+        head = folder / "models" / "head.bin"
+        classes = output.shape[-1] if classifies else _write_head(export_dir, export, output, head)
+        write_bundle(folder / "plugin", sm, kernels)
+        shutil.copytree(DEPLOY / "runner", folder / "runner", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(SOURCE / "csrc" / "compat", folder / "runner" / "compat")
+        shutil.copy2(DEPLOY / "build.sh", folder / "build.sh")
+        (folder / "build.sh").chmod(0o755)
+        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, str(export["model"]["name"]))
+        for name, text in configs.files(facts).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+            if name.endswith(".sh"):
+                (folder / name).chmod(0o755)
+        _write_sums(folder)
+        body = {
+            **{"sm": sm, "model": export["model"], "batch": {"min": low, "opt": opt, "max": high}},
+            **{"input": vars(given), "output": vars(output), "preprocess": vars(recipe), "classes": classes},
+        }
+        write_manifest(folder, "deployment.json", DEPLOYMENT_SCHEMA, body)
+    return out
+
+
+def graph_tensors(path: Path) -> tuple[Tensor, Tensor]:
+    """The input and the output of a graph. Raises `UserError` unless there is one of each, static beside the batch."""
+    graph = check_onnx(path).graph
+    if len(graph.input) != 1 or len(graph.output) != 1:
+        raise UserError(f"{path} has {len(graph.input)} inputs and {len(graph.output)} outputs; expected one of each")
+    return _tensor(path, graph.input[0]), _tensor(path, graph.output[0])
+
+
+def _tensor(path: Path, value: onnx.ValueInfoProto) -> Tensor:
+    kind = value.type.tensor_type
+    shape = tuple(d.dim_value for d in kind.shape.dim[1:])
+    if kind.elem_type not in TYPES or not shape or min(shape) < 1:
+        raise UserError(f"{path}: {value.name} must be float32 or float16 with only its batch dynamic; export it again")
+    return Tensor(value.name, TYPES[kind.elem_type], shape)
+
+
+def make_recipe(export: dict[str, Any]) -> Recipe:
+    """The transform of the exported model: size, mean and deviation from the export, the rest from timm's configuration.
+
+    Raises `UserError` for a filter or crop mode that the runner does not know.
+    """
+    import timm
+    from timm.data import resolve_data_config
+
+    given, name = export["input"], str(export["model"]["timm_name"])
+    pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    config = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
+    size, crop, kind = int(given["size"]), str(config["crop_mode"]), str(config["interpolation"])
+    if crop not in ("center", "squash") or kind not in ("bicubic", "bilinear"):
+        raise UserError(f"{name} is evaluated with {kind} resizing and crop mode {crop}; the runner knows bicubic and "
+                        "bilinear, center and squash")  # fmt: skip
+    resize = max(size, int(size / float(config["crop_pct"])))
+    return Recipe(size, resize, crop, kind, tuple(map(float, given["mean"])), tuple(map(float, given["std"])))
+
+
+def _copy_models(export_dir: Path, models: Path) -> None:
+    models.mkdir()
+    for name in (DENSE, PORTABLE, TENSORRT, DENSE_DATA, MOEE_DATA, MANIFEST):
+        if not (export_dir / name).is_file():
+            raise UserError(f"{export_dir / name} is missing; export again")
+        if name.endswith(".onnx"):
+            check_onnx(export_dir / name)
+        shutil.copy2(export_dir / name, models / name)
+
+
+def ends_in_classes(export: dict[str, Any]) -> bool:
+    """Whether the exported graph gives class scores, and not features."""
+    import timm
+
+    name, kwargs = str(export["model"]["timm_name"]), export["model"].get("kwargs", {})
+    pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return bool(kwargs.get("num_classes", pretrained.num_classes if pretrained else 1000))
+
+
+def _write_head(export_dir: Path, export: dict[str, Any], output: Tensor, path: Path) -> int | None:
+    """The classifier that lies beside the exported model, for a graph that ends in features; the number of its classes.
+
+    Format: int32 classes, int32 features, float32 weights [classes, features], float32 bias [classes], little-endian.
+    """
+    source = export_dir / export["source"] / PROBE if export.get("source") else None
+    if source is None or not source.is_file():
+        return None
+    probe = read_safetensors(source)
+    weight, bias = (probe[key].float().numpy().astype("<f4") for key in ("weight", "bias"))
+    if weight.shape != (len(bias), output.shape[-1]) or not np.isfinite(weight).all():
+        raise UserError(f"{source} does not fit the graph's {output.shape[-1]} features; extract the model again")
+    path.write_bytes(struct.pack("<ii", *weight.shape) + weight.tobytes() + bias.tobytes())
+    return len(bias)
+
+
+def _write_sums(folder: Path) -> None:
+    """`SHA256SUMS`, which build.sh checks with sha256sum before it does anything."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    lines = [f"{sha256_file(file)}  {file.relative_to(folder).as_posix()}" for file in files]
+    (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n", encoding="utf-8")

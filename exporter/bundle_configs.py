@@ -1,0 +1,183 @@
+"""The bundle's text files: Triton Inference Server, DeepStream, pre-processing, settings of build.sh, README."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+TRITON_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+QUEUE_US = 1000  # how long a request waits for others: a fraction of what a batch takes on an Orin
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the texts say. `given` and `output` are `bundle.Tensor`, `recipe` is `bundle.Recipe`, `batch` (min, opt, max).
+
+    `classes` is None where neither the graph nor a classifier beside it gives classes; `classifies`: the graph does.
+    """
+
+    given: Any
+    output: Any
+    recipe: Any
+    batch: tuple[int, int, int]
+    classes: int | None
+    classifies: bool
+    sm: int
+    model: str
+
+
+def files(facts: Facts) -> dict[str, str]:
+    """Path in the bundle to its text."""
+    texts = {
+        "README.md": readme(facts),
+        "bundle.env": environment(facts),
+        "models/preprocess.txt": preprocess(facts.recipe),
+        "triton/start.sh": TRITON_START,
+        "deepstream/config_infer_moee.txt": deepstream(facts),
+    }
+    for name, platform in (("moee", "tensorrt_plan"), ("dense", "tensorrt_plan"), ("moee_onnx", "onnxruntime_onnx")):
+        texts[f"triton/model_repository/{name}/config.pbtxt"] = triton(facts, name, platform)
+    if facts.classifies:
+        texts["deepstream/labels.txt"] = ";".join(f"class {i}" for i in range(facts.classes or 0)) + "\n"
+    return texts
+
+
+def preprocess(recipe: Any) -> str:
+    """What `readRecipe` of the runner reads. Nine digits carry a float32 unchanged."""
+    lines = [
+        "# timm's evaluation transform: shorter side to `resize`, middle `size`, 0..1, (x - mean) / std",
+        f"size {recipe.size}",
+        f"resize {recipe.resize}",
+        f"crop {recipe.crop}",
+        f"filter {recipe.filter}",
+        "mean " + " ".join(f"{v:.9g}" for v in recipe.mean),
+        "std " + " ".join(f"{v:.9g}" for v in recipe.std),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def environment(facts: Facts) -> str:
+    """Shell variables for build.sh; the input's name comes from the graph, hence quoted."""
+    shape = "x".join(map(str, facts.given.shape))
+    values = {"INPUT": facts.given.name, "SHAPE": shape, "SM": facts.sm}
+    values |= dict(zip(("MIN_BATCH", "OPT_BATCH", "MAX_BATCH"), facts.batch, strict=True))
+    return "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items())
+
+
+def text_string(value: str) -> str:
+    """A string literal of protobuf's text format."""
+    escaped = "".join(c if 32 <= ord(c) < 127 and c not in '"\\' else "".join(f"\\{b:03o}" for b in c.encode()) for c in value)
+    return f'"{escaped}"'
+
+
+def triton(facts: Facts, name: str, platform: str) -> str:
+    """`config.pbtxt` of one model of the repository."""
+    low, opt, high = facts.batch
+    preferred = ", ".join(map(str, sorted({opt, high})))
+    plugin = "start.sh preloads the plugin: --backend-config=tensorrt,plugins=.../libmoee_plugin.so"
+    notes = {"moee": plugin, "dense": "the dense model, for comparison", "moee_onnx": "ONNX Runtime, no plugin, CPU or GPU"}
+    blocks = [
+        f"# {notes[name]}",
+        f"name: {text_string(name)}",
+        f"platform: {text_string(platform)}",
+        f"max_batch_size: {high}",
+        _tensor("input", facts.given),
+        _tensor("output", facts.output),
+        f"instance_group [ {{ count: 1 kind: {'KIND_GPU' if platform == 'tensorrt_plan' else 'KIND_AUTO'} }} ]",
+        f"dynamic_batching {{\n  preferred_batch_size: [ {preferred} ]\n  max_queue_delay_microseconds: {QUEUE_US}\n}}",
+    ]
+    if platform == "tensorrt_plan":
+        dims = ", ".join(map(str, facts.given.shape))
+        kind = TRITON_TYPES[facts.given.type]
+        warm = f"key: {text_string(facts.given.name)} value {{ data_type: {kind} dims: [ {dims} ] random_data: true }}"
+        blocks.append(f'model_warmup [ {{ name: "largest batch" batch_size: {high} inputs {{ {warm} }} }} ]')
+    if low > 1:
+        blocks.insert(1, f"# the engine's smallest batch is {low}: single requests fail until others join them")
+    return "\n".join(blocks) + "\n"
+
+
+def _tensor(kind: str, tensor: Any) -> str:
+    dims = ", ".join(map(str, tensor.shape))
+    fields = f"name: {text_string(tensor.name)} data_type: {TRITON_TYPES[tensor.type]} dims: [ {dims} ]"
+    return f"{kind} [ {{ {fields} }} ]"
+
+
+TRITON_START = """#!/bin/sh
+# Starts Triton Inference Server on this repository with the plugin loaded. More options are passed on.
+# The server's TensorRT must be the version that built the engines.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+exec tritonserver --model-repository="$here/model_repository" \\
+  --backend-config=tensorrt,plugins="$here/../plugin/build/libmoee_plugin.so" "$@"
+"""
+
+
+def deepstream(facts: Facts) -> str:
+    """nvinfer's configuration. The graph normalises by itself, so pixels pass as they are."""
+    values: dict[str, Any] = {
+        "gpu-id": 0,
+        "gie-unique-id": 1,
+        "process-mode": 1,
+        "batch-size": facts.batch[1],
+        "onnx-file": "../models/tensorrt_pixels.onnx",
+        "model-engine-file": "../engines/pixels.plan",
+        "custom-lib-path": "../plugin/build/libmoee_plugin.so",
+        "net-scale-factor": 1.0,
+        "offsets": "0;0;0",
+        "model-color-format": 0,
+        "infer-dims": ";".join(map(str, facts.given.shape)),
+        "maintain-aspect-ratio": 0,
+        "output-blob-names": facts.output.name,
+        "network-mode": 2 if facts.given.type == "float16" else 0,
+    }
+    if facts.classifies:
+        values |= {"network-type": 1, "classifier-threshold": 0.0, "labelfile-path": "labels.txt"}
+    else:
+        values |= {"network-type": 100, "output-tensor-meta": 1}
+    head = [
+        "# nvinfer for DeepStream 6.3 and later. `build.sh --deepstream` makes the engine; custom-lib-path opens the plugin.",
+        "# nvinfer resizes the whole frame to the network's size, without timm's centre crop.",
+        "[property]",
+    ]
+    return "\n".join([*head, *(f"{key}={value}" for key, value in values.items())]) + "\n"
+
+
+def readme(facts: Facts) -> str:
+    head = "" if facts.classifies or facts.classes is None else " --head models/head.bin"
+    size = facts.recipe.size
+    return README.format(
+        model=facts.model.replace("`", "'"), sm=facts.sm, head=head, size=size, low=facts.batch[0], high=facts.batch[2]
+    )
+
+
+README = """# {model} with routed experts, for sm_{sm}
+
+    ./build.sh                      # checks the files, compiles, builds engines/moee.plan and engines/dense.plan
+    ./build.sh --builder moee       # the same by `moee build`, where this project's package is installed
+    ./build.sh --deepstream         # also engines/pixels.plan, for DeepStream
+    ./build.sh --compile-only       # no engines
+
+Needs g++ (C++17), cmake 3.16, TensorRT 10 or later with its headers and trtexec; JetPack ships all of them. Engines fit the
+GPU and the TensorRT that built them: build on the device.
+
+Run on images, and compare with the dense model:
+
+    mogrify -format ppm -path ppm photos/*.jpg        # ImageMagick; the runner reads PPM and PGM
+    runner/build/moee_run --engine engines/moee.plan --plugin plugin/build/libmoee_plugin.so --images ppm{head}
+    runner/build/moee_run --engine engines/dense.plan --images ppm{head}
+
+It resizes, crops and normalises as timm does, prints the top-1 class of each image, and p50 and p95 of the execution
+(copies not included). `--raw FILE` takes float32 tensors [N, 3, {size}, {size}] instead. Batches from {low} to {high}.
+
+| part | holds |
+|---|---|
+| models/ | dense.onnx, portable.onnx (standard operators), tensorrt.onnx (plugin), tensorrt_pixels.onnx (on raw pixels) |
+| plugin/ | the plugin's source and its kernels for sm_{sm} |
+| runner/ | moee_run and moee_preprocess |
+| triton/ | a model repository and start.sh, which preloads the plugin; build.sh puts the models in place |
+| deepstream/ | nvinfer's configuration |
+| SHA256SUMS, deployment.json | hashes; build.sh checks them first |
+
+An engine is code. Load only engines that you built, or that come from someone you trust.
+"""

@@ -1,0 +1,73 @@
+"""`moee ablate`: the paper's tables and sweeps on one model, with a verdict on each published ordering."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exporter.commands import OK
+from exporter.ui import ProgressDisplay
+from moee.errors import UserError
+
+TEXT = "the paper's ablation tables and sweeps, and whether their orderings hold here"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("ablate", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("--model", default="vit-scratch", help="vit-scratch (default), dinov2-s or a timm model name")
+    sub.add_argument("--data", default="digits", help="digits (default), photos, an image folder or a timm.data dataset string")
+    sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    sub.add_argument("--weights", help="weights as a .safetensors file")
+    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    sub.add_argument("--tables", help="comma-separated: 2, 3, 7, 8, 9, fig6, fig7 (all)")
+    sub.add_argument("--seeds", type=int, help="runs a cell, with seeds 0, 1, ... (3)")
+    sub.add_argument("--compensation", help="comma-separated: none, mean, refit (none,refit)")
+    sub.add_argument("--keep", help="comma-separated kept shares that each row is run at (0.50,0.70,0.90)")
+    sub.add_argument("--tokens", type=int, help="calibration tokens a layer (20000)")
+    sub.add_argument("--cluster-tokens", type=int, help="of these, how many are clustered (4000)")
+    sub.add_argument("--components", type=int, help="principal components before clustering (50)")
+    sub.add_argument("--min-cluster-size", type=float, help="share of the clustered tokens (0.006)")
+    sub.add_argument("--statistics", help="cluster (the paper's, default) or routed")
+    sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (41600)")
+    sub.add_argument("--out", required=True, help="folder; finished cells in it are not run again")
+    sub.add_argument("--force", action="store_true", help="delete what the output folder holds first")
+
+
+def _list(text: str | None, kind: type = str) -> tuple | None:
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UserError(f"--keep {text!r}: expected numbers between 0 and 1, separated by commas") from error
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.plots.ablation import draw_ablation
+    from exporter.pretrained import resolve
+    from moee.ablation import make_ablation_config, run_ablation, verdict_lines
+    from moee.pipeline import Session
+
+    tables = _list(args.tables)
+    names = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")
+    ablation = make_ablation_config(
+        tables=tables, compensation=_list(args.compensation), keeps=_list(args.keep, float),
+        **{name: getattr(args, name) for name in names},
+    )  # fmt: skip
+    if args.force and Path(args.out).is_dir():
+        shutil.rmtree(args.out)
+    with ProgressDisplay() as report:
+        spec = resolve(
+            args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
+        )
+        summary = run_ablation(Session(spec, args.data, report=report), ablation, args.out, report)
+        drawn = draw_ablation(summary, Path(args.out))
+    for line in verdict_lines(summary["verdicts"]):
+        console.print(line.replace("**", ""), highlight=False, markup=False)
+    console.print(f"written to {args.out}: ablation.json, table.md, {len(drawn)} plots")
+    return OK

@@ -1,0 +1,48 @@
+"""`moee bundle`: a folder to copy to a device and to build there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from exporter.commands import OK, add_out
+from exporter.sms import parse_sms
+from exporter.ui import ProgressDisplay
+from moee.errors import UserError
+
+TEXT = "everything a device needs: graphs, plugin, runner, server configurations, build.sh"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("bundle", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("path", help="folder that moee export wrote")
+    sub.add_argument("--sm", required=True, help="the device's SM: 87 for Jetson Orin, 110 for Thor")
+    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
+    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
+    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
+    add_out(sub, "the bundle")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.bundle import write_deployment
+    from exporter.plugin_cache import ensure_kernels
+    from exporter.profile import batch_profile
+    from moee.artifact import refuse_existing
+
+    sms = parse_sms(args.sm)
+    if sms is None or len(sms) != 1:
+        raise UserError(f"--sm {args.sm}: a bundle is for one SM, for example --sm 87")
+    refuse_existing(Path(args.out), args.force)
+    batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
+    with ProgressDisplay() as report:
+        kernels = ensure_kernels(sms, report)
+        folder = write_deployment(args.path, args.out, sms[0], kernels, batch, args.force)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
+    console.print(
+        f"bundle for sm_{sms[0]} written to {args.out} ({size:.0f} MiB); run build.sh in it on the device", soft_wrap=True
+    )
+    return OK

@@ -1,0 +1,44 @@
+"""`moee plots`: routing, similarity, neuron curves and patches of an extracted model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+
+from exporter.commands import OK, add_out
+from exporter.ui import ProgressDisplay
+
+TEXT = "routing, similarity of experts, neuron curves and patches of an extracted model, as SVG and JSON"
+
+
+def add_parser(subparsers: Any) -> None:
+    sub = subparsers.add_parser("plots", help=TEXT, description=TEXT)
+    sub.set_defaults(run=run)
+    sub.add_argument("path", help="folder that extract or finetune wrote")
+    sub.add_argument("--data", help="default: the data it was extracted on")
+    sub.add_argument("--images", type=int, default=256, help="held-out images that are routed (256)")
+    add_out(sub, "the plots")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from pathlib import Path
+
+    from exporter.plots import write_plots
+    from moee import checkpoint
+    from moee.artifact import refuse_existing
+    from moee.data import load_data, model_transform
+    from moee.errors import UserError
+
+    if args.images < 1:
+        raise UserError(f"--images must be at least 1, came {args.images}")
+    refuse_existing(Path(args.out), args.force)
+    with ProgressDisplay() as report:
+        moee = checkpoint.load(args.path)
+        transform = model_transform(moee.model)
+        source = args.data or moee.data
+        calibration, held_out = (load_data(source, transform, split) for split in ("train", "val"))
+        names = write_plots(moee, calibration, held_out, args.out, args.images, args.force, report)
+    console.print(f"written to {args.out}: {', '.join(names)}", highlight=False)
+    return OK

@@ -1,0 +1,99 @@
+#include "preprocess.h"
+
+#include <fstream>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+
+namespace moee {
+namespace {
+
+std::string word(std::istringstream& line, std::string const& where) {
+    std::string value;
+    if (!(line >> value)) {
+        throw std::runtime_error(where + ": a value is missing");
+    }
+    return value;
+}
+
+template <typename Number>
+Number positive(std::istringstream& line, std::string const& where) {
+    Number value{};
+    if (!(line >> value) || !(value > 0)) {
+        throw std::runtime_error(where + ": expected a number above 0");
+    }
+    return value;
+}
+
+}  // namespace
+
+Recipe readRecipe(std::string const& path) {
+    std::ifstream in(path);
+    if (!in) {
+        throw std::runtime_error(path + ": cannot be read");
+    }
+    Recipe recipe;
+    std::set<std::string> missing{"size", "resize", "crop", "filter", "mean", "std"};
+    std::string text;
+    while (std::getline(in, text)) {
+        std::istringstream line(text);
+        std::string key;
+        if (!(line >> key) || key[0] == '#') {
+            continue;
+        }
+        std::string const where = path + ": " + key;
+        if (missing.erase(key) == 0) {
+            throw std::runtime_error(where + ": unknown or repeated");
+        }
+        if (key == "size") {
+            recipe.size = positive<int>(line, where);
+        } else if (key == "resize") {
+            recipe.resize = positive<int>(line, where);
+        } else if (key == "crop") {
+            std::string const mode = word(line, where);
+            if (mode != "center" && mode != "squash") {
+                throw std::runtime_error(where + ": expected center or squash");
+            }
+            recipe.squash = mode == "squash";
+        } else if (key == "filter") {
+            std::string const name = word(line, where);
+            if (name != "bicubic" && name != "bilinear") {
+                throw std::runtime_error(where + ": expected bicubic or bilinear");
+            }
+            recipe.filter = name == "bicubic" ? Filter::kBicubic : Filter::kBilinear;
+        } else {
+            for (float& value : key == "mean" ? recipe.mean : recipe.deviation) {
+                if (!(line >> value) || (key == "std" && !(value > 0))) {
+                    throw std::runtime_error(where + ": expected three numbers");
+                }
+            }
+        }
+    }
+    if (!missing.empty()) {
+        throw std::runtime_error(path + ": " + *missing.begin() + " is missing");
+    }
+    if (recipe.resize < recipe.size) {
+        throw std::runtime_error(path + ": resize is below size, so the crop would not fit");
+    }
+    return recipe;
+}
+
+void prepare(Image const& image, Recipe const& recipe, float* out) {
+    int width = recipe.resize;
+    int height = recipe.resize;
+    if (!recipe.squash && image.width > image.height) {
+        width = static_cast<int>(static_cast<int64_t>(recipe.resize) * image.width / image.height);
+    } else if (!recipe.squash) {
+        height = static_cast<int>(static_cast<int64_t>(recipe.resize) * image.height / image.width);
+    }
+    Image const crop = centreCrop(resize(image, width, height, recipe.filter), recipe.size);
+    size_t const pixels = recipe.elements() / 3;
+    for (size_t channel = 0; channel < 3; ++channel) {
+        for (size_t i = 0; i < pixels; ++i) {
+            float const value = static_cast<float>(crop.rgb[3 * i + channel]) / 255.0F;
+            out[channel * pixels + i] = (value - recipe.mean[channel]) / recipe.deviation[channel];
+        }
+    }
+}
+
+}  // namespace moee

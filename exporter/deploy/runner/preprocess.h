@@ -1,0 +1,29 @@
+// From an image to the network's input, as timm's evaluation transform does it.
+#pragma once
+
+#include "image.h"
+
+#include <array>
+#include <string>
+
+namespace moee {
+
+// What `preprocess.txt` of the bundle says: one `key value...` a line.
+struct Recipe {
+    int size{0};         // side of the network's input, pixels
+    int resize{0};       // the shorter side before the crop
+    bool squash{false};  // both sides become `resize`, whatever the image's shape
+    Filter filter{Filter::kBicubic};
+    std::array<float, 3> mean{};
+    std::array<float, 3> deviation{};
+
+    size_t elements() const { return 3 * static_cast<size_t>(size) * static_cast<size_t>(size); }
+};
+
+// Throws std::runtime_error if the file lacks a key, or holds one that it should not.
+Recipe readRecipe(std::string const& path);
+
+// Resize, centre crop, scale to 0..1, normalise. Writes [3, size, size] to `out`.
+void prepare(Image const& image, Recipe const& recipe, float* out);
+
+}  // namespace moee

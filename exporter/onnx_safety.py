@@ -1,0 +1,162 @@
+"""Checks on an ONNX file before anything executes or converts it: an export folder may come from someone else.
+
+1. Protobuf decodes, and no field nests deeper than the decoder allows.
+2. External data: a relative name in the file's own folder, an ordinary file and no link, offset and length within it and equal to
+   the tensor's size. (A hard link cannot be told from a file; the hash in `export.json` stands for its content.)
+3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says.
+4. Nodes: standard operators and `moee::MoeeFfn` alone, each input made before it is used (hence no cycle), no name made twice.
+5. `MoeeFfn`: inputs, top_k and max_width as the contract says (the plugin itself checks the rest), offsets rising from 0
+   to the number of neurons, neuron ids ascending within the store.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from moee.errors import UserError
+from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
+
+MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
+MAX_RANK = 16
+TABLES = {"neurons": 1, "offsets": 1, "w_up": 2, "router": 2}
+
+
+class _Refused(Exception):
+    """Why a file is refused; `check_onnx` says which file."""
+
+
+def check_onnx(path: Path | str) -> onnx.ModelProto:
+    """The model without its external data. Raises `UserError`, one sentence, for a file that breaks a rule above."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise _Refused("it is larger than a protobuf file can be")
+        model = onnx.load(str(path), load_external_data=False)
+        _check(model, path.parent)
+    except _Refused as error:
+        raise UserError(f"{path} is refused: {error}; export it again, or do not use it") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); export it again") from error
+    except Exception as error:  # protobuf's decode errors share no base class with onnx's own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a readable ONNX file ({reason or type(error).__name__}); export it again") from error
+    return model
+
+
+def _check(model: onnx.ModelProto, folder: Path) -> None:
+    if not model.HasField("graph") or not model.graph.output:
+        raise _Refused("it holds no graph")
+    if model.functions:
+        raise _Refused("it defines functions of its own, which would shadow the plugin")
+    for opset in model.opset_import:
+        if opset.domain not in ("", "ai.onnx", DOMAIN):
+            raise _Refused(f"it needs operators of {opset.domain!r}")
+    _check_graph(model.graph, folder, set())
+
+
+def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str]) -> None:
+    if graph.sparse_initializer:
+        raise _Refused("it holds sparse tensors")
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    if len(tensors) != len(graph.initializer):
+        raise _Refused("an initialiser stands twice")
+    for tensor in graph.initializer:
+        _check_tensor(tensor, folder)
+    known = outer | set(tensors) | {value.name for value in graph.input}
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
+            raise _Refused(f"operator {node.domain}::{node.op_type} is unknown")
+        missing = [name for name in node.input if name and name not in known]
+        if missing:
+            raise _Refused(f"node {node.name!r} uses {missing[0]!r} before it is made")
+        for attribute in node.attribute:
+            for tensor in [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]:
+                _check_tensor(tensor, folder)
+            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                _check_graph(inner, folder, known)
+        if node.op_type == OP_TYPE:
+            _check_experts(node, tensors, folder)
+        made = [name for name in node.output if name]
+        if len(set(made)) != len(made) or known & set(made):
+            raise _Refused(f"node {node.name!r} makes a value that exists already")
+        known |= set(made)
+    unmade = [value.name for value in graph.output if value.name not in known]
+    if unmade:
+        raise _Refused(f"output {unmade[0]!r} is never made")
+
+
+def _element_bits(tensor: TensorProto) -> int:
+    try:
+        kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Refused(f"tensor {tensor.name!r} has the unknown type {tensor.data_type}") from error
+    if kind == np.dtype(object):
+        raise _Refused(f"tensor {tensor.name!r} holds strings")
+    return {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2}.get(kind.name.replace("_", ""), 8 * kind.itemsize)
+
+
+def _check_tensor(tensor: TensorProto, folder: Path) -> None:
+    if len(tensor.dims) > MAX_RANK or any(d < 0 for d in tensor.dims):
+        raise _Refused(f"tensor {tensor.name!r} has the shape {list(tensor.dims)[:MAX_RANK]}")
+    size = -(-prod(tensor.dims) * _element_bits(tensor) // 8)
+    if tensor.data_location == TensorProto.EXTERNAL:
+        _check_external(tensor, folder, size)
+    elif tensor.HasField("raw_data"):
+        if len(tensor.raw_data) != size:
+            raise _Refused(f"tensor {tensor.name!r} holds {len(tensor.raw_data)} bytes, its shape needs {size}")
+    elif size > tensor.ByteSize() * 8:  # the typed fields: a varint of one byte may stand for eight
+        raise _Refused(f"tensor {tensor.name!r} holds fewer values than its shape needs")
+
+
+def _check_external(tensor: TensorProto, folder: Path, size: int) -> None:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    where = f"tensor {tensor.name!r} has its data in {location!r}"
+    if not location or "\0" in location or "\\" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+        raise _Refused(f"{where}, which is no name in the file's own folder")
+    path = folder / location
+    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+        raise _Refused(f"{where}, which is a link")
+    if not path.is_file():
+        raise _Refused(f"{where}, which is missing")
+    try:
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(size)))
+    except ValueError as error:
+        raise _Refused(f"{where} at an offset that is no number") from error
+    if offset < 0 or length != size or offset + length > path.stat().st_size:
+        raise _Refused(f"{where}, bytes {offset} to {offset + length}: the file or the shape does not fit")
+
+
+def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder: Path) -> None:
+    name = node.name or OP_TYPE
+    if len(node.input) != len(INPUT_NAMES) or len(node.output) != 1:
+        raise _Refused(f"{name} has {len(node.input)} inputs and {len(node.output)} outputs")
+    given = dict(zip(INPUT_NAMES, node.input, strict=True))
+    parts = {}
+    for part, rank in TABLES.items():
+        tensor = tensors.get(given[part])
+        if tensor is None or len(tensor.dims) != rank:
+            raise _Refused(f"{name}: {part} must be an initialiser of rank {rank}")
+        parts[part] = tensor
+    if any(parts[part].data_type != TensorProto.INT32 for part in ("neurons", "offsets")):
+        raise _Refused(f"{name}: neurons and offsets must be int32")
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    experts, union = parts["router"].dims[0], parts["w_up"].dims[0]
+    neurons, offsets = (numpy_helper.to_array(parts[part], str(folder)) for part in ("neurons", "offsets"))
+    if len(offsets) != experts + 1 or offsets[0] != 0 or offsets[-1] != len(neurons) or (np.diff(offsets) < 0).any():
+        raise _Refused(f"{name}: offsets do not rise from 0 to {len(neurons)} in {experts} steps")
+    if len(neurons) and (neurons.min() < 0 or neurons.max() >= union):
+        raise _Refused(f"{name}: a neuron id lies outside 0..{union - 1}")
+    falls = np.flatnonzero(np.diff(neurons) <= 0) + 1
+    if not np.isin(falls, offsets).all():
+        raise _Refused(f"{name}: an expert's neuron ids do not ascend")
+    top_k, width = attributes.get("top_k", 1), attributes.get("max_width")
+    if not isinstance(top_k, int) or not 1 <= top_k <= experts:
+        raise _Refused(f"{name}: top_k {top_k!r} with {experts} experts")
+    if width != int(np.diff(offsets).max()):
+        raise _Refused(f"{name}: max_width {width!r}, its widest expert has {int(np.diff(offsets).max())} neurons")

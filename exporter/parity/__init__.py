@@ -1,0 +1,18 @@
+"""Numerical parity: a graph or an engine against the torch model it was made from, layer by layer, with float64 as yardstick."""
+
+from exporter.parity.check import DEFAULT_BATCHES, ParityResult, check_parity
+from exporter.parity.layers import Deviation, LayerParity
+from exporter.parity.outputs import SAFETY, BatchError
+from exporter.parity.weights import WeightProblem, check_weights
+
+__all__ = [
+    "DEFAULT_BATCHES",
+    "SAFETY",
+    "BatchError",
+    "Deviation",
+    "LayerParity",
+    "ParityResult",
+    "WeightProblem",
+    "check_parity",
+    "check_weights",
+]

@@ -1,0 +1,267 @@
+"""Check an export folder's portable graph against its torch model: outputs by batch size, layers, routes and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity, probe_routes
+from exporter.parity.outputs import SAFETY, BatchError, batch_error
+from exporter.parity.stats import error_stats, json_safe
+from exporter.parity.taps import Tap, copied, hooked, probe_graph, tapped_graph, taps_of
+from exporter.parity.weights import WeightProblem, check_weights
+from exporter.precision import PRECISIONS, RoundedModel, dtype_of, typed
+from exporter.profile import DEFAULT_BATCH
+from exporter.runners import OnnxRunner, Runner
+from moee.artifact import read_manifest
+from moee.checkpoint import MoeeModel
+from moee.data import ImageSet, batches
+from moee.errors import UserError
+from moee.layer import RoutedFFN, routed_layers
+from moee.progress import Reporter, silent
+
+DEFAULT_BATCHES = DEFAULT_BATCH
+AGREEMENT_IMAGES = 64
+# Routes that must equal the float64 run's. In half precision near ties flip, so only wrong routes fail there.
+MIN_ROUTE_AGREEMENT = {torch.float32: 0.9999}
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head)."""
+
+    runtime: str
+    batches: list[BatchError]
+    route_agreement: dict[str, float]
+    top1_agreement: float | None
+    images: int
+    precision: str = "fp32"
+    arithmetic: str = "float32"
+    layers: list[LayerParity] = field(default_factory=list)
+    weight_problems: list[WeightProblem] = field(default_factory=list)
+    min_route_agreement: float = 0.0
+
+    @property
+    def max_abs_error(self) -> float:
+        return max(b.max_abs_error for b in self.batches)
+
+    @property
+    def mean_route_agreement(self) -> float:
+        return sum(self.route_agreement.values()) / max(len(self.route_agreement), 1)
+
+    @property
+    def routes_passed(self) -> bool:
+        return all(v >= self.min_route_agreement for v in self.route_agreement.values())
+
+    @property
+    def passed(self) -> bool:
+        parts = [*(b.passed for b in self.batches), *(layer.passed for layer in self.layers)]
+        return all(parts) and self.routes_passed and not self.weight_problems
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    @property
+    def first_deviation(self) -> Deviation | None:
+        """The first layer that leaves the model, and how; None if none does."""
+        damaged = {p.layer: p.message for p in reversed(self.weight_problems)}
+        return first_deviation(self.layers, all(b.passed for b in self.batches), damaged)
+
+    def to_json(self) -> dict[str, Any]:
+        deviation = self.first_deviation
+        largest = max(b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches)
+        body = {
+            "schema": "moee.parity/1",
+            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement")},
+            "batches": [{**asdict(b), "passed": b.passed} for b in self.batches],
+            "layers": [layer.to_json() for layer in self.layers],
+            "max_abs_error": self.max_abs_error,
+            "tolerance": {
+                "max_relative_error": largest,
+                "min_route_agreement": self.min_route_agreement,
+                "rule": f"{SAFETY:g} times the largest error of torch in {self.arithmetic} against float64",
+            },
+            "first_deviation": asdict(deviation) if deviation else None,
+            "passed": self.passed,
+        }
+        return json_safe(body)
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """The torch side: `exact` computes in float64 with the graph's own weights, `own` in the runtime's type."""
+
+    exact: RoundedModel
+    own: nn.Module
+    dtype: torch.dtype
+
+    def layers(self) -> tuple[dict[str, RoutedFFN], dict[str, RoutedFFN]]:
+        """Routed FFNs of both by name."""
+        inner = self.own.model if hasattr(self.own, "model") else self.own
+        return routed_ffns(self.exact.model), routed_ffns(inner)  # type: ignore[arg-type]
+
+
+def routed_ffns(model: nn.Module) -> dict[str, RoutedFFN]:
+    """The routed layers that follow the operator's contract; of any other kind only routes and outputs are compared."""
+    return {name: layer for name, layer in routed_layers(model).items() if isinstance(layer, RoutedFFN)}
+
+
+def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
+    """Models to compare a graph of `precision` with; `widened`: the runtime computes its bfloat16 weights in float32."""
+    dtype = dtype_of(precision)
+    exact = RoundedModel(model, dtype, torch.float64).eval()
+    if widened:
+        return Yardsticks(exact, RoundedModel(model, dtype, torch.float32).eval(), torch.float32)
+    return Yardsticks(exact, typed(model, dtype), dtype)
+
+
+def image_pool(data: ImageSet, count: int) -> Tensor:
+    """`count` images [count, 3, H, W] of `data`, drawn once; repeated where the set holds fewer."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
+    pool = torch.cat([b.images for b in batches(data, 8, order=order)])
+    return pool.repeat(-(-count // len(pool)), 1, 1, 1)[:count]
+
+
+@torch.inference_mode()
+def output_errors(
+    runner: Runner, yard: Yardsticks, pool: Tensor, sizes: Sequence[int], rtol: float | None = None, atol: float | None = None,
+    report: Reporter = silent, message: str = "parity",
+) -> list[BatchError]:  # fmt: skip
+    """Errors of a runner's first output at each batch size."""
+    runs = []
+    for done, size in enumerate(sizes):
+        report(message, done, len(sizes))
+        x = pool[:size].contiguous()
+        reference, own = yard.exact(x).numpy(), yard.own(x).float().numpy()
+        got = runner.run(x.numpy())[0]
+        if got.shape != reference.shape:
+            raise UserError(f"{runner.name} gives outputs {got.shape}, the model {reference.shape}; export it again")
+        runs.append((size, got, reference, own))
+    report(message, len(sizes), len(sizes))
+    widest = max(error_stats(own, reference).max_abs_error for _, _, reference, own in runs)
+    return [batch_error(size, got, reference, own, widest, yard.dtype, rtol, atol) for size, got, reference, own in runs]
+
+
+@torch.inference_mode()
+def check_parity(
+    export_dir: Path | str, moee: MoeeModel, data: ImageSet, threads: int | None = None, report: Reporter = silent, *,
+    sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu", rtol: float | None = None, atol: float | None = None,
+    min_route_agreement: float | None = None,
+) -> ParityResult:  # fmt: skip
+    """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer at the largest, and
+    top-1 classes of up to 64 images. Weights in `tensorrt.onnx` must be the model's.
+
+    Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
+    """
+    folder = Path(export_dir)
+    precision = read_manifest(folder, MANIFEST, SCHEMA, verify=False).get("precision", "fp32")
+    widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
+    yard = yardsticks(moee.model, precision, widened)
+    sizes = sorted(set(sizes))
+    pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
+    with ExitStack() as stack:
+        plain = stack.enter_context(copied(ir.load(folder / PORTABLE), folder / PORTABLE, widened))
+        runner = stack.enter_context(OnnxRunner(plain, threads, provider))
+        errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
+        agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
+        name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
+    judged, agreed = _layers(folder, yard, moee.model, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
+    floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
+    return ParityResult(
+        runtime=name,
+        batches=errors,
+        route_agreement=agreed,
+        top1_agreement=agreement,
+        images=images,
+        precision=precision,
+        arithmetic=str(yard.dtype).removeprefix("torch."),
+        layers=judged,
+        weight_problems=check_weights(folder / TENSORRT, routed_ffns(moee.model), dtype_of(precision)),
+        min_route_agreement=floor,
+    )
+
+
+def _layers(
+    folder: Path, yard: Yardsticks, model: nn.Module, x: Tensor, threads: int | None, provider: str, widened: bool,
+    report: Reporter,
+) -> tuple[list[LayerParity], dict[str, float]]:  # fmt: skip
+    """Every routed FFN on one batch of images, and the share of equal routes of every routed layer."""
+    exact, own = yard.layers()
+    everything = list(routed_layers(model))
+    names, others = list(exact), tuple(n for n in everything if n not in exact)
+    with tapped_graph(folder / PORTABLE, names, widened, others) as path, OnnxRunner(path, threads, provider) as runner:
+        outputs = runner.run(x.numpy())
+    got, routes = taps_of(outputs, names), dict(zip(others, outputs[len(outputs) - len(others) :], strict=True))
+    reference, by_torch = _hooked_run(yard.exact, everything, x), _hooked_run(yard.own, everything, x)
+    probes = _probe(folder, yard, names, reference, threads, provider, widened)
+    judged = []
+    for done, name in enumerate(names):
+        if got[name].tokens.shape != reference[name].tokens.shape:
+            raise UserError(f"{PORTABLE}: {name} gets {tuple(got[name].tokens.shape)} tokens, the model's layer another number")
+        judged.append(layer_parity(name, exact[name], own[name], got[name], probes[name], reference[name], by_torch[name]))
+        report("layers", done + 1, len(names))
+    agreed = {layer.name: layer.agreement for layer in judged}
+    for name, route in routes.items():
+        agreed[name] = float((route.reshape(-1) == reference[name].route.reshape(-1).numpy()).mean())
+    return judged, {name: agreed[name] for name in everything}
+
+
+def _probe(
+    folder: Path, yard: Yardsticks, names: list[str], reference: dict[str, Tap], threads: int | None, provider: str, widened: bool
+) -> dict[str, Tap]:
+    """Every layer with dictated routes, on tokens of the float64 run rounded to the graph's type."""
+    exact, _ = yard.layers()
+    precision = {v: k for k, v in PRECISIONS.items()}[yard.exact.dtype]
+    taps, feeds = {}, {}
+    for name in names:
+        tokens, routes = probe_routes(exact[name], reference[name].tokens)
+        tokens = tokens.to(yard.exact.dtype).float()
+        feeds[f"{name}/probe_tokens"], feeds[f"{name}/probe_route"] = tokens.numpy(), routes.reshape(-1).numpy()
+        taps[name] = Tap(tokens, routes, tokens)
+    if not names:
+        return {}
+    graph = folder / PORTABLE
+    with probe_graph(graph, names, precision, widened) as path, OnnxRunner(path, threads, provider) as runner:
+        results = runner.run_feeds(feeds)
+    return {
+        n: Tap(taps[n].tokens, taps[n].route, torch.from_numpy(r).reshape(taps[n].tokens.shape))
+        for n, r in zip(names, results, strict=True)
+    }
+
+
+def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]:
+    """Taps of one forward pass of a model that may be wrapped, by the layers' names in the unwrapped one."""
+    with hooked(model) as taps:
+        model(x)
+        return {name: taps[inner] for name, inner in zip(names, routed_layers(model), strict=True)}
+
+
+def _class_agreement(runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, size: int) -> tuple[float | None, int]:
+    """Share of images with the class that torch in the runtime's type gives, and how many images."""
+    if moee.probe is None and not getattr(moee.model, "num_classes", 0):
+        return None, len(pool)
+    same = 0
+    for part in pool.split(size):
+        x = part.contiguous()
+        same += int((classes(moee, yard.own(x).float()) == classes(moee, torch.from_numpy(runner.run(x.numpy())[0]))).sum())
+    return same / len(pool), len(pool)
+
+
+def logits(moee: MoeeModel, outputs: Tensor) -> Tensor:
+    """Logits [N, classes] float32 of a model's outputs: the outputs themselves, or the probe's."""
+    outputs = outputs.float()
+    return moee.probe.logits(outputs) if moee.probe is not None else outputs
+
+
+def classes(moee: MoeeModel, outputs: Tensor) -> np.ndarray:
+    """Top-1 class [N] of a model's outputs."""
+    return logits(moee, outputs).argmax(1).numpy()

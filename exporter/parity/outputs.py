@@ -1,0 +1,61 @@
+"""Errors of a model's output at each batch size, and the tolerance that torch's own error sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from exporter.parity.stats import error_stats
+
+SAFETY = 8.0  # times torch's own largest error: another order of summation, on another processor, may lose more than torch's did
+
+
+@dataclass(frozen=True)
+class BatchError:
+    """Errors at one batch size against the float64 run of the same weights, and what torch in the graph's type loses there."""
+
+    batch: int
+    max_abs_error: float
+    mean_abs_error: float
+    output_rms: float
+    p99_abs_error: float
+    max_rel_error: float
+    mean_rel_error: float
+    p99_rel_error: float
+    torch_max_abs_error: float
+    tolerance_abs: float
+
+    @property
+    def relative(self) -> float:
+        """Largest error over the output's root mean square."""
+        return self.max_abs_error / max(self.output_rms, 1e-30)
+
+    @property
+    def passed(self) -> bool:
+        return self.max_abs_error <= self.tolerance_abs
+
+
+def tolerance(own_error: float, rms: float, dtype: torch.dtype, rtol: float | None = None, atol: float | None = None) -> float:
+    """Largest absolute error allowed where torch itself, computing in `dtype`, is off by `own_error`; `rms` is the output's.
+
+    `SAFETY` times torch's largest error, and at least `SAFETY` roundings of a value as large as the output's rms. With `rtol`
+    or `atol` given, atol + rtol x rms instead.
+    """
+    if rtol is not None or atol is not None:
+        return (atol or 0.0) + (rtol or 0.0) * rms
+    return SAFETY * max(own_error, torch.finfo(dtype).eps * rms)
+
+
+def batch_error(
+    batch: int, got: np.ndarray, reference: np.ndarray, by_torch: np.ndarray, own: float, dtype: torch.dtype,
+    rtol: float | None = None, atol: float | None = None,
+) -> BatchError:  # fmt: skip
+    """Compare one batch. `own` is torch's largest error over all batches: a batch of one image is too small a sample."""
+    stats, torch_stats = error_stats(got, reference), error_stats(by_torch, reference)
+    allowed = tolerance(max(own, torch_stats.max_abs_error), stats.rms, dtype, rtol, atol)
+    return BatchError(
+        batch, stats.max_abs_error, stats.mean_abs_error, stats.rms, stats.p99_abs_error, stats.max_rel_error,
+        stats.mean_rel_error, stats.p99_rel_error, torch_stats.max_abs_error, allowed,
+    )  # fmt: skip

@@ -1,0 +1,54 @@
+"""Statistics of an error: absolute and relative, maximum, mean and 99th percentile."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RELATIVE_FLOOR = 1e-3  # of the reference's rms: below it a relative error says nothing
+
+
+@dataclass(frozen=True)
+class ErrorStats:
+    """Elementwise errors of `count` values. Relative ones divide by |reference|, at least `RELATIVE_FLOOR` of its rms."""
+
+    count: int
+    max_abs_error: float
+    mean_abs_error: float
+    p99_abs_error: float
+    max_rel_error: float
+    mean_rel_error: float
+    p99_rel_error: float
+    rms: float
+
+
+def error_stats(got: np.ndarray, reference: np.ndarray) -> ErrorStats:
+    """`got` and `reference` of equal shape, compared in float64. A value that is finite in one alone is an infinite error."""
+    got, reference = np.asarray(got, np.float64).ravel(), np.asarray(reference, np.float64).ravel()
+    if got.size == 0:
+        return ErrorStats(0, *([0.0] * 7))
+    with np.errstate(invalid="ignore"):
+        error = np.abs(got - reference)
+        error[np.isnan(got) & np.isnan(reference)] = 0.0
+        error[~np.isfinite(error)] = np.inf
+        rms = float(np.sqrt(np.mean(np.square(reference[np.isfinite(reference)])))) if np.isfinite(reference).any() else 0.0
+        relative = error / np.maximum(np.abs(reference), max(RELATIVE_FLOOR * rms, np.finfo(np.float64).tiny))
+    relative[np.isnan(relative)] = np.inf
+    return ErrorStats(got.size, *_three(error), *_three(relative), rms)
+
+
+def _three(error: np.ndarray) -> tuple[float, float, float]:
+    p99 = float(np.percentile(error, 99, method="higher"))
+    return float(error.max()), float(error.mean()), p99
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with None for floats that JSON has no word for: an infinite error is one that could not be computed."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: json_safe(v) for k, v in value.items()}
+    return [json_safe(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,138 @@
+"""What goes into and comes out of every routed layer: extra outputs of a graph, hooks on a torch model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from torch import Tensor, nn
+
+from exporter.passes.widen import widen_bfloat16
+from moee.errors import UserError
+from moee.layer import RoutedFFN, routed_layers
+
+ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+PARTS = ("tokens", "route", "result")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One layer in one run: `tokens` [T, D], `route` [T, k] int64, `result` [T, D]."""
+
+    tokens: Tensor
+    route: Tensor
+    result: Tensor
+
+
+@contextmanager
+def tapped_graph(graph: Path, layers: list[str], widen: bool = False, only_routes: tuple[str, ...] = ()) -> Iterator[Path]:
+    """A temporary copy of a portable graph that also outputs tokens, routes and result of every layer, in that order, and
+    then the routes alone of the layers in `only_routes`.
+
+    With `widen`, bfloat16 becomes float32. Raises `UserError` if the graph lacks one of these values.
+    """
+    model = ir.load(graph)
+    for parts in [*_parts(model, graph, layers), *_parts(model, graph, list(only_routes), ("route",))]:
+        model.graph.outputs.extend(parts)
+    with copied(model, graph, widen) as path:
+        yield path
+
+
+def _parts(model: ir.Model, graph: Path, layers: list[str], parts: tuple[str, ...] = PARTS) -> list[list[ir.Value]]:
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    found = []
+    for layer in layers:
+        for part in parts:
+            if f"{layer}/{part}" not in values:
+                raise UserError(
+                    f"{graph} has no value {layer}/{part}: it was made from another model or by an older version; export it again"
+                )
+        found.append([values[f"{layer}/{part}"] for part in parts])
+    return found
+
+
+@contextmanager
+def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = False) -> Iterator[Path]:
+    """A temporary graph of the routed layers alone, with tokens and routes as inputs, so that every expert can be reached.
+
+    Inputs are `<layer>/probe_tokens` [N, D] float32 and `<layer>/probe_route` [N * k] int64 of every layer, outputs their
+    results [N, D].
+    """
+    model = ir.load(graph)
+    results = []
+    for layer, (tokens, route, result) in zip(layers, _parts(model, graph, layers), strict=True):
+        feed = ir.Value(name=f"{layer}/probe_tokens", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None]))
+        chosen = ir.Value(name=f"{layer}/probe_route", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None]))
+        model.graph.inputs.extend([feed, chosen])
+        source = feed
+        if precision != "fp32":
+            cast = ir.Node("", "Cast", [feed], [ir.AttrInt64("to", int(ONNX_TYPES[precision]))], name=f"{layer}/probe_cast")
+            cast.outputs[0].name = f"{layer}/probe_typed"
+            model.graph.insert_before(model.graph[0], cast)
+            source = cast.outputs[0]
+        ir.convenience.replace_all_uses_with(tokens, source)
+        ir.convenience.replace_all_uses_with(route, chosen)
+        results.append(result)
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(results)
+    model.graph.inputs.pop(0)
+    RemoveUnusedNodesPass()(model)
+    with copied(model, graph, widen) as path:
+        yield path
+
+
+@contextmanager
+def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
+    """`model`, loaded from `graph`, in a temporary folder with links to the weight files that it reads."""
+    if widen:  # before the links: onnx_ir refuses to read a file that has several
+        widen_bfloat16(model)
+    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+        stored = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        for name in {str(tensor.location) for tensor in stored}:
+            source, target = graph.parent / name, Path(folder) / name
+            try:
+                os.link(source, target)
+            except OSError:  # another file system
+                shutil.copyfile(source, target)
+        ir.save(model, Path(folder) / graph.name)
+        yield Path(folder) / graph.name
+
+
+def taps_of(outputs: list[np.ndarray], layers: list[str], own: int = 1) -> dict[str, Tap]:
+    """Taps from the outputs of a tapped graph; the first `own` outputs are the model's."""
+    taps = {}
+    for i, layer in enumerate(layers):
+        tokens, route, result = (torch.from_numpy(np.ascontiguousarray(a)) for a in outputs[own + 3 * i : own + 3 * i + 3])
+        taps[layer] = Tap(tokens, route.reshape(len(tokens), -1), result.reshape(tokens.shape))
+    return taps
+
+
+@contextmanager
+def hooked(model: nn.Module) -> Iterator[dict[str, Tap]]:
+    """A dictionary that holds the taps of the model's latest forward pass."""
+    taps: dict[str, Tap] = {}
+
+    def hook(name: str):
+        def record(module: RoutedFFN, args: tuple[Tensor, ...], y: Tensor) -> None:
+            x = args[0]
+            route = module.routes(x)
+            x, y = (t.movedim(1, -1) if module.channels_first else t for t in (x, y))
+            taps[name] = Tap(x.reshape(-1, x.shape[-1]), route, y.reshape(-1, y.shape[-1]))
+
+        return record
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in routed_layers(model).items()]
+    try:
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,46 @@
+"""Plots of an extracted artifact and of an ablation: `data` computes the numbers, `draw` and `ablation` turn them into SVG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from exporter.plots import data as plot_data
+from exporter.plots import draw
+from exporter.plots.figure import save_svg
+from moee.artifact import atomic_folder, write_json
+from moee.checkpoint import MoeeModel
+from moee.data import ImageSet, model_transform
+from moee.progress import Reporter, silent
+
+__all__ = ["draw", "plot_data", "write_plots"]
+
+
+def write_plots(
+    moee: MoeeModel, calibration: ImageSet, held_out: ImageSet, out: Path | str, images: int = 256, force: bool = False,
+    report: Reporter = silent,
+) -> list[str]:  # fmt: skip
+    """Write `routing`, `similarity`, `curves` and `patches`, each as .json and .svg, into folder `out`; returns the file names.
+
+    Routes are those of the first `images` held-out images, spread evenly; the curves are of the dense model on `calibration`.
+    Raises `UserError` if `out` exists and `force` is off.
+    """
+    with atomic_folder(out, force) as folder:
+        trace = plot_data.trace_routes(moee, held_out, images, report)
+        dense = moee.dense()
+        numbers = {
+            "routing": plot_data.routing_by_class(trace),
+            "similarity": plot_data.router_similarity(moee.model),
+            "curves": plot_data.neuron_curves(dense, calibration, report=report),
+            "patches": plot_data.expert_patches(trace),
+        }
+        figures = {
+            "routing": draw.routing(numbers["routing"]),
+            "similarity": draw.similarity(numbers["similarity"]),
+            "curves": draw.curves(numbers["curves"]),
+            "patches": draw.patches(numbers["patches"], held_out, model_transform(moee.model)),
+        }
+        for position, (name, figure) in enumerate(figures.items(), 1):
+            write_json(folder / f"{name}.json", numbers[name])
+            save_svg(figure, folder / f"{name}.svg")
+            report("draw", position, len(figures))
+        return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,175 @@
+"""The numbers behind the plots of an artifact, as plain JSON values; drawing is elsewhere."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moee.calibration import CHUNK, collect_tokens, hidden_activations
+from moee.checkpoint import MoeeModel
+from moee.data import ImageSet, batches, model_transform
+from moee.layer import routed_layers
+from moee.models import find_ffns
+from moee.progress import Reporter, silent, track
+
+BATCH = 32
+CURVE_TOKENS = 20_000
+PATCHES = 8  # shown of each expert
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Which experts the tokens of some images took.
+
+    `indices` [N] and `labels` [N] int64 (-1: none) of the images; per layer `routes` [N, T, top_k] int64, its number of
+    `experts`, and how many of the T tokens precede the `grids` [rows, cols] of patches (None where T is no grid).
+    """
+
+    size: int
+    indices: Tensor
+    labels: Tensor
+    routes: dict[str, Tensor]
+    experts: dict[str, int]
+    grids: dict[str, tuple[int, int, int] | None]
+
+
+@torch.inference_mode()
+def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Reporter = silent) -> RoutingTrace:
+    """Run at most `images` images, spread evenly over `data`, and record every routed layer's experts."""
+    layers = routed_layers(moee.model)
+    prefix = int(getattr(moee.model, "num_prefix_tokens", 0))
+    collected: dict[str, list[Tensor]] = {name: [] for name in layers}
+    grids: dict[str, tuple[int, int, int] | None] = {}
+
+    def hook(name: str):
+        def record(module: Any, args: tuple[Tensor, ...]) -> None:
+            x = args[0]
+            grids[name] = _grid(x, prefix, module.channels_first)
+            collected[name].append(module.routes(x).reshape(len(x), -1, module.top_k))
+
+        return record
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    order = torch.linspace(0, len(data) - 1, min(images, len(data))).round().long().unique()
+    indices, labels = [], []
+    try:
+        for batch in track(batches(data, BATCH, order=order), "routes", math.ceil(len(order) / BATCH), report):
+            moee.model(batch.images)
+            indices.append(batch.indices)
+            labels.append(batch.labels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    routes = {name: torch.cat(parts) for name, parts in collected.items()}
+    size = model_transform(moee.model).size
+    return RoutingTrace(
+        size, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids
+    )
+
+
+def _grid(x: Tensor, prefix: int, channels_first: bool) -> tuple[int, int, int] | None:
+    """(tokens before the grid, rows, columns) of a layer's input, or None if its tokens form no square."""
+    if x.dim() == 4:
+        return (0, *x.shape[2:]) if channels_first else (0, *x.shape[1:3])
+    for before in dict.fromkeys((prefix, 0)):
+        side = math.isqrt(x.shape[1] - before)
+        if side * side == x.shape[1] - before:
+            return before, side, side
+    return None
+
+
+def routing_by_class(trace: RoutingTrace) -> dict[str, Any]:
+    """Share of each class's tokens that each expert gets, per layer (paper, Figures 2 to 4 and 8).
+
+    {"classes": [class id], "images": [per class], "layers": {name: [[share an expert] a class]}}; one class -1 where the
+    images have no labels.
+    """
+    classes = trace.labels.unique().tolist()
+    layers = {}
+    for name, routes in trace.routes.items():
+        rows = []
+        for label in classes:
+            taken = torch.bincount(routes[trace.labels == label].flatten(), minlength=trace.experts[name])
+            rows.append(_rounded(taken.double() / taken.sum()))
+        layers[name] = rows
+    counts = [int((trace.labels == label).sum()) for label in classes]
+    return {"schema": "moee.plot-routing/1", "classes": classes, "images": counts, "layers": layers}
+
+
+def router_similarity(model: nn.Module) -> dict[str, Any]:
+    """Cosine similarity of the experts' router rows (their mean inputs) per layer: {"layers": {name: K x K}}; paper, Figure 5."""
+    layers = {}
+    for name, layer in routed_layers(model).items():
+        rows = nn.functional.normalize(layer.router.detach().double(), dim=1)
+        layers[name] = [_rounded(row) for row in rows @ rows.T]
+    return {"schema": "moee.plot-similarity/1", "layers": layers}
+
+
+@torch.inference_mode()
+def neuron_curves(dense: nn.Module, data: ImageSet, tokens: int = CURVE_TOKENS, report: Reporter = silent) -> dict[str, Any]:
+    """Variance and mean of every hidden neuron of the dense MLPs on calibration images, each sorted from high to low (paper,
+    Figure 9): {"tokens": N, "layers": {name: {"variance": [H], "mean": [H]}}}."""
+    ffns = find_ffns(dense)
+    layers = {}
+    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+        sampled = collect_tokens(dense, ffns, data, Path(folder), tokens, 0, report)
+        for ffn, layer in zip(ffns, sampled, strict=True):
+            total, squares = torch.zeros(ffn.hidden).double(), torch.zeros(ffn.hidden).double()
+            for part in torch.arange(layer.count).split(CHUNK):
+                hidden = hidden_activations(ffn, layer.load(part)).double()
+                total += hidden.sum(0)
+                squares += hidden.square().sum(0)
+            mean = total / layer.count
+            variance = (squares / layer.count - mean.square()).clamp(min=0)
+            layers[ffn.name] = {
+                "variance": _rounded(variance.sort(descending=True).values),
+                "mean": _rounded(mean.sort(descending=True).values),
+            }
+    return {"schema": "moee.plot-curves/1", "tokens": sampled[0].count, "layers": layers}
+
+
+def expert_patches(trace: RoutingTrace, per_expert: int = PATCHES, seed: int = 0) -> dict[str, Any]:
+    """Image patches that each expert gets, drawn uniformly from its tokens (paper, Figure 10).
+
+    {"layers": {name: [{"share": of the patches, "patches": [{"image", "top", "left", "height", "width"}]} an expert]}}:
+    image is the position in the data set, the rest pixels. Class and register tokens have no patch; a layer whose tokens form
+    no grid is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for name, routes in trace.routes.items():
+        grid = trace.grids[name]
+        if grid is None:
+            continue
+        before, rows, columns = grid
+        height, width = trace.size // rows, trace.size // columns
+        on_grid = routes[:, before:]
+        experts = []
+        for e in range(trace.experts[name]):
+            places = (on_grid == e).any(-1).nonzero()
+            chosen = places[torch.randperm(len(places), generator=generator)[:per_expert]].tolist()
+            experts.append(
+                {
+                    "share": round(len(places) / on_grid[..., 0].numel(), 6),
+                    "patches": [
+                        {
+                            "image": int(trace.indices[image]), "top": token // columns * height, "left": token % columns * width,
+                            "height": height, "width": width,
+                        }
+                        for image, token in chosen
+                    ],
+                }
+            )  # fmt: skip
+        layers[name] = experts
+    return {"schema": "moee.plot-patches/1", "size": trace.size, "layers": layers}
+
+
+def _rounded(values: Tensor) -> list[float]:
+    """Floats of six significant digits: what a plot can show."""
+    return [float(f"{v:.6g}") for v in values.tolist()]

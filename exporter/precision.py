@@ -1,0 +1,107 @@
+"""Typed models: float16 or bfloat16 where it is safe, float32 where sums and exponentials need it.
+
+The types are set in PyTorch, so that the traced graph, the torch model that it is compared with and a strongly typed TensorRT
+network all hold the same casts. Kept in float32: normalisation layers, softmax, routing scores, and the graph's input and output.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.layers import RmsNorm, SimpleNorm
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from moee.errors import UserError
+from moee.layer import RoutedFFN
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, SimpleNorm)
+SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Raises `UserError` for a name that is not fp32, fp16 or bf16."""
+    if precision not in PRECISIONS:
+        raise UserError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
+def _lowered_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers that take the token type: all floats but norms' and the routers' biases."""
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            continue
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point() and not (isinstance(module, RoutedFFN) and name == "router_bias"):
+                yield tensor
+
+
+class _Float32Softmax(TorchFunctionMode):
+    """Softmax of half-precision tensors in float32, and attention spelt out so that it has such a softmax."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in SOFTMAX and args[0].dtype in (torch.float16, torch.bfloat16):
+            return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+        if func is nn.functional.scaled_dot_product_attention and args[0].dtype in (torch.float16, torch.bfloat16):
+            return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        scale: float | None = None, **other: Any,
+    ) -> Tensor:  # fmt: skip
+        if is_causal or dropout_p or other:
+            raise UserError("only plain attention can be exported in fp16 or bf16; use --precision fp32")
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-2, -1)
+        exact = scores.float()
+        if attn_mask is not None:
+            exact = exact.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype == torch.bool else exact + attn_mask.float()
+        return exact.softmax(-1).to(v.dtype) @ v
+
+
+class TypedModel(nn.Module):
+    """A copy of `model` that computes in `dtype`; images [B, 3, H, W] float32 in, outputs float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.model = copy.deepcopy(model)
+        for tensor in _lowered_tensors(self.model):
+            tensor.data = tensor.data.to(dtype)
+        for module in self.model.modules():
+            if isinstance(module, NORMS):
+                module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+                module.register_forward_hook(lambda _, args, y: y.to(self.dtype))
+
+    def forward(self, images: Tensor) -> Tensor:
+        with _Float32Softmax():
+            return self.model(images.to(self.dtype)).float()
+
+
+def typed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model` in eval mode, computing in `dtype`: itself for float32, else a `TypedModel`."""
+    return model.eval() if dtype == torch.float32 else TypedModel(model, dtype).eval()
+
+
+class RoundedModel(nn.Module):
+    """A copy of `model` whose weights are rounded to `dtype` and which computes in `compute` throughout.
+
+    In float64 it is the yardstick of a typed graph: the graph's own weights, without its rounding errors.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, compute: torch.dtype):
+        super().__init__()
+        self.dtype, self.compute = dtype, compute
+        self.model = copy.deepcopy(model)
+        for tensor in _lowered_tensors(self.model):
+            tensor.data = tensor.data.to(dtype).to(compute)
+        self.model.to(compute)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.compute))

@@ -1,0 +1,6 @@
+"""One self-contained HTML page about a model: what changed, what was kept, whether it agrees, how fast it is."""
+
+from exporter.report.collect import Sources, collect
+from exporter.report.page import render, write_report
+
+__all__ = ["Sources", "collect", "render", "write_report"]

@@ -1,0 +1,111 @@
+"""Sections on what was kept: accuracy and cosine to dense, and parity of the exported graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporter.report import charts
+from exporter.report.collect import Sources
+from exporter.report.markup import Html, table, tag
+from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
+from exporter.report.values import DASH, dig, fixed, numbers, percent, real, scientific
+
+
+def retention(sources: Sources) -> tuple[str | None, list[Html]]:
+    """Accuracy and cosine to dense at every stage, and the loss of the fine-tuning."""
+    found = stages(sources)
+    if not found:
+        return None, [not_there("A model's manifest (moee.json) was", "moee extract")]
+    kept = {name: dig(stage, "retention") or {} for name, stage in found.items()}
+    first = next(iter(kept.values()))
+    rows: list[list[object]] = [
+        ["accuracy", percent(dig(first, "dense_accuracy")), *[percent(dig(r, "accuracy")) for r in kept.values()]]
+    ]
+    for label, key, show in (
+        ("same class as dense", "top1_agreement", percent),
+        ("class feature, cosine to dense", "class_cosine", fixed),
+        ("token features, cosine to dense", "token_cosine", fixed),
+    ):
+        rows.append([label, DASH, *[show(dig(r, key)) for r in kept.values()]])
+    names = [STAGE_NAMES.get(name, name) for name in found]
+    images, data = dig(first, "images"), dig(sources.body("moee.model"), "data")
+    parts = [table(["", "dense", *names], rows, f"{fixed(images, 0)} held-out images of {data}")]
+    parts += _intervals(dig(sources.body("moee.parity"), "accuracy"))
+    losses = dig(found.get("tuned"), "losses")
+    series = [(name, numbers(dig(losses, name)), kind) for name, kind in (("train", "moee"), ("validation", "dense"))]
+    series = [s for s in series if len(s[1]) > 1]
+    if series:
+        parts += [tag("h3", "Fine-tuning loss"), charts.lines(series, max(len(s[1]) for s in series) - 1, "epoch")]
+    return None, parts
+
+
+def _intervals(accuracy: Any) -> list[Html]:
+    """Accuracy of the exported graphs with 95 % intervals, as `moee verify` measured it."""
+    if not isinstance(accuracy, dict):
+        return []
+    rows: list[list[object]] = []
+    for label, key in (("top-1", "top1"), ("top-5", "top5")):
+        pair = [dig(accuracy, f"{who}_{key}") for who in ("dense", "moee")]
+        if any(pair):
+            rows.append([label, *[_proportion(p) for p in pair]])
+    rows.append(["expected calibration error", fixed(accuracy.get("dense_ece")), fixed(accuracy.get("moee_ece"))])
+    low, high = (fixed(dig(accuracy, "drop_interval_pp", i), 2) for i in (0, 1))
+    facts = f"Top-1 drop {fixed(accuracy.get('drop_pp'), 2)} points ({low} to {high}); "
+    facts += f"same class {_proportion(accuracy.get('agreement'))}; KL divergence {fixed(accuracy.get('kl'), 5)} nats."
+    caption = f"Against dense on {fixed(accuracy.get('images'), 0)} images, with 95 % intervals"
+    return [table(["", "dense", "MoEE"], rows, caption), tag("p", facts)]
+
+
+def _proportion(value: Any) -> str:
+    shown = percent(dig(value, "value"))
+    return shown if shown == DASH else f"{shown} ({percent(dig(value, 'low'))} to {percent(dig(value, 'high'))})"
+
+
+def parity(sources: Sources) -> tuple[str | None, list[Html]]:
+    """Errors of the exported graph against torch, and the routes that agree."""
+    body = sources.body("moee.parity")
+    if body is None:
+        short = dig(sources.body("moee.summary"), "parity")
+        if not isinstance(short, dict):
+            return None, [not_there("A parity result (parity.json) was", "moee verify export --out parity.json")]
+        rows: list[list[object]] = [
+            ["runtime", str(short.get("runtime", DASH))], ["largest absolute error", scientific(short.get("max_abs_error"))],
+            ["equal routes", percent(short.get("route_agreement"), 4)], ["same class", percent(short.get("top1_agreement"))],
+        ]  # fmt: skip
+        note = not_there("Details (parity.json) were", "moee verify export --out parity.json")
+        return verdict(short), [table(["", "value"], rows, "Parity, from the demo's summary"), note]
+    rows = []
+    batches = body.get("batches")
+    for batch in batches if isinstance(batches, list) else ():
+        error, rms = real(dig(batch, "max_abs_error")), real(dig(batch, "output_rms"))
+        relative = error / rms if error is not None and rms else None
+        row = [str(dig(batch, "batch")), scientific(error), scientific(dig(batch, "tolerance_abs"))]
+        rows.append([*row, scientific(dig(batch, "mean_abs_error")), scientific(relative)])
+    head = ["batch", "largest error", "allowed", "mean error", "largest error / output rms"]
+    parts = [*_failures(body), table(head, rows, f"torch against {body.get('runtime', DASH)}")]
+    if rule := dig(body, "tolerance", "rule"):
+        parts.append(tag("p", f"Allowed: {rule}."))
+    routes = body.get("route_agreement")
+    if isinstance(routes, dict) and not layers(sources):  # else they stand in the table of the layers
+        agreeing: list[list[object]] = [[str(name), percent(value, 4)] for name, value in routes.items()]
+        keys: list[list[float | str]] = [[index, real(value) or 0.0] for index, value in enumerate(routes.values())]
+        parts.append(table(["layer", "tokens on the same expert"], agreeing, "Routes", id_="routes", sort_keys=keys))
+    parts.append(tag("p", f"Same class: {percent(body.get('top1_agreement'))} of {fixed(body.get('images'), 0)} images."))
+    return verdict(body), parts
+
+
+def _failures(body: dict[str, Any]) -> list[Html]:
+    """The checks that failed, and the first layer that deviates."""
+    cases = body.get("cases")
+    failed = [c for c in cases if dig(c, "failure")] if isinstance(cases, list) else []
+    items = [tag("li", f"{dig(c, 'group')} {dig(c, 'name')}: {dig(c, 'failure')}") for c in failed]
+    first = body.get("first_deviation")
+    if isinstance(first, dict):
+        items.insert(0, tag("li", "first deviation: ", ", ".join(f"{k} {v}" for k, v in first.items() if v is not None)))
+    return [tag("ul", *items, class_="problems")] if items else []
+
+
+def verdict(body: Any) -> str | None:
+    """`passed` or `FAILED`; None if the result does not say."""
+    passed = dig(body, "passed")
+    return "passed" if passed is True else "FAILED" if passed is False else None

@@ -1,0 +1,120 @@
+"""The commands that make an artifact again, rebuilt from the configuration that it records."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from exporter.report.collect import Sources
+from exporter.report.values import dig
+from moee.config import ExtractConfig, FinetuneConfig
+
+WRITES = {"moee.model": "model", "moee.export": "export", "moee.engine": "engine"}
+
+
+def commands(sources: Sources) -> list[str]:
+    """Shell lines in the order of the pipeline, for what was found. Flags that hold their default are left out."""
+    lines = []
+    model = sources.body("moee.model")
+    if model and isinstance(model.get("model"), dict):
+        lines.append(_extract(model))
+        tuned = dig(model, "info", "stages", "tuned", "config")
+        if isinstance(tuned, dict):
+            lines.append(
+                _line("moee", "finetune", "extracted", *_flags(tuned, FinetuneConfig), "--out", "tuned")
+                + _python_only(tuned, FinetuneConfig)
+            )
+    source = "tuned" if len(lines) > 1 else "extracted"
+    export = sources.body("moee.export")
+    if export:
+        precision = export.get("precision")
+        typed = ["--precision", precision] if isinstance(precision, str) and precision != "fp32" else []
+        lines.append(_line("moee", "export", source, *typed, "--out", "export"))
+    if sources.body("moee.parity"):
+        lines.append("moee verify export --out parity.json")
+    latency = sources.body("moee.latency")
+    if latency:
+        words = [
+            w for key in ("batch", "runs", "threads") if isinstance(latency.get(key), int) for w in (f"--{key}", latency[key])
+        ]
+        lines.append(_line("moee", "bench", "export", *words, "--out", "latency.json"))
+    engine = sources.body("moee.engine")
+    if engine:
+        lines.append(_build(engine))
+    if sources.body("moee.summary"):
+        lines.append("moee demo --out demo   # all of the above")
+    return lines
+
+
+def _line(*words: Any) -> str:
+    return shlex.join(str(word) for word in words)
+
+
+def _extract(body: dict[str, Any]) -> str:
+    spec, config = body["model"], body.get("config")
+    words = ["moee", "extract", spec.get("name", "MODEL"), "--data", body.get("data", "DATA")]
+    if spec.get("pretrained"):
+        words.append("--pretrained")
+    elif spec.get("weights") and spec.get("name") == spec.get("timm_name"):
+        words += ["--weights", str(spec["weights"]).rpartition("/")[2]]
+    size = dig(spec, "kwargs", "img_size")
+    if isinstance(size, int) and spec.get("name") == spec.get("timm_name"):
+        words += ["--img-size", size]
+    config = config if isinstance(config, dict) else {}
+    return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
+
+
+def _flags(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> list[Any]:
+    """Flags of the settings that differ from their default. Those without a flag are left to `_python_only`."""
+    words: list[Any] = []
+    known = _known_flags("extract" if kind is ExtractConfig else "finetune")
+    for name, value in _changed(values, kind):
+        flag = f"--{name.replace('_', '-')}"
+        if flag not in known:
+            continue
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif isinstance(value, (list, tuple)):
+            words += [w for item in value for w in (flag, item)]
+        else:
+            words += [flag, value]
+    return words
+
+
+def _python_only(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> str:
+    """A shell comment that names the changed settings without a flag, or nothing."""
+    known = _known_flags("extract" if kind is ExtractConfig else "finetune")
+    rest = [f"{name}={value!r}" for name, value in _changed(values, kind) if f"--{name.replace('_', '-')}" not in known]
+    return f"   # set in Python: {', '.join(rest)}".replace("\n", " ") if rest else ""
+
+
+def _changed(values: dict[str, Any], kind: type[ExtractConfig] | type[FinetuneConfig]) -> Iterator[tuple[str, Any]]:
+    for name, info in kind.model_fields.items():
+        value = values.get(name, info.default)
+        if value is not None and value != info.default:
+            yield name, value
+
+
+@cache
+def _known_flags(command: str) -> frozenset[str]:
+    from exporter.cli import build_parser
+
+    actions = build_parser()._subparsers._group_actions[0].choices[command]._option_string_actions  # type: ignore[union-attr,index,call-overload]
+    return frozenset(actions)
+
+
+def _build(engine: dict[str, Any]) -> str:
+    batch = engine.get("batch") if isinstance(engine.get("batch"), dict) else {}
+    shapes = [w for key in ("min", "opt", "max") if dig(batch, key) for w in (f"--{key}-shapes", dig(batch, key))]
+    return _line(
+        "moee",
+        "build",
+        "export",
+        "--backend",
+        (str(engine.get("builder")).split() or ["tensorrt-rtx"])[0],
+        *shapes,
+        "--out",
+        "engine",
+    )

@@ -1,0 +1,165 @@
+"""Puts the page together and writes it. It loads nothing: style, script and pictures are in the file, and a policy says so."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exporter.report import agreement, sections, tables, timing
+from exporter.report.collect import Sources, collect
+from exporter.report.markup import Html, join, raw_text_element, tag
+from exporter.report.style import SCRIPT, STYLE
+from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
+from moee.errors import UserError
+
+SECTIONS = (
+    ("cost", "What changed", sections.cost),
+    ("retention", "What was kept", agreement.retention),
+    ("parity", "Parity", agreement.parity),
+    ("latency", "Latency", timing.latency),
+    ("routing", "Routing", sections.routing),
+    ("layer-table", "Layers", tables.layer_table),
+    ("engines", "Engines", sections.engines),
+    ("reproduce", "Commands and versions", tables.reproduce),
+    ("sources", "Sources", tables.read_from),
+)
+MAX_BYTES = 3 << 20
+PLOT_BYTES = 2 << 20  # of all plots together, before base64's third
+
+
+def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = False, verify: bool = True) -> Path:
+    """Write the report about the artifacts in `paths` to the file `out`, atomically, and return it.
+
+    Raises `UserError` if nothing is found, or if `out` exists and `force` is off.
+    """
+    out = Path(out)
+    if os.path.lexists(out) and not force and not out.is_dir():
+        raise UserError(f"{out} exists; choose another --out or pass --force to replace it")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give a file name such as {out / 'report.html'}")
+    page = render(collect(paths, verify))
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(page)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out
+
+
+def render(sources: Sources) -> str:
+    """The whole page. Its size is bounded by the plots that it embeds; those that do not fit are named."""
+    built = [(id_, title, *make(sources)) for id_, title, make in SECTIONS]
+    model = sources.body("moee.model") or sources.body("moee.export") or {}
+    name = dig(model, "model", "name") or dig(sources.body("moee.summary"), "model") or "a model"
+    data = model.get("data") or dig(sources.body("moee.summary"), "dataset")
+    title = f"{name} on {data}" if data else str(name)
+    timm_name = dig(model, "model", "timm_name")
+    sub = " ".join(filter(None, [f"timm model {timm_name}." if timm_name and timm_name != name else "", _method(model)]))
+    links = [tag("li", tag("a", heading, href=f"#{id_}")) for id_, heading, _, _ in built]
+    body = []
+    for id_, heading, verdict, parts in built:
+        kind = {"passed": "good", "FAILED": "bad"}.get(verdict or "")
+        shown = join([heading, " ", tag("span", verdict, class_=kind)]) if verdict else heading
+        extra = _plots(sources) if id_ == "routing" else []
+        body.append(
+            tag("section", tag("h2", shown, id=f"{id_}-heading"), *parts, *extra, id=id_, aria_labelledby=f"{id_}-heading")
+        )
+    header = tag("header", tag("h1", "MoEE report: ", title), tag("p", sub, class_="sub") if sub else Html(""))
+    main = tag("main", _cards(sources), *body, id="main")
+    skip = tag("a", "Skip to the figures", href="#main", class_="skip")
+    navigation = tag("nav", tag("ul", *links), aria_label="Sections")
+    head = tag(
+        "head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_policy()), tag("meta", name="robots", content="noindex"),
+        tag("title", f"MoEE report: {title}"), raw_text_element("style", STYLE),
+    )  # fmt: skip
+    page = tag("html", head, tag("body", skip, header, navigation, main, raw_text_element("script", SCRIPT)), lang="en")
+    return f"<!doctype html>\n{page}\n"
+
+
+def _policy() -> str:
+    """Only this style and this script may act, and nothing may be fetched."""
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return f"default-src 'none'; style-src {digest(STYLE)}; script-src {digest(SCRIPT)}; img-src data:; base-uri 'none'"
+
+
+def _method(model: dict[str, Any]) -> str:
+    config = model.get("config")
+    if not isinstance(config, dict):
+        return ""
+    return f"{config.get('method', 'moee')}, {config.get('clustering', DASH)}, kept variance {fixed(config.get('keep'), 2)}."
+
+
+def _cards(sources: Sources) -> Html:
+    """The figures that decide, each with what it is compared with."""
+    stage = sections.latest(sources)
+    kept, cost, dense = (dig(stage, *path) or {} for path in (("retention",), ("cost", "moee"), ("cost", "dense")))
+    cards = []
+    accuracy, before = real(dig(kept, "accuracy")), real(dig(kept, "dense_accuracy"))
+    if accuracy is not None and before is not None:
+        points = f"{100 * (accuracy - before):+.2f}".replace("-", "−")
+        cards.append(("accuracy", percent(accuracy), f"dense {percent(before)}, {points} points"))
+    else:
+        cards.append(
+            ("class feature", fixed(dig(kept, "class_cosine")), "cosine to dense; no labels" if kept else "no model found")
+        )
+    for label, key in (("MACs", "macs"), ("parameters", "params")):
+        cards.append((label, change(dig(cost, key), dig(dense, key)), "against dense"))
+    speed = _either(sources, "moee.latency", "latency")
+    detail = f"{speed.get('runtime', DASH)}, batch {speed.get('batch', DASH)}" if speed else "not timed"
+    cards.append(("speed-up", fixed(speed.get("speedup"), 2, "×"), detail))
+    agreed = _either(sources, "moee.parity", "parity")
+    verdict = agreement.verdict(agreed) or DASH
+    cards.append(("parity", verdict, f"largest error {scientific(agreed.get('max_abs_error'))}" if agreed else "not verified"))
+    kinds = {"passed": " good", "FAILED": " bad"}
+    items = [
+        tag(
+            "div",
+            tag("dt", label),
+            tag("dd", figure, class_=f"figure{kinds.get(figure, '')}"),
+            tag("dd", note, class_="detail"),
+            class_="card",
+        )
+        for label, figure, note in cards
+    ]
+    return tag("dl", *items, class_="cards")
+
+
+def _either(sources: Sources, kind: str, key: str) -> dict[str, Any]:
+    """A result of its own, or what the demo's summary says of it."""
+    found = sources.body(kind) or dig(sources.body("moee.summary"), key)
+    return found if isinstance(found, dict) else {}
+
+
+def _plots(sources: Sources) -> list[Html]:
+    """SVG files beside the artifacts, as pictures: a browser runs no script and fetches nothing in those."""
+    figures, left_out, used = [], [], 0
+    for path in sources.plots:
+        data = path.read_bytes()
+        used += len(data)
+        if used > PLOT_BYTES:
+            left_out.append(path.name)
+            used -= len(data)
+            continue
+        source = f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"
+        label = path.stem.replace("_", " ").replace("-", " ")
+        figures.append(tag("figure", tag("img", src=source, alt=label), tag("figcaption", label)))
+    parts = [tag("h3", "Plots"), tag("div", *figures, class_="plots")] if figures else []
+    if left_out:
+        parts.append(tag("p", f"Left out for their size: {', '.join(left_out)}.", class_="missing"))
+    return parts

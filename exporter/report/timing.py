@@ -1,0 +1,70 @@
+"""The section on latency."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporter.report import charts
+from exporter.report.collect import Sources
+from exporter.report.markup import Html, table, tag
+from exporter.report.sections import not_there
+from exporter.report.values import DASH, dig, fixed, numbers, percent, real
+
+
+def latency(sources: Sources) -> tuple[str | None, list[Html]]:
+    """Milliseconds a batch of both models, interleaved."""
+    body = sources.body("moee.latency")
+    summary = dig(sources.body("moee.summary"), "latency")
+    shown = body if body is not None else summary if isinstance(summary, dict) else None
+    if shown is None:
+        return None, [not_there("Timings (latency.json) were", "moee bench export --out latency.json")]
+    rows: list[list[object]] = []
+    drawn: list[tuple[str, list[float], dict[str, float], str]] = []
+    for label, key, kind in (("dense", "dense", "dense"), ("MoEE", "moee", "moee")):
+        marks = {p: v for p in ("p50", "p90", "p95", "p99") if (v := real(dig(shown, f"{key}_ms", p))) is not None}
+        samples = samples_of(shown, key)
+        if marks:
+            drawn.append((label, samples, {p: marks[p] for p in ("p50", "p95") if p in marks}, kind))
+        rows.append(
+            [label, *[fixed(marks.get(p), 2) for p in ("p50", "p90", "p95", "p99")], str(len(samples) or shown.get("runs", DASH))]
+        )
+    threads = shown.get("threads", dig(sources.body("moee.summary"), "threads") or DASH)
+    where = f"{shown.get('runtime', DASH)}, batch {shown.get('batch', DASH)}, {threads} threads"
+    parts = [charts.runs(drawn)] if drawn else []
+    parts.append(table(["ms a batch", "p50", "p90", "p95", "p99", "runs"], rows, f"Latency, {where}"))
+    low, high = shown.get("speedup_p5"), shown.get("speedup_p95")
+    interval = f" (5th to 95th percentile of the pairs {fixed(low, 2)} to {fixed(high, 2)})" if real(low) is not None else ""
+    ratio, ideal = real(shown.get("speedup")), real(shown.get("ideal_speedup"))
+    of = f", {percent(ratio / ideal, 0)} of the ideal {fixed(ideal, 2)}×" if ratio and ideal else ""
+    parts.append(tag("p", f"Speed-up {fixed(shown.get('speedup'), 2)}×{interval}{of}. Ideal: dense MACs over MoEE MACs."))
+    said = dig(shown, "verdict", "text")
+    if isinstance(said, str):
+        parts.append(tag("p", f"Verdict: {said}"))
+    rates = shown.get("throughput")
+    if isinstance(rates, dict):
+        figures = ", ".join(f"{name} {fixed(rate, 1)}" for name, rate in rates.items())
+        parts.append(tag("p", f"Throughput, images a second with {shown.get('streams', DASH)} requests in flight: {figures}."))
+    machine = _flat(dig(shown, "environment", 0))
+    if machine:
+        parts.append(table(["machine", "value"], machine, "Where it was measured, before the first run"))
+    if body is None:
+        parts.append(not_there("Details (latency.json) were", "moee bench export --out latency.json"))
+    return None, parts
+
+
+def samples_of(latency: dict[str, Any], key: str) -> list[float]:
+    """Milliseconds of every run of `dense` or `moee`, where the file holds them."""
+    for found in (dig(latency, "samples_ms", key), dig(latency, f"{key}_samples_ms"), dig(latency, f"{key}_ms", "samples")):
+        if values := numbers(found):
+            return values
+    return []
+
+
+def _flat(environment: Any) -> list[list[object]]:
+    """Rows of what the machine showed, nested or not; what it did not show is left out."""
+    rows: list[list[object]] = []
+    for name, value in environment.items() if isinstance(environment, dict) else ():
+        inner = value.items() if isinstance(value, dict) else [("", value)]
+        shown = [(key, str(v)) for key, v in inner if isinstance(v, (str, int, float)) and v != ""]
+        rows += [[f"{name} {key}".strip(), text] for key, text in shown if len(text) < 200]
+    return rows

@@ -1,0 +1,8 @@
+"""Runners: one interface over everything that executes a model. Context managers, NumPy in and out, one runtime a file."""
+
+from exporter.runners.base import Runner
+from exporter.runners.onnx_runtime import PROVIDERS, OnnxRunner, provider_works
+from exporter.runners.tensorrt_engine import EngineRunner, PluginCheck, check_plugin
+from exporter.runners.torch_model import TorchRunner
+
+__all__ = ["PROVIDERS", "EngineRunner", "OnnxRunner", "PluginCheck", "Runner", "TorchRunner", "check_plugin", "provider_works"]

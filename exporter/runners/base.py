@@ -1,0 +1,37 @@
+"""What every runner offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+
+class Runner(ABC):
+    """Executes one model. Enter it, then call `run` as often as needed; leaving frees what it holds.
+
+    `__enter__` raises `MissingDependency` if the runtime, provider, plugin or device that it was asked for is absent: a runner
+    never falls back to another one.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Runtime, version and device, as results record it."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> list[str]:
+        """Names of the arrays that `run` returns, in order."""
+
+    @abstractmethod
+    def __enter__(self) -> Self: ...
+
+    @abstractmethod
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    @abstractmethod
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        """images [B, 3, H, W] float32 to the model's outputs; returns when they are complete, in host memory."""

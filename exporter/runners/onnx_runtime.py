@@ -1,0 +1,103 @@
+"""ONNX Runtime, with the provider that was asked for and no other in its place."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from exporter.runners.base import Runner
+from moee.errors import MissingDependency, UserError
+
+# name on the command line: ONNX Runtime's name, label in results, what it needs
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", "CPU", "pip install onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "CUDA", "pip install onnxruntime-gpu, an NVIDIA driver, CUDA and cuDNN"),
+    "tensorrt": ("TensorrtExecutionProvider", "TensorRT", "pip install onnxruntime-gpu, an NVIDIA driver, CUDA and TensorRT"),
+}
+FATAL = 4
+
+
+class OnnxRunner(Runner):
+    """ONNX Runtime on `provider` (cpu, cuda, tensorrt). `profile` is a path prefix for a trace of every node's time."""
+
+    def __init__(self, path: Path | str, threads: int | None = None, provider: str = "cpu", profile: Path | None = None):
+        if provider not in PROVIDERS:
+            raise UserError(f"unknown ONNX Runtime provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
+        self.path, self.threads, self.provider = Path(path), threads or os.cpu_count() or 1, provider
+        self.profile = profile
+        self.session: ort.InferenceSession | None = None
+
+    @property
+    def name(self) -> str:
+        return f"onnxruntime {ort.__version__} {PROVIDERS[self.provider][1]}"
+
+    @property
+    def outputs(self) -> list[str]:
+        return [o.name for o in self._open().get_outputs()]
+
+    def __enter__(self) -> Self:
+        wanted, label, fix = PROVIDERS[self.provider]
+        missing = f"ONNX Runtime's {label} provider does not work here; it needs: {fix}"
+        if wanted not in ort.get_available_providers():
+            raise MissingDependency(missing)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = FATAL if self.provider != "cpu" else 3
+        # a session's worker threads spin after a run; that would slow another session timed right after it
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(self.profile)
+        try:
+            session = ort.InferenceSession(str(self.path), options, providers=[wanted], enable_fallback=0)
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            reason = str(error).splitlines()[0]
+            if self.provider != "cpu":
+                raise MissingDependency(f"{missing} ({reason})") from error
+            raise UserError(f"ONNX Runtime cannot load {self.path}: {reason}; export it again") from error
+        if session.get_providers()[0] != wanted:  # ONNX Runtime goes on with the CPU and only logs it
+            raise MissingDependency(missing)
+        self.session = session
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.session = None
+
+    def _open(self) -> ort.InferenceSession:
+        if self.session is None:
+            raise RuntimeError(f"{type(self).__name__}: use the runner in a with statement")
+        return self.session
+
+    def run(self, images: np.ndarray) -> list[np.ndarray]:
+        session = self._open()
+        return list(session.run(None, {session.get_inputs()[0].name: images}))
+
+    def run_feeds(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Run a graph of several inputs, given by name."""
+        return list(self._open().run(None, feeds))
+
+    def end_profile(self) -> Path:
+        """Stop profiling and return the trace, a JSON file in Chrome's format."""
+        return Path(self._open().end_profiling())
+
+
+def provider_works(provider: str) -> bool:
+    """Whether a one-node graph runs on `provider`."""
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy")
+    graph = onnx.helper.make_graph([node], "probe", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+        onnx.save(model, Path(folder) / "probe.onnx")
+        try:
+            with OnnxRunner(Path(folder) / "probe.onnx", 1, provider) as runner:
+                return bool(runner.run(np.ones(1, np.float32))[0][0] == 1)
+        except MissingDependency:
+            return False

@@ -1,0 +1,66 @@
+"""Which of two models is faster, or that the noise does not let one say.
+
+The two are timed in pairs, so the ratio of a pair is free of what disturbed both. The interval is that of the median ratio,
+by a bootstrap over blocks of neighbouring pairs: disturbances last longer than one run, and single pairs resampled as if they
+were independent would give too narrow an interval.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+CONFIDENCE = 0.99  # a gate in a build must not fire one time in twenty
+RESAMPLES = 2000
+MIN_PAIRS = 10
+MIN_EFFECT = 0.02  # a smaller difference is shown with its interval, but nobody is called the winner for it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`ratio`: median of dense over MoEE, above 1 if MoEE is faster; `low` to `high`: its interval. `winner`: `moee`, `dense`,
+    or None where the interval holds 1 or the difference is below `MIN_EFFECT`."""
+
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def winner(self) -> str | None:
+        if self.pairs < MIN_PAIRS:
+            return None
+        if self.low > 1 and self.ratio >= 1 + MIN_EFFECT:
+            return "moee"
+        if self.high < 1 and self.ratio <= 1 / (1 + MIN_EFFECT):
+            return "dense"
+        return None
+
+    @property
+    def text(self) -> str:
+        span = f"{self.ratio:.3f}x ({CONFIDENCE:.0%} interval {self.low:.3f} to {self.high:.3f}, {self.pairs} pairs)"
+        if self.winner == "moee":
+            return f"MoEE is faster: {span}"
+        if self.winner == "dense":
+            return f"dense is faster: {span}"
+        if self.pairs < MIN_PAIRS:
+            why = f"fewer than {MIN_PAIRS} pairs"
+        elif self.low <= 1 <= self.high:
+            why = "the noise is as large as the difference"
+        else:
+            why = f"the difference is below {MIN_EFFECT:.0%}"
+        return f"no winner, {why}: {span}"
+
+
+def judge(dense: np.ndarray, moee: np.ndarray, seed: int = 0) -> Verdict:
+    """Times [N] of pairs of runs, in any unit."""
+    ratios = np.asarray(dense, np.float64) / np.asarray(moee, np.float64)
+    count = len(ratios)
+    block = max(1, round(count ** (1 / 3)))
+    random = np.random.default_rng(seed)
+    starts = random.integers(0, count, (RESAMPLES, -(-count // block)))
+    picks = ((starts[:, :, None] + np.arange(block)) % count).reshape(RESAMPLES, -1)[:, :count]
+    medians = np.median(ratios[picks], axis=1)
+    low, high = np.percentile(medians, (50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)))
+    return Verdict(float(np.median(ratios)), float(low), float(high), count)

@@ -1,0 +1,53 @@
+"""A short summary in Markdown, for a CI job's page or a pull request."""
+
+from __future__ import annotations
+
+from exporter.verify.accuracy import Proportion
+from exporter.verify.suite import VerifyResult
+
+
+def _share(p: Proportion) -> str:
+    return f"{p.value:.2%} ({p.low:.2%} to {p.high:.2%})"
+
+
+def to_markdown(result: VerifyResult) -> str:
+    """Verdict, what failed, errors by batch size, accuracy, routes."""
+    parity, accuracy = result.parity, result.accuracy
+    lines = [f"## moee verify: {'passed' if result else 'FAILED'}", ""]
+    lines += [f"{parity.runtime}, {parity.precision}, against torch in float64 with the graph's own weights.", ""]
+    deviation = parity.first_deviation
+    if deviation:
+        lines += [f"First deviation: **{deviation.layer}** ({deviation.where}). {deviation.message}.", ""]
+    failed = [case for case in result.cases() if case.failure]
+    if failed:
+        lines += ["| failed | reason |", "|---|---|"]
+        lines += [f"| {c.group}, {c.name} | {c.failure.replace('|', '/')} |" for c in failed if c.failure] + [""]
+    lines += ["| batch | largest error | mean | p99 | allowed | torch's own | rms |", "|---|---|---|---|---|---|---|"]
+    rows = [("", b) for b in parity.batches] + [("engine, ", b) for b in (result.engine.batches if result.engine else [])]
+    lines += [
+        f"| {label}{b.batch} | {b.max_abs_error:.2e} | {b.mean_abs_error:.2e} | {b.p99_abs_error:.2e} | {b.tolerance_abs:.2e} "
+        f"| {b.torch_max_abs_error:.2e} | {b.output_rms:.3g} |"
+        for label, b in rows
+    ]
+    flips = sum(layer.flips for layer in parity.layers)
+    lines += ["", f"Routes: {parity.mean_route_agreement:.4%} equal to float64 over {len(parity.layers)} layers, {flips} flips."]
+    if accuracy is None:
+        return "\n".join([*lines, "", f"Accuracy: not measured, {result.no_accuracy}.", ""])
+    low, high = accuracy.drop_interval_pp
+    lines += [
+        "",
+        f"| on {accuracy.images} images (95 % interval) | dense | MoEE |",
+        "|---|---|---|",
+        f"| top-1 | {_share(accuracy.dense_top1)} | {_share(accuracy.moee_top1)} |",
+    ]
+    if accuracy.dense_top5 and accuracy.moee_top5:
+        lines.append(f"| top-5 | {_share(accuracy.dense_top5)} | {_share(accuracy.moee_top5)} |")
+    gate = "no gate" if accuracy.max_drop_pp is None else f"at most {accuracy.max_drop_pp:g} allowed"
+    lines += [
+        f"| calibration error | {accuracy.dense_ece:.4f} | {accuracy.moee_ece:.4f} |",
+        "",
+        f"Drop {accuracy.drop_pp:.2f} points ({low:.2f} to {high:.2f}; {gate}), agreement {_share(accuracy.agreement)}, "
+        f"KL {accuracy.kl:.2e} nats.",
+        "",
+    ]
+    return "\n".join(lines)

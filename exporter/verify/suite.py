@@ -1,0 +1,249 @@
+"""Everything that `moee verify` checks, as a list of named cases with one verdict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
+from exporter.parity.check import image_pool, logits, output_errors, yardsticks
+from exporter.parity.stats import json_safe
+from exporter.parity.taps import copied
+from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
+from exporter.verify.accuracy import AccuracyResult, compare_accuracy
+from moee.artifact import read_manifest, sha256_file
+from moee.checkpoint import MoeeModel
+from moee.data import ImageSet, batches
+from moee.errors import UserError
+from moee.progress import Reporter, silent
+
+ACCURACY_BATCH = 16
+ENGINE_MANIFEST, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check: `group` and `name` say what of, `failure` what went wrong (None: passed), `skipped` why it did not run."""
+
+    group: str
+    name: str
+    detail: str = ""
+    failure: str | None = None
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineParity:
+    """A built engine on this machine's GPU: output errors (none if the library is stale), and the plugin library beside it."""
+
+    runtime: str
+    plugin: PluginCheck
+    built_from_this_export: bool | None
+    batches: list[BatchError] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return self.plugin.passed and self.built_from_this_export is not False and all(b.passed for b in self.batches)
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """Parity, accuracy (None where labels or classes lack, `no_accuracy` says why) and engine (None if not asked for)."""
+
+    export: str
+    parity: ParityResult
+    accuracy: AccuracyResult | None
+    no_accuracy: str
+    engine: EngineParity | None
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        accurate = self.accuracy is None or self.accuracy.passed
+        return self.parity.passed and accurate and (self.engine is None or self.engine.passed)
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def cases(self) -> list[Case]:
+        """Every check in the order of the model."""
+        found = [_batch_case("parity", b) for b in self.parity.batches]
+        damaged: dict[str, str] = {}
+        for problem in self.parity.weight_problems:
+            damaged.setdefault(problem.layer, problem.message)
+        for layer in self.parity.layers:
+            found.append(Case("weights", layer.name, f"{TENSORRT} holds the model's weights", damaged.pop(layer.name, None)))
+            off = layer.output_message
+            found.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
+            found.append(self._route_case(layer))
+        found += [Case("weights", name, "", message) for name, message in damaged.items()]
+        judged = {layer.name for layer in self.parity.layers}
+        for name, share in self.parity.route_agreement.items():
+            if name not in judged:
+                failure = f"only {share:.4%} of the routes are equal" if share < self.parity.min_route_agreement else None
+                found.append(Case("routes", name, f"{share:.4%} equal", failure))
+        return found + [self._accuracy_case()] + self._engine_cases()
+
+    def _route_case(self, layer: Any) -> Case:
+        floor = self.parity.min_route_agreement
+        detail = f"{layer.agreement:.4%} equal, {layer.flips} flips"
+        if layer.flips:
+            detail += f", margin at most {layer.flip_margin_max:.3g} of the median gap"
+        failure = None
+        if layer.wrong_routes:
+            failure = f"{layer.wrong_routes} of {layer.tokens} tokens take an expert that is not their best, and no near tie"
+        elif layer.agreement < floor:
+            failure = f"only {layer.agreement:.4%} of the routes are equal, {floor:.4%} wanted"
+        return Case("routes", layer.name, detail, failure)
+
+    def _accuracy_case(self) -> Case:
+        a = self.accuracy
+        if a is None:
+            return Case("accuracy", "drop", skipped=self.no_accuracy)
+        low, high = a.drop_interval_pp
+        detail = f"drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}) on {a.images} images"
+        return Case("accuracy", "drop", detail, None if a.passed else f"{detail}; at most {a.max_drop_pp:g} allowed")
+
+    def _engine_cases(self) -> list[Case]:
+        e = self.engine
+        if e is None:
+            return []
+        layers = ", ".join(layer.name for layer in self.parity.layers)
+        stale = None if e.plugin.passed else f"{e.plugin.message}; it runs {layers}"
+        source = "was built from another export; run moee build again" if e.built_from_this_export is False else None
+        return [
+            Case("engine", "plugin", e.plugin.message, stale),
+            Case("engine", "source", "", source),
+            *[_batch_case("engine", b) for b in e.batches],
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """parity.json: the parity result's keys, and beside them accuracy, engine and cases."""
+        engine = {**asdict(self.engine), "passed": self.engine.passed} if self.engine else None
+        return {
+            **self.parity.to_json(),
+            "accuracy": self.accuracy.to_json() if self.accuracy else None,
+            "engine": json_safe(engine),
+            "cases": [asdict(case) for case in self.cases()],
+            "seconds": self.seconds,
+            "passed": self.passed,
+        }
+
+
+def _batch_case(group: str, b: BatchError) -> Case:
+    detail = f"largest error {b.max_abs_error:.3g} of {b.tolerance_abs:.3g} allowed (outputs have rms {b.output_rms:.3g})"
+    return Case(group, f"batch {b.batch}", detail, None if b.passed else detail)
+
+
+def verify(
+    export_dir: Path | str, moee: MoeeModel, data: ImageSet, *, sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu",
+    threads: int | None = None, rtol: float | None = None, atol: float | None = None, max_drop_pp: float | None = None,
+    min_route_agreement: float | None = None, images: int | None = 1000, engine: Path | str | None = None,
+    report: Reporter = silent,
+) -> VerifyResult:  # fmt: skip
+    """Verify an export, and an engine folder if given. `images`: labelled images for accuracy (None: all; 0: none).
+
+    Raises `UserError` for folders that do not belong together, `MissingDependency` for an absent provider, plugin or GPU.
+    """
+    started = time.perf_counter()
+    folder = Path(export_dir)
+    plugin = check_plugin(engine) if engine is not None else None  # before anything long
+    if engine is not None and plugin is not None and plugin.passed:
+        with EngineRunner(engine):
+            pass  # a machine that cannot run it says so now
+    parity = check_parity(
+        folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
+        min_route_agreement=min_route_agreement,
+    )  # fmt: skip
+    reason = _why_no_accuracy(moee, data, images)
+    if reason and max_drop_pp is not None:
+        raise UserError(f"--max-drop cannot be checked: {reason}")
+    accuracy = None if reason else _accuracy(folder, moee, data, parity.precision, images, provider, threads, max_drop_pp, report)
+    built = None
+    if engine is not None and plugin is not None:
+        built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report)
+    return VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
+
+
+def _why_no_accuracy(moee: MoeeModel, data: ImageSet, images: int | None) -> str:
+    """Empty if the labels number the classes that the model tells apart."""
+    if images == 0:
+        return "switched off with --images 0"
+    if not data.labelled:
+        return f"{data.name} has no labels"
+    told = moee.probe.weight.shape[0] if moee.probe is not None else getattr(moee.model, "num_classes", 0)
+    if not told:
+        return "the model has neither a classifier nor a probe"
+    # a probe numbers the classes of the data that it was fitted on
+    if moee.probe is None and told != data.num_classes:
+        return f"the model tells {told} classes apart, {data.name} has {data.num_classes}"
+    return ""
+
+
+def _accuracy(
+    folder: Path, moee: MoeeModel, data: ImageSet, precision: str, images: int | None, provider: str, threads: int | None,
+    max_drop_pp: float | None, report: Reporter,
+) -> AccuracyResult:  # fmt: skip
+    """Both graphs of the export on the same images."""
+    widen = precision == "bf16" and provider == "cpu"
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: images or len(data)]
+    collected: dict[str, list[Tensor]] = {"dense": [], "moee": []}
+    labels: list[Tensor] = []
+    with opened(folder / DENSE, threads, provider, widen) as dense, opened(folder / PORTABLE, threads, provider, widen) as routed:
+        total = -(-len(order) // ACCURACY_BATCH)
+        report("accuracy", 0, total)
+        for done, batch in enumerate(batches(data, ACCURACY_BATCH, order=order), 1):
+            for name, runner in (("dense", dense), ("moee", routed)):
+                collected[name].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
+            labels.append(batch.labels)
+            report("accuracy", done, total)
+    theirs, ours = (logits(moee, torch.cat(collected[name])) for name in ("dense", "moee"))
+    return compare_accuracy(theirs, ours, torch.cat(labels), max_drop_pp)
+
+
+@contextmanager
+def opened(graph: Path, threads: int | None, provider: str, widen: bool):
+    """A runner of a graph as it lies there, or of a float32 copy of a bfloat16 one."""
+    if not widen:
+        with OnnxRunner(graph, threads, provider) as runner:
+            yield runner
+        return
+    with copied(ir.load(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
+        yield runner
+
+
+def _engine(
+    export_dir: Path, folder: Path, plugin: PluginCheck, moee: MoeeModel, data: ImageSet, precision: str, rtol: float | None,
+    atol: float | None, report: Reporter,
+) -> EngineParity:  # fmt: skip
+    """Run the MoEE engine at its own profile's batch sizes."""
+    manifest = read_manifest(folder, ENGINE_MANIFEST, ENGINE_SCHEMA, verify=False)
+    recorded = manifest.get("source_sha256")
+    graph = export_dir / read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)["graphs"]["tensorrt"]
+    same = None if recorded is None else recorded == sha256_file(graph)
+    if not plugin.passed:
+        return EngineParity(manifest["builder"], plugin, same)
+    sizes = sorted({manifest["batch"][k] for k in ("min", "opt", "max")})
+    with EngineRunner(folder) as runner:
+        errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report)
+        return EngineParity(runner.name, plugin, same, errors)
+
+
+def run_engine(
+    runner: Runner, moee: MoeeModel, data: ImageSet, precision: str, sizes: Sequence[int], rtol: float | None = None,
+    atol: float | None = None, report: Reporter = silent,
+) -> list[BatchError]:  # fmt: skip
+    """Output errors of an engine that is open already."""
+    yard = yardsticks(moee.model, precision)
+    return output_errors(runner, yard, image_pool(data, sizes[-1]), sizes, rtol, atol, report, "engine")
+
+

@@ -1,0 +1,152 @@
+"""Running the cells: one JSON file a configuration, written atomically, so that an interrupted ablation goes on where it was."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from moee.ablation.grid import AblationConfig, Cell, cells_of
+from moee.artifact import read_json, tool_versions, write_json
+from moee.cache import tensor_hash
+from moee.calibration import LayerTokens, collect_tokens
+from moee.config import ExtractConfig
+from moee.convert import extract
+from moee.errors import NothingRouted, UserError
+from moee.models import find_ffns
+from moee.pipeline import Session
+from moee.probe import Probe
+from moee.progress import Reporter, silent
+
+CELLS, SETUP = "cells", "setup.json"
+SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/1"
+
+
+def cell_key(config: ExtractConfig) -> str:
+    """Name of a configuration's result file."""
+    return tensor_hash(extra=config.model_dump_json())[:16]
+
+
+class CellResult(BaseModel):
+    """What a cell's file holds as its result. Changes are relative to the dense model; figures lack where all layers stayed
+    dense, accuracies also where labels or a head lack."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    status: Literal["routed", "dense"]
+    seconds: float
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    top1_agreement: float | None = None
+    class_cosine: float | None = None
+    token_cosine: float | None = None
+    macs_change: float | None = None
+    params_change: float | None = None
+    experts: list[int] = []
+    noise: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> CellResult:
+        if self.status == "routed" and (self.macs_change is None or self.class_cosine is None):
+            raise ValueError("a routed cell has MACs and a cosine")
+        return self
+
+
+def read_cells(out: Path) -> dict[str, dict[str, Any]]:
+    """Finished cells of an ablation folder by key; a file that is damaged or under a foreign name counts as not run."""
+    found = {}
+    for path in sorted((out / CELLS).glob("*.json")):
+        try:
+            cell = read_json(path)
+            if cell["schema"] == CELL_SCHEMA and cell_key(ExtractConfig(**cell["config"])) == path.stem:
+                found[path.stem] = CellResult(**cell["result"]).model_dump()
+        except (UserError, ValidationError, KeyError, TypeError):
+            continue
+    return found
+
+
+def check_setup(out: Path, setup: dict[str, Any]) -> None:
+    """Write `setup.json`, or hold it against the one that is there.
+
+    Raises `UserError` that names the first difference, or if `out` holds something else.
+    """
+    path = out / SETUP
+    if not path.is_file():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"output folder {out} exists and holds no ablation; choose another --out or replace it with --force")
+        (out / CELLS).mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema": SETUP_SCHEMA, **setup, "tools": tool_versions()})
+        return
+    before = read_json(path)
+    if not isinstance(before, dict) or before.get("schema") != SETUP_SCHEMA:
+        raise UserError(f"{path} is no ablation of this version; choose another --out or pass --force to replace it")
+    for name, value in setup.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{out} holds an ablation with {name} {before.get(name)!r}, now {value!r}; "
+                "its cells do not go together, choose another --out or pass --force to replace it"
+            )
+
+
+def setup_of(session: Session, ablation: AblationConfig) -> dict[str, Any]:
+    """What decides every cell besides its own configuration."""
+    spec = session.spec
+    model = {"model": spec.name, "kwargs": spec.kwargs, "weights_sha256": spec.weights_sha256}
+    return {**model, "data": session.source, **ablation.shared()}
+
+
+def run_cells(
+    session: Session, ablation: AblationConfig, out: Path, report: Reporter = silent
+) -> list[tuple[Cell, dict[str, Any]]]:
+    """Run what is missing in `out`; returns every cell of the ablation with its result, in order.
+
+    Calibration tokens are collected once (with seed 0); a cell's seed draws the tokens that are clustered and starts whatever
+    is random. A cell whose layers all stay dense has status "dense" and no figures. Raises `UserError` when `out` holds
+    another configuration.
+    """
+    check_setup(out, setup_of(session, ablation))
+    (out / CELLS).mkdir(exist_ok=True)
+    cells = list(cells_of(ablation))
+    finished = read_cells(out)
+    missing = {key: cell for cell in cells if (key := cell_key(cell.config)) not in finished}
+    if missing:
+        probe, _ = session.probe(), session.reference
+        quiet = copy.copy(session)  # shares the dense outputs; a cell's own steps are not reported
+        quiet.report = silent
+        with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+            ffns = find_ffns(session.dense)
+            sampled = collect_tokens(session.dense, ffns, session.train, Path(folder), ablation.tokens, 0, report)
+            report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
+            for done, (key, cell) in enumerate(missing.items(), 1):
+                finished[key] = run_cell(quiet, cell.config, sampled, probe)
+                body = {"schema": CELL_SCHEMA, "config": cell.config.model_dump(mode="json"), "result": finished[key]}
+                write_json(out / CELLS / f"{key}.json", body)
+                report("cells", done, len(missing))
+    return [(cell, finished[cell_key(cell.config)]) for cell in cells]
+
+
+def run_cell(session: Session, config: ExtractConfig, sampled: list[LayerTokens], probe: Probe | None) -> dict[str, Any]:
+    """Extract and measure one configuration: retention, MACs and parameters relative to the dense model, seconds."""
+    model = copy.deepcopy(session.dense)
+    started = time.perf_counter()
+    try:
+        layers = extract(model, session.train, config, sampled=sampled)
+    except NothingRouted:
+        return CellResult(status="dense", seconds=time.perf_counter() - started).model_dump()
+    seconds = time.perf_counter() - started
+    measured = session.measure(model, probe, "")
+    dense, ours = measured["cost"]["dense"], measured["cost"]["moee"]
+    kept = measured["retention"]
+    return CellResult(
+        status="routed",
+        seconds=seconds,
+        **{name: kept[name] for name in ("dense_accuracy", "accuracy", "top1_agreement", "class_cosine", "token_cosine")},
+        macs_change=ours["macs"] / dense["macs"] - 1,
+        params_change=ours["params"] / dense["params"] - 1,
+        experts=[layer.experts for layer in layers],
+        noise=sum(layer.noise for layer in layers) / len(layers),
+    ).model_dump()

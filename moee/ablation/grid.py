@@ -1,0 +1,195 @@
+"""What is run: the tables as rows of configuration changes, and the orderings that the paper states.
+
+Only orderings that this project's issue names are claimed as published (Tables 2, 7 and 8). It names Tables 3 and 9 by number
+alone; here they compare methods and routings, and nothing published is claimed for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from moee.config import ExtractConfig, make_extract_config, validated
+
+Compensation = Literal["none", "mean", "refit"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. `changes` are options that differ from the base; `sweep` holds the changes of each of its cells.
+
+    Without `sweep` a row is run at every kept share, so that rows can be compared at equal MACs.
+    """
+
+    label: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    sweep: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """A published ordering: each row of `better` retains more than each row of `worse` at equal MACs."""
+
+    claim: str
+    better: tuple[str, ...]
+    worse: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`reference` is the label of the row whose costs the others are compared at."""
+
+    key: str
+    title: str
+    rows: tuple[Row, ...]
+    orderings: tuple[Ordering, ...] = ()
+    note: str = ""
+
+    @property
+    def reference(self) -> str:
+        return self.rows[0].label
+
+
+MOEE = "MoEE"
+_CLUSTERINGS = ("hdbscan", "dbscan", "optics", "kmeans", "birch")
+_MOEFICATION_EXPERTS = 16
+_MOEFICATION = {"method": "moefication", "experts": _MOEFICATION_EXPERTS, "selector": "router"}
+_TOP_K = tuple({"top_k": k} for k in (4, 8, 12, 14))
+_SIZES = (0.003, 0.006, 0.0125, 0.025, 0.05)
+_KEEPS = (0.30, 0.50, 0.70, 0.80, 0.90, 0.95)
+
+TABLES: dict[str, Table] = {
+    table.key: table
+    for table in (
+        Table(
+            "2", "components, each against its random counterpart",
+            (
+                Row(MOEE),
+                Row("random clusters", {"clustering": "random"}),
+                Row("random neurons", {"criterion": "random"}),
+                Row("random routing", {"routing": "random"}),
+                Row("all random", {"clustering": "random", "criterion": "random", "routing": "random"}),
+            ),
+            (
+                Ordering("clustering helps", (MOEE,), ("random clusters",)),
+                Ordering("selection helps", (MOEE,), ("random neurons",)),
+                Ordering("routing helps", (MOEE,), ("random routing",)),
+            ),
+        ),
+        Table(
+            "3", "methods",
+            (
+                Row(MOEE),
+                Row("static pruning", {"clustering": "none"}),
+                Row("MoEfication, weights", {**_MOEFICATION, "split": "weights"}, _TOP_K),
+                Row("MoEfication, co-activation", {**_MOEFICATION, "split": "coactivation"}, _TOP_K),
+            ),
+            note=f"MoEfication: {_MOEFICATION_EXPERTS} experts, trained router, mean compensation where the others are refitted.",
+        ),
+        Table(
+            "7", "clusterings",
+            tuple(Row(name, {"clustering": name} if name != "hdbscan" else {}) for name in _CLUSTERINGS),
+            (Ordering("density-based before partition", ("hdbscan", "dbscan", "optics"), ("kmeans", "birch")),),
+            note="k-means and BIRCH make as many clusters as HDBSCAN finds.",
+        ),
+        Table(
+            "8", "selection criteria",
+            (
+                Row("variance"),
+                Row("output variance", {"criterion": "output_variance"}),
+                Row("magnitude", {"criterion": "magnitude"}),
+                Row("random", {"criterion": "random"}),
+            ),
+            (
+                Ordering("variance before magnitude", ("variance",), ("magnitude",)),
+                Ordering("variance before random", ("variance",), ("random",)),
+            ),
+            note="Magnitude and random keep as many neurons as variance does.",
+        ),
+        Table(
+            "9", "routings",
+            (
+                Row("cosine"),
+                Row("Euclidean", {"routing": "euclidean"}),
+                Row("hash", {"routing": "hash"}),
+                Row("random", {"routing": "random"}),
+            ),
+        ),
+        Table("fig6", "sweep of the kept variance", (Row(MOEE, sweep=tuple({"keep": k} for k in _KEEPS)),)),
+        Table(
+            "fig7", "sweep of the minimum cluster size",
+            tuple(Row(f"{size:.2%} of the tokens", {"min_cluster_size": size}) for size in _SIZES),
+        ),
+    )
+}  # fmt: skip
+
+
+class AblationConfig(BaseModel):
+    """Which tables, at which scale. The fields of `shared` must not change between runs into one folder; the others only
+    add cells."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tables: tuple[str, ...] = tuple(TABLES)
+    seeds: int = Field(3, ge=1)
+    compensation: tuple[Compensation, ...] = ("none", "refit")
+    keeps: tuple[float, ...] = (0.50, 0.70, 0.90)
+    tokens: int = Field(20_000, ge=1)
+    cluster_tokens: int = Field(4000, ge=2)
+    components: int = Field(50, ge=1)
+    min_cluster_size: float = Field(0.006, gt=0, lt=1)
+    statistics: Literal["cluster", "routed"] = "cluster"
+    refit_tokens: int = Field(41_600, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> AblationConfig:
+        unknown = [key for key in self.tables if key not in TABLES]
+        if unknown or not self.tables:
+            raise ValueError(f"--tables: unknown table {', '.join(unknown) or '(none)'}; expected some of {', '.join(TABLES)}")
+        if not self.keeps or not self.compensation:
+            raise ValueError("--keep and --compensation need at least one value")
+        if any(not 0 < keep <= 1 for keep in self.keeps):
+            raise ValueError(f"--keep: each share must lie in 0..1, came {', '.join(map(str, self.keeps))}")
+        return self
+
+    def shared(self) -> dict[str, Any]:
+        """What every cell of a folder has in common."""
+        return self.model_dump(mode="json", exclude={"tables", "seeds", "compensation", "keeps"})
+
+    def base(self) -> dict[str, Any]:
+        """Options of the paper's recipe that the rows start from."""
+        scale = {"tokens": self.tokens, "cluster_tokens": self.cluster_tokens, "components": self.components}
+        method = {"criterion": "variance", "statistics": self.statistics, "min_cluster_size": self.min_cluster_size}
+        return {**scale, **method, "refit_tokens": self.refit_tokens}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: where it stands in which table, and the configuration that makes it."""
+
+    table: str
+    row: str
+    compensation: str
+    seed: int
+    config: ExtractConfig
+
+
+def cells_of(ablation: AblationConfig) -> Iterator[Cell]:
+    """Every cell of the chosen tables; the same configuration may stand in several tables."""
+    for key in ablation.tables:
+        for seed in range(ablation.seeds):
+            for compensation in ablation.compensation:
+                for row in TABLES[key].rows:
+                    for point in row.sweep or tuple({"keep": keep} for keep in ablation.keeps):
+                        changes = {**ablation.base(), **row.changes, **point, "compensation": compensation, "seed": seed}
+                        if changes.get("method") == "moefication" and compensation == "refit":
+                            changes["compensation"] = "mean"  # MoEfication has no refit
+                        yield Cell(key, row.label, compensation, seed, make_extract_config(**changes))
+
+
+def make_ablation_config(**values: Any) -> AblationConfig:
+    """An `AblationConfig`; `UserError` for values that do not fit. None takes the default."""
+    return validated(AblationConfig, {name: value for name, value in values.items() if value is not None})

@@ -1,0 +1,59 @@
+"""Tiny exports, traced once a session and copied by the tests that damage them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter.onnx_export import export
+from moee import checkpoint
+from moee.artifact import read_manifest, write_json
+from moee.artifact import sha256_file as sha256
+from moee.checkpoint import MoeeModel
+from moee.config import make_extract_config
+from moee.convert import extract
+from moee.data import TensorSet
+from moee.models import load_model
+from tests.conftest import tiny_images, tiny_spec
+
+
+@dataclass(frozen=True)
+class TinyExport:
+    """A model with Euclidean routing (its biases are not zero), its images, its artifact, and its exports by precision."""
+
+    moee: MoeeModel
+    data: TensorSet
+    root: Path
+
+    def folder(self, precision: str = "fp32") -> Path:
+        path = self.root / precision
+        if not path.exists():
+            export(self.moee, path, source=self.root / "model", precision=precision)
+        return path
+
+    def copy(self, target: Path, precision: str = "fp32") -> Path:
+        shutil.copytree(self.folder(precision), target)
+        return target
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tmp_path_factory) -> TinyExport:
+    torch.manual_seed(0)
+    model, data = load_model(tiny_spec()), tiny_images(classes=10)
+    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500, routing="euclidean")
+    extract(model, data, config)
+    moee = MoeeModel(model.eval(), tiny_spec(), config, "digits")
+    root = tmp_path_factory.mktemp("tiny-export")
+    checkpoint.save(moee, root / "model")
+    return TinyExport(moee, data, root)
+
+
+def rehash(folder: Path, name: str = "export.json") -> None:
+    """Make a damaged folder's manifest agree with its files again: a wrong exporter would have written it so."""
+    manifest = read_manifest(folder, name, {"export.json": "moee.export/1", "engine.json": "moee.engine/1"}[name], verify=False)
+    manifest["files"] = {item: sha256(folder / item) for item in manifest["files"]}
+    write_json(folder / name, manifest)

@@ -1,0 +1,263 @@
+"""What `moee bundle` writes: files and hashes, configurations that parse, graphs that agree; and that it compiles."""
+
+import configparser
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from timm.data import create_transform, resolve_model_data_config
+
+from exporter import bundle, bundle_configs, cli, plugin_cache
+from exporter.bundle import DEPLOYMENT_SCHEMA, Recipe, Tensor, make_recipe, write_deployment
+from exporter.onnx_export import export
+from exporter.passes.raw_pixels import take_raw_pixels
+from moee import checkpoint
+from moee.artifact import read_manifest
+from moee.checkpoint import MoeeModel
+from moee.config import make_extract_config
+from moee.convert import extract
+from moee.errors import UserError
+from moee.models import load_model
+from moee.probe import Probe
+from plugins.build import select_headers
+from tests.conftest import tiny_images, tiny_spec
+from tests.exporter.textproto import parse
+from tests.plugins import built
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One export and one bundle for the tests that only read."""
+    folder = tmp_path_factory.mktemp("shared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEE_CACHE", str(folder / "cache"))
+        model = load_model(tiny_spec())
+        config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
+        extract(model, tiny_images(), config)
+    export(MoeeModel(model.eval(), tiny_spec(), config, "tiny"), folder / "export")
+    write_deployment(folder / "export", folder / "bundle", 87, built.kernels(), (1, 4, 16))
+    return folder
+
+
+@pytest.fixture
+def written(shared):
+    return shared / "bundle"
+
+
+@pytest.fixture
+def exported(shared, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(shared / "export", tmp_path / "export")
+
+
+def facts(**changes) -> bundle_configs.Facts:
+    given = Tensor("input", "float32", (3, 32, 32))
+    values = dict(given=given, output=Tensor("output", "float32", (10,)), recipe=Recipe(32, 35, "center", "bicubic", MEAN, STD),
+                  batch=(1, 4, 16), classes=10, classifies=True, sm=87, model="tiny")  # fmt: skip
+    return bundle_configs.Facts(**{**values, **changes})
+
+
+def test_files_and_hashes(written):
+    manifest = read_manifest(written, "deployment.json", DEPLOYMENT_SCHEMA)
+    assert manifest["sm"] == 87 and manifest["batch"] == {"min": 1, "opt": 4, "max": 16} and manifest["classes"] == 10
+    names = {p.relative_to(written).as_posix() for p in written.rglob("*") if p.is_file()}
+    assert names - {"deployment.json"} == set(manifest["files"])
+    sums = dict(reversed(line.split("  ", 1)) for line in (written / "SHA256SUMS").read_text().splitlines())
+    assert set(sums) == names - {"deployment.json", "SHA256SUMS"}
+    for name, digest in sums.items():
+        assert hashlib.sha256((written / name).read_bytes()).hexdigest() == digest, name
+    for name in ("build.sh", "triton/start.sh"):
+        assert os.access(written / name, os.X_OK)
+        assert subprocess.run(["sh", "-n", str(written / name)]).returncode == 0
+    assert {"models/tensorrt.onnx", "models/portable.onnx", "models/dense.onnx", "models/moee.data", "models/dense.data",
+            "plugin/CMakeLists.txt", "runner/CMakeLists.txt", "runner/compat/cuda_runtime_api.h"} <= names  # fmt: skip
+    assert not [n for n in names if n.endswith((".pyc", ".py")) or "__pycache__" in n]
+
+
+@pytest.mark.parametrize("name", ["moee", "dense", "moee_onnx"])
+def test_triton_configuration(written, name):
+    config = parse((written / "triton" / "model_repository" / name / "config.pbtxt").read_text())
+    assert config["name"] == [name] and config["max_batch_size"] == [16]
+    assert config["platform"] == ["onnxruntime_onnx" if name == "moee_onnx" else "tensorrt_plan"]
+    assert config["input"] == [{"name": ["input"], "data_type": ["TYPE_FP32"], "dims": [3, 32, 32]}]
+    assert config["output"] == [{"name": ["output"], "data_type": ["TYPE_FP32"], "dims": [10]}]
+    assert config["dynamic_batching"] == [{"preferred_batch_size": [4, 16], "max_queue_delay_microseconds": [1000]}]
+    assert ("model_warmup" in config) == (name != "moee_onnx")
+
+
+@pytest.mark.parametrize("bad", ["name moee", "name: [ 1", 'name: "x" }', 'name: "open', "x: { y: 1", "= 3"])
+def test_the_parser_refuses_what_is_no_text_format(bad):
+    with pytest.raises((ValueError, IndexError)):
+        parse(bad)
+
+
+def test_triton_configuration_with_the_vendors_schema():
+    """The server's own protobuf schema, where its client package is installed: pip install tritonclient."""
+    spec = importlib.util.find_spec("tritonclient")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("needs the package tritonclient")
+    path = Path(spec.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
+    loaded = importlib.util.spec_from_file_location("model_config_pb2", path)
+    schema = importlib.util.module_from_spec(loaded)
+    loaded.loader.exec_module(schema)
+    from google.protobuf import text_format
+
+    strange = facts(given=Tensor('in"\\\n#é', "float16", (3, 8, 8)), batch=(2, 4, 4))
+    for platform in ("tensorrt_plan", "onnxruntime_onnx"):
+        config = text_format.Parse(bundle_configs.triton(strange, "moee", platform), schema.ModelConfig())
+        assert config.input[0].name == 'in"\\\n#é' and config.input[0].data_type == schema.TYPE_FP16
+        assert list(config.dynamic_batching.preferred_batch_size) == [4]
+
+
+def test_strange_names_survive_every_format(tmp_path):
+    name = "in put'\"\\$(touch x)\n#é"
+    texts = bundle_configs.files(facts(given=Tensor(name, "float16", (3, 8, 8))))
+    assert parse(texts["triton/model_repository/moee/config.pbtxt"])["input"][0]["name"] == [name]
+    assert parse(texts["triton/model_repository/moee/config.pbtxt"])["input"][0]["data_type"] == ["TYPE_FP16"]
+    (tmp_path / "bundle.env").write_text(texts["bundle.env"])
+    script = '. ./bundle.env; printf %s "$INPUT|$SHAPE|$MIN_BATCH"'
+    shown = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.stdout == f"{name}|3x8x8|1" and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("classifies", [True, False])
+def test_deepstream_configuration(classifies):
+    texts = bundle_configs.files(facts(classifies=classifies))
+    config = configparser.ConfigParser()
+    config.read_string(texts["deepstream/config_infer_moee.txt"])
+    values = config["property"]
+    assert values["infer-dims"] == "3;32;32" and values["batch-size"] == "4" and values["net-scale-factor"] == "1.0"
+    assert (values["network-type"] == "1") == classifies == ("deepstream/labels.txt" in texts)
+    assert ("output-tensor-meta" in values) != classifies
+
+
+def session(path) -> ort.InferenceSession:
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_graph_on_raw_pixels_agrees(exported, softmax):
+    """tensorrt.onnx needs the plugin, so the same pass is checked on the portable graph."""
+    take_raw_pixels(exported / "portable.onnx", exported / "pixels.onnx", MEAN, STD, softmax)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32)).astype(np.float32)
+    mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (MEAN, STD))
+    (expected,) = session(exported / "portable.onnx").run(None, {"input": (pixels / 255 - mean) / std})
+    (got,) = session(exported / "pixels.onnx").run(None, {"input": pixels})
+    if softmax:
+        expected = torch.from_numpy(expected).softmax(1).numpy()
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert (exported / "pixels.onnx").stat().st_size < 300_000, "weights stay in the shared file"
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "deit_tiny_patch16_224"])
+def test_the_recipe_is_that_of_timm(name):
+    config = resolve_model_data_config(timm.create_model(name))
+    size = config["input_size"][-1]
+    given = {"name": "input", "size": size, "mean": config["mean"], "std": config["std"]}
+    recipe = make_recipe({"input": given, "model": {"timm_name": name}})
+    steps = create_transform(**config, is_training=False).transforms
+    assert recipe.resize == (steps[0].size if isinstance(steps[0].size, int) else steps[0].size[0])
+    assert recipe.size == steps[1].size[0] and recipe.filter == steps[0].interpolation.value == config["interpolation"]
+    assert np.allclose(recipe.mean, steps[3].mean) and np.allclose(recipe.std, steps[3].std)
+
+
+def test_the_head_travels_with_a_backbone(tmp_path):
+    spec = tiny_spec(num_classes=0, depth=1)
+    model = load_model(spec)
+    config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=300)
+    extract(model, tiny_images(), config)
+    probe = Probe(torch.randn(7, 32), torch.randn(7))
+    moee = MoeeModel(model.eval(), spec, config, "tiny", probe, {})
+    checkpoint.save(moee, tmp_path / "model")
+    export(moee, tmp_path / "export", source=tmp_path / "model")
+    out = write_deployment(tmp_path / "export", tmp_path / "bundle", 87, built.kernels())
+    data = (out / "models" / "head.bin").read_bytes()
+    assert struct.unpack("<ii", data[:8]) == (7, 32)
+    values = np.frombuffer(data[8:], "<f4")
+    np.testing.assert_array_equal(values[: 7 * 32].reshape(7, 32), probe.weight.numpy())
+    np.testing.assert_array_equal(values[7 * 32 :], probe.bias.numpy())
+    assert "--head models/head.bin" in (out / "README.md").read_text()
+    assert read_manifest(out, "deployment.json", DEPLOYMENT_SCHEMA)["classes"] == 7
+
+
+def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch):
+    def refused(**changes):
+        given = {"export_dir": exported, "out": tmp_path / "x", "sm": 87, "kernels": built.kernels(), **changes}
+        with pytest.raises(UserError) as error:
+            write_deployment(**given)
+        assert not (tmp_path / "x").exists()
+        return str(error.value)
+
+    assert "min <= opt <= max" in refused(batch=(4, 2, 8))
+    assert "expected" in refused(sm=75) or "75" in refused(sm=75)
+    monkeypatch.setattr(bundle, "make_recipe", lambda export: Recipe(64, 64, "center", "bicubic", MEAN, STD))
+    assert "its manifest says size 64" in refused()
+    monkeypatch.undo()
+    (exported / "moee.data").write_bytes(b"changed")
+    assert "does not match the hash" in refused()
+
+
+def test_the_command(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plugin_cache, "ensure_kernels", lambda sms, report: built.kernels())
+    out = tmp_path / "bundle"
+    assert cli.main(["bundle", str(exported), "--sm", "87", "--maxShapes", "8", "--out", str(out)]) == 0
+    assert "run build.sh" in capsys.readouterr().out
+    assert json.loads((out / "deployment.json").read_text())["batch"] == {"min": 1, "opt": 8, "max": 8}
+    assert cli.main(["bundle", str(exported), "--sm", "87", "--out", str(out)]) == 2
+    assert cli.main(["bundle", str(exported), "--sm", "all", "--out", str(tmp_path / "y")]) == 2
+
+
+def fake_trtexec(folder: Path) -> Path:
+    """A trtexec that writes its arguments as the engine."""
+    folder.mkdir()
+    script = folder / "trtexec"
+    script.write_text(
+        '#!/bin/sh\ncase "$1" in --help) echo "  --stronglyTyped"; exit 0;; esac\n'
+        'for a in "$@"; do case "$a" in --saveEngine=*) echo "$@" > "${a#--saveEngine=}";; esac; done\n'
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.mark.slow
+def test_a_bundle_compiles_in_an_empty_folder_and_builds(written, tmp_path):
+    """Copied elsewhere, with a bare environment: only a compiler, cmake and TensorRT's headers."""
+    place = tmp_path / "device"
+    shutil.copytree(written, place)
+    tools = fake_trtexec(tmp_path / "bin").parent
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "TENSORRT_ROOT": str(select_headers().include), "JOBS": "2"}
+    done = subprocess.run(["./build.sh", "--deepstream"], cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (place / "plugin" / "build" / "libmoee_plugin.so").is_file() and (place / "runner" / "build" / "moee_run").is_file()
+    repository = place / "triton" / "model_repository"
+    command = (repository / "moee" / "1" / "model.plan").read_text()
+    for flag in ("--onnx=models/tensorrt.onnx", f"--dynamicPlugins={place}/plugin/build/libmoee_plugin.so", "--stronglyTyped",
+                 "--minShapes=input:1x3x32x32", "--optShapes=input:4x3x32x32", "--maxShapes=input:16x3x32x32"):  # fmt: skip
+        assert flag in command, flag
+    assert "dynamicPlugins" not in (repository / "dense" / "1" / "model.plan").read_text()
+    assert "tensorrt_pixels.onnx" in (place / "engines" / "pixels.plan").read_text()
+    (got,) = session(repository / "moee_onnx" / "1" / "model.onnx").run(None, {"input": np.zeros((1, 3, 32, 32), np.float32)})
+    assert got.shape == (1, 10)
+    help_text = subprocess.run([place / "runner" / "build" / "moee_run"], capture_output=True, text=True)
+    assert help_text.returncode == 2 and "usage: moee_run" in help_text.stderr
+
+
+def test_build_sh_stops_at_a_changed_file(shared, tmp_path):
+    written = shutil.copytree(shared / "bundle", tmp_path / "bundle")
+    (written / "models" / "preprocess.txt").write_text("size 1\n")
+    done = subprocess.run(["./build.sh", "--compile-only"], cwd=written, capture_output=True, text=True)
+    assert done.returncode == 2 and "changed or cut short" in done.stderr and not (written / "plugin" / "build").exists()
+    done = subprocess.run(["./build.sh", "--colour"], cwd=written, capture_output=True, text=True)
+    assert done.returncode == 2 and "--compile-only" in done.stderr

@@ -1,0 +1,143 @@
+"""Plots: the numbers are right, every figure is drawn, the same numbers give the same bytes."""
+
+import json
+import xml.dom.minidom
+
+import pytest
+import torch
+
+from exporter import cli
+from exporter.plots import draw, plot_data, write_plots
+from exporter.plots.ablation import draw_ablation
+from exporter.plots.figure import to_svg
+from moee import checkpoint
+from moee.checkpoint import MoeeModel
+from moee.data import batches, model_transform
+from moee.layer import routed_layers
+from moee.models import find_ffns
+from tests.conftest import tiny_spec
+
+
+@pytest.fixture
+def artifact(tiny_moee):
+    model, _, data, config, _ = tiny_moee
+    return MoeeModel(model.eval(), tiny_spec(), config, "digits"), data
+
+
+def test_routing_is_counted_by_class(artifact):
+    moee, data = artifact
+    numbers = plot_data.routing_by_class(plot_data.trace_routes(moee, data))
+    assert numbers["classes"] == [0, 1, 2, 3] and numbers["images"] == [12] * 4
+    name, layer = next(iter(routed_layers(moee.model).items()))
+    seen = {}
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.update(routes=module.routes(args[0])))
+    images = next(batches(data, 48)).images
+    moee.model(images)
+    handle.remove()
+    routes = seen["routes"].reshape(48, -1)
+    for label in range(4):
+        mine = routes[torch.tensor(data.labels) == label].flatten()
+        expected = torch.bincount(mine, minlength=layer.num_experts) / len(mine)
+        assert numbers["layers"][name][label] == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_trace_takes_a_part_of_the_images_and_unlabelled_ones(artifact):
+    moee, data = artifact
+    data.labels = [-1] * len(data)
+    trace = plot_data.trace_routes(moee, data, images=5)
+    assert trace.indices.tolist() == [0, 12, 24, 35, 47] and plot_data.routing_by_class(trace)["classes"] == [-1]
+    assert all(grid == (1, 4, 4) for grid in trace.grids.values()), "a class token, then 4 x 4 patches"
+
+
+def test_similarity_is_the_cosine_of_router_rows(artifact):
+    moee, _ = artifact
+    numbers = plot_data.router_similarity(moee.model)["layers"]
+    for name, layer in routed_layers(moee.model).items():
+        rows = layer.router.detach()
+        expected = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+        torch.testing.assert_close(torch.tensor(numbers[name]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_curves_are_sorted_moments_of_the_dense_activations(artifact):
+    moee, data = artifact
+    dense = moee.dense()
+    numbers = plot_data.neuron_curves(dense, data)
+    assert numbers["tokens"] == 48 * 17
+    ffn = find_ffns(dense)[0]
+    seen = {}
+    dense.get_submodule(ffn.name).act.register_forward_hook(lambda module, args, out: seen.update(hidden=out.flatten(0, 1)))
+    with torch.no_grad():
+        dense(torch.stack([data.load(i) for i in range(48)]))
+    hidden = seen["hidden"].double()
+    curve = numbers["layers"][ffn.name]
+    assert curve["variance"] == pytest.approx(hidden.var(0, correction=0).sort(descending=True).values.tolist(), rel=2e-2)
+    assert curve["mean"] == pytest.approx(hidden.mean(0).sort(descending=True).values.tolist(), rel=2e-2, abs=1e-3)
+
+
+def test_patches_lie_where_their_expert_was_chosen(artifact):
+    moee, data = artifact
+    trace = plot_data.trace_routes(moee, data, images=9)
+    numbers = plot_data.expert_patches(trace, per_expert=3)
+    position = {index: row for row, index in enumerate(trace.indices.tolist())}
+    for name, experts in numbers["layers"].items():
+        assert sum(e["share"] for e in experts) == pytest.approx(1, abs=1e-4)
+        for e, expert in enumerate(experts):
+            assert len(expert["patches"]) <= 3
+            for patch in expert["patches"]:
+                assert patch["height"] == patch["width"] == 8
+                token = 1 + patch["top"] // 8 * 4 + patch["left"] // 8
+                assert trace.routes[name][position[patch["image"]], token, 0] == e
+
+
+def test_every_figure_is_drawn_the_same_twice(artifact):
+    moee, data = artifact
+    trace = plot_data.trace_routes(moee, data, images=8)
+    transform = model_transform(moee.model)
+    for make in (
+        lambda: draw.routing(plot_data.routing_by_class(trace)),
+        lambda: draw.similarity(plot_data.router_similarity(moee.model)),
+        lambda: draw.patches(plot_data.expert_patches(trace), data, transform),
+        lambda: draw.curves({"layers": {"a": {"variance": [2.0, 0.0], "mean": [1.0, -1.0]}}}),
+    ):
+        first = to_svg(make())
+        assert first == to_svg(make())
+        assert xml.dom.minidom.parseString(first).documentElement.tagName == "svg"
+
+
+def test_command_writes_everything_and_refuses_what_exists(artifact, tmp_path, capsys, monkeypatch):
+    moee, data = artifact
+    checkpoint.save(moee, tmp_path / "model")
+    monkeypatch.setattr("moee.data.load_data", lambda *args: data)
+    argv = ["plots", str(tmp_path / "model"), "--out", str(tmp_path / "plots")]
+    assert cli.main([*argv, "--images", "0"]) == 2
+    assert cli.main(argv) == 0
+    names = {p.name for p in (tmp_path / "plots").iterdir()}
+    assert names == {f"{name}.{kind}" for name in ("routing", "similarity", "curves", "patches") for kind in ("json", "svg")}
+    assert json.loads((tmp_path / "plots" / "routing.json").read_text())["schema"] == "moee.plot-routing/1"
+    assert cli.main(argv) == 2 and "exists" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="exists"):
+        write_plots(moee, data, data, tmp_path / "plots")
+
+
+def test_ablation_command(tmp_path, capsys, monkeypatch):
+    """The command from end to end on a tiny model; what it refuses is one sentence."""
+    from tests.conftest import tiny_images
+
+    monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec())
+    monkeypatch.setattr("moee.pipeline.load_data", lambda *args: tiny_images(40, classes=10))
+    scale = ["--tokens", "600", "--cluster-tokens", "300", "--components", "8", "--min-cluster-size", "0.02"]
+    rows = ["--tables", "2", "--seeds", "1", "--compensation", "mean", "--keep", "0.7,0.9"]
+    argv = ["ablate", *rows, *scale, "--out", str(tmp_path / "a")]
+    assert cli.main(argv) == 0
+    assert "Table 2, routing helps, compensation mean, by accuracy:" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"setup.json", "cells", "ablation.json", "table.md", "table2.svg"}
+    for extra, message in ((["--components", "9"], "components 8, now 9"), (["--keep", "much"], "expected numbers"),
+                           (["--tables", "5"], "unknown table 5")):  # fmt: skip
+        assert cli.main([*argv, *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*argv, "--components", "9", "--force"]) == 0
+
+
+def test_nothing_is_drawn_for_a_table_without_figures(tmp_path):
+    row = {"row": "MoEE", "compensation": "none", "point": "0.90", "macs_change": None, "accuracy": None, "class_cosine": None}
+    assert draw_ablation({"tables": {"7": {"rows": [row]}}}, tmp_path) == []

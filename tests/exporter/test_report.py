@@ -1,0 +1,228 @@
+"""The report: well-formed, self-contained, escaped, and true to the artifacts; what is missing is said."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from exporter import cli
+from exporter.report import collect, render
+from exporter.report.commands import commands
+from exporter.report.page import MAX_BYTES
+from moee.config import ExtractConfig
+from moee.errors import UserError
+from tests.exporter.report_data import EVIL, write_run
+
+VOID = {"meta", "img", "br", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks nesting while it parses, and keeps what the tests ask about."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[int] = []
+        self.addresses: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        assert len(given) == len(attrs), f"<{tag}> repeats an attribute"
+        self.tags.append((tag, given))
+        self.ids += [given["id"]] if "id" in given else []
+        self.addresses += [given[key] for key in ("href", "src", "srcset", "action", "data", "poster") if key in given]
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture
+def run(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def page_of(*paths) -> Page:
+    return Page(render(collect(paths)))
+
+
+def test_self_contained_and_well_formed(run):
+    text = render(collect([run]))
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids)), "an id stands twice"
+    assert page.headings[0] == 1 and page.headings.count(1) == 1
+    assert all(b - a <= 1 for a, b in zip(page.headings, page.headings[1:], strict=False)), "a heading level is skipped"
+    assert all(a.startswith(("#", "data:")) for a in page.addresses), page.addresses
+    assert {a[1:] for a in page.addresses if a.startswith("#")} <= set(page.ids)
+    assert not re.search(r"https?://|//[a-z]|@import|url\(", text), "the page names something outside itself"
+    assert not [t for t, a in page.tags if any(k.startswith("on") or k == "style" for k in a)], "inline handlers or styles"
+    assert len(text.encode()) < MAX_BYTES
+    labelled = [a["aria-labelledby"] for _, a in page.tags if "aria-labelledby" in a]
+    assert labelled and set(labelled) <= set(page.ids)
+    assert all(a.get("aria-label") for t, a in page.tags if t == "svg")
+
+
+def test_figures_are_those_of_the_artifacts(run):
+    text = page_of(run).text
+    for figure in ("94.00%", "dense 95.00%, −1.00 points", "−50.0%", "−25.0%", "2.00×", "passed", "8.00e-05",
+                   "2.000 G", "1.000 G (−50.0%)", "p50 5.00 ms, p95 6.50 ms", "1.80 to 2.20", "80% of the ideal 2.50×",
+                   "1/8/32", "3 plugin layers", "3.0 MiB", "3 experts, top 70%", "match", "95.00% (90.00% to 98.00%)",
+                   "drop 0.25 points (-0.50 to 1.00)", "Verdict: MoEE is faster", "moee 180.5", "2.500 1.250",
+                   "cpu model a CPU"):  # fmt: skip
+        assert figure in text, figure
+    assert "not found" not in text.lower()
+
+
+def test_names_from_manifests_are_escaped(tmp_path):
+    page = page_of(write_run(tmp_path / "run", layer=EVIL, model=EVIL))
+    assert [t for t, _ in page.tags].count("script") == 1
+    assert page.text.count("<script>alert(1)</script>") > 4, "the names are shown as text"
+    commands_shown = commands(collect([tmp_path / "run"]))
+    assert commands_shown[0].startswith("moee extract '<script>alert(1)</script>\"'")
+
+
+def test_layers_sort_by_their_numbers(run):
+    page = page_of(run)
+    rows, keys = [], []
+    for tag, attributes in page.tags[[a.get("id") for _, a in page.tags].index("layers") :]:
+        if tag == "table" and attributes.get("id") != "layers":
+            break
+        if tag == "tr":
+            keys = []
+            rows.append(keys)
+        if "data-sort" in attributes:
+            keys.append(attributes["data-sort"])
+    head, *body = rows
+    assert len(body) == 3 and all(len(row) == 11 for row in body)
+    assert [row[0] for row in body] == ["0", "1", "2"], "layers stand in the model's order"
+    assert [float(row[4]) for row in body] == [100, 9, 50], "sorted as numbers, 9 comes before 50"
+    heads = [a for t, a in page.tags if t == "th" and "aria-sort" in a]
+    buttons = [a for t, a in page.tags if t == "button"]
+    assert len(heads) == len(buttons) == 11 and {a["aria-sort"] for a in heads} == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("absent", "said"),
+    [("parity.json", "moee verify export --out parity.json"), ("latency.json", "moee bench export --out latency.json"),
+     ("engine/engine.json", "moee build export --out engine"), ("tuned/moee.json", "extracted")],
+)  # fmt: skip
+def test_missing_parts_are_said_to_be_missing(run, absent, said):
+    (run / absent).unlink()
+    assert said in page_of(run).text
+
+
+def test_failures_are_listed(run):
+    body = json.loads((run / "parity.json").read_text())
+    body |= {"passed": False, "first_deviation": {"layer": "blocks.1.mlp", "reason": "weights"}}
+    body["cases"].append({"group": "routes", "name": "blocks.1.mlp", "failure": "7 of 9 tokens take another expert"})
+    (run / "parity.json").write_text(json.dumps(body))
+    text = page_of(run).text
+    assert "Parity FAILED" in text and "routes blocks.1.mlp: 7 of 9 tokens" in text
+    assert "first deviation: layer blocks.1.mlp, reason weights" in text
+
+
+def test_a_single_file_is_enough(run):
+    text = page_of(run / "parity.json").text
+    assert "A model's manifest (moee.json) was not found" in text and "torch against onnxruntime" in text
+    assert "tokens on the same expert" in text and "tokens on the same expert" not in page_of(run).text
+
+
+def test_a_changed_file_is_named(run):
+    (run / "export" / "moee.data").write_bytes(b"changed")
+    assert "moee.data was changed" in page_of(run).text
+
+
+def test_damaged_foreign_and_newer_files_are_problems(run):
+    (run / "parity.json").write_text("{")
+    (run / "latency.json").write_text(json.dumps({"schema": "moee.latency/9", "dense_ms": {"p50": 1e9}}))
+    (run / "engine" / "engine.json").write_text(json.dumps(["moee.engine/1"]))
+    text = page_of(run).text
+    assert "parity.json is not readable JSON" in text and "engine.json has schema None" in text
+    assert "moee.latency/9, newer than this report reads" in text and "1000000000" not in text
+
+
+@pytest.mark.parametrize("nonsense", [None, "x", {}, 1e999, [1, "x", None]])
+def test_nonsense_in_any_field_shows_as_a_dash(run, nonsense):
+    for path in run.rglob("*.json"):
+        body = json.loads(path.read_text())
+        for key in set(body) - {"schema"}:
+            path.write_text(json.dumps({**body, key: nonsense}))
+            page_of(run)
+        for stage in (body.get("info") or {}).get("stages", {}).values():
+            for key in list(stage):
+                kept, stage[key] = stage[key], nonsense
+                path.write_text(json.dumps(body))
+                page_of(run)
+                stage[key] = kept
+        path.write_text(json.dumps(body))
+
+
+def test_plots_are_embedded_as_pictures_within_the_limit(run):
+    (run / "plots").mkdir()
+    (run / "plots" / "experts.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
+    (run / "plots" / "huge.svg").write_text("<svg>" + " " * (3 << 20) + "</svg>")
+    text = render(collect([run]))
+    page = Page(text)
+    assert [t for t, _ in page.tags].count("img") == 1 and [t for t, _ in page.tags].count("script") == 1
+    assert "Left out for their size: huge.svg" in page.text and len(text.encode()) < MAX_BYTES
+
+
+def test_the_command(run, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    assert cli.main(["report", str(run), "--out", str(out)]) == 0
+    assert "report written to" in capsys.readouterr().out and out.stat().st_size > 5000
+    assert cli.main(["report", str(run), "--out", str(out)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert cli.main(["report", str(run), "--out", str(out), "--force"]) == 0
+    assert cli.main(["report", str(tmp_path / "absent"), "--out", str(tmp_path / "x.html")]) == 2
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["report", str(tmp_path / "empty"), "--out", str(tmp_path / "x.html")]) == 2
+    assert "no results in" in capsys.readouterr().err and not (tmp_path / "x.html").exists()
+
+
+def test_commands_reproduce_the_configuration(run):
+    lines = commands(collect([run]))
+    assert lines[0] == "moee extract tiny --data digits --clustering kmeans --clusters 3 --keep 0.9 --out extracted"
+    assert lines[1] == "moee finetune extracted --epochs 2 --lr 1e-06 --out tuned"
+    parser = cli.build_parser()
+    for line in lines:
+        parser.parse_args(line.split()[1:])
+
+
+def test_every_setting_is_in_the_command_or_named_beside_it(tmp_path):
+    """Each field of the configuration in turn, at a value that is not its default."""
+    run = write_run(tmp_path / "run")
+    path = run / "tuned" / "moee.json"
+    body = json.loads(path.read_text())
+    for name, info in ExtractConfig.model_fields.items():
+        body["config"] = {name: ["a"] if isinstance(info.default, tuple) else "x" if isinstance(info.default, str) else 7}
+        path.write_text(json.dumps(body))
+        line = commands(collect([run]))[0]
+        flag, comment = f"--{name.replace('_', '-')} ", f"set in Python: {name}="
+        assert (flag in line) != (comment in line), line
+        if flag in line:
+            cli.build_parser().parse_args(line.split()[1:])
+
+
+def test_an_unknown_path_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="not found; give folders"):
+        collect([tmp_path / "absent"])

@@ -1,0 +1,307 @@
+"""`moee verify`: an intact export passes; every planted damage fails, with its layer named; exit codes and files."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+
+from exporter import cli
+from exporter.parity import check_parity
+from exporter.verify import verify
+from exporter.verify.junit import to_junit
+from exporter.verify.markdown import to_markdown
+from moee.errors import MissingDependency, UserError
+from tests.exporter import damage
+from tests.exporter.engines import write_engine
+
+LAYER = "blocks.1.mlp"
+OTHERS = ("blocks.0.mlp", "blocks.2.mlp")
+SIZES = (1, 4, 16)
+
+
+@pytest.fixture(autouse=True)
+def data(tiny_export, monkeypatch):
+    """`digits` on the command line are the tiny model's images."""
+    monkeypatch.setattr("moee.data.load_data", lambda source, transform, split="train", seed=0: tiny_export.data)
+
+
+def check(tiny_export, folder):
+    return check_parity(folder, tiny_export.moee, tiny_export.data, sizes=SIZES)
+
+
+def test_an_intact_export_passes(tiny_export):
+    result = verify(tiny_export.folder(), tiny_export.moee, tiny_export.data, sizes=SIZES)
+    assert result and result.parity.first_deviation is None
+    assert [b.batch for b in result.parity.batches] == list(SIZES)
+    assert [layer.name for layer in result.parity.layers] == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
+    for layer in result.parity.layers:
+        assert layer.tokens == 16 * 17 and layer.agreement == 1.0 and layer.flips == 0 and layer.flipped is None
+        assert 0 < layer.local.max_abs_error <= layer.local_tolerance < 1e-4 * layer.local.rms
+    assert result.accuracy.images == len(tiny_export.data) and result.accuracy.agreement.value > 0.5
+    assert not [c for c in result.cases() if c.failure or c.skipped]
+
+
+def test_routed_layers_of_another_kind_are_compared_by_their_routes(tiny_export, monkeypatch):
+    import exporter.parity.check as module
+
+    real = module.routed_ffns
+    other = {f"{prefix}blocks.0.mlp" for prefix in ("", "model.")}
+    monkeypatch.setattr(module, "routed_ffns", lambda model: {n: v for n, v in real(model).items() if n not in other})
+    result = check(tiny_export, tiny_export.folder())
+    assert [layer.name for layer in result.layers] == ["blocks.1.mlp", "blocks.2.mlp"]
+    assert result.route_agreement == dict.fromkeys(["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"], 1.0)
+
+
+def flipped_weight(folder):
+    def change(w):
+        at = np.unravel_index(np.abs(w).argmax(), w.shape)
+        w[at] = -w[at]
+        return w
+
+    damage.change_store(folder, LAYER, "w_down", change)
+
+
+def noise(folder):
+    damage.change_store(
+        folder, LAYER, "w_down", lambda w: w * (1 + 0.01 * np.random.default_rng(0).standard_normal(w.shape, np.float32))
+    )
+
+
+def router_bias_off_by_one(folder):
+    damage.change_store(folder, LAYER, "router_bias", lambda b: np.roll(b, 1))
+
+
+def swapped_expert(folder):
+    def change(stored):
+        a, b = f"{LAYER}/neurons_0", f"{LAYER}/neurons_1"
+        stored[a], stored[b] = stored[b], stored[a]
+
+    damage.change_portable(folder, change)
+
+
+def wrong_offset(folder):
+    """Expert 1 starts one neuron late, which expert 0 has instead."""
+
+    def change(stored):
+        first, second = (stored[f"{LAYER}/neurons_{e}"] for e in (0, 1))
+        stored[f"{LAYER}/neurons_0"], stored[f"{LAYER}/neurons_1"] = np.append(first, second[0]), second[1:]
+
+    damage.change_portable(folder, change)
+
+
+DAMAGE = {
+    flipped_weight: "weights",
+    noise: "weights",
+    router_bias_off_by_one: "weights",
+    swapped_expert: "output",
+    wrong_offset: "output",
+}
+
+
+@pytest.mark.parametrize("plant", DAMAGE)
+def test_planted_damage_is_caught_and_its_layer_named(tiny_export, tmp_path, plant):
+    folder = tiny_export.copy(tmp_path / "export")
+    plant(folder)
+    result = check(tiny_export, folder)
+    assert not result
+    deviation = result.first_deviation
+    assert deviation.layer == LAYER and deviation.where == DAMAGE[plant]
+    judged = {layer.name: layer for layer in result.layers}
+    # the numbers alone name the layer too, and only that one: the others are right on the inputs that they got
+    assert not judged[LAYER].passed and all(judged[name].passed for name in OTHERS)
+    assert {p.layer for p in result.weight_problems} <= {LAYER}
+
+
+def test_a_wrong_router_bias_is_a_routing_error(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    router_bias_off_by_one(folder)
+    layer = check(tiny_export, folder).layers[1]
+    assert layer.wrong_routes > 0 and layer.wrong_route_margin > 0 and layer.agreement < 1
+    # the experts themselves are intact: with the routes taken, the layer's result is right
+    assert layer.output_passed and layer.flipped is not None and layer.flip_margin_max > 0
+    assert layer.flipped.mean_abs_error > 10 * layer.equal.mean_abs_error
+
+
+def test_wrong_tables_of_the_plugin_node_are_caught(tiny_export, tmp_path):
+    """The plugin's graph has no CPU runtime, so its stored inputs are compared."""
+    folder = tiny_export.copy(tmp_path / "export")
+
+    damage.change_store(folder, LAYER, "offsets", lambda offsets: offsets + np.int32([0, 1, 0, 0, 0]))
+    result = check(tiny_export, folder)
+    assert not result and result.first_deviation.layer == LAYER
+    assert "offsets: 1 of 5 values differ, first at [1]" in result.first_deviation.message
+
+
+def scale_weight(folder, node_prefix, by):
+    """Scale the weight that the first MatMul or Gemm of a module reads in the portable graph."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(folder / "portable.onnx")
+    node = next(n for n in model.graph.node if n.name.startswith(node_prefix) and n.op_type in ("MatMul", "Gemm"))
+    tensor = next(t for t in model.graph.initializer if t.name in node.input)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(by), tensor.name))
+    onnx.save(model, folder / "portable.onnx")
+
+
+def test_damage_outside_the_layers_is_placed_between_them(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    scale_weight(folder, "blocks.1.attn.proj/", 1.01)
+    deviation = check(tiny_export, folder).first_deviation
+    assert deviation.layer == LAYER and deviation.where == "input"
+    assert "between blocks.0.mlp and blocks.1.mlp" in deviation.message
+
+
+def test_a_damaged_head_is_placed_behind_the_layers(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    scale_weight(folder, "head/", 1.001)
+    result = check(tiny_export, folder)
+    assert not result and result.first_deviation.where == "head" and result.first_deviation.layer == "blocks.2.mlp"
+
+
+def test_an_output_that_is_no_number_fails_and_stays_valid_json(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    scale_weight(folder, "head/", float("nan"))
+    result = check(tiny_export, folder)
+    assert not result and result.first_deviation.where == "head"
+    body = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert body["batches"][0]["max_abs_error"] is None and body["passed"] is False
+
+
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_typed_exports_pass_and_their_damage_is_caught(tiny_export, tmp_path, precision):
+    folder = tiny_export.copy(tmp_path / "export", precision)
+    result = check(tiny_export, folder)
+    assert result, result.first_deviation
+    assert result.precision == precision
+    assert ("widened to float32" in result.runtime) == (precision == "bf16")
+    noise(folder)
+    damaged = check(tiny_export, folder)
+    assert not damaged and damaged.first_deviation.layer == LAYER
+
+
+def run(*argv):
+    return cli.main([str(a) for a in argv])
+
+
+def test_command_writes_the_files_and_exits_0_and_1(tiny_export, tmp_path, capsys):
+    good, out = tiny_export.folder(), tmp_path / "verify"
+    command = ["verify", good, "--maxShapes", 8, "--max-drop", 100]
+    assert run(*command, "--bisect", "--out", out) == 0
+    text = capsys.readouterr().out
+    assert "verify passed" in text and "no layer deviates" in text and LAYER in text
+    body = json.loads((out / "parity.json").read_text())
+    assert body["schema"] == "moee.parity/1" and body["passed"] is True and body["accuracy"]["passed"] is True
+    assert set(body["files"]) == {"junit.xml", "summary.md"} and len(body["layers"]) == 3
+    assert "## moee verify: passed" in (out / "summary.md").read_text()
+    assert run(*command, "--out", out) == 2 and "--force" in capsys.readouterr().err
+    bad = tiny_export.copy(tmp_path / "bad")
+    noise(bad)
+    assert run("verify", bad, "--model", tiny_export.root / "model", "--maxShapes", 8, "--out", tmp_path / "r.json") == 1
+    text = capsys.readouterr().out
+    assert f"first deviation: {LAYER}" in text and "verify FAILED" in text
+    assert json.loads((tmp_path / "r.json").read_text())["first_deviation"]["layer"] == LAYER
+
+
+def test_accuracy_gate(tiny_export, capsys):
+    """Random weights: the models disagree on some images, so a gate of minus 100 points cannot be met."""
+    assert run("verify", tiny_export.folder(), "--maxShapes", 2, "--optShapes", 2, "--max-drop", -100.0) == 1
+    assert "at most -100 allowed" in capsys.readouterr().out
+
+
+def test_unlabelled_data_cannot_have_an_accuracy_gate(tiny_export):
+    from moee.data import TensorSet
+
+    plain = TensorSet("photos", tiny_export.data.images, [-1] * len(tiny_export.data), 0)
+    with pytest.raises(UserError, match="--max-drop cannot be checked: photos has no labels"):
+        verify(tiny_export.folder(), tiny_export.moee, plain, sizes=(2,), max_drop_pp=1.0)
+    result = verify(tiny_export.folder(), tiny_export.moee, plain, sizes=(2,))
+    assert result and [c.skipped for c in result.cases() if c.skipped] == ["photos has no labels"]
+
+
+def test_a_stale_plugin_fails_and_names_the_layers(tiny_export, tmp_path, capsys):
+    engine = write_engine(tmp_path / "engine", tiny_export.folder())
+    library = engine / "libmoee_plugin.so"
+    library.write_bytes(library.read_bytes() + b"!")
+    code = run("verify", tiny_export.folder(), "--maxShapes", 2, "--optShapes", 2, "--engine", engine, "--out", tmp_path / "v")
+    assert code == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "FAILED engine, plugin: libmoee_plugin.so is not the library that the engine was built with" in text
+    assert "it runs blocks.0.mlp, blocks.1.mlp, blocks.2.mlp" in text
+    suite = ET.parse(tmp_path / "v" / "junit.xml").getroot()[0]
+    assert [c.get("name") for c in suite.iter("testcase") if c.find("failure") is not None] == ["plugin"]
+
+
+def test_a_missing_plugin_or_gpu_exits_3(tiny_export, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("exporter.runners.tensorrt_engine.device_count", lambda: 0)
+    monkeypatch.setattr("exporter.runners.tensorrt_engine.require_backend", lambda name: None)
+    monkeypatch.setattr("exporter.runners.tensorrt_engine.importlib.import_module", lambda name: object())
+    engine = write_engine(tmp_path / "engine", tiny_export.folder())
+    assert run("verify", tiny_export.folder(), "--engine", engine) == 3
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+    (engine / "libmoee_plugin.so").unlink()
+    assert run("verify", tiny_export.folder(), "--engine", engine) == 3
+    assert "libmoee_plugin.so is missing" in capsys.readouterr().err
+
+
+def test_an_absent_provider_is_never_replaced(tiny_export, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    for provider in ("cuda", "tensorrt"):
+        assert run("verify", tiny_export.folder(), "--provider", provider) == 3
+        assert "provider does not work here; it needs" in capsys.readouterr().err
+    with pytest.raises(MissingDependency):
+        check_parity(tiny_export.folder(), tiny_export.moee, tiny_export.data, sizes=(1,), provider="cuda")
+
+
+# Jenkins' junit-10.xsd, as far as it goes: which attributes and children each element may have, and which it must have.
+SCHEMA = {
+    "testsuites": ({"name", "tests", "failures", "errors", "skipped", "time", "disabled"}, set(), {"testsuite"}),
+    "testsuite": (
+        {"name", "tests", "failures", "errors", "skipped", "time", "timestamp", "hostname", "id", "package", "disabled"},
+        {"name", "tests"},
+        {"properties", "testcase", "system-out", "system-err", "error", "failure", "skipped"},
+    ),
+    "properties": (set(), set(), {"property"}),
+    "property": ({"name", "value"}, {"name", "value"}, set()),
+    "testcase": (
+        {"name", "classname", "time", "assertions", "status", "file", "line"}, {"name", "classname"},
+        {"skipped", "error", "failure", "system-out", "system-err", "properties"},
+    ),
+    "failure": ({"message", "type"}, set(), set()),
+    "skipped": ({"message", "type"}, set(), set()),
+    "system-out": (set(), set(), set()),
+}  # fmt: skip
+
+
+def assert_junit(text: str) -> ET.Element:
+    root = ET.fromstring(text)
+    assert root.tag == "testsuites"
+    for element in root.iter():
+        allowed, needed, children = SCHEMA[element.tag]
+        assert set(element.attrib) <= allowed and needed <= set(element.attrib), element.tag
+        assert {c.tag for c in element} <= children, element.tag
+        order = [c.tag for c in element]
+        if element.tag == "testcase" and "system-out" in order:
+            assert order.index("system-out") == len(order) - 1
+    for suite in root:
+        cases = suite.findall("testcase")
+        assert int(suite.get("tests")) == len(cases) and float(suite.get("time")) >= 0
+        for kind, key in (("failure", "failures"), ("skipped", "skipped")):
+            assert int(suite.get(key)) == sum(c.find(kind) is not None for c in cases)
+        assert len({(c.get("classname"), c.get("name")) for c in cases}) == len(cases)
+    return root
+
+
+def test_junit_has_the_structure_that_readers_expect(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    router_bias_off_by_one(folder)
+    result = verify(folder, tiny_export.moee, tiny_export.data, sizes=(2,), images=0)
+    root = assert_junit(to_junit(result))
+    failed = {(c.get("classname"), c.get("name")) for c in root.iter("testcase") if c.find("failure") is not None}
+    assert {("moee.verify.routes", LAYER), ("moee.verify.weights", LAYER)} <= failed
+    assert [c.get("classname") for c in root.iter("testcase") if c.find("skipped") is not None] == ["moee.verify.accuracy"]
+    summary = to_markdown(result)
+    assert "## moee verify: FAILED" in summary and f"**{LAYER}**" in summary

@@ -1,0 +1,129 @@
+"""The wheel and the source distribution hold what the repository does; the installed wheel works where no source tree lies."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from moee import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("moee", "exporter", "plugins")
+
+
+def build_dist(out: Path) -> tuple[Path, Path]:
+    """Through the script, in a process of its own: setuptools changes folders and hooks into imports."""
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "build_dist.py", out], capture_output=True, text=True, cwd=out)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory):
+    return build_dist(tmp_path_factory.mktemp("dist"))
+
+
+def package_files() -> set[str]:
+    """Every file of the packages, by its path in the repository."""
+    found = {p for package in PACKAGES for p in (ROOT / package).rglob("*") if p.is_file()}
+    kept = {p for p in found if "__pycache__" not in p.parts and p.suffix not in (".pyc", ".so")}
+    return {p.relative_to(ROOT).as_posix() for p in kept}
+
+
+def test_the_wheel_holds_every_file_of_the_packages(dist):
+    with zipfile.ZipFile(dist[0]) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
+    inside = {n for n in names if ".dist-info/" not in n}
+    assert inside == package_files()
+    assert {f"{p}/py.typed" for p in PACKAGES} <= inside and "plugins/csrc/plugin.cpp" in inside
+    licences = {n.rpartition("/")[2] for n in names if "/licenses/" in n}
+    assert licences == {"LICENSE", "THIRD_PARTY_NOTICES.md"}
+    assert "License-Expression: Apache-2.0" in metadata and f"Version: {__version__}\n" in metadata
+
+
+def test_the_source_distribution_builds_and_tests(dist):
+    with tarfile.open(dist[1]) as archive:
+        names = {n.partition("/")[2] for n in archive.getnames()}
+    assert package_files() <= names
+    wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    assert wanted <= names
+    assert {"Makefile", "constraints.txt", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "docs/deploy.md"} <= names
+    assert not [n for n in names if n.endswith((".pyc", ".so", ".plan"))]
+
+
+@pytest.mark.slow
+def test_the_installed_wheel_works_without_the_source_tree(dist, tmp_path):
+    """A fresh environment with the wheel alone; its dependencies come from this one, without its links to the repository."""
+    venv.create(tmp_path / "env", with_pip=False)
+    python = tmp_path / "env" / "bin" / "python"
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = Path(subprocess.check_output(ask, text=True).strip())
+    with zipfile.ZipFile(dist[0]) as wheel:
+        wheel.extractall(site)
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # lists no .pth files of that folder
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def run(code: str) -> str:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert str(site) in run("import exporter, moee, plugins; print(exporter.__file__, moee.__file__, plugins.__file__)")
+    assert __version__ in run("from exporter.cli import main; main(['--version'])")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "synthetic")!r})
+from pathlib import Path
+from plugins.build import build_plugin, describe_plugin
+from synthetic import write_kernels
+from exporter.deploy import DEPLOY
+print(describe_plugin(build_plugin(Path("plugin"), write_kernels(Path("kernels")))).headers, (DEPLOY / "build.sh").is_file())
+"""
+    (tmp_path / "synthetic").mkdir()
+    (tmp_path / "synthetic" / "synthetic.py").write_bytes((ROOT / "tests" / "plugins" / "synthetic.py").read_bytes())
+    assert "True" in run(code)
+
+
+def test_versions_and_documents_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == __version__
+    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    notices = (ROOT / "THIRD_PARTY_NOTICES.md").read_text().lower()
+    for requirement in [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]:
+        name = re.split(r"[<>=;\[ ]", requirement)[0]
+        assert re.search(rf"\b{re.escape(name)}\b", notices), f"{name} is not in THIRD_PARTY_NOTICES.md"
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_command_is_documented():
+    from exporter.cli import COMMANDS
+
+    text = "".join(p.read_text() for p in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+    for module in COMMANDS:
+        assert f"moee {module.__name__.rpartition('.')[2]}" in text
+
+
+@pytest.mark.slow
+def test_the_api_reference_builds_without_a_warning(tmp_path):
+    if importlib.util.find_spec("pdoc") is None:
+        pytest.skip("needs pdoc: pip install 'moee[docs]'")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, ROOT / "scripts" / "build_api.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Warn" not in done.stderr and (tmp_path / "moee" / "convert.html").is_file()
