@@ -29,7 +29,7 @@ from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearFFN
 from moee.data import model_transform
 from moee.errors import UserError
-from moee.layer import routed_layers
+from moee.layer import RoutedFFN, routed_layers
 from moee.metrics import tokens_per_image
 from moee.progress import Reporter, silent
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
@@ -152,6 +152,9 @@ def export(
     layers = routed_layers(moee.model)
     if not layers:
         raise UserError("the model has no routed layer to export; run moee extract first")
+    other = next((name for name, layer in layers.items() if not isinstance(layer, RoutedFFN)), None)
+    if dtype != torch.float32 and other is not None:
+        raise UserError(f"`{other}` is a {type(layers[other]).__name__}, which exports in fp32 alone; leave out --precision")
     transform = model_transform(moee.model)
     report("export", 0, 3)
     with atomic_folder(path, force) as folder:

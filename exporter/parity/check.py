@@ -105,9 +105,14 @@ class Yardsticks:
     dtype: torch.dtype
 
     def layers(self) -> tuple[dict[str, RoutedFFN], dict[str, RoutedFFN]]:
-        """Routed layers of both by name."""
+        """Routed FFNs of both by name."""
         inner = self.own.model if hasattr(self.own, "model") else self.own
-        return routed_layers(self.exact.model), routed_layers(inner)  # type: ignore[arg-type,return-value]
+        return routed_ffns(self.exact.model), routed_ffns(inner)  # type: ignore[arg-type]
+
+
+def routed_ffns(model: nn.Module) -> dict[str, RoutedFFN]:
+    """The routed layers that follow the operator's contract; of any other kind only routes and outputs are compared."""
+    return {name: layer for name, layer in routed_layers(model).items() if isinstance(layer, RoutedFFN)}
 
 
 def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
@@ -161,8 +166,7 @@ def check_parity(
     precision = read_manifest(folder, MANIFEST, SCHEMA, verify=False).get("precision", "fp32")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
     yard = yardsticks(moee.model, precision, widened)
-    layers = routed_layers(moee.model)
-    names, sizes = list(layers), sorted(set(sizes))
+    sizes = sorted(set(sizes))
     pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
         plain = stack.enter_context(copied(ir.load(folder / PORTABLE), folder / PORTABLE, widened))
@@ -170,31 +174,34 @@ def check_parity(
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
-    judged = _layers(folder, yard, names, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
+    judged, agreed = _layers(folder, yard, moee.model, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
     floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
     return ParityResult(
         runtime=name,
         batches=errors,
-        route_agreement={layer.name: layer.agreement for layer in judged},
+        route_agreement=agreed,
         top1_agreement=agreement,
         images=images,
         precision=precision,
         arithmetic=str(yard.dtype).removeprefix("torch."),
         layers=judged,
-        weight_problems=check_weights(folder / TENSORRT, layers, dtype_of(precision)),  # type: ignore[arg-type]
+        weight_problems=check_weights(folder / TENSORRT, routed_ffns(moee.model), dtype_of(precision)),
         min_route_agreement=floor,
     )
 
 
 def _layers(
-    folder: Path, yard: Yardsticks, names: list[str], x: Tensor, threads: int | None, provider: str, widened: bool,
+    folder: Path, yard: Yardsticks, model: nn.Module, x: Tensor, threads: int | None, provider: str, widened: bool,
     report: Reporter,
-) -> list[LayerParity]:  # fmt: skip
-    """Every routed layer on one batch of images."""
+) -> tuple[list[LayerParity], dict[str, float]]:  # fmt: skip
+    """Every routed FFN on one batch of images, and the share of equal routes of every routed layer."""
     exact, own = yard.layers()
-    with tapped_graph(folder / PORTABLE, names, widened) as path, OnnxRunner(path, threads, provider) as runner:
-        got = taps_of(runner.run(x.numpy()), names)
-    reference, by_torch = _hooked_run(yard.exact, yard.exact.model, x), _hooked_run(yard.own, yard.own, x, own)
+    everything = list(routed_layers(model))
+    names, others = list(exact), tuple(n for n in everything if n not in exact)
+    with tapped_graph(folder / PORTABLE, names, widened, others) as path, OnnxRunner(path, threads, provider) as runner:
+        outputs = runner.run(x.numpy())
+    got, routes = taps_of(outputs, names), dict(zip(others, outputs[len(outputs) - len(others) :], strict=True))
+    reference, by_torch = _hooked_run(yard.exact, everything, x), _hooked_run(yard.own, everything, x)
     probes = _probe(folder, yard, names, reference, threads, provider, widened)
     judged = []
     for done, name in enumerate(names):
@@ -202,7 +209,10 @@ def _layers(
             raise UserError(f"{PORTABLE}: {name} gets {tuple(got[name].tokens.shape)} tokens, the model's layer another number")
         judged.append(layer_parity(name, exact[name], own[name], got[name], probes[name], reference[name], by_torch[name]))
         report("layers", done + 1, len(names))
-    return judged
+    agreed = {layer.name: layer.agreement for layer in judged}
+    for name, route in routes.items():
+        agreed[name] = float((route.reshape(-1) == reference[name].route.reshape(-1).numpy()).mean())
+    return judged, {name: agreed[name] for name in everything}
 
 
 def _probe(
@@ -217,6 +227,8 @@ def _probe(
         tokens = tokens.to(yard.exact.dtype).float()
         feeds[f"{name}/probe_tokens"], feeds[f"{name}/probe_route"] = tokens.numpy(), routes.reshape(-1).numpy()
         taps[name] = Tap(tokens, routes, tokens)
+    if not names:
+        return {}
     graph = folder / PORTABLE
     with probe_graph(graph, names, precision, widened) as path, OnnxRunner(path, threads, provider) as runner:
         results = runner.run_feeds(feeds)
@@ -226,13 +238,11 @@ def _probe(
     }
 
 
-def _hooked_run(model: nn.Module, inner: nn.Module, x: Tensor, layers: dict[str, RoutedFFN] | None = None) -> dict[str, Tap]:
-    """Taps of one forward pass, by the layers' names in the unwrapped model."""
-    with hooked(inner) as taps:
+def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]:
+    """Taps of one forward pass of a model that may be wrapped, by the layers' names in the unwrapped one."""
+    with hooked(model) as taps:
         model(x)
-    if layers is None:
-        return taps
-    return dict(zip(layers, (taps[name] for name in routed_layers(inner)), strict=True))
+        return {name: taps[inner] for name, inner in zip(names, routed_layers(model), strict=True)}
 
 
 def _class_agreement(runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, size: int) -> tuple[float | None, int]:

@@ -34,28 +34,29 @@ class Tap:
 
 
 @contextmanager
-def tapped_graph(graph: Path, layers: list[str], widen: bool = False) -> Iterator[Path]:
-    """A temporary copy of a portable graph that also outputs tokens, routes and result of every layer, in that order.
+def tapped_graph(graph: Path, layers: list[str], widen: bool = False, only_routes: tuple[str, ...] = ()) -> Iterator[Path]:
+    """A temporary copy of a portable graph that also outputs tokens, routes and result of every layer, in that order, and
+    then the routes alone of the layers in `only_routes`.
 
     With `widen`, bfloat16 becomes float32. Raises `UserError` if the graph lacks one of these values.
     """
     model = ir.load(graph)
-    for parts in _parts(model, graph, layers):
+    for parts in [*_parts(model, graph, layers), *_parts(model, graph, list(only_routes), ("route",))]:
         model.graph.outputs.extend(parts)
     with copied(model, graph, widen) as path:
         yield path
 
 
-def _parts(model: ir.Model, graph: Path, layers: list[str]) -> list[list[ir.Value]]:
+def _parts(model: ir.Model, graph: Path, layers: list[str], parts: tuple[str, ...] = PARTS) -> list[list[ir.Value]]:
     values = {v.name: v for node in model.graph for v in node.outputs}
     found = []
     for layer in layers:
-        for part in PARTS:
+        for part in parts:
             if f"{layer}/{part}" not in values:
                 raise UserError(
                     f"{graph} has no value {layer}/{part}: it was made from another model or by an older version; export it again"
                 )
-        found.append([values[f"{layer}/{part}"] for part in PARTS])
+        found.append([values[f"{layer}/{part}"] for part in parts])
     return found
 
 

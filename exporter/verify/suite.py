@@ -86,6 +86,11 @@ class VerifyResult:
             found.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
             found.append(self._route_case(layer))
         found += [Case("weights", name, "", message) for name, message in damaged.items()]
+        judged = {layer.name for layer in self.parity.layers}
+        for name, share in self.parity.route_agreement.items():
+            if name not in judged:
+                failure = f"only {share:.4%} of the routes are equal" if share < self.parity.min_route_agreement else None
+                found.append(Case("routes", name, f"{share:.4%} equal", failure))
         return found + [self._accuracy_case()] + self._engine_cases()
 
     def _route_case(self, layer: Any) -> Case:

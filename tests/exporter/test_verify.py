@@ -43,6 +43,17 @@ def test_an_intact_export_passes(tiny_export):
     assert not [c for c in result.cases() if c.failure or c.skipped]
 
 
+def test_routed_layers_of_another_kind_are_compared_by_their_routes(tiny_export, monkeypatch):
+    import exporter.parity.check as module
+
+    real = module.routed_ffns
+    other = {f"{prefix}blocks.0.mlp" for prefix in ("", "model.")}
+    monkeypatch.setattr(module, "routed_ffns", lambda model: {n: v for n, v in real(model).items() if n not in other})
+    result = check(tiny_export, tiny_export.folder())
+    assert [layer.name for layer in result.layers] == ["blocks.1.mlp", "blocks.2.mlp"]
+    assert result.route_agreement == dict.fromkeys(["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"], 1.0)
+
+
 def flipped_weight(folder):
     def change(w):
         at = np.unravel_index(np.abs(w).argmax(), w.shape)
