@@ -19,14 +19,15 @@ from exporter.parity.outputs import SAFETY, BatchError, batch_error
 from exporter.parity.stats import error_stats, json_safe
 from exporter.parity.taps import Tap, copied, hooked, probe_graph, tapped_graph, taps_of
 from exporter.parity.weights import WeightProblem, check_weights
-from exporter.precision import PRECISIONS, RoundedModel, dtype_of, typed
+from exporter.parity.yardsticks import Yardsticks, routed_ffns, yardsticks
+from exporter.precision import PRECISIONS, dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
 from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import RoutedFFN, routed_layers
+from moee.layer import routed_layers
 from moee.progress import Reporter, silent
 
 DEFAULT_BATCHES = DEFAULT_BATCH
@@ -94,34 +95,6 @@ class ParityResult:
             "passed": self.passed,
         }
         return json_safe(body)
-
-
-@dataclass(frozen=True)
-class Yardsticks:
-    """The torch side: `exact` computes in float64 with the graph's own weights, `own` in the runtime's type."""
-
-    exact: RoundedModel
-    own: nn.Module
-    dtype: torch.dtype
-
-    def layers(self) -> tuple[dict[str, RoutedFFN], dict[str, RoutedFFN]]:
-        """Routed FFNs of both by name."""
-        inner = self.own.model if hasattr(self.own, "model") else self.own
-        return routed_ffns(self.exact.model), routed_ffns(inner)  # type: ignore[arg-type]
-
-
-def routed_ffns(model: nn.Module) -> dict[str, RoutedFFN]:
-    """The routed layers that follow the operator's contract; of any other kind only routes and outputs are compared."""
-    return {name: layer for name, layer in routed_layers(model).items() if isinstance(layer, RoutedFFN)}
-
-
-def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
-    """Models to compare a graph of `precision` with; `widened`: the runtime computes its bfloat16 weights in float32."""
-    dtype = dtype_of(precision)
-    exact = RoundedModel(model, dtype, torch.float64).eval()
-    if widened:
-        return Yardsticks(exact, RoundedModel(model, dtype, torch.float32).eval(), torch.float32)
-    return Yardsticks(exact, typed(model, dtype), dtype)
 
 
 def image_pool(data: ImageSet, count: int) -> Tensor:

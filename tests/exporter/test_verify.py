@@ -44,11 +44,16 @@ def test_an_intact_export_passes(tiny_export):
 
 
 def test_routed_layers_of_another_kind_are_compared_by_their_routes(tiny_export, monkeypatch):
-    import exporter.parity.check as module
+    from exporter.parity import check as by_check
+    from exporter.parity import yardsticks as by_yardsticks
 
-    real = module.routed_ffns
-    other = {f"{prefix}blocks.0.mlp" for prefix in ("", "model.")}
-    monkeypatch.setattr(module, "routed_ffns", lambda model: {n: v for n, v in real(model).items() if n not in other})
+    real = by_check.routed_ffns
+
+    def without_the_first(model):
+        return {n: v for n, v in real(model).items() if not n.endswith("blocks.0.mlp")}
+
+    monkeypatch.setattr(by_check, "routed_ffns", without_the_first)
+    monkeypatch.setattr(by_yardsticks, "routed_ffns", without_the_first)
     result = check(tiny_export, tiny_export.folder())
     assert [layer.name for layer in result.layers] == ["blocks.1.mlp", "blocks.2.mlp"]
     assert result.route_agreement == dict.fromkeys(["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"], 1.0)
