@@ -113,7 +113,7 @@ def test_links_of_the_documents_lead_somewhere():
 def test_every_command_is_documented():
     from exporter.cli import COMMANDS
 
-    text = "".join(p.read_text() for p in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+    text = "".join(p.read_text() for p in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
     for module in COMMANDS:
         assert f"moee {module.__name__.rpartition('.')[2]}" in text
 
