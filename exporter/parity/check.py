@@ -32,6 +32,7 @@ from moee.progress import Reporter, silent
 
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64
+LAYER_IMAGES = 8  # every layer's tokens are held in memory at once, in float64
 # Routes that must equal the float64 run's. In half precision near ties flip, so only wrong routes fail there.
 MIN_ROUTE_AGREEMENT = {torch.float32: 0.9999}
 
@@ -130,7 +131,7 @@ def check_parity(
     sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu", rtol: float | None = None, atol: float | None = None,
     min_route_agreement: float | None = None,
 ) -> ParityResult:  # fmt: skip
-    """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer at the largest, and
+    """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer on up to 8 images, and
     top-1 classes of up to 64 images. Weights in `tensorrt.onnx` must be the model's.
 
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
@@ -147,7 +148,8 @@ def check_parity(
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
-    judged, agreed = _layers(folder, yard, moee.model, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
+    x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
+    judged, agreed = _layers(folder, yard, moee.model, x, threads, provider, widened, report)
     floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
     return ParityResult(
         runtime=name,
