@@ -19,18 +19,20 @@ from exporter.parity.outputs import SAFETY, BatchError, batch_error
 from exporter.parity.stats import error_stats, json_safe
 from exporter.parity.taps import Tap, copied, hooked, probe_graph, tapped_graph, taps_of
 from exporter.parity.weights import WeightProblem, check_weights
-from exporter.precision import PRECISIONS, RoundedModel, dtype_of, typed
+from exporter.parity.yardsticks import Yardsticks, routed_ffns, yardsticks
+from exporter.precision import PRECISIONS, dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
 from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import RoutedFFN, routed_layers
+from moee.layer import routed_layers
 from moee.progress import Reporter, silent
 
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64
+LAYER_IMAGES = 8  # every layer's tokens are held in memory at once, in float64
 # Routes that must equal the float64 run's. In half precision near ties flip, so only wrong routes fail there.
 MIN_ROUTE_AGREEMENT = {torch.float32: 0.9999}
 
@@ -96,34 +98,6 @@ class ParityResult:
         return json_safe(body)
 
 
-@dataclass(frozen=True)
-class Yardsticks:
-    """The torch side: `exact` computes in float64 with the graph's own weights, `own` in the runtime's type."""
-
-    exact: RoundedModel
-    own: nn.Module
-    dtype: torch.dtype
-
-    def layers(self) -> tuple[dict[str, RoutedFFN], dict[str, RoutedFFN]]:
-        """Routed FFNs of both by name."""
-        inner = self.own.model if hasattr(self.own, "model") else self.own
-        return routed_ffns(self.exact.model), routed_ffns(inner)  # type: ignore[arg-type]
-
-
-def routed_ffns(model: nn.Module) -> dict[str, RoutedFFN]:
-    """The routed layers that follow the operator's contract; of any other kind only routes and outputs are compared."""
-    return {name: layer for name, layer in routed_layers(model).items() if isinstance(layer, RoutedFFN)}
-
-
-def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
-    """Models to compare a graph of `precision` with; `widened`: the runtime computes its bfloat16 weights in float32."""
-    dtype = dtype_of(precision)
-    exact = RoundedModel(model, dtype, torch.float64).eval()
-    if widened:
-        return Yardsticks(exact, RoundedModel(model, dtype, torch.float32).eval(), torch.float32)
-    return Yardsticks(exact, typed(model, dtype), dtype)
-
-
 def image_pool(data: ImageSet, count: int) -> Tensor:
     """`count` images [count, 3, H, W] of `data`, drawn once; repeated where the set holds fewer."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
@@ -157,7 +131,7 @@ def check_parity(
     sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu", rtol: float | None = None, atol: float | None = None,
     min_route_agreement: float | None = None,
 ) -> ParityResult:  # fmt: skip
-    """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer at the largest, and
+    """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer on up to 8 images, and
     top-1 classes of up to 64 images. Weights in `tensorrt.onnx` must be the model's.
 
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
@@ -174,7 +148,8 @@ def check_parity(
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
-    judged, agreed = _layers(folder, yard, moee.model, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
+    x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
+    judged, agreed = _layers(folder, yard, moee.model, x, threads, provider, widened, report)
     floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
     return ParityResult(
         runtime=name,
