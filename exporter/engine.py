@@ -174,6 +174,7 @@ def _graph(folder: Path, export: dict[str, Any], key: str) -> Path:
         raise UserError(f"{folder} names {name!r} as the {key} graph; expected a file of that folder; export again")
     if not (folder / name).is_file():
         raise UserError(f"{folder / name} is missing; export.json names it as the {key} graph; export again")
+    check_onnx(folder / name)
     return folder / name
 
 

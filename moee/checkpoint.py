@@ -119,8 +119,11 @@ def load(path: Path | str) -> MoeeModel:
         spec = validated(ModelSpec, manifest["model"])
         config = _config(manifest["config"]) if manifest["config"] else None
         data, info = str(manifest["data"]), dict(manifest["info"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path / MANIFEST} lacks {error}; make the artifact again") from error
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
+        raise UserError(f"{path / MANIFEST} {reason}; make the artifact again") from error
     state = read_safetensors(path / WEIGHTS)
     bare = spec.model_copy(update={"weights": None, "pretrained": False})
     _check_size(bare, state, {record.name for record in records}, path)
@@ -135,8 +138,18 @@ def load(path: Path | str) -> MoeeModel:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
-    probe = read_safetensors(path / PROBE) if (path / PROBE).is_file() else None
-    return MoeeModel(model.eval(), spec, config, data, Probe(probe["weight"], probe["bias"]) if probe else None, info)
+    return MoeeModel(model.eval(), spec, config, data, _probe(path / PROBE), info)
+
+
+def _probe(path: Path) -> Probe | None:
+    """The probe beside the weights, if there is one. Raises `UserError` for one whose tensors do not fit together."""
+    if not path.is_file():
+        return None
+    state = read_safetensors(path)
+    weight, bias = state.get("weight"), state.get("bias")
+    if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
+        raise UserError(f"{path} should hold weight [classes, features] and bias [classes]; make the artifact again")
+    return Probe(weight, bias)
 
 
 def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], path: Path) -> None:

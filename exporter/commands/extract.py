@@ -19,7 +19,7 @@ TEXT = "find experts in a dense model's MLPs"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("extract", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, dinov2-s or vit-scratch")
+    sub.add_argument("model", help="timm model name, or dinov2-s")
     sub.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
     sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     sub.add_argument("--weights", help="weights as a .safetensors file")
@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--min-samples", type=int)
     sub.add_argument("--criterion", help="output_variance, sensitivity, variance, magnitude or random")
     sub.add_argument("--keep", type=float, help="share of the criterion that is kept (0.95)")
-    sub.add_argument("--target-macs", type=float, help="share of the dense MACs that remains: finds the kept share, or the ranks")
+    sub.add_argument("--target-macs", type=float, help="find the kept share or ranks that leave this share of the dense MACs")
     sub.add_argument("--allocation", help="expert (each keeps its share) or model (one threshold; criterion sensitivity)")
     sub.add_argument("--objective", help="what the sensitivity is of: output, tokens or both (both)")
     sub.add_argument("--plan", metavar="PLAN", help="plan.json of moee plan: its winner; takes no other option of the method")

@@ -59,8 +59,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.planning import METHODS, TARGETS, Budget, make_plan
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
-    budget = validated(Budget, {name: getattr(args, name) for name in names})
     targets = parse_targets(args.targets) or TARGETS
+    budget = validated(Budget, {name: getattr(args, name) for name in names})
     methods = tuple(args.methods.split(",")) if args.methods else tuple(METHODS)
     base = {"cluster_tokens": args.cluster_tokens, "refit_tokens": args.refit_tokens, "seed": args.seed}
     with ProgressDisplay() as report:

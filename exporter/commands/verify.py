@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
     sub.add_argument("--max-drop", type=float, metavar="POINTS", help="fail if top-1 falls by more percentage points")
     sub.add_argument("--min-route-agreement", type=float, metavar="SHARE", help="(fp32: 0.9999; else none)")
-    sub.add_argument("--rtol", type=float, help="allow atol + rtol x rms instead of 4 times torch's own error")
+    sub.add_argument("--rtol", type=float, help="allow atol + rtol x rms instead of 8 times torch's own error")
     sub.add_argument("--atol", type=float)
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")

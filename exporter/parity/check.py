@@ -20,18 +20,20 @@ from exporter.parity.probes import check_form, probe_layers
 from exporter.parity.stats import error_stats, json_safe
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
 from exporter.parity.weights import WeightProblem, check_weights
-from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
+from exporter.parity.yardsticks import Yardsticks, yardsticks
+from exporter.precision import dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
 from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import RoutedLayer, routed_layers
+from moee.layer import routed_layers
 from moee.progress import Reporter, silent
 
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64
+LAYER_IMAGES = 8  # every layer's tokens are held in memory at once, in float64
 # Routes that must equal the float64 run's. In half precision near ties flip, so only wrong routes fail there.
 MIN_ROUTE_AGREEMENT = {torch.float32: 0.9999}
 
@@ -97,29 +99,6 @@ class ParityResult:
         return json_safe(body)
 
 
-@dataclass(frozen=True)
-class Yardsticks:
-    """The torch side: `exact` computes in float64 with the graph's own weights, `own` in the runtime's type."""
-
-    exact: RoundedModel
-    own: nn.Module
-    dtype: torch.dtype
-
-    def layers(self) -> tuple[dict[str, RoutedLayer], dict[str, RoutedLayer]]:
-        """Routed layers of both by name."""
-        inner = self.own.model if isinstance(self.own, (RoundedModel, TypedModel)) else self.own
-        return routed_layers(self.exact.model), routed_layers(inner)
-
-
-def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
-    """Models to compare a graph of `precision` with; `widened`: the runtime computes its bfloat16 weights in float32."""
-    dtype = dtype_of(precision)
-    exact = RoundedModel(model, dtype, torch.float64).eval()
-    if widened:
-        return Yardsticks(exact, RoundedModel(model, dtype, torch.float32).eval(), torch.float32)
-    return Yardsticks(exact, typed(model, dtype), dtype)
-
-
 def image_pool(data: ImageSet, count: int) -> Tensor:
     """`count` images [count, 3, H, W] of `data`, drawn once; repeated where the set holds fewer."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
@@ -153,7 +132,7 @@ def check_parity(
     sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu", rtol: float | None = None, atol: float | None = None,
     min_route_agreement: float | None = None,
 ) -> ParityResult:  # fmt: skip
-    """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer at the largest, and
+    """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer on up to 8 images, and
     top-1 classes of up to 64 images. Weights in `tensorrt.onnx` must be the model's.
 
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
@@ -162,8 +141,7 @@ def check_parity(
     precision = read_manifest(folder, MANIFEST, SCHEMA, verify=False).get("precision", "fp32")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
     yard = yardsticks(moee.model, precision, widened)
-    layers = routed_layers(moee.model)
-    names, sizes = list(layers), sorted(set(sizes))
+    sizes = sorted(set(sizes))
     pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
         plain = stack.enter_context(copied(ir.load(folder / PORTABLE), folder / PORTABLE, widened))
@@ -171,7 +149,8 @@ def check_parity(
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
-    judged, form_problems = _layers(folder, yard, names, pool[: sizes[-1]].contiguous(), threads, provider, widened, report)
+    x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
+    judged, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
     floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
     return ParityResult(
         runtime=name,
@@ -182,20 +161,20 @@ def check_parity(
         precision=precision,
         arithmetic=str(yard.dtype).removeprefix("torch."),
         layers=judged,
-        weight_problems=check_weights(folder / TENSORRT, layers, dtype_of(precision)) + form_problems,
+        weight_problems=check_weights(folder / TENSORRT, routed_layers(moee.model), dtype_of(precision)) + form_problems,
         min_route_agreement=floor,
     )
 
 
 def _layers(
-    folder: Path, yard: Yardsticks, names: list[str], x: Tensor, threads: int | None, provider: str, widened: bool,
-    report: Reporter,
-) -> tuple[list[LayerParity], list[WeightProblem]]:  # fmt: skip
+    folder: Path, yard: Yardsticks, x: Tensor, threads: int | None, provider: str, widened: bool, report: Reporter
+) -> tuple[list[LayerParity], list[WeightProblem]]:
     """Every routed layer of the portable graph on one batch of images, and what is wrong with CLEAR-MoE layers' other form."""
     exact, own = yard.layers()
+    names = list(exact)
     with tapped_graph(folder / PORTABLE, names, widened) as path, OnnxRunner(path, threads, provider) as runner:
         got = taps_of(runner.run(x.numpy()), names)
-    reference, by_torch = _hooked_run(yard.exact, yard.exact.model, x), _hooked_run(yard.own, yard.own, x, own)
+    reference, by_torch = _hooked_run(yard.exact, names, x), _hooked_run(yard.own, names, x)
     where = (threads, provider, widened)
     probes = probe_layers(folder / PORTABLE, exact, reference, yard.exact.dtype, *where)
     judged = []
@@ -208,13 +187,11 @@ def _layers(
     return judged, check_form(folder, exact, own, reference, yard.exact.dtype, *where)
 
 
-def _hooked_run(model: nn.Module, inner: nn.Module, x: Tensor, layers: dict[str, RoutedLayer] | None = None) -> dict[str, Tap]:
-    """Taps of one forward pass, by the layers' names in the unwrapped model."""
-    with hooked(inner) as taps:
+def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]:
+    """Taps of one forward pass of a model that may be wrapped, by the layers' names in the unwrapped one."""
+    with hooked(model) as taps:
         model(x)
-    if layers is None:
-        return taps
-    return dict(zip(layers, (taps[name] for name in routed_layers(inner)), strict=True))
+        return {name: taps[inner] for name, inner in zip(names, routed_layers(model), strict=True)}
 
 
 def _class_agreement(runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, size: int) -> tuple[float | None, int]:

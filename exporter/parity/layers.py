@@ -170,5 +170,6 @@ def first_deviation(layers: list[LayerParity], outputs_passed: bool, damaged: di
             return Deviation(layer.name, "output", f"the layer alone is off by {layer.output_message}")
         before = layer.name
     if not outputs_passed:
-        return Deviation(before, "head", f"every routed layer agrees; something after {before} differs")
+        agreed = f"every routed layer agrees; something after {before} differs" if layers else "the output differs"
+        return Deviation(before, "head", agreed)
     return None

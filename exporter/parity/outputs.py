@@ -9,7 +9,7 @@ import torch
 
 from exporter.parity.stats import error_stats
 
-SAFETY = 4.0  # times torch's own largest error: another order of summation may lose a little more than torch's did
+SAFETY = 8.0  # times torch's own largest error: another order of summation, on another processor, may lose more than torch's did
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,12 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
     if body is None:
         short = dig(sources.body("moee.summary"), "parity")
         if not isinstance(short, dict):
-            return None, [not_there("A parity result (parity.json) was", "moee verify export --out parity.json")]
+            return None, [not_there("A parity result (parity.json) was", "moee verify export --out verify")]
         rows: list[list[object]] = [
             ["runtime", str(short.get("runtime", DASH))], ["largest absolute error", scientific(short.get("max_abs_error"))],
             ["equal routes", percent(short.get("route_agreement"), 4)], ["same class", percent(short.get("top1_agreement"))],
         ]  # fmt: skip
-        note = not_there("Details (parity.json) were", "moee verify export --out parity.json")
+        note = not_there("Details (parity.json) were", "moee verify export --out verify")
         return verdict(short), [table(["", "value"], rows, "Parity, from the demo's summary"), note]
     rows = []
     batches = body.get("batches")
@@ -81,8 +81,9 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
         relative = error / rms if error is not None and rms else None
         row = [str(dig(batch, "batch")), scientific(error), scientific(dig(batch, "tolerance_abs"))]
         rows.append([*row, scientific(dig(batch, "mean_abs_error")), scientific(relative)])
+    typed = f", graph in {body['precision']}" if isinstance(body.get("precision"), str) else ""
     head = ["batch", "largest error", "allowed", "mean error", "largest error / output rms"]
-    parts = [*_failures(body), table(head, rows, f"torch against {body.get('runtime', DASH)}")]
+    parts = [*_failures(body), table(head, rows, f"torch against {body.get('runtime', DASH)}{typed}")]
     if rule := dig(body, "tolerance", "rule"):
         parts.append(tag("p", f"Allowed: {rule}."))
     routes = body.get("route_agreement")

@@ -62,16 +62,17 @@ def shares(rows: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> Html
 
 
 def runs(rows: Sequence[tuple[str, Sequence[float], dict[str, float], str]]) -> Html:
-    """(label, milliseconds a run, percentiles, CSS class): a tick a run, a line from p50 to p95, one scale from zero."""
+    """(label, milliseconds a run, percentiles, CSS class): a tick a run, a line a percentile, a bar from p50 to p95, one scale
+    from zero. Without the runs the percentiles stand for their distribution."""
     top = max([v for _, samples, marks, _ in rows for v in [*samples, *marks.values()]], default=0) * 1.02 or 1
     drawn = []
     for label, samples, marks, kind in rows:
         step = max(1, -(-len(samples) // MAX_TICKS))
         ticks = [_tick(v, top, f"tick {kind}", 1, 9) for v in sorted(samples)[::step]]
-        figures = [f"{name} {value:.2f} ms" for name, value in marks.items()]
+        figures = [f"{name} {marks[name]:.2f} ms" for name in ("p50", "p95") if name in marks]
         heavy = []
         for name, value in marks.items():
-            heavy.append(_tick(value, top, f"mark {kind}" if name == "p50" else f"mark thin {kind}", 0, 10))
+            heavy.append(_tick(value, top, f"mark {kind}" if name == "p50" else f"mark thin {kind}", 0, 10, name))
         if {"p50", "p95"} <= marks.keys():
             start, end = (100 * marks[name] / top for name in ("p50", "p95"))
             heavy.append(
@@ -83,9 +84,9 @@ def runs(rows: Sequence[tuple[str, Sequence[float], dict[str, float], str]]) -> 
     return tag("div", *drawn, _row("", scale, ""), class_="chart", data_unit="ms")
 
 
-def _tick(value: float, top: float, class_: str, y1: int, y2: int) -> Html:
+def _tick(value: float, top: float, class_: str, y1: int, y2: int, name: str = "") -> Html:
     x = f"{100 * value / top:.3f}"
-    return tag("line", tag("title", f"{value:.3f} ms"), x1=x, x2=x, y1=y1, y2=y2, class_=class_)
+    return tag("line", tag("title", f"{name} {value:.3f} ms".strip()), x1=x, x2=x, y1=y1, y2=y2, class_=class_)
 
 
 def lines(series: Sequence[tuple[str, Sequence[float], str]], last: int, x_label: str) -> Html:

@@ -15,7 +15,7 @@ NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json
 KINDS = {
     "moee.model": (1, "moee extract"),
     "moee.export": (1, "moee export"),
-    "moee.parity": (1, "moee verify --out parity.json"),
+    "moee.parity": (1, "moee verify --out verify"),
     "moee.latency": (1, "moee bench --out latency.json"),
     "moee.engine": (1, "moee build"),
     "moee.summary": (1, "moee demo"),

@@ -35,7 +35,7 @@ def commands(sources: Sources) -> list[str]:
         typed = ["--precision", precision] if isinstance(precision, str) and precision != "fp32" else []
         lines.append(_line("moee", "export", source, *typed, "--out", "export"))
     if sources.body("moee.parity"):
-        lines.append("moee verify export --out parity.json")
+        lines.append("moee verify export --out verify")
     latency = sources.body("moee.latency")
     if latency:
         words = [

@@ -24,7 +24,7 @@ def latency(sources: Sources) -> tuple[str | None, list[Html]]:
         marks = {p: v for p in ("p50", "p90", "p95", "p99") if (v := real(dig(shown, f"{key}_ms", p))) is not None}
         samples = samples_of(shown, key)
         if marks:
-            drawn.append((label, samples, {p: marks[p] for p in ("p50", "p95") if p in marks}, kind))
+            drawn.append((label, samples, marks, kind))
         rows.append(
             [label, *[fixed(marks.get(p), 2) for p in ("p50", "p90", "p95", "p99")], str(len(samples) or shown.get("runs", DASH))]
         )

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, SCHEMA, TENSORRT
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
-from exporter.parity.check import image_pool, logits, output_errors, yardsticks
+from exporter.parity.check import image_pool, logits, output_errors
 from exporter.parity.stats import json_safe
 from exporter.parity.taps import copied
+from exporter.parity.yardsticks import yardsticks
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
 from moee.artifact import read_manifest, sha256_file

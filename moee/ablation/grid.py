@@ -102,12 +102,13 @@ TABLES: dict[str, Table] = {
                 Row("output variance", {"criterion": "output_variance"}),
                 Row("magnitude", {"criterion": "magnitude"}),
                 Row("random", {"criterion": "random"}),
+                Row("sensitivity", {"criterion": "sensitivity", "statistics": "routed"}),
             ),
             (
                 Ordering("variance before magnitude", ("variance",), ("magnitude",)),
                 Ordering("variance before random", ("variance",), ("random",)),
             ),
-            note="Magnitude and random keep as many neurons as variance does.",
+            note="Magnitude and random keep as many neurons as variance does; sensitivity is measured on routed tokens.",
         ),
         Table(
             "9", "routings",

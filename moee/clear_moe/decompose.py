@@ -8,9 +8,9 @@ Both maps are brought to coordinates v [m] in which squared error is what counts
    one where the expert saw few tokens.
 3. bias_c takes up the mean of what is left out, so an expert is unbiased on its own tokens.
 
-Up map: v = Q^1/2 x with Q = W1' G W1, G = (W2' L W2) * E[s s'], s the activation's slopes: the error that a change of the
-hidden layer causes behind the second map to first order (`metric="output"`), or G = 1 (`plain`: error of the hidden layer
-before its activation).
+Up map: v = Q^1/2 x with Q = W1' G W1, G = (W2' L W2) * E[s s'], s the activation's slopes: the error that a change of the hidden
+layer causes behind the second map to first order (`metric="output"`), or G = 1 (`plain`: error of the hidden layer before its
+activation).
 Down map: v = L^1/2 y, y the layer's output, L the squared LayerScale; W2 is first refitted by ridge regression to the hidden
 activations that the decomposed up map really produces (reduced-rank regression).
 """

@@ -53,7 +53,7 @@ def make_plan(
     points = [p for m in methods for a in ALLOCATIONS for t in targets if (p := planner.point(m, a, t)) is not None]
     points += planner.refine(points, targets)
     points = list({json.dumps(p.config, sort_keys=True): p for p in points}.values())
-    dense = planner.dense()
+    dense = planner.dense(points)
     everything = [*points, dense]
     winner = choose(everything, budget)
     if winner is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -80,9 +81,15 @@ class Planner:
         write_json(file, asdict(result))
         return result
 
-    def dense(self) -> Point:
+    def dense(self, points: list[Point]) -> Point:
+        """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""
+        known = [p.latency for p in points if p.latency]
+        latency = None
+        if known:
+            middle = statistics.median(k["dense_ms"] for k in known)
+            latency = {**known[0], "dense_ms": middle, "moee_ms": middle, "speedup": 1.0}
         accuracy = self.session.measure(self.session.dense, self.probe, "dense on held-out images")["retention"]["accuracy"]
-        return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, None if accuracy is None else 0.0, None, None)
+        return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, None if accuracy is None else 0.0, latency, None)
 
     def refine(self, points: list[Point], targets: tuple[float, ...]) -> list[Point]:
         """More points between the one that meets the budget most tightly and its cheaper (or dearer) neighbour."""

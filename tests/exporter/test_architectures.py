@@ -25,14 +25,12 @@ from moee.models import ModelSpec, find_ffns, load_model
 from tests.plugins import built
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
-SWIN = dict(img_size=64, embed_dim=16, depths=(1, 1), num_heads=(2, 2), num_classes=10)
-CONVNEXT = dict(
-    dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_classes=10, pretrained_cfg_overlay={"input_size": [3, 64, 64]}
-)
+SWIN = dict(img_size=64, embed_dim=16, depths=(2, 1), num_heads=(2, 2), num_classes=10)  # the second block shifts its windows
+CONVNEXT = dict(dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_classes=10)  # `test_convnext`: 160 pixels, tanh GELU
 SMALL = {
     "deit, distilled": ("deit_tiny_distilled_patch16_224", VIT),  # the plain ViT is in test_export_and_parity.py
     "swin": ("swin_tiny_patch4_window7_224", {**SWIN, "window_size": 4}),
-    "convnext": ("convnext_tiny", CONVNEXT),
+    "convnext": ("test_convnext", CONVNEXT),
 }
 FULL = {
     **{f"deit_{size}_patch16_224": {} for size in ("tiny", "small", "base")},

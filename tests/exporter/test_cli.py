@@ -118,3 +118,4 @@ def test_doctor_lists_what_is_missing(capsys):
     assert run("doctor") == 0
     text = capsys.readouterr().out
     assert "ONNX Runtime" in text and "TensorRT" in text
+    assert "run ONNX on CPU" in text and "run ONNX on CUDA" in text and "run tensorrt-rtx engines" in text

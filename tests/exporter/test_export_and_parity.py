@@ -1,5 +1,7 @@
 """The exported graphs: structure, numbers, routes; and that parity notices planted damage."""
 
+import copy
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -23,11 +25,9 @@ from tests.moee.test_ops import layer_of
 
 
 @pytest.fixture
-def exported(tiny_moee, tmp_path):
-    model, _, data, config, _ = tiny_moee
-    moee = MoeeModel(model.eval(), tiny_spec(), config, "tiny")
-    export(moee, tmp_path / "export")
-    return moee, data, tmp_path / "export"
+def exported(tiny_export):
+    """A model of its own, which a test may damage, its images, and the shared export."""
+    return copy.deepcopy(tiny_export.moee), tiny_export.data, tiny_export.folder()
 
 
 def test_graphs_and_manifest(exported):

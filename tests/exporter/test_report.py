@@ -124,7 +124,7 @@ def test_layers_sort_by_their_numbers(run):
 
 @pytest.mark.parametrize(
     ("absent", "said"),
-    [("parity.json", "moee verify export --out parity.json"), ("latency.json", "moee bench export --out latency.json"),
+    [("parity.json", "moee verify export --out verify"), ("latency.json", "moee bench export --out latency.json"),
      ("engine/engine.json", "moee build export --out engine"), ("tuned/moee.json", "extracted")],
 )  # fmt: skip
 def test_missing_parts_are_said_to_be_missing(run, absent, said):

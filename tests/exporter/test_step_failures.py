@@ -1,6 +1,7 @@
 """A compiler or builder that fails: one sentence and exit code 1, never a traceback; the demo keeps what it has."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -62,8 +63,9 @@ def test_the_demo_keeps_its_results_when_the_engines_fail(tmp_path, monkeypatch,
     for name in ("resolve", "run_extract", "run_finetune", "export", "make_extract_config"):
         monkeypatch.setattr(demo, name, lambda *a, **k: None)
     monkeypatch.setattr(demo.checkpoint, "load", lambda path: tiny_export.moee)
-    monkeypatch.setattr(demo, "check_parity", lambda *a, **k: None)
-    monkeypatch.setattr(demo, "bench", lambda *a, **k: None)
+    for name in ("check_parity", "bench"):
+        monkeypatch.setattr(demo, name, lambda *a, **k: SimpleNamespace(to_json=dict))
+    monkeypatch.setattr(demo, "write_report", lambda *a, **k: None)
     monkeypatch.setattr(demo, "_build", fail)
     monkeypatch.setattr(demo, "_summary", lambda moee, data, parity, latency, engine: {"engine": engine})
     result = demo.run_demo(tmp_path / "demo")

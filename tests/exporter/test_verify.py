@@ -37,7 +37,7 @@ def test_an_intact_export_passes(tiny_export):
     assert [b.batch for b in result.parity.batches] == list(SIZES)
     assert [layer.name for layer in result.parity.layers] == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
     for layer in result.parity.layers:
-        assert layer.tokens == 16 * 17 and layer.agreement == 1.0 and layer.flips == 0 and layer.flipped is None
+        assert layer.tokens == 8 * 17 and layer.agreement == 1.0 and layer.flips == 0 and layer.flipped is None
         assert 0 < layer.local.max_abs_error <= layer.local_tolerance < 1e-4 * layer.local.rms
     assert result.accuracy.images == len(tiny_export.data) and result.accuracy.agreement.value > 0.5
     assert not [c for c in result.cases() if c.failure or c.skipped]

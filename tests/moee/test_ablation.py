@@ -42,7 +42,7 @@ def test_interrupted_run_goes_on_and_gives_the_same(session, counted, tmp_path, 
     config = make_ablation_config(**SMALL)
     whole = run_ablation(session, config, tmp_path / "whole")
     total = len(counted)
-    assert total == 4 * 2 and len(read_cells(tmp_path / "whole")) == total
+    assert total == 5 * 2 and len(read_cells(tmp_path / "whole")) == total
     counted.clear()
     real = moee.ablation.cells.write_json
 
@@ -80,7 +80,7 @@ def test_more_seeds_add_cells_and_another_set_up_is_refused(session, counted, tm
     run_ablation(session, one, tmp_path)
     counted.clear()
     run_ablation(session, one.model_copy(update={"seeds": 2}), tmp_path)
-    assert [c.seed for c in counted] == [1] * 4
+    assert [c.seed for c in counted] == [1] * 5
     for changed, named in (({"cluster_tokens": 200}, "cluster_tokens 300, now 200"), ({"components": 4}, "components 8, now 4")):
         with pytest.raises(UserError, match=named):
             run_ablation(session, make_ablation_config(**{**SMALL, **changed}), tmp_path)

@@ -1,0 +1,34 @@
+"""The torch models that a graph is held against: one exact, one that loses what its type loses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
+from moee.layer import RoutedLayer, routed_layers
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """The torch side: `exact` computes in float64 with the graph's own weights, `own` in the runtime's type."""
+
+    exact: RoundedModel
+    own: nn.Module
+    dtype: torch.dtype
+
+    def layers(self) -> tuple[dict[str, RoutedLayer], dict[str, RoutedLayer]]:
+        """Routed layers of both by name."""
+        inner = self.own.model if isinstance(self.own, (RoundedModel, TypedModel)) else self.own
+        return routed_layers(self.exact.model), routed_layers(inner)
+
+
+def yardsticks(model: nn.Module, precision: str, widened: bool = False) -> Yardsticks:
+    """Models to compare a graph of `precision` with; `widened`: the runtime computes its bfloat16 weights in float32."""
+    dtype = dtype_of(precision)
+    exact = RoundedModel(model, dtype, torch.float64).eval()
+    if widened:
+        return Yardsticks(exact, RoundedModel(model, dtype, torch.float32).eval(), torch.float32)
+    return Yardsticks(exact, typed(model, dtype), dtype)

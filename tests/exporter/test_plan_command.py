@@ -1,0 +1,101 @@
+"""`moee plan` from the command line, the latency it is given, and the plan held to its word."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from exporter import cli
+from exporter.commands.plan import parse_targets
+from exporter.device import DEVICES, latency_of, modelled, operation_ms
+from moee.errors import UserError
+from moee.models import ModelSpec
+from moee.pipeline import Session
+from moee.planning import Budget, make_plan
+from tests.conftest import TINY, tiny_images
+
+
+def test_a_gpu_figure_is_labelled_modelled_and_falls_with_the_width(tiny_moee):
+    model, dense, data, *_ = tiny_moee
+    size = data.images.shape[-1]
+    whole = modelled(DEVICES["orin-agx"], dense, copy.deepcopy(dense), size, 8)
+    assert whole["kind"] == "modelled" and whole["speedup"] == pytest.approx(1.0)
+    ours = modelled(DEVICES["orin-agx"], dense, model, size, 8)
+    assert ours["dense_ms"] == whole["dense_ms"] and ours["moee_ms"] != whole["moee_ms"]
+
+
+def test_roofline_takes_the_slower_of_arithmetic_and_memory():
+    device = DEVICES["rtx-4090"]
+    assert operation_ms(device, 0, device.gbytes * 1e6, 0) == pytest.approx(1.0)
+    assert operation_ms(device, 1e12, 0, 0) > 10 * operation_ms(device, 1e10, 0, 0)
+    assert operation_ms(device, 0, 0, 10) == pytest.approx(device.launch_us * 1e-2)
+
+
+def test_small_batches_pay_for_tiles(tiny_moee):
+    """At one image the experts' tiles are mostly empty: the modelled gain must shrink or turn into a loss."""
+    model, dense, data, *_ = tiny_moee
+    device, size = DEVICES["orin-agx"], data.images.shape[-1]
+    assert modelled(device, dense, model, size, 1)["speedup"] <= modelled(device, dense, model, size, 512)["speedup"]
+
+
+def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    train, held = tiny_images(40), tiny_images(24)
+    monkeypatch.setattr("moee.pipeline.load_data", lambda source, transform, split, seed: train if split == "train" else held)
+    session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY), "tiny")
+    plan = make_plan(
+        session, Budget(target_latency_ms=10_000.0), tmp_path / "plan", ("static",), (0.8,), {"cluster_tokens": 300},
+        latency_of("cpu", session, 4),
+    )  # fmt: skip
+    assert {p["method"] for p in plan["points"]} == {"static", "dense"}
+    assert all(p["latency"]["kind"] == "measured on CPU" and p["latency"]["moee_ms"] > 0 for p in plan["points"])
+    with pytest.raises(UserError, match="misses latency"):
+        make_plan(
+            session, Budget(target_latency_ms=1e-6), tmp_path / "none", ("static",), (0.8,), {"cluster_tokens": 300},
+            latency_of("cpu", session, 4),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--targets", "0.5,much"], "expected shares such as"),
+        (["--targets", "1.5"], "between 0 and 1"),
+        ([], "a plan needs a budget"),
+        (["--min-cosine", "0.9", "--methods", "magic"], "unknown method magic"),
+        (["--min-cosine", "0.9", "--device", "abacus"], "unknown device 'abacus'"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, monkeypatch, tmp_path, capsys):
+    torch.manual_seed(0)
+    spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY)
+    monkeypatch.setattr("exporter.pretrained.resolve", lambda *a, **k: spec)
+    monkeypatch.setattr("moee.pipeline.load_data", lambda *a: tiny_images(8))
+    assert cli.main(["plan", "tiny", "--data", "digits", "--out", str(tmp_path / "p"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and not (tmp_path / "p").exists()
+
+
+def test_targets_are_parsed():
+    assert parse_targets("0.8,0.6") == (0.8, 0.6)
+    assert parse_targets(None) is None
+    with pytest.raises(UserError):
+        parse_targets("")
+
+
+@pytest.mark.slow
+def test_the_plan_meets_its_budget_on_the_cpu(tmp_path):
+    """Real training, real plan, real extraction: accuracy within the drop, MACs as promised, latency measured."""
+    plan, model = tmp_path / "plan", tmp_path / "model"
+    assert cli.main([
+        "plan", "vit-scratch", "--data", "digits", "--max-drop", "0.01", "--device", "cpu", "--methods", "kmeans-8,static",
+        "--targets", "0.8,0.6", "--cluster-tokens", "3000", "--refit-tokens", "20000", "--out", str(plan),
+    ]) == 0  # fmt: skip
+    found = json.loads((plan / "plan.json").read_text())
+    assert cli.main(["extract", "vit-scratch", "--data", "digits", "--plan", str(plan), "--out", str(model)]) == 0
+    stage = json.loads((model / "moee.json").read_text())["info"]["stages"]["extracted"]
+    kept, cost = stage["retention"], stage["cost"]
+    assert kept["dense_accuracy"] - kept["accuracy"] <= 0.01
+    assert cost["moee"]["macs"] / cost["dense"]["macs"] == pytest.approx(found["winner"]["macs"], abs=0.005)
+    assert found["winner"]["latency"]["moee_ms"] < found["winner"]["latency"]["dense_ms"] or found["winner"]["method"] == "dense"

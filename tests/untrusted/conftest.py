@@ -1,0 +1,27 @@
+"""A small checkpoint and its export, for the tests of damaged ones."""
+
+import pytest
+
+from exporter.onnx_export import export
+from moee import checkpoint
+from moee.checkpoint import MoeeModel
+from moee.config import make_extract_config
+from moee.convert import extract
+from moee.models import load_model
+from tests.conftest import tiny_images, tiny_spec
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A small checkpoint and its export."""
+    folder = tmp_path_factory.mktemp("made")
+    spec = tiny_spec(depth=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEE_CACHE", str(folder / "cache"))
+        model = load_model(spec)
+        config = make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=300)
+        extract(model, tiny_images(24), config)
+    moee = MoeeModel(model.eval(), spec, config, "tiny", None, {"stages": {}, "layers": []})
+    checkpoint.save(moee, folder / "model")
+    export(moee, folder / "export", source=folder / "model")
+    return folder

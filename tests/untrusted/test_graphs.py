@@ -1,0 +1,156 @@
+"""ONNX graphs from someone else: external data that escapes or lies, cycles, unknown operators, tables out of order."""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from exporter.bundle import write_deployment
+from exporter.engine import build_engines
+from exporter.onnx_safety import check_onnx
+from moee.artifact import sha256_file
+from moee.errors import UserError
+from tests.plugins import built
+from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
+from tests.untrusted.tables import TABLE_DAMAGE
+
+
+@pytest.mark.parametrize("change", TABLE_DAMAGE)
+def test_expert_tables_of_a_graph(made, tmp_path, change):
+    folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
+    model = onnx.load(folder / "tensorrt.onnx")
+    node = next(n for n in model.graph.node if n.op_type == "MoeeFfn")
+    tensors = {t.name: t for t in model.graph.initializer}
+    tables = [tensors[node.input[i]] for i in (7, 8)]
+    changed = change(*(torch.from_numpy(numpy_helper.to_array(t).copy()) for t in tables))
+    for tensor, value in zip(tables, changed, strict=True):
+        tensor.CopyFrom(numpy_helper.from_array(value.numpy(), tensor.name))
+    onnx.save(model, folder / "tensorrt.onnx")
+    with pytest.raises(UserError, match="offsets do not rise|neuron id|ascend"):
+        check_onnx(folder / "tensorrt.onnx")
+
+
+def graph_with(tensor: TensorProto, folder: Path, nodes=None) -> Path:
+    nodes = nodes or [helper.make_node("Add", ["x", "w"], ["y"], "add")]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [tensor])
+    path = folder / "g.onnx"
+    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    return path
+
+
+def external(location: str, dims=(4,), **keys) -> TensorProto:
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, "offset": "0", "length": "16", **keys}.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+@pytest.fixture
+def graphs(tmp_path):
+    folder = tmp_path / "graphs"
+    folder.mkdir()
+    (folder / "w.data").write_bytes(bytes(16))
+    (tmp_path / "secret").write_bytes(bytes(16))
+    (folder / "link").symlink_to("../secret")
+    (folder / "inside").symlink_to("w.data")
+    (folder / "folder").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [*map(external, ("../secret", "/etc/passwd", "link", "inside", "folder/secret", "", "a\\..\\b", "pipe", "absent", ".")),
+     external("w.data", offset=-4), external("w.data", offset=8), external("w.data", offset="x"), external("w.data", length=12),
+     external("w.data", length=2**62, dims=(2**60,)), external("w.data", dims=(-4,)), external("w.data", dims=(2**62, 2**62)),
+     external("w.data", dims=(1,) * 20)],
+    ids=lambda t: f"{t.external_data[0].value} {t.external_data[1].value} {t.external_data[2].value} {list(t.dims)[:3]}",
+)  # fmt: skip
+def test_external_data_that_escapes_or_lies(graphs, tensor):
+    with pytest.raises(UserError, match="is refused"):
+        check_onnx(graph_with(tensor, graphs))
+
+
+def test_honest_external_data_is_accepted(graphs):
+    check_onnx(graph_with(external("w.data"), graphs))
+    (graphs / "sub").mkdir()
+    (graphs / "sub" / "w.data").write_bytes(bytes(32))
+    check_onnx(graph_with(external("sub/w.data", offset=16), graphs))
+
+
+W = numpy_helper.from_array(np.zeros(4, np.float32), "w")
+NODE = helper.make_node
+NODES = {
+    "a cycle": [NODE("Add", ["x", "b"], ["a"]), NODE("Add", ["a", "w"], ["b"]), NODE("Neg", ["a"], ["y"])],
+    "an unknown operator": [NODE("Evil", ["x", "w"], ["y"], domain="com.example")],
+    "a foreign MoeeFfn": [NODE("MoeeFfn", ["x", "w"], ["y"], domain="")],
+    "a value made twice": [NODE("Add", ["x", "w"], ["y"]), NODE("Neg", ["x"], ["y"])],
+    "an output never made": [NODE("Add", ["x", "w"], ["z"])],
+    "a hidden tensor": [NODE("Constant", [], ["c"], value=external("../secret")), NODE("Add", ["x", "w"], ["y"])],
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_graphs_that_lie(graphs, name):
+    with pytest.raises(UserError, match="is refused"):
+        check_onnx(graph_with(W, graphs, NODES[name]))
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_graphs_with_any_bytes_changed(made, tmp_path, count):
+    folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
+    data = (folder / "tensorrt.onnx").read_bytes()
+
+    @fuzz(count, st.integers(0, 2**32), st.integers(1, 40), st.integers(0, len(data)) | st.none())
+    def check(seed, changes, length):
+        damaged = bytearray(data)
+        source = random.Random(seed)
+        for _ in range(changes):
+            damaged[source.randrange(len(damaged))] = source.randrange(256)
+        (folder / "tensorrt.onnx").write_bytes(damaged[:length])
+        accepts_or_refuses(check_onnx, folder / "tensorrt.onnx")
+
+
+needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
+
+
+@needs_rtx
+@pytest.mark.parametrize("graph", ["dense.onnx", "tensorrt.onnx"])
+def test_engines_are_built_from_checked_graphs_alone(made, tmp_path, graph):
+    """With hashes that fit: the manifest's author is the attacker."""
+    folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
+    (tmp_path / "secret").write_bytes((folder / "moee.data").read_bytes())
+    model = onnx.load(folder / graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for item in tensor.external_data:
+            item.value = "../secret" if item.key == "location" else item.value
+    (folder / graph).write_bytes(model.SerializeToString())
+    manifest = json.loads((folder / "export.json").read_text())
+    manifest["files"][graph] = sha256_file(folder / graph)
+    (folder / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="no name in the file's own folder"):
+        build_engines(folder, tmp_path / "engine", plugin=built.plugin())
+    with pytest.raises(UserError, match="no name in the file's own folder"):
+        write_deployment(folder, tmp_path / "bundle", 87, built.kernels())
+    assert not (tmp_path / "engine").exists() and not (tmp_path / "bundle").exists()
+
+
+@needs_rtx
+def test_engines_take_no_graph_from_elsewhere(made, tmp_path):
+    folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
+    manifest = json.loads((folder / "export.json").read_text())
+    for name in ("../dense.onnx", "/dense.onnx", 7, None):
+        manifest["graphs"]["dense"] = name
+        (folder / "export.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="expected a file of that folder"):
+            build_engines(folder, tmp_path / "engine", plugin=built.plugin())

@@ -1,0 +1,94 @@
+"""Checkpoints from someone else: safetensors files that lie, and expert tables out of order."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from moee import checkpoint
+from moee.artifact import sha256_file
+from moee.models import read_safetensors
+from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
+from tests.untrusted.tables import TABLE_DAMAGE
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_safetensors_with_any_bytes_changed(made, tmp_path, count):
+    data = (made / "model" / "model.safetensors").read_bytes()
+    header = struct.unpack("<Q", data[:8])[0]
+    path = tmp_path / "x.safetensors"
+
+    changed = st.lists(st.tuples(st.integers(0, header + 64), st.integers(0, 255)), max_size=4)
+
+    @fuzz(count, changed, st.integers(0, len(data)) | st.none())
+    def check(changes, length):
+        damaged = bytearray(data)
+        for position, value in changes:
+            damaged[position] = value
+        path.write_bytes(damaged[:length])
+        accepts_or_refuses(read_safetensors, path)
+
+
+def header_of(entries: dict, payload: bytes = bytes(16)) -> bytes:
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+def entry(dtype="F32", shape=(4,), offsets=(0, 16)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+HEADERS = {
+    "empty": b"", "cut short": struct.pack("<Q", 100) + b"{", "huge header": struct.pack("<Q", 2**63) + b"{}",
+    "overlapping": header_of({"a": entry(), "b": entry(offsets=(8, 24))}, bytes(24)),
+    "the same bytes twice": header_of({"a": entry(), "b": entry()}),
+    "past the end": header_of({"a": entry(shape=(400,), offsets=(0, 1600))}),
+    "reversed": header_of({"a": entry(offsets=(16, 0))}),
+    "negative": header_of({"a": entry(offsets=(-16, 0))}),
+    "another size than the shape": header_of({"a": entry(shape=(3,))}),
+    "a shape that overflows": header_of({"a": entry(shape=(2**32, 2**32))}),
+    "an unknown type": header_of({"a": entry(dtype="PICKLE")}),
+    "a hole": header_of({"a": entry(shape=(1,), offsets=(8, 12))}),
+    "bytes left over": header_of({"a": entry()}, bytes(64)),
+    "no object": struct.pack("<Q", 2) + b"[]", "nested": header_of({"a": {"b": entry()}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_safetensors_headers_that_lie(tmp_path, name):
+    (tmp_path / "x.safetensors").write_bytes(HEADERS[name])
+    assert not accepts_or_refuses(read_safetensors, tmp_path / "x.safetensors")
+
+
+def with_tables(folder: Path, change) -> None:
+    """Change the first layer's tables in a checkpoint, and make its hash right again: damage that hashes cannot show."""
+    state = load_file(folder / "model.safetensors")
+    manifest = json.loads((folder / "moee.json").read_text())
+    neurons, offsets = change(state["blocks.0.mlp.neurons"].clone(), state["blocks.0.mlp.offsets"].clone())
+    state["blocks.0.mlp.neurons"], state["blocks.0.mlp.offsets"] = neurons.contiguous(), offsets.contiguous()
+    manifest["layers"][0]["neurons"] = max(1, len(neurons))
+    save_file(state, folder / "model.safetensors")
+    manifest["files"]["model.safetensors"] = sha256_file(folder / "model.safetensors")
+    (folder / "moee.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("change", TABLE_DAMAGE)
+def test_expert_tables_of_a_checkpoint(made, tmp_path, change):
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    with_tables(folder, change)
+    assert not accepts_or_refuses(checkpoint.load, folder)
+
+
+PROBES = [{}, {"weight": (3, 32)}, {"weight": (3, 32), "bias": (4,)}, {"weight": (3,), "bias": (3,)}]
+
+
+@pytest.mark.parametrize("probe", PROBES, ids=str)
+def test_probes_that_do_not_fit_together(made, tmp_path, probe):
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    save_file({name: torch.zeros(shape) for name, shape in probe.items()}, folder / "probe.safetensors")
+    assert not accepts_or_refuses(checkpoint.load, folder)
