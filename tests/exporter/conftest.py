@@ -32,6 +32,7 @@ class TinyExport:
     def folder(self, precision: str = "fp32") -> Path:
         path = self.root / precision
         if not path.exists():
+            torch.manual_seed(0)  # the dense model has no weight file: it is drawn again, as `tiny_export` drew it
             export(self.moee, path, source=self.root / "model", precision=precision)
         return path
 
