@@ -52,14 +52,18 @@ class ProgressDisplay:
         now = time.monotonic()
         if self.live:
             if message not in self.tasks or done == 0:
-                self.tasks[message] = self.progress.add_task(message, total=total)
-            self.progress.update(self.tasks[message], completed=done, total=total)
+                self.tasks[message] = self.progress.add_task(message, total=total or None)
+            self.progress.update(self.tasks[message], completed=done, total=total or None)
             return
         if message not in self.started or done == 0:
             self.started[message] = now
             self.printed[message] = now
         elapsed = now - self.started[message]
-        if done >= total:
+        if total == 0:
+            if now - self.printed[message] >= LINE_INTERVAL_S:
+                self.printed[message] = now
+                self.console.print(f"{message}: {done} so far, {elapsed:.0f} s", highlight=False)
+        elif done >= total:
             self.console.print(f"{message}: done in {elapsed:.1f} s", highlight=False)
         elif now - self.printed[message] >= LINE_INTERVAL_S:
             self.printed[message] = now

@@ -1,6 +1,7 @@
 """Progress as a callback, so that the library prints nothing by itself.
 
-A reporter is called with (message, done, total); the command line turns that into bars or plain lines.
+A reporter is called with (message, done, total), total 0 where the length is unknown; the command line turns that into bars or
+plain lines.
 """
 
 from __future__ import annotations

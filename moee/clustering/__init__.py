@@ -21,6 +21,8 @@ __all__ = [
 MIN_CLUSTER_POINTS = 5
 DBSCAN_SAMPLES = 10
 
+FIRST_PASS = "nearest neighbours"  # HDBSCAN's only pass of known length
+
 
 def make_clusterer(
     config: ExtractConfig, points: int, clusters: int | None = None, report: Reporter = silent, name: str = "cluster"
@@ -36,10 +38,14 @@ def make_clusterer(
         return DBSCAN(config.min_samples or DBSCAN_SAMPLES, config.eps)
     if config.clustering == "optics":
         return OPTICS(size, config.min_samples or DBSCAN_SAMPLES)
-    # further passes make the total grow, so the end is not reported before fit_predict returns
-    return HDBSCAN(
-        size, config.min_samples, progress=lambda done, total, message: report(name, min(done, total - 1), total)
-    )
+
+    def progress(done: int, total: int, message: str) -> None:
+        if message == FIRST_PASS:
+            report(name, min(done, total - 1), total)  # the end is reported when fit_predict returns
+        else:
+            report(f"{name}, {message}", done, 0)  # nobody knows how many more products the ties need
+
+    return HDBSCAN(size, config.min_samples, progress=progress)
 
 
 def cluster_tokens(
