@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
+    from moee.models import ModelSpec
+    from moee.progress import Reporter
 
 OK, GATE_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -11,3 +16,21 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     """`--out`, refused if it exists, and `--force`."""
     parser.add_argument("--out", required=True, help=f"folder for {what}; refused if it exists")
     parser.add_argument("--force", action="store_true", help="replace an existing output folder")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """A dense model, its weights, and the data to work on."""
+    parser.add_argument("model", help="timm model name, or dinov2-s")
+    parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
+    parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    parser.add_argument("--weights", help="weights as a .safetensors file")
+    parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+
+
+def model_of(args: argparse.Namespace, report: Reporter) -> ModelSpec:
+    """The model that the flags of `add_model` name."""
+    from exporter.pretrained import resolve
+
+    return resolve(
+        args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
+    )

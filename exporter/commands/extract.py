@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_out
+from exporter.commands import OK, add_model, add_out, model_of
 from exporter.ui import ProgressDisplay, layer_table, number, percent, stage_table
 from moee.config import PRESETS
 from moee.errors import UserError
@@ -19,11 +19,7 @@ TEXT = "find experts in a dense model's MLPs"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("extract", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, or dinov2-s")
-    sub.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
-    sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
-    sub.add_argument("--weights", help="weights as a .safetensors file")
-    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    add_model(sub)
     sub.add_argument("--preset", default="compensated", help=f"one of {', '.join(PRESETS)}")
     sub.add_argument("--exclude", action="append", default=[], metavar="LAYER", help="leave this MLP or block dense; repeatable")
     sub.add_argument("--seed", type=int)
@@ -62,7 +58,6 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.pretrained import resolve
     from moee.clear_moe import ClearConfig
     from moee.config import ExtractConfig, make_extract_config
     from moee.pipeline import run_extract
@@ -91,9 +86,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
         config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
     with ProgressDisplay() as report:
-        spec = resolve(
-            args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
-        )
+        spec = model_of(args, report)
         if args.plan:
             config = read_plan(args.plan, spec)
         moee = run_extract(spec, args.data, config, args.out, args.force, report, jobs=args.jobs)

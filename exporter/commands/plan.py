@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_out
+from exporter.commands import OK, add_model, add_out, model_of
 from exporter.ui import ProgressDisplay, number, percent
 from moee.errors import UserError
 
@@ -18,11 +18,7 @@ TEXT = "try methods and budgets, print what wins and by how much over static pru
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plan", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, or dinov2-s")
-    sub.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
-    sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
-    sub.add_argument("--weights", help="weights as a .safetensors file")
-    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    add_model(sub)
     sub.add_argument("--max-drop", type=float, help="accuracy that may be lost, 0.005 is half a point; needs labels")
     sub.add_argument("--min-cosine", type=float, help="mean cosine of the output features to dense that must stay")
     sub.add_argument("--target-macs", type=float, help="MACs as a share of dense")
@@ -53,7 +49,6 @@ def parse_targets(text: str | None) -> tuple[float, ...] | None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.device import latency_of
-    from exporter.pretrained import resolve
     from moee.config import validated
     from moee.pipeline import Session
     from moee.planning import METHODS, TARGETS, Budget, make_plan
@@ -64,9 +59,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     methods = tuple(args.methods.split(",")) if args.methods else tuple(METHODS)
     base = {"cluster_tokens": args.cluster_tokens, "refit_tokens": args.refit_tokens, "seed": args.seed}
     with ProgressDisplay() as report:
-        spec = resolve(
-            args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
-        )
+        spec = model_of(args, report)
         session = Session(spec, args.data, args.seed or 0, report)
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
