@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from moee.layer import routed_layers
 from moee.metrics import dense_macs, tokens_per_image
 from moee.models import find_ffns
 from moee.pipeline import Session
+from moee.planning import Latency
 
 TILE_TOKENS, TILE_WIDTH = 64, 64
 EFFICIENCY = 0.6  # of the peak that dense products reach
@@ -52,16 +52,17 @@ DEVICES = {
 }
 
 
-def latency_of(device: str, session: Session, batch: int) -> Callable[[nn.Module, dict[str, Any]], dict[str, Any]]:
-    """The latency function of `moee plan` for a device name. Raises `UserError` for an unknown one."""
+def latency_of(device: str, session: Session, batch: int) -> Latency:
+    """How `moee plan` times models for a device name. Raises `UserError` for an unknown one."""
+    label = f"{device}, batch {batch}"
     if device == "cpu":
-        return lambda model, cost: measure_on_cpu(model, cost, session, batch)
+        return Latency(label, lambda model: measure_on_cpu(model, session, batch))
     if device not in DEVICES:
         raise UserError(f"unknown device {device!r}; expected cpu, {', '.join(DEVICES)}")
-    return lambda model, cost: modelled(DEVICES[device], session.dense, model, session.transform.size, batch)
+    return Latency(label, lambda model: modelled(DEVICES[device], session.dense, model, session.transform.size, batch))
 
 
-def measure_on_cpu(model: nn.Module, cost: dict[str, Any], session: Session, batch: int) -> dict[str, Any]:
+def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, Any]:
     """p50 of a batch by ONNX Runtime on this CPU, dense and candidate interleaved in one process."""
     from exporter.latency import bench
     from exporter.onnx_export import export

@@ -29,11 +29,6 @@ class Candidate:
         """MACs an image of the routing scores."""
         return self.tokens * self.dim * len(self.error)
 
-    @property
-    def dense_macs(self) -> int:
-        """MACs an image of the dense MLP."""
-        return 2 * self.tokens * self.dim * self.error.shape[1]
-
 
 @dataclass(frozen=True)
 class Allocation:

@@ -16,7 +16,7 @@ from moee.assembly import build_layer
 from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches
-from moee.errors import NothingRouted, UserError
+from moee.errors import NothingRouted, OutOfReach
 from moee.grouping import GroupedLayer, find_routes
 from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
@@ -100,6 +100,8 @@ def apply(
             layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
         reports.append(layer_report)
     if not layers:
+        if prepared.routed:
+            raise NothingRouted("experts would cost as much as the dense MLPs in every layer; lower --target-macs or --keep")
         raise NothingRouted("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
     for name, layer in layers.items():
         replace_module(model, name, layer)
@@ -125,17 +127,16 @@ def choose_neurons(
         return {name: _by_expert(r, error.get(name), config, config.keep) for name, r in routed.items()}
     size = next(batches(data, 1)).images.shape[-1]
     tokens = tokens_per_image(model, routed, size)
+    dense = {n: 2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items()}
     budget = None
     if config.target_macs is not None:
-        ffn = sum(2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items())
-        budget = ffn_budget(dense_macs(model, size), ffn, config.target_macs)
+        budget = ffn_budget(dense_macs(model, size), sum(dense.values()), config.target_macs)
     if config.allocation == "expert":
         assert budget is not None
         kept = _share_for(budget, routed, error, tokens, config)
     else:
         candidates = {n: Candidate(error[n], r.share, tokens[n], r.ffn.dim) for n, r in routed.items()}
         kept = allocate(candidates, budget, config.keep).kept
-    dense = {n: 2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items()}
     return {n: k for n, k in kept.items() if _macs(routed[n], k, tokens[n]) < dense[n]}
 
 
@@ -183,11 +184,11 @@ def sensitivity_of(
 def ffn_budget(total: int, ffn: int, target: float) -> float:
     """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`.
 
-    Raises `UserError` if nothing would be left.
+    Raises `OutOfReach` if nothing would be left.
     """
     budget = ffn - (1 - target) * total
     if budget <= 0:
-        raise UserError(
+        raise OutOfReach(
             f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
             f"{1 - ffn / total:.2f}"
         )

@@ -13,5 +13,9 @@ class StepFailed(RuntimeError):
     """A step that the environment allows was tried and failed, such as a compilation. One sentence; exit code 1."""
 
 
+class OutOfReach(UserError):
+    """A cost that this model cannot be brought down to."""
+
+
 class NothingRouted(UserError):
     """No layer showed two clusters, so the model would stay dense."""

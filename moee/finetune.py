@@ -21,6 +21,7 @@ from moee.data import Batch, ImageSet, batches
 from moee.errors import UserError
 from moee.evaluate import run
 from moee.layer import routed_layers
+from moee.models import channels_last
 from moee.progress import Reporter, silent
 
 STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
@@ -73,9 +74,8 @@ class _Comparison:
         output = self.model.forward_head(features)  # type: ignore[operator]
         with torch.no_grad():
             wanted = self.dense.forward_features(batch.images)  # type: ignore[operator]
-        if wanted.shape[-1] != self.dense.num_features:
-            features, wanted = features.movedim(1, -1), wanted.movedim(1, -1)  # [B, D, H, W]
-        return distillation_loss(output, target, self.classifier, self.config.temperature) + token_loss(features, wanted)
+        tokens = token_loss(channels_last(features, self.model), channels_last(wanted, self.dense))
+        return distillation_loss(output, target, self.classifier, self.config.temperature) + tokens
 
 
 def finetune(

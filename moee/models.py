@@ -61,6 +61,11 @@ class FFN:
         return self.w_up.shape[0]
 
 
+def channels_last(features: Tensor, model: nn.Module) -> Tensor:
+    """A last feature map [B, ..., D] of `model` whichever way it comes: ConvNeXt's is [B, D, H, W]."""
+    return features if features.shape[-1] == model.num_features else features.movedim(1, -1)
+
+
 def load_model(spec: ModelSpec) -> nn.Module:
     """Build the timm model of `spec` in eval mode, float32.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moee.calibration import CHUNK, as_tokens, hidden_activations
 from moee.data import ImageSet, batches
-from moee.models import FFN
+from moee.models import FFN, channels_last
 from moee.progress import Reporter, silent, track
 from moee.routing import route
 
@@ -123,8 +123,8 @@ def measure_sensitivity(
                 features: Any = model.forward_features(batch.images)  # type: ignore[operator]
                 output = model.forward_head(features)  # type: ignore[operator]
                 both = last and isinstance(features, Tensor) and features.dim() > 2
-                if both and features.shape[-1] != model.num_features:
-                    features = features.movedim(1, -1)  # [B, C, H, W]
+                if both:
+                    features = channels_last(features, model)
                 for position, kind in enumerate(kinds):
                     if kind == "tokens" and not both:
                         continue

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moee.clustering.base import NOISE, Clusterer, principal_components, relabel
-from moee.clustering.hdbscan import HDBSCAN
+from moee.clustering.hdbscan import FIRST_PASS, HDBSCAN
 from moee.clustering.kmeans import KMeans
 from moee.clustering.sklearn_methods import DBSCAN, OPTICS, Birch, RandomPartition
 from moee.config import PARTITIONS, ExtractConfig
@@ -20,8 +20,6 @@ __all__ = [
 
 MIN_CLUSTER_POINTS = 5
 DBSCAN_SAMPLES = 10
-
-FIRST_PASS = "nearest neighbours"  # HDBSCAN's only pass of known length
 
 
 def make_clusterer(

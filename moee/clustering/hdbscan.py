@@ -25,6 +25,7 @@ from moee.errors import UserError
 
 Progress = Callable[[int, int, str], None]
 MIN_SAMPLES = 5
+FIRST_PASS = "nearest neighbours"  # message of the only pass whose length is known before it ends
 
 
 class ClusteringStopped(RuntimeError):
@@ -130,7 +131,7 @@ class HDBSCAN:
 
         tick = _Ticker(self.progress, self.should_stop, block_pairs(count, self.block))
         length = min(self.neighbours or samples + max(16, samples // 4), count)
-        lists = all_nearest(ladder(0), length, self.block, lambda: tick("nearest neighbours"))
+        lists = all_nearest(ladder(0), length, self.block, lambda: tick(FIRST_PASS))
         core, bound, known = core_distances(points, lists, ladder, copies, samples, self.block, tick)
         edges = Edges.joined([Edges.between(each.rows, each.index, each.low, each.high, core) for each in known])
         del lists, known

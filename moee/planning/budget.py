@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
 COST_TOLERANCE = 0.005  # of the dense MACs: routing on held-out images differs a little from calibration
 
 
 class Budget(BaseModel):
-    """What a plan must meet. Shares are of the dense model; `max_drop` is in accuracy points of 0..1."""
+    """What a plan must meet. Shares are of the dense model; `max_drop` is in percentage points of accuracy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_drop: float | None = Field(None, ge=0, lt=1)
+    max_drop: float | None = Field(None, ge=0, lt=100)
     min_cosine: float | None = Field(None, gt=0, le=1)
     target_macs: float | None = Field(None, gt=0, lt=1)
     target_params: float | None = Field(None, gt=0, lt=1)
@@ -36,7 +36,8 @@ class Budget(BaseModel):
 
 @dataclass(frozen=True)
 class Point:
-    """One model that was made and measured: `macs` and `params` as shares of dense, latency in ms (None: not asked)."""
+    """One model that was made and measured: `macs` and `params` as shares of dense, `drop` the share of accuracy lost,
+    latency in ms (None: not asked)."""
 
     method: str
     allocation: str
@@ -52,8 +53,9 @@ class Point:
     def shortfalls(self, budget: Budget) -> dict[str, float]:
         """By how much each figure misses the budget, relative to the limit; empty if the point meets it."""
         found = {}
-        if budget.max_drop is not None and (self.drop or 0.0) > budget.max_drop + 1e-9:
-            found["accuracy"] = (self.drop or 0.0) - budget.max_drop
+        over = (self.drop or 0.0) - (budget.max_drop or 0.0) / 100
+        if budget.max_drop is not None and over > 1e-9:
+            found["accuracy"] = over
         if budget.min_cosine is not None and self.cosine < budget.min_cosine:
             found["cosine"] = budget.min_cosine - self.cosine
         if budget.target_macs is not None and self.macs > budget.target_macs + COST_TOLERANCE:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import atomic_folder, read_json, refuse_existing, tool_versions, write_json
+from moee.artifact import atomic_folder, read_json, read_manifest, refuse_existing, write_json, write_manifest
 from moee.config import ExtractConfig, validated
 from moee.errors import UserError
 from moee.models import ModelSpec
@@ -32,15 +32,15 @@ def make_plan(
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
-    `base` are further options of every configuration. `latency(model, cost)` returns {"kind", "dense_ms", "moee_ms"}. Points
-    of an interrupted run are kept in `<out>.resume`. Raises `UserError` if nothing meets the budget: it names the nearest point.
+    `base` are further options of every configuration. Points of an interrupted run are kept in `<out>.resume`. Raises
+    `UserError` if nothing meets the budget: it names the nearest point.
     """
     out = Path(out)
     refuse_existing(out, force)
     unknown = set(methods) - METHODS.keys()
     if unknown:
         raise UserError(f"unknown method {', '.join(sorted(unknown))}; expected some of {', '.join(METHODS)}")
-    if budget.max_drop is not None and (session.held_out.labels[0] < 0 or not session.train.labelled):
+    if budget.max_drop is not None and (not session.held_out.labelled or not session.train.labelled):
         raise UserError(f"--max-drop needs labelled images and {session.source} has none; use --min-cosine")
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
@@ -59,13 +59,13 @@ def make_plan(
     if winner is None:
         raise UserError(nearest(everything, budget))
     result = {
-        "schema": SCHEMA, "tools": tool_versions(), **identity, "budget": budget.model_dump(),
+        **identity, "budget": budget.model_dump(),
         "winner": asdict(winner), "margins": margins(winner, points, dense, budget),
         "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
         "layers": layer_table(session, planner, winner, report),
     }  # fmt: skip
     with atomic_folder(out, force) as folder:
-        write_json(folder / PLAN, result)
+        write_manifest(folder, PLAN, SCHEMA, result)
     for leftover in store.glob("*"):
         leftover.unlink()
     store.rmdir()
@@ -88,9 +88,7 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig:
     """The winner's configuration from `plan.json` (or its folder). Raises `UserError` for a plan of another model, or for one
     whose winner is the dense model."""
     path = Path(path)
-    plan = read_json(path / PLAN if path.is_dir() else path)
-    if not isinstance(plan, dict) or plan.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not a plan of this version (expected schema {SCHEMA}); make it with moee plan")
+    plan = read_manifest(path, PLAN, SCHEMA) if path.is_dir() else read_manifest(path.parent, path.name, SCHEMA)
     made_for = validated(ModelSpec, plan.get("model") or {})
     for key in ("timm_name", "kwargs", "weights_sha256"):
         ours, theirs = getattr(spec, key), getattr(made_for, key)

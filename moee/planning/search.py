@@ -7,16 +7,16 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from moee.artifact import read_json, write_json
-from moee.config import ExtractConfig, make_extract_config
+from moee.config import ExtractConfig, make_extract_config, validated
 from moee.convert import Prepared, apply, prepare
-from moee.errors import UserError
+from moee.errors import NothingRouted, OutOfReach
 from moee.pipeline import Session
 from moee.planning.budget import Budget, Point
 from moee.progress import Reporter
@@ -34,7 +34,13 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
 
-Latency = Callable[[nn.Module, dict[str, Any]], dict[str, Any]]
+
+@dataclass(frozen=True)
+class Latency:
+    """Where and how models are timed: `label` tells one way from another, `of(model)` gives {"kind", "dense_ms", "moee_ms"}."""
+
+    label: str
+    of: Callable[[nn.Module], dict[str, Any]]
 
 
 class Planner:
@@ -58,16 +64,17 @@ class Planner:
     def point(self, method: str, allocation: str, target: float) -> Point | None:
         """Make and measure one model, or read its figures if an interrupted run has; None if it cannot be made."""
         config = self.config(method, allocation, target)
-        key = hashlib.sha256(json.dumps([config.model_dump(mode="json"), self.latency is not None]).encode()).hexdigest()[:16]
+        identity = json.dumps([config.model_dump(mode="json"), self.latency and self.latency.label])
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         file = self.store / f"{key}.json"
         if file.is_file():
             stored = read_json(file)
-            return Point(**stored) if stored else None
+            return validated(Point, stored) if stored else None
         try:
             prepared = self.prepare(method)
             model = copy.deepcopy(self.session.dense)
             apply(model, prepared, self.session.train, config, self.report)
-        except UserError:
+        except (NothingRouted, OutOfReach):
             write_json(file, None)
             return None
         measured = self.session.measure(model, self.probe, f"{method}, {allocation}, {target:.2f} on held-out images")
@@ -76,7 +83,7 @@ class Planner:
         result = Point(
             method, allocation, cost["moee"]["macs"] / cost["dense"]["macs"], cost["moee"]["params"] / cost["dense"]["params"],
             kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
-            self.latency(model, cost) if self.latency else None, config.model_dump(mode="json"),
+            self.latency.of(model) if self.latency else None, config.model_dump(mode="json"),
         )  # fmt: skip
         write_json(file, asdict(result))
         return result

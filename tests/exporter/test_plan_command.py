@@ -36,7 +36,7 @@ def test_small_batches_pay_for_tiles(tiny_moee):
     """At one image the experts' tiles are mostly empty: the modelled gain must shrink or turn into a loss."""
     model, dense, data, *_ = tiny_moee
     device, size = DEVICES["orin-agx"], data.images.shape[-1]
-    assert modelled(device, dense, model, size, 1)["speedup"] <= modelled(device, dense, model, size, 512)["speedup"]
+    assert modelled(device, dense, model, size, 1)["speedup"] < modelled(device, dense, model, size, 512)["speedup"]
 
 
 def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
@@ -89,7 +89,7 @@ def test_the_plan_meets_its_budget_on_the_cpu(tmp_path):
     """Real training, real plan, real extraction: accuracy within the drop, MACs as promised, latency measured."""
     plan, model = tmp_path / "plan", tmp_path / "model"
     assert cli.main([
-        "plan", "vit-scratch", "--data", "digits", "--max-drop", "0.01", "--device", "cpu", "--methods", "kmeans-8,static",
+        "plan", "vit-scratch", "--data", "digits", "--max-drop", "1", "--device", "cpu", "--methods", "kmeans-8,static",
         "--targets", "0.8,0.6", "--cluster-tokens", "3000", "--refit-tokens", "20000", "--out", str(plan),
     ]) == 0  # fmt: skip
     found = json.loads((plan / "plan.json").read_text())

@@ -9,7 +9,7 @@ from moee.checkpoint import load
 from moee.errors import UserError
 from moee.models import ModelSpec
 from moee.pipeline import Session, run_extract
-from moee.planning import PLAN, Budget, Point, choose, make_plan, margins, pareto, read_plan
+from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan
 from tests.conftest import TINY, tiny_images
 
 FAST = dict(methods=("kmeans-8", "static"), targets=(0.85, 0.7), base={"cluster_tokens": 300})
@@ -106,9 +106,9 @@ def test_unreachable_budget_names_the_nearest(session, tmp_path):
 
 
 def test_accuracy_budget_needs_labels(session, tmp_path):
-    session.held_out.labels[0] = -1
+    session.held_out.num_classes = 0
     with pytest.raises(UserError, match="--max-drop needs labelled images"):
-        make_plan(session, Budget(max_drop=0.01), tmp_path / "plan", **FAST)
+        make_plan(session, Budget(max_drop=1), tmp_path / "plan", **FAST)
 
 
 def test_plan_of_another_model_is_refused(session, tmp_path):
@@ -123,3 +123,53 @@ def test_a_plan_needs_a_budget():
 
     with pytest.raises(UserError, match="a plan needs a budget"):
         validated(Budget, {})
+
+
+def test_a_drop_is_in_percentage_points_as_in_verify():
+    lossy = point(drop=0.02)
+    assert choose([lossy], Budget(max_drop=2)) is lossy
+    assert lossy.shortfalls(Budget(max_drop=0.5)) == {"accuracy": pytest.approx(0.015)}
+
+
+def test_points_timed_in_another_way_are_not_taken_over(session, tmp_path):
+    """An interrupted plan for one device must not lend its milliseconds to another."""
+    from moee.planning.search import Planner
+
+    def planner(label, ms):
+        timing = Latency(label, lambda model: {"kind": "modelled", "dense_ms": 2 * ms, "moee_ms": ms})
+        return Planner(session, Budget(min_cosine=0.5), {"cluster_tokens": 300}, tmp_path, timing, lambda *a: None)
+
+    assert planner("a", 1.0).point("static", "share", 0.8).latency["moee_ms"] == 1.0
+    assert planner("b", 3.0).point("static", "share", 0.8).latency["moee_ms"] == 3.0
+    assert planner("a", 9.0).point("static", "share", 0.8).latency["moee_ms"] == 1.0
+
+
+def test_bad_data_is_not_taken_for_a_budget_out_of_reach(session, tmp_path):
+    with torch.no_grad():
+        session.dense.blocks[1].norm2.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="receives NaN"):
+        make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
+
+
+def test_a_damaged_point_is_one_sentence(session, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(session, tmp_path)
+    stored = next(p for p in (tmp_path / "plan.resume").glob("*.json") if p.name != "identity.json")
+    stored.write_text('{"method": 3}')
+    with pytest.raises(UserError):
+        make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
+
+
+def interrupted(session, tmp_path):
+    real = session.measure
+
+    def stop(model, probe, message):
+        if "0.70" in message:
+            raise KeyboardInterrupt
+        return real(model, probe, message)
+
+    session.measure = stop
+    try:
+        make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
+    finally:
+        session.measure = real
