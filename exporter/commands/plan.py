@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plan", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     add_model(sub)
-    sub.add_argument("--max-drop", type=float, metavar="POINTS", help="percentage points of accuracy to lose at most; needs labels")
+    sub.add_argument("--max-drop", type=float, metavar="POINTS", help="percentage points of accuracy it may lose; needs labels")
     sub.add_argument("--min-cosine", type=float, help="mean cosine of the output features to dense that must stay")
     sub.add_argument("--target-macs", type=float, help="MACs as a share of dense")
     sub.add_argument("--target-params", type=float, help="parameters as a share of dense")
