@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def check_indices(neurons: Tensor, offsets: Tensor, experts: int, union: int) ->
         raise UserError("an expert's neuron ids do not ascend; the artifact is damaged")
 
 
-class RoutedLayer(nn.Module):
+class RoutedLayer(nn.Module, ABC):
     """What evaluation, cost, checkpoints, parity and export need of a layer that sends tokens to experts.
 
     `router` (a parameter, frozen unless told otherwise, of the type that the layer computes in), `top_k`, `num_experts`, and what
@@ -60,26 +61,27 @@ class RoutedLayer(nn.Module):
     activation: str
 
     @property
+    @abstractmethod
     def num_experts(self) -> int:
-        raise NotImplementedError
+        """Experts of the layer."""
 
+    @abstractmethod
     def routes(self, x: Tensor) -> Tensor:
         """Experts [tokens, top_k] int64 of the layer's input, tokens in reading order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def macs_per_token(self, share: Sequence[float] | Tensor) -> float:
         """MACs a token, router included, experts weighted by their share [K] of the tokens."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def widths(self) -> list[int]:
         """Hidden neurons of each expert, or of a dense MLP of equal MACs."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def union(self) -> int:
         """Hidden neurons stored, or those of a dense MLP of equally many weights."""
-        raise NotImplementedError
 
     def stored_numbers(self) -> int:
         """Parameters and the floating-point buffers of the router; indices are not counted."""

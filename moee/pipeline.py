@@ -15,7 +15,6 @@ from moee import checkpoint
 from moee.artifact import refuse_existing
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
-from moee.clear_moe.convert import ClearLayerReport
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract
 from moee.data import load_data, model_transform
@@ -94,7 +93,7 @@ def run_extract(
     probe = session.probe()
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
-    layers: Sequence[LayerReport | ClearLayerReport]
+    layers: Sequence[LayerReport]
     if isinstance(config, ClearConfig):
         layers = convert(model, session.train, config, report)
     else:

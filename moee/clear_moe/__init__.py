@@ -1,7 +1,8 @@
 """CLEAR-MoE: selected MLPs become a shared low-rank basis plus small low-rank experts, after training, without gradients.
 
 Four phases: score the layers (`scoring`), decompose both linear maps (`decompose`, `ranks`), train a light router (`routers`),
-dispatch tokens (`dispatch`). `convert` runs them; `layer.ClearFFN` is what takes an MLP's place.
+dispatch tokens (`dispatch`). `convert` runs them in two passes, `analysis` and `build`, with the `choice` of layers and ranks in
+between; `layer.ClearFFN` is what takes an MLP's place.
 """
 
 from moee.clear_moe.config import ClearConfig

@@ -1,0 +1,93 @@
+"""Second pass of CLEAR-MoE: layers built front to back on the inputs that the converted ones before them really produce."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moee.calibration import CHUNK, as_tokens
+from moee.clear_moe.analysis import Analysis
+from moee.clear_moe.config import ClearConfig
+from moee.clear_moe.decompose import (
+    decompose_down,
+    decompose_up,
+    dense_hidden,
+    refit_down,
+    up_metric,
+)
+from moee.clear_moe.layer import ClearFFN, ClearParts
+from moee.models import activate, replace_module
+from moee.progress import Reporter
+
+
+class _BuildStep(nn.Module):
+    """Stands where a layer will be for one forward pass: builds it on the pass's own input, then applies it."""
+
+    def __init__(self, analysis: Analysis, config: ClearConfig, done):
+        super().__init__()
+        self.analysis, self.config, self.done = analysis, config, done
+        self.built: ClearFFN | None = None
+        self.share: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        ffn = self.analysis.ffn
+        tokens = as_tokens(x, ffn.channels_first)
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.config.seed))[: self.config.tokens]
+        self.built, self.share = build_layer(self.analysis, tokens[order.sort().values], self.config)
+        self.done()
+        per_image = max(1, len(tokens) // len(x))
+        return torch.cat([self.built(part) for part in x.split(max(1, CHUNK // per_image))])
+
+
+def build_layer(a: Analysis, tokens: Tensor, config: ClearConfig) -> tuple[ClearFFN, list[float]]:
+    """A layer from its input tokens [N, D], and each expert's share of them."""
+    assert a.ranks is not None, "only layers with ranks are built"
+    r1, q1, r2, q2 = a.ranks
+    ffn, k = a.ffn, config.experts
+    routes = a.router.route(tokens)
+    up = decompose_up(ffn, tokens, routes, k, r1, q1, up_metric(ffn, tokens, config.metric))
+    hidden = _hidden(up, tokens, routes, ffn.activation)
+    target = dense_hidden(ffn, tokens) @ ffn.w_down.T
+    weight = refit_down(ffn, hidden, target, routes, k, config.refit_lambda) if config.refit else ffn.w_down
+    down = decompose_down(ffn, hidden, target, routes, k, r2, q2, weight)
+    share = torch.bincount(routes, minlength=k).double() / len(routes)
+    return ClearFFN(ClearParts(a.router, up, down, ffn.activation), ffn.channels_first).eval(), share.tolist()
+
+
+def _hidden(up, tokens: Tensor, routes: Tensor, activation: str) -> Tensor:
+    """Hidden activations [N, H] of the decomposed up map."""
+    hidden = up.shared(tokens) + up.bias[routes]
+    for e in range(len(up.bias)) if up.residual else ():
+        mine = (routes == e).nonzero()[:, 0]
+        hidden[mine] += (tokens[mine] @ up.expert_in[e].T) @ up.expert_out[e]
+    return activate(hidden, activation)
+
+
+def build_layers(
+    model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearConfig, report: Reporter
+) -> dict[str, tuple[ClearFFN, list[float]]]:
+    """Put the layers in place, front to back, in one forward pass; an error puts the dense ones back."""
+    dense = {a.ffn.name: model.get_submodule(a.ffn.name) for a in selected}
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        report("decompose", done, len(selected))
+
+    steps = {a.ffn.name: _BuildStep(a, config, count) for a in selected}
+    for name, step in steps.items():
+        replace_module(model, name, step)
+    try:
+        report("decompose", 0, len(selected))
+        model(images)
+    except BaseException:
+        for name, module in dense.items():
+            replace_module(model, name, module)
+        raise
+    built = {}
+    for name, step in steps.items():
+        assert step.built is not None, f"the forward pass does not run `{name}`"
+        replace_module(model, name, step.built)
+        built[name] = (step.built, step.share)
+    return built
