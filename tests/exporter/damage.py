@@ -68,3 +68,10 @@ def change_constants(folder: Path, change: Callable[[dict[str, np.ndarray]], Non
         stored[name].CopyFrom(numpy_helper.from_array(arrays[name], name))
     onnx.save(model, folder / graph)
     rehash(folder)
+
+
+def flip_largest(w: np.ndarray) -> np.ndarray:
+    """The sign of the largest weight changed."""
+    at = np.unravel_index(np.abs(w).argmax(), w.shape)
+    w[at] = -w[at]
+    return w

@@ -10,10 +10,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.onnx_export import export, portable_form, to_onnx
+from exporter.onnx_export import export, portable_form
 from exporter.parity import check_parity
 from exporter.passes.clear import OP_TYPE, lower_clear_ffn
-from exporter.passes.name_routes import name_routed_nodes
 from moee import checkpoint
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
@@ -22,6 +21,7 @@ from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.clear_moe.routers import Router
 from moee.models import load_model
 from tests.conftest import tiny_images, tiny_spec
+from tests.exporter import one_layer
 
 
 def random_layer(experts=3, ranks=(6, 2, 5, 3), dim=16, hidden=24, width=0, activation="gelu", seed=0) -> ClearFFN:
@@ -57,22 +57,12 @@ CASES = {
 
 def sessions_of(layer, dim=16, forms=("masked", "sorted")):
     """One traced graph, lowered to each form, as ONNX Runtime sessions that also give the routes."""
-
-    class OneLayer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x.reshape(x.shape[0], -1, dim))
-
-    graph = to_onnx(OneLayer(), 4)
-    name_routed_nodes(graph, ["layer"])
+    graph = one_layer.traced(layer, dim)
     proto = ir.to_proto(graph)
     for form in forms:
         lowered = ir.from_proto(proto)
         assert lower_clear_ffn(lowered, form) == 1
-        lowered.graph.outputs.append(next(v for n in lowered.graph for v in n.outputs if v.name == "layer/route"))
+        one_layer.show_routes(lowered)
         yield ort.InferenceSession(ir.to_proto(lowered).SerializeToString(), providers=["CPUExecutionProvider"])
 
 

@@ -92,12 +92,7 @@ def test_a_model_of_both_kinds_passes(mixed):
 
 
 def flipped_weight(folder):
-    def change(w):
-        at = np.unravel_index(np.abs(w).argmax(), w.shape)
-        w[at] = -w[at]
-        return w
-
-    damage.change_store(folder, SORTED, "up_in", change)
+    damage.change_store(folder, SORTED, "up_in", damage.flip_largest)
 
 
 def swapped_residual_experts(folder):

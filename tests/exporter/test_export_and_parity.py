@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
@@ -20,6 +21,7 @@ from moee.layer import RoutedFFN, routed_layers
 from moee.models import replace_module
 from plugins import contract
 from tests.conftest import tiny_spec
+from tests.exporter import one_layer
 from tests.moee.reference import random_problem
 from tests.moee.test_ops import layer_of
 
@@ -111,23 +113,10 @@ CASES = {
 
 def lowered(layer: torch.nn.Module, dim: int, show_routes: bool = False):
     """A one-layer model through the exporter and the pass, as an ONNX Runtime session; routes as a second output if wanted."""
-    from exporter.onnx_export import to_onnx
-
-    class OneLayer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x.reshape(x.shape[0], -1, dim))
-
-    graph = to_onnx(OneLayer(), 4)
-    name_routed_nodes(graph, ["layer"])
+    graph = one_layer.traced(layer, dim)
     assert lower_routed_ffn(graph) == 1
-    import onnx_ir as ir
-
     if show_routes:
-        graph.graph.outputs.append(next(v for n in graph.graph for v in n.outputs if v.name == "layer/route"))
+        one_layer.show_routes(graph)
     return ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
 
 

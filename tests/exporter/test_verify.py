@@ -44,12 +44,7 @@ def test_an_intact_export_passes(tiny_export):
 
 
 def flipped_weight(folder):
-    def change(w):
-        at = np.unravel_index(np.abs(w).argmax(), w.shape)
-        w[at] = -w[at]
-        return w
-
-    damage.change_store(folder, LAYER, "w_down", change)
+    damage.change_store(folder, LAYER, "w_down", damage.flip_largest)
 
 
 def noise(folder):
