@@ -13,7 +13,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT, read_quantization
+from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import SAFETY, BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers
@@ -34,8 +35,8 @@ from moee.progress import Reporter, silent
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64
 LAYER_IMAGES = 8  # every layer's tokens are held in memory at once, in float64
-# Routes that must equal the float64 run's. In half precision near ties flip, so only wrong routes fail there.
-MIN_ROUTE_AGREEMENT = {torch.float32: 0.9999}
+# Routes that must equal the float64 run's. In half precision and int8 near ties flip, so only wrong routes fail there.
+MIN_ROUTE_AGREEMENT = {"fp32": 0.9999}
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ def check_parity(
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
     """
     folder = Path(export_dir)
-    precision = read_manifest(folder, MANIFEST, SCHEMA, verify=False).get("precision", "fp32")
+    manifest = read_manifest(folder, MANIFEST, SCHEMA, verify=False)
+    precision, int8 = manifest.get("precision", "fp32"), read_quantization(manifest, "moee")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
-    yard = yardsticks(moee.model, precision, widened)
+    yard = yardsticks(moee.model, precision, widened, int8)
     sizes = sorted(set(sizes))
     pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
@@ -151,7 +153,10 @@ def check_parity(
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
     judged, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
-    floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
+    floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
+    problems = check_weights(folder / TENSORRT, routed_layers(moee.model), dtype_of(precision)) + form_problems
+    if int8 is not None:
+        problems += check_int8([folder / TENSORRT, folder / PORTABLE], moee.model, int8, yard.dtype)
     return ParityResult(
         runtime=name,
         batches=errors,
@@ -159,9 +164,9 @@ def check_parity(
         top1_agreement=agreement,
         images=images,
         precision=precision,
-        arithmetic=str(yard.dtype).removeprefix("torch."),
+        arithmetic=("int8 and " if int8 else "") + str(yard.dtype).removeprefix("torch."),
         layers=judged,
-        weight_problems=check_weights(folder / TENSORRT, routed_layers(moee.model), dtype_of(precision)) + form_problems,
+        weight_problems=problems,
         min_route_agreement=floor,
     )
 

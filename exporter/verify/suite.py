@@ -13,12 +13,14 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, REFERENCE, SCHEMA, TENSORRT, read_quantization
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors
 from exporter.parity.stats import json_safe
 from exporter.parity.taps import copied
 from exporter.parity.yardsticks import yardsticks
+from exporter.precision import INT8
+from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
 from moee.artifact import read_manifest, sha256_file
@@ -190,12 +192,16 @@ def _accuracy(
     folder: Path, moee: MoeeModel, data: ImageSet, precision: str, images: int | None, provider: str, threads: int | None,
     max_drop_pp: float | None, report: Reporter,
 ) -> AccuracyResult:  # fmt: skip
-    """Both graphs of the export on the same images."""
+    """Both graphs of the export on the same images. An int8 model is held against the dense one as it was, in float32: the loss
+    of the quantisation is part of the drop."""
+    reference = REFERENCE if precision in INT8 else DENSE
     widen = precision == "bf16" and provider == "cpu"
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: images or len(data)]
     collected: dict[str, list[Tensor]] = {"dense": [], "moee": []}
     labels: list[Tensor] = []
-    with opened(folder / DENSE, threads, provider, widen) as dense, opened(folder / PORTABLE, threads, provider, widen) as routed:
+    with opened(folder / reference, threads, provider, widen) as dense, opened(
+        folder / PORTABLE, threads, provider, widen
+    ) as routed:
         total = -(-len(order) // ACCURACY_BATCH)
         report("accuracy", 0, total)
         for done, batch in enumerate(batches(data, ACCURACY_BATCH, order=order), 1):
@@ -225,22 +231,23 @@ def _engine(
     """Run the MoEE engine at its own profile's batch sizes."""
     manifest = read_manifest(folder, ENGINE_MANIFEST, ENGINE_SCHEMA, verify=False)
     recorded = manifest.get("source_sha256")
-    graph = export_dir / read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)["graphs"]["tensorrt"]
+    export = read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)
+    graph = export_dir / export["graphs"]["tensorrt"]
     same = None if recorded is None else recorded == sha256_file(graph)
     if not plugin.passed:
         return EngineParity(manifest["builder"], plugin, same)
     sizes = sorted({manifest["batch"][k] for k in ("min", "opt", "max")})
     with EngineRunner(folder) as runner:
-        errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report)
+        errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report, read_quantization(export, "moee"))
         return EngineParity(runner.name, plugin, same, errors)
 
 
 def run_engine(
     runner: Runner, moee: MoeeModel, data: ImageSet, precision: str, sizes: Sequence[int], rtol: float | None = None,
-    atol: float | None = None, report: Reporter = silent,
+    atol: float | None = None, report: Reporter = silent, quantization: Quantization | None = None,
 ) -> list[BatchError]:  # fmt: skip
-    """Output errors of an engine that is open already."""
-    yard = yardsticks(moee.model, precision)
+    """Output errors of an engine that is open already; `quantization` of an int8 one."""
+    yard = yardsticks(moee.model, precision, quantization=quantization)
     return output_errors(runner, yard, image_pool(data, sizes[-1]), sizes, rtol, atol, report, "engine")
 
 
