@@ -16,7 +16,7 @@ from exporter.deploy import DEPLOY
 from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, SCHEMA, TENSORRT
 from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
-from moee.artifact import atomic_folder, read_manifest, sha256_file, write_manifest
+from moee.artifact import atomic_folder, read_json, read_manifest, sha256_file, write_json, write_manifest
 from moee.checkpoint import PROBE
 from moee.errors import UserError
 from moee.models import read_safetensors
@@ -140,6 +140,11 @@ def _copy_models(export_dir: Path, models: Path) -> None:
         if name.endswith(".onnx"):
             check_onnx(export_dir / name)
         shutil.copy2(export_dir / name, models / name)
+    manifest = read_json(models / MANIFEST)  # without what a device does not need, such as the reference of an int8 export
+    manifest["files"] = {name: digest for name, digest in manifest["files"].items() if (models / name).is_file()}
+    if "reference" in manifest.get("graphs", {}):
+        del manifest["graphs"]["reference"]
+    write_json(models / MANIFEST, manifest)
 
 
 def ends_in_classes(export: dict[str, Any]) -> bool:

@@ -33,7 +33,8 @@ class LatencyResult:
     """Milliseconds a batch, each run waited for. `speedup` is the median of the ratios of neighbouring runs, dense over MoEE.
 
     `throughput`: images a second with `streams` requests in flight, a figure of its own: overlapping requests hide what one
-    alone would wait for. `environment` is taken before and after. `cuda_graph` is None off the GPU.
+    alone would wait for. `environment` is taken before and after. `cuda_graph` is None off the GPU. `samples_ms`: every run of
+    `dense` and `moee` in the order of the pairs, of which the even ones began with dense.
     """
 
     runtime: str
@@ -53,6 +54,7 @@ class LatencyResult:
     layers: LayerProfile | None = None
     cuda_graph: bool | None = None
     environment: list[dict[str, Any]] = field(default_factory=list)
+    samples_ms: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         body = asdict(self)
@@ -187,6 +189,7 @@ def bench(
         layers=layers,
         cuda_graph=cuda_graph if engine is not None else None,
         environment=[before, environment()],
+        samples_ms={name: [round(1e3 * float(s), 5) for s in row] for name, row in zip(("dense", "moee"), times, strict=True)},
     )
 
 

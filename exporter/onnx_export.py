@@ -21,12 +21,12 @@ from pydantic import ValidationError
 from torch import nn
 
 from exporter.operator_schema import VERSION, register
-from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
 from exporter.precision import INT8, dtype_of, typed
 from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
+from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from moee.artifact import atomic_folder, refuse_existing, write_manifest
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearFFN

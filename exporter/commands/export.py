@@ -55,8 +55,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         q = read_quantization(manifest, name)
         if q is not None:
             console.print(
-                f"{name}: {len(q.input_scales)} dense layers in int8 (steps by {q.method}), output {q.sqnr_db:.1f} dB over the noise "
-                f"on {q.images} images of {q.data}"
+                f"{name}: {len(q.input_scales)} dense layers in int8 (steps by {q.method}), output {q.sqnr_db:.1f} dB over the "
+                f"noise on {q.images} images of {q.data}"
             )
             for layer, why in q.kept.items():
                 console.print(f"{name}: {layer} kept in floating point: {why}", markup=False, highlight=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from rich.table import Table
 
 from exporter.commands import GATE_FAILED, OK
 from exporter.ui import ProgressDisplay, percent
-from moee.errors import UserError
+from moee.errors import MissingDependency, UserError
 
 TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 if a gate fails"
 
@@ -55,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.images < 0:
         raise UserError(f"--images {args.images}: expected 0 or more")
     sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
-    with ProgressDisplay() as report:
+    with ProgressDisplay() as report, _error_report(args):
         moee = checkpoint.load(source)
         data = load_data(args.data or manifest["data"], model_transform(moee.model), "val")
         result = verify(
@@ -69,6 +72,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print("parity passed" if result.parity else "parity FAILED")
     console.print("verify passed" if result else "verify FAILED")
     return OK if result else GATE_FAILED
+
+
+@contextmanager
+def _error_report(args: argparse.Namespace) -> Iterator[None]:
+    """A verification that breaks off leaves junit.xml with the error in the folder --out, as test runners do."""
+    from exporter.verify.junit import error_junit
+    from moee.artifact import atomic_folder
+
+    started = time.perf_counter()
+    try:
+        yield
+    except (UserError, MissingDependency) as error:
+        if args.out and not args.out.endswith(".json"):
+            with atomic_folder(Path(args.out), args.force) as folder:
+                report = error_junit(Path(args.path).name, error, time.perf_counter() - started)
+                (folder / "junit.xml").write_text(report, encoding="utf-8")
+        raise
 
 
 def _write(out: Path, force: bool, result: Any) -> None:

@@ -53,6 +53,7 @@ class ParityResult:
     layers: list[LayerParity] = field(default_factory=list)
     weight_problems: list[WeightProblem] = field(default_factory=list)
     min_route_agreement: float = 0.0
+    safety: float = SAFETY
 
     @property
     def max_abs_error(self) -> float:
@@ -85,14 +86,14 @@ class ParityResult:
         largest = max(b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches)
         body = {
             "schema": "moee.parity/1",
-            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement")},
+            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement", "safety")},
             "batches": [{**asdict(b), "passed": b.passed} for b in self.batches],
             "layers": [layer.to_json() for layer in self.layers],
             "max_abs_error": self.max_abs_error,
             "tolerance": {
                 "max_relative_error": largest,
                 "min_route_agreement": self.min_route_agreement,
-                "rule": f"{SAFETY:g} times the largest error of torch in {self.arithmetic} against float64",
+                "rule": f"{self.safety:g} times the largest error of torch in {self.arithmetic} against float64",
             },
             "first_deviation": asdict(deviation) if deviation else None,
             "passed": self.passed,
@@ -124,7 +125,9 @@ def output_errors(
         runs.append((size, got, reference, own))
     report(message, len(sizes), len(sizes))
     widest = max(error_stats(own, reference).max_abs_error for _, _, reference, own in runs)
-    return [batch_error(size, got, reference, own, widest, yard.dtype, rtol, atol) for size, got, reference, own in runs]
+    return [
+        batch_error(size, got, reference, own, widest, yard.dtype, rtol, atol, yard.safety) for size, got, reference, own in runs
+    ]
 
 
 @torch.inference_mode()
@@ -168,6 +171,7 @@ def check_parity(
         layers=judged,
         weight_problems=problems,
         min_route_agreement=floor,
+        safety=yard.safety,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from exporter.parity.weights import WeightProblem
-from exporter.quantization import QuantConv2d, QuantLinear, Quantization, quantizable, quantized
+from exporter.quantization import QuantConv2d, Quantization, QuantLinear, quantizable, quantized
 
 
 def check_int8(
@@ -24,9 +24,8 @@ def check_int8(
     problems = []
     for graph in graphs:
         found = _stored(graph)
-        problems += [
-            WeightProblem(n, "int8", f"{graph.name} quantises {n}, which export.json does not name") for n in found.keys() - wanted.keys()
-        ]
+        for name in sorted(found.keys() - wanted.keys()):
+            problems.append(WeightProblem(name, "int8", f"{graph.name} quantises {name}, which export.json does not name"))
         for name, layer in wanted.items():
             here = found.get(name, {})
             expected = {"q": layer.q, "scale": layer.scale, "input_scale": layer.input_scale, "zero_point": torch.tensor(0)}

@@ -20,8 +20,8 @@ from moee.layer import RoutedLayer
 
 class Quantization(BaseModel):
     """What calibration decided for one model. `input_scales`: step of the input of each quantised layer, by name.
-    `kept`: layers that stay in floating point, and why. `method`: how the steps were set. `sqnr_db`: signal over quantisation noise of the model's output on
-    `images` calibration images of `data`, in decibels."""
+    `kept`: layers that stay in floating point, and why. `method`: how the steps were set. `sqnr_db`: power of the model's output
+    over that of the quantisation noise, in decibels, on calibration images (`images` of `data`)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -5,6 +5,9 @@ Tensors below float32 are scaled in float32 and rounded once, as ONNX Runtime do
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx
 import onnxscript
 import torch
@@ -55,7 +58,7 @@ def _dequantize(q, scale, axis: int):
     return _onnx.DequantizeLinear(q, scale, axis=axis)
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.moee.quantize_dequantize.default: _quantize_dequantize,
     torch.ops.moee.dequantize.default: _dequantize,
 }

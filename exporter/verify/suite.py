@@ -35,13 +35,15 @@ ENGINE_MANIFEST, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
 
 @dataclass(frozen=True)
 class Case:
-    """One check: `group` and `name` say what of, `failure` what went wrong (None: passed), `skipped` why it did not run."""
+    """One check: `group` and `name` say what of, `failure` what went wrong (None: passed), `skipped` why it did not run,
+    `error` what broke it off."""
 
     group: str
     name: str
     detail: str = ""
     failure: str | None = None
     skipped: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
