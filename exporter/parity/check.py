@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT, read_quantization
 from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
-from exporter.parity.outputs import SAFETY, BatchError, batch_error
+from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers
 from exporter.parity.stats import error_stats, json_safe
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
@@ -41,7 +41,8 @@ MIN_ROUTE_AGREEMENT = {"fp32": 0.9999}
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head)."""
+    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head).
+    `rule` says in words what the outputs' tolerance is."""
 
     runtime: str
     batches: list[BatchError]
@@ -53,7 +54,7 @@ class ParityResult:
     layers: list[LayerParity] = field(default_factory=list)
     weight_problems: list[WeightProblem] = field(default_factory=list)
     min_route_agreement: float = 0.0
-    safety: float = SAFETY
+    rule: str = ""
 
     @property
     def max_abs_error(self) -> float:
@@ -86,14 +87,14 @@ class ParityResult:
         largest = max(b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches)
         body = {
             "schema": "moee.parity/1",
-            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement", "safety")},
+            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement", "rule")},
             "batches": [{**asdict(b), "passed": b.passed} for b in self.batches],
             "layers": [layer.to_json() for layer in self.layers],
             "max_abs_error": self.max_abs_error,
             "tolerance": {
                 "max_relative_error": largest,
                 "min_route_agreement": self.min_route_agreement,
-                "rule": f"{self.safety:g} times the largest error of torch in {self.arithmetic} against float64",
+                "rule": self.rule,
             },
             "first_deviation": asdict(deviation) if deviation else None,
             "passed": self.passed,
@@ -157,6 +158,10 @@ def check_parity(
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
     judged, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
     floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
+    arithmetic = ("int8 and " if int8 else "") + str(yard.dtype).removeprefix("torch.")
+    rule = f"{yard.safety:g} times the largest error of torch in {arithmetic} against float64"
+    if rtol is not None or atol is not None:
+        rule = f"{atol or 0:g} + {rtol or 0:g} times the rms of the output"
     problems = check_weights(folder / TENSORRT, routed_layers(moee.model), dtype_of(precision)) + form_problems
     if int8 is not None:
         problems += check_int8([folder / TENSORRT, folder / PORTABLE], moee.model, int8, yard.dtype)
@@ -167,11 +172,11 @@ def check_parity(
         top1_agreement=agreement,
         images=images,
         precision=precision,
-        arithmetic=("int8 and " if int8 else "") + str(yard.dtype).removeprefix("torch."),
+        arithmetic=arithmetic,
         layers=judged,
         weight_problems=problems,
         min_route_agreement=floor,
-        safety=yard.safety,
+        rule=rule,
     )
 
 
