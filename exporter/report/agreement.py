@@ -67,7 +67,7 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
     if body is None:
         short = dig(sources.body("moee.summary"), "parity")
         if not isinstance(short, dict):
-            return None, [not_there("A parity result (parity.json) was", "moee verify export --out verify")]
+            return None, [*_int8(sources), not_there("A parity result (parity.json) was", "moee verify export --out verify")]
         rows: list[list[object]] = [
             ["runtime", str(short.get("runtime", DASH))], ["largest absolute error", scientific(short.get("max_abs_error"))],
             ["equal routes", percent(short.get("route_agreement"), 4)], ["same class", percent(short.get("top1_agreement"))],

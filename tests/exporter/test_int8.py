@@ -11,11 +11,13 @@ import torch
 from onnx import numpy_helper
 
 from exporter import cli
+from exporter.bundle import write_deployment
 from exporter.engine import build_engines
 from exporter.onnx_export import export
 from exporter.quantization import QuantConv2d, QuantLinear, calibrate, quantizable, quantized
 from exporter.quantization.calibrate import Histogram, sqnr_db
 from exporter.quantization.ops import dequantize, quantize_dequantize
+from exporter.report import write_report
 from exporter.verify import verify
 from exporter.verify.suite import run_engine
 from moee.artifact import read_manifest, write_json
@@ -325,6 +327,19 @@ def test_the_command(tiny_export, tmp_path, capsys, monkeypatch):
     assert code == 2 and "--calibration-images 0: expected 1 or more" in text and not (tmp_path / "out").exists()
     code, text = run("--precision", "int8-fp32", "--data", "photos", "--calibration-images", "16")
     assert code == 0 and "moee: 8 dense layers in int8" in text and "on 16 images of tiny" in text and asked == ["x", "photos"]
+
+
+def test_a_bundle_leaves_the_reference_out(exports, tmp_path):
+    models = write_deployment(exports("int8"), tmp_path / "bundle", 87, built.kernels(), (1, 4, 16)) / "models"
+    assert not list(models.glob("reference*"))
+    manifest = read_manifest(models, "export.json", "moee.export/1")  # its files are there, with their hashes
+    assert set(manifest["graphs"]) == {"dense", "portable", "tensorrt"} and manifest["precision"] == "int8"
+
+
+def test_the_report_says_what_is_quantised(exports, tmp_path):
+    text = write_report([exports("int8")], tmp_path / "report.html").read_text()
+    assert "dense model: 14 dense layers in int8" in text and "MoEE model: 8 dense layers in int8" in text
+    assert "moee export extracted --precision int8 --calibration-images 32 --out export" in text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")
