@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -82,8 +84,10 @@ def calibrate(
         raise UserError(f"--calibration-images {images}: expected 1 or more")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images]
     names = list(quantizable(model))
+    why = _not_quantised(model, next(batches(data, 1)).images)
     histograms = _observe(model, data, order, report)
-    kept = {name: "it takes no part when the model runs as a whole" for name in names if name not in histograms}
+    kept = {name: why[name] for name in names if name in why}
+    histograms = {name: histogram for name, histogram in histograms.items() if name not in why}
     seen = torch.cat([b.images for b in batches(data, BATCH, order=order[:JUDGED_IMAGES])])
     exact = model(seen)
 
@@ -109,20 +113,42 @@ def calibrate(
     )
 
 
-def _observe(model: nn.Module, data: ImageSet, order: Tensor, report: Reporter) -> dict[str, Histogram]:
-    """Histograms of the inputs of the layers that run, by name."""
-    found: dict[str, Histogram] = {}
+def _not_quantised(model: nn.Module, image: Tensor) -> dict[str, str]:
+    """Layers that cannot be quantised, and why: some models read a layer's weight and never call it, or feed it a table."""
+    two, four = (_rows(model, image.expand(count, -1, -1, -1)) for count in (2, 4))
+    why = {n: "its input does not depend on the images" for n in two if four[n] != 2 * two[n]}
+    return why | {n: "the model reads its weight and never calls it" for n in quantizable(model) if n not in two}
 
-    def hook(name: str):
-        return lambda module, args: found.setdefault(name, Histogram()).add(args[0])
+
+def _rows(model: nn.Module, images: Tensor) -> dict[str, int]:
+    """First dimension of the input of every layer that can be quantised and runs."""
+    found: dict[str, int] = {}
+    with _watched(model, lambda name, x: found.update({name: x.shape[0]})):
+        model(images)
+    return found
+
+
+@contextmanager
+def _watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `see` with name and input of every layer that can be quantised, as often as one runs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: see(name, args[0])
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in quantizable(model).items()]
     try:
-        total = -(-len(order) // BATCH)
-        for done, batch in enumerate(batches(data, BATCH, order=order), 1):
-            model(batch.images)
-            report("calibrate int8", done, total)
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _observe(model: nn.Module, data: ImageSet, order: Tensor, report: Reporter) -> dict[str, Histogram]:
+    """Histograms of the inputs of the layers that run, by name."""
+    found: dict[str, Histogram] = {}
+    total = -(-len(order) // BATCH)
+    with _watched(model, lambda name, x: found.setdefault(name, Histogram()).add(x)):
+        for done, batch in enumerate(batches(data, BATCH, order=order), 1):
+            model(batch.images)
+            report("calibrate int8", done, total)
     return found

@@ -148,27 +148,28 @@ class Fragile(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.fine, self.fragile = torch.nn.Linear(12, 12), torch.nn.Linear(12, 4, bias=False)
-        self.unused = torch.nn.Linear(3, 3)
+        self.unused, self.table = torch.nn.Linear(3, 3), torch.nn.Linear(2, 4)
         span = torch.logspace(-3, 3, 12)
         self.register_buffer("span", span)
         with torch.no_grad():
             self.fragile.weight.copy_(torch.randn(4, 12) / span)
 
     def forward(self, images):
-        return self.fragile(self.fine(images[:, :1, :3, :4].flatten(1)) * self.span)
+        return self.fragile(self.fine(images[:, :1, :3, :4].flatten(1)) * self.span) + self.table(torch.zeros(6, 2)).mean()
 
 
 def test_layers_that_lose_too_much_are_kept_and_named():
     data = tiny_images()
     model = Fragile().eval()
     result = calibrate(model, data, torch.float32, 32)
-    assert set(result.input_scales) == {"fine"} and set(result.kept) == {"fragile", "unused"}
-    assert "dB" in result.kept["fragile"] and "takes no part" in result.kept["unused"]
+    assert set(result.input_scales) == {"fine"} and set(result.kept) == {"fragile", "unused", "table"}
+    assert "dB" in result.kept["fragile"] and "never calls it" in result.kept["unused"]
+    assert result.kept["table"] == "its input does not depend on the images"
     assert result.sqnr_db >= 20 and result.images == 32 and result.data == "tiny"
     everything = calibrate(model, data, torch.float32, 32, min_sqnr_db=-100)
     assert set(everything.input_scales) == {"fine", "fragile"} and everything.sqnr_db < 20
     nothing = calibrate(model, data, torch.float32, 32, min_sqnr_db=500)
-    assert nothing.input_scales == {} and set(nothing.kept) == {"fine", "fragile", "unused"}
+    assert nothing.input_scales == {} and set(nothing.kept) == {"fine", "fragile", "unused", "table"}
 
 
 def test_the_better_way_to_set_steps_is_taken(tiny_model):
