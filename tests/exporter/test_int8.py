@@ -1,7 +1,9 @@
 """int8 exports: arithmetic, calibration and its rule, what stands in the graphs, and that verify finds what is planted."""
 
+import copy
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -23,9 +25,11 @@ from exporter.verify.suite import run_engine
 from moee.artifact import read_manifest, write_json
 from moee.errors import UserError
 from moee.layer import routed_layers
+from moee.models import replace_module
 from plugins.contract import OP_TYPE
 from tests.conftest import tiny_images
 from tests.exporter.conftest import rehash
+from tests.exporter.test_clear_export import random_layer
 from tests.plugins import built
 
 TYPES = {"int8": onnx.TensorProto.FLOAT16, "int8-fp32": onnx.TensorProto.FLOAT}
@@ -273,8 +277,6 @@ def one_bit(q):
     ids=["weight", "weight of the engine's graph", "scale", "scale of the engine's graph"],
 )
 def test_planted_damage_is_caught_and_named(exports, tiny_export, tmp_path, layer, part, change, graphs):
-    import shutil
-
     folder = shutil.copytree(exports("int8"), tmp_path / "export")
     change_int8(folder, layer, part, change, graphs)
     result = verify(folder, tiny_export.moee, tiny_export.data, sizes=(2,), images=0)
@@ -284,8 +286,6 @@ def test_planted_damage_is_caught_and_named(exports, tiny_export, tmp_path, laye
 
 
 def test_a_manifest_without_its_scales_is_refused(exports, tiny_export, tmp_path):
-    import shutil
-
     folder = shutil.copytree(exports("int8"), tmp_path / "export")
     manifest = json.loads((folder / "export.json").read_text())
     for nonsense in (None, {"moee": {"input_scales": {"head": -1.0}}}):
@@ -381,3 +381,16 @@ def test_dinov2_small(tmp_path, precision):
         assert report.plugin_layers == 12
 
 
+
+
+def test_beside_clear_moe_layers(tiny_export, tmp_path):
+    """Factors and routers of a CLEAR-MoE layer stay as they are, in both of its forms."""
+    moee = copy.deepcopy(tiny_export.moee)
+    replace_module(moee.model, "blocks.1.mlp", random_layer(experts=3, ranks=(6, 2, 5, 3), dim=32, hidden=128, width=9, seed=1))
+    torch.manual_seed(0)
+    export(moee, tmp_path / "export", precision="int8", calibration=tiny_export.data, calibration_images=16)
+    result = verify(tmp_path / "export", moee, tiny_export.data, sizes=(1, 4), images=0)
+    assert result, [c for c in result.cases() if c.failure]
+    assert [layer.kind for layer in result.parity.layers] == ["moee", "clear-moe", "moee"]
+    found = read_manifest(tmp_path / "export", "export.json", "moee.export/1")["quantization"]["moee"]
+    assert sorted(found["input_scales"]) == sorted(DENSE)
