@@ -4,7 +4,7 @@ from moee.planning.budget import Budget, Point, choose, margins, pareto
 from moee.planning.plan import PLAN, make_plan, read_plan
 from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency
 
-__all__ = ["ALLOCATIONS",
+__all__ = [
     "ALLOCATIONS", "METHODS", "PLAN", "TARGETS", "Budget", "Latency", "Point", "choose", "make_plan", "margins", "pareto",
     "read_plan",
 ]  # fmt: skip

@@ -51,7 +51,8 @@ def make_plan(
     planner = Planner(session, budget, base or {}, store, latency, report)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
-    points = [p for m in methods for a in allocations_of(m, allocations) for t in targets if (p := planner.point(m, a, t)) is not None]
+    wanted = [(m, a, t) for m in methods for a in allocations_of(m, allocations) for t in targets]
+    points = [p for m, a, t in wanted if (p := planner.point(m, a, t)) is not None]
     points += planner.refine(points, targets)
     points = list({json.dumps(p.config, sort_keys=True): p for p in points}.values())
     dense = planner.dense(points)
