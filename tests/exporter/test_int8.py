@@ -383,6 +383,7 @@ def test_dinov2_small(tmp_path, precision):
 
 
 
+@pytest.mark.slow
 def test_beside_clear_moe_layers(tiny_export, tmp_path):
     """Factors and routers of a CLEAR-MoE layer stay as they are, in both of its forms."""
     moee = copy.deepcopy(tiny_export.moee)
