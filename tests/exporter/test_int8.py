@@ -367,7 +367,7 @@ def test_dinov2_small(tmp_path, precision):
     model = load_model(spec)
     train, val = (load_data("digits", model_transform(model), split) for split in ("train", "val"))
     config = make_extract_config(
-        "compensated", keep=0.95, clustering="kmeans", clusters=8, cluster_tokens=2000, tokens=4000, refit_tokens=8000
+        clustering="kmeans", clusters=8, cluster_tokens=1000, tokens=4000, keep=0.95, compensation="mean"
     )
     extract(model, train, config)
     moee = MoeeModel(model.eval(), spec, config, "digits")
