@@ -1,28 +1,34 @@
 """Checks on an ONNX file before anything executes or converts it: an export folder may come from someone else.
 
 1. Protobuf decodes, and no field nests deeper than the decoder allows.
-2. External data: a relative name in the file's own folder, an ordinary file and no link, offset and length within it and equal to
-   the tensor's size. (A hard link cannot be told from a file; the hash in `export.json` stands for its content.)
-3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says.
-4. Nodes: standard operators and `moee::MoeeFfn` alone, each input made before it is used (hence no cycle), no name made twice.
+2. External data: a relative name in the file's own folder, an ordinary file and no symbolic or hard link, each key once, offset
+   and length within the file and equal to the tensor's size.
+3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says; no sparse tensors.
+4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, each input made before it is used (hence no cycle), no
+   name made twice.
 5. `MoeeFfn`: inputs, top_k and max_width as the contract says (the plugin itself checks the rest), offsets rising from 0
    to the number of neurons, neuron ids ascending within the store.
+
+What a graph computes is its author's affair: one may take any memory and time when it runs.
 """
 
 from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnx_ir as ir
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from moee.errors import UserError
-from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
+from plugins.contract import ACTIVATIONS, DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_RANK = 16
+IN_MEMORY = "_ORT_MEM_ADDR_"  # in a location, ONNX Runtime takes the offset for an address of its own process
 TABLES = {"neurons": 1, "offsets": 1, "w_up": 2, "router": 2}
 
 
@@ -48,18 +54,32 @@ def check_onnx(path: Path | str) -> onnx.ModelProto:
     return model
 
 
+def load_ir(path: Path | str) -> ir.Model:
+    """The graph for rewriting, checked first; its weights stay in their files. Raises `UserError` as `check_onnx` does."""
+    check_onnx(path)
+    try:
+        return ir.load(path)
+    except Exception as error:  # onnx_ir raises many kinds for what it cannot represent
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be taken apart ({reason or type(error).__name__}); export it again") from error
+
+
 def _check(model: onnx.ModelProto, folder: Path) -> None:
     if not model.HasField("graph") or not model.graph.output:
         raise _Refused("it holds no graph")
     if model.functions:
         raise _Refused("it defines functions of its own, which would shadow the plugin")
+    if model.training_info:
+        raise _Refused("it holds training graphs, which nothing here reads")
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx", DOMAIN):
             raise _Refused(f"it needs operators of {opset.domain!r}")
-    _check_graph(model.graph, folder, set())
+    rules = onnx.checker.C.CheckerContext()
+    rules.ir_version, rules.opset_imports = model.ir_version, {opset.domain: opset.version for opset in model.opset_import}
+    _check_graph(model.graph, folder, set(), rules)
 
 
-def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str]) -> None:
+def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str], rules: Any) -> None:
     if graph.sparse_initializer:
         raise _Refused("it holds sparse tensors")
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -75,12 +95,16 @@ def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str]) -> None:
         if missing:
             raise _Refused(f"node {node.name!r} uses {missing[0]!r} before it is made")
         for attribute in node.attribute:
+            if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
+                raise _Refused("it holds sparse tensors")
             for tensor in [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]:
                 _check_tensor(tensor, folder)
             for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                _check_graph(inner, folder, known)
+                _check_graph(inner, folder, known, rules)
         if node.op_type == OP_TYPE:
             _check_experts(node, tensors, folder)
+        elif not any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
+            _check_schema(node, rules)
         made = [name for name in node.output if name]
         if len(set(made)) != len(made) or known & set(made):
             raise _Refused(f"node {node.name!r} makes a value that exists already")
@@ -88,6 +112,14 @@ def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str]) -> None:
     unmade = [value.name for value in graph.output if value.name not in known]
     if unmade:
         raise _Refused(f"output {unmade[0]!r} is never made")
+
+
+def _check_schema(node: onnx.NodeProto, rules: Any) -> None:
+    """Operator, attributes and number of inputs as the standard has them."""
+    try:
+        onnx.checker.check_node(node, rules)
+    except onnx.checker.ValidationError as error:
+        raise _Refused(f"node {node.name!r}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _element_bits(tensor: TensorProto) -> int:
@@ -117,19 +149,29 @@ def _check_external(tensor: TensorProto, folder: Path, size: int) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     where = f"tensor {tensor.name!r} has its data in {location!r}"
-    if not location or "\0" in location or "\\" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+    if len(entries) != len(tensor.external_data):  # readers differ in which one they take
+        raise _Refused(f"{where}, and says a part of it twice")
+    odd = not location.isprintable() or "\\" in location or IN_MEMORY in location
+    if not location or odd or Path(location).is_absolute() or ".." in Path(location).parts:
         raise _Refused(f"{where}, which is no name in the file's own folder")
     path = folder / location
-    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
+    if path.is_symlink() or path.resolve() != folder.resolve() / location:
         raise _Refused(f"{where}, which is a link")
     if not path.is_file():
         raise _Refused(f"{where}, which is missing")
-    try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(size)))
-    except ValueError as error:
-        raise _Refused(f"{where} at an offset that is no number") from error
-    if offset < 0 or length != size or offset + length > path.stat().st_size:
+    found = path.stat()
+    if found.st_nlink > 1:
+        raise _Refused(f"{where}, which has another name elsewhere (a hard link; copy the file)")
+    offset = _number(entries.get("offset", "0"), where)
+    length = _number(entries.get("length", str(found.st_size - offset)), where)
+    if length != size or offset + length > found.st_size:
         raise _Refused(f"{where}, bytes {offset} to {offset + length}: the file or the shape does not fit")
+
+
+def _number(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):  # Python's int also takes signs, spaces and underscores
+        raise _Refused(f"{where} at an offset or of a length that is no number")
+    return int(text)
 
 
 def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder: Path) -> None:
@@ -155,7 +197,9 @@ def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder
     falls = np.flatnonzero(np.diff(neurons) <= 0) + 1
     if not np.isin(falls, offsets).all():
         raise _Refused(f"{name}: an expert's neuron ids do not ascend")
-    top_k, width = attributes.get("top_k", 1), attributes.get("max_width")
+    top_k, width, activation = attributes.get("top_k", 1), attributes.get("max_width"), attributes.get("activation", b"gelu")
+    if activation not in [name.encode() for name in ACTIVATIONS]:
+        raise _Refused(f"{name}: activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise _Refused(f"{name}: top_k {top_k!r} with {experts} experts")
     if width != int(np.diff(offsets).max()):

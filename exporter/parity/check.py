@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.onnx_safety import load_ir
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import SAFETY, BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers
@@ -144,7 +144,7 @@ def check_parity(
     sizes = sorted(set(sizes))
     pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
-        plain = stack.enter_context(copied(ir.load(folder / PORTABLE), folder / PORTABLE, widened))
+        plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(OnnxRunner(plain, threads, provider))
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors
 from exporter.parity.stats import json_safe
@@ -214,7 +214,7 @@ def opened(graph: Path, threads: int | None, provider: str, widen: bool):
         with OnnxRunner(graph, threads, provider) as runner:
             yield runner
         return
-    with copied(ir.load(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
+    with copied(load_ir(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
         yield runner
 
 
