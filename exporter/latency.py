@@ -15,11 +15,10 @@ import numpy as np
 
 from exporter.environment import environment
 from exporter.layer_profile import LayerProfile, profile_layers
-from exporter.onnx_export import DENSE, MANIFEST, PORTABLE
-from exporter.onnx_export import SCHEMA as EXPORT_SCHEMA
+from exporter.manifests import read_export
+from exporter.onnx_export import DENSE, PORTABLE
 from exporter.runners import EngineRunner, OnnxRunner, Runner
 from exporter.verdict import Verdict, judge
-from moee.artifact import read_manifest
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
@@ -130,17 +129,17 @@ def _flood(call: Callable[[], Any], streams: int, seconds: float, clock: Callabl
 def bench(
     export_dir: Path | str, batch: int = 8, runs: int = 40, threads: int | None = None, images: np.ndarray | None = None,
     report: Reporter = silent, *, duration_s: float = 0.0, provider: str = "cpu", engine: Path | str | None = None,
-    cuda_graph: bool = False, streams: int = 2, throughput_s: float = 0.0, profile: bool = False,
+    cuda_graph: bool = False, streams: int = 2, throughput_s: float = 0.0, profile: bool = False, trust_engine: bool = False,
 ) -> LatencyResult:  # fmt: skip
     """Time `dense.onnx` and `portable.onnx` in turn, or the two engines of the folder `engine`.
 
     `images` [B, 3, H, W] float32 should be real ones, since routing depends on them; noise otherwise. `throughput_s` seconds go
     to throughput (0: not measured); `profile` adds the time of every routed layer (ONNX Runtime only). `cuda_graph` replays
-    engines as CUDA graphs. Raises `MissingDependency` for an absent provider, plugin or GPU.
+    engines as CUDA graphs; `trust_engine` as in `EngineRunner`. Raises `MissingDependency` for an absent provider, plugin or GPU.
     """
     if batch < 1 or runs < 1 or duration_s < 0 or streams < 1:
         raise UserError(f"bench: expected batch, runs and streams of at least 1; came {batch}, {runs} and {streams}")
-    manifest = read_manifest(export_dir, MANIFEST, EXPORT_SCHEMA, verify=False)
+    manifest = read_export(export_dir, verify=False)
     precision = manifest.get("precision", "fp32")
     if precision == "bf16" and engine is None and provider == "cpu":
         raise UserError("ONNX Runtime has no bfloat16 kernels on the CPU, so there is nothing to time; use --engine or fp32")
@@ -154,7 +153,7 @@ def bench(
     before = environment()
     with ExitStack() as stack:
         if engine is not None:
-            both: list[Runner] = [_engine_runner(engine, name, cuda_graph) for name in ("dense", "moee")]
+            both: list[Runner] = [_engine_runner(engine, name, cuda_graph, trust_engine) for name in ("dense", "moee")]
         else:
             both = [OnnxRunner(folder / name, threads, provider) for name in (DENSE, PORTABLE)]
         runners = [stack.enter_context(runner) for runner in both]
@@ -190,8 +189,8 @@ def bench(
     )
 
 
-def _engine_runner(folder: Path | str, model: str, cuda_graph: bool) -> EngineRunner:
-    return EngineRunner(folder, model, cuda_graph=cuda_graph)
+def _engine_runner(folder: Path | str, model: str, cuda_graph: bool, trust: bool = False) -> EngineRunner:
+    return EngineRunner(folder, model, cuda_graph=cuda_graph, trust=trust)
 
 
 def _call(runner: Runner, images: np.ndarray) -> Callable[[], Any]:

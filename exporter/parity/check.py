@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.manifests import read_export
+from exporter.onnx_export import PORTABLE, TENSORRT
 from exporter.onnx_safety import load_ir
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import SAFETY, BatchError, batch_error
@@ -24,7 +25,6 @@ from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
-from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
@@ -138,7 +138,7 @@ def check_parity(
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
     """
     folder = Path(export_dir)
-    precision = read_manifest(folder, MANIFEST, SCHEMA, verify=False).get("precision", "fp32")
+    precision = read_export(folder, verify=False).get("precision", "fp32")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
     yard = yardsticks(moee.model, precision, widened)
     sizes = sorted(set(sizes))

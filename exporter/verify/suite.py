@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.manifests import read_engine, read_export
+from exporter.onnx_export import DENSE, PORTABLE, TENSORRT
 from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors
@@ -21,14 +22,13 @@ from exporter.parity.taps import copied
 from exporter.parity.yardsticks import yardsticks
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
-from moee.artifact import read_manifest, sha256_file
+from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
 ACCURACY_BATCH = 16
-ENGINE_MANIFEST, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,17 @@ def verify(
     export_dir: Path | str, moee: MoeeModel, data: ImageSet, *, sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu",
     threads: int | None = None, rtol: float | None = None, atol: float | None = None, max_drop_pp: float | None = None,
     min_route_agreement: float | None = None, images: int | None = 1000, engine: Path | str | None = None,
-    report: Reporter = silent,
+    report: Reporter = silent, trust_engine: bool = False,
 ) -> VerifyResult:  # fmt: skip
-    """Verify an export, and an engine folder if given. `images`: labelled images for accuracy (None: all; 0: none).
+    """Verify an export, and an engine folder if given (`trust_engine`: as in `EngineRunner`). `images`: labelled images for accuracy (None: all; 0: none).
 
     Raises `UserError` for folders that do not belong together, `MissingDependency` for an absent provider, plugin or GPU.
     """
     started = time.perf_counter()
     folder = Path(export_dir)
-    plugin = check_plugin(engine) if engine is not None else None  # before anything long
+    plugin = check_plugin(engine, trust_engine) if engine is not None else None  # before anything long
     if engine is not None and plugin is not None and plugin.passed:
-        with EngineRunner(engine):
+        with EngineRunner(engine, trust=trust_engine):
             pass  # a machine that cannot run it says so now
     parity = check_parity(
         folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
@@ -167,7 +167,7 @@ def verify(
     accuracy = None if reason else _accuracy(folder, moee, data, parity.precision, images, provider, threads, max_drop_pp, report)
     built = None
     if engine is not None and plugin is not None:
-        built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report)
+        built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
     return VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
 
 
@@ -220,17 +220,17 @@ def opened(graph: Path, threads: int | None, provider: str, widen: bool):
 
 def _engine(
     export_dir: Path, folder: Path, plugin: PluginCheck, moee: MoeeModel, data: ImageSet, precision: str, rtol: float | None,
-    atol: float | None, report: Reporter,
+    atol: float | None, report: Reporter, trust: bool = False,
 ) -> EngineParity:  # fmt: skip
     """Run the MoEE engine at its own profile's batch sizes."""
-    manifest = read_manifest(folder, ENGINE_MANIFEST, ENGINE_SCHEMA, verify=False)
+    manifest = read_engine(folder, trust)
     recorded = manifest.get("source_sha256")
-    graph = export_dir / read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)["graphs"]["tensorrt"]
+    graph = export_dir / read_export(export_dir, verify=False).get("graphs", {}).get("tensorrt", TENSORRT)
     same = None if recorded is None else recorded == sha256_file(graph)
     if not plugin.passed:
         return EngineParity(manifest["builder"], plugin, same)
     sizes = sorted({manifest["batch"][k] for k in ("min", "opt", "max")})
-    with EngineRunner(folder) as runner:
+    with EngineRunner(folder, trust=trust) as runner:
         errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report)
         return EngineParity(runner.name, plugin, same, errors)
 
