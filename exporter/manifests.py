@@ -165,7 +165,7 @@ def _assumed(folder: Path) -> dict[str, Any]:
         raise UserError(f"{missing[0]} not found; expected dense.plan and moee.plan, as moee build writes them")
     libraries = sorted(folder.glob("*.so"))
     if len(libraries) > 1:
-        raise UserError(f"{folder} holds {len(libraries)} libraries and no {ENGINE} that says which; leave the plugin's alone there")
+        raise UserError(f"{folder} holds {len(libraries)} libraries and no {ENGINE} that says which; leave the plugin's alone")
     backend = next((name for name, (module, _, _) in BACKENDS.items() if find_spec(module) is not None), "tensorrt")
     plugin = {"file": libraries[0].name, "sha256": sha256_file(libraries[0]), "headers": ""} if libraries else None
     return {

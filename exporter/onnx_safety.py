@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from moee.errors import UserError
-from plugins.contract import ACTIVATIONS, DOMAIN, INPUT_NAMES, OP_TYPE
+from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_RANK = 16
@@ -197,9 +197,7 @@ def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder
     falls = np.flatnonzero(np.diff(neurons) <= 0) + 1
     if not np.isin(falls, offsets).all():
         raise _Refused(f"{name}: an expert's neuron ids do not ascend")
-    top_k, width, activation = attributes.get("top_k", 1), attributes.get("max_width"), attributes.get("activation", b"gelu")
-    if activation not in [name.encode() for name in ACTIVATIONS]:
-        raise _Refused(f"{name}: activation {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    top_k, width = attributes.get("top_k", 1), attributes.get("max_width")
     if not isinstance(top_k, int) or not 1 <= top_k <= experts:
         raise _Refused(f"{name}: top_k {top_k!r} with {experts} experts")
     if width != int(np.diff(offsets).max()):

@@ -165,7 +165,7 @@ def load(path: Path | str) -> MoeeModel:
     path = Path(path)
     manifest = read_manifest(path, MANIFEST, SCHEMA)
     body = checked(Manifest, manifest, path / MANIFEST)
-    records = [checked(ClearRecord if "kind" in item else LayerRecord, item, path / MANIFEST) for item in body.layers]
+    records = [_layer_record(item, path / MANIFEST) for item in body.layers]
     if len({record.name for record in records}) != len(records):
         raise UserError(f"{path / MANIFEST} lists a layer twice; make the artifact again")
     spec, data = body.model, body.data
@@ -183,8 +183,9 @@ def load(path: Path | str) -> MoeeModel:
     for record in records:
         if record.name not in ffns:
             raise UserError(f"{path / MANIFEST} names layer {record.name}, which {spec.timm_name} does not have")
-        rebuild = _rebuild_clear if isinstance(record, ClearRecord) else _rebuild
-        replace_module(model, record.name, rebuild(record, state, ffns[record.name]))
+        ffn = ffns[record.name]
+        rebuilt = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
+        replace_module(model, record.name, rebuilt)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -193,11 +194,15 @@ def load(path: Path | str) -> MoeeModel:
 
 
 def recorded_data(source: str) -> str:
-    """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that would be fetched from a network:
+    """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a network:
     that takes the user's own word."""
     if source.partition("/")[0] in FETCHED and not Path(source).exists():
-        raise UserError(f"the artifact names the dataset {shown(source)}, which may be fetched; say so with --data {shown(source)}")
+        raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
     return source
+
+
+def _layer_record(item: dict[str, Any], path: Path) -> LayerRecord | ClearRecord:
+    return checked(ClearRecord, item, path) if "kind" in item else checked(LayerRecord, item, path)
 
 
 def _check_shares(info: Info, records: list[LayerRecord | ClearRecord], path: Path) -> None:
@@ -206,13 +211,13 @@ def _check_shares(info: Info, records: list[LayerRecord | ClearRecord], path: Pa
         for name, shares in body.shares.items():
             if len(shares) != experts.get(name, len(shares)):
                 raise UserError(
-                    f"{path / MANIFEST}: stage {shown(stage)} has {len(shares)} shares for {shown(name)}, which has {experts[name]} "
-                    "experts; make the artifact again"
+                    f"{path / MANIFEST}: stage {shown(stage)} has {len(shares)} shares for the {experts[name]} experts of "
+                    f"{name}; make the artifact again"
                 )
 
 
 def _probe(path: Path, model: nn.Module) -> Probe | None:
-    """The probe beside the weights, if there is one. Raises `UserError` for one whose tensors do not fit together or the model."""
+    """The probe beside the weights, if there is one. Raises `UserError` if its tensors do not fit together, or the model."""
     if not path.is_file():
         return None
     state = read_safetensors(path)
@@ -273,10 +278,12 @@ def _tensors(name: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Ten
     tensors = {}
     for part, shape in shapes.items():
         tensor = state.get(f"{name}.{part}")
+        if tensor is None or tuple(tensor.shape) != shape:
+            came = "nothing" if tensor is None else list(tensor.shape)
+            raise UserError(f"{WEIGHTS}: {name}.{part} should have shape {list(shape)}, came {came}")
         dtype = torch.int32 if part in ("neurons", "offsets") else torch.float32
-        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            wanted, came = f"{str(dtype).removeprefix('torch.')} {list(shape)}", "nothing" if tensor is None else _described(tensor)
-            raise UserError(f"{WEIGHTS}: {name}.{part} should be {wanted}, came {came}")
+        if tensor.dtype != dtype:
+            raise UserError(f"{WEIGHTS}: {name}.{part} should be {dtype}, came {tensor.dtype}")
         tensors[part] = tensor
     return tensors
 

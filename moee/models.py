@@ -76,7 +76,8 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if not timm.is_model(spec.timm_name):
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
-        raise UserError(f"unknown model {shown(spec.name)}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
+        name = shown(spec.name)
+        raise UserError(f"unknown model {name}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
     kwargs = dict(spec.kwargs)
     forbidden = sorted(kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
@@ -103,7 +104,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
 def _check_hash(path: Path, expected: str | None) -> None:
     """Raises `UserError` if the weights of an artifact's dense model are not those that it was made from any more."""
     if expected is not None and path.is_file() and sha256_file(path) != expected:
-        raise UserError(f"weights {path} have changed since the artifact was made from them; put the old file back or extract again")
+        raise UserError(f"weights {path} have changed since the artifact was made; put the old file back or extract again")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

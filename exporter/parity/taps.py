@@ -91,8 +91,10 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
 
 @contextmanager
 def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
-    """`model`, loaded from `graph`, in a temporary folder with copies of the weight files that it reads. Links will not do: symbolic
-    ones are refused by ONNX Runtime, and a file with a second hard link by every other reader of the export meanwhile."""
+    """`model`, loaded from `graph`, in a temporary folder with copies of the weight files that it reads.
+
+    Links will not do: ONNX Runtime refuses symbolic ones, and other readers of the export a file that has a second hard link.
+    """
     if widen:
         widen_bfloat16(model)
     with tempfile.TemporaryDirectory(prefix="moee-") as folder:

@@ -104,4 +104,5 @@ def _compare(name: str, part: str, value: ir.Value | None, tensor: Tensor, dtype
 def _attributes(name: str, node: ir.Node, layer: RoutedFFN) -> list[WeightProblem]:
     came = {name: a.value for name, a in node.attributes.items()}
     wanted = {"activation": layer.activation, "top_k": layer.top_k, "max_width": layer.max_width}
-    return [WeightProblem(name, k, f"{k} is {came.get(k)!r}, the model's is {v!r}") for k, v in wanted.items() if came.get(k) != v]
+    differ = {k: (came.get(k), v) for k, v in wanted.items() if came.get(k) != v}
+    return [WeightProblem(name, k, f"{k} is {theirs!r}, the model's is {ours!r}") for k, (theirs, ours) in differ.items()]

@@ -175,7 +175,8 @@ class EngineRunner(Runner):
                 raise UserError(f"{self.backend} cannot load the plugin library {library}; run moee build again")
         self.runtime, self.engine = runtime, runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise UserError(f"{self.backend} cannot load {self.model}.plan: built by another version or for another GPU; build it here")
+            plan_file = f"{self.folder / self.model}.plan"
+            raise UserError(f"{self.backend} cannot load {plan_file}: built by another version or for another GPU; build it here")
         self.context = self.engine.create_execution_context()
         return self
 
@@ -189,8 +190,8 @@ class EngineRunner(Runner):
         if hashlib.sha256(plan).hexdigest() != entry["sha256"]:
             if not self.trust:
                 raise UserError(
-                    f"{path} is not the plan that {ENGINE} names; run moee build again (an engine is code; --trust-engine loads it "
-                    "all the same)"
+                    f"{path} is not the plan that {ENGINE} names; run moee build again (an engine is code; --trust-engine loads "
+                    "it all the same)"
                 )
             log.warning("--trust-engine: %s is not the plan that %s names", path, ENGINE)
         return plan

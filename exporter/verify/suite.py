@@ -147,7 +147,8 @@ def verify(
     min_route_agreement: float | None = None, images: int | None = 1000, engine: Path | str | None = None,
     report: Reporter = silent, trust_engine: bool = False,
 ) -> VerifyResult:  # fmt: skip
-    """Verify an export, and an engine folder if given (`trust_engine`: as in `EngineRunner`). `images`: labelled images for accuracy (None: all; 0: none).
+    """Verify an export, and an engine folder if given. `images`: labelled images for accuracy (None: all; 0: none).
+    `trust_engine`: as in `EngineRunner`.
 
     Raises `UserError` for folders that do not belong together, `MissingDependency` for an absent provider, plugin or GPU.
     """

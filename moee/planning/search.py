@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from moee.artifact import read_json, write_json
-from moee.config import ExtractConfig, make_extract_config, validated
+from moee.config import ExtractConfig, make_extract_config
 from moee.convert import Prepared, apply, prepare
 from moee.errors import NothingRouted, OutOfReach
 from moee.pipeline import Session
-from moee.planning.budget import Budget, Point
+from moee.planning.budget import Budget, Point, checked_point
 from moee.progress import Reporter
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ class Planner:
         file = self.store / f"{key}.json"
         if file.is_file():
             stored = read_json(file)
-            return validated(Point, stored) if stored else None
+            return checked_point(stored, file) if stored is not None else None
         try:
             prepared = self.prepare(method)
             model = copy.deepcopy(self.session.dense)

@@ -152,5 +152,5 @@ def test_engines_take_no_graph_from_elsewhere(made, tmp_path):
     for name in ("../dense.onnx", "/dense.onnx", 7, None):
         manifest["graphs"]["dense"] = name
         (folder / "export.json").write_text(json.dumps(manifest))
-        with pytest.raises(UserError, match="expected a file of that folder"):
+        with pytest.raises(UserError, match="expected a file of that folder|should be a valid string"):
             build_engines(folder, tmp_path / "engine", plugin=built.plugin())
