@@ -194,8 +194,8 @@ def load(path: Path | str) -> MoeeModel:
 
 
 def recorded_data(source: str) -> str:
-    """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a network:
-    that takes the user's own word."""
+    """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a
+    network: that takes the user's own word."""
     if source.partition("/")[0] in FETCHED and not Path(source).exists():
         raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
     return source

@@ -101,7 +101,8 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig:
     for key in ("timm_name", "kwargs", "weights_sha256"):
         ours, theirs = getattr(spec, key), getattr(made_for, key)
         if ours != theirs:
-            raise UserError(f"{path} was made for {made_for.name} with {key} {shown(theirs)}, but this model has {shown(ours)}; plan again")
+            came = f"made for {shown(made_for.name, quoted=False)} with {key} {shown(theirs)}"
+            raise UserError(f"{path} was {came}, but this model has {shown(ours)}; plan again")
     config = plan["winner"].get("config")
     if not config:
         raise UserError(f"{path} says that the dense model wins; there is nothing to extract")
