@@ -62,8 +62,6 @@ def read_kernels(kernels_dir: Path) -> dict[str, Any]:
         came = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
         raise UserError(f"{path} has schema {shown(came)}, expected {SCHEMA!r}; build the kernels again")
     checked(Kernels, manifest, path)
-    if len({tactic["id"] for tactic in manifest["tactics"]}) != len(manifest["tactics"]):
-        raise UserError(f"{path} lists a tactic twice; build the kernels again")
     return manifest
 
 

@@ -51,7 +51,7 @@ class Step(Body):
 
 
 class Tactic(Body):
-    id: Count
+    id: Size  # plugins.tables wants them positive and unique
     name: Name
     top_k: Name
     max_d: Size
