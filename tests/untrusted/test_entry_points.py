@@ -63,7 +63,8 @@ GUARDED = {
 FORBIDDEN = {
     "pickle.load", "pickle.loads", "pickle.Unpickler", "torch.jit.load", "torch.package.PackageImporter", "np.load", "numpy.load",
     "joblib.load", "shelve.open", "marshal.loads", "marshal.load", "onnx.load_model", "onnx.load_from_string", "safe_open",
-    "json.load", "yaml.load", "eval", "exec", "onnx.load_external_data_for_model", "ir.serde.deserialize_model", "ctypes.cdll.LoadLibrary",
+    "json.load", "yaml.load", "eval", "exec", "onnx.load_external_data_for_model", "ir.serde.deserialize_model",
+    "ctypes.cdll.LoadLibrary",
 }  # fmt: skip
 
 
