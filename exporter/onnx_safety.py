@@ -23,12 +23,14 @@ import onnx
 import onnx_ir as ir
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
+from moee.artifact import stays_inside
 from moee.errors import UserError
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_RANK = 16
 IN_MEMORY = "_ORT_MEM_ADDR_"  # in a location, ONNX Runtime takes the offset for an address of its own process
+EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 TABLES = {"neurons": 1, "offsets": 1, "w_up": 2, "router": 2}
 
 
@@ -149,14 +151,13 @@ def _check_external(tensor: TensorProto, folder: Path, size: int) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     where = f"tensor {tensor.name!r} has its data in {location!r}"
-    if len(entries) != len(tensor.external_data):  # readers differ in which one they take
-        raise _Refused(f"{where}, and says a part of it twice")
-    odd = not location.isprintable() or "\\" in location or IN_MEMORY in location
-    if not location or odd or Path(location).is_absolute() or ".." in Path(location).parts:
+    if len(entries) != len(tensor.external_data) or entries.keys() - EXTERNAL_KEYS:  # readers differ in which one they take
+        raise _Refused(f"{where}, and says a part of it twice or more than its place")
+    if not location or "\\" in location or IN_MEMORY in location or Path(location).is_absolute() or ".." in Path(location).parts:
         raise _Refused(f"{where}, which is no name in the file's own folder")
     path = folder / location
-    if path.is_symlink() or path.resolve() != folder.resolve() / location:
-        raise _Refused(f"{where}, which is a link")
+    if not stays_inside(folder, location):
+        raise _Refused(f"{where}, which is a link, or no name of a file")
     if not path.is_file():
         raise _Refused(f"{where}, which is missing")
     found = path.stat()
