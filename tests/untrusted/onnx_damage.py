@@ -10,8 +10,8 @@ from onnx import ModelProto
 
 INTEGERS = [-1, 0, 1, 2, 3, 7, 16, 17, 2**31 - 1, 2**31, 2**40, 2**62, -(2**31), -(2**62)]
 TEXTS = [
-    "", "x", "..", "../secret", "/etc/passwd", "moee.data", "dense.data", "link", "a\\b", "moee", "ai.onnx", "com.example", "MoeeFfn",
-    "Loop", "If", "Add", "offset", "length", "location", "16", "-16", "1_6", " 16", "*/_ORT_MEM_ADDR_/*", "y" * 3000,
+    "", "x", "..", "../secret", "/etc/passwd", "moee.data", "dense.data", "link", "a\\b", "moee", "ai.onnx", "com.example",
+    "MoeeFfn", "Loop", "If", "Add", "offset", "length", "location", "16", "-16", "1_6", " 16", "*/_ORT_MEM_ADDR_/*", "y" * 3000,
 ]  # fmt: skip
 
 
