@@ -116,7 +116,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"weights {path} not found; give an existing .safetensors file") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"weights {path} are not valid safetensors ({error}); fetch or convert them again") from error
+        reason = shown(error, quoted=False)
+        raise UserError(f"weights {path} are not valid safetensors ({reason}); fetch or convert them again") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -135,13 +136,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if filter_fn is not None:
             state = filter_fn(state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except Exception as error:  # the filters take names and shapes for granted
+        reason = next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()[:MAX_SHOWN]
         raise UserError(f"weights {path} do not fit {type(model).__name__}: {reason}; check the model's name") from error
     heads = tuple(f"{name}." for name in _classifier_names(model))
     missing = [key for key in missing if not key.startswith(heads)] if heads else missing
     if missing or unexpected:
-        listed = ", ".join([*missing[:MAX_LISTED_KEYS], *unexpected[:MAX_LISTED_KEYS]])
+        listed = ", ".join(shown(key, quoted=False) for key in [*missing[:MAX_LISTED_KEYS], *unexpected[:MAX_LISTED_KEYS]])
         raise UserError(
             f"weights {path} do not fit {type(model).__name__}: {len(missing)} tensors missing, "
             f"{len(unexpected)} unexpected ({listed}); check the model's name and arguments"

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing: `python -m tests.untrusted.atheris_targets TARGET FOLDER [libFuzzer options]`.
 
-FOLDER holds `model` and `export` as the fixture `made` writes them; the targets work on copies. An input loads or is refused in one
-sentence; any other exception ends the run with a report and a code other than 0.
+FOLDER holds `model` and `export` as the fixture `made` writes them; the targets work on copies. An input loads or is refused in
+one sentence; any other exception ends the run with a report and a code other than 0.
 """
 
 from __future__ import annotations
@@ -74,11 +74,13 @@ def graph(folder: Path) -> Target:
 TARGETS: dict[str, Callable[[Path], Target]] = {"manifest": manifest, "plan": plan, "checkpoint": weights, "onnx": graph}
 
 
-VALUES = [None, True, -1, 0, 1, 2**70, 1e308, float("nan"), "", "..", "/etc/passwd", "x" * 2000, "\x1b[2J", [], {}, [[[[]]]], [0] * 500]
+VALUES = [
+    None, True, -1, 0, 1, 2**70, 1e308, float("nan"), "", "..", "/etc/passwd", "x" * 2000, "\x1b[2J", [], {}, [[[[]]]], [0] * 500,
+]  # fmt: skip
 
 
 def mutate_json(data: bytes, max_size: int, seed: int) -> bytes:
-    """Half of the time a value of the JSON is replaced or left out, so that inputs stay readable; else bytes, as libFuzzer does."""
+    """Half of the time a value of the JSON is replaced, so that inputs stay readable; else bytes are, as libFuzzer does."""
     source = random.Random(seed)
     try:
         body = json.loads(data) if source.random() < 0.5 else None

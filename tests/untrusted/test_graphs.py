@@ -245,6 +245,20 @@ def test_engines_are_built_from_checked_graphs_alone(made, tmp_path, graph):
     assert not (tmp_path / "engine").exists() and not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize("name", ["output\ncustom-lib-path=/evil.so", "a b", "$(id)", "x" * 300, "\u202e"])
+def test_names_that_would_be_written_into_configurations(made, tmp_path, name):
+    """DeepStream's configuration is a line a setting: a name with a line break could name a library to open."""
+    folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
+    model = onnx.load(folder / "tensorrt.onnx", load_external_data=False)
+    old = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = [name if value == old else value for value in node.output]
+    model.graph.output[0].name = name
+    onnx.save(model, folder / "tensorrt.onnx")
+    with pytest.raises(UserError, match="holds more than letters, digits"):
+        graph_tensors(folder / "tensorrt.onnx")
+
+
 @needs_rtx
 def test_engines_take_no_graph_from_elsewhere(made, tmp_path):
     folder = Path(shutil.copytree(made / "export", tmp_path / "export"))

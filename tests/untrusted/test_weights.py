@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from moee import checkpoint
 from moee.artifact import sha256_file
 from moee.errors import UserError
-from moee.models import read_safetensors
+from moee.models import load_model, load_weights, read_safetensors
+from tests.conftest import tiny_spec
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
 from tests.untrusted.tables import TABLE_DAMAGE
 
@@ -86,6 +87,10 @@ def test_expert_tables_of_a_checkpoint(made, tmp_path, change):
     assert not accepts_or_refuses(checkpoint.load, folder)
 
 
+TYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool,
+    torch.complex64,
+]  # fmt: skip
 PROBES = [
     {}, {"weight": (3, 32)}, {"weight": (3, 32), "bias": (4,)}, {"weight": (3,), "bias": (3,)},
     {"weight": (0, 32), "bias": (0,)}, {"weight": (3, 31), "bias": (3,)},
@@ -135,34 +140,55 @@ def test_tensors_of_another_type(made, tmp_path, dtype, tensor):
         checkpoint.load(folder)
 
 
+def change_of(state):
+    """Strategy: (tensor, kind of change, seed) for `tampered`."""
+    return st.tuples(st.sampled_from(sorted(state)), st.integers(0, 6), st.integers(0, 2**32))
+
+
+def tampered(state: dict[str, torch.Tensor], changes) -> dict[str, torch.Tensor]:
+    """A copy with tensors left out, renamed, or of another type, shape or value."""
+    changed = dict(state)
+    for name, kind, seed in changes:
+        source = random.Random(seed)
+        tensor = changed.pop(name, state[name]).clone()
+        if kind == 0:
+            continue  # left out
+        if kind == 1:
+            tensor = tensor.to(source.choice(TYPES))
+        elif kind == 2:
+            tensor = torch.zeros([source.randrange(4) for _ in range(source.randrange(4))], dtype=tensor.dtype)
+        elif kind == 3:
+            tensor = tensor.flatten()[: source.randrange(tensor.numel() + 1)].clone()
+        elif kind == 4 and tensor.numel():
+            tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([-1, 0, 7, 1000])
+        elif kind == 5 and tensor.is_floating_point() and tensor.numel():
+            tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([float("nan"), float("inf"), -1e4])
+        changed[name if kind != 6 else source.choice(["x", "", "a" * 300, "blocks.0.mlp.fc1.weight"])] = tensor.contiguous()
+    return changed
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_weights_of_a_dense_model_with_any_tensor_changed(tmp_path, count):
+    """`--weights`: timm's own filters take names and shapes for granted."""
+    torch.manual_seed(0)
+    model = load_model(tiny_spec(depth=1))
+    state, path = {name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "w.safetensors"
+
+    @fuzz(count, st.lists(change_of(state), min_size=1, max_size=3))
+    def check(changes):
+        save_file(tampered(state, changes), path)
+        accepts_or_refuses(load_weights, model, path)
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_checkpoints_with_any_tensor_changed(made, tmp_path, count):
     """The hash is right again, so everything behind it must hold by itself: names, types, shapes and values."""
     folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
     manifest, state = json.loads((folder / "moee.json").read_text()), load_file(folder / "model.safetensors")
-    types = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool]
 
-    change = st.tuples(st.sampled_from(sorted(state)), st.integers(0, 6), st.integers(0, 2**32))
-
-    @fuzz(count, st.lists(change, min_size=1, max_size=3))
+    @fuzz(count, st.lists(change_of(state), min_size=1, max_size=3))
     def check(changes):
-        changed = dict(state)
-        for name, kind, seed in changes:
-            source = random.Random(seed)
-            tensor = changed.pop(name, state[name]).clone()
-            if kind == 0:
-                continue  # left out
-            if kind == 1:
-                tensor = tensor.to(source.choice(types))
-            elif kind == 2:
-                tensor = torch.zeros([source.randrange(4) for _ in range(source.randrange(4))], dtype=tensor.dtype)
-            elif kind == 3:
-                tensor = tensor.flatten()[: source.randrange(tensor.numel() + 1)].clone()
-            elif kind == 4:
-                tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([-1, 0, 2**31 - 1, -(2**31), 7])
-            elif kind == 5 and tensor.is_floating_point():
-                tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([float("nan"), float("inf"), -1e38])
-            changed[name if kind != 6 else source.choice(["x", "", "a" * 300, "blocks.0.mlp.fc1.weight"])] = tensor.contiguous()
+        changed = tampered(state, changes)
         save_file(changed, folder / "model.safetensors")
         manifest["files"]["model.safetensors"] = sha256_file(folder / "model.safetensors")
         (folder / "moee.json").write_text(json.dumps(manifest))
