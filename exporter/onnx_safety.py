@@ -4,8 +4,8 @@
 2. External data: a relative name in the file's own folder, an ordinary file and no symbolic or hard link, each key once, offset
    and length within the file and equal to the tensor's size.
 3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says; no sparse tensors.
-4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, each input made before it is used (hence no cycle), no
-   name made twice.
+4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, no loops or branches, each input made before it is
+   used (hence no cycle), no name made twice.
 5. `MoeeFfn`: inputs, top_k and max_width as the contract says (the plugin itself checks the rest), offsets rising from 0
    to the number of neurons, neuron ids ascending within the store.
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import AttributeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from moee.artifact import stays_inside
 from moee.errors import UserError
@@ -78,10 +78,10 @@ def _check(model: onnx.ModelProto, folder: Path) -> None:
             raise _Refused(f"it needs operators of {opset.domain!r}")
     rules = onnx.checker.C.CheckerContext()
     rules.ir_version, rules.opset_imports = model.ir_version, {opset.domain: opset.version for opset in model.opset_import}
-    _check_graph(model.graph, folder, set(), rules)
+    _check_graph(model.graph, folder, rules)
 
 
-def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str], rules: Any) -> None:
+def _check_graph(graph: onnx.GraphProto, folder: Path, rules: Any) -> None:
     if graph.sparse_initializer:
         raise _Refused("it holds sparse tensors")
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -89,7 +89,7 @@ def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str], rules: A
         raise _Refused("an initialiser stands twice")
     for tensor in graph.initializer:
         _check_tensor(tensor, folder)
-    known = outer | set(tensors) | {value.name for value in graph.input}
+    known = set(tensors) | {value.name for value in graph.input}
     for node in graph.node:
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
             raise _Refused(f"operator {node.domain}::{node.op_type} is unknown")
@@ -99,13 +99,13 @@ def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str], rules: A
         for attribute in node.attribute:
             if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
                 raise _Refused("it holds sparse tensors")
+            if attribute.graphs or attribute.HasField("g"):
+                raise _Refused(f"node {node.name!r} holds a graph of its own (a loop or a branch), which no export has")
             for tensor in [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]:
                 _check_tensor(tensor, folder)
-            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                _check_graph(inner, folder, known, rules)
         if node.op_type == OP_TYPE:
             _check_experts(node, tensors, folder)
-        elif not any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
+        else:
             _check_schema(node, rules)
         made = [name for name in node.output if name]
         if len(set(made)) != len(made) or known & set(made):

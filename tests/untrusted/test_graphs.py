@@ -126,6 +126,8 @@ NODES = {
     "too many inputs": [NODE("Neg", ["x", "w"], ["y"])],
     "a sparse tensor": [NODE("Constant", [], ["c"], sparse_value=helper.make_sparse_tensor(
         helper.make_tensor("v", 1, [1], [1.0]), helper.make_tensor("i", 7, [1], [0]), [4])), NODE("Add", ["x", "c"], ["y"])],
+    "a loop": [NODE("Loop", ["", "", "x"], ["y"], body=helper.make_graph([], "b", [], []))],
+    "a branch": [NODE("If", ["x"], ["y"], then_branch=helper.make_graph([], "b", [], []))],
     "a hidden tensor": [NODE("Constant", [], ["c"], value=external("../secret")), NODE("Add", ["x", "w"], ["y"])],
 }
 
