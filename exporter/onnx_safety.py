@@ -25,10 +25,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moee.artifact import stays_inside
 from moee.errors import UserError
+from moee.schema import shown
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_RANK = 16
+MAX_REASON = 500  # characters
 IN_MEMORY = "_ORT_MEM_ADDR_"  # in a location, ONNX Runtime takes the offset for an address of its own process
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 TABLES = {"neurons": 1, "offsets": 1, "w_up": 2, "router": 2}
@@ -47,12 +49,11 @@ def check_onnx(path: Path | str) -> onnx.ModelProto:
         model = onnx.load(str(path), load_external_data=False)
         _check(model, path.parent)
     except _Refused as error:
-        raise UserError(f"{path} is refused: {error}; export it again, or do not use it") from error
+        raise UserError(f"{path} is refused: {_reason(error)}; export it again, or do not use it") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); export it again") from error
     except Exception as error:  # protobuf's decode errors share no base class with onnx's own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a readable ONNX file ({reason or type(error).__name__}); export it again") from error
+        raise UserError(f"{path} is not a readable ONNX file ({_reason(error)}); export it again") from error
     return model
 
 
@@ -62,8 +63,12 @@ def load_ir(path: Path | str) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # onnx_ir raises many kinds for what it cannot represent
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be taken apart ({reason or type(error).__name__}); export it again") from error
+        raise UserError(f"{path} cannot be taken apart ({_reason(error)}); export it again") from error
+
+
+def _reason(error: Exception) -> str:
+    """It quotes names from the file, which may hold anything."""
+    return shown(" ".join(str(error).split()) or type(error).__name__, quoted=False, limit=MAX_REASON)
 
 
 def _check(model: onnx.ModelProto, folder: Path) -> None:
@@ -121,7 +126,7 @@ def _check_schema(node: onnx.NodeProto, rules: Any) -> None:
     try:
         onnx.checker.check_node(node, rules)
     except onnx.checker.ValidationError as error:
-        raise _Refused(f"node {node.name!r}: {' '.join(str(error).split())[:200]}") from error
+        raise _Refused(f"node {node.name!r}: {error}") from error
 
 
 def _element_bits(tensor: TensorProto) -> int:

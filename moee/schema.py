@@ -78,10 +78,10 @@ def checked(kind: type[Model], body: Any, path: Path | str) -> Model:
         raise UserError(f"{path}: {shown(where, quoted=False)}: {reason}{came}; make it again") from error
 
 
-def shown(value: Any, quoted: bool = True) -> str:
+def shown(value: Any, quoted: bool = True, limit: int = MAX_SHOWN) -> str:
     """A value from a file as a message may show it: short, on one line, without control characters."""
     text = repr(value) if quoted else "".join(c if c.isprintable() else "?" for c in str(value))
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def parse_json(path: Path) -> Any:

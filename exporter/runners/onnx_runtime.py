@@ -15,6 +15,7 @@ import onnxruntime as ort
 from exporter.onnx_safety import check_onnx
 from exporter.runners.base import Runner
 from moee.errors import MissingDependency, UserError
+from moee.schema import shown
 
 # name on the command line: ONNX Runtime's name, label in results, what it needs
 PROVIDERS = {
@@ -100,7 +101,7 @@ class OnnxRunner(Runner):
 
 
 def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+    return shown(next(iter(str(error).splitlines()), type(error).__name__), quoted=False)
 
 
 def provider_works(provider: str) -> bool:
