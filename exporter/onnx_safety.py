@@ -4,8 +4,8 @@
 2. External data: a relative name in the file's own folder, an ordinary file and no symbolic or hard link, each key once, offset
    and length within the file and equal to the tensor's size.
 3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says; no sparse tensors.
-4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, no loops or branches, each input made before it is
-   used (hence no cycle), no name made twice.
+4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, no loops, each input made before it is used (hence no
+   cycle), no name made twice.
 5. `MoeeFfn`: inputs, top_k and max_width as the contract says (the plugin itself checks the rest), offsets rising from 0
    to the number of neurons, neuron ids ascending within the store.
 
@@ -30,6 +30,8 @@ from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_RANK = 16
+MAX_NESTING = 4  # of branches
+BRANCH = "If"
 MAX_REASON = 500  # characters
 IN_MEMORY = "_ORT_MEM_ADDR_"  # in a location, ONNX Runtime takes the offset for an address of its own process
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
@@ -83,10 +85,13 @@ def _check(model: onnx.ModelProto, folder: Path) -> None:
             raise _Refused(f"it needs operators of {opset.domain!r}")
     rules = onnx.checker.C.CheckerContext()
     rules.ir_version, rules.opset_imports = model.ir_version, {opset.domain: opset.version for opset in model.opset_import}
-    _check_graph(model.graph, folder, rules)
+    _check_graph(model.graph, folder, rules, [])
 
 
-def _check_graph(graph: onnx.GraphProto, folder: Path, rules: Any) -> None:
+def _check_graph(graph: onnx.GraphProto, folder: Path, rules: Any, outer: list[set[str]]) -> None:
+    """`outer` are the names that the graphs around this one have made so far; branches see them."""
+    if len(outer) > MAX_NESTING:
+        raise _Refused("its branches nest too deep")
     if graph.sparse_initializer:
         raise _Refused("it holds sparse tensors")
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -98,25 +103,27 @@ def _check_graph(graph: onnx.GraphProto, folder: Path, rules: Any) -> None:
     for node in graph.node:
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
             raise _Refused(f"operator {node.domain}::{node.op_type} is unknown")
-        missing = [name for name in node.input if name and name not in known]
+        missing = [name for name in node.input if name and not any(name in scope for scope in (known, *outer))]
         if missing:
             raise _Refused(f"node {node.name!r} uses {missing[0]!r} before it is made")
         for attribute in node.attribute:
             if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
                 raise _Refused("it holds sparse tensors")
-            if attribute.graphs or attribute.HasField("g"):
-                raise _Refused(f"node {node.name!r} holds a graph of its own (a loop or a branch), which no export has")
+            if attribute.graphs or (attribute.HasField("g") and node.op_type != BRANCH):
+                raise _Refused(f"node {node.name!r} is a loop, which no export has")
+            if attribute.HasField("g"):
+                _check_graph(attribute.g, folder, rules, [*outer, known])
             for tensor in [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]:
                 _check_tensor(tensor, folder)
         if node.op_type == OP_TYPE:
             _check_experts(node, tensors, folder)
-        else:
+        elif node.op_type != BRANCH or len(node.attribute) != 2 or not all(a.HasField("g") for a in node.attribute):
             _check_schema(node, rules)
         made = [name for name in node.output if name]
-        if len(set(made)) != len(made) or known & set(made):
+        if len(set(made)) != len(made) or any(name in scope for scope in (known, *outer) for name in made):
             raise _Refused(f"node {node.name!r} makes a value that exists already")
         known |= set(made)
-    unmade = [value.name for value in graph.output if value.name not in known]
+    unmade = [value.name for value in graph.output if not any(value.name in scope for scope in (known, *outer))]
     if unmade:
         raise _Refused(f"output {unmade[0]!r} is never made")
 

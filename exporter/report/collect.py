@@ -107,7 +107,8 @@ def _read(path: Path, sources: Sources, verify: bool) -> None:
         sources.problems.append(str(error))
         return
     if int(number) > KINDS[kind][0]:
-        sources.problems.append(f"{path} has schema {shown(schema, quoted=False)}, newer than this report reads; its figures are left out")
+        newer = shown(schema, quoted=False)
+        sources.problems.append(f"{path} has schema {newer}, newer than this report reads; its figures are left out")
     sources.all.append(Artifact(kind, int(number), path, body, _check_hashes(path, body) if verify else "not checked"))
 
 

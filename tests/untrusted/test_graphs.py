@@ -114,6 +114,25 @@ def test_honest_external_data_is_accepted(graphs):
 
 W = numpy_helper.from_array(np.zeros(4, np.float32), "w")
 NODE = helper.make_node
+
+
+def branch(*nodes):
+    """An If that takes `nodes`, which make r, either way."""
+    value = helper.make_tensor_value_info("r", TensorProto.FLOAT, [4])
+    sides = {f"{side}_branch": helper.make_graph(list(nodes), side, [], [value]) for side in ("then", "else")}
+    return NODE("If", ["x"], ["y"], **sides)
+
+
+def test_an_honest_branch_is_accepted(graphs):
+    check_onnx(graph_with(W, graphs, [branch(NODE("Add", ["x", "w"], ["r"]))]))
+    nested = branch(NODE("Neg", ["x"], ["r"]))
+    for _ in range(6):
+        nested.output[:] = ["r"]
+        nested = branch(nested)
+    with pytest.raises(UserError, match="nest too deep|exists already"):
+        check_onnx(graph_with(W, graphs, [nested]))
+
+
 NODES = {
     "a cycle": [NODE("Add", ["x", "b"], ["a"]), NODE("Add", ["a", "w"], ["b"]), NODE("Neg", ["a"], ["y"])],
     "an unknown operator": [NODE("Evil", ["x", "w"], ["y"], domain="com.example")],
@@ -127,7 +146,11 @@ NODES = {
     "a sparse tensor": [NODE("Constant", [], ["c"], sparse_value=helper.make_sparse_tensor(
         helper.make_tensor("v", 1, [1], [1.0]), helper.make_tensor("i", 7, [1], [0]), [4])), NODE("Add", ["x", "c"], ["y"])],
     "a loop": [NODE("Loop", ["", "", "x"], ["y"], body=helper.make_graph([], "b", [], []))],
-    "a branch": [NODE("If", ["x"], ["y"], then_branch=helper.make_graph([], "b", [], []))],
+    "a branch with one side": [NODE("If", ["x"], ["y"], then_branch=helper.make_graph([], "b", [], []))],
+    "a branch that uses what comes later": [branch(NODE("Neg", ["late"], ["r"])), NODE("Neg", ["x"], ["late"])],
+    "a branch that hides a tensor": [branch(NODE("Constant", [], ["r"], value=external("../secret")))],
+    "a branch with a loop in it": [branch(NODE("Loop", ["", "", "x"], ["r"], body=helper.make_graph([], "b", [], [])))],
+    "a branch that makes a name again": [NODE("Neg", ["x"], ["r"]), branch(NODE("Neg", ["x"], ["r"]))],
     "a hidden tensor": [NODE("Constant", [], ["c"], value=external("../secret")), NODE("Add", ["x", "w"], ["y"])],
 }
 
