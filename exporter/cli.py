@@ -39,6 +39,7 @@ from exporter.commands import (
 from moee import __version__
 from moee.errors import MissingDependency, StepFailed, UserError
 
+MAX_SENTENCE = 2000  # characters
 COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
     ablate_clear, doctor, demo,
@@ -56,6 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def sentence(error: Exception) -> str:
+    """An error as one line. It may quote a file from someone else: what would control the terminal is not passed on."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    return text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]}..."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     # before torch is imported: OpenMP threads that spin at barriers slow a shared machine down about fivefold
@@ -69,17 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if args.debug:
             raise
-        errors.print(f"moee: {error}")
+        errors.print(f"moee: {sentence(error)}")
         return BAD_INPUT
     except MissingDependency as error:
         if args.debug:
             raise
-        errors.print(f"moee: {error}")
+        errors.print(f"moee: {sentence(error)}")
         return ENVIRONMENT
     except StepFailed as error:
         if args.debug:
             raise
-        errors.print(f"moee: {' '.join(str(error).split())}")
+        errors.print(f"moee: {sentence(error)}")
         return GATE_FAILED
     except KeyboardInterrupt:
         errors.print("moee: interrupted; earlier results are as they were")

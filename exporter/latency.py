@@ -13,18 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from exporter.engine import SCHEMA as ENGINE_SCHEMA
 from exporter.environment import environment
 from exporter.layer_profile import LayerProfile, profile_layers
-from exporter.onnx_export import DENSE, MANIFEST, PORTABLE
-from exporter.onnx_export import SCHEMA as EXPORT_SCHEMA
+from exporter.manifests import read_engine, read_export
+from exporter.onnx_export import DENSE, PORTABLE
 from exporter.runners import EngineRunner, OnnxRunner, Runner
 from exporter.verdict import Verdict, judge
-from moee.artifact import read_manifest, sha256_file
+from moee.artifact import sha256_file
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
-ENGINE_MANIFEST = "engine.json"
 WARM_UP = 5
 THROUGHPUT_BLOCKS = 6  # a model, alternating
 PERCENTILES = (50, 90, 95, 99)
@@ -137,17 +135,18 @@ def bench(
     export_dir: Path | str, batch: int = 8, runs: int = 40, threads: int | None = None, images: np.ndarray | None = None,
     report: Reporter = silent, *, duration_s: float = 0.0, provider: str = "cpu", engine: Path | str | None = None,
     cuda_graph: bool = False, streams: int = 2, throughput_s: float = 0.0, profile: bool = False, named: str = "given",
+    trust_engine: bool = False,
 ) -> LatencyResult:  # fmt: skip
     """Time `dense.onnx` and `portable.onnx` in turn, or the two engines of the folder `engine`.
 
     `images` [B, 3, H, W] float32 should be real ones, since routing depends on them; noise otherwise. `named` says for the
     record what they are. `throughput_s` seconds go
     to throughput (0: not measured); `profile` adds the time of every routed layer (ONNX Runtime only). `cuda_graph` replays
-    engines as CUDA graphs. Raises `MissingDependency` for an absent provider, plugin or GPU.
+    engines as CUDA graphs; `trust_engine` as in `EngineRunner`. Raises `MissingDependency` for an absent provider, plugin or GPU.
     """
     if batch < 1 or runs < 1 or duration_s < 0 or streams < 1:
         raise UserError(f"bench: expected batch, runs and streams of at least 1; came {batch}, {runs} and {streams}")
-    manifest = read_manifest(export_dir, MANIFEST, EXPORT_SCHEMA, verify=False)
+    manifest = read_export(export_dir, verify=False)
     precision = manifest.get("precision", "fp32")
     if precision == "bf16" and engine is None and provider == "cpu":
         raise UserError("ONNX Runtime has no bfloat16 kernels on the CPU, so there is nothing to time; use --engine or fp32")
@@ -160,11 +159,11 @@ def bench(
     threads = threads or os.cpu_count() or 1
     folder = Path(export_dir)
     if engine is not None:
-        _require_same_export(folder / manifest["graphs"]["tensorrt"], Path(engine))
+        _require_same_export(folder / manifest["graphs"]["tensorrt"], Path(engine), trust_engine)
     before = environment()
     with ExitStack() as stack:
         if engine is not None:
-            both: list[Runner] = [_engine_runner(engine, name, cuda_graph) for name in ("dense", "moee")]
+            both: list[Runner] = [_engine_runner(engine, name, cuda_graph, trust_engine) for name in ("dense", "moee")]
         else:
             both = [OnnxRunner(folder / name, threads, provider) for name in (DENSE, PORTABLE)]
         runners = [stack.enter_context(runner) for runner in both]
@@ -202,15 +201,15 @@ def bench(
     )
 
 
-def _require_same_export(graph: Path, engine: Path) -> None:
+def _require_same_export(graph: Path, engine: Path, trust: bool) -> None:
     """Raises `UserError` if the engine was built from another graph: figures of the two must not be mixed."""
-    recorded = read_manifest(engine, ENGINE_MANIFEST, ENGINE_SCHEMA, verify=False).get("source_sha256")
+    recorded = read_engine(engine, trust).get("source_sha256")
     if recorded is not None and recorded != sha256_file(graph):
         raise UserError(f"{engine} was built from another export than {graph.parent}; run moee build again")
 
 
-def _engine_runner(folder: Path | str, model: str, cuda_graph: bool) -> EngineRunner:
-    return EngineRunner(folder, model, cuda_graph=cuda_graph)
+def _engine_runner(folder: Path | str, model: str, cuda_graph: bool, trust: bool = False) -> EngineRunner:
+    return EngineRunner(folder, model, cuda_graph=cuda_graph, trust=trust)
 
 
 def _call(runner: Runner, images: np.ndarray) -> Callable[[], Any]:

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moee.artifact import read_json, sha256_file, write_json
+from moee.artifact import sha256_file, write_json
 from moee.config import FinetuneConfig
 from moee.data import Batch, ImageSet, batches
 from moee.errors import UserError
 from moee.evaluate import run
+from moee.finetune_state import SCHEMA, read_state, read_tensors
 from moee.layer import routed_layers
 from moee.models import channels_last
 from moee.progress import Reporter, silent
@@ -169,7 +170,7 @@ def _store(folder: Path, epoch: int, identity: dict, trainable, best, optimiser,
     losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss, "best_epoch": result.best_epoch}
     write_json(
         folder / STATE,
-        {"schema": "moee.finetune/1", "epoch": epoch, "identity": identity, "file": path.name,
+        {"schema": SCHEMA, "epoch": epoch, "identity": identity, "file": path.name,
          "sha256": sha256_file(path), "step": float(next(iter(optimiser.state.values()))["step"]), **losses},
     )  # fmt: skip
     for old in folder.glob(TENSORS.format(epoch="*")):
@@ -180,17 +181,14 @@ def _store(folder: Path, epoch: int, identity: dict, trainable, best, optimiser,
 def _restore(folder: Path, identity: dict, trainable, optimiser) -> tuple[int, dict[str, Tensor], FinetuneResult] | None:
     if not (folder / STATE).is_file():
         return None
-    state = read_json(folder / STATE)
+    state = read_state(folder / STATE)
     for key, ours in identity.items():
         if state["identity"].get(key) != ours:
             raise UserError(
                 f"{folder} holds an interrupted run with another {key} ({state['identity'].get(key)!r}, now {ours!r}); "
                 "finish that one or remove the folder"
             )
-    path = folder / Path(state["file"]).name
-    if not path.is_file() or sha256_file(path) != state["sha256"]:
-        raise UserError(f"{path} is missing or changed; remove {folder} to start the fine-tuning again")
-    tensors = load_file(path)
+    tensors = read_tensors(folder, state, trainable)
     best = {}
     with torch.no_grad():
         for name, parameter in trainable.items():

@@ -124,7 +124,7 @@ def run_finetune(
     if source is not None and session is None and source != moee.data and moee.probe is not None:
         raise UserError(f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}")
     seed = moee.config.seed if moee.config else 0
-    session = session or Session(moee.spec, source or moee.data, seed, report)
+    session = session or Session(moee.spec, source or checkpoint.recorded_data(moee.data), seed, report)
     resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
     result = finetune(moee.model, session.dense, session.train, config, report, resume, session.train_outputs.features)

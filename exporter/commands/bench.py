@@ -23,6 +23,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
+    sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
     sub.add_argument("--batch", type=int, default=8)
     sub.add_argument("--runs", "--iterations", type=int, default=40, help="pairs of runs, at least (40)")
@@ -39,12 +40,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.latency import bench
-    from exporter.onnx_export import MANIFEST, SCHEMA
-    from moee.artifact import read_manifest, write_json
+    from exporter.manifests import read_export
+    from moee.artifact import write_json
     from moee.data import batches
     from moee.errors import UserError
 
-    manifest = read_manifest(args.path, MANIFEST, SCHEMA)
+    manifest = read_export(args.path)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         result = bench(
             args.path, args.batch, args.runs, args.threads, images, report, duration_s=args.duration, provider=args.provider,
             engine=args.engine, cuda_graph=args.cuda_graph, streams=args.streams, throughput_s=args.throughput,
-            profile=args.profile, named=data.name if data is not None else "noise",
+            profile=args.profile, named=data.name if data is not None else "noise", trust_engine=args.trust_engine,
         )  # fmt: skip
     if data is None:
         said = f"on noise: the data {manifest['data']!r} cannot be read here"

@@ -30,11 +30,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.onnx_export import MANIFEST, SCHEMA, export, read_quantization
+    from exporter.manifests import read_export
+    from exporter.onnx_export import export, read_quantization
     from exporter.precision import INT8, dtype_of
     from exporter.quantization import CALIBRATION_IMAGES
     from moee import checkpoint
-    from moee.artifact import read_manifest, refuse_existing
+    from moee.artifact import refuse_existing
     from moee.data import load_data, model_transform
 
     dtype_of(args.precision)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             calibration_images=images,
         )  # fmt: skip
     console.print(f"dense.onnx, portable.onnx and tensorrt.onnx written to {args.out}")
-    manifest = read_manifest(args.out, MANIFEST, SCHEMA, verify=False)
+    manifest = read_export(args.out, verify=False)
     for name in ("dense", "moee"):
         q = read_quantization(manifest, name)
         if q is not None:

@@ -24,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
+    sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--model", help="artifact it was exported from (default: the one its manifest names)")
     sub.add_argument("--data", help="default: the data it was extracted on")
     sub.add_argument("--images", type=int, default=1000, help="labelled images for accuracy, 0 for none (1000)")
@@ -42,14 +43,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.onnx_export import MANIFEST, SCHEMA
+    from exporter.manifests import read_export
     from exporter.profile import batch_profile
     from exporter.verify import verify
     from moee import checkpoint
-    from moee.artifact import read_manifest, refuse_existing
+    from moee.artifact import refuse_existing
+    from moee.checkpoint import recorded_data
     from moee.data import load_data, model_transform
 
-    manifest = read_manifest(args.path, MANIFEST, SCHEMA)
+    manifest = read_export(args.path)
     if args.out and not args.out.endswith(".json"):
         refuse_existing(Path(args.out), args.force)
     source = Path(args.model) if args.model else Path(args.path) / manifest["source"] if manifest["source"] else None
@@ -60,10 +62,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report, _error_report(args):
         moee = checkpoint.load(source)
-        data = load_data(args.data or manifest["data"], model_transform(moee.model), "val")
+        data = load_data(args.data or recorded_data(manifest["data"]), model_transform(moee.model), "val")
         result = verify(
             args.path, moee, data, sizes=sizes, provider=args.provider, threads=args.threads, rtol=args.rtol, atol=args.atol,
             max_drop_pp=args.max_drop, min_route_agreement=args.min_route_agreement, images=args.images, engine=args.engine,
+            trust_engine=args.trust_engine,
             report=report,
         )  # fmt: skip
     _show(console, result, args.bisect)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT, read_quantization
+from exporter.manifests import read_export
+from exporter.onnx_export import PORTABLE, TENSORRT, read_quantization
+from exporter.onnx_safety import load_ir
 from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import BatchError, batch_error
@@ -25,7 +26,6 @@ from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
-from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
@@ -143,14 +143,14 @@ def check_parity(
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
     """
     folder = Path(export_dir)
-    manifest = read_manifest(folder, MANIFEST, SCHEMA, verify=False)
+    manifest = read_export(folder, verify=False)
     precision, int8 = manifest.get("precision", "fp32"), read_quantization(manifest, "moee")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
     yard = yardsticks(moee.model, precision, widened, int8)
     sizes = sorted(set(sizes))
     pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
-        plain = stack.enter_context(copied(ir.load(folder / PORTABLE), folder / PORTABLE, widened))
+        plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(OnnxRunner(plain, threads, provider))
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, REFERENCE, SCHEMA, TENSORRT, read_quantization
+from exporter.manifests import read_engine, read_export
+from exporter.onnx_export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quantization
+from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors
 from exporter.parity.stats import json_safe
@@ -23,14 +24,13 @@ from exporter.precision import INT8
 from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
-from moee.artifact import read_manifest, sha256_file
+from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
 ACCURACY_BATCH = 16
-ENGINE_MANIFEST, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,18 @@ def verify(
     export_dir: Path | str, moee: MoeeModel, data: ImageSet, *, sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu",
     threads: int | None = None, rtol: float | None = None, atol: float | None = None, max_drop_pp: float | None = None,
     min_route_agreement: float | None = None, images: int | None = 1000, engine: Path | str | None = None,
-    report: Reporter = silent,
+    report: Reporter = silent, trust_engine: bool = False,
 ) -> VerifyResult:  # fmt: skip
     """Verify an export, and an engine folder if given. `images`: labelled images for accuracy (None: all; 0: none).
+    `trust_engine`: as in `EngineRunner`.
 
     Raises `UserError` for folders that do not belong together, `MissingDependency` for an absent provider, plugin or GPU.
     """
     started = time.perf_counter()
     folder = Path(export_dir)
-    plugin = check_plugin(engine) if engine is not None else None  # before anything long
+    plugin = check_plugin(engine, trust_engine) if engine is not None else None  # before anything long
     if engine is not None and plugin is not None and plugin.passed:
-        with EngineRunner(engine):
+        with EngineRunner(engine, trust=trust_engine):
             pass  # a machine that cannot run it says so now
     parity = check_parity(
         folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
@@ -171,7 +172,7 @@ def verify(
     accuracy = None if reason else _accuracy(folder, moee, data, parity.precision, images, provider, threads, max_drop_pp, report)
     built = None
     if engine is not None and plugin is not None:
-        built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report)
+        built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
     return VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
 
 
@@ -222,24 +223,24 @@ def opened(graph: Path, threads: int | None, provider: str, widen: bool):
         with OnnxRunner(graph, threads, provider) as runner:
             yield runner
         return
-    with copied(ir.load(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
+    with copied(load_ir(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
         yield runner
 
 
 def _engine(
     export_dir: Path, folder: Path, plugin: PluginCheck, moee: MoeeModel, data: ImageSet, precision: str, rtol: float | None,
-    atol: float | None, report: Reporter,
+    atol: float | None, report: Reporter, trust: bool = False,
 ) -> EngineParity:  # fmt: skip
     """Run the MoEE engine at its own profile's batch sizes."""
-    manifest = read_manifest(folder, ENGINE_MANIFEST, ENGINE_SCHEMA, verify=False)
+    manifest = read_engine(folder, trust)
     recorded = manifest.get("source_sha256")
-    export = read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)
-    graph = export_dir / export["graphs"]["tensorrt"]
+    export = read_export(export_dir, verify=False)
+    graph = export_dir / export.get("graphs", {}).get("tensorrt", TENSORRT)
     same = None if recorded is None else recorded == sha256_file(graph)
     if not plugin.passed:
         return EngineParity(manifest["builder"], plugin, same)
     sizes = sorted({manifest["batch"][k] for k in ("min", "opt", "max")})
-    with EngineRunner(folder) as runner:
+    with EngineRunner(folder, trust=trust) as runner:
         errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report, read_quantization(export, "moee"))
         return EngineParity(runner.name, plugin, same, errors)
 

@@ -110,10 +110,22 @@ def test_wrong_tables_of_the_plugin_node_are_caught(tiny_export, tmp_path):
     """The plugin's graph has no CPU runtime, so its stored inputs are compared."""
     folder = tiny_export.copy(tmp_path / "export")
 
-    damage.change_store(folder, LAYER, "offsets", lambda offsets: offsets + np.int32([0, 1, 0, 0, 0]))
+    def another(neurons):
+        gap = int(np.flatnonzero(np.diff(neurons) > 1)[0])
+        neurons[gap] += 1  # still ascending: a legal table, of other neurons
+        return neurons
+
+    damage.change_store(folder, LAYER, "neurons", another)
     result = check(tiny_export, folder)
     assert not result and result.first_deviation.layer == LAYER
-    assert "offsets: 1 of 5 values differ, first at [1]" in result.first_deviation.message
+    assert "neurons: 1 of" in result.first_deviation.message
+
+
+def test_impossible_tables_of_the_plugin_node_are_refused(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    damage.change_store(folder, LAYER, "offsets", lambda offsets: offsets + np.int32([0, 1, 0, 0, 0]))
+    with pytest.raises(UserError, match="neuron ids do not ascend"):
+        check(tiny_export, folder)
 
 
 def scale_weight(folder, node_prefix, by):
