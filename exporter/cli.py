@@ -1,6 +1,6 @@
 """The command line: `moee COMMAND`. Each command parses its flags, calls one function and shows the result.
 
-Exit codes: 0 ok, 1 a gate or a step failed, 2 usage or bad input, 3 the environment lacks something, 130 interrupted.
+Exit codes: 0 ok, 1 a gate or a step failed (or a bug), 2 usage or bad input, 3 the environment lacks something, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from exporter.commands import (
-    BAD_INPUT,
-    ENVIRONMENT,
     GATE_FAILED,
-    INTERRUPTED,
     ablate,
     ablate_clear,
     bench,
@@ -36,8 +33,8 @@ from exporter.commands import (
     report,
     verify,
 )
+from exporter.failures import explain
 from moee import __version__
-from moee.errors import MissingDependency, StepFailed, UserError
 
 COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
@@ -66,24 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         return args.run(args, console)
-    except UserError as error:
-        if args.debug:
-            raise
-        errors.print(f"moee: {error}")
-        return BAD_INPUT
-    except MissingDependency as error:
-        if args.debug:
-            raise
-        errors.print(f"moee: {error}")
-        return ENVIRONMENT
-    except StepFailed as error:
-        if args.debug:
-            raise
-        errors.print(f"moee: {' '.join(str(error).split())}")
+    except BrokenPipeError:  # the reader of a pipe is gone; Python would complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GATE_FAILED
-    except KeyboardInterrupt:
-        errors.print("moee: interrupted; earlier results are as they were")
-        return INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        if args.debug and not isinstance(error, KeyboardInterrupt):
+            raise
+        code, sentence = explain(error)
+        errors.print(f"moee: {sentence}")
+        return code
 
 
 if __name__ == "__main__":

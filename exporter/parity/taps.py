@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from exporter.passes.widen import widen_bfloat16
+from moee.atomic import temporary_folder
 from moee.errors import UserError
 from moee.layer import RoutedLayer, routed_layers
 
@@ -94,16 +94,16 @@ def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
     """`model`, loaded from `graph`, in a temporary folder with links to the weight files that it reads."""
     if widen:  # before the links: onnx_ir refuses to read a file that has several
         widen_bfloat16(model)
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+    with temporary_folder() as folder:
         stored = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
         for name in {str(tensor.location) for tensor in stored}:
-            source, target = graph.parent / name, Path(folder) / name
+            source, target = graph.parent / name, folder / name
             try:
                 os.link(source, target)
             except OSError:  # another file system
                 shutil.copyfile(source, target)
-        ir.save(model, Path(folder) / graph.name)
-        yield Path(folder) / graph.name
+        ir.save(model, folder / graph.name)
+        yield folder / graph.name
 
 
 def taps_of(outputs: list[np.ndarray], layers: list[str], own: int = 1) -> dict[str, Tap]:
