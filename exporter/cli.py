@@ -60,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     try:
         return args.run(args, console)
     except BrokenPipeError:  # the reader of a pipe is gone; Python would complain again when it flushes
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug and not isinstance(error, KeyboardInterrupt):
             raise
         code, sentence = explain(error)
-        errors.print(f"moee: {sentence}")
+        print(f"moee: {sentence}", file=sys.stderr)  # plainly: rich opens files of its own, which may be what fails
         return code
 
 

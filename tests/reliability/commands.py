@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +57,7 @@ COMMANDS = {
             "extract clear-moe",
             [*_extract("--method", "clear-moe", "--rank", "8", "--residual-rank", "4", "--experts", "2"), "--out", "clear"],
             "clear",
-            before=[*_extract("--method", "clear-moe", "--rank", "6", "--residual-rank", "2", "--experts", "2"), "--out", "clear"],
+            before=[*_extract("--method", "clear-moe", "--rank", "6", "--residual-rank", "2"), "--out", "clear"],
         ),
         Command(
             "finetune", ["finetune", "extracted", "--epochs", "3", "--out", "tuned"], "tuned", ("extract",),
@@ -111,7 +112,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def prepare(zygote: Zygote, folder: Path, command: Command, plugin: Path | None = None, kernels: Path | None = None) -> Path:
+def prepare(zygote: Zygote, folder: Path, command: Command, plugin: Path | None = None, compiled: Sequence[Path] = ()) -> Path:
     """A workspace with the inputs, what `command` needs, and an earlier artifact where its output goes."""
     work = folder / command.name.replace(" ", "-")
     work.mkdir()
@@ -120,9 +121,9 @@ def prepare(zygote: Zygote, folder: Path, command: Command, plugin: Path | None 
     write_weights(work / "w.safetensors")
     if plugin is not None:
         os.link(plugin, work / "plugin.so")
-    if kernels is not None:
-        (work / "cache").mkdir()
-        (work / "cache" / kernels.name).symlink_to(kernels)
+    (work / "cache").mkdir()
+    for part in compiled:
+        (work / "cache" / part.name).symlink_to(part)
     for argv in [*(COMMANDS[name].argv for name in command.needs), *([command.before] if command.before else [])]:
         outcome = zygote.run(argv, work)
         assert outcome.code == 0, outcome.text
@@ -130,7 +131,7 @@ def prepare(zygote: Zygote, folder: Path, command: Command, plugin: Path | None 
 
 
 def copy(work: Path, target: Path) -> Path:
-    """A copy of a workspace; its files are linked where no command writes in place, which none does."""
+    """A copy of a workspace; links into the real cache stay links."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work, target, symlinks=True)
     return target

@@ -9,8 +9,8 @@ import struct
 import subprocess
 from pathlib import Path
 
-OFF, COUNT, KILL, FAIL_ONCE, FAIL_FROM = range(5)
-LAYOUT = struct.Struct("=iiiiqq4096s")  # struct plan
+OFF, COUNT, KILL, FAIL_ONCE, FAIL_FROM, MOVE = range(6)
+LAYOUT = struct.Struct("=iiiiqq4096s4096s")  # struct plan
 SOURCE = Path(__file__).parent / "csrc" / "faults.c"
 
 
@@ -34,10 +34,12 @@ class Plan:
         with open(path, "r+b") as file:
             self.map = mmap.mmap(file.fileno(), LAYOUT.size)
 
-    def arm(self, mode: int, root: Path, at: int = 0, error: int = 0, no_renameat2: bool = False) -> None:
-        """Follow `mode` from the next change on, counted from 1, below `root`."""
+    def arm(
+        self, mode: int, root: Path, at: int = 0, error: int = 0, no_renameat2: bool = False, victim: Path | None = None
+    ) -> None:
+        """Follow `mode` from the next change on, counted from 1, below `root`. `victim`: what `MOVE` takes away."""
         name = os.fsencode(root.resolve())
-        self.map[:] = LAYOUT.pack(mode, error, int(no_renameat2), 0, 0, at, name)
+        self.map[:] = LAYOUT.pack(mode, error, int(no_renameat2), 0, 0, at, name, os.fsencode(victim or ""))
 
     def disarm(self) -> int:
         """Stop counting; the number of changes so far."""

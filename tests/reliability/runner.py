@@ -61,12 +61,12 @@ class Zygote:
 
     def run(
         self, argv: list[str], cwd: Path, mode: int = faults.COUNT, at: int = 0, error: int = 0, no_renameat2: bool = False,
-        root: Path | None = None, **request: Any,
+        root: Path | None = None, victim: Path | None = None, **request: Any,
     ) -> Outcome:  # fmt: skip
         """Run `moee ARGV` in the workspace `cwd`, with a fault at the `at`-th change below `root` (the workspace)."""
         env = {"MOEE_CACHE": str(cwd / "cache"), "TMPDIR": str(cwd / "tmp"), **request.pop("env", {})}
         log = cwd.parent / f"{cwd.name}.log"
-        self.plan.arm(mode, root or cwd, at, error, no_renameat2)
+        self.plan.arm(mode, root or cwd, at, error, no_renameat2, victim)
         asked = {"argv": [str(a) for a in argv], "cwd": str(cwd), "env": env, "log": str(log), **request}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asked) + "\n")

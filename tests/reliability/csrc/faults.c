@@ -1,5 +1,6 @@
 // Faults at the n-th change of a file: preloaded (LD_PRELOAD) into a process, it counts the system calls that change files below
-// one folder, in that process and its children together, and at call `at` kills the caller (SIGKILL) or lets the call fail.
+// one folder, in that process and its children together, and at call `at` kills the caller (SIGKILL), lets the call fail, or takes
+// a file away.
 //
 //   cc -shared -fPIC -O1 -o faults.so faults.c -ldl
 //
@@ -22,7 +23,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { OFF, COUNT, KILL, FAIL_ONCE, FAIL_FROM };
+enum { OFF, COUNT, KILL, FAIL_ONCE, FAIL_FROM, MOVE };
 
 struct plan {            // tests/reliability/faults.py writes the same layout
     _Atomic int mode;
@@ -32,6 +33,7 @@ struct plan {            // tests/reliability/faults.py writes the same layout
     _Atomic long count;  // changes so far
     long at;             // 1-based
     char root[4096];     // only below this folder, without a slash at its end
+    char victim[4096];   // MOVE: what is renamed to itself with `.gone`
 };
 
 static struct plan *plan;
@@ -72,9 +74,15 @@ static int fd_counts(int file) {
 }
 
 // 0: go on; 1: fail with errno set; 2: the caller is to die (after half a write)
-static int verdict(void) {
+static int judge(int removes) {
     long now = ++plan->count;
     if (plan->mode == KILL && now == plan->at) return 2;
+    if (plan->mode == MOVE && now == plan->at) {
+        char gone[4200];
+        snprintf(gone, sizeof gone, "%s.gone", plan->victim);
+        ((__typeof__(&rename))dlsym(RTLD_NEXT, "rename"))(plan->victim, gone);
+    }
+    if (removes && plan->error == ENOSPC) return 0;  // a full disk lets files go
     if ((plan->mode == FAIL_ONCE && now == plan->at) || (plan->mode == FAIL_FROM && now >= plan->at)) {
         errno = plan->error;
         return 1;
@@ -83,9 +91,9 @@ static int verdict(void) {
 }
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
-#define JUDGE(counts)                         \
+#define JUDGE(counts, removes)                \
     if (counts) {                             \
-        int what = verdict();                 \
+        int what = judge(removes);            \
         if (what == 2) raise(SIGKILL);        \
         if (what == 1) return -1;             \
     }
@@ -98,7 +106,7 @@ static int writes(int flags) { return (flags & O_ACCMODE) != O_RDONLY || (flags 
         va_start(list, flags);                                    \
         mode_t mode = (flags & (O_CREAT | __O_TMPFILE)) ? va_arg(list, mode_t) : 0; \
         va_end(list);                                             \
-        JUDGE(writes(flags) && path_counts(AT_FDCWD, path))       \
+        JUDGE(writes(flags) && path_counts(AT_FDCWD, path), 0)       \
         return REAL(name)(path, flags, mode);                     \
     }
 OPENER(open)
@@ -110,7 +118,7 @@ OPENER(open64)
         va_start(list, flags);                                    \
         mode_t mode = (flags & (O_CREAT | __O_TMPFILE)) ? va_arg(list, mode_t) : 0; \
         va_end(list);                                             \
-        JUDGE(writes(flags) && path_counts(folder, path))         \
+        JUDGE(writes(flags) && path_counts(folder, path), 0)         \
         return REAL(name)(folder, path, flags, mode);             \
     }
 OPENERAT(openat)
@@ -119,7 +127,7 @@ OPENERAT(openat64)
 #define FOPENER(name)                                             \
     FILE *name(const char *path, const char *mode) {              \
         if (strpbrk(mode, "wa+") && path_counts(AT_FDCWD, path)) { \
-            int what = verdict();                                 \
+            int what = judge(0);                                 \
             if (what == 2) raise(SIGKILL);                        \
             if (what == 1) return NULL;                           \
         }                                                         \
@@ -131,7 +139,7 @@ FOPENER(fopen64)
 #define WRITER(name, parameters, arguments, half)                 \
     ssize_t name parameters {                                     \
         if (fd_counts(file)) {                                    \
-            int what = verdict();                                 \
+            int what = judge(0);                                 \
             if (what == 1) return -1;                             \
             if (what == 2) {                                      \
                 half;                                             \
@@ -163,7 +171,7 @@ size_t fwrite(const void *data, size_t size, size_t count, FILE *stream) {
         last = stream;
         if (pending >= BLOCK && fd_counts(fileno(stream))) {
             pending = 0;
-            int what = verdict();
+            int what = judge(0);
             if (what == 1) return 0;
             if (what == 2) {
                 REAL(fwrite)(data, size, count / 2, stream);
@@ -177,29 +185,29 @@ size_t fwrite(const void *data, size_t size, size_t count, FILE *stream) {
     return real(data, size, count, stream);
 }
 
-#define CALL(type, name, parameters, arguments, counts)           \
+#define CALL(type, name, parameters, arguments, counts, removes)  \
     type name parameters {                                        \
-        JUDGE(counts)                                             \
+        JUDGE(counts, removes)                                    \
         return REAL(name) arguments;                              \
     }
-CALL(int, fsync, (int file), (file), fd_counts(file))
-CALL(int, ftruncate, (int file, off_t size), (file, size), fd_counts(file))
-CALL(int, ftruncate64, (int file, off64_t size), (file, size), fd_counts(file))
-CALL(int, rename, (const char *from, const char *to), (from, to), path_counts(AT_FDCWD, to))
-CALL(int, renameat, (int f, const char *from, int t, const char *to), (f, from, t, to), path_counts(t, to))
-CALL(int, link, (const char *from, const char *to), (from, to), path_counts(AT_FDCWD, to))
-CALL(int, linkat, (int f, const char *from, int t, const char *to, int flags), (f, from, t, to, flags), path_counts(t, to))
-CALL(int, mkdir, (const char *path, mode_t mode), (path, mode), path_counts(AT_FDCWD, path))
-CALL(int, rmdir, (const char *path), (path), path_counts(AT_FDCWD, path))
-CALL(int, unlink, (const char *path), (path), path_counts(AT_FDCWD, path))
-CALL(int, unlinkat, (int folder, const char *path, int flags), (folder, path, flags), path_counts(folder, path))
+CALL(int, fsync, (int file), (file), fd_counts(file), 0)
+CALL(int, ftruncate, (int file, off_t size), (file, size), fd_counts(file), 0)
+CALL(int, ftruncate64, (int file, off64_t size), (file, size), fd_counts(file), 0)
+CALL(int, rename, (const char *from, const char *to), (from, to), path_counts(AT_FDCWD, to), 0)
+CALL(int, renameat, (int f, const char *from, int t, const char *to), (f, from, t, to), path_counts(t, to), 0)
+CALL(int, link, (const char *from, const char *to), (from, to), path_counts(AT_FDCWD, to), 0)
+CALL(int, linkat, (int f, const char *from, int t, const char *to, int flags), (f, from, t, to, flags), path_counts(t, to), 0)
+CALL(int, mkdir, (const char *path, mode_t mode), (path, mode), path_counts(AT_FDCWD, path), 0)
+CALL(int, rmdir, (const char *path), (path), path_counts(AT_FDCWD, path), 1)
+CALL(int, unlink, (const char *path), (path), path_counts(AT_FDCWD, path), 1)
+CALL(int, unlinkat, (int folder, const char *path, int flags), (folder, path, flags), path_counts(folder, path), 1)
 
 int renameat2(int f, const char *from, int t, const char *to, unsigned flags) {
     if (plan && plan->no_renameat2 && flags) {
         errno = EINVAL;
         return -1;
     }
-    JUDGE(path_counts(t, to))
+    JUDGE(path_counts(t, to), 0)
     return REAL(renameat2)(f, from, t, to, flags);
 }
 
@@ -207,7 +215,7 @@ int renameat2(int f, const char *from, int t, const char *to, unsigned flags) {
 #define FALLOCATE(name, off)                                      \
     int name(int file, off at, off size) {                        \
         if (fd_counts(file)) {                                    \
-            int what = verdict();                                 \
+            int what = judge(0);                                 \
             if (what == 2) raise(SIGKILL);                        \
             if (what == 1) return errno;                          \
         }                                                         \
