@@ -77,6 +77,17 @@ class Zygote:
         assert not answer["late"], f"{argv[0]} did not end: {text[-2000:]}"
         return Outcome(answer["code"], text, changes, answer["seconds"], answer["orphans"])
 
+    def run_together(self, argvs: list[list[str]], cwd: Path, **request: Any) -> list[tuple[int, str]]:
+        """Run command lines at the same time; exit code and output of each."""
+        env = {"MOEE_CACHE": str(cwd / "cache"), "TMPDIR": str(cwd / "tmp"), **request.pop("env", {})}
+        log = cwd.parent / f"{cwd.name}.crowd"
+        asked = {"crowd": argvs, "cwd": str(cwd), "env": env, "log": str(log), **request}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        codes = self._answer()["codes"]
+        return [(code, Path(f"{log}.{i}").read_text(errors="replace")) for i, code in enumerate(codes)]
+
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
