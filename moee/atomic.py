@@ -84,9 +84,9 @@ def remove_folder(path: Path) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
-    _sweep(path.parent, pattern)
+    """Remove what killed writers of `path` left beside it: their work, and the former content once there is a new one."""
+    kinds = "tmp|old" if os.path.lexists(path) else "tmp"
+    _sweep(path.parent, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})"))
 
 
 def recover(path: Path) -> None:
