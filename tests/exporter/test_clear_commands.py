@@ -140,7 +140,7 @@ def test_ablation_resumes_and_summarises(tmp_path):
         centre=(("router", "linear"), ("rank", 8), ("experts", 2), ("calibration_images", 20)),
     )  # fmt: skip
     cells = ablate(session, grid, "star", tmp_path)
-    assert len(cells) == 4 and len(list(tmp_path.glob("*.json"))) == 4
+    assert len(cells) == 4 and len(list(tmp_path.glob("*-s*.json"))) == 4
     marked = tmp_path / "linear-8-2-20-s1.json"
     changed = json.loads(marked.read_text()) | {"class_cosine": -5.0}
     marked.write_text(json.dumps(changed))

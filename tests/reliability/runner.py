@@ -98,14 +98,21 @@ class Zygote:
 def digest(path: Path) -> str:
     """Hash of a file; of JSON without what is measured anew in every run."""
     data = path.read_bytes()
-    if path.suffix == ".json":
-        body = json.loads(data)
+    if path.suffix == ".json" and (body := _parsed(data)) is not None:
         if isinstance(body, dict) and isinstance(body.get("files"), dict):  # hashes of files that are compared themselves
             body["files"] = sorted(body["files"])
         data = json.dumps(_shape(body) if path.name in TIMED else _stable(body), sort_keys=True).encode()
     if path.suffix == ".xml":
         data = TIME_ATTRIBUTES.sub(b"", data)
     return hashlib.sha256(data).hexdigest()
+
+
+def _parsed(data: bytes) -> Any:
+    """None for half a file, which lies in the temporary folder of a killed run."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
 
 
 def _stable(value: Any) -> Any:

@@ -22,9 +22,9 @@ from tests.reliability.runner import tree
 
 # command: points at changes of files over an earlier artifact, into an empty place, and at random moments
 POINTS = {
-    "extract": (50, 25, 25), "extract clear-moe": (20, 10, 15), "finetune": (40, 20, 25), "export": (25, 5, 10),
-    "verify": (15, 5, 10), "bench": (9, 5, 6), "build": (18, 4, 8), "bundle": (16, 4, 5), "plan": (20, 10, 15),
-    "ablate": (0, 25, 10), "ablate-clear": (0, 20, 8), "report": (8, 6, 4), "plots": (8, 4, 3), "demo": (0, 6, 2),
+    "extract": (55, 40, 35), "extract clear-moe": (25, 15, 15), "finetune": (65, 35, 35), "export": (9, 3, 4),
+    "verify": (14, 6, 6), "bench": (9, 8, 4), "build": (8, 3, 4), "bundle": (8, 3, 3), "plan": (15, 8, 8),
+    "ablate": (0, 18, 8), "ablate-clear": (0, 20, 8), "report": (8, 6, 4), "plots": (6, 3, 3), "demo": (0, 4, 1),
 }  # fmt: skip
 QUICK = {"extract": (3, 1, 1), "finetune": (3, 1, 1), "ablate-clear": (0, 2, 1)}
 NEEDS_TRACE = {"export", "verify", "bench", "build", "bundle", "report", "demo"}
@@ -154,7 +154,7 @@ def test_killed_commands(name, zygote, place):
 @pytest.mark.parametrize("name", list(POINTS))
 def test_killed_at_many_points(name, tracing_zygote, place, record):
     tally = kill(tracing_zygote, name, POINTS[name], place, record)
-    assert tally.points >= min(sum(POINTS[name]), 14)
+    assert tally.points >= 0.9 * sum(POINTS[name])
 
 
 def test_five_hundred_points():

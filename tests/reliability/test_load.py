@@ -16,7 +16,7 @@ from tests.reliability.commands import COMMANDS, KMEANS, MODEL, prepare
 from tests.reliability.runner import ROOT, tree
 from tests.reliability.test_kill import under
 
-REPEATS, WARM_UP = 30, 10
+REPEATS, WARM_UP = 20, 8
 MAX_SLOPE_MIB = 0.5  # a round, after warming up
 
 
