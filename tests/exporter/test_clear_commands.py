@@ -149,7 +149,7 @@ def test_ablation_resumes_and_summarises(tmp_path):
     rows = summarise(again)
     assert [r["setting"]["router"] for r in rows] == ["linear", "random"] and rows[0]["seeds"] == 2
     assert rows[0]["class_cosine"][1] > 1 and markdown(rows).count("\n") == 4
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="made with rank 6, now 5"):
         ablate(session, Grid(**{**grid.__dict__, "residual_rank": 3}), "star", tmp_path)
     assert len(Grid().settings("star")) == 10 and len(Grid().settings("full")) == 108
     assert spread([None]) is None and spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
