@@ -16,6 +16,8 @@ import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from moee.atomic import SCRATCH
+
 
 def main() -> None:
     repeats, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
@@ -51,7 +53,8 @@ def usage(folder: Path) -> dict[str, float]:
         "rss_mib": round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 2),
         "handles": len(os.listdir("/proc/self/fd")),
         "threads": len(os.listdir("/proc/self/task")),
-        "temporary": len(os.listdir(folder / "tmp")),
+        "temporary": len(os.listdir(folder / "tmp")),  # torch's tracer keeps a folder of its own there
+        "scratch": sum(name.startswith(SCRATCH) for name in os.listdir(folder / "tmp")),
     }
 
 
