@@ -59,8 +59,10 @@ def reserve(path: Path, size_bytes: int) -> None:
     Raises `OSError` on a full disk; a memory map over a file with holes would kill the process with SIGBUS when it writes.
     """
     with open(path, "wb") as file:
-        if size_bytes:
+        if size_bytes and hasattr(os, "posix_fallocate"):  # macOS lacks it
             os.posix_fallocate(file.fileno(), 0, size_bytes)
+        else:
+            file.truncate(size_bytes)
 
 
 class _Sampler:
