@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moee.artifact import atomic_folder, read_manifest, write_manifest
@@ -24,6 +23,7 @@ from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
 from moee.schema import Body, checked, shown
+from moee.tensor_file import write_tensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
@@ -147,9 +147,9 @@ def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
 def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
     with atomic_folder(path, force) as folder:
-        save_file({k: v.detach().contiguous() for k, v in moee.model.state_dict().items()}, folder / WEIGHTS)
+        write_tensors(moee.model.state_dict(), folder / WEIGHTS)
         if moee.probe is not None:
-            save_file({k: v.contiguous() for k, v in moee.probe.state().items()}, folder / PROBE)
+            write_tensors(moee.probe.state(), folder / PROBE)
         body = {
             "model": moee.spec.model_dump(),
             "config": moee.config.model_dump(mode="json") if moee.config else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from moee import checkpoint
-from moee.artifact import refuse_existing
+from moee.atomic import refuse_existing, remove_folder
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
@@ -135,8 +135,5 @@ def run_finetune(
     moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
     moee.info["peak_memory_bytes"] = peak_memory_bytes()
     checkpoint.save(moee, out, force)
-    for leftover in resume.glob("*") if resume.is_dir() else ():
-        leftover.unlink()
-    if resume.is_dir():
-        resume.rmdir()
+    remove_folder(resume)
     return moee

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from exporter.onnx_safety import load_ir
 from exporter.passes.widen import widen_bfloat16
+from moee.atomic import temporary_folder
 from moee.errors import UserError
 from moee.layer import RoutedLayer, routed_layers
 
@@ -97,14 +97,14 @@ def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
     """
     if widen:
         widen_bfloat16(model)
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+    with temporary_folder() as folder:
         stored = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
         for name in {str(tensor.location) for tensor in stored}:
-            target = Path(folder) / name
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(graph.parent / name, target)
-        ir.save(model, Path(folder) / graph.name)
-        yield Path(folder) / graph.name
+        ir.save(model, folder / graph.name)
+        yield folder / graph.name
 
 
 def taps_of(outputs: list[np.ndarray], layers: list[str], own: int = 1) -> dict[str, Tap]:
