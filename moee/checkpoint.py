@@ -22,7 +22,7 @@ from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
-from moee.schema import Body, checked, shown
+from moee.schema import Body, Text, checked, shown
 from moee.tensor_file import write_tensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
@@ -73,7 +73,7 @@ class Manifest(Body):
 
     model: ModelSpec
     config: dict[str, Any] | None
-    data: Annotated[str, Field(max_length=1000)]
+    data: Text
     layers: list[dict[str, Any]] = Field(min_length=1)
     info: Info
 
@@ -83,8 +83,8 @@ class LayerRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    activation: str
+    name: Text
+    activation: Text
     top_k: int = Field(ge=1)
     experts: int = Field(ge=1)
     union: int = Field(ge=1)
@@ -100,8 +100,8 @@ class ClearRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["clear-moe"]
-    name: str
-    activation: str
+    name: Text
+    activation: Text
     experts: int = Field(ge=1)
     ranks: tuple[int, int, int, int]
     router_width: int = Field(ge=1)

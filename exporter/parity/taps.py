@@ -19,6 +19,7 @@ from exporter.passes.widen import widen_bfloat16
 from moee.atomic import temporary_folder
 from moee.errors import UserError
 from moee.layer import RoutedLayer, routed_layers
+from moee.schema import shown
 
 ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PARTS = ("tokens", "route", "result")
@@ -103,7 +104,11 @@ def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(graph.parent / name, target)
-        ir.save(model, folder / graph.name)
+        try:
+            ir.save(model, folder / graph.name)
+        except Exception as error:  # onnx_ir finds only now what it cannot write
+            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+            raise UserError(f"{graph} cannot be taken apart ({reason}); export it again") from error
         yield folder / graph.name
 
 
