@@ -89,6 +89,14 @@ def sweep(path: Path) -> None:
     _sweep(path.parent, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})"))
 
 
+def sweep_all(folder: Path) -> None:
+    """Remove what killed writers of any file left in `folder`, which must be this program's own: its cache, a store of results.
+
+    A writer killed after its file was in place leaves an empty folder, and nobody writes a finished file again.
+    """
+    _sweep(folder, re.compile(r"\..+\.[0-9a-f]{8}\.tmp"))
+
+
 def recover(path: Path) -> None:
     """Put the former content back if a replacement was killed between its two renames (see `_publish`)."""
     if os.path.lexists(path) or not path.parent.is_dir():

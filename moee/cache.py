@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moee.atomic import sweep_all
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 from moee.tensor_file import write_tensors
@@ -34,6 +35,7 @@ def cache_lock(name: str, report: Reporter = silent) -> Iterator[None]:
     """
     path = cache_dir() / "locks" / f"{name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep_all(cache_dir())
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         try:
@@ -60,6 +62,7 @@ def tensor_hash(*tensors: Tensor, extra: str = "") -> str:
 def read_labels(key: str, count: int) -> Tensor | None:
     """Labels [count] int64 stored under `key`, or None if there are none or the file is damaged."""
     path = cache_dir() / "labels" / f"{key}.safetensors"
+    sweep_all(path.parent)
     try:
         labels = load_file(path)["labels"]
     except (OSError, SafetensorError, KeyError):

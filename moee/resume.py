@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moee.artifact import read_json, write_json
+from moee.atomic import sweep_all
 from moee.data import ImageSet
 from moee.errors import UserError
 
@@ -18,6 +19,7 @@ def check_identity(path: Path, schema: str, identity: dict[str, Any], what: str,
 
     Raises `UserError` that names the first difference, with both values, `what` was interrupted and the `cure`.
     """
+    sweep_all(path.parent)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"schema": schema, **identity})

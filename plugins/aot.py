@@ -23,7 +23,7 @@ from pathlib import Path
 
 import triton
 
-from moee.atomic import atomic_folder, temporary_folder
+from moee.atomic import atomic_folder, sweep_all, temporary_folder
 from plugins import manifest
 from plugins.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
 from plugins.contract import DTYPES
@@ -66,6 +66,7 @@ def build(
     jobs = list(dict.fromkeys(job for job, _ in entries))
     store = Path(cache_dir) if cache_dir else default_cache()
     store.mkdir(parents=True, exist_ok=True)
+    sweep_all(store)
     missing = [job for job in jobs if not cached(store, job)]
     done = len(jobs) - len(missing)
     if progress and done:

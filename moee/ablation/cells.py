@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moee.ablation.grid import AblationConfig, Cell, cells_of
 from moee.artifact import read_json, write_json
-from moee.atomic import temporary_folder
+from moee.atomic import sweep_all, temporary_folder
 from moee.cache import tensor_hash
 from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
@@ -101,6 +101,7 @@ def run_cells(
     """
     check_setup(out, setup_of(session, ablation))
     (out / CELLS).mkdir(exist_ok=True)
+    sweep_all(out / CELLS)
     cells = list(cells_of(ablation))
     finished = read_cells(out)
     missing = {key: cell for cell in cells if (key := cell_key(cell.config)) not in finished}

@@ -6,8 +6,9 @@ import copy
 import hashlib
 import json
 import statistics
-import tempfile
+import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from moee.artifact import read_json, write_json
+from moee.atomic import temporary_folder
 from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig, make_extract_config
 from moee.convert import Prepared, apply, extract, ffn_budget, prepare
@@ -63,7 +65,9 @@ class Planner:
         self.latency, self.report = latency, report
         self.probe = session.probe()
         self.prepared: dict[str, Prepared] = {}
-        self.folder = tempfile.TemporaryDirectory(prefix="moee-")
+        scratch = ExitStack()
+        self.folder = scratch.enter_context(temporary_folder())
+        weakref.finalize(self, scratch.close)
         self.sampled: list[LayerTokens] = []
 
     def config(self, method: str, allocation: str, target: float) -> ExtractConfig:
@@ -84,7 +88,7 @@ class Planner:
     def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
         """Calibration tokens, which all methods share; they stay on disk as long as the planner."""
         if not self.sampled:
-            dense, folder = self.session.dense, Path(self.folder.name)
+            dense, folder = self.session.dense, self.folder
             ffns = find_ffns(dense, config.exclude)
             self.sampled = collect_tokens(dense, ffns, self.session.train, folder, config.tokens, config.seed, self.report)
         return self.sampled

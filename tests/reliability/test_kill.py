@@ -107,6 +107,7 @@ def kill(zygote, name, points, place, record=None):
     work = prepare(zygote, place, command, plugin, compiled(name))
     empty = copy(work, place / "empty")
     _clear(empty, command)
+    shutil.rmtree(empty / "cache" / "labels", ignore_errors=True)
     tally, began = Tally(), time.monotonic()
     over, fresh, moments = points
     for at_changes, start, earlier in ((over, work, under(tree(work), command.out)), (fresh, empty, {})):
