@@ -160,7 +160,7 @@ def tampered(state: dict[str, torch.Tensor], changes) -> dict[str, torch.Tensor]
         elif kind == 3:
             tensor = tensor.flatten()[: source.randrange(tensor.numel() + 1)].clone()
         elif kind == 4 and tensor.numel():
-            tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([-1, 0, 7, 1000])
+            tensor.view(-1)[source.randrange(tensor.numel())] = torch.tensor(source.choice([-1, 0, 7, 1000])).to(tensor.dtype)
         elif kind == 5 and tensor.is_floating_point() and tensor.numel():
             tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([float("nan"), float("inf"), -1e4])
         changed[name if kind != 6 else source.choice(["x", "", "a" * 300, "blocks.0.mlp.fc1.weight"])] = tensor.contiguous()
