@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import nn
 
+from exporter.onnx_safety import load_ir
 from exporter.parity.weights import WeightProblem
 from exporter.quantization import QuantConv2d, Quantization, QuantLinear, quantizable, quantized
 
@@ -40,7 +40,7 @@ def check_int8(
 def _stored(graph: Path) -> dict[str, dict[str, np.ndarray]]:
     """Tensors of the quantising nodes by the layer that their names begin with."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    for node in ir.load(graph).graph:
+    for node in load_ir(graph).graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         parts = found.setdefault((node.name or "").rpartition("/")[0], {})

@@ -171,8 +171,8 @@ def test_fail_if_slower_needs_a_verdict(tiny_export, monkeypatch, capsys):
 def test_engines_are_timed_through_doubles(tiny_export, tmp_path, monkeypatch):
     engine, device = write_engine(tmp_path / "engine", tiny_export.folder()), CpuDevice()
 
-    def double(folder, model, cuda_graph):
-        return EngineRunner(folder, model, cuda_graph=cuda_graph, binding=FakeBinding(), device=device)
+    def double(folder, model, cuda_graph, trust):
+        return EngineRunner(folder, model, cuda_graph=cuda_graph, trust=trust, binding=FakeBinding(), device=device)
 
     monkeypatch.setattr("exporter.latency._engine_runner", double)
     result = bench(tiny_export.folder(), batch=2, runs=3, engine=engine, cuda_graph=True)

@@ -49,7 +49,10 @@ GUARDED = {
         "exporter/runners/tensorrt_engine.py": "after check_plugin",
         "exporter/engine_worker.py": "given by the user with --plugin, or built here",
     },
-    "ctypes.CDLL": {"exporter/engine_worker.py": "the driver, by its fixed name"},
+    "ctypes.CDLL": {
+        "exporter/engine_worker.py": "the driver, by its fixed name",
+        "moee/atomic.py": "the C library, which is loaded already",
+    },
     "load_file": {"moee/models.py": "read_safetensors", "moee/cache.py": "the user's own cache"},
     "json.loads": {
         "moee/schema.py": "parse_json",

@@ -19,7 +19,8 @@ TEXT = {
     "--provider", "--precision", "--min-shapes", "--opt-shapes", "--max-shapes", "--backend", "--sm", "--layer", "--preset",
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device", "--methods",
-    "--targets", "--table", "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out",
+    "--targets", "--allocations", "--table",
+    "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out",
     "demo --out", "export --out", "build --out", "bundle --out", "plots --out", "verify --out", "extract --out",
 }  # fmt: skip
 SMALL = ("vit_tiny_patch16_224", "--img-size", "32")
@@ -37,11 +38,13 @@ PATHS = {
     "finetune --data": ("finetune", "MODEL", "--data", "PICKLE", "--out", "OUT"),
     "finetune --out": ("finetune", "MODEL", "--data", "digits", "--out", "PICKLE"),
     "export path": ("export", "PICKLE", "--out", "OUT"),
+    "export --data": ("export", "MODEL", "--precision", "int8", "--data", "PICKLE", "--out", "OUT"),
     "verify path": ("verify", "PICKLE", "--model", "MODEL", "--data", "digits"),
     "verify --engine": ("verify", "EXPORT", "--model", "MODEL", "--data", "digits", "--engine", "PICKLE"),
     "verify --model": ("verify", "EXPORT", "--model", "PICKLE", "--data", "digits"),
     "verify --data": ("verify", "EXPORT", "--model", "MODEL", "--data", "PICKLE"),
     "bench path": ("bench", "PICKLE", "--runs", "1"),
+    "bench --data": ("bench", "EXPORT", "--data", "PICKLE", "--runs", "1"),
     "bench --engine": ("bench", "EXPORT", "--engine", "PICKLE"),
     "bench-dispatch path": ("bench-dispatch", "PICKLE"),
     "build path": ("build", "PICKLE", "--out", "OUT"),
