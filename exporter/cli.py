@@ -43,6 +43,7 @@ COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
     ablate_clear, doctor, demo,
 )  # fmt: skip
+RANKED = ("extract", "finetune", "verify")  # commands that torchrun may start on several processes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,27 +63,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    quiet = ranked and os.environ["RANK"] != "0"  # rank 0 speaks for all
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        # before any library starts its threads: sums depend on their number, which must not depend on the number of ranks
+        threads = str(getattr(args, "threads", None) or os.environ.get("OMP_NUM_THREADS", 1))
+        os.environ.update({name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
+    if quiet:
+        logging.getLogger().setLevel(logging.ERROR)
+    console = Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+    def say(error: BaseException, text: str) -> None:
+        if getattr(error, "speaks", not quiet):
+            errors.print(f"moee: {text}")
+
     try:
+        if ranked and args.command not in RANKED:
+            raise UserError(f"{args.command} runs in one process; start it without torchrun ({', '.join(RANKED)} take several)")
         return args.run(args, console)
     except UserError as error:
         if args.debug:
             raise
-        errors.print(f"moee: {error}")
+        say(error, str(error))
         return BAD_INPUT
     except MissingDependency as error:
         if args.debug:
             raise
-        errors.print(f"moee: {error}")
+        say(error, str(error))
         return ENVIRONMENT
     except StepFailed as error:
         if args.debug:
             raise
-        errors.print(f"moee: {' '.join(str(error).split())}")
+        say(error, " ".join(str(error).split()))
         return GATE_FAILED
-    except KeyboardInterrupt:
-        errors.print("moee: interrupted; earlier results are as they were")
+    except KeyboardInterrupt as error:
+        say(error, "interrupted; earlier results are as they were")
         return INTERRUPTED
 
 

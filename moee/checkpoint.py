@@ -94,6 +94,20 @@ def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
     ).model_dump()  # fmt: skip
 
 
+def layer_records(model: nn.Module) -> list[dict[str, Any]]:
+    """What the manifest says about each routed layer: enough to rebuild it around its tensors."""
+    return [_record(name, layer) for name, layer in routed_layers(model).items()]
+
+
+def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[str, Tensor], exclude: tuple[str, ...]) -> None:
+    """Replace MLPs of the dense `model` by the layers of `records` (see `layer_records`) with the tensors of `state`."""
+    ffns = {f.name: f for f in find_ffns(model, exclude)}
+    for item in records:
+        record = validated(ClearRecord if "kind" in item else LayerRecord, item)
+        rebuild = _rebuild_clear if isinstance(record, ClearRecord) else _rebuild
+        replace_module(model, record.name, rebuild(record, state, ffns[record.name]))
+
+
 def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
     with atomic_folder(path, force) as folder:
@@ -104,7 +118,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
             "model": moee.spec.model_dump(),
             "config": moee.config.model_dump(mode="json") if moee.config else None,
             "data": moee.data,
-            "layers": [_record(name, layer) for name, layer in routed_layers(moee.model).items()],
+            "layers": layer_records(moee.model),
             "info": moee.info,
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)

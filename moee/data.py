@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from moee.distributed import Group
 from moee.errors import UserError
 
 log = logging.getLogger("moee")
@@ -126,13 +127,22 @@ class TimmSet(ImageSet):
         return str(filename(self.positions[index], absolute=True)) if filename else super().describe(index)
 
 
-def batches(data: ImageSet, batch_size: int, workers: int = 0, order: Tensor | None = None) -> Iterator[Batch]:
+def batches(
+    data: ImageSet, batch_size: int, workers: int = 0, order: Tensor | None = None, strict: bool = True
+) -> Iterator[Batch]:
     """Batches in `order` (default: as stored). Unreadable images are skipped and kept in `data.skipped`.
 
-    Raises `UserError` when no image could be read.
+    Raises `UserError` when no image could be read; `strict` off is for one rank's part, which may have none.
     """
-    sampler = order.tolist() if order is not None else range(len(data))
-    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    positions = order if order is not None else torch.arange(len(data))
+    return listed_batches(data, [part.tolist() for part in positions.split(batch_size)], workers, strict)
+
+
+def listed_batches(
+    data: ImageSet, lists: Sequence[list[int]], workers: int = 0, strict: bool = True
+) -> Iterator[Batch]:
+    """One batch for each list of positions, as `batches`; a list that holds no readable image gives none."""
+    loader = DataLoader(data, batch_sampler=lists, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
     seen = 0
     for items in loader:
         good = [(i, image, label) for i, image, label in items if image is not None]
@@ -144,9 +154,19 @@ def batches(data: ImageSet, batch_size: int, workers: int = 0, order: Tensor | N
             seen += len(good)
             indices, images, labels = zip(*good, strict=True)
             yield Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
-    if not seen:
+    if strict and not seen:
         first = next(iter(data.skipped.values()), data.name)
         raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
+
+
+def merge_skipped(data: ImageSet, group: Group) -> None:
+    """Make every rank know what any rank could not read. Raises `UserError` on all when no image could be read."""
+    for found in group.all_json(sorted(data.skipped.items())):
+        data.skipped.update({int(index): what for index, what in found})
+    with group.agreed():
+        if len(data.skipped) == len(data):
+            first = data.skipped[min(data.skipped)] if data.skipped else data.name
+            raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
 
 
 def load_data(source: str, transform: Transform, split: str = "train", seed: int = 0) -> ImageSet:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
+    from moee.distributed import Group
     from moee.models import ModelSpec
     from moee.progress import Reporter
 
@@ -16,6 +19,26 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     """`--out`, refused if it exists, and `--force`."""
     parser.add_argument("--out", required=True, help=f"folder for {what}; refused if it exists")
     parser.add_argument("--force", action="store_true", help="replace an existing output folder")
+
+
+def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
+    """Flags of the commands that torchrun can start on several processes."""
+    if threads:
+        parser.add_argument("--threads", type=int, help="of a rank (all cores; under torchrun OMP_NUM_THREADS or 1)")
+    parser.add_argument("--rank-timeout", type=float, default=3600, metavar="S", help="how long a rank waits for others (3600)")
+
+
+@contextmanager
+def rank_display(group: Group) -> Iterator[Reporter]:
+    """Progress on rank 0; the others say nothing."""
+    from exporter.ui import ProgressDisplay
+    from moee.progress import silent
+
+    if not group.leader:
+        yield silent
+        return
+    with ProgressDisplay() as report:
+        yield report
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
