@@ -231,11 +231,21 @@ def joined(timeout_s: float = TIMEOUT_S, threads: int | None = None) -> Iterator
     (default under torchrun: OMP_NUM_THREADS, else 1). Raises `RankLost` or `StepFailed` when the group falls apart.
     """
     place = launched()
+    before = torch.get_num_threads()
     if threads is not None or place is not None:
         torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or 1))
-    if place is None:
-        yield SOLO
-        return
+    try:
+        if place is None:
+            yield SOLO
+        else:
+            with _ranked(place, timeout_s) as group:
+                yield group
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _ranked(place: tuple[int, int, int], timeout_s: float) -> Iterator[Group]:
     rank, world, local = place
     device = torch.device("cuda", local) if torch.cuda.is_available() and dist.is_nccl_available() else torch.device("cpu")
     if device.type == "cuda":

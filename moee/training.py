@@ -6,6 +6,7 @@ run beyond float noise. Gradients are averaged by torch's DistributedDataParalle
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -80,9 +81,10 @@ class Trainer:
             # find_unused_parameters: a backbone's class head, for one, has no gradient. It also keeps the buckets as they are
             # made first, so that a resumed run adds the gradients up in the same order.
             devices = None if group.device.type == "cpu" else [group.device.index]
-            self.student = DistributedDataParallel(
-                self.student, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-            )
+            # buffers never change; newer versions of torch have another name for the same switch
+            known = inspect.signature(DistributedDataParallel.__init__).parameters
+            buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+            self.student = DistributedDataParallel(self.student, device_ids=devices, find_unused_parameters=True, **buffers)
 
     def close(self) -> None:
         if self.config.checkpointing:
@@ -92,7 +94,7 @@ class Trainer:
         """For every batch of `order`: its number of images, and this rank's images in at most `accumulate` parts."""
         whole = order.split(self.config.batch_size)
         plan = [self._parts(batch) for batch in whole]
-        loaded = listed_batches(data, [part.tolist() for parts in plan for part in parts])
+        loaded = listed_batches(data, [part.tolist() for parts in plan for part in parts], strict=False)
         for batch, parts in zip(whole, plan, strict=True):
             mine = [next(loaded, None) for _ in parts]
             yield len(batch), [self._whole(data, made, part) for made, part in zip(mine, parts, strict=True)]
@@ -132,7 +134,7 @@ class Trainer:
         found = []
         with torch.no_grad():
             parts = [part.tolist() for part in order[own.start : own.stop].split(self.config.batch_size) if len(part)]
-            for batch in listed_batches(data, parts):
+            for batch in listed_batches(data, parts, strict=False):
                 loss = self._loss(self.plain, batch, self._features(batch) if self.tokens else None, None, amp=False)
                 found.append(float(loss) * len(batch.images))
         return sum(value for rank in self.group.all_json(found) for value in rank) / len(order)
