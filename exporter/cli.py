@@ -37,7 +37,7 @@ from exporter.commands import (
     verify,
 )
 from moee import __version__
-from moee.errors import MissingDependency, StepFailed, UserError
+from moee.errors import MissingDependency, RankLost, StepFailed, UserError
 
 COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
@@ -96,6 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         say(error, " ".join(str(error).split()))
+        if isinstance(error, RankLost):
+            sys.stderr.flush()
+            os._exit(GATE_FAILED)  # a thread may still be clustering, or waiting for a rank that is gone
         return GATE_FAILED
     except KeyboardInterrupt as error:
         say(error, "interrupted; earlier results are as they were")

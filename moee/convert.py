@@ -86,10 +86,13 @@ def prepare(
         threads = torch.get_num_threads()
         with group.agreed():
             report("experts", 0, len(own))
-            with ThreadPoolExecutor(max(1, jobs)) as pool:
+            pool = ThreadPoolExecutor(max(1, jobs))
+            try:
                 for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report), own):
                     found.append(result)
                     report("experts", len(found), len(own))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupt need not wait for a clustering
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
     prepared = Prepared(ffns, found if group.alone else _collected(ffns, found, group), {})
     with group.agreed():

@@ -1,0 +1,135 @@
+"""The command line under torchrun."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from exporter.cli import main
+from moee.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP_S = 30  # a killed rank: the others are gone after this, torchrun included; docs/scale.md states 10 without its start-up
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", img_size=32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return path
+
+
+def torchrun(world: int, arguments: list[str], cache: Path) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MOEE_CACHE": str(cache)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "-m", "exporter.cli"]
+    return subprocess.Popen(
+        launcher + arguments, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def extraction(weights: Path, out: Path, *more: str) -> list[str]:
+    command = ["extract", "test_vit", "--weights", str(weights), "--img-size", "32", "--data", "digits", "--out", str(out)]
+    return [*command, "--tokens", "1500", "--refit-tokens", "1500", "--min-cluster-size", "0.02", *more]
+
+
+def test_extract_under_torchrun_gives_the_bytes_of_one_process(weights, tmp_path):
+    running = torchrun(2, extraction(weights, tmp_path / "two"), tmp_path / "cache")
+    assert main(extraction(weights, tmp_path / "one", "--threads", "1")) == 0
+    text, _ = running.communicate(timeout=200)
+    assert running.returncode == 0, text
+    assert text.count("written to") == 1 and text.count("calibrate: done") == 1, "rank 0 alone reports"
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert json.loads((two.parent / "moee.json").read_text())["info"]["ranks"]["world"] == 2
+
+
+def test_verify_under_torchrun_gives_the_figures_of_one_process(tiny_export, tmp_path):
+    def arguments(name):
+        out = ["--out", str(tmp_path / name), "--threads", "1", "--images", "150", "--max-shapes", "8"]
+        return ["verify", str(tiny_export.folder()), "--model", str(tiny_export.root / "model"), *out]
+
+    running = torchrun(2, arguments("two"), tmp_path / "cache")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(arguments("one")) == 0
+    finally:
+        torch.set_num_threads(threads)
+    text, _ = running.communicate(timeout=200)
+    assert running.returncode == 0, text
+    one, two = (json.loads((tmp_path / name / "parity.json").read_text()) for name in ("one", "two"))
+    for figures in (one, two):
+        del figures["seconds"], figures["files"]
+    assert one == two and one["accuracy"]["images"] == 150
+
+
+def test_other_commands_and_half_an_environment_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # main sets them; this takes it back
+    assert main(["doctor"]) == 2
+    assert "doctor runs in one process; start it without torchrun" in capsys.readouterr().err
+    from moee.distributed import joined
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="start the ranks with torchrun"), joined():
+        pass
+
+
+def ranks_of(launcher: subprocess.Popen, world: int) -> list[psutil.Process]:
+    for _ in range(600):
+        children = [p for p in psutil.Process(launcher.pid).children() if "exporter.cli" in " ".join(p.cmdline())]
+        if len(children) == world:
+            return sorted(children, key=lambda p: int(p.environ()["RANK"]))
+        time.sleep(0.1)
+    raise AssertionError("torchrun started no ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_stops_the_others_and_a_rerun_gives_the_same_bytes(weights, tmp_path, victim):
+    assert main(extraction(weights, tmp_path / "one", "--threads", "1")) == 0
+    whole = (tmp_path / "one" / "model.safetensors").read_bytes()
+    killed = 0
+    for attempt in range(6):
+        out, cache = tmp_path / f"out-{attempt}", tmp_path / f"cache-{attempt}"
+        running = torchrun(2, extraction(weights, out), cache)
+        ranks = ranks_of(running, 2)
+        time.sleep(random.Random(10 * victim + attempt).uniform(4, 12))
+        if ranks[victim].is_running() and running.poll() is None:
+            ranks[victim].send_signal(signal.SIGKILL)
+        text, _ = running.communicate(timeout=STOP_S)
+        if running.returncode == 0:
+            assert (out / "model.safetensors").read_bytes() == whole
+            continue
+        killed += 1
+        assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ranks)
+        told = re.findall(r"^moee: .*", text, re.M)
+        assert len(told) <= 1 and all("killed or failed" in line or "SIGTERM" in line for line in told), text
+        ours = text.split("torch/distributed/elastic")[0]
+        assert "Traceback" not in ours, ours
+        if out.exists():  # killed behind the rename
+            assert (out / "model.safetensors").read_bytes() == whole
+            continue
+        again = torchrun(2, extraction(weights, out), cache)
+        text, _ = again.communicate(timeout=200)
+        assert again.returncode == 0, text
+        assert (out / "model.safetensors").read_bytes() == whole
+    assert killed, "no rank was killed in time; shorten the wait"
