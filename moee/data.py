@@ -170,7 +170,8 @@ def merge_skipped(data: ImageSet, group: Group) -> None:
 
 
 def load_data(source: str, transform: Transform, split: str = "train", seed: int = 0) -> ImageSet:
-    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string.
+    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string;
+    `wds/FOLDER` is a folder of tar shards.
 
     `split` is `train` (calibration, fine-tuning) or `val` (held out). A folder is read as `train/` and `val/` below it
     where they exist; otherwise a fifth of it, drawn with `seed`, is held out. Raises `UserError` for a source that is none
@@ -182,6 +183,10 @@ def load_data(source: str, transform: Transform, split: str = "train", seed: int
         return _digits(transform, split)
     if source == "photos" or source.startswith("photos:"):
         return _photos(source, transform, split, seed)
+    if source.startswith("wds/"):
+        from moee.shards import open_shards
+
+        return open_shards(source, transform, split, seed)
     return _folder(source, transform, split, seed)
 
 
@@ -234,7 +239,7 @@ def _photos(source: str, transform: Transform, split: str, seed: int) -> ImageSe
 
 def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
     root, name, part = Path(source), "", None
-    if "/" in source and not root.exists() and source.split("/")[0] in ("torch", "tfds", "hfds", "hfids", "wds"):
+    if "/" in source and not root.exists() and source.split("/")[0] in ("torch", "tfds", "hfds", "hfids"):
         name, root, part = source, Path("."), "train" if split == "train" else "validation"
     elif not root.is_dir():
         raise UserError(f"data {source!r}: expected digits, photos, an image folder or a timm.data dataset string")

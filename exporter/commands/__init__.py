@@ -44,7 +44,7 @@ def rank_display(group: Group) -> Iterator[Reporter]:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """A dense model, its weights, and the data to work on."""
     parser.add_argument("model", help="timm model name, or dinov2-s")
-    parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
+    parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder, wds/FOLDER, or timm.data's")
     parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     parser.add_argument("--weights", help="weights as a .safetensors file")
     parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
