@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +25,7 @@ from moee.errors import RankLost, StepFailed, UserError
 from moee.lifeline import Lifeline, Offer, connect
 
 TIMEOUT_S = 3600.0  # a rank may wait as long as another one clusters a layer
+JOIN_S = 300.0  # all ranks have to be there by then
 PIECE = 1 << 28  # bytes a message
 LEADER_SPEAKS_S = 5.0
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class Group:
     local_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     lifeline: Lifeline | None = None
+    ranks: dist.ProcessGroup | None = None
 
     @property
     def leader(self) -> bool:
@@ -79,12 +81,12 @@ class Group:
     def barrier(self) -> None:
         """Wait for all ranks. Raises `StepFailed` after the group's timeout, `RankLost` if one is gone."""
         if not self.alone:
-            self._run(dist.barrier)
+            self._run(dist.barrier, group=self.ranks)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of `values` over the ranks, on every rank; in place."""
         if not self.alone:
-            self._run(dist.all_reduce, values)
+            self._run(dist.all_reduce, values, group=self.ranks)
         return values
 
     def all_json(self, value: Any) -> list[Any]:
@@ -96,7 +98,7 @@ class Group:
         padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
         padded[: len(raw)] = raw
         found = [torch.empty_like(padded) for _ in range(self.world)]
-        self._run(dist.all_gather, found, padded)
+        self._run(dist.all_gather, found, padded, group=self.ranks)
         return [_json(item[: int(n)]) for item, n in zip(found, lengths, strict=True)]
 
     def broadcast(self, parcel: Parcel | None, source: int = 0) -> Parcel:
@@ -104,15 +106,16 @@ class Group:
         if self.alone:
             assert parcel is not None
             return parcel
-        return self._move(parcel if self.rank == source else None, lambda t: self._run(dist.broadcast, t, source))
+        own = parcel if self.rank == source else None
+        return self._move(own, lambda t: self._run(dist.broadcast, t, source, group=self.ranks))
 
     def send(self, parcel: Parcel, to: int) -> None:
         """Hand a parcel to rank `to`, which must `receive` it."""
-        self._move(parcel, lambda t: self._run(dist.send, t, to))
+        self._move(parcel, lambda t: self._run(dist.send, t, to, group=self.ranks))
 
     def receive(self, source: int) -> Parcel:
         """The parcel that rank `source` sends here."""
-        return self._move(None, lambda t: self._run(dist.recv, t, source))
+        return self._move(None, lambda t: self._run(dist.recv, t, source, group=self.ranks))
 
     def gather(self, parcel: Parcel, to: int = 0) -> list[Parcel]:
         """The parcels of all ranks in rank order on rank `to`, nothing elsewhere. They arrive one after another."""
@@ -145,9 +148,9 @@ class Group:
         placed = {name: torch.as_tensor(order).argsort().tolist() for name, _, _, order in plan["tensors"]}
         return Parcel(plan["body"], {name: t.permute(placed[name]) for name, t in tensors.items()})
 
-    def _run(self, operation: Callable[..., Any], *args: Any) -> None:
+    def _run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
-            operation(*args)
+            operation(*args, **kwargs)
         except RuntimeError as error:
             if self.lifeline is not None and self.lifeline.lost(wait_s=2.0):
                 raise RankLost(self.lifeline.reason, self.lifeline.speaks) from error
@@ -277,11 +280,14 @@ def _ranked(place: tuple[int, int, int], timeout_s: float) -> Iterator[Group]:
 def _assembled(rank: int, world: int, local: int, device: torch.device, timeout_s: float) -> Group:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        # the default group's timeout is that of joining too, so the long one belongs to a group of its own
+        dist.init_process_group(backend, timeout=timedelta(seconds=min(JOIN_S, timeout_s)))
+        ranks = dist.new_group(timeout=timedelta(seconds=timeout_s), backend=backend)
+        assert isinstance(ranks, dist.ProcessGroup), "this rank is in the group of all ranks"
     except (RuntimeError, ValueError) as error:
         raise StepFailed(f"rank {rank} of {world} could not join the others: {str(error).splitlines()[0]}") from error
-    bare = Group(rank, world, local, device)
+    bare = Group(rank, world, local, device, ranks=ranks)
     offer = Offer() if bare.leader else None
     told = bare.broadcast(Parcel({"port": offer.port, "token": offer.token}) if offer is not None else None).body
     peers = offer.accept(world) if offer is not None else connect(os.environ["MASTER_ADDR"], rank=rank, **told)
-    return Group(rank, world, local, device, Lifeline(rank, world, local, peers))
+    return replace(bare, lifeline=Lifeline(rank, world, local, peers))

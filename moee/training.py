@@ -83,8 +83,9 @@ class Trainer:
             devices = None if group.device.type == "cpu" else [group.device.index]
             # buffers never change; newer versions of torch have another name for the same switch
             known = inspect.signature(DistributedDataParallel.__init__).parameters
-            buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-            self.student = DistributedDataParallel(self.student, device_ids=devices, find_unused_parameters=True, **buffers)
+            more: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+            more |= {"device_ids": devices, "process_group": group.ranks}
+            self.student = DistributedDataParallel(self.student, find_unused_parameters=True, **more)
 
     def close(self) -> None:
         if self.config.checkpointing:
