@@ -13,7 +13,6 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +32,26 @@ MAX_LABEL_BYTES = 32
 OPEN_FILES = 8
 
 
-@dataclass(frozen=True)
-class Member:
-    """An image in a shard: the bytes [offset, offset + size) of file number `shard`, and its label (-1: none)."""
-
-    shard: int
-    offset: int
-    size: int
-    label: int
+Member = tuple[int, int, int, int]  # number of the shard, first byte, bytes, label (-1: none)
 
 
 class ShardSet(ImageSet):
     """Images of tar shards in the order in which the shards hold them."""
 
-    def __init__(self, name: str, shards: list[Path], members: list[Member], transform: Any, num_classes: int):
-        super().__init__(name, [m.label if num_classes > 1 else -1 for m in members], num_classes)
-        self.shards, self.members, self.transform = shards, members, transform
+    def __init__(self, name: str, shards: list[Path], members: Tensor, transform: Any, num_classes: int):
+        super().__init__(name, members[:, 3].tolist() if num_classes > 1 else [-1] * len(members), num_classes)
+        self.shards, self.transform = shards, transform
+        self.places = members[:, :3].clone()  # int64 [N, 3]: shard, first byte, bytes; 24 bytes an image
         self._open: dict[int, int] = {}
 
     def load(self, index: int) -> Tensor:
-        member = self.members[index]
-        raw = os.pread(self._descriptor(member.shard), member.size, member.offset)
+        shard, offset, size = self.places[index].tolist()
+        raw = os.pread(self._descriptor(shard), size, offset)
         return self.transform(Image.open(io.BytesIO(raw)).convert("RGB"))
 
     def describe(self, index: int) -> str:
-        member = self.members[index]
-        return f"{self.shards[member.shard]}, byte {member.offset}"
+        shard, offset, _ = self.places[index].tolist()
+        return f"{self.shards[shard]}, byte {offset}"
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
@@ -95,15 +88,16 @@ def open_shards(source: str, transform: Transform, split: str, seed: int) -> Sha
         raise UserError(f"data {source!r}: {INFO[0]} names {outside[0]!r}, which leaves its folder")
     shards = [root / name for name in info.filenames]
     keys = dataset.reader.input_key.split(";")
-    members: list[Member] = []
+    parts: list[Tensor] = []
     for number, path in enumerate(shards):
-        found = list(_scan(path, number, keys))
+        found = torch.tensor(list(_scan(path, number, keys)), dtype=torch.int64).view(-1, 4)
         if info.shard_lengths and len(found) != info.shard_lengths[number]:
             raise UserError(f"{path} holds {len(found)} images, {INFO[0]} says {info.shard_lengths[number]}; make it again")
-        members += found
-    if not members:
+        parts.append(found)
+    members = torch.cat(parts) if parts else torch.empty(0, 4)
+    if not len(members):
         raise UserError(f"data {source!r}: no images in {len(shards)} shards; expected members such as 0001.jpg and 0001.cls")
-    classes = len({m.label for m in members})
+    classes = len(members[:, 3].unique())
     if not divided:
         members = _part(members, split, seed)
     prepared = timm.data.create_transform(
@@ -134,13 +128,13 @@ def _split_of(root: Path, split: str, source: str) -> tuple[str, bool]:
     return (chosen[0] if len(chosen) == 1 else "{" + ",".join(chosen) + "}"), divided
 
 
-def _part(members: list[Member], split: str, seed: int) -> list[Member]:
+def _part(members: Tensor, split: str, seed: int) -> Tensor:
     """The same division as of a folder that has no splits."""
     total = len(members)
     shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = max(1, round(total * FOLDER_HELD_OUT)) if total > 1 else 0
     positions = shuffled[held_out:] if split == "train" else shuffled[:held_out] or shuffled
-    return [members[p] for p in sorted(positions)]
+    return members[sorted(positions)]
 
 
 def _scan(path: Path, number: int, keys: list[str]) -> Iterator[Member]:
@@ -171,4 +165,4 @@ def _sample(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo], number:
         handle = archive.extractfile(parts["cls"])
         text = handle.read().strip() if handle is not None else b""
         label = int(text) if text.isdigit() else -1
-    yield Member(number, image.offset_data, image.size, label)
+    yield number, image.offset_data, image.size, label

@@ -89,7 +89,7 @@ def test_without_info_the_names_divide(tmp_path, transform):
         path.unlink()
     train, held_out = (load_data(f"wds/{named}", transform, s) for s in ("train", "val"))
     assert len(train) == 10 and len(held_out) == 2
-    places = {(m.shard, m.offset) for m in (*train.members, *held_out.members)}
+    places = {tuple(place) for data in (train, held_out) for place in data.places.tolist()}
     assert len(places) == 12, "the parts must not overlap"
 
 
@@ -108,7 +108,7 @@ def test_damage_is_named(root, transform):
     info(lambda split: split.update(filenames=["train-0000.tar"], shard_lengths=[5], num_samples=5))
     path = root / "train-0000.tar"
     raw = bytearray(path.read_bytes())
-    place = load_data(f"wds/{root}", transform).members[1].offset
+    place = load_data(f"wds/{root}", transform).places[1, 1]
     raw[place : place + 8] = b"\0" * 8
     path.write_bytes(raw)
     data = load_data(f"wds/{root}", transform)
