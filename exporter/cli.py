@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # before any library starts its threads: sums depend on their number, which must not depend on the number of ranks
         threads = str(getattr(args, "threads", None) or os.environ.get("OMP_NUM_THREADS", 1))
         os.environ.update({name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel warns of a choice that is meant
     if quiet:
         logging.getLogger().setLevel(logging.ERROR)
     console = Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)

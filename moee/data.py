@@ -70,7 +70,12 @@ class Batch:
 
 
 class ImageSet(Dataset):
-    """Images with a name, an optional label each and a transform. Subclasses implement `load`."""
+    """Images with a name, an optional label each and a transform. Subclasses implement `load`.
+
+    `workers`: processes that read and decode ahead; 0 does it in between.
+    """
+
+    workers = 0
 
     def __init__(self, name: str, labels: list[int], num_classes: int):
         self.name, self.labels, self.num_classes = name, labels, num_classes
@@ -142,7 +147,8 @@ def listed_batches(
     data: ImageSet, lists: Sequence[list[int]], workers: int = 0, strict: bool = True
 ) -> Iterator[Batch]:
     """One batch for each list of positions, as `batches`; a list that holds no readable image gives none."""
-    loader = DataLoader(data, batch_sampler=lists, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    count = workers or data.workers
+    loader = DataLoader(data, batch_sampler=lists, num_workers=count, collate_fn=list)  # type: ignore[arg-type]
     seen = 0
     for items in loader:
         good = [(i, image, label) for i, image, label in items if image is not None]

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from typing import Any
 
 log = logging.getLogger("moee")
@@ -80,6 +81,13 @@ def connect(host: str, port: int, token: str, rank: int) -> dict[int, socket.soc
     return {0: _kept_alive(connection)}
 
 
+def _let_go(line: Lifeline | None) -> None:
+    """In a forked child, such as a data loader's: its copies would keep the connections open when this process dies."""
+    if line is not None:
+        for connection in line.peers.values():
+            connection.close()
+
+
 class Lifeline:
     """Watches the connections, and SIGTERM, in a thread of its own. `reason` says what was lost, empty while all is well."""
 
@@ -95,6 +103,8 @@ class Lifeline:
             # the handler only has to exist: the C side of it writes the signal's number to the socket at once
             before = signal.signal(signal.SIGTERM, lambda number, frame: None)
             self._handlers = before, signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
+        here = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _let_go(here()))
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._thread.start()
 

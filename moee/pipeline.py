@@ -43,13 +43,16 @@ def is_classifier(model: nn.Module) -> bool:
 class Session:
     """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once."""
 
-    def __init__(self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO):
+    def __init__(
+        self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0
+    ):
         self.spec, self.source, self.report, self.group = spec, source, report, group
         with group.agreed():
             self.dense = load_model(spec)
             self.transform = model_transform(self.dense)
             self.train = load_data(source, self.transform, "train", seed)
             self.held_out = load_data(source, self.transform, "val", seed)
+            self.train.workers = self.held_out.workers = workers
         share_dense(self.dense, group)
         for data in (self.train, self.held_out):
             check_same_data(data, group)
@@ -97,7 +100,7 @@ class Session:
 
 def run_extract(
     spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str, force: bool = False,
-    report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO,
+    report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
@@ -106,7 +109,7 @@ def run_extract(
     """
     with group.agreed():
         refuse_existing(Path(out), force)
-    session = session or Session(spec, source, config.seed, report, group)
+    session = session or Session(spec, source, config.seed, report, group, workers)
     probe = session.probe()
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
@@ -144,7 +147,7 @@ def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group) -> None:
 
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
-    report: Reporter = silent, session: Session | None = None, group: Group = SOLO,
+    report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
 ) -> MoeeModel:  # fmt: skip
     """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
 
@@ -158,7 +161,7 @@ def run_finetune(
     if source is not None and session is None and source != moee.data and moee.probe is not None:
         raise UserError(f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}")
     seed = moee.config.seed if moee.config else 0
-    session = session or Session(moee.spec, source or moee.data, seed, report, group)
+    session = session or Session(moee.spec, source or moee.data, seed, report, group, workers)
     resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
     teacher = session.train_outputs.features

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,24 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing output folder")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number that is not smaller."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, came {text!r}")
+        return int(text)
+
+    return number
+
+
 def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
     """Flags of the commands that torchrun can start on several processes."""
     if threads:
-        parser.add_argument("--threads", type=int, help="of a rank (all cores; under torchrun OMP_NUM_THREADS or 1)")
-    parser.add_argument("--rank-timeout", type=float, default=3600, metavar="S", help="how long a rank waits for others (3600)")
+        parser.add_argument("--threads", type=at_least(1), help="of a rank (all cores; under torchrun OMP_NUM_THREADS or 1)")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes a rank that read and decode images ahead (0)")
+    waits = "how long a rank waits for others (3600)"
+    parser.add_argument("--rank-timeout", type=at_least(1), default=3600, metavar="S", help=waits)
 
 
 @contextmanager

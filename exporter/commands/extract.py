@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.plan:
             with group.agreed():
                 config = read_plan(args.plan, spec)
-        moee = run_extract(spec, args.data, config, args.out, args.force, report, jobs=args.jobs, group=group)
+        moee = run_extract(spec, args.data, config, args.out, args.force, report, None, args.jobs, group, args.workers)
     if not group.leader:
         return OK
     if isinstance(config, ClearConfig):

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = validated(FinetuneConfig, values)
     with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
-        moee = run_finetune(args.path, config, args.out, args.data, args.force, report, group=group)
+        moee = run_finetune(args.path, config, args.out, args.data, args.force, report, None, group, args.workers)
     if not group.leader:
         return OK
     console.print(stage_table(moee.info, f"{moee.spec.name} on {moee.data}"))

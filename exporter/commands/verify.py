@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_ranks, rank_display
+from exporter.commands import GATE_FAILED, OK, add_ranks, at_least, rank_display
 from exporter.ui import percent
 from moee.errors import UserError
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
     sub.add_argument("--bisect", action="store_true", help="show every routed layer, and name the first that deviates")
-    sub.add_argument("--threads", type=int, help="of ONNX Runtime and torch, a rank (all cores; under torchrun 1)")
+    sub.add_argument("--threads", type=at_least(1), help="of ONNX Runtime and torch, a rank (all cores; under torchrun 1)")
     add_ranks(sub, threads=False)
     sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
     sub.add_argument("--force", action="store_true", help="replace an existing output folder")
@@ -87,6 +87,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
         sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
         moee = checkpoint.load(source)
         data = load_data(args.data or manifest["data"], model_transform(moee.model), "val")
+        data.workers = args.workers
     check_same_data(data, group)
     return verify_ranks(
         group, args.path, moee, data, sizes=sizes, provider=args.provider,

@@ -103,16 +103,28 @@ def ranks_of(launcher: subprocess.Popen, world: int) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_stops_the_others_and_a_rerun_gives_the_same_bytes(weights, tmp_path, victim):
+@pytest.mark.parametrize(("command", "victim"), [("extract", 0), ("extract", 1), ("finetune", 1)])
+def test_a_killed_rank_stops_the_others_and_a_rerun_gives_the_same_bytes(weights, tmp_path, command, victim):
     assert main(extraction(weights, tmp_path / "one", "--threads", "1")) == 0
-    whole = (tmp_path / "one" / "model.safetensors").read_bytes()
+
+    def arguments(out):
+        tuning = ["finetune", str(tmp_path / "one"), "--epochs", "6", "--lr", "1e-4", "--out", str(out)]
+        return extraction(weights, out) if command == "extract" else tuning
+
+    undisturbed = torchrun(2, arguments(tmp_path / "whole"), tmp_path / "cache")
+    began = time.monotonic()
+    text, _ = undisturbed.communicate(timeout=300)
+    assert undisturbed.returncode == 0, text
+    seconds = time.monotonic() - began
+    whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    if command == "extract":
+        assert whole == (tmp_path / "one" / "model.safetensors").read_bytes()
     killed = 0
-    for attempt in range(6):
+    for attempt in range(3):
         out, cache = tmp_path / f"out-{attempt}", tmp_path / f"cache-{attempt}"
-        running = torchrun(2, extraction(weights, out), cache)
+        running = torchrun(2, arguments(out), cache)
         ranks = ranks_of(running, 2)
-        time.sleep(random.Random(10 * victim + attempt).uniform(4, 12))
+        time.sleep(seconds * random.Random(10 * victim + attempt).uniform(0.4, 0.8))
         if ranks[victim].is_running() and running.poll() is None:
             ranks[victim].send_signal(signal.SIGKILL)
         text, _ = running.communicate(timeout=STOP_S)
@@ -128,7 +140,7 @@ def test_a_killed_rank_stops_the_others_and_a_rerun_gives_the_same_bytes(weights
         if out.exists():  # killed behind the rename
             assert (out / "model.safetensors").read_bytes() == whole
             continue
-        again = torchrun(2, extraction(weights, out), cache)
+        again = torchrun(2, arguments(out), cache)
         text, _ = again.communicate(timeout=200)
         assert again.returncode == 0, text
         assert (out / "model.safetensors").read_bytes() == whole

@@ -38,6 +38,21 @@ def test_a_dead_rank_interrupts_and_is_named_to_the_others(line):
     assert ends[1].recv(16) == LOST + b"2"
 
 
+def test_a_child_process_does_not_hold_the_line(line):
+    made, ends = line
+    child = os.fork()
+    if child == 0:
+        time.sleep(3)
+        os._exit(0)
+    for connection in made.peers.values():
+        connection.shutdown(socket.SHUT_RD)  # only this process's end: what a kill does to it
+        connection.close()
+    ends[1].settimeout(1)
+    assert ends[1].recv(1) == b"", "the child's copy keeps the connection open"
+    made.peers.clear()
+    os.waitpid(child, 0)
+
+
 def test_a_goodbye_is_no_loss(line):
     made, ends = line
     ends[1].sendall(BYE)

@@ -81,6 +81,14 @@ def test_ranks_see_every_image_once(root, transform, world):
     assert seen == list(range(12))
 
 
+def test_processes_that_read_ahead_change_nothing(root, transform):
+    data, ahead = (load_data(f"wds/{root}", transform) for _ in range(2))
+    ahead.workers = 2
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(batches(data, 5, order=order), batches(ahead, 5, order=order), strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.indices, b.indices) and torch.equal(a.labels, b.labels)
+
+
 def test_without_info_the_names_divide(tmp_path, transform):
     pytest.importorskip("webdataset", reason="the extra `stream`")
     named = write_shards(tmp_path / "named", info=False)
