@@ -70,6 +70,8 @@ def sum_events(events: list[dict], warm_up: int, runs: int) -> dict[str, float]:
     since = ends[warm_up - 1] if warm_up and len(ends) >= warm_up else 0
     total: dict[str, float] = {}
     for event in events:
+        if event.get("args", {}).get("op_name") == "If":
+            continue  # its time is that of the nodes in the branch taken, which have events of their own
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["ts"] >= since:
             name = event["name"].removesuffix("_kernel_time")
             total[name] = total.get(name, 0.0) + event["dur"] / 1e3 / runs

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from exporter.operator_schema import VERSION, register
+from exporter.passes.attention import rewrite_attention
 from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
@@ -116,6 +117,7 @@ def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) ->
         node.metadata_props.clear()  # the tracer's stack traces, which name paths of this machine
         for value in node.outputs:
             value.metadata_props.clear()
+    rewrite_attention(graph)
     graph.opset_imports.setdefault(DOMAIN, VERSION)
     for shape in (graph.graph.inputs[0].shape, graph.graph.outputs[0].shape):
         if shape is not None:

@@ -26,7 +26,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--target-latency-ms", type=float, help="p50 of a batch on --device")
     sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
     sub.add_argument("--batch", type=int, default=8, help="batch size of latencies (8)")
-    sub.add_argument("--methods", help="comma-separated: hdbscan, kmeans-8, kmeans-32, static (all)")
+    sub.add_argument("--methods", help="comma-separated: hdbscan, kmeans-8, kmeans-32, static, moefication (all)")
+    sub.add_argument("--allocations", help="comma-separated: share, sensitivity (both)")
     sub.add_argument("--targets", help="comma-separated shares of MACs to try (0.8,0.7,0.6,0.5)")
     sub.add_argument("--cluster-tokens", type=int, default=6000, help="tokens a layer that are clustered (6000)")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
@@ -51,12 +52,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.device import latency_of
     from moee.config import validated
     from moee.pipeline import Session
-    from moee.planning import METHODS, TARGETS, Budget, make_plan
+    from moee.planning import ALLOCATIONS, METHODS, TARGETS, Budget, make_plan
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
     targets = parse_targets(args.targets) or TARGETS
     budget = validated(Budget, {name: getattr(args, name) for name in names})
     methods = tuple(args.methods.split(",")) if args.methods else tuple(METHODS)
+    allocations = tuple(args.allocations.split(",")) if args.allocations else tuple(ALLOCATIONS)
     base = {"cluster_tokens": args.cluster_tokens, "refit_tokens": args.refit_tokens, "seed": args.seed}
     with ProgressDisplay() as report:
         spec = model_of(args, report)
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
             session, budget, args.out, methods, targets, {k: v for k, v in base.items() if v is not None}, latency,
-            args.force, report,
+            args.force, report, allocations,
         )  # fmt: skip
     console.print(points_table(plan))
     for line in verdict(plan):

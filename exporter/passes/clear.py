@@ -6,8 +6,8 @@ Rules, in the order of the emitted nodes:
 2. `masked`, no dispatch: per map Gemm(tokens, inward) gives the shared and all experts' coefficients [T, r + K q + K]; Mul by
    the mask row of the token's expert sets the other experts' to zero; MatMul(outward) adds everything up. The last K columns
    are ones before the mask and stand for the experts' biases, so no [T, H] tensor is gathered or added.
-3. `sorted`: tokens in expert order, Split by counts, per expert the same two products on constant slices (shared rows and its
-   own), Concat, inverse Gather. Only the token's own expert is computed.
+3. `sorted`: tokens grouped by expert (see `dispatch`), per expert the same two products on constant slices (shared rows and its
+   own). Only the token's own expert is computed.
 4. Slices, zeros and masks are constants or constant expressions of initialisers, which runtimes fold at load: the file keeps
    every weight once, and both forms share one data file.
 5. Three values have fixed names, as in the portable form of `MoeeFfn`: `<layer>/tokens` [T, D], `<layer>/route` [T], which alone
@@ -23,7 +23,9 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from exporter.passes.portable import _activation, _Tape
+from exporter.passes.dispatch import by_expert
+from exporter.passes.tape import Tape
+from exporter.passes.tape import activation as activate
 from plugins.contract import DOMAIN
 
 OP_TYPE = "ClearFfn"
@@ -66,7 +68,7 @@ def _lower(graph: ir.Graph, node: ir.Node, form: Form) -> None:
     ranks = [int(v) for v in node.attributes["ranks"].as_ints()]
     activation = node.attributes["activation"].as_string()
     dim = _shape(inputs["up_in"])[1]
-    tape = _Tape(graph, node, node.name or "clear")
+    tape = Tape(graph, node, node.name or "clear")
     x = inputs["x"]
     tokens = tape.op("Reshape", [x, tape.constant(np.array([-1, dim], np.int64), "token_shape")], name="tokens")[0]  # rule 1
     route = _route(tape, tokens, inputs)
@@ -79,7 +81,7 @@ def _lower(graph: ir.Graph, node: ir.Node, form: Form) -> None:
     graph.remove(node, safe=True)
 
 
-def _route(tape: _Tape, tokens: ir.Value, inputs: dict[str, ir.Value | None]) -> ir.Value:
+def _route(tape: Tape, tokens: ir.Value, inputs: dict[str, ir.Value | None]) -> ir.Value:
     """Expert of each token, [T] int64."""
     stored = inputs["router"]
     assert stored is not None, "the operator has a router"
@@ -105,7 +107,7 @@ def _mask(rank: int, residual: int, experts: int) -> np.ndarray:
 
 
 def _masked(
-    tape: _Tape, tokens: ir.Value, route: ir.Value, inputs: dict[str, ir.Value | None], ranks: list[int], activation: str
+    tape: Tape, tokens: ir.Value, route: ir.Value, inputs: dict[str, ir.Value | None], ranks: list[int], activation: str
 ) -> ir.Value:
     """Rule 2."""
     rows, experts = tokens, _shape(inputs["up_bias"])[0]
@@ -123,36 +125,27 @@ def _masked(
         kept = tape.op("Mul", [coefficients, tape.op("Gather", [table, route], axis=0)[0]])[0]
         rows = tape.op("MatMul", [kept, outward], name="result" if name == "down" else "")[0]  # rule 5
         if name == "up":
-            rows = _activation(tape, rows, activation)
+            rows = activate(tape, rows, activation)
     return rows
 
 
 def _sorted(
-    tape: _Tape, tokens: ir.Value, route: ir.Value, inputs: dict[str, ir.Value | None], ranks: list[int], activation: str
+    tape: Tape, tokens: ir.Value, route: ir.Value, inputs: dict[str, ir.Value | None], ranks: list[int], activation: str
 ) -> ir.Value:
     """Rule 3."""
-    experts = _shape(inputs["up_bias"])[0]
-    count = tape.op("Shape", [route])[0]
-    order = tape.op("TopK", [route, count], outputs=2, axis=0, largest=0, sorted=1)[1]
-    ids = tape.constant(np.arange(experts, dtype=np.int64)[:, None], "ids")
-    hits = tape.op("Cast", [tape.op("Equal", [ids, route])[0]], to=int(ir.DataType.INT32))[0]
-    counts = tape.op("ReduceSum", [hits, tape.constant(np.array([1], np.int64), "axis")], keepdims=0)[0]
-    counts = tape.op("Cast", [counts], to=int(ir.DataType.INT64))[0]
-    gathered = tape.op("Gather", [tokens, order], axis=0)[0]
-    groups = tape.op("Split", [gathered, counts], outputs=experts, axis=0) if experts > 1 else [gathered]
-    parts = []
-    for e, rows in enumerate(groups):
+
+    def body(expert: int, rows: ir.Value) -> ir.Value:
         for position, name in enumerate(("up", "down")):
             rank, residual = ranks[2 * position : 2 * position + 2]
-            own = np.concatenate([np.arange(rank), rank + e * residual + np.arange(residual)]).astype(np.int64)
-            index = tape.constant(own, f"{name}_rows_{e}")
+            own = np.concatenate([np.arange(rank), rank + expert * residual + np.arange(residual)]).astype(np.int64)
+            index = tape.constant(own, f"{name}_rows_{expert}")
             inward, outward = (tape.op("Gather", [inputs[f"{name}_{side}"], index], axis=0)[0] for side in ("in", "out"))
-            bias = tape.op("Gather", [inputs[f"{name}_bias"], tape.constant(np.array(e, np.int64), f"{name}_id_{e}")], axis=0)[0]
+            number = tape.constant(np.array(expert, np.int64), f"int_{expert}")
+            bias = tape.op("Gather", [inputs[f"{name}_bias"], number], axis=0)[0]
             rows = tape.op("Gemm", [rows, inward], transB=1)[0]
             rows = tape.op("Gemm", [rows, outward, bias])[0]
             if name == "up":
-                rows = _activation(tape, rows, activation)
-        parts.append(rows)
-    joined = tape.op("Concat", parts, axis=0)[0] if experts > 1 else parts[0]
-    inverse = tape.op("TopK", [order, count], outputs=2, axis=0, largest=0, sorted=1)[1]
-    return tape.op("Gather", [joined, inverse], axis=0, name="result")[0]  # rule 5
+                rows = activate(tape, rows, activation)
+        return rows
+
+    return by_expert(tape, tokens, route, _shape(inputs["up_bias"])[0], body, name="result")  # rule 5

@@ -21,7 +21,7 @@ def widen_bfloat16(model: ir.Model) -> int:
             value.const_value = ir.tensor(_float32(value.const_value), name=value.name)  # rule 1
             value.dtype = ir.DataType.FLOAT
             changed += 1
-    for node in model.graph:
+    for node in model.graph.all_nodes():  # branches too
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.BFLOAT16:
                 node.attributes[name] = ir.AttrTensor(name, ir.tensor(_float32(attribute.as_tensor())))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moee.config import ExtractConfig, validated
-from moee.convert import apply
 from moee.data import batches
 from moee.layer import routed_layers
 from moee.metrics import mean_cosine
@@ -28,8 +26,7 @@ def layer_table(session: Session, planner: Planner, winner: Point, report: Repor
     if winner.config is None:
         return []
     config = validated(ExtractConfig, winner.config)
-    model = copy.deepcopy(session.dense)
-    reports = apply(model, planner.prepare(winner.method), session.train, config, report)
+    model, reports = planner.make(winner.method, config)
     images = next(batches(session.held_out, ALONE_IMAGES)).images
     reference = session.reference.features[: len(images)]
     rows = []

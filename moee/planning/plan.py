@@ -18,7 +18,7 @@ from moee.models import ModelSpec
 from moee.pipeline import Session
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner, allocations_of
 from moee.progress import Reporter, silent
 
 SCHEMA = "moee.plan/1"
@@ -28,7 +28,7 @@ PLAN = "plan.json"
 def make_plan(
     session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] = tuple(METHODS),
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | None = None,
-    force: bool = False, report: Reporter = silent,
+    force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = tuple(ALLOCATIONS),
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
@@ -37,9 +37,10 @@ def make_plan(
     """
     out = Path(out)
     refuse_existing(out, force)
-    unknown = set(methods) - METHODS.keys()
-    if unknown:
-        raise UserError(f"unknown method {', '.join(sorted(unknown))}; expected some of {', '.join(METHODS)}")
+    for kind, given, known in (("method", methods, METHODS), ("allocation", allocations, ALLOCATIONS)):
+        unknown = set(given) - known.keys()
+        if unknown:
+            raise UserError(f"unknown {kind} {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
     if budget.max_drop is not None and (not session.held_out.labelled or not session.train.labelled):
         raise UserError(f"--max-drop needs labelled images and {session.source} has none; use --min-cosine")
     if budget.target_latency_ms is not None and latency is None:
@@ -50,7 +51,8 @@ def make_plan(
     planner = Planner(session, budget, base or {}, store, latency, report)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
-    points = [p for m in methods for a in ALLOCATIONS for t in targets if (p := planner.point(m, a, t)) is not None]
+    wanted = [(m, a, t) for m in methods for a in allocations_of(m, allocations) for t in targets]
+    points = [p for m, a, t in wanted if (p := planner.point(m, a, t)) is not None]
     points += planner.refine(points, targets)
     points = list({json.dumps(p.config, sort_keys=True): p for p in points}.values())
     dense = planner.dense(points)

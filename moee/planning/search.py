@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import statistics
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +15,13 @@ from typing import Any
 from torch import nn
 
 from moee.artifact import read_json, write_json
+from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig, make_extract_config, validated
-from moee.convert import Prepared, apply, prepare
+from moee.convert import Prepared, apply, extract, ffn_budget, prepare
 from moee.errors import NothingRouted, OutOfReach
+from moee.layer_report import LayerReport
+from moee.metrics import dense_macs, tokens_per_image
+from moee.models import find_ffns
 from moee.pipeline import Session
 from moee.planning.budget import Budget, Point
 from moee.progress import Reporter
@@ -26,13 +31,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "kmeans-8": {"clustering": "kmeans", "clusters": 8, "components": 50},
     "kmeans-32": {"clustering": "kmeans", "clusters": 32, "components": 50},
     "static": {"clustering": "none"},
+    "moefication": {"method": "moefication", "experts": 32, "selector": "router", "compensation": "mean"},
 }
 ALLOCATIONS: dict[str, dict[str, Any]] = {
     "share": {"criterion": "output_variance", "allocation": "expert"},
     "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
 }
+TOP_K = "top-k"  # how MoEfication meets a budget: the same number of experts a token in every layer
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
+
+
+def allocations_of(method: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The ways in which a method can spend a budget, of those `wanted`."""
+    return (TOP_K,) if METHODS[method].get("method") == "moefication" else wanted
 
 
 @dataclass(frozen=True)
@@ -51,19 +63,58 @@ class Planner:
         self.latency, self.report = latency, report
         self.probe = session.probe()
         self.prepared: dict[str, Prepared] = {}
+        self.folder = tempfile.TemporaryDirectory(prefix="moee-")
+        self.sampled: list[LayerTokens] = []
 
     def config(self, method: str, allocation: str, target: float) -> ExtractConfig:
+        """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
+        if allocation == TOP_K:
+            common = {k: v for k, v in self.base.items() if k != "refit_tokens"}
+            fixed = make_extract_config(**{**common, **METHODS[method]})
+            return make_extract_config(**{**common, **METHODS[method], "top_k": self._top_k(fixed, target)})
         return make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS[allocation], "target_macs": target})
 
     def prepare(self, method: str) -> Prepared:
         if method not in self.prepared:
             config = make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS["sensitivity"]})
-            self.prepared[method] = prepare(self.session.dense, self.session.train, config, self.report)
+            sampled = self.calibrate(config)
+            self.prepared[method] = prepare(self.session.dense, self.session.train, config, self.report, sampled=sampled)
         return self.prepared[method]
+
+    def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
+        """Calibration tokens, which all methods share; they stay on disk as long as the planner."""
+        if not self.sampled:
+            dense, folder = self.session.dense, Path(self.folder.name)
+            ffns = find_ffns(dense, config.exclude)
+            self.sampled = collect_tokens(dense, ffns, self.session.train, folder, config.tokens, config.seed, self.report)
+        return self.sampled
+
+    def make(self, method: str, config: ExtractConfig) -> tuple[nn.Module, list[LayerReport]]:
+        """A model by one of the plan's configurations. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
+        model = copy.deepcopy(self.session.dense)
+        if config.method == "moefication":
+            return model, extract(model, self.session.train, config, self.report, sampled=self.calibrate(config))
+        return model, apply(model, self.prepare(method), self.session.train, config, self.report)
+
+    def _top_k(self, config: ExtractConfig, target: float) -> int:
+        """The most experts a token whose MACs, router included, meet `target`."""
+        ffns = {f.name: f for f in find_ffns(self.session.dense, config.exclude)}
+        tokens = tokens_per_image(self.session.dense, ffns, self.session.transform.size)
+        assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
+        whole = sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
+        routers = sum(tokens[n] * f.dim * config.experts for n, f in ffns.items())
+        budget = ffn_budget(dense_macs(self.session.dense, self.session.transform.size), whole, target)
+        most = int((budget - routers) * config.experts / whole)
+        if most < 1:
+            raise OutOfReach(f"--target-macs {target:g}: not one of {config.experts} experts a token fits")
+        return min(most, config.experts)
 
     def point(self, method: str, allocation: str, target: float) -> Point | None:
         """Make and measure one model, or read its figures if an interrupted run has; None if it cannot be made."""
-        config = self.config(method, allocation, target)
+        try:
+            config = self.config(method, allocation, target)
+        except OutOfReach:
+            return None
         identity = json.dumps([config.model_dump(mode="json"), self.latency and self.latency.label])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         file = self.store / f"{key}.json"
@@ -71,9 +122,7 @@ class Planner:
             stored = read_json(file)
             return validated(Point, stored) if stored else None
         try:
-            prepared = self.prepare(method)
-            model = copy.deepcopy(self.session.dense)
-            apply(model, prepared, self.session.train, config, self.report)
+            model, _ = self.make(method, config)
         except (NothingRouted, OutOfReach):
             write_json(file, None)
             return None

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from exporter.latency import bench
-from exporter.onnx_export import MANIFEST, SCHEMA, export
+from exporter.onnx_export import MANIFEST, SCHEMA, export, to_onnx
 from exporter.parity import check_parity
 from exporter.passes.name_routes import name_routed_nodes
-from exporter.passes.portable import lower_routed_ffn
+from exporter.passes.portable import MIN_ROWS, lower_routed_ffn
 from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.errors import UserError
@@ -107,6 +107,7 @@ CASES = {
     "top 2": dict(tokens=11, dim=16, union=24, widths=[5, 20, 9], top_k=2),
     "relu": dict(tokens=11, dim=16, union=24, widths=[5, 20], activation="relu"),
     "silu": dict(tokens=11, dim=16, union=24, widths=[5, 20], activation="silu"),
+    "more experts than are split one by one": dict(tokens=40, dim=16, union=24, widths=[5, 20, 9, 4, 8, 3, 7, 6, 2, 1]),
     "tanh gelu": dict(tokens=11, dim=16, union=24, widths=[5, 20], activation="gelu_tanh"),
 }
 
@@ -125,10 +126,29 @@ def test_lowered_operator_matches_torch(case):
     p = random_problem(**CASES[case])
     layer = layer_of(p).eval()
     session = lowered(layer, 16)
-    for batch in (1, 3):
+    for batch in (1, 3, 50):  # the last has enough tokens an expert for the grouped form
         x = torch.randn(batch, 3, 4, 4)
         (got,) = session.run(None, {"input": x.numpy()})
         np.testing.assert_allclose(got, layer(x.reshape(batch, 3, 16)).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def forms(layer: torch.nn.Module, tokens: int) -> tuple[list[str], set[str]]:
+    """Kinds of the nodes of one lowered layer on images of so many tokens, and of those in the branches of an If."""
+    graph = to_onnx(layer, 0, torch.zeros(2, tokens, 16))
+    assert lower_routed_ffn(graph) == 1
+    top = [n.op_type for n in graph.graph]
+    return top, {n.op_type for n in graph.graph.all_nodes()} - set(top)
+
+
+def test_the_form_follows_the_tokens_of_one_image():
+    """Few tokens an expert at batch 1: the graph decides when it runs. Enough: grouped, without a branch."""
+    layer = layer_of(random_problem(9, 16, 24, [5, 20, 9])).eval()
+    top, inside = forms(layer, 3 * MIN_ROWS - 1)
+    assert "If" in top and {"Split", "Concat", "MatMul", "Mul"} <= inside
+    top, inside = forms(layer, 3 * MIN_ROWS)
+    assert "If" not in top and top.count("Gemm") == 7 and not inside  # the router's, and two an expert
+    twice = layer_of(random_problem(9, 16, 24, [5, 20, 9], top_k=2)).eval()
+    assert "If" not in forms(twice, 3)[0]  # the masked form is for one expert a token
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -173,8 +193,6 @@ def test_channels_first_models_export(tmp_path):
 
         def forward(self, x):
             return self.mlp(x.repeat(1, 6, 1, 1)[:, :16])
-
-    from exporter.onnx_export import to_onnx
 
     graph = to_onnx(Conv(), 4)
     name_routed_nodes(graph, ["mlp"])

@@ -72,6 +72,20 @@ def test_the_plan_is_what_extract_then_measures(session, tmp_path):
     assert stage["retention"]["class_cosine"] == pytest.approx(winner["cosine"], abs=1e-3)
 
 
+def test_moefication_takes_as_many_experts_as_the_budget_allows(session, tmp_path):
+    fast = {**FAST, "methods": ("moefication",)}
+    plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **fast)
+    config = plan["winner"]["config"]
+    share, top_k = plan["winner"]["macs"], config["top_k"]
+    assert config["method"] == "moefication" and share <= 0.8 < share + (1 - share) / (config["experts"] - top_k)
+    assert len(plan["layers"]) == 3
+    run_extract(session.spec, "tiny", read_plan(tmp_path / "plan", session.spec), tmp_path / "model", session=session)
+    stage = load(tmp_path / "model").info["stages"]["extracted"]
+    assert stage["retention"]["class_cosine"] == pytest.approx(plan["winner"]["cosine"], abs=1e-3)
+    with pytest.raises(UserError, match="nothing meets the budget"):
+        make_plan(session, Budget(target_macs=0.05), tmp_path / "less", **fast)
+
+
 def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
     real, calls = session.measure, []
 
@@ -103,6 +117,13 @@ def test_interrupted_plan_of_other_options_is_refused(session, tmp_path):
 def test_unreachable_budget_names_the_nearest(session, tmp_path):
     with pytest.raises(UserError, match="nothing meets the budget; nearest is .* it misses"):
         make_plan(session, Budget(target_macs=0.85, min_cosine=0.999999), tmp_path / "plan", **FAST)
+
+
+def test_allocations_can_be_chosen(session, tmp_path):
+    plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST, allocations=("share",))
+    assert {p["allocation"] for p in plan["points"]} == {"share", ""}
+    with pytest.raises(UserError, match="unknown allocation fair; expected some of share, sensitivity"):
+        make_plan(session, Budget(target_macs=0.8), tmp_path / "other", **FAST, allocations=("fair",))
 
 
 def test_accuracy_budget_needs_labels(session, tmp_path):

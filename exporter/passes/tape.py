@@ -1,0 +1,74 @@
+"""Appending the nodes of one lowered layer to a graph, or to a branch of an `If` in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Tape:
+    """Puts nodes before the node that they replace; names of nodes, values and constants begin with the layer's."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node, prefix: str):
+        self.graph, self.before, self.prefix, self.count = graph, before, prefix, 0
+        self._branch: list[ir.Node] | None = None
+
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], outputs: int = 1, name: str = "", **attributes) -> list[ir.Value]:
+        self.count += 1
+        label = f"{self.prefix}/{name or f'{kind}_{self.count}'}"
+        converted = ir.convenience.convert_attributes(attributes)
+        node = ir.Node("", kind, inputs, converted, num_outputs=outputs, name=label)
+        for position, value in enumerate(node.outputs):
+            value.name = label if outputs == 1 else f"{label}:{position}"
+        self.place(node)
+        return list(node.outputs)
+
+    def place(self, node: ir.Node) -> None:
+        if self._branch is None:
+            self.graph.insert_before(self.before, node)
+        else:
+            self._branch.append(node)
+
+    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+        """An initialiser of the main graph, which branches see too."""
+        label = f"{self.prefix}/{name}"
+        if label in self.graph.initializers:
+            return self.graph.initializers[label]
+        value = ir.Value(name=label, type=ir.TensorType(ir.tensor(array).dtype), shape=ir.Shape(array.shape))
+        value.const_value = ir.tensor(array, name=label)
+        self.graph.register_initializer(value)
+        return value
+
+    @contextmanager
+    def branch(self) -> Iterator[list[ir.Node]]:
+        """Nodes made inside go to the list instead of the graph."""
+        assert self._branch is None, "branches are not nested"
+        self._branch = []
+        try:
+            yield self._branch
+        finally:
+            self._branch = None
+
+    def choose(self, condition: ir.Value, then: ir.Graph, otherwise: ir.Graph, name: str) -> ir.Value:
+        """An `If` with one output."""
+        attributes = [ir.AttrGraph("then_branch", then), ir.AttrGraph("else_branch", otherwise)]
+        node = ir.Node("", "If", [condition], attributes, num_outputs=1, name=f"{self.prefix}/{name}")
+        node.outputs[0].name = f"{self.prefix}/{name}"
+        self.place(node)
+        return node.outputs[0]
+
+
+def activation(tape: Tape, x: ir.Value, kind: str) -> ir.Value:
+    """`gelu`, `gelu_tanh`, `relu` or `silu` of x; `ValueError` for another."""
+    if kind == "gelu":
+        return tape.op("Gelu", [x], approximate="none")[0]
+    if kind == "gelu_tanh":
+        return tape.op("Gelu", [x], approximate="tanh")[0]
+    if kind == "relu":
+        return tape.op("Relu", [x])[0]
+    if kind == "silu":
+        return tape.op("Mul", [x, tape.op("Sigmoid", [x])[0]])[0]
+    raise ValueError(f"unknown activation {kind!r}; expected gelu, gelu_tanh, relu or silu")

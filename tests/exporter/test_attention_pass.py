@@ -1,0 +1,97 @@
+"""The rewrite of traced attention: what matches gives the same numbers with fewer copies, what does not is left alone."""
+
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import timm
+import torch
+from torch import nn
+
+from exporter import onnx_export
+from exporter.onnx_export import to_onnx
+from exporter.passes.attention import rewrite_attention
+
+MODELS = {
+    "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3), 2, 2),
+    "deit, distilled": (
+        "deit_tiny_distilled_patch16_224", dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3), 2, 2,
+    ),
+    "swin": (  # its key has a plain Transpose already, which rule 3 merges
+        "swin_tiny_patch4_window7_224", dict(img_size=64, embed_dim=24, depths=(1, 2), num_heads=(2, 4), window_size=4), 3, 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Trace without the rewrite, which a test applies itself."""
+    monkeypatch.setattr(onnx_export, "rewrite_attention", lambda graph: (0, 0))
+
+    def trace(model: nn.Module, size: int) -> ir.Model:
+        return to_onnx(model.eval(), size)
+
+    return trace
+
+
+def run(graph: ir.Model, x: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": x})[0]
+
+
+def kinds(graph: ir.Model) -> Counter:
+    return Counter(n.op_type for n in graph.graph)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_of_timm_models(traced, name):
+    timm_name, kwargs, blocks, keys = MODELS[name]
+    torch.manual_seed(0)
+    graph = traced(timm.create_model(timm_name, num_classes=5, **kwargs), kwargs["img_size"])
+    x = np.random.default_rng(0).standard_normal((3, 3, kwargs["img_size"], kwargs["img_size"])).astype(np.float32)
+    before, counts = run(graph, x), kinds(graph)
+    assert rewrite_attention(graph) == (blocks, keys)
+    after = kinds(graph)
+    np.testing.assert_allclose(run(graph, x), before, rtol=1e-5, atol=1e-6)
+    assert after["MatMul"] == counts["MatMul"] + 2 * blocks  # three products a block in the place of one
+    assert after["Transpose"] == counts["Transpose"] + blocks  # q, k, v and the output; before: qkv, k and the output
+    assert after["Slice"] <= counts["Slice"] - 3 * blocks and after["Squeeze"] == counts["Squeeze"] - 3 * blocks
+    assert rewrite_attention(graph) == (0, 0)  # nothing is left to do
+
+
+class Attention(nn.Module):
+    """qkv in one product on [B, 16, 12], two heads; `leak` also returns what lies between."""
+
+    def __init__(self, leak: bool = False, bias: bool = True):
+        super().__init__()
+        self.qkv, self.leak = nn.Linear(12, 36, bias=bias), leak
+        self.shift = nn.Parameter(torch.ones(36))
+
+    def forward(self, x):
+        x = x.reshape(x.shape[0], -1, 12)
+        flat = self.qkv(x)
+        q, k, v = flat.reshape(x.shape[0], -1, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return y.transpose(1, 2).reshape(x.shape[0], -1) + (flat.sum((1, 2))[:, None] if self.leak else 0)
+
+
+def test_an_intermediate_value_that_is_used_elsewhere_keeps_the_node(traced):
+    x = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    for leak, split in ((False, 1), (True, 0)):
+        graph = traced(Attention(leak), 8)
+        before = run(graph, x)
+        assert rewrite_attention(graph)[0] == split
+        np.testing.assert_allclose(run(graph, x), before, rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_bias_there_is_nothing_to_match(traced):
+    graph = traced(Attention(bias=False), 8)
+    assert rewrite_attention(graph)[0] == 0
+
+
+def test_exports_are_rewritten():
+    """`to_onnx` applies the pass."""
+    names = [n.name or "" for n in to_onnx(Attention().eval(), 8).graph]
+    assert any(n.endswith("qkv.q/product") for n in names)
