@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from exporter import ranks
 from exporter.commands import (
     BAD_INPUT,
     ENVIRONMENT,
@@ -37,15 +38,12 @@ from exporter.commands import (
     verify,
 )
 from moee import __version__
-from moee.errors import MissingDependency, RankLost, StepFailed, UserError
+from moee.errors import MissingDependency, StepFailed, UserError
 
 COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
     ablate_clear, doctor, demo,
 )  # fmt: skip
-RANKED = ("extract", "finetune", "verify")  # commands that torchrun may start on several processes
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="moee", description="Extract experts from Vision Transformers and ship them.")
@@ -63,25 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
-    ranked = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    quiet = ranked and os.environ["RANK"] != "0"  # rank 0 speaks for all
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        # before any library starts its threads: sums depend on their number, which must not depend on the number of ranks
-        threads = str(getattr(args, "threads", None) or os.environ.get("OMP_NUM_THREADS", 1))
-        os.environ.update({name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")})
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel warns of a choice that is meant
-    if quiet:
-        logging.getLogger().setLevel(logging.ERROR)
-    console = Console(width=None if sys.stdout.isatty() else 120, quiet=quiet)
+    console = Console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
     def say(error: BaseException, text: str) -> None:
-        if getattr(error, "speaks", not quiet):
+        if ranks.speaks(error):
             errors.print(f"moee: {text}")
 
     try:
-        if ranked and args.command not in RANKED:
-            raise UserError(f"{args.command} runs in one process; start it without torchrun ({', '.join(RANKED)} take several)")
+        ranks.prepare(args)
         return args.run(args, console)
     except UserError as error:
         if args.debug:
@@ -97,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         say(error, " ".join(str(error).split()))
-        if isinstance(error, RankLost):
-            sys.stderr.flush()
-            os._exit(GATE_FAILED)  # a thread may still be clustering, or waiting for a rank that is gone
+        ranks.leave(error, GATE_FAILED)
         return GATE_FAILED
     except KeyboardInterrupt as error:
         say(error, "interrupted; earlier results are as they were")

@@ -49,6 +49,10 @@ class ShardSet(ImageSet):
         raw = os.pread(self._descriptor(shard), size, offset)
         return self.transform(Image.open(io.BytesIO(raw)).convert("RGB"))
 
+    def content(self) -> bytes:
+        """Names and sizes of the shards: what tells this set from another one of the same name."""
+        return "\n".join(f"{path.name} {path.stat().st_size}" for path in self.shards).encode()
+
     def describe(self, index: int) -> str:
         shard, offset, _ = self.places[index].tolist()
         return f"{self.shards[shard]}, byte {offset}"

@@ -14,9 +14,9 @@ from moee.calibration import collect_tokens, gather_tokens
 from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
 from moee.data import TensorSet, load_data, model_transform
-from moee.distributed import joined
 from moee.evaluate import run
 from moee.finetune import finetune
+from moee.joining import joined
 from moee.models import find_ffns, load_model
 from moee.pipeline import peak_memory_bytes
 

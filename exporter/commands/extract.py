@@ -61,7 +61,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.clear_moe import ClearConfig
     from moee.config import ExtractConfig, make_extract_config
-    from moee.distributed import joined
+    from moee.joining import joined
     from moee.pipeline import run_extract
     from moee.planning import read_plan
 

@@ -36,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.config import FinetuneConfig, validated
-    from moee.distributed import joined
+    from moee.joining import joined
     from moee.pipeline import run_finetune
 
     names = (

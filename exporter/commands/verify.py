@@ -40,7 +40,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from moee.distributed import Parcel, joined
+    from moee.distributed import Parcel
+    from moee.joining import joined
 
     with joined(args.rank_timeout, _rank_threads(args)) as group, rank_display(group) as report:
         result = _verified(args, group, report)
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _rank_threads(args: argparse.Namespace) -> int | None:
     """Threads of a rank; None leaves a process of its own as it is: --threads is then ONNX Runtime's alone."""
-    from moee.distributed import launched
+    from moee.joining import launched
 
     return args.threads if launched() else None
 
@@ -72,8 +73,8 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     from moee import checkpoint
     from moee.artifact import read_manifest, refuse_existing
     from moee.data import load_data, model_transform
-    from moee.distributed import launched
     from moee.exchange import check_same_data
+    from moee.joining import launched
 
     with group.agreed():
         manifest = read_manifest(args.path, MANIFEST, SCHEMA)

@@ -86,7 +86,7 @@ def test_other_commands_and_half_an_environment_are_refused(monkeypatch, capsys)
         monkeypatch.setenv(name, "1")  # main sets them; this takes it back
     assert main(["doctor"]) == 2
     assert "doctor runs in one process; start it without torchrun" in capsys.readouterr().err
-    from moee.distributed import joined
+    from moee.joining import joined
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="start the ranks with torchrun"), joined():

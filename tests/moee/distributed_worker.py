@@ -22,11 +22,12 @@ from moee.clear_moe import ClearConfig, convert
 from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
 from moee.data import TensorSet
-from moee.distributed import Group, Parcel, joined
+from moee.distributed import Group, Parcel
 from moee.errors import UserError
 from moee.evaluate import run
 from moee.exchange import share_layers
 from moee.finetune import finetune
+from moee.joining import joined
 from moee.models import find_ffns, load_model
 from moee.pipeline import run_extract, run_finetune
 from tests.conftest import tiny_images, tiny_spec
