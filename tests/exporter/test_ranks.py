@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,9 +36,9 @@ def weights(tmp_path_factory):
     return path
 
 
-def torchrun(world: int, arguments: list[str], cache: Path) -> subprocess.Popen:
+def torchrun(world: int, arguments: list[str], cache: Path, module: str = "exporter.cli") -> subprocess.Popen:
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MOEE_CACHE": str(cache)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "-m", "exporter.cli"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "-m", module]
     return subprocess.Popen(
         launcher + arguments, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -48,35 +49,32 @@ def extraction(weights: Path, out: Path, *more: str) -> list[str]:
     return [*command, "--tokens", "1500", "--refit-tokens", "1500", "--min-cluster-size", "0.02", *more]
 
 
-def test_extract_under_torchrun_gives_the_bytes_of_one_process(weights, tmp_path):
-    running = torchrun(2, extraction(weights, tmp_path / "two"), tmp_path / "cache")
-    assert main(extraction(weights, tmp_path / "one", "--threads", "1")) == 0
-    text, _ = running.communicate(timeout=200)
-    assert running.returncode == 0, text
-    assert text.count("written to") == 1 and text.count("calibrate: done") == 1, "rank 0 alone reports"
-    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
-    assert json.loads((two.parent / "moee.json").read_text())["info"]["ranks"]["world"] == 2
-
-
-def test_verify_under_torchrun_gives_the_figures_of_one_process(tiny_export, tmp_path):
-    def arguments(name):
+def test_extract_and_verify_under_torchrun_give_what_one_process_gives(weights, tiny_export, tmp_path):
+    def verification(name):
         out = ["--out", str(tmp_path / name), "--threads", "1", "--images", "150", "--max-shapes", "8"]
         return ["verify", str(tiny_export.folder()), "--model", str(tiny_export.root / "model"), *out]
 
-    running = torchrun(2, arguments("two"), tmp_path / "cache")
+    many = [[free_port(), extraction(weights, tmp_path / "extracted-2")], [free_port(), verification("verified-2")]]
+    running = torchrun(2, [json.dumps(many)], tmp_path / "cache", "tests.exporter.several_commands")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert main(arguments("one")) == 0
+        for one in (extraction(weights, tmp_path / "extracted-1", "--threads", "1"), verification("verified-1")):
+            assert main(one) == 0
     finally:
         torch.set_num_threads(threads)
-    text, _ = running.communicate(timeout=200)
+    text, _ = running.communicate(timeout=300)
     assert running.returncode == 0, text
-    one, two = (json.loads((tmp_path / name / "parity.json").read_text()) for name in ("one", "two"))
-    for figures in (one, two):
-        del figures["seconds"], figures["files"]
-    assert one == two and one["accuracy"]["images"] == 150
+    assert text.count("written to") == 1 and text.count("calibrate: done") == 1, "rank 0 alone reports"
+
+    one, two = (tmp_path / f"extracted-{n}" / "model.safetensors" for n in (1, 2))
+    assert one.read_bytes() == two.read_bytes()
+    assert json.loads((two.parent / "moee.json").read_text())["info"]["ranks"]["world"] == 2
+
+    figures = [json.loads((tmp_path / f"verified-{n}" / "parity.json").read_text()) for n in (1, 2)]
+    for body in figures:
+        del body["seconds"], body["files"]
+    assert figures[0] == figures[1] and figures[0]["accuracy"]["images"] == 150
 
 
 def test_other_commands_and_half_an_environment_are_refused(monkeypatch, capsys):
@@ -91,6 +89,11 @@ def test_other_commands_and_half_an_environment_are_refused(monkeypatch, capsys)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="start the ranks with torchrun"), joined():
         pass
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def ranks_of(launcher: subprocess.Popen, world: int) -> list[psutil.Process]:
