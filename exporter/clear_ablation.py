@@ -14,18 +14,36 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from moee.artifact import write_json
+from pydantic import Field
+
+from moee.artifact import read_json, write_json
 from moee.clear_moe import ClearConfig, convert
 from moee.config import validated
 from moee.errors import UserError
 from moee.pipeline import Session
 from moee.progress import Reporter, silent
+from moee.schema import Body, checked
 
 SCHEMA = "moee.clear-cell/1"
 FACTORS = ("router", "rank", "experts", "calibration_images")
 METRICS = ("accuracy", "class_cosine", "token_cosine")
+
+
+class StoredCell(Body):
+    """A cell's file; accuracies lack without labels."""
+
+    schema_: Literal["moee.clear-cell/1"] = Field(alias="schema")
+    setting: dict[str, Any]
+    config: dict[str, Any]
+    dense_accuracy: float | None
+    accuracy: float | None
+    class_cosine: float
+    token_cosine: float | None
+    macs_share: float
+    router_accuracy: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -102,8 +120,9 @@ def ablate(
         path = out / f"{cell_name(setting, seed)}.json"
         config = grid.config(setting, seed)
         if path.is_file():
-            cell = json.loads(path.read_text())
-            if cell.get("config") != config.model_dump(mode="json"):
+            cell = read_json(path)
+            checked(StoredCell, cell, path)
+            if cell["setting"] != setting or cell.get("config") != config.model_dump(mode="json"):
                 raise UserError(f"{path} was made with another configuration; give another --out or remove it")
         else:
             probe = probe or session.probe()

@@ -40,10 +40,13 @@ from exporter.commands import (
 from moee import __version__
 from moee.errors import MissingDependency, StepFailed, UserError
 
+MAX_SENTENCE = 2000  # characters
 COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
     ablate_clear, doctor, demo,
 )  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="moee", description="Extract experts from Vision Transformers and ship them.")
@@ -55,6 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def sentence(error: BaseException) -> str:
+    """An error as one line. It may quote a file from someone else: what would control the terminal is not passed on."""
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
+    return text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]}..."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     # before torch is imported: OpenMP threads that spin at barriers slow a shared machine down about fivefold
@@ -64,9 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-    def say(error: BaseException, text: str) -> None:
+    def say(error: BaseException, text: str = "") -> None:
         if ranks.speaks(error):
-            errors.print(f"moee: {text}")
+            errors.print(f"moee: {text or sentence(error)}")
 
     try:
         ranks.prepare(args)
@@ -74,17 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if args.debug:
             raise
-        say(error, str(error))
+        say(error)
         return BAD_INPUT
     except MissingDependency as error:
         if args.debug:
             raise
-        say(error, str(error))
+        say(error)
         return ENVIRONMENT
     except StepFailed as error:
         if args.debug:
             raise
-        say(error, " ".join(str(error).split()))
+        say(error)
         ranks.leave(error, GATE_FAILED)
         return GATE_FAILED
     except KeyboardInterrupt as error:

@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moee.artifact import read_json, sha256_file, write_json
+from moee.artifact import sha256_file, write_json
 from moee.config import FinetuneConfig
 from moee.data import ImageSet
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.evaluate import run
+from moee.finetune_state import SCHEMA, read_state, read_tensors
 from moee.layer import routed_layers
 from moee.progress import Reporter, silent
 from moee.training import Trainer
@@ -196,7 +197,7 @@ def _store(
     losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss, "best_epoch": result.best_epoch}
     write_json(
         folder / STATE,
-        {"schema": "moee.finetune/1", "epoch": epoch, "identity": identity, "file": path.name,
+        {"schema": SCHEMA, "epoch": epoch, "identity": identity, "file": path.name,
          "sha256": sha256_file(path), **_step(optimiser), "scaler": scaler.state_dict(), **losses},
     )  # fmt: skip
     for old in folder.glob(TENSORS.format(epoch="*")):
@@ -209,17 +210,14 @@ def _restore(
 ) -> tuple[int, dict[str, Tensor], FinetuneResult] | None:
     if not (folder / STATE).is_file():
         return None
-    state = read_json(folder / STATE)
+    state = read_state(folder / STATE)
     for key, ours in identity.items():
         if state["identity"].get(key) != ours:
             raise UserError(
                 f"{folder} holds an interrupted run with another {key} ({state['identity'].get(key)!r}, now {ours!r}); "
                 "finish that one or remove the folder"
             )
-    path = folder / Path(state["file"]).name
-    if not path.is_file() or sha256_file(path) != state["sha256"]:
-        raise UserError(f"{path} is missing or changed; remove {folder} to start the fine-tuning again")
-    best = _put_state(load_file(path), state["step"], trainable, optimiser)
+    best = _put_state(read_tensors(folder, state, trainable), state["step"], trainable, optimiser)
     scaler.load_state_dict(state.get("scaler", {}))
     result = FinetuneResult([math.nan, *state["train_loss"]], state["validation_loss"], state["best_epoch"])
     return int(state["epoch"]), best, result

@@ -158,10 +158,13 @@ def run_finetune(
     with group.agreed():
         refuse_existing(out, force)
         moee = checkpoint.load(path)
-    if source is not None and session is None and source != moee.data and moee.probe is not None:
-        raise UserError(f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}")
+        if source is not None and session is None and source != moee.data and moee.probe is not None:
+            raise UserError(
+                f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
+            )
+        recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
     seed = moee.config.seed if moee.config else 0
-    session = session or Session(moee.spec, source or moee.data, seed, report, group, workers)
+    session = session or Session(moee.spec, recorded, seed, report, group, workers)
     resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
     teacher = session.train_outputs.features

@@ -83,7 +83,7 @@ def open_shards(source: str, transform: Transform, split: str, seed: int) -> Sha
         raise MissingDependency("data wds/... needs the package webdataset; install it with pip install 'moee[stream]'")
     wanted, divided = _split_of(root, split, source)
     try:
-        dataset: Any = timm.data.create_dataset(PREFIX, root=str(root), split=wanted)
+        dataset: Any = timm.data.create_dataset(PREFIX, root=str(root.resolve()), split=wanted)
     except Exception as error:  # readers raise many kinds
         raise UserError(f"data {source!r}: timm cannot read it ({str(error).splitlines()[0]}); check {INFO[0]}") from error
     info = dataset.reader.split_info

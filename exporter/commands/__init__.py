@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from moee.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from moee.distributed import Group
@@ -61,6 +64,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     parser.add_argument("--weights", help="weights as a .safetensors file")
     parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+
+
+def refuse_file(out: str) -> None:
+    """Raise `UserError` if an output folder that is filled step by step is something else."""
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UserError(f"--out {out} is a file; name a folder")
 
 
 def model_of(args: argparse.Namespace, report: Reporter) -> ModelSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
+from exporter.onnx_safety import load_ir
 from exporter.passes.widen import widen_bfloat16
 from moee.errors import UserError
 from moee.layer import RoutedLayer, routed_layers
@@ -39,7 +39,7 @@ def tapped_graph(graph: Path, layers: list[str], widen: bool = False) -> Iterato
 
     With `widen`, bfloat16 becomes float32. Raises `UserError` if the graph lacks one of these values.
     """
-    model = ir.load(graph)
+    model = load_ir(graph)
     for parts in _parts(model, graph, layers):
         model.graph.outputs.extend(parts)
     with copied(model, graph, widen) as path:
@@ -66,7 +66,7 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
     Inputs are `<layer>/probe_tokens` [N, D] float32 and `<layer>/probe_route` [N * k] int64 of every layer; outputs, a pair a
     layer, are its result [N, D] and the routes [N * k] that its own router wanted.
     """
-    model = ir.load(graph)
+    model = load_ir(graph)
     results = []
     for layer, (tokens, route, result) in zip(layers, _parts(model, graph, layers), strict=True):
         feed = ir.Value(name=f"{layer}/probe_tokens", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None]))
@@ -91,17 +91,18 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
 
 @contextmanager
 def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
-    """`model`, loaded from `graph`, in a temporary folder with links to the weight files that it reads."""
-    if widen:  # before the links: onnx_ir refuses to read a file that has several
+    """`model`, loaded from `graph`, in a temporary folder with copies of the weight files that it reads.
+
+    Links will not do: ONNX Runtime refuses symbolic ones, and other readers of the export a file that has a second hard link.
+    """
+    if widen:
         widen_bfloat16(model)
     with tempfile.TemporaryDirectory(prefix="moee-") as folder:
         stored = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
         for name in {str(tensor.location) for tensor in stored}:
-            source, target = graph.parent / name, Path(folder) / name
-            try:
-                os.link(source, target)
-            except OSError:  # another file system
-                shutil.copyfile(source, target)
+            target = Path(folder) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(graph.parent / name, target)
         ir.save(model, Path(folder) / graph.name)
         yield Path(folder) / graph.name
 
