@@ -61,7 +61,7 @@ def finetune(
             raise UserError(f"fine-tuning needs at least 2 images, came {len(data)}")
         if config.checkpointing and not hasattr(model, "set_grad_checkpointing"):
             raise UserError(f"{type(model).__name__} has no activation checkpointing in timm; leave --checkpointing out")
-    teacher = (run(dense, data, report, "teacher", group=group).features if teacher is None else teacher).clone()
+    teacher = run(dense, data, report, "teacher", group=group).features if teacher is None else teacher
     with group.agreed():
         if data.skipped:
             raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
