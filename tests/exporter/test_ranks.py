@@ -105,6 +105,24 @@ def ranks_of(launcher: subprocess.Popen, world: int) -> list[psutil.Process]:
     raise AssertionError("torchrun started no ranks")
 
 
+# what rank 0 says before the kill: at the start of clustering, before the refit, before the last measurements
+STEPS = {
+    "extract": ("calibrate: done", "experts: done", "refit: done"),
+    "finetune": ("dense on training images: done", "dense on training images: done", "finetune: done"),
+}
+
+
+def told_until(launcher: subprocess.Popen, step: str) -> str:
+    """What the ranks print up to the line that starts with `step`."""
+    assert launcher.stdout is not None
+    said = ""
+    for line in launcher.stdout:
+        said += line
+        if line.startswith(step):
+            break
+    return said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("command", "victim"), [("extract", 0), ("extract", 1), ("finetune", 1)])
 def test_a_killed_rank_stops_the_others_and_a_rerun_gives_the_same_bytes(weights, tmp_path, command, victim):
@@ -115,22 +133,22 @@ def test_a_killed_rank_stops_the_others_and_a_rerun_gives_the_same_bytes(weights
         return extraction(weights, out) if command == "extract" else tuning
 
     undisturbed = torchrun(2, arguments(tmp_path / "whole"), tmp_path / "cache")
-    began = time.monotonic()
     text, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0, text
-    seconds = time.monotonic() - began
     whole = (tmp_path / "whole" / "model.safetensors").read_bytes()
     if command == "extract":
         assert whole == (tmp_path / "one" / "model.safetensors").read_bytes()
     killed = 0
-    for attempt in range(3):
+    pauses = random.Random(victim)
+    for attempt, step in enumerate(STEPS[command]):
         out, cache = tmp_path / f"out-{attempt}", tmp_path / f"cache-{attempt}"
         running = torchrun(2, arguments(out), cache)
         ranks = ranks_of(running, 2)
-        time.sleep(seconds * random.Random(10 * victim + attempt).uniform(0.4, 0.8))
+        said = told_until(running, step)
+        time.sleep(pauses.uniform(0, 1))
         if ranks[victim].is_running() and running.poll() is None:
             ranks[victim].send_signal(signal.SIGKILL)
-        text, _ = running.communicate(timeout=STOP_S)
+        text = said + running.communicate(timeout=STOP_S)[0]
         if running.returncode == 0:
             assert (out / "model.safetensors").read_bytes() == whole
             continue
