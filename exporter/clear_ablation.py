@@ -19,14 +19,16 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moee.artifact import read_json, write_json
+from moee.atomic import atomic_file
 from moee.clear_moe import ClearConfig, convert
 from moee.config import validated
 from moee.errors import UserError
 from moee.pipeline import Session
 from moee.progress import Reporter, silent
+from moee.resume import check_identity, difference, fingerprint
 from moee.schema import Body, checked
 
-SCHEMA = "moee.clear-cell/1"
+SETUP, SETUP_SCHEMA, SCHEMA = "setup.json", "moee.clear-setup/1", "moee.clear-cell/1"
 FACTORS = ("router", "rank", "experts", "calibration_images")
 METRICS = ("accuracy", "class_cosine", "token_cosine")
 
@@ -112,6 +114,13 @@ def ablate(
     leaves every setting measured once."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    spec = session.spec
+    model = {"model": spec.name, "kwargs": spec.kwargs, "weights_sha256": spec.weights_sha256}
+    images = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
+    check_identity(
+        out / SETUP, SETUP_SCHEMA, {**model, "data": session.source, **images}, "an ablation",
+        "its cells do not go together, choose another --out or remove it",
+    )  # fmt: skip
     jobs = [(setting, seed) for seed in range(grid.seeds) for setting in grid.settings(design)]
     probe = None
     cells = []
@@ -122,8 +131,11 @@ def ablate(
         if path.is_file():
             cell = read_json(path)
             checked(StoredCell, cell, path)
-            if cell["setting"] != setting or cell.get("config") != config.model_dump(mode="json"):
-                raise UserError(f"{path} was made with another configuration; give another --out or remove it")
+            other = difference({"setting": cell["setting"]}, {"setting": setting})
+            other = other or difference(cell.get("config") or {}, config.model_dump(mode="json"))
+            if other is not None:
+                name, stored, ours = other
+                raise UserError(f"{path} was made with {name} {stored!r}, now {ours!r}; give another --out or remove it")
         else:
             probe = probe or session.probe()
             cell = run_cell(session, probe, config, setting)
@@ -192,6 +204,7 @@ def plot(rows: list[dict[str, Any]], grid: Grid, path: Path) -> bool:
         axis.set_xlabel(name.replace("_", " "))
     axes[0].set_ylabel("class cosine to dense")
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, metadata={"Date": None})
     pyplot.close(figure)
     return True

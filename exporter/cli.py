@@ -1,6 +1,6 @@
 """The command line: `moee COMMAND`. Each command parses its flags, calls one function and shows the result.
 
-Exit codes: 0 ok, 1 a gate or a step failed, 2 usage or bad input, 3 the environment lacks something, 130 interrupted.
+Exit codes: 0 ok, 1 a gate or a step failed (or a bug), 2 usage or bad input, 3 the environment lacks something, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from rich.console import Console
 
 from exporter import ranks
 from exporter.commands import (
-    BAD_INPUT,
-    ENVIRONMENT,
     GATE_FAILED,
-    INTERRUPTED,
     ablate,
     ablate_clear,
     bench,
@@ -37,10 +34,9 @@ from exporter.commands import (
     report,
     verify,
 )
+from exporter.failures import explain
 from moee import __version__
-from moee.errors import MissingDependency, StepFailed, UserError
 
-MAX_SENTENCE = 2000  # characters
 COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
     ablate_clear, doctor, demo,
@@ -58,12 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sentence(error: BaseException) -> str:
-    """An error as one line. It may quote a file from someone else: what would control the terminal is not passed on."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))
-    return text if len(text) <= MAX_SENTENCE else f"{text[:MAX_SENTENCE]}..."
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     # before torch is imported: OpenMP threads that spin at barriers slow a shared machine down about fivefold
@@ -71,34 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-
-    def say(error: BaseException, text: str = "") -> None:
-        if ranks.speaks(error):
-            errors.print(f"moee: {text or sentence(error)}")
-
     try:
         ranks.prepare(args)
         return args.run(args, console)
-    except UserError as error:
-        if args.debug:
-            raise
-        say(error)
-        return BAD_INPUT
-    except MissingDependency as error:
-        if args.debug:
-            raise
-        say(error)
-        return ENVIRONMENT
-    except StepFailed as error:
-        if args.debug:
-            raise
-        say(error)
-        ranks.leave(error, GATE_FAILED)
+    except BrokenPipeError:  # the reader of a pipe is gone; Python would complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return GATE_FAILED
-    except KeyboardInterrupt as error:
-        say(error, "interrupted; earlier results are as they were")
-        return INTERRUPTED
+    except (Exception, KeyboardInterrupt) as error:
+        if args.debug and not isinstance(error, KeyboardInterrupt):
+            raise
+        code, sentence = explain(error)
+        if ranks.speaks(error):
+            print(f"moee: {sentence}", file=sys.stderr)  # plainly: rich opens files of its own, which may be what fails
+        ranks.leave(error, code)
+        return code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from exporter.pretrained import resolve
 from exporter.report import write_report
 from moee import checkpoint
 from moee.artifact import refuse_existing, write_json
+from moee.atomic import remove_folder
 from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.data import batches
@@ -66,8 +66,7 @@ def run_demo(
     )
     extracted, tuned, exported = out / "extracted", out / "tuned", out / "export"
     run_extract(session.spec, data, config, extracted, True, report, session)
-    if (out / "tuned.resume").is_dir():
-        shutil.rmtree(out / "tuned.resume")
+    remove_folder(out / "tuned.resume")
     run_finetune(extracted, FinetuneConfig(epochs=epochs, lr=LEARNING_RATE), tuned, None, True, report, session)
     moee = checkpoint.load(tuned)
     export(moee, exported, True, report, source=tuned)

@@ -8,13 +8,12 @@ ranks candidates; it does not predict milliseconds. Its figures are always label
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from moee.atomic import temporary_folder
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, tokens_per_image
@@ -70,8 +69,8 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, 
     from moee.data import batches
 
     images = next(batches(session.held_out, batch)).images.numpy()
-    with tempfile.TemporaryDirectory(prefix="moee-plan-") as folder:
-        target = Path(folder) / "export"
+    with temporary_folder() as folder:
+        target = folder / "export"
         export(MoeeModel(model.eval(), session.spec, None, session.source), target, True)
         result = bench(target, batch, CPU_RUNS, images=images)
     return {

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from exporter.manifests import BACKENDS, ENGINE, ENGINE_SCHEMA, read_engine, read_export
 from exporter.onnx_safety import check_onnx
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, sha256_file, write_manifest
+from moee.atomic import temporary_folder
 from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.build import describe_plugin
 from plugins.contract import DOMAIN, OP_TYPE
@@ -210,8 +210,7 @@ def library_path(backend: str, folder: Path) -> dict[str, str]:
 
 def run_worker(spec: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Run one build in a child process and return its result. Raises `UserError` or `BuildFailed`."""
-    with tempfile.TemporaryDirectory(prefix="moee-build-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         environment = library_path(spec["backend"], folder)
         root = str(Path(__file__).resolve().parent.parent)
@@ -234,6 +233,8 @@ def run_worker(spec: dict[str, Any], progress: Progress) -> dict[str, Any]:
             tail = " ".join(errors.read().split())[-600:]
     if "result" in last and code == 0:
         return last["result"]
+    if last.get("kind") == "disk" and last["errno"] is not None:
+        raise OSError(last["errno"], os.strerror(last["errno"]), last["file"] or spec["plan"])
     if "error" in last:
         raise (UserError if last["kind"] == "input" else BuildFailed)(last["error"])
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

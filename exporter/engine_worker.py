@@ -2,7 +2,7 @@
 
 TensorRT may abort the process, and TensorRT-RTX needs a library path that must stand before the process starts; so
 `exporter.engine` runs this file as a child. One JSON object a line on stdout: `{"progress": ...}` while it runs, and
-at the end `{"result": ...}` or `{"error": ..., "kind": "input" | "build"}`. Imports nothing but the TensorRT binding.
+at the end `{"result": ...}` or `{"error": ..., "kind": "input" | "build" | "disk"}`. Imports nothing but the TensorRT binding.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -143,18 +145,32 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
         raise Failed(f"building {spec['onnx']} failed: {'; '.join(logger.errors[-3:]) or 'no reason given'}")
     Path(spec["plan"]).write_bytes(memoryview(plan))
     if cache is not None and cache_path is not None:
-        cache_path.write_bytes(memoryview(cache.serialize()))
+        written = cache_path.with_name(f".{cache_path.name}.{os.getpid()}")  # a kill must not leave half a cache
+        written.write_bytes(memoryview(cache.serialize()))
+        os.replace(written, cache_path)
     return {
         **{"version": trt.__version__, "build_s": round(seconds, 3), "plugin_layers": plugins},
         **{"layers": network.num_layers, "gpus": device_count()},
     }
 
 
+def end_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it dies: an orphan would go on for minutes, for nobody."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
+    except (AttributeError, OSError):
+        pass
+
+
 def main() -> int:
+    end_with_parent()
     try:
         say(result=build(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
     except Failed as error:
         say(error=str(error), kind=error.kind)
+        return 1
+    except OSError as error:
+        say(error=str(error), kind="disk", errno=error.errno, file=error.filename)
         return 1
     return 0
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from exporter.runners import OnnxRunner
+from moee.atomic import temporary_folder
 
 WARM_UP, RUNS = 3, 10
 
@@ -55,8 +55,8 @@ def profile_layers(
 
 def node_times(graph: Path, images: np.ndarray, threads: int, runs: int) -> dict[str, float]:
     """Mean kernel milliseconds a run, by node name."""
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
-        with OnnxRunner(graph, threads, profile=Path(folder) / "profile") as runner:
+    with temporary_folder() as folder:
+        with OnnxRunner(graph, threads, profile=folder / "profile") as runner:
             for _ in range(WARM_UP + runs):
                 runner.run(images)
             trace = runner.end_profile()

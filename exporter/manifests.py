@@ -14,7 +14,7 @@ from moee.artifact import read_manifest, sha256_file, stays_inside
 from moee.checkpoint import Costs
 from moee.errors import UserError
 from moee.models import ModelSpec
-from moee.schema import Body, checked, shown
+from moee.schema import Body, Text, checked, shown
 
 log = logging.getLogger("moee")
 
@@ -29,7 +29,6 @@ MAX_SIZE = 4096  # pixels a side; a batch of images of that size is gigabytes
 MAX_BATCH = 1 << 16
 TRUSTED_BATCH = {"min": 1, "opt": 8, "max": 32}  # of an engine that nothing is known of: `moee build`'s defaults
 
-Text = Annotated[str, StringConstraints(max_length=1000)]
 Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -92,7 +91,7 @@ class Plugin(Body):
     """The library that the MoEE engine needs; `file` is empty for none."""
 
     file: Text
-    sha256: Text
+    sha256: Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
     headers: Text
 
     @field_validator("file")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from moee.cache import cache_dir
+from moee.cache import cache_dir, cache_lock
 from moee.errors import StepFailed, UserError
 from moee.progress import Reporter, silent
 from plugins import aot, build, manifest
@@ -29,13 +29,18 @@ def ensure_kernels(sms: Iterable[int] | None = None, report: Reporter = silent) 
     name = f"{aot.source_sha256()[:16]}-{'-'.join(map(str, wanted))}"
     folder = cache_dir() / "kernels" / name
     if not (folder / "kernels.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aot.build(folder, sms=list(wanted), progress=lambda done, total, label: report("compile kernels", done, total))
-        except GateError as error:
-            raise StepFailed(f"compiling the kernels failed: {' '.join(str(error).split())}") from error
+        with cache_lock("kernels", report):  # of any SMs: their kernels share a store
+            if not (folder / "kernels.json").is_file():
+                _compile(folder, wanted, report)
     manifest.load(folder)
     return folder
+
+
+def _compile(folder: Path, sms: tuple[int, ...], report: Reporter) -> None:
+    try:
+        aot.build(folder, sms=list(sms), progress=lambda done, total, label: report("compile kernels", done, total))
+    except GateError as error:
+        raise StepFailed(f"compiling the kernels failed: {' '.join(str(error).split())}") from error
 
 
 def ensure_plugin(sms: Iterable[int] | None = None, report: Reporter = silent) -> Path:
@@ -44,9 +49,11 @@ def ensure_plugin(sms: Iterable[int] | None = None, report: Reporter = silent) -
     folder = cache_dir() / "plugin" / f"{kernels.name}-{_source_hash()}"
     library = folder / build.LIBRARY
     if not library.is_file():
-        report("compile plugin", 0, 1)
-        build.build_plugin(folder, kernels)
-        report("compile plugin", 1, 1)
+        with cache_lock(f"plugin-{folder.name}", report):
+            if not library.is_file():
+                report("compile plugin", 0, 1)
+                build.build_plugin(folder, kernels)
+                report("compile plugin", 1, 1)
     return library
 
 

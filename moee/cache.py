@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
-import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from moee.errors import UserError
+from moee.progress import Reporter, silent
+from moee.tensor_file import write_tensors
 
 
 def cache_dir() -> Path:
     """`MOEE_CACHE`, or `moee` below `XDG_CACHE_HOME` or `~/.cache`."""
     base = os.environ.get("MOEE_CACHE")
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moee"
+
+
+@contextmanager
+def cache_lock(name: str, report: Reporter = silent) -> Iterator[None]:
+    """Hold the cache's lock `name`: of processes that want to make the same entry, one makes it and the others wait for it.
+
+    The lock ends with the process that holds it. On a file system without locks nobody waits; entries are written atomically
+    either way.
+    """
+    path = cache_dir() / "locks" / f"{name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(f"another process makes {name}, waiting", 0, 0)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def tensor_hash(*tensors: Tensor, extra: str = "") -> str:
@@ -40,13 +69,7 @@ def read_labels(key: str, count: int) -> Tensor | None:
 
 def write_labels(key: str, labels: Tensor) -> None:
     """Store labels under `key`, atomically; a cache that cannot be written is no error."""
-    path = cache_dir() / "labels" / f"{key}.safetensors"
-    temporary = path.with_name(f".{key}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"labels": labels.contiguous()}, temporary)
-        os.replace(temporary, path)
-    except OSError:
+        write_tensors({"labels": labels}, cache_dir() / "labels" / f"{key}.safetensors")
+    except (OSError, UserError):
         return
-    finally:
-        temporary.unlink(missing_ok=True)

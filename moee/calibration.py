@@ -6,6 +6,7 @@ saves four fifths of the disk. Peak memory is one batch's forward pass plus the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,23 @@ def as_tokens(x: Tensor, channels_first: bool) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def reserve(path: Path, size_bytes: int) -> None:
+    """Make a file of this size whose space on the disk is taken at once.
+
+    Raises `OSError` on a full disk; a memory map over a file with holes would kill the process with SIGBUS when it writes.
+    """
+    with open(path, "wb") as file:
+        if size_bytes and hasattr(os, "posix_fallocate"):  # macOS lacks it
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        else:
+            file.truncate(size_bytes)
+
+
 class _Sampler:
     """Writes the sampled tokens of one layer; the sample is drawn when the first batch shows the tokens an image."""
 
-    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor]):
-        self.ffn, self.budget, self.images, self.seed, self.drawn = ffn, budget, images, seed, drawn
+    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor], mine: range):
+        self.ffn, self.budget, self.images, self.seed, self.drawn, self.mine = ffn, budget, images, seed, drawn, mine
         self.path = folder / f"{ffn.name}.f16"
         self.filled = 0
         self.chosen: Tensor | None = None
@@ -81,7 +94,10 @@ class _Sampler:
         if self.chosen is None or self.map is None:
             self.per_image = len(tokens) // len(indices)
             self.chosen = self._draw(self.per_image)
-            self.map = np.memmap(self.path, np.float16, "w+", shape=(len(self.chosen), self.ffn.dim))
+            ends = torch.tensor([self.mine.start, self.mine.stop]) * self.per_image
+            shape = (int(torch.searchsorted(self.chosen, ends).diff()), self.ffn.dim)  # what falls on this rank's images
+            reserve(self.path, 2 * shape[0] * shape[1])
+            self.map = np.memmap(self.path, np.float16, "r+", shape=shape)
         starts = indices * self.per_image
         low = torch.searchsorted(self.chosen, starts)
         high = torch.searchsorted(self.chosen, starts + self.per_image)
@@ -112,8 +128,8 @@ def collect_tokens(
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[int, Tensor] = {}
-    samplers = [_Sampler(ffn, folder, budget, len(data), seed, drawn) for ffn in ffns]
     mine = group.part(len(data), BATCH_SIZE)
+    samplers = [_Sampler(ffn, folder, budget, len(data), seed, drawn, mine) for ffn in ffns]
     current: dict[str, Tensor] = {}
 
     def hook(sampler: _Sampler):

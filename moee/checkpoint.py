@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moee.artifact import atomic_folder, read_manifest, write_manifest
@@ -23,7 +22,8 @@ from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
-from moee.schema import Body, checked, shown
+from moee.schema import Body, Text, checked, shown
+from moee.tensor_file import write_tensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
@@ -73,7 +73,7 @@ class Manifest(Body):
 
     model: ModelSpec
     config: dict[str, Any] | None
-    data: Annotated[str, Field(max_length=1000)]
+    data: Text
     layers: list[dict[str, Any]] = Field(min_length=1)
     info: Info
 
@@ -83,8 +83,8 @@ class LayerRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    activation: str
+    name: Text
+    activation: Text
     top_k: int = Field(ge=1)
     experts: int = Field(ge=1)
     union: int = Field(ge=1)
@@ -100,8 +100,8 @@ class ClearRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["clear-moe"]
-    name: str
-    activation: str
+    name: Text
+    activation: Text
     experts: int = Field(ge=1)
     ranks: tuple[int, int, int, int]
     router_width: int = Field(ge=1)
@@ -162,9 +162,9 @@ def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[
 def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
     with atomic_folder(path, force) as folder:
-        save_file({k: v.detach().contiguous() for k, v in moee.model.state_dict().items()}, folder / WEIGHTS)
+        write_tensors(moee.model.state_dict(), folder / WEIGHTS)
         if moee.probe is not None:
-            save_file({k: v.contiguous() for k, v in moee.probe.state().items()}, folder / PROBE)
+            write_tensors(moee.probe.state(), folder / PROBE)
         body = {
             "model": moee.spec.model_dump(),
             "config": moee.config.model_dump(mode="json") if moee.config else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from moee.allocation import Candidate, allocate
 from moee.assembly import build_layer
+from moee.atomic import temporary_folder
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches
@@ -79,7 +79,7 @@ def prepare(
     """
     ffns = find_ffns(model, config.exclude)
     found: list[Finding] = []
-    with tempfile.TemporaryDirectory(prefix="moee-", dir=scratch) as folder:
+    with temporary_folder(scratch) as folder:
         sampled = sampled or collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report, group)
         mine = list(zip(ffns, sampled if group.alone else gather_tokens(sampled, group), strict=True))
         own = [(ffn, tokens) for ffn, tokens in mine if tokens is not None]

@@ -5,9 +5,11 @@ Every dataset yields `(index, image [3, H, W] float32 or None, label)`: None mar
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,6 +96,10 @@ class ImageSet(Dataset):
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
+    def content(self) -> bytes:
+        """What tells this data set from another one of the same name and labels; a resumed run compares it."""
+        return b""
+
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, int]:
         try:
             return index, self.load(index), self.labels[index]
@@ -111,6 +117,9 @@ class TensorSet(ImageSet):
     def load(self, index: int) -> Tensor:
         return self.images[index]
 
+    def content(self) -> bytes:
+        return hashlib.sha256(self.images.contiguous().numpy().data).digest()
+
 
 class TimmSet(ImageSet):
     """A `timm.data` map-style dataset, transformed as the model asks; `positions` selects images from it."""
@@ -126,6 +135,13 @@ class TimmSet(ImageSet):
         # not dataset[position]: timm quietly returns the next image in the place of an unreadable one
         handle, _ = self.dataset.reader[position]
         return self.dataset.transform(Image.open(handle).convert("RGB"))
+
+    def content(self) -> bytes:
+        """Names and sizes of the files, where the reader lists them."""
+        samples = getattr(getattr(self.dataset, "reader", None), "samples", None)
+        paths = [str(samples[p][0]) for p in self.positions] if samples else []
+        facts = [f"{Path(path).name} {os.stat(path).st_size if os.path.isfile(path) else -1}" for path in paths]
+        return "\n".join(facts).encode()
 
     def describe(self, index: int) -> str:
         filename = getattr(self.dataset, "filename", None)

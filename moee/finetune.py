@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moee.artifact import sha256_file, write_json
@@ -24,6 +23,8 @@ from moee.evaluate import run
 from moee.finetune_state import SCHEMA, read_state, read_tensors
 from moee.layer import routed_layers
 from moee.progress import Reporter, silent
+from moee.resume import difference, fingerprint
+from moee.tensor_file import write_tensors
 from moee.training import Trainer
 
 STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
@@ -134,7 +135,8 @@ def _train(
 def _identity(model: nn.Module, data: ImageSet, config: FinetuneConfig) -> dict:
     """What a resumed run must share with the one that was interrupted."""
     checksum = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-    return {"config": config.model_dump(), "data": data.name, "images": len(data), "weights": f"{checksum:.6f}"}
+    shared = {"config": config.model_dump(), "data": data.name, "images": len(data), "content": fingerprint(data)}
+    return {**shared, "weights": f"{checksum:.6f}"}
 
 
 def share_state(
@@ -193,7 +195,7 @@ def _store(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = _state_tensors(trainable, best, optimiser)
     path = folder / TENSORS.format(epoch=epoch)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    write_tensors(tensors, path)
     losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss, "best_epoch": result.best_epoch}
     write_json(
         folder / STATE,
@@ -211,12 +213,13 @@ def _restore(
     if not (folder / STATE).is_file():
         return None
     state = read_state(folder / STATE)
-    for key, ours in identity.items():
-        if state["identity"].get(key) != ours:
-            raise UserError(
-                f"{folder} holds an interrupted run with another {key} ({state['identity'].get(key)!r}, now {ours!r}); "
-                "finish that one or remove the folder"
-            )
+    found = difference(state["identity"], identity)
+    if found is not None:
+        name, stored, ours = found
+        raise UserError(
+            f"{folder} holds an interrupted run with another {name} ({stored!r}, now {ours!r}); "
+            "finish that one or remove the folder"
+        )
     best = _put_state(read_tensors(folder, state, trainable), state["step"], trainable, optimiser)
     scaler.load_state_dict(state.get("scaler", {}))
     result = FinetuneResult([math.nan, *state["train_loss"]], state["validation_loss"], state["best_epoch"])

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moee.distributed import SOLO, Group, Parcel
-from moee.errors import MissingDependency, RankLost, StepFailed, UserError
+from moee.errors import RankLost, StepFailed, UserError
 from moee.lifeline import Lifeline, Offer, connect
 
 TIMEOUT_S = 3600.0  # a rank may wait as long as another one clusters a layer
@@ -80,8 +80,8 @@ def _ranked(place: tuple[int, int, int], timeout_s: float) -> Iterator[Group]:
             raise RankLost(reason, line.speaks) from error
         if getattr(error, "agreed", False):
             line.await_leader(LEADER_SPEAKS_S)  # every rank has this error: rank 0 says it before torchrun ends the rest
-        elif isinstance(error, (UserError, StepFailed, MissingDependency)):
-            error.speaks = True  # type: ignore[union-attr]
+        elif isinstance(error, Exception):
+            setattr(error, "speaks", True)  # noqa: B010 what only this rank has met
         raise
     group.barrier()
     line.close()

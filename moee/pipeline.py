@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from moee import checkpoint
-from moee.artifact import refuse_existing
+from moee.atomic import refuse_existing, remove_folder
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
@@ -175,10 +175,6 @@ def run_finetune(
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
     moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
     _save(moee, out, force, group)
-    if not group.leader:
-        return moee
-    for leftover in resume.glob("*") if resume.is_dir() else ():
-        leftover.unlink()
-    if resume.is_dir():
-        resume.rmdir()
+    if group.leader:
+        remove_folder(resume)
     return moee

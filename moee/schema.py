@@ -11,9 +11,9 @@ import json
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from moee.errors import UserError
 
@@ -57,6 +57,15 @@ def upgraded(
             raise UserError(f"{says}, and version {version} cannot be converted; make it again with this version")
         result = {**step(result), "schema": f"{wanted[0]}/{version + 1}"}
     return result
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected text without control characters")
+    return text
+
+
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]  # a name or a sentence, fit to be shown
 
 
 class Body(BaseModel):

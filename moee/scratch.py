@@ -7,20 +7,18 @@ trained once, with a fixed seed, and kept in the cache folder; the file's name c
 from __future__ import annotations
 
 import math
-import os
-import uuid
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moee.artifact import sha256_file
-from moee.cache import cache_dir, tensor_hash
+from moee.cache import cache_dir, cache_lock, tensor_hash
 from moee.data import ImageSet, batches, load_data, model_transform
 from moee.models import ModelSpec, load_model
 from moee.progress import Reporter, silent
+from moee.tensor_file import write_tensors
 
 NAME, DATA = "vit-scratch", "digits"
 TIMM_NAME = "vit_tiny_patch16_224"
@@ -58,14 +56,10 @@ def scratch_spec(recipe: ScratchRecipe | None = None, report: Reporter = silent)
     recipe = recipe or ScratchRecipe()
     path = cache_dir() / f"{NAME}-{tensor_hash(extra=recipe.model_dump_json())[:12]}.safetensors"
     if not path.is_file():
-        state = train(recipe, report=report)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            save_file(state, temporary, metadata={"recipe": recipe.model_dump_json(), "data": DATA})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with cache_lock(path.stem, report):
+            if not path.is_file():
+                state = train(recipe, report=report)
+                write_tensors(state, path, metadata={"recipe": recipe.model_dump_json(), "data": DATA})
     return ModelSpec(
         name=NAME, timm_name=TIMM_NAME, kwargs=recipe.model_kwargs(), weights=str(path), weights_sha256=sha256_file(path)
     )

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import triton
 
+from moee.atomic import atomic_folder, temporary_folder
 from plugins import manifest
 from plugins.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
 from plugins.contract import DTYPES
@@ -75,13 +75,11 @@ def build(
         if progress:
             progress(done, len(jobs), job.name)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with atomic_folder(out, force=True) as staging:
         compiled = {job: read_cache(store, job) for job in jobs}
         for c in compiled.values():
-            _write(staging / c.kernel.cubin, c.cubin)
-            _write(staging / c.kernel.ptx, c.ptx.encode())
+            (staging / c.kernel.cubin).write_bytes(c.cubin)
+            (staging / c.kernel.ptx).write_bytes(c.ptx.encode())
         result = Manifest(
             source_sha256=source_sha256(),
             triton=triton.__version__,
@@ -94,11 +92,7 @@ def build(
             ),
             kernels=tuple(replace(compiled[job].kernel, dtype=dtype) for job, dtype in entries),
         )
-        _write(staging / manifest.FILE_NAME, result.to_json().encode())
-        staging.chmod(0o755)
-        _swap(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        (staging / manifest.FILE_NAME).write_bytes(result.to_json().encode())
     return manifest.load(out, verify_files=False)
 
 
@@ -171,16 +165,17 @@ def read_cache(store: Path, job: Job) -> Compiled:
 
 def compile_into(store: Path, job: Job, name: str) -> Job:
     """Compile one kernel and put it into the cache under `name`, its key as the calling process sees it."""
-    result = compile_job(job)
-    staging = Path(tempfile.mkdtemp(prefix=".new-", dir=store))
-    try:
-        _write(staging / "kernel.cubin", result.cubin)
-        _write(staging / "kernel.ptx", result.ptx.encode())
+    with temporary_folder() as scratch:
+        usual, tempfile.tempdir = tempfile.tempdir, str(scratch)  # the compilers' own files go away with it, even after a kill
+        try:
+            result = compile_job(job)
+        finally:
+            tempfile.tempdir = usual
+    with atomic_folder(store / name, force=True) as staging:
+        (staging / "kernel.cubin").write_bytes(result.cubin)
+        (staging / "kernel.ptx").write_bytes(result.ptx.encode())
         entry = {"kernel": asdict(result.kernel), "ptx": hashlib.sha256(result.ptx.encode()).hexdigest()}
-        _write(staging / "kernel.json", json.dumps(entry).encode())
-        _swap(staging, store / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        (staging / "kernel.json").write_bytes(json.dumps(entry).encode())
     return job
 
 
@@ -199,24 +194,6 @@ def _compile_all(jobs: list[Job], store: Path, workers: int | None) -> Iterator[
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _swap(staging: Path, final: Path) -> None:
-    """Move a finished folder into place; whatever was there goes away only after it has been replaced."""
-    old = None
-    if final.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{final.name}-old-", dir=final.parent))
-        os.rename(final, old / "was")
-    os.rename(staging, final)
-    if old:
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

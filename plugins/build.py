@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from moee.atomic import atomic_file
 from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.embed import embed
 
@@ -141,9 +142,8 @@ def build_plugin(
     _run(configure, out_dir / "build.log")
     _run([str(cmake), "--build", str(build), "-j", str(jobs or os.cpu_count() or 1)], out_dir / "build.log")
     library = out_dir / LIBRARY
-    temporary = library.with_suffix(".tmp")
-    shutil.copy2(build / LIBRARY, temporary)
-    temporary.replace(library)
+    with atomic_file(library) as temporary:
+        shutil.copy2(build / LIBRARY, temporary)
     return library
 
 

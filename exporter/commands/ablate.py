@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +50,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots.ablation import draw_ablation
     from exporter.pretrained import resolve
     from moee.ablation import make_ablation_config, run_ablation, verdict_lines
+    from moee.atomic import remove_folder
     from moee.pipeline import Session
 
     refuse_file(args.out)
@@ -60,13 +60,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         tables=tables, compensation=_list(args.compensation), keeps=_list(args.keep, float),
         **{name: getattr(args, name) for name in names},
     )  # fmt: skip
-    if args.force and Path(args.out).is_dir():
-        shutil.rmtree(args.out)
     with ProgressDisplay() as report:
         spec = resolve(
             args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
         )
-        summary = run_ablation(Session(spec, args.data, report=report), ablation, args.out, report)
+        session = Session(spec, args.data, report=report)
+        if args.force:  # only now that the input is known to be good
+            remove_folder(Path(args.out))
+        summary = run_ablation(session, ablation, args.out, report)
         drawn = draw_ablation(summary, Path(args.out))
     for line in verdict_lines(summary["verdicts"]):
         console.print(line.replace("**", ""), highlight=False, markup=False)

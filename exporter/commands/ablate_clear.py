@@ -44,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.clear_ablation import Grid, ablate, markdown, plot, summarise
     from exporter.pretrained import resolve
+    from moee.atomic import write_text
     from moee.pipeline import Session
 
     refuse_file(args.out)
@@ -63,8 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     text = markdown(rows)
     console.print(text, markup=False)
     if args.table:
-        Path(args.table).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.table).write_text(text)
+        write_text(args.table, text)
         picture = Path(args.table).with_suffix(".svg")
         console.print(f"table written to {args.table}" + (f", plot to {picture}" if plot(rows, grid, picture) else ""))
     return OK

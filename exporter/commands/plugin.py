@@ -31,14 +31,14 @@ def run_build(args: argparse.Namespace, console: Console) -> int:
     import shutil
 
     from exporter.plugin_cache import ensure_plugin
+    from moee.atomic import atomic_file
 
     with ProgressDisplay() as report:
         library = ensure_plugin(parse_sms(args.sm), report)
     if args.out:
-        target = Path(args.out)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(library, target)
-        library = target
+        with atomic_file(args.out) as temporary:
+            shutil.copy2(library, temporary)
+        library = Path(args.out)
     console.print(f"plugin: {library} ({library.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)
     return OK
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,10 @@ from torch import Tensor, nn
 
 from exporter.onnx_safety import load_ir
 from exporter.passes.widen import widen_bfloat16
+from moee.atomic import temporary_folder
 from moee.errors import UserError
 from moee.layer import RoutedLayer, routed_layers
+from moee.schema import shown
 
 ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PARTS = ("tokens", "route", "result")
@@ -97,14 +98,18 @@ def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
     """
     if widen:
         widen_bfloat16(model)
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+    with temporary_folder() as folder:
         stored = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
         for name in {str(tensor.location) for tensor in stored}:
-            target = Path(folder) / name
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(graph.parent / name, target)
-        ir.save(model, Path(folder) / graph.name)
-        yield Path(folder) / graph.name
+        try:
+            ir.save(model, folder / graph.name)
+        except Exception as error:  # onnx_ir finds only now what it cannot write
+            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+            raise UserError(f"{graph} cannot be taken apart ({reason}); export it again") from error
+        yield folder / graph.name
 
 
 def taps_of(outputs: list[np.ndarray], layers: list[str], own: int = 1) -> dict[str, Tap]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moee.atomic import temporary_folder
 from moee.calibration import CHUNK, collect_tokens, hidden_activations
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches, model_transform
@@ -118,8 +117,8 @@ def neuron_curves(dense: nn.Module, data: ImageSet, tokens: int = CURVE_TOKENS, 
     Figure 9): {"tokens": N, "layers": {name: {"variance": [H], "mean": [H]}}}."""
     ffns = find_ffns(dense)
     layers = {}
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
-        sampled = collect_tokens(dense, ffns, data, Path(folder), tokens, 0, report)
+    with temporary_folder() as folder:
+        sampled = collect_tokens(dense, ffns, data, folder, tokens, 0, report)
         for ffn, layer in zip(ffns, sampled, strict=True):
             total, squares = torch.zeros(ffn.hidden).double(), torch.zeros(ffn.hidden).double()
             for part in torch.arange(layer.count).split(CHUNK):

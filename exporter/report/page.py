@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from exporter.report.collect import Sources, collect
 from exporter.report.markup import Html, join, raw_text_element, tag
 from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
+from moee.atomic import write_text
 from moee.errors import UserError
 
 SECTIONS = (
@@ -43,18 +43,10 @@ def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = Fal
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file name such as {out / 'report.html'}")
     page = render(collect(paths, verify))
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(page)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, out)
+        write_text(out, page)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return out
 
 

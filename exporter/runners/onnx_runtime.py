@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,6 +13,7 @@ import onnxruntime as ort
 
 from exporter.onnx_safety import check_onnx
 from exporter.runners.base import Runner
+from moee.atomic import temporary_folder
 from moee.errors import MissingDependency, UserError
 from moee.schema import shown
 
@@ -110,10 +110,10 @@ def provider_works(provider: str) -> bool:
     x, y = (onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy")
     graph = onnx.helper.make_graph([node], "probe", [x], [y])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
-        onnx.save(model, Path(folder) / "probe.onnx")
+    with temporary_folder() as folder:
+        onnx.save(model, folder / "probe.onnx")
         try:
-            with OnnxRunner(Path(folder) / "probe.onnx", 1, provider) as runner:
+            with OnnxRunner(folder / "probe.onnx", 1, provider) as runner:
                 return bool(runner.run(np.ones(1, np.float32))[0][0] == 1)
         except MissingDependency:
             return False

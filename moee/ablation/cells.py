@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moee.ablation.grid import AblationConfig, Cell, cells_of
-from moee.artifact import read_json, tool_versions, write_json
+from moee.artifact import read_json, write_json
+from moee.atomic import temporary_folder
 from moee.cache import tensor_hash
 from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
@@ -21,6 +21,7 @@ from moee.models import find_ffns
 from moee.pipeline import Session
 from moee.probe import Probe
 from moee.progress import Reporter, silent
+from moee.resume import check_identity, fingerprint
 
 CELLS, SETUP = "cells", "setup.json"
 SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/1"
@@ -75,28 +76,18 @@ def check_setup(out: Path, setup: dict[str, Any]) -> None:
     Raises `UserError` that names the first difference, or if `out` holds something else.
     """
     path = out / SETUP
-    if not path.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"output folder {out} exists and holds no ablation; choose another --out or replace it with --force")
-        (out / CELLS).mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": SETUP_SCHEMA, **setup, "tools": tool_versions()})
-        return
-    before = read_json(path)
-    if not isinstance(before, dict) or before.get("schema") != SETUP_SCHEMA:
-        raise UserError(f"{path} is no ablation of this version; choose another --out or pass --force to replace it")
-    for name, value in setup.items():
-        if before.get(name) != value:
-            raise UserError(
-                f"{out} holds an ablation with {name} {before.get(name)!r}, now {value!r}; "
-                "its cells do not go together, choose another --out or pass --force to replace it"
-            )
+    if not path.is_file() and out.exists() and any(p.name != CELLS and not p.name.endswith(".tmp") for p in out.iterdir()):
+        raise UserError(f"output folder {out} exists and holds no ablation; choose another --out or replace it with --force")
+    cure = "its cells do not go together, choose another --out or pass --force to replace it"
+    check_identity(path, SETUP_SCHEMA, setup, "an ablation", cure)
 
 
 def setup_of(session: Session, ablation: AblationConfig) -> dict[str, Any]:
     """What decides every cell besides its own configuration."""
     spec = session.spec
     model = {"model": spec.name, "kwargs": spec.kwargs, "weights_sha256": spec.weights_sha256}
-    return {**model, "data": session.source, **ablation.shared()}
+    images = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
+    return {**model, "data": session.source, **images, **ablation.shared()}
 
 
 def run_cells(
@@ -117,9 +108,9 @@ def run_cells(
         probe, _ = session.probe(), session.reference
         quiet = copy.copy(session)  # shares the dense outputs; a cell's own steps are not reported
         quiet.report = silent
-        with tempfile.TemporaryDirectory(prefix="moee-") as folder:
+        with temporary_folder() as folder:
             ffns = find_ffns(session.dense)
-            sampled = collect_tokens(session.dense, ffns, session.train, Path(folder), ablation.tokens, 0, report)
+            sampled = collect_tokens(session.dense, ffns, session.train, folder, ablation.tokens, 0, report)
             report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
             for done, (key, cell) in enumerate(missing.items(), 1):
                 finished[key] = run_cell(quiet, cell.config, sampled, probe)

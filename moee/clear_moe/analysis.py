@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from moee.atomic import temporary_folder
 from moee.calibration import collect_tokens
 from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.decompose import (
@@ -83,8 +82,8 @@ def analyse(
     found = []
     images = chosen.images[:SCORE_IMAGES]
     reference = model(images) if config.score else torch.zeros(0)
-    with tempfile.TemporaryDirectory(prefix="moee-") as folder:
-        sampled = collect_tokens(model, ffns, chosen, Path(folder), config.tokens, config.seed, report)
+    with temporary_folder() as folder:
+        sampled = collect_tokens(model, ffns, chosen, folder, config.tokens, config.seed, report)
         report("analyse", 0, len(ffns))
         for position, (ffn, store) in enumerate(zip(ffns, sampled, strict=True), 1):
             tokens = store.load()

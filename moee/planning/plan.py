@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import atomic_folder, read_json, read_manifest, refuse_existing, write_json, write_manifest
+from moee.artifact import atomic_folder, read_manifest, refuse_existing, write_manifest
+from moee.atomic import remove_folder
 from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.models import ModelSpec
@@ -20,9 +21,10 @@ from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
 from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner, allocations_of
 from moee.progress import Reporter, silent
+from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
 
-SCHEMA = "moee.plan/1"
+SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/1"
 PLAN = "plan.json"
 
 
@@ -55,7 +57,11 @@ def make_plan(
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
     store = out.parent / f"{out.name}.resume"
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
-    _check_store(store, identity)
+    content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
+    check_identity(
+        store / "identity.json", STORE_SCHEMA, {**identity, **content}, "an interrupted plan",
+        "finish that one or remove the folder",
+    )  # fmt: skip
     planner = Planner(session, budget, base or {}, store, latency, report)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
@@ -76,22 +82,8 @@ def make_plan(
     }  # fmt: skip
     with atomic_folder(out, force) as folder:
         write_manifest(folder, PLAN, SCHEMA, result)
-    for leftover in store.glob("*"):
-        leftover.unlink()
-    store.rmdir()
+    remove_folder(store)
     return result
-
-
-def _check_store(store: Path, identity: dict[str, Any]) -> None:
-    header = store / "identity.json"
-    if header.is_file():
-        stored = read_json(header)
-        for key, ours in identity.items():
-            if not isinstance(stored, dict) or stored.get(key) != ours:
-                raise UserError(f"{store} holds an interrupted plan with another {key}; finish that one or remove the folder")
-        return
-    store.mkdir(parents=True, exist_ok=True)
-    write_json(header, identity)
 
 
 def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig:

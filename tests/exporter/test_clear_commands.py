@@ -140,7 +140,7 @@ def test_ablation_resumes_and_summarises(tmp_path):
         centre=(("router", "linear"), ("rank", 8), ("experts", 2), ("calibration_images", 20)),
     )  # fmt: skip
     cells = ablate(session, grid, "star", tmp_path)
-    assert len(cells) == 4 and len(list(tmp_path.glob("*.json"))) == 4
+    assert len(cells) == 4 and len(list(tmp_path.glob("*-s*.json"))) == 4
     marked = tmp_path / "linear-8-2-20-s1.json"
     changed = json.loads(marked.read_text()) | {"class_cosine": -5.0}
     marked.write_text(json.dumps(changed))
@@ -149,7 +149,7 @@ def test_ablation_resumes_and_summarises(tmp_path):
     rows = summarise(again)
     assert [r["setting"]["router"] for r in rows] == ["linear", "random"] and rows[0]["seeds"] == 2
     assert rows[0]["class_cosine"][1] > 1 and markdown(rows).count("\n") == 4
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match="made with rank 6, now 5"):
         ablate(session, Grid(**{**grid.__dict__, "residual_rank": 3}), "star", tmp_path)
     assert len(Grid().settings("star")) == 10 and len(Grid().settings("full")) == 108
     assert spread([None]) is None and spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))

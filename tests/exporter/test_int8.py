@@ -288,9 +288,12 @@ def test_planted_damage_is_caught_and_named(exports, tiny_export, tmp_path, laye
 def test_a_manifest_without_its_scales_is_refused(exports, tiny_export, tmp_path):
     folder = shutil.copytree(exports("int8"), tmp_path / "export")
     manifest = json.loads((folder / "export.json").read_text())
-    for nonsense in (None, {"moee": {"input_scales": {"head": -1.0}}}):
+    negative = json.loads(json.dumps(manifest["quantization"]))
+    negative["moee"]["input_scales"]["head"] = -1.0
+    cases = ((None, "does not say how its int8 graphs are quantised"), ({}, "does not say how"), (negative, "head"))
+    for nonsense, said in cases:
         write_json(folder / "export.json", {**manifest, "quantization": nonsense})
-        with pytest.raises(UserError, match="does not say how its int8 graphs are quantised"):
+        with pytest.raises(UserError, match=said):
             verify(folder, tiny_export.moee, tiny_export.data, sizes=(2,), images=0)
     other = json.loads(json.dumps(manifest["quantization"]))
     other["moee"]["input_scales"]["blocks.9.attn.qkv"] = 0.1

@@ -109,8 +109,9 @@ def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
 
 def test_interrupted_plan_of_other_options_is_refused(session, tmp_path):
     (tmp_path / "plan.resume").mkdir()
-    (tmp_path / "plan.resume" / "identity.json").write_text('{"model": {}, "data": "other", "base": {}}')
-    with pytest.raises(UserError, match="interrupted plan with another model"):
+    former = {"schema": "moee.plan-store/1", "model": session.spec.model_dump(mode="json"), "data": "other", "base": {}}
+    (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps(former))
+    with pytest.raises(UserError, match="an interrupted plan with data 'other', now 'tiny'"):
         make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
 
 

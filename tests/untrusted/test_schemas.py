@@ -72,7 +72,10 @@ def test_engine_manifests(made, tmp_path, count):
 
     def load():
         read_engines(folder)
-        check_plugin(folder)
+        try:
+            check_plugin(folder)
+        except MissingDependency as missing:  # a library of a name that is not there: exit code 3
+            raise UserError(str(missing)) from missing
         with pytest.raises(MissingDependency, match="reached"), EngineRunner(folder, binding=Binding(), device=object()):
             pass
 

@@ -1,0 +1,89 @@
+"""Exceptions to exit codes and one sentence each: what the command line shows instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from exporter.commands import BAD_INPUT, ENVIRONMENT, GATE_FAILED, INTERRUPTED
+from moee.errors import MissingDependency, StepFailed, UserError
+
+# what the machine lacks, as opposed to a path that was given wrongly
+LACKS = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some space or choose another disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) or choose another disk",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.ENOMEM: "free some memory",
+    errno.EIO: "check the disk",
+}
+PATH_CURES = {
+    errno.ENOENT: "it was removed or never there; make it again",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change its permissions or choose another",
+    errno.EPERM: "change its permissions or choose another",
+}
+MAX_SENTENCE = 2000  # characters
+INTACT = "earlier results are as they were"
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence of an exception that ended a command."""
+    code, text = _explain(error)
+    return code, one_line(text)
+
+
+def one_line(text: str) -> str:
+    """A sentence that may quote a file from someone else: what would control the terminal is not passed on."""
+    plain = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return plain if len(plain) <= MAX_SENTENCE else f"{plain[:MAX_SENTENCE]}..."
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, f"interrupted; {INTACT}"
+    if isinstance(error, UserError):
+        return _code_of_cause(error), str(error)
+    if isinstance(error, MissingDependency):
+        return ENVIRONMENT, str(error)
+    if isinstance(error, StepFailed):
+        return GATE_FAILED, " ".join(str(error).split())
+    if isinstance(error, MemoryError) or _out_of_memory(error):
+        return ENVIRONMENT, f"out of memory; free some, or use fewer tokens or a smaller batch; {INTACT}"
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    text = (str(error).strip().splitlines() or ["no message"])[0]
+    return GATE_FAILED, (
+        f"unexpected {type(error).__name__}: {text}; {INTACT}. Run `moee --debug` with the same arguments for the "
+        "traceback, and please report it"
+    )
+
+
+def _explain_os_error(error: OSError) -> tuple[int, str]:
+    number = _errno_of(error)
+    what = f"{error.filename}: " if error.filename is not None else ""
+    if number is None:  # NumPy's short writes carry text alone
+        return ENVIRONMENT, f"{what}{' '.join(str(error).split())}; is the disk full? {INTACT}"
+    cure = LACKS.get(number) or PATH_CURES.get(number, "check that path")
+    return (ENVIRONMENT if number in LACKS else BAD_INPUT), f"{what}{os.strerror(number)}; {cure}; {INTACT}"
+
+
+def _errno_of(error: OSError) -> int | None:
+    """Its number; libraries that wrap the system's error leave it in the text alone."""
+    if error.errno is not None:
+        return error.errno
+    code = re.search(r"\[?[Ee]rrno (\d+)\]?|os error (\d+)", str(error))
+    return int(code[1] or code[2]) if code else None
+
+
+def _code_of_cause(error: UserError) -> int:
+    """A full disk stays the machine's fault when a sentence was made of it."""
+    cause = error.__cause__
+    return ENVIRONMENT if isinstance(cause, OSError) and cause.errno in LACKS else BAD_INPUT
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch reports a failed allocation as a RuntimeError."""
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

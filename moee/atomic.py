@@ -1,0 +1,246 @@
+"""Files and folders that appear whole or not at all, and temporary ones that a killed process does not leave for ever.
+
+What is being written lies beside its destination as `.NAME.xxxxxxxx.tmp`, is synced to disk and then renamed, so a reader sees
+the former content or the new one and never a part. Its maker holds a lock (flock) on that folder, which ends with the process:
+whoever writes NAME next removes what a killed process left, and never what another one is still writing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moee.errors import UserError
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
+_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+SCRATCH = "moee-tmp-"
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise `UserError` if `path` exists and `force` is off. Call it before any long work starts."""
+    recover(path)
+    if os.path.lexists(path) and not force:
+        raise UserError(f"output folder {path} exists; choose another --out or pass --force to replace it")
+
+
+@contextmanager
+def atomic_folder(path: Path | str, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it raises.
+
+    Raises `UserError` if `path` exists and `force` is off (also when it appears while the block runs), or if its parent cannot
+    be written.
+    """
+    path = Path(path)
+    refuse_existing(path, force)
+    with _workspace(path) as temporary:
+        yield temporary
+        for item in sorted(temporary.rglob("*")):
+            _sync(item)
+        _sync(temporary)
+        _publish(temporary, path, force)
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[Path]:
+    """Yield the name of a temporary file that replaces `path` when the block ends, and vanishes if it raises.
+
+    Whatever the writer puts beside that file goes away with it. Raises `UserError` if the parent cannot be written.
+    """
+    path = Path(path)
+    with _workspace(path) as folder:
+        temporary = folder / path.name
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill in between leaves all of it or none under its name."""
+    if not path.is_dir():
+        return
+    gone = _temporary_name(path)
+    os.rename(path, gone)
+    _remove(gone)
+    sweep(path)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it: their work, and the former content once there is a new one."""
+    kinds = "tmp|old" if os.path.lexists(path) else "tmp"
+    _sweep(path.parent, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})"))
+
+
+def recover(path: Path) -> None:
+    """Put the former content back if a replacement was killed between its two renames (see `_publish`)."""
+    if os.path.lexists(path) or not path.parent.is_dir():
+        return
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
+    for name in sorted(os.listdir(path.parent)):
+        if pattern.fullmatch(name):
+            os.rename(path.parent / name, path)
+            return
+
+
+@contextmanager
+def temporary_folder(parent: Path | str | None = None) -> Iterator[Path]:
+    """A scratch folder below `parent` (default: the system's) that is removed at the end.
+
+    One that a killed process left is removed by the next call with the same parent.
+    """
+    base = Path(parent) if parent is not None else Path(tempfile.gettempdir())
+    _sweep(base, re.compile(rf"{SCRATCH}[0-9a-f]{{8}}"))
+    folder, lock = _make_locked(lambda: base / f"{SCRATCH}{uuid.uuid4().hex[:8]}", mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+@contextmanager
+def _workspace(path: Path) -> Iterator[Path]:
+    """A locked temporary folder beside `path`; what is left of it at the end is removed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        temporary, lock = _make_locked(lambda: _temporary_name(path))
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another output folder") from error
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        os.close(lock)
+
+
+def _make_locked(name, mode: int = 0o777) -> tuple[Path, int]:
+    """Make a folder and lock it; again under another name if a sweep took the folder before it was locked."""
+    while True:
+        folder = name()
+        os.mkdir(folder, mode)
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: nobody sweeps there
+            return folder, lock
+        if _same(folder, lock):
+            return folder, lock
+        os.close(lock)
+
+
+def _sweep(parent: Path, pattern: re.Pattern[str]) -> None:
+    try:
+        with os.scandir(parent) as entries:
+            found = [Path(e.path) for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for folder in found:
+        try:
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(folder, lock) and os.fstat(lock).st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # its maker lives, or this file system has no locks
+            continue
+        finally:
+            os.close(lock)
+
+
+def _same(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _publish(temporary: Path, path: Path, force: bool) -> None:
+    """Give `temporary` the name `path`; with `force`, what is there takes the temporary name in the same instant.
+
+    Where the file system cannot exchange names, two renames do it; `recover` mends a kill in between.
+    """
+    if not force:
+        if not _renameat2(temporary, path, _NOREPLACE):
+            if os.path.lexists(path):
+                raise UserError(f"{path} appeared while this ran, so its result was discarded; choose another --out")
+            os.rename(temporary, path)
+        return
+    if not os.path.lexists(path):
+        os.rename(temporary, path)
+    elif not _renameat2(temporary, path, _EXCHANGE):
+        former = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
+        os.rename(path, former)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(former, path)
+            raise
+        _remove(former)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """False where this system lacks the call, or the file system the flag. Raises `UserError` if NOREPLACE finds a target."""
+    call = _libc_renameat2()
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    if code in (errno.EEXIST, errno.ENOTEMPTY) and flags == _NOREPLACE:
+        raise UserError(f"{target} appeared while this ran, so its result was discarded; choose another --out")
+    raise OSError(code, os.strerror(code), str(target))
+
+
+@functools.cache
+def _libc_renameat2():
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return None
+    call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return call
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""What an interrupted run leaves, and who may go on from it: only a run that would make the same."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from moee.artifact import read_json, write_json
+from moee.data import ImageSet
+from moee.errors import UserError
+
+SHOWN = 60  # characters of a differing value in a message
+
+
+def check_identity(path: Path, schema: str, identity: dict[str, Any], what: str, cure: str) -> None:
+    """Write `identity` to `path`, or hold it against the one that is there.
+
+    Raises `UserError` that names the first difference, with both values, `what` was interrupted and the `cure`.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema": schema, **identity})
+        return
+    before = read_json(path)
+    if not isinstance(before, dict) or before.get("schema") != schema:
+        raise UserError(f"{path} is not {what} of this version; {cure}")
+    found = difference({name: before.get(name) for name in identity}, identity)
+    if found is not None:
+        name, stored, ours = found
+        raise UserError(f"{path.parent} holds {what} with {name} {_short(stored)}, now {_short(ours)}; {cure}")
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Name (`config.seed` for a nested one) and both values of the first entry that differs; None if all are equal."""
+    for name in [*now, *(n for n in before if n not in now)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found = difference(old, new)
+            if found is not None:
+                return f"{name}.{found[0]}", *found[1:]
+        elif old != new:
+            return name, old, new
+    return None
+
+
+def fingerprint(data: ImageSet) -> str:
+    """Hash of a data set's labels and content: its pixels where they are in memory, else names and sizes of its files."""
+    digest = hashlib.sha256(f"{data.name} {data.labels}".encode())
+    digest.update(data.content())
+    return digest.hexdigest()[:16]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
