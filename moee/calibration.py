@@ -95,7 +95,8 @@ class _Sampler:
             self.per_image = len(tokens) // len(indices)
             self.chosen = self._draw(self.per_image)
             ends = torch.tensor([self.mine.start, self.mine.stop]) * self.per_image
-            shape = (int(torch.searchsorted(self.chosen, ends).diff()), self.ffn.dim)  # what falls on this rank's images
+            # what falls on this rank's images; an empty file cannot be mapped
+            shape = (max(1, int(torch.searchsorted(self.chosen, ends).diff())), self.ffn.dim)
             reserve(self.path, 2 * shape[0] * shape[1])
             self.map = np.memmap(self.path, np.float16, "r+", shape=shape)
         starts = indices * self.per_image

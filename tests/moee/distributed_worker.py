@@ -92,9 +92,11 @@ def keep(group: Group, model: torch.nn.Module, path: Path) -> None:
 def sample(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
     """The token sample of a set with unreadable images, one whole batch of them, put together on each layer's rank."""
     data, ffns = Broken(tiny_images(100), {3, *range(32, 64)}), find_ffns(dense)
-    own = collect_tokens(dense, ffns, data, folder / f"tokens-{group.rank}", 300, group=group)
-    whole = own if group.alone else gather_tokens(own, group)
-    tokens = {t.name: t.load() for t in whole if t is not None}
+    tokens = {}
+    for budget in (300, 1):  # the one token falls on one rank
+        own = collect_tokens(dense, ffns, data, folder / f"tokens-{group.rank}", budget, group=group)
+        whole = own if group.alone else gather_tokens(own, group)
+        tokens |= {f"{t.name}.{budget}": t.load() for t in whole if t is not None}
     parts = group.gather(Parcel(None, tokens))
     if group.leader:
         save_file({name: t.contiguous() for part in parts for name, t in part.tensors.items()}, folder / "sample.safetensors")
