@@ -27,7 +27,7 @@ from moee.tensor_file import write_tensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
-FETCHED = ("torch", "tfds", "hfds", "hfids", "wds")  # prefixes of timm.data readers that may reach out
+FETCHED = ("torch", "tfds", "hfds", "hfids")  # prefixes of timm.data readers that may reach out
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
 MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
@@ -144,6 +144,21 @@ def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
     ).model_dump()  # fmt: skip
 
 
+def layer_records(model: nn.Module) -> list[dict[str, Any]]:
+    """What the manifest says about each routed layer: enough to rebuild it around its tensors."""
+    return [_record(name, layer) for name, layer in routed_layers(model).items()]
+
+
+def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[str, Tensor], exclude: tuple[str, ...]) -> None:
+    """Replace MLPs of the dense `model` by the layers of `records` (see `layer_records`) with the tensors of `state`."""
+    ffns = {f.name: f for f in find_ffns(model, exclude)}
+    for item in records:
+        record = _layer_record(item, Path("what rank 0 sent"))
+        ffn = ffns[record.name]
+        made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
+        replace_module(model, record.name, made)
+
+
 def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
     with atomic_folder(path, force) as folder:
@@ -154,7 +169,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
             "model": moee.spec.model_dump(),
             "config": moee.config.model_dump(mode="json") if moee.config else None,
             "data": moee.data,
-            "layers": [_record(name, layer) for name, layer in routed_layers(moee.model).items()],
+            "layers": layer_records(moee.model),
             "info": moee.info,
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)

@@ -91,6 +91,9 @@ class FinetuneConfig(BaseModel):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero")
     train_router: bool = False
     validation: float = Field(0.1, gt=0, lt=1, description="share of the images that chooses the best epoch")
+    accumulate: int = Field(1, ge=1, description="parts that a rank computes its share of a batch in, one after another")
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    checkpointing: bool = False
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -26,7 +26,8 @@ from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, chec
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
 from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel
-from moee.data import ImageSet, batches
+from moee.data import ImageSet, batches, merge_skipped
+from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
@@ -156,24 +157,50 @@ def verify(
 
     Raises `UserError` for folders that do not belong together, `MissingDependency` for an absent provider, plugin or GPU.
     """
+    result = verify_ranks(
+        SOLO, export_dir, moee, data, sizes=sizes, provider=provider, threads=threads, rtol=rtol, atol=atol,
+        max_drop_pp=max_drop_pp, min_route_agreement=min_route_agreement, images=images, engine=engine, report=report,
+        trust_engine=trust_engine,
+    )  # fmt: skip
+    assert result is not None, "one process alone is rank 0"
+    return result
+
+
+def verify_ranks(
+    group: Group, export_dir: Path | str, moee: MoeeModel, data: ImageSet, *, sizes: Sequence[int] = DEFAULT_BATCHES,
+    provider: str = "cpu", threads: int | None = None, rtol: float | None = None, atol: float | None = None,
+    max_drop_pp: float | None = None, min_route_agreement: float | None = None, images: int | None = 1000,
+    engine: Path | str | None = None, report: Reporter = silent, trust_engine: bool = False,
+) -> VerifyResult | None:  # fmt: skip
+    """`verify` on the ranks of a `group`: the images of the accuracy are divided, parity and engine are rank 0's. The result is
+    rank 0's, None on the others."""
     started = time.perf_counter()
     folder = Path(export_dir)
-    plugin = check_plugin(engine, trust_engine) if engine is not None else None  # before anything long
-    if engine is not None and plugin is not None and plugin.passed:
-        with EngineRunner(engine, trust=trust_engine):
-            pass  # a machine that cannot run it says so now
-    parity = check_parity(
-        folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
-        min_route_agreement=min_route_agreement,
-    )  # fmt: skip
-    reason = _why_no_accuracy(moee, data, images)
-    if reason and max_drop_pp is not None:
-        raise UserError(f"--max-drop cannot be checked: {reason}")
-    accuracy = None if reason else _accuracy(folder, moee, data, parity.precision, images, provider, threads, max_drop_pp, report)
-    built = None
-    if engine is not None and plugin is not None:
-        built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
-    return VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
+    answers: Answers | None = None
+    with group.agreed():
+        parity, plugin = None, None
+        if group.leader:
+            plugin = check_plugin(engine, trust_engine) if engine is not None else None  # before anything long
+            if engine is not None and plugin is not None and plugin.passed:
+                with EngineRunner(engine, trust=trust_engine):
+                    pass  # a machine that cannot run it says so now
+            parity = check_parity(
+                folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
+                min_route_agreement=min_route_agreement,
+            )  # fmt: skip
+        reason = _why_no_accuracy(moee, data, images)
+        if reason and max_drop_pp is not None:
+            raise UserError(f"--max-drop cannot be checked: {reason}")
+        if not reason:
+            answers = _answers(folder, data, images, provider, threads, report, group)
+    accuracy = None if answers is None else _accuracy(moee, data, answers, max_drop_pp, group)
+    built, result = None, None
+    with group.agreed():
+        if parity is not None:
+            if engine is not None and plugin is not None:
+                built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
+            result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
+    return result
 
 
 def _why_no_accuracy(moee: MoeeModel, data: ImageSet, images: int | None) -> str:
@@ -191,15 +218,20 @@ def _why_no_accuracy(moee: MoeeModel, data: ImageSet, images: int | None) -> str
     return ""
 
 
-def _accuracy(
-    folder: Path, moee: MoeeModel, data: ImageSet, precision: str, images: int | None, provider: str, threads: int | None,
-    max_drop_pp: float | None, report: Reporter,
-) -> AccuracyResult:  # fmt: skip
-    """Both graphs of the export on the same images. An int8 model is held against the dense one as it was, in float32: the loss
-    of the quantisation is part of the drop."""
+Answers = dict[str, Tensor]  # outputs of both graphs and labels of one rank's images; empty where it had none to read
+
+
+def _answers(
+    folder: Path, data: ImageSet, images: int | None, provider: str, threads: int | None, report: Reporter, group: Group
+) -> Answers:
+    """Both graphs of the export on this rank's share of the same images. An int8 model is held against the dense one as it was,
+    in float32: the loss of the quantisation is part of the drop."""
+    precision = read_export(folder, verify=False).get("precision", "fp32")
     reference = REFERENCE if precision in INT8 else DENSE
     widen = precision == "bf16" and provider == "cpu"
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: images or len(data)]
+    mine = group.part(len(order), ACCURACY_BATCH)
+    order = order[mine.start : mine.stop]
     collected: dict[str, list[Tensor]] = {"dense": [], "moee": []}
     labels: list[Tensor] = []
     with opened(folder / reference, threads, provider, widen) as dense, opened(
@@ -207,13 +239,25 @@ def _accuracy(
     ) as routed:
         total = -(-len(order) // ACCURACY_BATCH)
         report("accuracy", 0, total)
-        for done, batch in enumerate(batches(data, ACCURACY_BATCH, order=order), 1):
+        for done, batch in enumerate(batches(data, ACCURACY_BATCH, order=order, strict=group.alone), 1):
             for name, runner in (("dense", dense), ("moee", routed)):
                 collected[name].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
             labels.append(batch.labels)
             report("accuracy", done, total)
-    theirs, ours = (logits(moee, torch.cat(collected[name])) for name in ("dense", "moee"))
-    return compare_accuracy(theirs, ours, torch.cat(labels), max_drop_pp)
+    return {name: torch.cat(part) for name, part in (*collected.items(), ("labels", labels)) if part}
+
+
+def _accuracy(
+    moee: MoeeModel, data: ImageSet, answers: Answers, max_drop_pp: float | None, group: Group
+) -> AccuracyResult | None:
+    """All ranks' answers compared, in the order of the images; None on ranks other than 0."""
+    if not group.alone:
+        merge_skipped(data, group)
+    parts = [part.tensors for part in group.gather(Parcel(None, answers)) if part.tensors]
+    if not group.leader:
+        return None
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("dense", "moee", "labels")}
+    return compare_accuracy(logits(moee, whole["dense"]), logits(moee, whole["moee"]), whole["labels"], max_drop_pp)
 
 
 @contextmanager

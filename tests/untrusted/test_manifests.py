@@ -114,11 +114,11 @@ def test_a_changed_file_of_weights_is_noticed(made, tmp_path):
 
 
 def test_data_that_a_manifest_names_is_not_fetched(made, tmp_path):
-    for name in ("hfds/someone/dataset", "tfds/x", "torch/cifar10", "wds/shards"):
+    for name in ("hfds/someone/dataset", "tfds/x", "torch/cifar10"):
         with pytest.raises(UserError, match="say so with --data"):
             checkpoint.recorded_data(name)
     (tmp_path / "wds").mkdir()
-    for name in ("digits", "photos:64", str(tmp_path / "wds")):
+    for name in ("digits", "photos:64", "wds/shards", str(tmp_path / "wds")):  # wds/ opens folders of this machine alone
         assert checkpoint.recorded_data(name) == name
 
 
