@@ -26,6 +26,7 @@ test: install lint
 	$(BIN)/python -m pytest
 
 test-slow: install
+	$(BIN)/python -m pip install -q -c constraints.txt atheris || echo "no atheris here: its fuzz targets are skipped"
 	$(BIN)/python -m pytest -m "slow and not gpu and not trt" --durations=20
 
 test-browser: install

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ import onnx
 
 from exporter import bundle_configs as configs
 from exporter.deploy import DEPLOY
-from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, SCHEMA, TENSORRT
+from exporter.manifests import read_export
+from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, TENSORRT
 from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
-from moee.artifact import atomic_folder, read_manifest, sha256_file, write_manifest
+from moee.artifact import atomic_folder, read_json, sha256_file, write_json, write_manifest
 from moee.checkpoint import PROBE
 from moee.errors import UserError
 from moee.models import read_safetensors
+from moee.schema import shown
 from plugins.build import SOURCE
 from plugins.bundle import write_bundle
 
@@ -66,7 +69,7 @@ def write_deployment(
     low, opt, high = batch
     if not 1 <= low <= opt <= high:
         raise UserError(f"batch profile {low}/{opt}/{high} must satisfy 1 <= min <= opt <= max")
-    export = read_manifest(export_dir, MANIFEST, SCHEMA)
+    export = read_export(export_dir)
     given, output = graph_tensors(export_dir / TENSORRT)
     recipe = make_recipe(export)
     if given.shape != (3, recipe.size, recipe.size):
@@ -82,7 +85,7 @@ def write_deployment(
         shutil.copytree(SOURCE / "csrc" / "compat", folder / "runner" / "compat")
         shutil.copy2(DEPLOY / "build.sh", folder / "build.sh")
         (folder / "build.sh").chmod(0o755)
-        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, str(export["model"]["name"]))
+        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, shown(export["model"]["name"], quoted=False))
         for name, text in configs.files(facts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
@@ -110,6 +113,8 @@ def _tensor(path: Path, value: onnx.ValueInfoProto) -> Tensor:
     shape = tuple(d.dim_value for d in kind.shape.dim[1:])
     if kind.elem_type not in TYPES or not shape or min(shape) < 1:
         raise UserError(f"{path}: {value.name} must be float32 or float16 with only its batch dynamic; export it again")
+    if not re.fullmatch(r"[\w./:-]{1,200}", value.name, re.ASCII):  # it is written into configurations and scripts
+        raise UserError(f"{path}: the name {shown(value.name)} holds more than letters, digits and . / : - _; export it again")
     return Tensor(value.name, TYPES[kind.elem_type], shape)
 
 
@@ -140,6 +145,11 @@ def _copy_models(export_dir: Path, models: Path) -> None:
         if name.endswith(".onnx"):
             check_onnx(export_dir / name)
         shutil.copy2(export_dir / name, models / name)
+    manifest = read_json(models / MANIFEST)  # without what a device does not need, such as the reference of an int8 export
+    manifest["files"] = {name: digest for name, digest in manifest["files"].items() if (models / name).is_file()}
+    if "reference" in manifest.get("graphs", {}):
+        del manifest["graphs"]["reference"]
+    write_json(models / MANIFEST, manifest)
 
 
 def ends_in_classes(export: dict[str, Any]) -> bool:

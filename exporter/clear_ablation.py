@@ -14,7 +14,9 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from moee.artifact import read_json, write_json
 from moee.atomic import atomic_file
@@ -24,10 +26,26 @@ from moee.errors import UserError
 from moee.pipeline import Session
 from moee.progress import Reporter, silent
 from moee.resume import check_identity, difference, fingerprint
+from moee.schema import Body, checked
 
 SETUP, SETUP_SCHEMA, SCHEMA = "setup.json", "moee.clear-setup/1", "moee.clear-cell/1"
 FACTORS = ("router", "rank", "experts", "calibration_images")
 METRICS = ("accuracy", "class_cosine", "token_cosine")
+
+
+class StoredCell(Body):
+    """A cell's file; accuracies lack without labels."""
+
+    schema_: Literal["moee.clear-cell/1"] = Field(alias="schema")
+    setting: dict[str, Any]
+    config: dict[str, Any]
+    dense_accuracy: float | None
+    accuracy: float | None
+    class_cosine: float
+    token_cosine: float | None
+    macs_share: float
+    router_accuracy: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -112,7 +130,9 @@ def ablate(
         config = grid.config(setting, seed)
         if path.is_file():
             cell = read_json(path)
-            other = difference(cell.get("config") or {}, config.model_dump(mode="json"))
+            checked(StoredCell, cell, path)
+            other = difference({"setting": cell["setting"]}, {"setting": setting})
+            other = other or difference(cell.get("config") or {}, config.model_dump(mode="json"))
             if other is not None:
                 name, stored, ours = other
                 raise UserError(f"{path} was made with {name} {stored!r}, now {ours!r}; give another --out or remove it")

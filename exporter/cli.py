@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from exporter import ranks
 from exporter.commands import (
     GATE_FAILED,
     ablate,
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = build_parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     try:
+        ranks.prepare(args)
         return args.run(args, console)
     except BrokenPipeError:  # the reader of a pipe is gone; Python would complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug and not isinstance(error, KeyboardInterrupt):
             raise
         code, sentence = explain(error)
-        print(f"moee: {sentence}", file=sys.stderr)  # plainly: rich opens files of its own, which may be what fails
+        if ranks.speaks(error):
+            print(f"moee: {sentence}", file=sys.stderr)  # plainly: rich opens files of its own, which may be what fails
+        ranks.leave(error, code)
         return code
 
 

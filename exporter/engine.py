@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from exporter.manifests import BACKENDS, ENGINE, ENGINE_SCHEMA, read_engine, read_export
 from exporter.onnx_safety import check_onnx
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, sha256_file, write_manifest
 from moee.atomic import temporary_folder
@@ -21,10 +22,7 @@ from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.build import describe_plugin
 from plugins.contract import DOMAIN, OP_TYPE
 
-SCHEMA = "moee.engine/1"
-EXPORT_SCHEMA = "moee.export/1"
-# Back end: Python module, wheel that holds its libraries, extra of this project.
-BACKENDS = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_libs", "rtx"), "tensorrt": ("tensorrt", None, "trt")}
+SCHEMA = ENGINE_SCHEMA
 
 Progress = Callable[[str], None]
 
@@ -83,7 +81,7 @@ def build_engines(
         raise UserError(f"batch profile {low}/{opt}/{high} must satisfy 1 <= min <= opt <= max")
     require_backend(backend)
     refuse_existing(out_dir, force)
-    export = read_manifest(export_dir, "export.json", EXPORT_SCHEMA)
+    export = read_export(export_dir)
     graphs = {"dense": _graph(export_dir, export, "dense"), "moee": _graph(export_dir, export, "tensorrt")}
     nodes = count_plugin_nodes(graphs["moee"])
     if nodes == 0 and export.get("plugin_nodes") != 0:
@@ -129,7 +127,9 @@ def _prefixed(say: Progress, name: str) -> Progress:
 
 def read_engines(folder: Path) -> EngineReport:
     """The report of an engine folder, hashes checked. Raises `UserError` for a foreign or damaged one."""
-    return report_of(Path(folder), read_manifest(folder, "engine.json", SCHEMA))
+    body = read_engine(folder)
+    read_manifest(folder, ENGINE, ENGINE_SCHEMA)  # the hashes
+    return report_of(Path(folder), body)
 
 
 def report_of(folder: Path, body: dict[str, Any]) -> EngineReport:
@@ -142,8 +142,7 @@ def report_of(folder: Path, body: dict[str, Any]) -> EngineReport:
         (batch["min"], batch["opt"], batch["max"]),
         body["plugin"]["file"],
         body["plugin_layers"],
-        Engine(**body["engines"]["dense"]),
-        Engine(**body["engines"]["moee"]),
+        *(Engine(**{f.name: body["engines"][name][f.name] for f in fields(Engine)}) for name in ("dense", "moee")),
     )
 
 
@@ -158,7 +157,7 @@ def require_backend(backend: str) -> None:
 
 def needs_plugin(export_dir: Path | str) -> bool:
     """Whether the TensorRT graph of an export folder holds plugin nodes; CLEAR-MoE's is of standard operators alone."""
-    return read_manifest(export_dir, "export.json", EXPORT_SCHEMA).get("plugin_nodes") != 0
+    return read_export(export_dir).get("plugin_nodes") != 0
 
 
 def count_plugin_nodes(graph: Path) -> int:
@@ -168,10 +167,7 @@ def count_plugin_nodes(graph: Path) -> int:
 
 
 def _graph(folder: Path, export: dict[str, Any], key: str) -> Path:
-    graphs = export.get("graphs", {})
-    name = graphs.get(key, f"{key}.onnx") if isinstance(graphs, dict) else None
-    if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"{folder} names {name!r} as the {key} graph; expected a file of that folder; export again")
+    name = export.get("graphs", {}).get(key, f"{key}.onnx")
     if not (folder / name).is_file():
         raise UserError(f"{folder / name} is missing; export.json names it as the {key} graph; export again")
     check_onnx(folder / name)

@@ -25,11 +25,23 @@ PATH_CURES = {
     errno.EACCES: "change its permissions or choose another",
     errno.EPERM: "change its permissions or choose another",
 }
+MAX_SENTENCE = 2000  # characters
 INTACT = "earlier results are as they were"
 
 
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence of an exception that ended a command."""
+    code, text = _explain(error)
+    return code, one_line(text)
+
+
+def one_line(text: str) -> str:
+    """A sentence that may quote a file from someone else: what would control the terminal is not passed on."""
+    plain = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return plain if len(plain) <= MAX_SENTENCE else f"{plain[:MAX_SENTENCE]}..."
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, f"interrupted; {INTACT}"
     if isinstance(error, UserError):

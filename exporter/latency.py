@@ -15,11 +15,11 @@ import numpy as np
 
 from exporter.environment import environment
 from exporter.layer_profile import LayerProfile, profile_layers
-from exporter.onnx_export import DENSE, MANIFEST, PORTABLE
-from exporter.onnx_export import SCHEMA as EXPORT_SCHEMA
+from exporter.manifests import read_engine, read_export
+from exporter.onnx_export import DENSE, PORTABLE
 from exporter.runners import EngineRunner, OnnxRunner, Runner
 from exporter.verdict import Verdict, judge
-from moee.artifact import read_manifest
+from moee.artifact import sha256_file
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
@@ -33,7 +33,9 @@ class LatencyResult:
     """Milliseconds a batch, each run waited for. `speedup` is the median of the ratios of neighbouring runs, dense over MoEE.
 
     `throughput`: images a second with `streams` requests in flight, a figure of its own: overlapping requests hide what one
-    alone would wait for. `environment` is taken before and after. `cuda_graph` is None off the GPU.
+    alone would wait for. `environment` is taken before and after. `cuda_graph` is None off the GPU. `samples_ms`: every run of
+    `dense` and `moee` in the order of the pairs, of which the even ones began with dense. `images`: whose they
+    are, or noise.
     """
 
     runtime: str
@@ -53,6 +55,8 @@ class LatencyResult:
     layers: LayerProfile | None = None
     cuda_graph: bool | None = None
     environment: list[dict[str, Any]] = field(default_factory=list)
+    samples_ms: dict[str, list[float]] = field(default_factory=dict)
+    images: str = "noise"
 
     def to_json(self) -> dict[str, Any]:
         body = asdict(self)
@@ -130,31 +134,36 @@ def _flood(call: Callable[[], Any], streams: int, seconds: float, clock: Callabl
 def bench(
     export_dir: Path | str, batch: int = 8, runs: int = 40, threads: int | None = None, images: np.ndarray | None = None,
     report: Reporter = silent, *, duration_s: float = 0.0, provider: str = "cpu", engine: Path | str | None = None,
-    cuda_graph: bool = False, streams: int = 2, throughput_s: float = 0.0, profile: bool = False,
+    cuda_graph: bool = False, streams: int = 2, throughput_s: float = 0.0, profile: bool = False, named: str = "given",
+    trust_engine: bool = False,
 ) -> LatencyResult:  # fmt: skip
     """Time `dense.onnx` and `portable.onnx` in turn, or the two engines of the folder `engine`.
 
-    `images` [B, 3, H, W] float32 should be real ones, since routing depends on them; noise otherwise. `throughput_s` seconds go
+    `images` [B, 3, H, W] float32 should be real ones, since routing depends on them; noise otherwise. `named` says for the
+    record what they are. `throughput_s` seconds go
     to throughput (0: not measured); `profile` adds the time of every routed layer (ONNX Runtime only). `cuda_graph` replays
-    engines as CUDA graphs. Raises `MissingDependency` for an absent provider, plugin or GPU.
+    engines as CUDA graphs; `trust_engine` as in `EngineRunner`. Raises `MissingDependency` for an absent provider, plugin or GPU.
     """
     if batch < 1 or runs < 1 or duration_s < 0 or streams < 1:
         raise UserError(f"bench: expected batch, runs and streams of at least 1; came {batch}, {runs} and {streams}")
-    manifest = read_manifest(export_dir, MANIFEST, EXPORT_SCHEMA, verify=False)
+    manifest = read_export(export_dir, verify=False)
     precision = manifest.get("precision", "fp32")
     if precision == "bf16" and engine is None and provider == "cpu":
         raise UserError("ONNX Runtime has no bfloat16 kernels on the CPU, so there is nothing to time; use --engine or fp32")
     size = manifest["input"]["size"]
+    real = images is not None
     if images is None:
         images = np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32)
     images = np.ascontiguousarray(np.resize(images, (batch, 3, size, size)))
     cost = manifest.get("cost") or {}
     threads = threads or os.cpu_count() or 1
     folder = Path(export_dir)
+    if engine is not None:
+        _require_same_export(folder / manifest["graphs"]["tensorrt"], Path(engine), trust_engine)
     before = environment()
     with ExitStack() as stack:
         if engine is not None:
-            both: list[Runner] = [_engine_runner(engine, name, cuda_graph) for name in ("dense", "moee")]
+            both: list[Runner] = [_engine_runner(engine, name, cuda_graph, trust_engine) for name in ("dense", "moee")]
         else:
             both = [OnnxRunner(folder / name, threads, provider) for name in (DENSE, PORTABLE)]
         runners = [stack.enter_context(runner) for runner in both]
@@ -187,11 +196,20 @@ def bench(
         layers=layers,
         cuda_graph=cuda_graph if engine is not None else None,
         environment=[before, environment()],
+        images=named if real else "noise",
+        samples_ms={name: [round(1e3 * float(s), 5) for s in row] for name, row in zip(("dense", "moee"), times, strict=True)},
     )
 
 
-def _engine_runner(folder: Path | str, model: str, cuda_graph: bool) -> EngineRunner:
-    return EngineRunner(folder, model, cuda_graph=cuda_graph)
+def _require_same_export(graph: Path, engine: Path, trust: bool) -> None:
+    """Raises `UserError` if the engine was built from another graph: figures of the two must not be mixed."""
+    recorded = read_engine(engine, trust).get("source_sha256")
+    if recorded is not None and recorded != sha256_file(graph):
+        raise UserError(f"{engine} was built from another export than {graph.parent}; run moee build again")
+
+
+def _engine_runner(folder: Path | str, model: str, cuda_graph: bool, trust: bool = False) -> EngineRunner:
+    return EngineRunner(folder, model, cuda_graph=cuda_graph, trust=trust)
 
 
 def _call(runner: Runner, images: np.ndarray) -> Callable[[], Any]:

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from exporter.operator_schema import VERSION, register
@@ -24,11 +25,13 @@ from exporter.passes.attention import rewrite_attention
 from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
-from exporter.precision import dtype_of, typed
-from moee.artifact import atomic_folder, write_manifest
+from exporter.precision import INT8, dtype_of, typed
+from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
+from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
+from moee.artifact import atomic_folder, refuse_existing, write_manifest
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearFFN
-from moee.data import model_transform
+from moee.data import ImageSet, Transform, load_data, model_transform
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import tokens_per_image
@@ -42,6 +45,7 @@ SCHEMA = "moee.export/1"
 MANIFEST = "export.json"
 DENSE, PORTABLE, TENSORRT = "dense.onnx", "portable.onnx", "tensorrt.onnx"
 MOEE_DATA, DENSE_DATA = "moee.data", "dense.data"
+REFERENCE, REFERENCE_DATA = "reference.onnx", "reference.data"  # of int8: the dense model as it was, for accuracy
 TRACED = "traced.onnx"  # what both graphs are lowered from; removed before the export is done
 CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/method.md)
 # Portable form of a CLEAR-MoE layer, by what was faster in ONNX Runtime on the CPU (docs/results/clear_moe.md): segments of fewer
@@ -101,6 +105,7 @@ def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) ->
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.moee.ffn.default: _routed_ffn,
         torch.ops.moee.clear_ffn.default: _clear_ffn,
+        **INT8_TRANSLATIONS,
     }
     with _quiet():
         given = torch.zeros(2, 3, size, size) if example is None else example
@@ -153,24 +158,37 @@ def _scope(node: ir.Node) -> str:
 
 def export(
     moee: MoeeModel, path: Path | str, force: bool = False, report: Reporter = silent, source: Path | str | None = None,
-    precision: str = "fp32",
+    precision: str = "fp32", calibration: ImageSet | None = None, calibration_images: int = CALIBRATION_IMAGES,
 ) -> None:  # fmt: skip
     """Write `dense.onnx`, `tensorrt.onnx`, `portable.onnx`, their weights and `export.json` into folder `path`.
 
     `source`, the artifact that `moee` was loaded from, is recorded so that `verify` finds it again. `precision` is fp32, fp16
-    or bf16, the type of all three graphs (see `exporter.precision`). Raises `UserError` if `path` exists and `force` is off, if
-    the model has no routed layer, or for an unknown precision.
+    or bf16, the type of all three graphs (see `exporter.precision`), or int8 or int8-fp32: then both models are calibrated on
+    `calibration_images` images of `calibration` (default: training images of the data that the model was extracted on), and
+    `reference.onnx`, the dense model in float32, is written too. Raises `UserError` if `path` exists and `force` is off, if the
+    model has no routed layer, for an unknown precision or data that cannot be read.
     """
     dtype = dtype_of(precision)
     layers = routed_layers(moee.model)
     if not layers:
         raise UserError("the model has no routed layer to export; run moee extract first")
     transform = model_transform(moee.model)
+    refuse_existing(Path(path), force)
+    graphs = {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT}
+    dense, model, quantization = moee.dense().eval(), moee.model.eval(), {}
+    reference = None
+    if precision in INT8:
+        given = calibration or _calibration_data(moee, transform)
+        quantization = {n: calibrate(m, given, dtype, calibration_images, report) for n, m in (("dense", dense), ("moee", model))}
+        reference, graphs["reference"] = dense, REFERENCE
+        dense, model = (quantized(m, quantization[n].input_scales, dtype) for n, m in (("dense", dense), ("moee", model)))
     report("export", 0, 3)
     with atomic_folder(path, force) as folder:
-        ir.save(to_onnx(typed(moee.dense(), dtype), transform.size), folder / DENSE, external_data=DENSE_DATA)
+        if reference is not None:
+            ir.save(to_onnx(reference, transform.size), folder / REFERENCE, external_data=REFERENCE_DATA)
+        ir.save(to_onnx(typed(dense, dtype), transform.size), folder / DENSE, external_data=DENSE_DATA)
         report("export", 1, 3)
-        graph = to_onnx(typed(moee.model, dtype), transform.size)
+        graph = to_onnx(typed(model, dtype), transform.size)
         forms = clear_forms(moee, transform.size)
         name_routed_nodes(graph, list(layers))
         traced = folder / TRACED
@@ -198,10 +216,28 @@ def export(
             "routed_layers": list(layers),
             "clear_forms": forms,
             "plugin_nodes": sum(not isinstance(layer, ClearFFN) for layer in layers.values()),
-            "graphs": {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT},
+            "graphs": graphs,
+            "quantization": {name: q.model_dump() for name, q in quantization.items()} or None,
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
     report("export", 3, 3)
+
+
+def _calibration_data(moee: MoeeModel, transform: Transform) -> ImageSet:
+    try:
+        return load_data(moee.data, transform, "train")
+    except UserError as error:
+        raise UserError(f"int8 needs calibration images: {error}; give them with --data") from error
+
+
+def read_quantization(manifest: dict[str, Any], model: str) -> Quantization | None:
+    """What `export.json` says of `model` (dense, moee); None for a graph without int8. Raises `UserError` if that is nonsense."""
+    if manifest.get("precision") not in INT8:
+        return None
+    try:
+        return Quantization.model_validate(manifest["quantization"][model])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{MANIFEST} does not say how its int8 graphs are quantised; export again") from error
 
 
 def clear_forms(moee: MoeeModel, size: int) -> dict[str, Form]:

@@ -1,28 +1,40 @@
 """Checks on an ONNX file before anything executes or converts it: an export folder may come from someone else.
 
 1. Protobuf decodes, and no field nests deeper than the decoder allows.
-2. External data: a relative name in the file's own folder, an ordinary file and no link, offset and length within it and equal to
-   the tensor's size. (A hard link cannot be told from a file; the hash in `export.json` stands for its content.)
-3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says.
-4. Nodes: standard operators and `moee::MoeeFfn` alone, each input made before it is used (hence no cycle), no name made twice.
+2. External data: a relative name in the file's own folder, an ordinary file and no symbolic or hard link, each key once, offset
+   and length within the file and equal to the tensor's size.
+3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says; no sparse tensors.
+4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, no loops, each input made before it is used (hence no
+   cycle), no name made twice.
 5. `MoeeFfn`: inputs, top_k and max_width as the contract says (the plugin itself checks the rest), offsets rising from 0
    to the number of neurons, neuron ids ascending within the store.
+
+What a graph computes is its author's affair: one may take any memory and time when it runs.
 """
 
 from __future__ import annotations
 
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
+from moee.artifact import stays_inside
 from moee.errors import UserError
+from moee.schema import shown
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_RANK = 16
+MAX_NESTING = 4  # of branches
+BRANCH = "If"
+MAX_REASON = 500  # characters
+IN_MEMORY = "_ORT_MEM_ADDR_"  # in a location, ONNX Runtime takes the offset for an address of its own process
+EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
 TABLES = {"neurons": 1, "offsets": 1, "w_up": 2, "router": 2}
 
 
@@ -39,13 +51,26 @@ def check_onnx(path: Path | str) -> onnx.ModelProto:
         model = onnx.load(str(path), load_external_data=False)
         _check(model, path.parent)
     except _Refused as error:
-        raise UserError(f"{path} is refused: {error}; export it again, or do not use it") from error
+        raise UserError(f"{path} is refused: {_reason(error)}; export it again, or do not use it") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); export it again") from error
     except Exception as error:  # protobuf's decode errors share no base class with onnx's own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a readable ONNX file ({reason or type(error).__name__}); export it again") from error
+        raise UserError(f"{path} is not a readable ONNX file ({_reason(error)}); export it again") from error
     return model
+
+
+def load_ir(path: Path | str) -> ir.Model:
+    """The graph for rewriting, checked first; its weights stay in their files. Raises `UserError` as `check_onnx` does."""
+    check_onnx(path)
+    try:
+        return ir.load(path)
+    except Exception as error:  # onnx_ir raises many kinds for what it cannot represent
+        raise UserError(f"{path} cannot be taken apart ({_reason(error)}); export it again") from error
+
+
+def _reason(error: Exception) -> str:
+    """It quotes names from the file, which may hold anything."""
+    return shown(" ".join(str(error).split()) or type(error).__name__, quoted=False, limit=MAX_REASON)
 
 
 def _check(model: onnx.ModelProto, folder: Path) -> None:
@@ -53,13 +78,20 @@ def _check(model: onnx.ModelProto, folder: Path) -> None:
         raise _Refused("it holds no graph")
     if model.functions:
         raise _Refused("it defines functions of its own, which would shadow the plugin")
+    if model.training_info:
+        raise _Refused("it holds training graphs, which nothing here reads")
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx", DOMAIN):
             raise _Refused(f"it needs operators of {opset.domain!r}")
-    _check_graph(model.graph, folder, set())
+    rules = onnx.checker.C.CheckerContext()
+    rules.ir_version, rules.opset_imports = model.ir_version, {opset.domain: opset.version for opset in model.opset_import}
+    _check_graph(model.graph, folder, rules, [])
 
 
-def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str]) -> None:
+def _check_graph(graph: onnx.GraphProto, folder: Path, rules: Any, outer: list[set[str]]) -> None:
+    """`outer` are the names that the graphs around this one have made so far; branches see them."""
+    if len(outer) > MAX_NESTING:
+        raise _Refused("its branches nest too deep")
     if graph.sparse_initializer:
         raise _Refused("it holds sparse tensors")
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -67,27 +99,41 @@ def _check_graph(graph: onnx.GraphProto, folder: Path, outer: set[str]) -> None:
         raise _Refused("an initialiser stands twice")
     for tensor in graph.initializer:
         _check_tensor(tensor, folder)
-    known = outer | set(tensors) | {value.name for value in graph.input}
+    known = set(tensors) | {value.name for value in graph.input}
     for node in graph.node:
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
             raise _Refused(f"operator {node.domain}::{node.op_type} is unknown")
-        missing = [name for name in node.input if name and name not in known]
+        missing = [name for name in node.input if name and not any(name in scope for scope in (known, *outer))]
         if missing:
             raise _Refused(f"node {node.name!r} uses {missing[0]!r} before it is made")
         for attribute in node.attribute:
+            if attribute.sparse_tensors or attribute.HasField("sparse_tensor"):
+                raise _Refused("it holds sparse tensors")
+            if attribute.graphs or (attribute.HasField("g") and node.op_type != BRANCH):
+                raise _Refused(f"node {node.name!r} is a loop, which no export has")
+            if attribute.HasField("g"):
+                _check_graph(attribute.g, folder, rules, [*outer, known])
             for tensor in [*attribute.tensors, *([attribute.t] if attribute.HasField("t") else [])]:
                 _check_tensor(tensor, folder)
-            for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                _check_graph(inner, folder, known)
         if node.op_type == OP_TYPE:
             _check_experts(node, tensors, folder)
+        elif node.op_type != BRANCH or len(node.attribute) != 2 or not all(a.HasField("g") for a in node.attribute):
+            _check_schema(node, rules)
         made = [name for name in node.output if name]
-        if len(set(made)) != len(made) or known & set(made):
+        if len(set(made)) != len(made) or any(name in scope for scope in (known, *outer) for name in made):
             raise _Refused(f"node {node.name!r} makes a value that exists already")
         known |= set(made)
-    unmade = [value.name for value in graph.output if value.name not in known]
+    unmade = [value.name for value in graph.output if not any(value.name in scope for scope in (known, *outer))]
     if unmade:
         raise _Refused(f"output {unmade[0]!r} is never made")
+
+
+def _check_schema(node: onnx.NodeProto, rules: Any) -> None:
+    """Operator, attributes and number of inputs as the standard has them."""
+    try:
+        onnx.checker.check_node(node, rules)
+    except onnx.checker.ValidationError as error:
+        raise _Refused(f"node {node.name!r}: {error}") from error
 
 
 def _element_bits(tensor: TensorProto) -> int:
@@ -117,19 +163,28 @@ def _check_external(tensor: TensorProto, folder: Path, size: int) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     where = f"tensor {tensor.name!r} has its data in {location!r}"
-    if not location or "\0" in location or "\\" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+    if len(entries) != len(tensor.external_data) or entries.keys() - EXTERNAL_KEYS:  # readers differ in which one they take
+        raise _Refused(f"{where}, and says a part of it twice or more than its place")
+    if not location or "\\" in location or IN_MEMORY in location or Path(location).is_absolute() or ".." in Path(location).parts:
         raise _Refused(f"{where}, which is no name in the file's own folder")
     path = folder / location
-    if path.is_symlink() or not path.resolve().is_relative_to(folder.resolve()):
-        raise _Refused(f"{where}, which is a link")
+    if not stays_inside(folder, location):
+        raise _Refused(f"{where}, which is a link, or no name of a file")
     if not path.is_file():
         raise _Refused(f"{where}, which is missing")
-    try:
-        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(size)))
-    except ValueError as error:
-        raise _Refused(f"{where} at an offset that is no number") from error
-    if offset < 0 or length != size or offset + length > path.stat().st_size:
+    found = path.stat()
+    if found.st_nlink > 1:
+        raise _Refused(f"{where}, which has another name elsewhere (a hard link; copy the file)")
+    offset = _number(entries.get("offset", "0"), where)
+    length = _number(entries.get("length", str(found.st_size - offset)), where)
+    if length != size or offset + length > found.st_size:
         raise _Refused(f"{where}, bytes {offset} to {offset + length}: the file or the shape does not fit")
+
+
+def _number(text: str, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):  # Python's int also takes signs, spaces and underscores
+        raise _Refused(f"{where} at an offset or of a length that is no number")
+    return int(text)
 
 
 def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder: Path) -> None:

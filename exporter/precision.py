@@ -19,16 +19,19 @@ from moee.errors import UserError
 from moee.layer import RoutedLayer
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# 8-bit dense parts (exporter.quantization), and the type of everything else
+INT8 = {"int8": torch.float16, "int8-fp32": torch.float32}
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, SimpleNorm)
 ROUTER_BIASES = ("router_bias", "router_hidden_bias")  # of routed layers: they belong to scores, which are float32
 SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """Raises `UserError` for a name that is not fp32, fp16 or bf16."""
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+    """Type of a graph's tokens: of an int8 graph, that of what is not quantised. Raises `UserError` for an unknown name."""
+    known = {**PRECISIONS, **INT8}
+    if precision not in known:
+        raise UserError(f"unknown precision {precision!r}; expected one of {', '.join(known)}")
+    return known[precision]
 
 
 def _lowered_tensors(model: nn.Module) -> Iterator[Tensor]:

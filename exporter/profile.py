@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from exporter.onnx_export import MANIFEST, SCHEMA
-from moee.artifact import read_manifest
+from exporter.manifests import read_export
 from moee.errors import UserError
 
 DEFAULT_BATCH = (1, 8, 32)
@@ -17,7 +16,7 @@ def batch_profile(export_dir: Path, low: str | None, opt: str | None, high: str 
 
     Raises `UserError` for a shape that the exported graph does not take.
     """
-    given = read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)["input"]
+    given = read_export(export_dir, verify=False)["input"]
     batches = [_batch(text, given["name"], given["size"]) for text in (low, opt, high)]
     stated = [b for b in batches if b]
     first = batches[0] or min([DEFAULT_BATCH[0], *stated])

@@ -11,7 +11,7 @@ from typing import Any
 
 from moee.atomic import atomic_file, atomic_folder, recover, refuse_existing, write_text
 from moee.errors import UserError
-from moee.schema import upgraded
+from moee.schema import parse_json, shown, upgraded
 
 __all__ = [
     "atomic_file", "atomic_folder", "read_json", "read_manifest", "refuse_existing", "sha256_file", "stays_inside",
@@ -39,10 +39,10 @@ def read_json(path: Path | str) -> Any:
     """Parse a JSON file. Raises `UserError` if it is missing or malformed."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} not found; expected a file that a moee command wrote") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); make it again") from error
 
 
@@ -97,7 +97,7 @@ def read_manifest(folder: Path | str, name: str, schema: str, verify: bool = Tru
     for relative, expected in files.items() if verify else ():
         path = folder / relative
         if not stays_inside(folder, relative):
-            raise UserError(f"{folder / name} names {relative!r}, which leaves its folder; do not use this artifact")
+            raise UserError(f"{folder / name} names {shown(relative)}, which leaves its folder; do not use this artifact")
         if not path.is_file():
             raise UserError(f"{path} is missing; its manifest lists it; make the artifact again")
         if sha256_file(path) != expected:

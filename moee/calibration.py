@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moee.data import ImageSet, batches
+from moee.data import ImageSet, batches, merge_skipped
+from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.models import FFN, activate
 from moee.progress import Reporter, silent, track
@@ -68,8 +69,8 @@ def reserve(path: Path, size_bytes: int) -> None:
 class _Sampler:
     """Writes the sampled tokens of one layer; the sample is drawn when the first batch shows the tokens an image."""
 
-    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int):
-        self.ffn, self.budget, self.images, self.seed = ffn, budget, images, seed
+    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor], mine: range):
+        self.ffn, self.budget, self.images, self.seed, self.drawn, self.mine = ffn, budget, images, seed, drawn, mine
         self.path = folder / f"{ffn.name}.f16"
         self.filled = 0
         self.chosen: Tensor | None = None
@@ -77,19 +78,25 @@ class _Sampler:
         self.per_image = 0
 
     def _draw(self, per_image: int) -> Tensor:
-        """Sorted flat positions image * per_image + token: a uniform sample without replacement."""
+        """Sorted flat positions image * per_image + token: a uniform sample without replacement, drawn once for all layers of
+        as many tokens. It depends on the whole data set alone, so that ranks that see a part of it draw the same."""
         total = per_image * self.images
         if total <= self.budget:
             return torch.arange(total)
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randperm(total, generator=generator)[: self.budget].sort().values
+        if total not in self.drawn:
+            generator = torch.Generator().manual_seed(self.seed)
+            # a copy: a slice would hold all of the permutation, 8 bytes a token of the data set
+            self.drawn[total] = torch.randperm(total, generator=generator)[: self.budget].clone().sort().values
+        return self.drawn[total]
 
     def add(self, x: Tensor, indices: Tensor) -> None:
         tokens = as_tokens(x, self.ffn.channels_first)
         if self.chosen is None or self.map is None:
             self.per_image = len(tokens) // len(indices)
             self.chosen = self._draw(self.per_image)
-            shape = (len(self.chosen), self.ffn.dim)
+            ends = torch.tensor([self.mine.start, self.mine.stop]) * self.per_image
+            # what falls on this rank's images; an empty file cannot be mapped
+            shape = (max(1, int(torch.searchsorted(self.chosen, ends).diff())), self.ffn.dim)
             reserve(self.path, 2 * shape[0] * shape[1])
             self.map = np.memmap(self.path, np.float16, "r+", shape=shape)
         starts = indices * self.per_image
@@ -99,7 +106,7 @@ class _Sampler:
             self.chosen[a:b] - s + position * self.per_image
             for position, (s, a, b) in enumerate(zip(starts.tolist(), low.tolist(), high.tolist(), strict=True))
         ]
-        picked = tokens[torch.cat(rows)]
+        picked = tokens[torch.cat(rows)].cpu()
         if not torch.isfinite(picked).all():
             raise UserError(
                 f"`{self.ffn.name}` receives NaN or infinite activations on the calibration data; "
@@ -111,15 +118,19 @@ class _Sampler:
 
 
 def collect_tokens(
-    model: nn.Module, ffns: Sequence[FFN], data: ImageSet, folder: Path, budget: int, seed: int = 0, report: Reporter = silent
-) -> list[LayerTokens]:
+    model: nn.Module, ffns: Sequence[FFN], data: ImageSet, folder: Path, budget: int, seed: int = 0, report: Reporter = silent,
+    group: Group = SOLO,
+) -> list[LayerTokens]:  # fmt: skip
     """Sample at most `budget` input tokens of each MLP, uniformly over images and positions, in one pass over `data`.
 
-    Files go to `folder`, one a layer. Same model, data and seed give the same bytes. Raises `UserError` that names the layer
-    for NaN or infinite activations.
+    Files go to `folder`, one a layer. Same model, data and seed give the same bytes. In a `group` the ranks share the images and
+    each keeps its own part of the sample: `gather_tokens` puts a layer's parts together. Raises `UserError` that names the
+    layer for NaN or infinite activations.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    samplers = [_Sampler(ffn, folder, budget, len(data), seed) for ffn in ffns]
+    drawn: dict[int, Tensor] = {}
+    mine = group.part(len(data), BATCH_SIZE)
+    samplers = [_Sampler(ffn, folder, budget, len(data), seed, drawn, mine) for ffn in ffns]
     current: dict[str, Tensor] = {}
 
     def hook(sampler: _Sampler):
@@ -127,16 +138,46 @@ def collect_tokens(
 
     handles = [model.get_submodule(s.ffn.name).register_forward_pre_hook(hook(s)) for s in samplers]
     try:
-        with torch.inference_mode():
-            steps = -(-len(data) // BATCH_SIZE)
-            for batch in track(batches(data, BATCH_SIZE), "calibrate", steps, report):
+        with group.agreed(), group.placed(model), torch.inference_mode():
+            own = batches(data, BATCH_SIZE, order=torch.arange(mine.start, mine.stop), strict=group.alone)
+            for batch in track(own, "calibrate", -(-len(mine) // BATCH_SIZE), report):
                 current["indices"] = batch.indices
-                model(batch.images)
+                model(batch.images.to(group.device))
     finally:
         for handle in handles:
             handle.remove()
+    if not group.alone:
+        merge_skipped(data, group)
     for sampler in samplers:
         if sampler.map is not None:
             sampler.map.flush()
             sampler.map = None
     return [LayerTokens(s.ffn.name, s.path, s.filled, s.ffn.dim) for s in samplers]
+
+
+def gather_tokens(sampled: Sequence[LayerTokens], group: Group) -> list[LayerTokens | None]:
+    """Bring each layer's parts together on the rank that will work on it, layer i on rank i mod the world size; None for the
+    other ranks' layers. Parts lie in rank order, which is the order of the images: the bytes are those of one rank alone.
+    """
+    whole: list[LayerTokens | None] = []
+    for position, part in enumerate(sampled):
+        owner = position % group.world
+        if group.rank != owner:
+            rows = np.memmap(part.path, np.float16, "r", shape=(part.count, part.dim)) if part.count else np.zeros((0, part.dim))
+            group.send(Parcel(None, {"tokens": torch.from_numpy(np.array(rows, dtype=np.float16))}), owner)
+            part.path.unlink(missing_ok=True)
+            whole.append(None)
+            continue
+        path, count = part.path.with_suffix(".whole"), 0
+        with open(path, "wb") as out:
+            for rank in range(group.world):
+                if rank == group.rank:
+                    out.write(part.path.read_bytes()[: part.count * part.dim * 2] if part.count else b"")
+                    count += part.count
+                else:
+                    tokens = group.receive(rank).tensors["tokens"]
+                    out.write(tokens.numpy().tobytes())
+                    count += len(tokens)
+        part.path.unlink(missing_ok=True)
+        whole.append(LayerTokens(part.name, path, count, part.dim))
+    return whole

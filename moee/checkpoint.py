@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,17 +17,65 @@ from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.dispatch import Factors
 from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.clear_moe.routers import Router
-from moee.config import ExtractConfig, validated
+from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
+from moee.schema import Body, Text, checked, shown
 from moee.tensor_file import write_tensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
+FETCHED = ("torch", "tfds", "hfds", "hfids")  # prefixes of timm.data readers that may reach out
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
+MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
+
+
+class Retention(Body):
+    """A stage's figures; any may lack, or be no number where the model is broken."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    top1_agreement: float | None = None
+    class_cosine: float | None = None
+    token_cosine: float | None = None
+
+
+class Cost(Body):
+    macs: float = Field(gt=0)
+    params: float = Field(gt=0)
+
+
+class Costs(Body):
+    dense: Cost
+    moee: Cost
+
+
+class Stage(Body):
+    """What a command measured: `shares` are those of each layer's tokens that each expert got."""
+
+    retention: Retention = Retention()
+    cost: Costs | None = None
+    shares: dict[str, list[Annotated[float, Field(ge=0, le=1.001)]]] = {}
+
+
+class Info(Body):
+    stages: dict[str, Stage] = {}
+    layers: list[dict[str, Any]] = []
+
+
+class Manifest(Body):
+    """The body of `moee.json`."""
+
+    model: ModelSpec
+    config: dict[str, Any] | None
+    data: Text
+    layers: list[dict[str, Any]] = Field(min_length=1)
+    info: Info
 
 
 class LayerRecord(BaseModel):
@@ -33,8 +83,8 @@ class LayerRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    activation: str
+    name: Text
+    activation: Text
     top_k: int = Field(ge=1)
     experts: int = Field(ge=1)
     union: int = Field(ge=1)
@@ -50,8 +100,8 @@ class ClearRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["clear-moe"]
-    name: str
-    activation: str
+    name: Text
+    activation: Text
     experts: int = Field(ge=1)
     ranks: tuple[int, int, int, int]
     router_width: int = Field(ge=1)
@@ -94,6 +144,21 @@ def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
     ).model_dump()  # fmt: skip
 
 
+def layer_records(model: nn.Module) -> list[dict[str, Any]]:
+    """What the manifest says about each routed layer: enough to rebuild it around its tensors."""
+    return [_record(name, layer) for name, layer in routed_layers(model).items()]
+
+
+def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[str, Tensor], exclude: tuple[str, ...]) -> None:
+    """Replace MLPs of the dense `model` by the layers of `records` (see `layer_records`) with the tensors of `state`."""
+    ffns = {f.name: f for f in find_ffns(model, exclude)}
+    for item in records:
+        record = _layer_record(item, Path("what rank 0 sent"))
+        ffn = ffns[record.name]
+        made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
+        replace_module(model, record.name, made)
+
+
 def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
     with atomic_folder(path, force) as folder:
@@ -104,7 +169,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
             "model": moee.spec.model_dump(),
             "config": moee.config.model_dump(mode="json") if moee.config else None,
             "data": moee.data,
-            "layers": [_record(name, layer) for name, layer in routed_layers(moee.model).items()],
+            "layers": layer_records(moee.model),
             "info": moee.info,
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
@@ -114,16 +179,17 @@ def load(path: Path | str) -> MoeeModel:
     """Read an artifact. Raises `UserError` for a damaged, foreign or inconsistent one."""
     path = Path(path)
     manifest = read_manifest(path, MANIFEST, SCHEMA)
-    try:
-        records = [validated(ClearRecord if "kind" in item else LayerRecord, item) for item in manifest["layers"]]
-        spec = validated(ModelSpec, manifest["model"])
-        config = _config(manifest["config"]) if manifest["config"] else None
-        data, info = str(manifest["data"]), dict(manifest["info"])
-    except UserError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is damaged ({error})"
-        raise UserError(f"{path / MANIFEST} {reason}; make the artifact again") from error
+    body = checked(Manifest, manifest, path / MANIFEST)
+    records = [_layer_record(item, path / MANIFEST) for item in body.layers]
+    if len({record.name for record in records}) != len(records):
+        raise UserError(f"{path / MANIFEST} lists a layer twice; make the artifact again")
+    spec, data = body.model, body.data
+    config = _config(body.config, path / MANIFEST) if body.config else None
+    info = {"stages": {}, "layers": [], **manifest["info"]}
+    _check_shares(body.info, records, path)
+    for name in (WEIGHTS, PROBE):
+        if name not in manifest["files"] and (path / name).exists():
+            raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)
     bare = spec.model_copy(update={"weights": None, "pretrained": False})
     _check_size(bare, state, {record.name for record in records}, path)
@@ -132,23 +198,53 @@ def load(path: Path | str) -> MoeeModel:
     for record in records:
         if record.name not in ffns:
             raise UserError(f"{path / MANIFEST} names layer {record.name}, which {spec.timm_name} does not have")
-        rebuild = _rebuild_clear if isinstance(record, ClearRecord) else _rebuild
-        replace_module(model, record.name, rebuild(record, state, ffns[record.name]))
+        ffn = ffns[record.name]
+        rebuilt = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
+        replace_module(model, record.name, rebuilt)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
-    return MoeeModel(model.eval(), spec, config, data, _probe(path / PROBE), info)
+    return MoeeModel(model.eval(), spec, config, data, _probe(path / PROBE, model), info)
 
 
-def _probe(path: Path) -> Probe | None:
-    """The probe beside the weights, if there is one. Raises `UserError` for one whose tensors do not fit together."""
+def recorded_data(source: str) -> str:
+    """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a
+    network: that takes the user's own word."""
+    if source.partition("/")[0] in FETCHED and not Path(source).exists():
+        raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
+    return source
+
+
+def _layer_record(item: dict[str, Any], path: Path) -> LayerRecord | ClearRecord:
+    return checked(ClearRecord, item, path) if "kind" in item else checked(LayerRecord, item, path)
+
+
+def _check_shares(info: Info, records: list[LayerRecord | ClearRecord], path: Path) -> None:
+    experts = {record.name: record.experts for record in records}
+    for stage, body in info.stages.items():
+        for name, shares in body.shares.items():
+            if len(shares) != experts.get(name, len(shares)):
+                raise UserError(
+                    f"{path / MANIFEST}: stage {shown(stage)} has {len(shares)} shares for the {experts[name]} experts of "
+                    f"{name}; make the artifact again"
+                )
+
+
+def _probe(path: Path, model: nn.Module) -> Probe | None:
+    """The probe beside the weights, if there is one. Raises `UserError` if its tensors do not fit together, or the model."""
     if not path.is_file():
         return None
     state = read_safetensors(path)
     weight, bias = state.get("weight"), state.get("bias")
-    if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
+    if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1] or not len(bias):
         raise UserError(f"{path} should hold weight [classes, features] and bias [classes]; make the artifact again")
+    widths = {getattr(model, name, 0) for name in ("num_features", "head_hidden_size")}
+    if weight.dtype != torch.float32 or bias.dtype != torch.float32 or weight.shape[1] not in widths:
+        raise UserError(
+            f"{path} has {weight.dtype} weights for {weight.shape[1]} features; the model needs torch.float32 for "
+            f"{max(widths)}; make the artifact again"
+        )
     return Probe(weight, bias)
 
 
@@ -157,8 +253,10 @@ def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], pat
     model is first laid out without memory: every tensor outside the routed MLPs must be in the file, in that shape, and no MLP
     may be absurdly wide. Raises `UserError` otherwise."""
     for key, value in spec.kwargs.items():
-        if isinstance(value, (int, float)) and abs(value) > MAX_ARGUMENT:
-            raise UserError(f"{path / MANIFEST} asks for {key} {value}; expected at most {MAX_ARGUMENT}")
+        most = min(MAX_DEPTH, len(state)) if re.search("depth|layers|blocks", key) else MAX_ARGUMENT
+        for number in _numbers(value):
+            if not abs(number) <= most:  # NaN as well
+                raise UserError(f"{path / MANIFEST} asks for {shown(key)} {shown(number)}; expected at most {most}")
     with torch.device("meta"):
         laid_out = load_model(spec).state_dict()
     owners = {key: key.rpartition(".")[0].rpartition(".")[0] for key in laid_out}
@@ -168,13 +266,26 @@ def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], pat
         if owners[key] in routed:
             if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
                 raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
-        elif key not in state or state[key].shape != tensor.shape:
-            came = list(state[key].shape) if key in state else "nothing"
-            raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {list(tensor.shape)}, came {came}")
+        elif key not in state or state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
+            wanted, came = _described(tensor), _described(state[key]) if key in state else "nothing"
+            raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")
 
 
-def _config(values: dict[str, Any]) -> ExtractConfig | ClearConfig:
-    return validated(ClearConfig if values.get("method") == "clear-moe" else ExtractConfig, values)
+def _numbers(value: Any) -> Iterator[float]:
+    """Every number in a model's argument."""
+    if isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _config(values: dict[str, Any], path: Path) -> ExtractConfig | ClearConfig:
+    return checked(ClearConfig, values, path) if values.get("method") == "clear-moe" else checked(ExtractConfig, values, path)
 
 
 def _tensors(name: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -185,6 +296,9 @@ def _tensors(name: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Ten
         if tensor is None or tuple(tensor.shape) != shape:
             came = "nothing" if tensor is None else list(tensor.shape)
             raise UserError(f"{WEIGHTS}: {name}.{part} should have shape {list(shape)}, came {came}")
+        dtype = torch.int32 if part in ("neurons", "offsets") else torch.float32
+        if tensor.dtype != dtype:
+            raise UserError(f"{WEIGHTS}: {name}.{part} should be {dtype}, came {tensor.dtype}")
         tensors[part] = tensor
     return tensors
 
@@ -225,9 +339,6 @@ def _rebuild(record: LayerRecord, state: dict[str, Tensor], ffn: FFN) -> RoutedF
     if d != ffn.dim or u > ffn.hidden:
         raise UserError(f"layer {record.name}: manifest says dim {d}, union {u}; the model has {ffn.dim} and {ffn.hidden}")
     tensors: dict[str, Any] = _tensors(record.name, shapes, state)
-    for part in ("neurons", "offsets"):
-        if tensors[part].dtype != torch.int32:
-            raise UserError(f"{WEIGHTS}: {record.name}.{part} should be int32, came {tensors[part].dtype}")
     if record.top_k > k:
         raise UserError(f"layer {record.name}: top_k {record.top_k} exceeds its {k} experts; the artifact is damaged")
     experts = Experts(**tensors, activation=record.activation, top_k=record.top_k, load=record.load)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moee.errors import UserError
+from moee.schema import shown
 
 PARTITIONS = ("kmeans", "birch", "random")  # clusterings that are told how many clusters to make
 PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
@@ -90,6 +91,9 @@ class FinetuneConfig(BaseModel):
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero")
     train_router: bool = False
     validation: float = Field(0.1, gt=0, lt=1, description="share of the images that chooses the best epoch")
+    accumulate: int = Field(1, ge=1, description="parts that a rank computes its share of a batch in, one after another")
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    checkpointing: bool = False
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -109,10 +113,13 @@ def make_extract_config(preset: str = "compensated", **overrides: Any) -> Extrac
 
 def validated(kind: type, values: dict[str, Any]) -> Any:
     """Build a pydantic model; its errors become one `UserError` sentence."""
+    if not isinstance(values, dict):  # values may come from a file
+        raise UserError(f"{kind.__name__}: expected an object with fields, came {shown(values)}")
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        came = f" (came {first['input']!r})" if where else ""
-        raise UserError(f"{'--' + where.replace('_', '-') + ': ' if where else ''}{first['msg']}{came}") from error
+        came = f" (came {shown(first['input'])})" if where else ""
+        option = f"--{shown(where, quoted=False).replace('_', '-')}: " if where else ""
+        raise UserError(f"{option}{first['msg']}{came}") from error

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from moee.allocation import Candidate, allocate
 from moee.assembly import build_layer
 from moee.atomic import temporary_folder
-from moee.calibration import LayerTokens, collect_tokens
+from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches
+from moee.distributed import SOLO, Group
 from moee.errors import NothingRouted, OutOfReach
+from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
 from moee.grouping import GroupedLayer, find_routes
 from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
@@ -37,7 +39,7 @@ class Prepared:
     dropping each neuron of each expert makes. Different budgets can be applied to it."""
 
     ffns: list[FFN]
-    found: list[GroupedLayer | LayerReport | tuple[Experts, LayerReport]]
+    found: list[Finding]
     error: dict[str, Tensor]
 
     @property
@@ -47,39 +49,72 @@ class Prepared:
 
 def extract(
     model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None,
-    jobs: int = 1, sampled: list[LayerTokens] | None = None,
+    jobs: int = 1, sampled: list[LayerTokens] | None = None, group: Group = SOLO,
 ) -> list[LayerReport]:  # fmt: skip
     """Replace the MLPs of `model` in place by routed experts found on `data`; returns one report a layer.
 
     Calibration tokens lie on disk under `scratch` (a temporary folder by default) while it runs. Deterministic for one
     configuration, data set and thread count. Cluster labels are cached, so an interrupted run does not cluster a
     finished layer again; `jobs` layers are clustered side by side. `sampled`, the tokens of an earlier calibration of the
-    same dense model (one entry an MLP), saves collecting them again. Raises `UserError` for input it cannot work with;
-    the model is then unchanged.
+    same dense model (one entry an MLP), saves collecting them again. In a `group` the ranks share the images of the
+    calibration and then the layers; rank 0 chooses the neurons and refits, and every rank gets its layers (the reports are
+    rank 0's alone). Raises `UserError` for input it cannot work with; the model is then unchanged.
     """
-    return apply(model, prepare(model, data, config, report, scratch, jobs, sampled), data, config, report)
+    prepared = prepare(model, data, config, report, scratch, jobs, sampled, group)
+    reports: list[LayerReport] = []
+    with group.agreed():
+        if group.leader:
+            reports = apply(model, prepared, data, config, report)
+    share_layers(model, config.exclude, group)
+    return reports
 
 
 def prepare(
     model: nn.Module, data: ImageSet, config: ExtractConfig, report: Reporter = silent, scratch: Path | None = None,
-    jobs: int = 1, sampled: list[LayerTokens] | None = None,
+    jobs: int = 1, sampled: list[LayerTokens] | None = None, group: Group = SOLO,
 ) -> Prepared:  # fmt: skip
-    """The first half of `extract`: calibrate, group each layer's tokens, measure the sensitivity. `model` stays as it is."""
+    """The first half of `extract`: calibrate, group each layer's tokens, measure the sensitivity. `model` stays as it is.
+
+    In a `group` only rank 0's result is whole; the others' holds the layers that they worked on.
+    """
     ffns = find_ffns(model, config.exclude)
-    found: list[GroupedLayer | LayerReport | tuple[Experts, LayerReport]] = []
+    found: list[Finding] = []
     with temporary_folder(scratch) as folder:
-        sampled = sampled or collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report)
-        report("experts", 0, len(ffns))
+        sampled = sampled or collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report, group)
+        mine = list(zip(ffns, sampled if group.alone else gather_tokens(sampled, group), strict=True))
+        own = [(ffn, tokens) for ffn, tokens in mine if tokens is not None]
         threads = torch.get_num_threads()
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
-            for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report), zip(ffns, sampled, strict=True)):
-                found.append(result)
-                report("experts", len(found), len(ffns))
+        with group.agreed():
+            report("experts", 0, len(own))
+            pool = ThreadPoolExecutor(max(1, jobs))
+            try:
+                for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report), own):
+                    found.append(result)
+                    report("experts", len(found), len(own))
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # an interrupt need not wait for a clustering
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
-    prepared = Prepared(ffns, found, {})
-    if config.criterion == "sensitivity" and prepared.routed:
-        prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report))
+    prepared = Prepared(ffns, found if group.alone else _collected(ffns, found, group), {})
+    with group.agreed():
+        if group.leader and config.criterion == "sensitivity" and prepared.routed:
+            # sums over tokens depend on their order, and a few thousand are enough: one rank's work
+            prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report))
     return prepared
+
+
+def _collected(ffns: list[FFN], own: list[Finding], group: Group) -> list[Finding]:
+    """All layers' findings on rank 0; layer i was rank i mod the world size's."""
+    found, waiting = [], iter(own)
+    for position, ffn in enumerate(ffns):
+        owner = position % group.world
+        if group.rank == owner:
+            result = next(waiting)
+            found.append(result)
+            if not group.leader:
+                group.send(pack_finding(result), 0)
+        elif group.leader:
+            found.append(unpack_finding(group.receive(owner), ffn))
+    return found
 
 
 def apply(

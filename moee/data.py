@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from moee.distributed import Group
 from moee.errors import UserError
 
 log = logging.getLogger("moee")
@@ -71,7 +72,12 @@ class Batch:
 
 
 class ImageSet(Dataset):
-    """Images with a name, an optional label each and a transform. Subclasses implement `load`."""
+    """Images with a name, an optional label each and a transform. Subclasses implement `load`.
+
+    `workers`: processes that read and decode ahead; 0 does it in between.
+    """
+
+    workers = 0
 
     def __init__(self, name: str, labels: list[int], num_classes: int):
         self.name, self.labels, self.num_classes = name, labels, num_classes
@@ -142,13 +148,23 @@ class TimmSet(ImageSet):
         return str(filename(self.positions[index], absolute=True)) if filename else super().describe(index)
 
 
-def batches(data: ImageSet, batch_size: int, workers: int = 0, order: Tensor | None = None) -> Iterator[Batch]:
+def batches(
+    data: ImageSet, batch_size: int, workers: int = 0, order: Tensor | None = None, strict: bool = True
+) -> Iterator[Batch]:
     """Batches in `order` (default: as stored). Unreadable images are skipped and kept in `data.skipped`.
 
-    Raises `UserError` when no image could be read.
+    Raises `UserError` when no image could be read; `strict` off is for one rank's part, which may have none.
     """
-    sampler = order.tolist() if order is not None else range(len(data))
-    loader = DataLoader(data, batch_size, sampler=sampler, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    positions = order if order is not None else torch.arange(len(data))
+    return listed_batches(data, [part.tolist() for part in positions.split(batch_size)], workers, strict)
+
+
+def listed_batches(
+    data: ImageSet, lists: Sequence[list[int]], workers: int = 0, strict: bool = True
+) -> Iterator[Batch]:
+    """One batch for each list of positions, as `batches`; a list that holds no readable image gives none."""
+    count = workers or data.workers
+    loader = DataLoader(data, batch_sampler=lists, num_workers=count, collate_fn=list)  # type: ignore[arg-type]
     seen = 0
     for items in loader:
         good = [(i, image, label) for i, image, label in items if image is not None]
@@ -160,13 +176,24 @@ def batches(data: ImageSet, batch_size: int, workers: int = 0, order: Tensor | N
             seen += len(good)
             indices, images, labels = zip(*good, strict=True)
             yield Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
-    if not seen:
+    if strict and not seen:
         first = next(iter(data.skipped.values()), data.name)
         raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
 
 
+def merge_skipped(data: ImageSet, group: Group) -> None:
+    """Make every rank know what any rank could not read. Raises `UserError` on all when no image could be read."""
+    for found in group.all_json(sorted(data.skipped.items())):
+        data.skipped.update({int(index): what for index, what in found})
+    with group.agreed():
+        if len(data.skipped) == len(data):
+            first = data.skipped[min(data.skipped)] if data.skipped else data.name
+            raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
+
+
 def load_data(source: str, transform: Transform, split: str = "train", seed: int = 0) -> ImageSet:
-    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string.
+    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string;
+    `wds/FOLDER` is a folder of tar shards.
 
     `split` is `train` (calibration, fine-tuning) or `val` (held out). A folder is read as `train/` and `val/` below it
     where they exist; otherwise a fifth of it, drawn with `seed`, is held out. Raises `UserError` for a source that is none
@@ -178,6 +205,10 @@ def load_data(source: str, transform: Transform, split: str = "train", seed: int
         return _digits(transform, split)
     if source == "photos" or source.startswith("photos:"):
         return _photos(source, transform, split, seed)
+    if source.startswith("wds/"):
+        from moee.shards import open_shards
+
+        return open_shards(source, transform, split, seed)
     return _folder(source, transform, split, seed)
 
 
@@ -230,7 +261,7 @@ def _photos(source: str, transform: Transform, split: str, seed: int) -> ImageSe
 
 def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
     root, name, part = Path(source), "", None
-    if "/" in source and not root.exists() and source.split("/")[0] in ("torch", "tfds", "hfds", "hfids", "wds"):
+    if "/" in source and not root.exists() and source.split("/")[0] in ("torch", "tfds", "hfds", "hfids"):
         name, root, part = source, Path("."), "train" if split == "train" else "validation"
     elif not root.is_dir():
         raise UserError(f"data {source!r}: expected digits, photos, an image folder or a timm.data dataset string")

@@ -19,3 +19,11 @@ class OutOfReach(UserError):
 
 class NothingRouted(UserError):
     """No layer showed two clusters, so the model would stay dense."""
+
+
+class RankLost(StepFailed):
+    """Another process of a distributed run is gone. `speaks`: this process is the one of its machine that says so."""
+
+    def __init__(self, message: str, speaks: bool):
+        super().__init__(message)
+        self.speaks = speaks

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moee.data import ImageSet, batches
+from moee.data import ImageSet, batches, merge_skipped
+from moee.distributed import SOLO, Group, Parcel
 from moee.layer import RoutedLayer, routed_layers
 from moee.metrics import mean_cosine
 from moee.probe import Probe
@@ -44,33 +45,62 @@ class Retention:
 
 
 @torch.inference_mode()
-def run(model: nn.Module, data: ImageSet, report: Reporter = silent, message: str = "evaluate", batch_size: int = 32) -> Outputs:
-    """Outputs, last token features and routing shares of `model` on `data`, in one pass."""
+def run(
+    model: nn.Module, data: ImageSet, report: Reporter = silent, message: str = "evaluate", batch_size: int = 32,
+    group: Group = SOLO,
+) -> Outputs:  # fmt: skip
+    """Outputs, last token features and routing shares of `model` on `data`, in one pass.
+
+    In a `group` each rank runs its share of the batches; `features`, `labels` and `shares` are whole on every rank, `tokens` on
+    rank 0 alone (None on the others).
+    """
     layers = routed_layers(model)
     counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
 
     def count(name: str, layer: RoutedLayer):
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            counts[name] += torch.bincount(layer.routes(args[0]).flatten(), minlength=layer.num_experts)
+            counts[name] += torch.bincount(layer.routes(args[0]).flatten(), minlength=layer.num_experts).cpu()
 
         return hook
 
     handles = [layer.register_forward_pre_hook(count(name, layer)) for name, layer in layers.items()]
     features, tokens, labels = [], [], []
     keep = True
+    mine = group.part(len(data), batch_size)
     try:
-        for batch in track(batches(data, batch_size), message, -(-len(data) // batch_size), report):
-            last = model.forward_features(batch.images)  # type: ignore[operator]
-            features.append(model.forward_head(last))  # type: ignore[operator]
-            labels.append(batch.labels)
-            keep = keep and isinstance(last, Tensor) and last[0].numel() * 2 * len(data) <= MAX_TOKEN_BYTES
-            if keep:
-                tokens.append(last.half())
+        with group.agreed(), group.placed(model):
+            own = batches(data, batch_size, order=torch.arange(mine.start, mine.stop), strict=group.alone)
+            for batch in track(own, message, -(-len(mine) // batch_size), report):
+                last = model.forward_features(batch.images.to(group.device))  # type: ignore[operator]
+                features.append(model.forward_head(last).cpu())  # type: ignore[operator]
+                labels.append(batch.labels)
+                keep = keep and isinstance(last, Tensor) and last[0].numel() * 2 * len(data) <= MAX_TOKEN_BYTES
+                if keep:
+                    tokens.append(last.half().cpu())
     finally:
         for handle in handles:
             handle.remove()
+    if not group.alone:
+        merge_skipped(data, group)
+    found = {"features": torch.cat(features), "labels": torch.cat(labels)} if features else {}
+    if not group.alone:
+        found, tokens, keep = _merged(found, tokens, keep, group)
+        for name in counts:
+            group.sum(counts[name])
     shares = {name: (c.double() / c.sum()).tolist() for name, c in counts.items()}
-    return Outputs(torch.cat(features), torch.cat(tokens) if keep else None, torch.cat(labels), shares)
+    return Outputs(found["features"], torch.cat(tokens) if keep else None, found["labels"], shares)
+
+
+def _merged(
+    found: dict[str, Tensor], tokens: list[Tensor], keep: bool, group: Group
+) -> tuple[dict[str, Tensor], list[Tensor], bool]:
+    """The ranks' parts in rank order, which is the order of the images: features and labels everywhere, tokens on rank 0."""
+    own = {**found, "tokens": torch.cat(tokens)} if keep and found else found
+    parts = [p for p in group.gather(Parcel(None, own)) if p.tensors]
+    whole = {name: torch.cat([p.tensors[name] for p in parts]) for name in ("features", "labels")} if parts else {}
+    keep = bool(parts) and all("tokens" in p.tensors for p in parts)
+    merged = group.broadcast(Parcel(None, whole) if group.leader else None).tensors
+    return dict(merged), [p.tensors["tokens"] for p in parts] if keep else [], keep
 
 
 def retention(

@@ -144,8 +144,12 @@ class RoutedFFN(RoutedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1).contiguous()
+        stores = (self.w_up, self.b_up, self.w_down, self.b_out)
+        if torch.is_autocast_enabled(x.device.type):  # it does not reach into a custom operator; the router stays exact
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, stores = x.to(dtype), tuple(store.to(dtype) for store in stores)  # type: ignore[assignment]
         y = ops.ffn(
-            x, self.router, self.router_bias, self.w_up, self.b_up, self.w_down, self.b_out, self.neurons, self.offsets,
+            x, self.router, self.router_bias, *stores, self.neurons, self.offsets,
             self.activation, self.top_k, self.max_width, list(self.load),
         )  # fmt: skip
         if self.router.requires_grad and torch.is_grad_enabled():

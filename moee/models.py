@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from timm.layers import ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from moee.artifact import sha256_file
 from moee.errors import UserError
+from moee.schema import MAX_SHOWN, shown
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
 MAX_LISTED_KEYS = 3
@@ -74,7 +76,8 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if not timm.is_model(spec.timm_name):
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
-        raise UserError(f"unknown model {spec.name!r}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
+        name = shown(spec.name)
+        raise UserError(f"unknown model {name}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
     kwargs = dict(spec.kwargs)
     forbidden = sorted(kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
@@ -82,15 +85,26 @@ def load_model(spec: ModelSpec) -> nn.Module:
     try:
         model = timm.create_model(spec.timm_name, pretrained=spec.pretrained and spec.weights is None, **kwargs)
     except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"{spec.timm_name} refused the arguments {spec.kwargs}: {error}") from error
+        reason = " ".join(str(error).split())[:MAX_SHOWN]
+        raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
     except Exception as error:  # timm's hub client raises many kinds; all mean that the weights could not be had
+        if not spec.pretrained or spec.weights is not None:
+            reason = " ".join(str(error).split())[:MAX_SHOWN] or type(error).__name__
+            raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
         raise UserError(
             f"pretrained weights of {spec.timm_name} could not be fetched ({type(error).__name__}); "
             "give a file with --weights model.safetensors"
         ) from error
     if spec.weights is not None:
+        _check_hash(Path(spec.weights), spec.weights_sha256)
         load_weights(model, Path(spec.weights))
     return model.eval()
+
+
+def _check_hash(path: Path, expected: str | None) -> None:
+    """Raises `UserError` if the weights of an artifact's dense model are not those that it was made from any more."""
+    if expected is not None and path.is_file() and sha256_file(path) != expected:
+        raise UserError(f"weights {path} have changed since the artifact was made; put the old file back or extract again")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -102,7 +116,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"weights {path} not found; give an existing .safetensors file") from error
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"weights {path} are not valid safetensors ({error}); fetch or convert them again") from error
+        reason = shown(error, quoted=False)
+        raise UserError(f"weights {path} are not valid safetensors ({reason}); fetch or convert them again") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -121,13 +136,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if filter_fn is not None:
             state = filter_fn(state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except (RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+    except Exception as error:  # the filters take names and shapes for granted
+        reason = next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()[:MAX_SHOWN]
         raise UserError(f"weights {path} do not fit {type(model).__name__}: {reason}; check the model's name") from error
     heads = tuple(f"{name}." for name in _classifier_names(model))
     missing = [key for key in missing if not key.startswith(heads)] if heads else missing
     if missing or unexpected:
-        listed = ", ".join([*missing[:MAX_LISTED_KEYS], *unexpected[:MAX_LISTED_KEYS]])
+        listed = ", ".join(shown(key, quoted=False) for key in [*missing[:MAX_LISTED_KEYS], *unexpected[:MAX_LISTED_KEYS]])
         raise UserError(
             f"weights {path} do not fit {type(model).__name__}: {len(missing)} tensors missing, "
             f"{len(unexpected)} unexpected ({listed}); check the model's name and arguments"

@@ -17,9 +17,11 @@ from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract
-from moee.data import load_data, model_transform
+from moee.data import ImageSet, load_data, model_transform
+from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention, run
+from moee.exchange import check_same_data, share_dense, share_layers
 from moee.finetune import finetune
 from moee.layer_report import LayerReport
 from moee.metrics import model_cost
@@ -41,12 +43,19 @@ def is_classifier(model: nn.Module) -> bool:
 class Session:
     """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once."""
 
-    def __init__(self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent):
-        self.spec, self.source, self.report = spec, source, report
-        self.dense = load_model(spec)
-        self.transform = model_transform(self.dense)
-        self.train = load_data(source, self.transform, "train", seed)
-        self.held_out = load_data(source, self.transform, "val", seed)
+    def __init__(
+        self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0
+    ):
+        self.spec, self.source, self.report, self.group = spec, source, report, group
+        with group.agreed():
+            self.dense = load_model(spec)
+            self.transform = model_transform(self.dense)
+            self.train = load_data(source, self.transform, "train", seed)
+            self.held_out = load_data(source, self.transform, "val", seed)
+            self.train.workers = self.held_out.workers = workers
+        share_dense(self.dense, group)
+        for data in (self.train, self.held_out):
+            check_same_data(data, group)
         self._reference: Outputs | None = None
         self._train_outputs: Outputs | None = None
 
@@ -54,86 +63,118 @@ class Session:
     def reference(self) -> Outputs:
         """The dense model's outputs on the held-out images."""
         if self._reference is None:
-            self._reference = run(self.dense, self.held_out, self.report, "dense on held-out images")
+            self._reference = self._run(self.dense, self.held_out, "dense on held-out images")
         return self._reference
 
     @property
     def train_outputs(self) -> Outputs:
         """The dense model's outputs on the training images: what a probe is fitted on and a student learns from."""
         if self._train_outputs is None:
-            self._train_outputs = run(self.dense, self.train, self.report, "dense on training images")
+            self._train_outputs = self._run(self.dense, self.train, "dense on training images")
         return self._train_outputs
+
+    def _run(self, model: nn.Module, data: ImageSet, message: str) -> Outputs:
+        return run(model, data, self.report, message, group=self.group)
 
     def probe(self) -> Probe | None:
         """A probe on the dense features of the training images; None for classifiers and unlabelled data."""
         if is_classifier(self.dense) or not self.train.labelled:
             return None
-        return fit_probe(self.train_outputs.features, self.train_outputs.labels)
+        outputs, found = self.train_outputs, None
+        with self.group.agreed():
+            if self.group.leader:
+                found = fit_probe(outputs.features, outputs.labels)
+        return found
 
     def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:
-        """Retention on held-out images, and cost weighted by the routing measured on them."""
-        outputs = run(model, self.held_out, self.report, message)
+        """Retention on held-out images, and cost weighted by the routing measured on them; empty on ranks other than 0."""
+        reference, outputs = self.reference, self._run(model, self.held_out, message)
+        if not self.group.leader:
+            return {}
         # a folder of 2 classes says nothing about a head of 1,000
         comparable = probe is not None or self.held_out.num_classes == getattr(self.dense, "num_classes", 0)
-        kept = retention(self.reference, outputs, probe, is_classifier(self.dense), comparable)
+        kept = retention(reference, outputs, probe, is_classifier(self.dense), comparable)
         cost = model_cost(self.dense, model, outputs.shares, self.transform.size)
         return {"retention": kept.to_json(), "cost": cost, "shares": outputs.shares}
 
 
 def run_extract(
     spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str, force: bool = False,
-    report: Reporter = silent, session: Session | None = None, jobs: int = 1,
+    report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
-    Raises `UserError` for bad input; nothing is written then.
+    In a `group` the ranks share the work and rank 0 writes; the experts do not depend on the number of ranks. Probe and
+    measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then.
     """
-    refuse_existing(Path(out), force)
-    session = session or Session(spec, source, config.seed, report)
+    with group.agreed():
+        refuse_existing(Path(out), force)
+    session = session or Session(spec, source, config.seed, report, group, workers)
     probe = session.probe()
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
     layers: Sequence[LayerReport]
     if isinstance(config, ClearConfig):
-        layers = convert(model, session.train, config, report)
+        layers = ()
+        with group.agreed():
+            if group.leader:  # built front to back on 200 images: there is little to share
+                layers = convert(model, session.train, config, report)
+        share_layers(model, config.exclude, group)
     else:
-        layers = extract(model, session.train, config, report, jobs=jobs)
+        layers = extract(model, session.train, config, report, jobs=jobs, group=group)
     seconds = time.perf_counter() - started
+    measured = session.measure(model, probe, "extracted on held-out images")
     info = {
-        "stages": {"extracted": {**session.measure(model, probe, "extracted on held-out images"), "seconds": seconds}},
+        "stages": {"extracted": {**measured, "seconds": seconds}},
         "layers": [layer.to_json() for layer in layers],
         "skipped_images": list(session.train.skipped.values()),
-        "peak_memory_bytes": peak_memory_bytes(),
     }
     moee = MoeeModel(model.eval(), spec, config, source, probe, info)
-    checkpoint.save(moee, out, force)
+    _save(moee, out, force, group)
     return moee
+
+
+def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group) -> None:
+    """Rank 0 writes the artifact, with the number of ranks in it; the others wait for it."""
+    peaks = group.all_json(peak_memory_bytes())
+    moee.info["peak_memory_bytes"] = max(peaks)
+    if not group.alone:
+        moee.info["ranks"] = {"world": group.world, "peak_memory_bytes": peaks}
+    with group.agreed():
+        if group.leader:
+            checkpoint.save(moee, out, force)
 
 
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
-    report: Reporter = silent, session: Session | None = None,
+    report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
 ) -> MoeeModel:  # fmt: skip
     """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
 
-    An interrupted run leaves its state in `<out>.resume`; the same call goes on from there.
+    An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
+    divided over the ranks; rank 0 keeps the state, measures and writes.
     """
     out = Path(out)
-    refuse_existing(out, force)
-    moee = checkpoint.load(path)
-    if source is not None and session is None and source != moee.data and moee.probe is not None:
-        raise UserError(f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}")
+    with group.agreed():
+        refuse_existing(out, force)
+        moee = checkpoint.load(path)
+        if source is not None and session is None and source != moee.data and moee.probe is not None:
+            raise UserError(
+                f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
+            )
+        recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
     seed = moee.config.seed if moee.config else 0
-    session = session or Session(moee.spec, source or moee.data, seed, report)
+    session = session or Session(moee.spec, recorded, seed, report, group, workers)
     resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
-    result = finetune(moee.model, session.dense, session.train, config, report, resume, session.train_outputs.features)
+    teacher = session.train_outputs.features
+    result = finetune(moee.model, session.dense, session.train, config, report, resume, teacher, group)
     seconds = time.perf_counter() - started
     measured = session.measure(moee.model, moee.probe, "tuned on held-out images")
     tuned = {**measured, "seconds": seconds, "config": config.model_dump(), "best_epoch": result.best_epoch}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
     moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
-    moee.info["peak_memory_bytes"] = peak_memory_bytes()
-    checkpoint.save(moee, out, force)
-    remove_folder(resume)
+    _save(moee, out, force, group)
+    if group.leader:
+        remove_folder(resume)
     return moee

@@ -1,16 +1,26 @@
-"""Versions of the JSON files. A schema is a name and a number, `moee.model/1`; the number rises when an old reader would
-misread a new file. Fields that are merely added leave it.
+"""What the JSON files must look like, and their versions.
 
-An older file is brought up step by step by `MIGRATIONS`; a newer one is refused, since nobody can know what it means.
+A schema is a name and a number, `moee.model/1`; the number rises when an old reader would misread a new file. Fields that are
+merely added leave it. An older file is brought up step by step by `MIGRATIONS`; a newer one is refused, since nobody can know
+what it means. The fields are described as `Body` models beside the code that reads them; `checked` holds a file against one.
 """
 
 from __future__ import annotations
 
+import json
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from moee.errors import UserError
+
+MAX_JSON_BYTES = 32 << 20  # the manifests of the largest timm ViTs are below 1 MiB
+MAX_JSON_DEPTH = 64
+MAX_SHOWN = 200  # characters of a value in a message
+Model = TypeVar("Model", bound=BaseModel)
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -20,8 +30,9 @@ MIGRATIONS: Mapping[tuple[str, int], Migration] = {}
 
 def split(schema: Any) -> tuple[str, int] | None:
     """`moee.model/1` to ("moee.model", 1); None for anything else."""
-    name, slash, number = str(schema).partition("/")
-    return (name, int(number)) if isinstance(schema, str) and slash and name and number.isdecimal() and number.isascii() else None
+    name, slash, number = schema.partition("/") if isinstance(schema, str) else ("", "", "")
+    plain = number.isdecimal() and number.isascii() and len(number) < 10
+    return (name, int(number)) if slash and name and plain else None
 
 
 def upgraded(
@@ -34,7 +45,7 @@ def upgraded(
     came = body.get("schema") if isinstance(body, dict) else type(body).__name__
     wanted, given = split(expected), split(came)
     assert wanted is not None, f"{expected!r} is no schema"
-    says = f"{path} has schema {came!r}, expected {expected!r}"
+    says = f"{path} has schema {shown(came)}, expected {expected!r}"
     if not isinstance(body, dict) or given is None or given[0] != wanted[0]:
         raise UserError(f"{says}; make it again with this version")
     if given[1] > wanted[1]:
@@ -46,3 +57,57 @@ def upgraded(
             raise UserError(f"{says}, and version {version} cannot be converted; make it again with this version")
         result = {**step(result), "schema": f"{wanted[0]}/{version + 1}"}
     return result
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected text without control characters")
+    return text
+
+
+Text = Annotated[str, Field(max_length=1000), AfterValidator(_printable)]  # a name or a sentence, fit to be shown
+
+
+class Body(BaseModel):
+    """Base of what a manifest must hold: types as JSON has them, finite numbers. Further fields are let through, since fields may
+    be added within a version."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+def checked(kind: type[Model], body: Any, path: Path | str) -> Model:
+    """`body`, read from `path`, as a `kind`. Raises `UserError` that names the first field that is missing or wrong."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        reason = first["msg"].removeprefix("Value error, ")
+        came = "" if first["type"] == "missing" else f" (came {shown(first['input'])})"
+        raise UserError(f"{path}: {shown(where, quoted=False)}: {reason}{came}; make it again") from error
+
+
+def shown(value: Any, quoted: bool = True, limit: int = MAX_SHOWN) -> str:
+    """A value from a file as a message may show it: short, on one line, without control characters."""
+    text = repr(value) if quoted else "".join(c if c.isprintable() else "?" for c in str(value))
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def parse_json(path: Path) -> Any:
+    """The JSON in a file. Raises `ValueError` for a file that is none, that no command would write for its size, or whose values
+    nest so deep that code which walks them would run out of stack; `OSError` if it cannot be read."""
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
+        raise ValueError("it is no ordinary file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB, which no manifest is")
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it nests too deep") from error
+    level = [body]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for item in level if isinstance(item, (dict, list))
+                 for inner in (item.values() if isinstance(item, dict) else item)]  # fmt: skip
+    if level:
+        raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels")
+    return body

@@ -7,7 +7,7 @@ the assembler's `.incbin`, so a 40 MB blob costs the compiler nothing.
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from moee.errors import UserError
+from moee.schema import checked, parse_json, shown
 from plugins import tables
+from plugins.kernel_schema import Kernels
 
 SCHEMA = "moee.kernels/1"
 
@@ -51,14 +53,15 @@ def read_kernels(kernels_dir: Path) -> dict[str, Any]:
     """The manifest of a kernel folder. Raises `UserError` if it is missing or has another schema."""
     path = Path(kernels_dir) / "kernels.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} not found; build the kernels first (`moee plugin build`)") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); build the kernels again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         came = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(f"{path} has schema {came!r}, expected {SCHEMA!r}; build the kernels again")
+        raise UserError(f"{path} has schema {shown(came)}, expected {SCHEMA!r}; build the kernels again")
+    checked(Kernels, manifest, path)
     return manifest
 
 
@@ -106,7 +109,7 @@ def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, pt
         if int(kernel["sm"]) not in chosen:
             continue
         for is_ptx, name in [(False, kernel["cubin"])] + ([(True, kernel["ptx"])] if int(kernel["sm"]) == base else []):
-            module = modules.add(name, _module(kernels_dir, name))
+            module = modules.add(name, _module(kernels_dir, name, None if is_ptx else kernel["sha256"]))
             rows.append(tables.kernel_row(kernel, is_ptx, module, arguments))
     tactics, launches = tables.tactic_rows(manifest)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -139,14 +142,18 @@ def _pack(contents: Sequence[bytes]) -> tuple[bytes, list[str]]:
     return bytes(blob), entries
 
 
-def _module(folder: Path, name: str) -> bytes:
+def _module(folder: Path, name: str, expected: str | None) -> bytes:
+    """The file; a cubin's hash is in the manifest. Raises `UserError`."""
     path = folder / name
     if Path(name).name != name:
         raise UserError(f"kernels.json names {name!r}, which leaves its folder; do not use this kernel folder")
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} is missing ({error.strerror}); build the kernels again") from error
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise UserError(f"{path} does not match its hash in kernels.json; build the kernels again")
+    return content
 
 
 def _write(path: Path, data: bytes) -> None:

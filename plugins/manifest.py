@@ -106,7 +106,7 @@ def load(path: str | Path, verify_files: bool = True) -> Manifest:
         data = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; build the kernels first with plugins.aot.build") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}); build the kernels again") from None
     manifest = parse(data, str(file))
     manifest = Manifest(**{**vars(manifest), "folder": file.parent})
@@ -128,9 +128,9 @@ def parse(data: Any, where: str = FILE_NAME) -> Manifest:
             for k in data["kernels"]
         )
         manifest = Manifest(data["source_sha256"], data["triton"], data["ptxas"], tactics, kernels)
-    except (KeyError, TypeError) as error:
+        problem = _problem(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where}: a field is missing or unknown ({error}); build the kernels again") from None
-    problem = _problem(manifest)
     if problem:
         raise ValueError(f"{where}: {problem}; build the kernels again")
     return manifest

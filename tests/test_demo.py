@@ -1,10 +1,15 @@
 """The demo's acceptance figures, on the real pretrained model."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from exporter.cli import main
+from tests.exporter.damage import change_store
+
+XSD = Path(__file__).parent / "exporter" / "junit.xsd"
 
 
 @pytest.mark.slow
@@ -23,3 +28,13 @@ def test_demo(tmp_path):
     routed = [layer for layer in moee["layers"] if layer["experts"]]
     assert summary["engine"]["plugin_layers"] == len(routed)
     assert all((out / part).is_dir() for part in ("extracted", "tuned", "export", "engine"))
+
+    export, layer = out / "export", routed[5]["name"]
+    assert main(["verify", str(export), "--out", str(out / "verify")]) == 0
+    pytest.importorskip("xmlschema").XMLSchema(XSD).validate(str(out / "verify" / "junit.xml"))
+    (out / "engine" / "libmoee_plugin.so").unlink()
+    assert main(["verify", str(export), "--engine", str(out / "engine")]) == 3
+    random = np.random.default_rng(0)
+    change_store(export, layer, "w_down", lambda w: w * (1 + 0.01 * random.standard_normal(w.shape, np.float32)))
+    assert main(["verify", str(export), "--images", "0", "--out", str(out / "damaged")]) == 1
+    assert json.loads((out / "damaged" / "parity.json").read_text())["first_deviation"]["layer"] == layer

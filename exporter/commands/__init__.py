@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from moee.errors import UserError
+
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
+    from moee.distributed import Group
     from moee.models import ModelSpec
     from moee.progress import Reporter
 
@@ -18,13 +24,52 @@ def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing output folder")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: a whole number that is not smaller."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, came {text!r}")
+        return int(text)
+
+    return number
+
+
+def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
+    """Flags of the commands that torchrun can start on several processes."""
+    if threads:
+        parser.add_argument("--threads", type=at_least(1), help="of a rank (all cores; under torchrun OMP_NUM_THREADS or 1)")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes a rank that read and decode images ahead (0)")
+    waits = "how long a rank waits for others (3600)"
+    parser.add_argument("--rank-timeout", type=at_least(1), default=3600, metavar="S", help=waits)
+
+
+@contextmanager
+def rank_display(group: Group) -> Iterator[Reporter]:
+    """Progress on rank 0; the others say nothing."""
+    from exporter.ui import ProgressDisplay
+    from moee.progress import silent
+
+    if not group.leader:
+        yield silent
+        return
+    with ProgressDisplay() as report:
+        yield report
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """A dense model, its weights, and the data to work on."""
     parser.add_argument("model", help="timm model name, or dinov2-s")
-    parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder or a timm.data dataset string")
+    parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder, wds/FOLDER, or timm.data's")
     parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     parser.add_argument("--weights", help="weights as a .safetensors file")
     parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+
+
+def refuse_file(out: str) -> None:
+    """Raise `UserError` if an output folder that is filled step by step is something else."""
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UserError(f"--out {out} is a file; name a folder")
 
 
 def model_of(args: argparse.Namespace, report: Reporter) -> ModelSpec:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK
+from exporter.commands import OK, refuse_file
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 
@@ -53,6 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.atomic import remove_folder
     from moee.pipeline import Session
 
+    refuse_file(args.out)
     tables = _list(args.tables)
     names = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")
     ablation = make_ablation_config(

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK
+from exporter.commands import OK, refuse_file
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.atomic import write_text
     from moee.pipeline import Session
 
+    refuse_file(args.out)
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, came {args.seeds}")
     given = {"router": args.routers, "rank": args.ranks, "experts": args.experts, "calibration_images": args.calibration_images}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from exporter.commands import GATE_FAILED, OK
 from exporter.ui import ProgressDisplay
+
+if TYPE_CHECKING:
+    from moee.data import ImageSet
 
 TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
 
@@ -20,6 +23,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
+    sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
     sub.add_argument("--batch", type=int, default=8)
     sub.add_argument("--runs", "--iterations", type=int, default=40, help="pairs of runs, at least (40)")
@@ -28,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--throughput", type=float, default=3.0, metavar="S", help="seconds for throughput, 0 for none (3)")
     sub.add_argument("--cuda-graph", "--useCudaGraph", action="store_true", help="replay engines as CUDA graphs")
     sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
+    sub.add_argument("--data", help="images to run on: routing depends on them (default: what the model was extracted on)")
     sub.add_argument("--threads", type=int)
     sub.add_argument("--out", help="write latency.json here")
     sub.add_argument("--fail-if-slower", action="store_true", help="exit code 1 if dense is faster beyond the noise")
@@ -35,25 +40,25 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.latency import bench
-    from exporter.onnx_export import MANIFEST, SCHEMA
-    from moee.artifact import read_manifest, write_json
-    from moee.data import Transform, batches, load_data
+    from exporter.manifests import read_export
+    from moee.artifact import write_json
+    from moee.data import batches
     from moee.errors import UserError
 
-    manifest = read_manifest(args.path, MANIFEST, SCHEMA)
-    given = manifest["input"]
+    manifest = read_export(args.path)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:
-        images = None
-        if manifest["data"] in ("digits", "photos"):
-            transform = Transform(given["size"], tuple(given["mean"]), tuple(given["std"]), {})
-            images = next(batches(load_data(manifest["data"], transform, "val"), args.batch)).images.numpy()
+        data = _data(args.data, manifest)
+        images = next(batches(data, args.batch)).images.numpy() if data is not None else None
         result = bench(
             args.path, args.batch, args.runs, args.threads, images, report, duration_s=args.duration, provider=args.provider,
             engine=args.engine, cuda_graph=args.cuda_graph, streams=args.streams, throughput_s=args.throughput,
-            profile=args.profile,
+            profile=args.profile, named=data.name if data is not None else "noise", trust_engine=args.trust_engine,
         )  # fmt: skip
+    if data is None:
+        said = f"on noise: the data {manifest['data']!r} cannot be read here"
+        console.print(f"{said}. Routing depends on the images; give some with --data", markup=False, highlight=False)
     console.print(latency_table(result))
     if result.throughput:
         rate = result.throughput
@@ -70,6 +75,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print("FAILED: MoEE is slower than dense")
         return GATE_FAILED
     return OK
+
+
+def _data(given: str | None, manifest: dict[str, Any]) -> ImageSet | None:
+    """Held-out images of --data, which must be readable, or of what the model was extracted on, which may be elsewhere."""
+    from moee.data import Transform, load_data
+    from moee.errors import UserError
+
+    wanted = manifest["input"]
+    config = {"mean": wanted["mean"], "std": wanted["std"]}
+    transform = Transform(wanted["size"], tuple(wanted["mean"]), tuple(wanted["std"]), config)
+    try:
+        return load_data(given or manifest["data"], transform, "val")
+    except UserError:
+        if given:
+            raise
+        return None
 
 
 def latency_table(result: Any) -> Table:

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_model, add_out, model_of
-from exporter.ui import ProgressDisplay, layer_table, number, percent, stage_table
+from exporter.commands import OK, add_model, add_out, add_ranks, model_of, rank_display
+from exporter.ui import layer_table, number, percent, stage_table
 from moee.config import PRESETS
 from moee.errors import UserError
 
@@ -54,12 +54,14 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (held-out choice)")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
+    add_ranks(sub)
     add_out(sub, "the extracted model")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.clear_moe import ClearConfig
     from moee.config import ExtractConfig, make_extract_config
+    from moee.joining import joined
     from moee.pipeline import run_extract
     from moee.planning import read_plan
 
@@ -85,11 +87,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if foreign:
             raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
         config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
-    with ProgressDisplay() as report:
-        spec = model_of(args, report)
+    with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
+        spec = _shared_spec(args, report, group)
         if args.plan:
-            config = read_plan(args.plan, spec)
-        moee = run_extract(spec, args.data, config, args.out, args.force, report, jobs=args.jobs)
+            with group.agreed():
+                config = read_plan(args.plan, spec)
+        moee = run_extract(spec, args.data, config, args.out, args.force, report, None, args.jobs, group, args.workers)
+    if not group.leader:
+        return OK
     if isinstance(config, ClearConfig):
         console.print(clear_table(moee.info["layers"]))
     console.print(layer_table(moee.info["layers"]))
@@ -99,6 +104,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"skipped {len(moee.info['skipped_images'])} unreadable images")
     console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB")
     return OK
+
+
+def _shared_spec(args: argparse.Namespace, report: Any, group: Any) -> Any:
+    """The model's spec on every rank; rank 0 goes first, so that what has to be fetched is fetched once."""
+    spec = None
+    for turn in (group.leader, not group.leader):
+        with group.agreed():
+            if turn:
+                spec = model_of(args, report)
+    return spec
 
 
 ONLY_CLEAR = ("router", "rank", "residual_rank", "energy", "layers", "calibration_images")

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out
-from exporter.ui import ProgressDisplay, stage_table
+from exporter.commands import OK, add_out, add_ranks, rank_display
+from exporter.ui import stage_table
 
 TEXT = "distil the dense model into an extracted one"
 
@@ -27,18 +27,28 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--warmup", type=float, help="share of the steps over which the learning rate rises (0)")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--train-router", action="store_true", default=None)
+    sub.add_argument("--accumulate", type=int, metavar="N", help="compute a batch in N parts: less memory, same gradient (1)")
+    sub.add_argument("--amp", help="bf16 or fp16: the student's products in half precision (off)")
+    sub.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again: less memory")
+    add_ranks(sub)
     add_out(sub, "the tuned model")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.config import FinetuneConfig, validated
+    from moee.joining import joined
     from moee.pipeline import run_finetune
 
-    names = ("seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router", "distil", "warmup")
+    names = (
+        "seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router", "distil", "warmup", "accumulate",
+        "amp", "checkpointing",
+    )  # fmt: skip
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = validated(FinetuneConfig, values)
-    with ProgressDisplay() as report:
-        moee = run_finetune(args.path, config, args.out, args.data, args.force, report)
+    with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
+        moee = run_finetune(args.path, config, args.out, args.data, args.force, report, None, group, args.workers)
+    if not group.leader:
+        return OK
     console.print(stage_table(moee.info, f"{moee.spec.name} on {moee.data}"))
     console.print(f"written to {args.out}; best epoch {moee.info['stages']['tuned']['best_epoch']}")
     return OK

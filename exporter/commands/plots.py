@@ -37,7 +37,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with ProgressDisplay() as report:
         moee = checkpoint.load(args.path)
         transform = model_transform(moee.model)
-        source = args.data or moee.data
+        source = args.data or checkpoint.recorded_data(moee.data)
         calibration, held_out = (load_data(source, transform, split) for split in ("train", "val"))
         names = write_plots(moee, calibration, held_out, args.out, args.images, args.force, report)
     console.print(f"written to {args.out}: {', '.join(names)}", highlight=False)

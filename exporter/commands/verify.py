@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK
-from exporter.ui import ProgressDisplay, percent
-from moee.errors import UserError
+from exporter.commands import GATE_FAILED, OK, add_ranks, at_least, rank_display
+from exporter.ui import percent
+from moee.errors import MissingDependency, UserError
 
 TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 if a gate fails"
 
@@ -21,6 +24,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
+    sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--model", help="artifact it was exported from (default: the one its manifest names)")
     sub.add_argument("--data", help="default: the data it was extracted on")
     sub.add_argument("--images", type=int, default=1000, help="labelled images for accuracy, 0 for none (1000)")
@@ -33,42 +37,88 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
     sub.add_argument("--bisect", action="store_true", help="show every routed layer, and name the first that deviates")
-    sub.add_argument("--threads", type=int)
+    sub.add_argument("--threads", type=at_least(1), help="of ONNX Runtime and torch, a rank (all cores; under torchrun 1)")
+    add_ranks(sub, threads=False)
     sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
     sub.add_argument("--force", action="store_true", help="replace an existing output folder")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.onnx_export import MANIFEST, SCHEMA
-    from exporter.profile import batch_profile
-    from exporter.verify import verify
-    from moee import checkpoint
-    from moee.artifact import read_manifest, refuse_existing
-    from moee.data import load_data, model_transform
+    from moee.distributed import Parcel
+    from moee.joining import joined
 
-    manifest = read_manifest(args.path, MANIFEST, SCHEMA)
-    if args.out and not args.out.endswith(".json"):
-        refuse_existing(Path(args.out), args.force)
-    source = Path(args.model) if args.model else Path(args.path) / manifest["source"] if manifest["source"] else None
-    if source is None:
-        raise UserError(f"{args.path} does not say which model it was made from; give it with --model DIR")
-    if args.images < 0:
-        raise UserError(f"--images {args.images}: expected 0 or more")
-    sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
-    with ProgressDisplay() as report:
+    with joined(args.rank_timeout, _rank_threads(args)) as group, rank_display(group) as report:
+        with _error_report(args) if group.leader else nullcontext():
+            result = _verified(args, group, report)
+        with group.agreed():
+            if group.leader and args.out:
+                _write(Path(args.out), args.force, result)
+        passed = group.broadcast(Parcel(bool(result)) if group.leader else None).body
+    if result is not None:
+        _show(console, result, args.bisect)
+        console.print("parity passed" if result.parity else "parity FAILED")
+        console.print("verify passed" if result else "verify FAILED")
+    return OK if passed else GATE_FAILED
+
+
+def _rank_threads(args: argparse.Namespace) -> int | None:
+    """Threads of a rank; None leaves a process of its own as it is: --threads is then ONNX Runtime's alone."""
+    from moee.joining import launched
+
+    return args.threads if launched() else None
+
+
+def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
+    """Read the export, its model and the data, and verify; None on ranks other than 0."""
+    import torch
+
+    from exporter.manifests import read_export
+    from exporter.profile import batch_profile
+    from exporter.verify.suite import verify_ranks
+    from moee import checkpoint
+    from moee.artifact import refuse_existing
+    from moee.checkpoint import recorded_data
+    from moee.data import load_data, model_transform
+    from moee.exchange import check_same_data
+    from moee.joining import launched
+
+    with group.agreed():
+        manifest = read_export(args.path)
+        if args.out and not args.out.endswith(".json"):
+            refuse_existing(Path(args.out), args.force)
+        source = Path(args.model) if args.model else Path(args.path) / manifest["source"] if manifest["source"] else None
+        if source is None:
+            raise UserError(f"{args.path} does not say which model it was made from; give it with --model DIR")
+        if args.images < 0:
+            raise UserError(f"--images {args.images}: expected 0 or more")
+        sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
         moee = checkpoint.load(source)
-        data = load_data(args.data or manifest["data"], model_transform(moee.model), "val")
-        result = verify(
-            args.path, moee, data, sizes=sizes, provider=args.provider, threads=args.threads, rtol=args.rtol, atol=args.atol,
-            max_drop_pp=args.max_drop, min_route_agreement=args.min_route_agreement, images=args.images, engine=args.engine,
-            report=report,
-        )  # fmt: skip
-    _show(console, result, args.bisect)
-    if args.out:
-        _write(Path(args.out), args.force, result)
-    console.print("parity passed" if result.parity else "parity FAILED")
-    console.print("verify passed" if result else "verify FAILED")
-    return OK if result else GATE_FAILED
+        data = load_data(args.data or recorded_data(manifest["data"]), model_transform(moee.model), "val")
+        data.workers = args.workers
+    check_same_data(data, group)
+    return verify_ranks(
+        group, args.path, moee, data, sizes=sizes, provider=args.provider,
+        threads=torch.get_num_threads() if launched() else args.threads, rtol=args.rtol, atol=args.atol,
+        max_drop_pp=args.max_drop, min_route_agreement=args.min_route_agreement, images=args.images, engine=args.engine,
+        report=report, trust_engine=args.trust_engine,
+    )  # fmt: skip
+
+
+@contextmanager
+def _error_report(args: argparse.Namespace) -> Iterator[None]:
+    """A verification that breaks off leaves junit.xml with the error in the folder --out, as test runners do."""
+    from exporter.verify.junit import error_junit
+    from moee.artifact import atomic_folder
+
+    started = time.perf_counter()
+    try:
+        yield
+    except (UserError, MissingDependency) as error:
+        if args.out and not args.out.endswith(".json"):
+            with atomic_folder(Path(args.out), args.force) as folder:
+                report = error_junit(Path(args.path).name, error, time.perf_counter() - started)
+                (folder / "junit.xml").write_text(report, encoding="utf-8")
+        raise
 
 
 def _write(out: Path, force: bool, result: Any) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from exporter.onnx_export import MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.manifests import read_export
+from exporter.onnx_export import PORTABLE, TENSORRT, read_quantization
+from exporter.onnx_safety import load_ir
+from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
-from exporter.parity.outputs import SAFETY, BatchError, batch_error
+from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers
 from exporter.parity.stats import error_stats, json_safe
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
@@ -24,7 +26,6 @@ from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
-from moee.artifact import read_manifest
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
@@ -34,13 +35,14 @@ from moee.progress import Reporter, silent
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64
 LAYER_IMAGES = 8  # every layer's tokens are held in memory at once, in float64
-# Routes that must equal the float64 run's. In half precision near ties flip, so only wrong routes fail there.
-MIN_ROUTE_AGREEMENT = {torch.float32: 0.9999}
+# Routes that must equal the float64 run's. In half precision and int8 near ties flip, so only wrong routes fail there.
+MIN_ROUTE_AGREEMENT = {"fp32": 0.9999}
 
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head)."""
+    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head).
+    `rule` says in words what the outputs' tolerance is."""
 
     runtime: str
     batches: list[BatchError]
@@ -52,6 +54,7 @@ class ParityResult:
     layers: list[LayerParity] = field(default_factory=list)
     weight_problems: list[WeightProblem] = field(default_factory=list)
     min_route_agreement: float = 0.0
+    rule: str = ""
 
     @property
     def max_abs_error(self) -> float:
@@ -84,14 +87,14 @@ class ParityResult:
         largest = max(b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches)
         body = {
             "schema": "moee.parity/1",
-            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement")},
+            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement", "rule")},
             "batches": [{**asdict(b), "passed": b.passed} for b in self.batches],
             "layers": [layer.to_json() for layer in self.layers],
             "max_abs_error": self.max_abs_error,
             "tolerance": {
                 "max_relative_error": largest,
                 "min_route_agreement": self.min_route_agreement,
-                "rule": f"{SAFETY:g} times the largest error of torch in {self.arithmetic} against float64",
+                "rule": self.rule,
             },
             "first_deviation": asdict(deviation) if deviation else None,
             "passed": self.passed,
@@ -123,7 +126,9 @@ def output_errors(
         runs.append((size, got, reference, own))
     report(message, len(sizes), len(sizes))
     widest = max(error_stats(own, reference).max_abs_error for _, _, reference, own in runs)
-    return [batch_error(size, got, reference, own, widest, yard.dtype, rtol, atol) for size, got, reference, own in runs]
+    return [
+        batch_error(size, got, reference, own, widest, yard.dtype, rtol, atol, yard.safety) for size, got, reference, own in runs
+    ]
 
 
 @torch.inference_mode()
@@ -138,20 +143,28 @@ def check_parity(
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
     """
     folder = Path(export_dir)
-    precision = read_manifest(folder, MANIFEST, SCHEMA, verify=False).get("precision", "fp32")
+    manifest = read_export(folder, verify=False)
+    precision, int8 = manifest.get("precision", "fp32"), read_quantization(manifest, "moee")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
-    yard = yardsticks(moee.model, precision, widened)
+    yard = yardsticks(moee.model, precision, widened, int8)
     sizes = sorted(set(sizes))
     pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
-        plain = stack.enter_context(copied(ir.load(folder / PORTABLE), folder / PORTABLE, widened))
+        plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(OnnxRunner(plain, threads, provider))
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
     judged, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
-    floor = MIN_ROUTE_AGREEMENT.get(yard.dtype, 0.0) if min_route_agreement is None else min_route_agreement
+    floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
+    arithmetic = ("int8 and " if int8 else "") + str(yard.dtype).removeprefix("torch.")
+    rule = f"{yard.safety:g} times the largest error of torch in {arithmetic} against float64"
+    if rtol is not None or atol is not None:
+        rule = f"{atol or 0:g} + {rtol or 0:g} times the rms of the output"
+    problems = check_weights(folder / TENSORRT, routed_layers(moee.model), dtype_of(precision)) + form_problems
+    if int8 is not None:
+        problems += check_int8([folder / TENSORRT, folder / PORTABLE], moee.model, int8, yard.dtype)
     return ParityResult(
         runtime=name,
         batches=errors,
@@ -159,10 +172,11 @@ def check_parity(
         top1_agreement=agreement,
         images=images,
         precision=precision,
-        arithmetic=str(yard.dtype).removeprefix("torch."),
+        arithmetic=arithmetic,
         layers=judged,
-        weight_problems=check_weights(folder / TENSORRT, routed_layers(moee.model), dtype_of(precision)) + form_problems,
+        weight_problems=problems,
         min_route_agreement=floor,
+        rule=rule,
     )
 
 

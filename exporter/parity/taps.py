@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +14,12 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
+from exporter.onnx_safety import load_ir
 from exporter.passes.widen import widen_bfloat16
 from moee.atomic import temporary_folder
 from moee.errors import UserError
 from moee.layer import RoutedLayer, routed_layers
+from moee.schema import shown
 
 ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PARTS = ("tokens", "route", "result")
@@ -39,7 +40,7 @@ def tapped_graph(graph: Path, layers: list[str], widen: bool = False) -> Iterato
 
     With `widen`, bfloat16 becomes float32. Raises `UserError` if the graph lacks one of these values.
     """
-    model = ir.load(graph)
+    model = load_ir(graph)
     for parts in _parts(model, graph, layers):
         model.graph.outputs.extend(parts)
     with copied(model, graph, widen) as path:
@@ -66,7 +67,7 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
     Inputs are `<layer>/probe_tokens` [N, D] float32 and `<layer>/probe_route` [N * k] int64 of every layer; outputs, a pair a
     layer, are its result [N, D] and the routes [N * k] that its own router wanted.
     """
-    model = ir.load(graph)
+    model = load_ir(graph)
     results = []
     for layer, (tokens, route, result) in zip(layers, _parts(model, graph, layers), strict=True):
         feed = ir.Value(name=f"{layer}/probe_tokens", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None]))
@@ -91,18 +92,23 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
 
 @contextmanager
 def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
-    """`model`, loaded from `graph`, in a temporary folder with links to the weight files that it reads."""
-    if widen:  # before the links: onnx_ir refuses to read a file that has several
+    """`model`, loaded from `graph`, in a temporary folder with copies of the weight files that it reads.
+
+    Links will not do: ONNX Runtime refuses symbolic ones, and other readers of the export a file that has a second hard link.
+    """
+    if widen:
         widen_bfloat16(model)
     with temporary_folder() as folder:
         stored = [v.const_value for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
         for name in {str(tensor.location) for tensor in stored}:
-            source, target = graph.parent / name, folder / name
-            try:
-                os.link(source, target)
-            except OSError:  # another file system
-                shutil.copyfile(source, target)
-        ir.save(model, folder / graph.name)
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(graph.parent / name, target)
+        try:
+            ir.save(model, folder / graph.name)
+        except Exception as error:  # onnx_ir finds only now what it cannot write
+            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+            raise UserError(f"{graph} cannot be taken apart ({reason}); export it again") from error
         yield folder / graph.name
 
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from exporter.onnx_safety import load_ir
 from exporter.passes.clear import STORED_AT
 from exporter.precision import ROUTER_BIASES
 from moee.clear_moe import ClearFFN
@@ -36,7 +37,7 @@ def check_weights(graph: Path, layers: Mapping[str, RoutedLayer], dtype: torch.d
 
     `dtype` is the graph's token type: the model's weights are rounded to it, as the export does.
     """
-    model = ir.load(graph)
+    model = load_ir(graph)
     nodes = {n.name: n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE}
     values = {v.name: v for n in model.graph for v in n.outputs}
     problems = [WeightProblem(str(n), "node", "the model lacks this layer of the graph") for n in nodes if n not in layers]
@@ -101,10 +102,7 @@ def _compare(name: str, part: str, value: ir.Value | None, tensor: Tensor, dtype
 
 
 def _attributes(name: str, node: ir.Node, layer: RoutedFFN) -> list[WeightProblem]:
-    came = {
-        "activation": node.attributes["activation"].as_string(),
-        "top_k": node.attributes["top_k"].as_int(),
-        "max_width": node.attributes["max_width"].as_int(),
-    }
+    came = {name: a.value for name, a in node.attributes.items()}
     wanted = {"activation": layer.activation, "top_k": layer.top_k, "max_width": layer.max_width}
-    return [WeightProblem(name, k, f"{k} is {v!r}, the model's is {wanted[k]!r}") for k, v in came.items() if v != wanted[k]]
+    differ = {k: (came.get(k), v) for k, v in wanted.items() if came.get(k) != v}
+    return [WeightProblem(name, k, f"{k} is {theirs!r}, the model's is {ours!r}") for k, (theirs, ours) in differ.items()]

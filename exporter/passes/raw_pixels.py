@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from exporter.onnx_safety import load_ir
+
 
 def take_raw_pixels(source: Path, target: Path, mean: Sequence[float], std: Sequence[float], softmax: bool = False) -> None:
     """Write `target`, beside `source`, from it. `mean` and `std` are of pixels in 0..1, one a channel."""
-    model = ir.load(source)
+    model = load_ir(source)
     graph = model.graph
     (old,) = graph.inputs
     first = next(iter(graph))

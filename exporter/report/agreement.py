@@ -67,7 +67,7 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
     if body is None:
         short = dig(sources.body("moee.summary"), "parity")
         if not isinstance(short, dict):
-            return None, [not_there("A parity result (parity.json) was", "moee verify export --out verify")]
+            return None, [*_int8(sources), not_there("A parity result (parity.json) was", "moee verify export --out verify")]
         rows: list[list[object]] = [
             ["runtime", str(short.get("runtime", DASH))], ["largest absolute error", scientific(short.get("max_abs_error"))],
             ["equal routes", percent(short.get("route_agreement"), 4)], ["same class", percent(short.get("top1_agreement"))],
@@ -83,7 +83,7 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
         rows.append([*row, scientific(dig(batch, "mean_abs_error")), scientific(relative)])
     typed = f", graph in {body['precision']}" if isinstance(body.get("precision"), str) else ""
     head = ["batch", "largest error", "allowed", "mean error", "largest error / output rms"]
-    parts = [*_failures(body), table(head, rows, f"torch against {body.get('runtime', DASH)}{typed}")]
+    parts = [*_failures(body), *_int8(sources), table(head, rows, f"torch against {body.get('runtime', DASH)}{typed}")]
     if rule := dig(body, "tolerance", "rule"):
         parts.append(tag("p", f"Allowed: {rule}."))
     routes = body.get("route_agreement")
@@ -93,6 +93,22 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
         parts.append(table(["layer", "tokens on the same expert"], agreeing, "Routes", id_="routes", sort_keys=keys))
     parts.append(tag("p", f"Same class: {percent(body.get('top1_agreement'))} of {fixed(body.get('images'), 0)} images."))
     return verdict(body), parts
+
+
+def _int8(sources: Sources) -> list[Html]:
+    """What an int8 export quantised, and the layers that it left out."""
+    found = dig(sources.body("moee.export"), "quantization")
+    said = []
+    for name, label in (("dense", "dense model"), ("moee", "MoEE model")):
+        scales, kept = dig(found, name, "input_scales"), dig(found, name, "kept")
+        if not isinstance(scales, dict):
+            continue
+        left = f", left out: {', '.join(map(str, kept))}" if isinstance(kept, dict) and kept else ""
+        said.append(
+            f"{label}: {len(scales)} dense layers in int8, output {fixed(dig(found, name, 'sqnr_db'), 1)} dB over the noise on "
+            f"{fixed(dig(found, name, 'images'), 0)} calibration images{left}"
+        )
+    return [tag("p", "; ".join(said) + ". Accuracy is held against the dense model in float32.")] if said else []
 
 
 def _failures(body: dict[str, Any]) -> list[Html]:

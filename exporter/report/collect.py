@@ -9,6 +9,7 @@ from typing import Any
 
 from moee.artifact import read_json, sha256_file, stays_inside
 from moee.errors import UserError
+from moee.schema import shown
 
 NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json")
 # Schema, the highest version whose fields are known here, and the command that makes it.
@@ -100,13 +101,14 @@ def _read(path: Path, sources: Sources, verify: bool) -> None:
         schema = body.get("schema") if isinstance(body, dict) else None
         kind, _, version = str(schema).partition("/")
         number = version.partition(".")[0]
-        if kind not in KINDS or not number.isdecimal():
-            raise UserError(f"{path} has schema {schema!r}; expected one of {', '.join(KINDS)}")
+        if kind not in KINDS or not number.isdecimal() or not number.isascii() or len(number) > 9:
+            raise UserError(f"{path} has schema {shown(schema)}; expected one of {', '.join(KINDS)}")
     except UserError as error:
         sources.problems.append(str(error))
         return
     if int(number) > KINDS[kind][0]:
-        sources.problems.append(f"{path} has schema {schema}, newer than this report reads; its figures are left out")
+        newer = shown(schema, quoted=False)
+        sources.problems.append(f"{path} has schema {newer}, newer than this report reads; its figures are left out")
     sources.all.append(Artifact(kind, int(number), path, body, _check_hashes(path, body) if verify else "not checked"))
 
 

@@ -33,6 +33,8 @@ def commands(sources: Sources) -> list[str]:
     if export:
         precision = export.get("precision")
         typed = ["--precision", precision] if isinstance(precision, str) and precision != "fp32" else []
+        if isinstance(images := dig(export, "quantization", "moee", "images"), int):
+            typed += ["--calibration-images", str(images)]
         lines.append(_line("moee", "export", source, *typed, "--out", "export"))
     if sources.body("moee.parity"):
         lines.append("moee verify export --out verify")

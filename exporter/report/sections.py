@@ -102,7 +102,8 @@ def engines(sources: Sources) -> tuple[str | None, list[Html]]:
         return None, [not_there("Engines (engine.json) were", "moee build export --out engine")]
     rows: list[list[object]] = []
     for name in ("dense", "moee"):
-        engine = dig(body, "engines", name) or {}
+        engine = dig(body, "engines", name)
+        engine = engine if isinstance(engine, dict) else {}
         rows.append(
             [
                 name,

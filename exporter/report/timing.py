@@ -53,11 +53,8 @@ def latency(sources: Sources) -> tuple[str | None, list[Html]]:
 
 
 def samples_of(latency: dict[str, Any], key: str) -> list[float]:
-    """Milliseconds of every run of `dense` or `moee`, where the file holds them."""
-    for found in (dig(latency, "samples_ms", key), dig(latency, f"{key}_samples_ms"), dig(latency, f"{key}_ms", "samples")):
-        if values := numbers(found):
-            return values
-    return []
+    """Milliseconds of every run of `dense` or `moee`; none in files of before they were kept."""
+    return numbers(dig(latency, "samples_ms", key))
 
 
 def _flat(environment: Any) -> list[list[object]]:

@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from exporter.onnx_safety import check_onnx
 from exporter.runners.base import Runner
 from moee.atomic import temporary_folder
 from moee.errors import MissingDependency, UserError
+from moee.schema import shown
 
 # name on the command line: ONNX Runtime's name, label in results, what it needs
 PROVIDERS = {
@@ -25,7 +27,10 @@ FATAL = 4
 
 
 class OnnxRunner(Runner):
-    """ONNX Runtime on `provider` (cpu, cuda, tensorrt). `profile` is a path prefix for a trace of every node's time."""
+    """ONNX Runtime on `provider` (cpu, cuda, tensorrt). `profile` is a path prefix for a trace of every node's time.
+
+    Entering raises `UserError` for a file that `check_onnx` or ONNX Runtime refuses.
+    """
 
     def __init__(self, path: Path | str, threads: int | None = None, provider: str = "cpu", profile: Path | None = None):
         if provider not in PROVIDERS:
@@ -47,9 +52,10 @@ class OnnxRunner(Runner):
         missing = f"ONNX Runtime's {label} provider does not work here; it needs: {fix}"
         if wanted not in ort.get_available_providers():
             raise MissingDependency(missing)
+        check_onnx(self.path)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = FATAL if self.provider != "cpu" else 3
+        options.log_severity_level = FATAL  # errors are raised, and the exception says the same
         # a session's worker threads spin after a run; that would slow another session timed right after it
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.profile is not None:
@@ -58,7 +64,7 @@ class OnnxRunner(Runner):
         try:
             session = ort.InferenceSession(str(self.path), options, providers=[wanted], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's exceptions share no public base class
-            reason = str(error).splitlines()[0]
+            reason = _reason(error)
             if self.provider != "cpu":
                 raise MissingDependency(f"{missing} ({reason})") from error
             raise UserError(f"ONNX Runtime cannot load {self.path}: {reason}; export it again") from error
@@ -76,16 +82,26 @@ class OnnxRunner(Runner):
         return self.session
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
-        session = self._open()
-        return list(session.run(None, {session.get_inputs()[0].name: images}))
+        inputs = self._open().get_inputs()
+        if len(inputs) != 1:
+            raise UserError(f"{self.path} has {len(inputs)} inputs, expected the images alone; export it again")
+        return self.run_feeds({inputs[0].name: images})
 
     def run_feeds(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Run a graph of several inputs, given by name."""
-        return list(self._open().run(None, feeds))
+        """Run a graph of several inputs, given by name. Raises `UserError` if ONNX Runtime fails at it."""
+        session = self._open()
+        try:
+            return list(session.run(None, feeds))
+        except Exception as error:  # ONNX Runtime's exceptions share no public base class
+            raise UserError(f"ONNX Runtime fails at running {self.path}: {_reason(error)}; export it again") from error
 
     def end_profile(self) -> Path:
         """Stop profiling and return the trace, a JSON file in Chrome's format."""
         return Path(self._open().end_profiling())
+
+
+def _reason(error: Exception) -> str:
+    return shown(next(iter(str(error).splitlines()), type(error).__name__), quoted=False)
 
 
 def provider_works(provider: str) -> bool:

@@ -6,7 +6,9 @@ but the GPU itself runs on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.engine import BACKENDS, SCHEMA, require_backend
+from exporter.engine import BACKENDS, require_backend
 from exporter.engine_worker import device_count
+from exporter.manifests import ENGINE, code_file, read_engine
 from exporter.runners.base import Runner
-from moee.artifact import read_manifest, sha256_file
+from moee.artifact import sha256_file
 from moee.errors import MissingDependency, UserError
 
-MANIFEST = "engine.json"
+log = logging.getLogger("moee")
 
 
 @dataclass(frozen=True)
@@ -34,38 +37,39 @@ class PluginCheck:
     file: str
     expected: str
     found: str
+    trusted: bool = False
 
     @property
     def passed(self) -> bool:
-        return self.found == self.expected
+        return self.found == self.expected or self.trusted
 
     @property
     def message(self) -> str:
         if not self.file:
             return "the engine needs no plugin"
-        if self.passed:
+        if self.found == self.expected:
             return f"{self.file} is the library that the engine was built with"
+        if self.trusted:
+            return f"{self.file} is not the library that the engine was built with, and is loaded because of --trust-engine"
         return (
             f"{self.file} is not the library that the engine was built with (sha256 {self.found[:12]}, engine.json says "
             f"{self.expected[:12]}); run moee build again, or put the right library back"
         )
 
 
-def check_plugin(folder: Path | str) -> PluginCheck:
-    """Hash the plugin library of an engine folder. Raises `MissingDependency` if it is not there."""
+def check_plugin(folder: Path | str, trust: bool = False) -> PluginCheck:
+    """Hash the plugin library of an engine folder; with `trust`, any will do. Raises `MissingDependency` if it is not there."""
     folder = Path(folder)
-    manifest = read_manifest(folder, MANIFEST, SCHEMA, verify=False)
+    manifest = read_engine(folder, trust)
     plugin, layers = manifest["plugin"], manifest["plugin_layers"]
     if not plugin["file"]:
         if layers:
-            raise UserError(f"{folder / MANIFEST} names no plugin library for its {layers} plugin layers; run moee build again")
+            raise UserError(f"{folder / ENGINE} names no plugin library for its {layers} plugin layers; run moee build again")
         return PluginCheck("", "", "")
-    library = folder / plugin["file"]
-    if Path(plugin["file"]).name != plugin["file"]:
-        raise UserError(f"{folder / MANIFEST} names the plugin {plugin['file']!r}, which leaves its folder")
+    library = code_file(folder, plugin["file"])
     if not library.is_file():
         raise MissingDependency(f"plugin library {library} is missing; copy it there, or run moee build again")
-    return PluginCheck(plugin["file"], plugin["sha256"], sha256_file(library))
+    return PluginCheck(plugin["file"], plugin["sha256"], sha256_file(library), trust)
 
 
 class Device(Protocol):
@@ -115,16 +119,16 @@ class EngineRunner(Runner):
 
     `cuda_graph` captures each batch size once and replays it. `binding` and `device` are for tests. Entering raises
     `MissingDependency` without the TensorRT binding, a GPU or the plugin library, `UserError` if plan or library are not
-    those that engine.json names.
+    those that engine.json names: both are code, and neither is opened before. `trust` loads them all the same.
     """
 
     def __init__(
         self, folder: Path | str, model: str = "moee", *, cuda_graph: bool = False, binding: Any = None,
-        device: Device | None = None,
+        device: Device | None = None, trust: bool = False,
     ):  # fmt: skip
-        self.folder, self.model, self.cuda_graph = Path(folder), model, cuda_graph
+        self.folder, self.model, self.cuda_graph, self.trust = Path(folder), model, cuda_graph, trust
         self.binding, self.device = binding, device
-        self.manifest = read_manifest(self.folder, MANIFEST, SCHEMA, verify=False)
+        self.manifest = read_engine(self.folder, trust)
         self.backend = self.manifest["builder"].split()[0]
         self.engine: Any = None
         self.context: Any = None
@@ -149,9 +153,10 @@ class EngineRunner(Runner):
 
     def __enter__(self) -> Self:
         if self.model == "moee":
-            plugin = check_plugin(self.folder)
+            plugin = check_plugin(self.folder, self.trust)
             if not plugin.passed:
                 raise UserError(plugin.message)
+        plan = self._plan()
         if self.binding is None:
             require_backend(self.backend)
             self.binding = importlib.import_module(BACKENDS[self.backend][0])
@@ -168,15 +173,28 @@ class EngineRunner(Runner):
             library = self.folder / self.manifest["plugin"]["file"]
             if runtime.get_plugin_registry().load_library(str(library.resolve())) is None:
                 raise UserError(f"{self.backend} cannot load the plugin library {library}; run moee build again")
-        entry = self.manifest["engines"][self.model]
-        plan = self.folder / entry["file"]
-        if not plan.is_file() or sha256_file(plan) != entry["sha256"]:
-            raise UserError(f"{plan} is not the plan that {MANIFEST} names; run moee build again")
-        self.runtime, self.engine = runtime, runtime.deserialize_cuda_engine(plan.read_bytes())
+        self.runtime, self.engine = runtime, runtime.deserialize_cuda_engine(plan)
         if self.engine is None:
-            raise UserError(f"{self.backend} cannot load {plan}: built by another version or for another GPU; build it here")
+            plan_file = f"{self.folder / self.model}.plan"
+            raise UserError(f"{self.backend} cannot load {plan_file}: built by another version or for another GPU; build it here")
         self.context = self.engine.create_execution_context()
         return self
+
+    def _plan(self) -> bytes:
+        """The plan's bytes, hashed as they will be used."""
+        entry = self.manifest["engines"][self.model]
+        path = code_file(self.folder, entry["file"])
+        if not path.is_file():
+            raise UserError(f"{path} is missing; run moee build again")
+        plan = path.read_bytes()
+        if hashlib.sha256(plan).hexdigest() != entry["sha256"]:
+            if not self.trust:
+                raise UserError(
+                    f"{path} is not the plan that {ENGINE} names; run moee build again (an engine is code; --trust-engine loads "
+                    "it all the same)"
+                )
+            log.warning("--trust-engine: %s is not the plan that %s names", path, ENGINE)
+        return plan
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bound.clear()

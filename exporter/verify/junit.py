@@ -6,26 +6,35 @@ import re
 import xml.etree.ElementTree as ET
 from datetime import UTC, datetime
 
-from exporter.verify.suite import VerifyResult
+from exporter.verify.suite import Case, VerifyResult
 
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd]")
 
 
 def to_junit(result: VerifyResult, when: datetime | None = None) -> str:
     """One suite, one case a check. Element and attribute order follow the JUnit 10 schema of Jenkins' xUnit plugin."""
-    cases = result.cases()
+    described = {"runtime": result.parity.runtime, "precision": result.parity.precision}
+    return _document(result.export, result.cases(), described, result.seconds, when)
+
+
+def error_junit(export: str, error: Exception, seconds: float, when: datetime | None = None) -> str:
+    """The report of a verification that could not run: one case, an error of `error`'s type."""
+    case = Case("run", "verify", error=f"{type(error).__name__}: {error}")
+    return _document(export, [case], {}, seconds, when)
+
+
+def _document(export: str, cases: list[Case], described: dict[str, str], seconds: float, when: datetime | None) -> str:
     counts = {
         "tests": str(len(cases)),
         "failures": str(sum(c.failure is not None for c in cases)),
-        "errors": "0",
+        "errors": str(sum(c.error is not None for c in cases)),
         "skipped": str(sum(c.skipped is not None for c in cases)),
-        "time": f"{result.seconds:.3f}",
+        "time": f"{seconds:.3f}",
     }
     root = ET.Element("testsuites", {"name": "moee verify", **counts})
     stamp = (when or datetime.now(UTC)).strftime("%Y-%m-%dT%H:%M:%S")
-    suite = ET.SubElement(root, "testsuite", {"name": f"moee.verify.{result.export}", "timestamp": stamp, **counts})
-    properties = ET.SubElement(suite, "properties")
-    described = {"runtime": result.parity.runtime, "precision": result.parity.precision}
+    suite = ET.SubElement(root, "testsuite", {"name": _clean(f"moee.verify.{export}"), "timestamp": stamp, **counts})
+    properties = ET.SubElement(suite, "properties") if described else suite
     for name, value in described.items():
         ET.SubElement(properties, "property", {"name": name, "value": _clean(value)})
     for case in cases:
@@ -33,6 +42,9 @@ def to_junit(result: VerifyResult, when: datetime | None = None) -> str:
         element = ET.SubElement(suite, "testcase", attributes)
         if case.skipped is not None:
             ET.SubElement(element, "skipped", {"message": _clean(case.skipped)})
+        elif case.error is not None:
+            broken = ET.SubElement(element, "error", {"message": _clean(case.error), "type": case.error.partition(":")[0]})
+            broken.text = _clean(case.error)
         elif case.failure is not None:
             failure = ET.SubElement(element, "failure", {"message": _clean(case.failure), "type": case.group})
             failure.text = _clean(case.failure)

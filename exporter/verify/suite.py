@@ -9,37 +9,42 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporter.onnx_export import DENSE, MANIFEST, PORTABLE, SCHEMA, TENSORRT
+from exporter.manifests import read_engine, read_export
+from exporter.onnx_export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quantization
+from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors
 from exporter.parity.stats import json_safe
 from exporter.parity.taps import copied
 from exporter.parity.yardsticks import yardsticks
+from exporter.precision import INT8
+from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
-from moee.artifact import read_manifest, sha256_file
+from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel
-from moee.data import ImageSet, batches
+from moee.data import ImageSet, batches, merge_skipped
+from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
 ACCURACY_BATCH = 16
-ENGINE_MANIFEST, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One check: `group` and `name` say what of, `failure` what went wrong (None: passed), `skipped` why it did not run."""
+    """One check: `group` and `name` say what of, `failure` what went wrong (None: passed), `skipped` why it did not run,
+    `error` what broke it off."""
 
     group: str
     name: str
     detail: str = ""
     failure: str | None = None
     skipped: str | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -145,30 +150,57 @@ def verify(
     export_dir: Path | str, moee: MoeeModel, data: ImageSet, *, sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu",
     threads: int | None = None, rtol: float | None = None, atol: float | None = None, max_drop_pp: float | None = None,
     min_route_agreement: float | None = None, images: int | None = 1000, engine: Path | str | None = None,
-    report: Reporter = silent,
+    report: Reporter = silent, trust_engine: bool = False,
 ) -> VerifyResult:  # fmt: skip
     """Verify an export, and an engine folder if given. `images`: labelled images for accuracy (None: all; 0: none).
+    `trust_engine`: as in `EngineRunner`.
 
     Raises `UserError` for folders that do not belong together, `MissingDependency` for an absent provider, plugin or GPU.
     """
+    result = verify_ranks(
+        SOLO, export_dir, moee, data, sizes=sizes, provider=provider, threads=threads, rtol=rtol, atol=atol,
+        max_drop_pp=max_drop_pp, min_route_agreement=min_route_agreement, images=images, engine=engine, report=report,
+        trust_engine=trust_engine,
+    )  # fmt: skip
+    assert result is not None, "one process alone is rank 0"
+    return result
+
+
+def verify_ranks(
+    group: Group, export_dir: Path | str, moee: MoeeModel, data: ImageSet, *, sizes: Sequence[int] = DEFAULT_BATCHES,
+    provider: str = "cpu", threads: int | None = None, rtol: float | None = None, atol: float | None = None,
+    max_drop_pp: float | None = None, min_route_agreement: float | None = None, images: int | None = 1000,
+    engine: Path | str | None = None, report: Reporter = silent, trust_engine: bool = False,
+) -> VerifyResult | None:  # fmt: skip
+    """`verify` on the ranks of a `group`: the images of the accuracy are divided, parity and engine are rank 0's. The result is
+    rank 0's, None on the others."""
     started = time.perf_counter()
     folder = Path(export_dir)
-    plugin = check_plugin(engine) if engine is not None else None  # before anything long
-    if engine is not None and plugin is not None and plugin.passed:
-        with EngineRunner(engine):
-            pass  # a machine that cannot run it says so now
-    parity = check_parity(
-        folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
-        min_route_agreement=min_route_agreement,
-    )  # fmt: skip
-    reason = _why_no_accuracy(moee, data, images)
-    if reason and max_drop_pp is not None:
-        raise UserError(f"--max-drop cannot be checked: {reason}")
-    accuracy = None if reason else _accuracy(folder, moee, data, parity.precision, images, provider, threads, max_drop_pp, report)
-    built = None
-    if engine is not None and plugin is not None:
-        built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report)
-    return VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
+    answers: Answers | None = None
+    with group.agreed():
+        parity, plugin = None, None
+        if group.leader:
+            plugin = check_plugin(engine, trust_engine) if engine is not None else None  # before anything long
+            if engine is not None and plugin is not None and plugin.passed:
+                with EngineRunner(engine, trust=trust_engine):
+                    pass  # a machine that cannot run it says so now
+            parity = check_parity(
+                folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
+                min_route_agreement=min_route_agreement,
+            )  # fmt: skip
+        reason = _why_no_accuracy(moee, data, images)
+        if reason and max_drop_pp is not None:
+            raise UserError(f"--max-drop cannot be checked: {reason}")
+        if not reason:
+            answers = _answers(folder, data, images, provider, threads, report, group)
+    accuracy = None if answers is None else _accuracy(moee, data, answers, max_drop_pp, group)
+    built, result = None, None
+    with group.agreed():
+        if parity is not None:
+            if engine is not None and plugin is not None:
+                built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
+            result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
+    return result
 
 
 def _why_no_accuracy(moee: MoeeModel, data: ImageSet, images: int | None) -> str:
@@ -186,25 +218,46 @@ def _why_no_accuracy(moee: MoeeModel, data: ImageSet, images: int | None) -> str
     return ""
 
 
-def _accuracy(
-    folder: Path, moee: MoeeModel, data: ImageSet, precision: str, images: int | None, provider: str, threads: int | None,
-    max_drop_pp: float | None, report: Reporter,
-) -> AccuracyResult:  # fmt: skip
-    """Both graphs of the export on the same images."""
+Answers = dict[str, Tensor]  # outputs of both graphs and labels of one rank's images; empty where it had none to read
+
+
+def _answers(
+    folder: Path, data: ImageSet, images: int | None, provider: str, threads: int | None, report: Reporter, group: Group
+) -> Answers:
+    """Both graphs of the export on this rank's share of the same images. An int8 model is held against the dense one as it was,
+    in float32: the loss of the quantisation is part of the drop."""
+    precision = read_export(folder, verify=False).get("precision", "fp32")
+    reference = REFERENCE if precision in INT8 else DENSE
     widen = precision == "bf16" and provider == "cpu"
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: images or len(data)]
+    mine = group.part(len(order), ACCURACY_BATCH)
+    order = order[mine.start : mine.stop]
     collected: dict[str, list[Tensor]] = {"dense": [], "moee": []}
     labels: list[Tensor] = []
-    with opened(folder / DENSE, threads, provider, widen) as dense, opened(folder / PORTABLE, threads, provider, widen) as routed:
+    with opened(folder / reference, threads, provider, widen) as dense, opened(
+        folder / PORTABLE, threads, provider, widen
+    ) as routed:
         total = -(-len(order) // ACCURACY_BATCH)
         report("accuracy", 0, total)
-        for done, batch in enumerate(batches(data, ACCURACY_BATCH, order=order), 1):
+        for done, batch in enumerate(batches(data, ACCURACY_BATCH, order=order, strict=group.alone), 1):
             for name, runner in (("dense", dense), ("moee", routed)):
                 collected[name].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
             labels.append(batch.labels)
             report("accuracy", done, total)
-    theirs, ours = (logits(moee, torch.cat(collected[name])) for name in ("dense", "moee"))
-    return compare_accuracy(theirs, ours, torch.cat(labels), max_drop_pp)
+    return {name: torch.cat(part) for name, part in (*collected.items(), ("labels", labels)) if part}
+
+
+def _accuracy(
+    moee: MoeeModel, data: ImageSet, answers: Answers, max_drop_pp: float | None, group: Group
+) -> AccuracyResult | None:
+    """All ranks' answers compared, in the order of the images; None on ranks other than 0."""
+    if not group.alone:
+        merge_skipped(data, group)
+    parts = [part.tensors for part in group.gather(Parcel(None, answers)) if part.tensors]
+    if not group.leader:
+        return None
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("dense", "moee", "labels")}
+    return compare_accuracy(logits(moee, whole["dense"]), logits(moee, whole["moee"]), whole["labels"], max_drop_pp)
 
 
 @contextmanager
@@ -214,33 +267,34 @@ def opened(graph: Path, threads: int | None, provider: str, widen: bool):
         with OnnxRunner(graph, threads, provider) as runner:
             yield runner
         return
-    with copied(ir.load(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
+    with copied(load_ir(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
         yield runner
 
 
 def _engine(
     export_dir: Path, folder: Path, plugin: PluginCheck, moee: MoeeModel, data: ImageSet, precision: str, rtol: float | None,
-    atol: float | None, report: Reporter,
+    atol: float | None, report: Reporter, trust: bool = False,
 ) -> EngineParity:  # fmt: skip
     """Run the MoEE engine at its own profile's batch sizes."""
-    manifest = read_manifest(folder, ENGINE_MANIFEST, ENGINE_SCHEMA, verify=False)
+    manifest = read_engine(folder, trust)
     recorded = manifest.get("source_sha256")
-    graph = export_dir / read_manifest(export_dir, MANIFEST, SCHEMA, verify=False)["graphs"]["tensorrt"]
+    export = read_export(export_dir, verify=False)
+    graph = export_dir / export.get("graphs", {}).get("tensorrt", TENSORRT)
     same = None if recorded is None else recorded == sha256_file(graph)
     if not plugin.passed:
         return EngineParity(manifest["builder"], plugin, same)
     sizes = sorted({manifest["batch"][k] for k in ("min", "opt", "max")})
-    with EngineRunner(folder) as runner:
-        errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report)
+    with EngineRunner(folder, trust=trust) as runner:
+        errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report, read_quantization(export, "moee"))
         return EngineParity(runner.name, plugin, same, errors)
 
 
 def run_engine(
     runner: Runner, moee: MoeeModel, data: ImageSet, precision: str, sizes: Sequence[int], rtol: float | None = None,
-    atol: float | None = None, report: Reporter = silent,
+    atol: float | None = None, report: Reporter = silent, quantization: Quantization | None = None,
 ) -> list[BatchError]:  # fmt: skip
-    """Output errors of an engine that is open already."""
-    yard = yardsticks(moee.model, precision)
+    """Output errors of an engine that is open already; `quantization` of an int8 one."""
+    yard = yardsticks(moee.model, precision, quantization=quantization)
     return output_errors(runner, yard, image_pool(data, sizes[-1]), sizes, rtol, atol, report, "engine")
 
 

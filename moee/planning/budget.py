@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
+
+from moee.schema import Body, checked
 
 COST_TOLERANCE = 0.005  # of the dense MACs: routing on held-out images differs a little from calibration
 
@@ -71,6 +75,34 @@ class Point:
     def cost(self) -> float:
         """What a quality budget minimises: the latency where it is known, MACs otherwise."""
         return self.latency["moee_ms"] if self.latency else self.macs
+
+
+class StoredLatency(Body):
+    """What an interrupted run stored of a point's latency, in ms."""
+
+    moee_ms: float = Field(gt=0)
+    dense_ms: float = Field(gt=0)
+
+
+class StoredPoint(Body):
+    """A `Point` in a file."""
+
+    method: str
+    allocation: str
+    macs: float
+    params: float
+    cosine: float
+    token_cosine: float | None
+    accuracy: float | None
+    drop: float | None
+    latency: StoredLatency | None
+    config: dict[str, Any] | None
+
+
+def checked_point(body: Any, path: Path) -> Point:
+    """A point from a file. Raises `UserError` for one that lacks a figure or holds another thing in its place."""
+    checked(StoredPoint, body, path)
+    return Point(**{field.name: body[field.name] for field in fields(Point)})
 
 
 def pareto(points: list[Point]) -> list[Point]:

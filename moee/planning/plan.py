@@ -13,7 +13,7 @@ from typing import Any
 
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, write_manifest
 from moee.atomic import remove_folder
-from moee.config import ExtractConfig, validated
+from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.models import ModelSpec
 from moee.pipeline import Session
@@ -22,9 +22,17 @@ from moee.planning.layers import layer_table
 from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner, allocations_of
 from moee.progress import Reporter, silent
 from moee.resume import check_identity, fingerprint
+from moee.schema import Body, checked, shown
 
 SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/1"
 PLAN = "plan.json"
+
+
+class Plan(Body):
+    """What `extract --plan` reads of `plan.json`."""
+
+    model: ModelSpec
+    winner: dict[str, Any]
 
 
 def make_plan(
@@ -83,12 +91,13 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig:
     whose winner is the dense model."""
     path = Path(path)
     plan = read_manifest(path, PLAN, SCHEMA) if path.is_dir() else read_manifest(path.parent, path.name, SCHEMA)
-    made_for = validated(ModelSpec, plan.get("model") or {})
+    made_for = checked(Plan, plan, path).model
     for key in ("timm_name", "kwargs", "weights_sha256"):
         ours, theirs = getattr(spec, key), getattr(made_for, key)
         if ours != theirs:
-            raise UserError(f"{path} was made for {made_for.name} with {key} {theirs!r}, but this model has {ours!r}; plan again")
-    config = (plan.get("winner") or {}).get("config")
+            came = f"made for {shown(made_for.name, quoted=False)} with {key} {shown(theirs)}"
+            raise UserError(f"{path} was {came}, but this model has {shown(ours)}; plan again")
+    config = plan["winner"].get("config")
     if not config:
         raise UserError(f"{path} says that the dense model wins; there is nothing to extract")
-    return validated(ExtractConfig, config)
+    return checked(ExtractConfig, config, path)

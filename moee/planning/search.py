@@ -18,14 +18,14 @@ from torch import nn
 from moee.artifact import read_json, write_json
 from moee.atomic import temporary_folder
 from moee.calibration import LayerTokens, collect_tokens
-from moee.config import ExtractConfig, make_extract_config, validated
+from moee.config import ExtractConfig, make_extract_config
 from moee.convert import Prepared, apply, extract, ffn_budget, prepare
 from moee.errors import NothingRouted, OutOfReach
 from moee.layer_report import LayerReport
 from moee.metrics import dense_macs, tokens_per_image
 from moee.models import find_ffns
 from moee.pipeline import Session
-from moee.planning.budget import Budget, Point
+from moee.planning.budget import Budget, Point, checked_point
 from moee.progress import Reporter
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -124,7 +124,7 @@ class Planner:
         file = self.store / f"{key}.json"
         if file.is_file():
             stored = read_json(file)
-            return validated(Point, stored) if stored else None
+            return checked_point(stored, file) if stored is not None else None
         try:
             model, _ = self.make(method, config)
         except (NothingRouted, OutOfReach):

@@ -12,12 +12,14 @@ namespace {
 
 using namespace nvinfer1;
 
+constexpr int32_t kMaxHash = 128;  // characters; the length comes from a file
+
 // Tactic ids are stable, but a kernel change can turn a tuned choice into a poor one.
 void warnOfOtherKernels(PluginFieldCollection const& fields) {
     for (int32_t i = 0; i < fields.nbFields; ++i) {
         PluginField const& field = fields.fields[i];
         if (field.name == nullptr || std::strcmp(field.name, "kernels") != 0 || field.data == nullptr || field.length < 0
-            || field.type != PluginFieldType::kCHAR) {
+            || field.length > kMaxHash || field.type != PluginFieldType::kCHAR) {
             continue;
         }
         std::string const built(static_cast<char const*>(field.data), static_cast<size_t>(field.length));

@@ -1,5 +1,6 @@
 #include "operator.h"
 
+#include <algorithm>
 #include <cstring>
 #include <limits>
 
@@ -10,6 +11,12 @@ using nvinfer1::Dims;
 using nvinfer1::PluginField;
 using nvinfer1::PluginFieldCollection;
 using nvinfer1::PluginFieldType;
+
+// Lengths come from files too: beyond these, the data are not looked at.
+constexpr int32_t kMaxText = 64;
+constexpr int32_t kMaxExperts = 65536;
+constexpr int32_t kMillion = 1000000;
+constexpr int64_t kMaxElements = int64_t{1} << 40;  // of a workspace buffer: 4 TiB in float32
 
 PluginField const* findField(PluginFieldCollection const* fields, char const* name) {
     if (fields == nullptr || fields->fields == nullptr) {
@@ -57,7 +64,7 @@ bool readActivation(PluginFieldCollection const* fields, int32_t& out, std::stri
     if (field == nullptr) {
         return true;  // the contract's default
     }
-    if (field->type != PluginFieldType::kCHAR || field->length < 1 || field->data == nullptr) {
+    if (field->type != PluginFieldType::kCHAR || field->length < 1 || field->length > kMaxText || field->data == nullptr) {
         why = "attribute activation must be a string; " + came(*field);
         return false;
     }
@@ -79,15 +86,16 @@ bool readLoad(PluginFieldCollection const* fields, std::vector<int32_t>& out, st
     if (field == nullptr || field->length == 0) {
         return true;
     }
-    if (field->type != PluginFieldType::kINT32 || field->length < 0 || field->data == nullptr) {
+    if (field->type != PluginFieldType::kINT32 || field->length < 0 || field->length > kMaxExperts || field->data == nullptr) {
         why = "attribute load must be a list of int32; " + came(*field);
         return false;
     }
     int64_t sum = 0;
     for (int32_t i = 0; i < field->length; ++i) {
         int32_t const share = intAt(*field, i);
-        if (share < 0) {
-            why = "attribute load must not be negative; came " + std::to_string(share) + " at " + std::to_string(i);
+        if (share < 0 || share > kMillion) {
+            why = std::string("attribute load must not be ") + (share < 0 ? "negative" : "above a million") + "; came "
+                + std::to_string(share) + " at " + std::to_string(i);
             return false;
         }
         out.push_back(share);
@@ -99,10 +107,17 @@ bool readLoad(PluginFieldCollection const* fields, std::vector<int32_t>& out, st
 
 std::string text(Dims const& dims) {
     std::string out = "[";
-    for (int32_t i = 0; i < dims.nbDims; ++i) {
+    for (int32_t i = 0; i < dims.nbDims && i < Dims::MAX_DIMS; ++i) {
         out += (i > 0 ? ", " : "") + std::to_string(dims.d[i]);
     }
-    return out + "]";
+    return out + (dims.nbDims > Dims::MAX_DIMS ? ", ...]" : "]");
+}
+
+// Whether every buffer of the workspace keeps to `kMaxElements`, so that no product of sizes overflows.
+bool fits(Sizes const& s) {
+    int64_t const slots = s.tokens * s.topK;
+    int64_t const width = std::max({s.unionSize, s.dim, s.maxWidth}) + int64_t{16};
+    return slots <= kMaxElements / width && s.experts <= kMaxElements / std::max<int64_t>({s.tokens, s.unionSize, 1});
 }
 
 bool isShape(Dims const& dims, int64_t first, int64_t second = 0) {
@@ -208,7 +223,8 @@ bool readSizes(std::array<Dims, kInputs> const& shapes, nvinfer1::DataType type,
             why = "x has unknown dimensions: " + text(x);
             return false;
         }
-        tokens = x.d[i] < 0 || tokens == 0 ? 0 : tokens * x.d[i];
+        bool const none = x.d[i] < 0 || tokens == 0;
+        tokens = none ? 0 : x.d[i] > kLimit ? kLimit + 1 : tokens * x.d[i];
         if (tokens > kLimit / attributes.topK) {  // slots are 32-bit in the kernels
             why = "x has too many tokens: " + text(x) + "; lower the batch size";
             return false;
@@ -221,6 +237,11 @@ bool readSizes(std::array<Dims, kInputs> const& shapes, nvinfer1::DataType type,
     out.maxWidth = attributes.maxWidth;
     out.topK = attributes.topK;
     out.activation = attributes.activation;
+    if (!fits(out)) {
+        why = "the layer is too large: " + std::to_string(tokens) + " tokens, top_k " + std::to_string(out.topK) + ", router "
+            + text(router) + ", w_up " + text(up) + "; lower the batch size";
+        return false;
+    }
     return true;
 }
 

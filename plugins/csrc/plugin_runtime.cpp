@@ -66,8 +66,8 @@ int32_t MoeeFfn::enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc con
         if (!readSizes(shapes, inputDesc[kInX].type, mAttributes, false, sizes, why)) {
             return fail("enqueue", why);
         }
-        if (sizes.type != mSizes.type) {
-            return fail("enqueue", "the tokens' type differs from the one that kernels were loaded for");
+        if (sizes.type != mSizes.type || sizes.dim != mSizes.dim) {
+            return fail("enqueue", "the tokens' type or width differs from the one that kernels were loaded for");
         }
         if (sizes.tokens == 0) {
             return 0;

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from moee.artifact import sha256_file
 from plugins.contract import DOMAIN, LOAD_UNIT, OP_TYPE, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
@@ -138,11 +139,16 @@ def write_export(folder: Path, **options: Any) -> Path:
     experts = {key: options.pop(key) for key in ("experts", "union", "width", "top_k") if key in options}
     onnx.save(vit(**options), folder / "dense.onnx")
     onnx.save(vit(**options, **experts), folder / "tensorrt.onnx")
-    size = options["size"]
+    return write_export_manifest(folder, options["size"])
+
+
+def write_export_manifest(folder: Path, size: int) -> Path:
+    """`export.json` for the graphs that lie in `folder`."""
     manifest = {
-        **{"schema": "moee.export/1", "files": {}},
+        **{"schema": "moee.export/1", "files": {path.name: sha256_file(path) for path in folder.glob("*.onnx")}},
         "graphs": {"dense": "dense.onnx", "tensorrt": "tensorrt.onnx"},
-        "input": {"name": "input", "size": size},
+        "input": {"name": "input", "size": size, "mean": [0.5] * 3, "std": [0.5] * 3},
+        **{"model": {"name": "made up", "timm_name": "made_up"}, "data": "none", "routed_layers": ["b0.mlp"]},
     }
     (folder / "export.json").write_text(json.dumps(manifest))
     return folder

@@ -9,6 +9,7 @@ import pytest
 from exporter import cli, environment
 from exporter.latency import _flood, bench, percentiles, throughput, time_pairs
 from exporter.layer_profile import place, sum_events
+from exporter.report import write_report
 from exporter.runners import EngineRunner
 from exporter.verdict import MIN_PAIRS, judge
 from moee.artifact import read_json, write_json
@@ -128,7 +129,31 @@ def test_bench_of_a_tiny_export(tiny_export, tmp_path, capsys):
     assert [layer["name"] for layer in body["layers"]["layers"]] == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"]
     assert all(layer["dense_ms"] > 0 and layer["moee_ms"] > 0 for layer in body["layers"]["layers"])
     assert body["throughput"]["dense"] > 0 and len(body["environment"]) == 2
-    assert body["environment"][0]["cpu"]["cores"] >= 1
+    assert body["environment"][0]["cpu"]["cores"] >= 1 and body["images"] == "digits"
+    for side in ("dense", "moee"):
+        assert len(body["samples_ms"][side]) == 12
+        assert np.percentile(body["samples_ms"][side], 50) == pytest.approx(body[f"{side}_ms"]["p50"], abs=1e-4)
+    ratios = np.divide(body["samples_ms"]["dense"], body["samples_ms"]["moee"])
+    assert np.median(ratios) == pytest.approx(body["speedup"], rel=1e-3)
+    page = write_report([tmp_path / "latency.json"], tmp_path / "report.html").read_text()
+    assert page.count('class="tick dense"') == page.count('class="tick moee"') == 12
+    del body["samples_ms"]  # as files of before the runs were kept
+    (tmp_path / "latency.json").write_text(json.dumps(body))
+    page = write_report([tmp_path / "latency.json"], tmp_path / "report.html", force=True).read_text()
+    assert 'class="tick' not in page and 'class="mark dense"' in page and "p95" in page
+
+
+def test_bench_runs_on_the_data_that_it_is_given(tiny_export, tmp_path, capsys):
+    """Routing depends on the images. Data that are elsewhere now are named; data that were asked for must be there."""
+    folder = tiny_export.copy(tmp_path / "export")
+    write_json(folder / "export.json", {**read_json(folder / "export.json"), "data": "elsewhere"})
+    command = ["bench", str(folder), "--batch", "2", "--runs", "2", "--duration", "0", "--throughput", "0"]
+    out = tmp_path / "latency.json"
+    assert cli.main([*command, "--out", str(out)]) == 0
+    assert "on noise: the data 'elsewhere' cannot be read here" in " ".join(capsys.readouterr().out.split())
+    assert read_json(out)["images"] == "noise"
+    assert cli.main([*command, "--data", "digits", "--out", str(out)]) == 0 and read_json(out)["images"] == "digits"
+    assert cli.main([*command, "--data", "nowhere"]) == 2
 
 
 def test_fail_if_slower_needs_a_verdict(tiny_export, monkeypatch, capsys):
@@ -146,13 +171,16 @@ def test_fail_if_slower_needs_a_verdict(tiny_export, monkeypatch, capsys):
 def test_engines_are_timed_through_doubles(tiny_export, tmp_path, monkeypatch):
     engine, device = write_engine(tmp_path / "engine", tiny_export.folder()), CpuDevice()
 
-    def double(folder, model, cuda_graph):
-        return EngineRunner(folder, model, cuda_graph=cuda_graph, binding=FakeBinding(), device=device)
+    def double(folder, model, cuda_graph, trust):
+        return EngineRunner(folder, model, cuda_graph=cuda_graph, trust=trust, binding=FakeBinding(), device=device)
 
     monkeypatch.setattr("exporter.latency._engine_runner", double)
     result = bench(tiny_export.folder(), batch=2, runs=3, engine=engine, cuda_graph=True)
     assert result.runtime == "tensorrt-rtx 1.0 GPU" and result.cuda_graph is True and device.captured == 2
     assert result.layers is None and result.runs == 3
+    write_json(engine / "engine.json", {**read_json(engine / "engine.json"), "source_sha256": "0" * 64})
+    with pytest.raises(UserError, match="was built from another export than .*run moee build again"):
+        bench(tiny_export.folder(), batch=2, runs=3, engine=engine)
 
 
 def test_bench_refuses_what_it_cannot_time(tiny_export, tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -103,17 +104,38 @@ def test_the_parser_refuses_what_is_no_text_format(bad):
         parse(bad)
 
 
-def test_triton_configuration_with_the_vendors_schema():
-    """The server's own protobuf schema, where its client package is installed: pip install tritonclient."""
+@pytest.fixture(scope="module")
+def triton_schema():
+    """The server's own protobuf schema, from its client package. Loaded by its path: the package around it wants gRPC."""
     spec = importlib.util.find_spec("tritonclient")
     if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("needs the package tritonclient")
+        pytest.skip("needs the extra dev")
     path = Path(spec.submodule_search_locations[0]) / "grpc" / "model_config_pb2.py"
     loaded = importlib.util.spec_from_file_location("model_config_pb2", path)
     schema = importlib.util.module_from_spec(loaded)
     loaded.loader.exec_module(schema)
+    return schema
+
+
+@pytest.mark.parametrize("name", ["moee", "dense", "moee_onnx"])
+def test_triton_configuration_with_the_vendors_schema(written, triton_schema, name):
     from google.protobuf import text_format
 
+    text = (written / "triton" / "model_repository" / name / "config.pbtxt").read_text()
+    config = text_format.Parse(text, triton_schema.ModelConfig())
+    assert config.name == name and config.max_batch_size == 16 and config.input[0].data_type == triton_schema.TYPE_FP32
+    kinds = triton_schema.ModelInstanceGroup
+    assert config.instance_group[0].kind == (kinds.KIND_AUTO if name == "moee_onnx" else kinds.KIND_GPU)
+    assert [w.batch_size for w in config.model_warmup] == ([] if name == "moee_onnx" else [16])
+    for broken in (text.replace("max_batch_size", "max_batch"), text.replace("TYPE_FP32", "TYPE_FLOAT")):
+        with pytest.raises(text_format.ParseError):
+            text_format.Parse(broken, triton_schema.ModelConfig())
+
+
+def test_strange_names_with_the_vendors_schema(triton_schema):
+    from google.protobuf import text_format
+
+    schema = triton_schema
     strange = facts(given=Tensor('in"\\\n#é', "float16", (3, 8, 8)), batch=(2, 4, 4))
     for platform in ("tensorrt_plan", "onnxruntime_onnx"):
         config = text_format.Parse(bundle_configs.triton(strange, "moee", platform), schema.ModelConfig())
@@ -130,6 +152,54 @@ def test_strange_names_survive_every_format(tmp_path):
     script = '. ./bundle.env; printf %s "$INPUT|$SHAPE|$MIN_BATCH"'
     shown = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert shown.stdout == f"{name}|3x8x8|1" and not (tmp_path / "x").exists()
+
+
+# Keys of nvinfer's group [property] as DeepStream's manual lists them (Gst-nvinfer, "File Configuration Specifications"), those
+# of Caffe and UFF models left out, with the form of the values of those that are written here.
+NVINFER_KEYS = """
+    auto-inc-mem batch-size class-attrs-all classifier-async-mode classifier-threshold classifier-type cluster-mode
+    custom-lib-path custom-network-config disable-output-host-copy enable-dbscan enable-dla engine-create-func-name
+    filter-out-class-ids force-implicit-batch-dim gie-unique-id gpu-id infer-dims input-object-max-height input-object-max-width
+    input-object-min-height input-object-min-width input-tensor-from-meta int8-calib-file interval labelfile-path
+    layer-device-precision maintain-aspect-ratio max-gpu-mem-per mean-file model-color-format model-engine-file net-scale-factor
+    network-input-order network-mode network-type num-detected-classes offsets onnx-file operate-on-class-ids operate-on-gie-id
+    output-blob-names output-instance-mask output-io-formats output-tensor-meta parse-bbox-func-name
+    parse-bbox-instance-mask-func-name parse-classifier-func-name process-mode scaling-compute-hw scaling-filter
+    secondary-reinfer-interval segmentation-output-order segmentation-threshold symmetric-padding tensor-meta-pool-size
+    tlt-encoded-model tlt-model-key use-dla-core workspace-size
+""".split()
+NVINFER_FORMS = {
+    **dict.fromkeys(("gpu-id", "gie-unique-id", "batch-size"), r"\d+"),
+    **dict.fromkeys(("net-scale-factor", "classifier-threshold"), r"\d+\.\d+"),
+    **dict.fromkeys(("maintain-aspect-ratio", "output-tensor-meta"), "[01]"),
+    **dict.fromkeys(("onnx-file", "model-engine-file", "custom-lib-path", "labelfile-path"), r"[\w./-]+"),
+    "process-mode": "[12]", "model-color-format": "[012]", "network-mode": "[012]", "network-type": "[0123]|100",
+    "infer-dims": r"\d+;\d+;\d+", "offsets": r"[\d.]+;[\d.]+;[\d.]+", "output-blob-names": ".+",
+}  # fmt: skip
+
+
+def nvinfer_problems(text: str) -> list[str]:
+    """What nvinfer would not know or take, read as GLib reads a key file: one group, comments on lines of their own."""
+    config = configparser.ConfigParser(interpolation=None, delimiters=("=",), comment_prefixes=("#",), strict=True)
+    config.read_string(text)
+    problems = [f"group {name}" for name in config.sections() if name != "property"]
+    for key, value in config["property"].items():
+        if key not in NVINFER_KEYS:
+            problems.append(f"unknown key {key}")
+        elif not re.fullmatch(NVINFER_FORMS[key], value):
+            problems.append(f"{key}={value}")
+    return problems
+
+
+@pytest.mark.parametrize("type_", ["float32", "float16"])
+@pytest.mark.parametrize("classifies", [True, False])
+def test_deepstream_keys_are_those_of_the_manual(classifies, type_):
+    made = facts(classifies=classifies, given=Tensor("input", type_, (3, 32, 32)))
+    text = bundle_configs.files(made)["deepstream/config_infer_moee.txt"]
+    assert nvinfer_problems(text) == []
+    assert nvinfer_problems(text.replace("onnx-file=", "onnx=")) == ["unknown key onnx"]
+    assert nvinfer_problems(text.replace("offsets=0;0;0", "offsets=0,0,0")) == ["offsets=0,0,0"]
+    assert nvinfer_problems(text.replace("process-mode=1", "process-mode=3")) == ["process-mode=3"]
 
 
 @pytest.mark.parametrize("classifies", [True, False])

@@ -14,7 +14,7 @@ from moee.checkpoint import MoeeModel
 from moee.errors import MissingDependency, UserError
 from moee.layer import routed_layers
 from tests.conftest import tiny_spec
-from tests.exporter.graphs import write_export
+from tests.exporter.graphs import write_export, write_export_manifest
 from tests.plugins import built
 
 TINY = {"depth": 2, "dim": 64, "heads": 2, "size": 32, "patch": 8}
@@ -116,12 +116,12 @@ class TestBadInput:
     def test_profile_outside_the_graphs_range(self, export, tmp_path):
         fixed = tmp_path / "fixed"
         fixed.mkdir()
-        (fixed / "export.json").write_text((export / "export.json").read_text())
         for name in ("dense.onnx", "tensorrt.onnx"):
             model = onnx.load(export / name)
             model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
             model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2
             onnx.save(model, fixed / name)
+        write_export_manifest(fixed, 32)
         with pytest.raises(UserError, match="profile 1/8/32 is outside the graph's range.*fixed batch 2"):
             self.build(fixed, tmp_path)
         assert self.build(fixed, tmp_path, batch=(2, 2, 2)).plugin_layers == 2
@@ -129,20 +129,21 @@ class TestBadInput:
     def test_graph_without_plugin_nodes(self, export, tmp_path):
         plain = tmp_path / "plain"
         plain.mkdir()
-        (plain / "export.json").write_text((export / "export.json").read_text())
         for name in ("dense.onnx", "tensorrt.onnx"):
             (plain / name).write_bytes((export / "dense.onnx").read_bytes())
+        write_export_manifest(plain, 32)
         with pytest.raises(UserError, match="has no MoeeFfn nodes"):
             self.build(plain, tmp_path)
 
     def test_unreadable_or_missing_graph(self, export, tmp_path):
         broken = tmp_path / "broken"
         broken.mkdir()
-        (broken / "export.json").write_text((export / "export.json").read_text())
+        write_export_manifest(broken, 32)
         with pytest.raises(UserError, match="dense.onnx is missing"):
             self.build(broken, tmp_path)
         for name in ("dense.onnx", "tensorrt.onnx"):
             (broken / name).write_bytes(b"\xff\xff no protobuf")
+        write_export_manifest(broken, 32)
         with pytest.raises(UserError, match="not a readable ONNX file"):
             self.build(broken, tmp_path)
 
@@ -159,7 +160,6 @@ class TestBadInput:
         """The plugin's own sentence reaches the user, not the parser's."""
         wrong = tmp_path / "wrong"
         wrong.mkdir()
-        (wrong / "export.json").write_text((export / "export.json").read_text())
         (wrong / "dense.onnx").write_bytes((export / "dense.onnx").read_bytes())
         model = onnx.load(export / "tensorrt.onnx")
         for node in model.graph.node:
@@ -167,6 +167,7 @@ class TestBadInput:
                 if attribute.name == "activation":
                     attribute.s = b"swish"
         onnx.save(model, wrong / "tensorrt.onnx")
+        write_export_manifest(wrong, 32)
         with pytest.raises(UserError, match="activation must be gelu, gelu_tanh, relu or silu; came"):
             self.build(wrong, tmp_path)
         assert not (tmp_path / "engine").exists()

@@ -10,8 +10,6 @@ import torch
 from exporter import cli
 from exporter.parity import check_parity
 from exporter.verify import verify
-from exporter.verify.junit import to_junit
-from exporter.verify.markdown import to_markdown
 from moee.errors import MissingDependency, UserError
 from tests.exporter import damage
 from tests.exporter.engines import write_engine
@@ -112,10 +110,22 @@ def test_wrong_tables_of_the_plugin_node_are_caught(tiny_export, tmp_path):
     """The plugin's graph has no CPU runtime, so its stored inputs are compared."""
     folder = tiny_export.copy(tmp_path / "export")
 
-    damage.change_store(folder, LAYER, "offsets", lambda offsets: offsets + np.int32([0, 1, 0, 0, 0]))
+    def another(neurons):
+        gap = int(np.flatnonzero(np.diff(neurons) > 1)[0])
+        neurons[gap] += 1  # still ascending: a legal table, of other neurons
+        return neurons
+
+    damage.change_store(folder, LAYER, "neurons", another)
     result = check(tiny_export, folder)
     assert not result and result.first_deviation.layer == LAYER
-    assert "offsets: 1 of 5 values differ, first at [1]" in result.first_deviation.message
+    assert "neurons: 1 of" in result.first_deviation.message
+
+
+def test_impossible_tables_of_the_plugin_node_are_refused(tiny_export, tmp_path):
+    folder = tiny_export.copy(tmp_path / "export")
+    damage.change_store(folder, LAYER, "offsets", lambda offsets: offsets + np.int32([0, 1, 0, 0, 0]))
+    with pytest.raises(UserError, match="neuron ids do not ascend"):
+        check(tiny_export, folder)
 
 
 def scale_weight(folder, node_prefix, by):
@@ -226,8 +236,11 @@ def test_a_missing_plugin_or_gpu_exits_3(tiny_export, tmp_path, capsys, monkeypa
     assert run("verify", tiny_export.folder(), "--engine", engine) == 3
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
     (engine / "libmoee_plugin.so").unlink()
-    assert run("verify", tiny_export.folder(), "--engine", engine) == 3
+    assert run("verify", tiny_export.folder(), "--engine", engine, "--out", tmp_path / "v") == 3
     assert "libmoee_plugin.so is missing" in capsys.readouterr().err
+    (case,) = ET.parse(tmp_path / "v" / "junit.xml").getroot().iter("testcase")
+    assert "libmoee_plugin.so is missing" in case.find("error").get("message")
+    assert [p.name for p in (tmp_path / "v").iterdir()] == ["junit.xml"]
 
 
 def test_an_absent_provider_is_never_replaced(tiny_export, capsys):
@@ -238,54 +251,3 @@ def test_an_absent_provider_is_never_replaced(tiny_export, capsys):
         assert "provider does not work here; it needs" in capsys.readouterr().err
     with pytest.raises(MissingDependency):
         check_parity(tiny_export.folder(), tiny_export.moee, tiny_export.data, sizes=(1,), provider="cuda")
-
-
-# Jenkins' junit-10.xsd, as far as it goes: which attributes and children each element may have, and which it must have.
-SCHEMA = {
-    "testsuites": ({"name", "tests", "failures", "errors", "skipped", "time", "disabled"}, set(), {"testsuite"}),
-    "testsuite": (
-        {"name", "tests", "failures", "errors", "skipped", "time", "timestamp", "hostname", "id", "package", "disabled"},
-        {"name", "tests"},
-        {"properties", "testcase", "system-out", "system-err", "error", "failure", "skipped"},
-    ),
-    "properties": (set(), set(), {"property"}),
-    "property": ({"name", "value"}, {"name", "value"}, set()),
-    "testcase": (
-        {"name", "classname", "time", "assertions", "status", "file", "line"}, {"name", "classname"},
-        {"skipped", "error", "failure", "system-out", "system-err", "properties"},
-    ),
-    "failure": ({"message", "type"}, set(), set()),
-    "skipped": ({"message", "type"}, set(), set()),
-    "system-out": (set(), set(), set()),
-}  # fmt: skip
-
-
-def assert_junit(text: str) -> ET.Element:
-    root = ET.fromstring(text)
-    assert root.tag == "testsuites"
-    for element in root.iter():
-        allowed, needed, children = SCHEMA[element.tag]
-        assert set(element.attrib) <= allowed and needed <= set(element.attrib), element.tag
-        assert {c.tag for c in element} <= children, element.tag
-        order = [c.tag for c in element]
-        if element.tag == "testcase" and "system-out" in order:
-            assert order.index("system-out") == len(order) - 1
-    for suite in root:
-        cases = suite.findall("testcase")
-        assert int(suite.get("tests")) == len(cases) and float(suite.get("time")) >= 0
-        for kind, key in (("failure", "failures"), ("skipped", "skipped")):
-            assert int(suite.get(key)) == sum(c.find(kind) is not None for c in cases)
-        assert len({(c.get("classname"), c.get("name")) for c in cases}) == len(cases)
-    return root
-
-
-def test_junit_has_the_structure_that_readers_expect(tiny_export, tmp_path):
-    folder = tiny_export.copy(tmp_path / "export")
-    router_bias_off_by_one(folder)
-    result = verify(folder, tiny_export.moee, tiny_export.data, sizes=(2,), images=0)
-    root = assert_junit(to_junit(result))
-    failed = {(c.get("classname"), c.get("name")) for c in root.iter("testcase") if c.find("failure") is not None}
-    assert {("moee.verify.routes", LAYER), ("moee.verify.weights", LAYER)} <= failed
-    assert [c.get("classname") for c in root.iter("testcase") if c.find("skipped") is not None] == ["moee.verify.accuracy"]
-    summary = to_markdown(result)
-    assert "## moee verify: FAILED" in summary and f"**{LAYER}**" in summary

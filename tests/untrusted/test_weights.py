@@ -1,6 +1,7 @@
 """Checkpoints from someone else: safetensors files that lie, and expert tables out of order."""
 
 import json
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -12,7 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from moee import checkpoint
 from moee.artifact import sha256_file
-from moee.models import read_safetensors
+from moee.errors import UserError
+from moee.models import load_model, load_weights, read_safetensors
+from tests.conftest import tiny_spec
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
 from tests.untrusted.tables import TABLE_DAMAGE
 
@@ -84,11 +87,111 @@ def test_expert_tables_of_a_checkpoint(made, tmp_path, change):
     assert not accepts_or_refuses(checkpoint.load, folder)
 
 
-PROBES = [{}, {"weight": (3, 32)}, {"weight": (3, 32), "bias": (4,)}, {"weight": (3,), "bias": (3,)}]
+TYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool,
+    torch.complex64,
+]  # fmt: skip
+PROBES = [
+    {}, {"weight": (3, 32)}, {"weight": (3, 32), "bias": (4,)}, {"weight": (3,), "bias": (3,)},
+    {"weight": (0, 32), "bias": (0,)}, {"weight": (3, 31), "bias": (3,)},
+]  # fmt: skip
+
+
+def with_probe(folder: Path, probe: dict[str, torch.Tensor]) -> Path:
+    """A copy's probe, with its hash in the manifest."""
+    save_file(probe, folder / "probe.safetensors")
+    manifest = json.loads((folder / "moee.json").read_text())
+    manifest["files"]["probe.safetensors"] = sha256_file(folder / "probe.safetensors")
+    (folder / "moee.json").write_text(json.dumps(manifest))
+    return folder
 
 
 @pytest.mark.parametrize("probe", PROBES, ids=str)
 def test_probes_that_do_not_fit_together(made, tmp_path, probe):
     folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
-    save_file({name: torch.zeros(shape) for name, shape in probe.items()}, folder / "probe.safetensors")
-    assert not accepts_or_refuses(checkpoint.load, folder)
+    with_probe(folder, {name: torch.zeros(shape) for name, shape in probe.items()})
+    with pytest.raises(UserError, match="should hold weight|weights for 31 features"):
+        checkpoint.load(folder)
+
+
+def test_probes_are_read_if_they_fit(made, tmp_path):
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    with_probe(folder, {"weight": torch.zeros(3, 32), "bias": torch.zeros(3)})
+    assert checkpoint.load(folder).probe.weight.shape == (3, 32)
+    with_probe(folder, {"weight": torch.zeros(3, 32, dtype=torch.int8), "bias": torch.zeros(3)})
+    with pytest.raises(UserError, match="torch.int8 weights"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32, torch.complex64, torch.bool])
+@pytest.mark.parametrize("tensor", ["blocks.0.mlp.w_up", "blocks.0.mlp.offsets", "blocks.0.attn.qkv.weight"])
+def test_tensors_of_another_type(made, tmp_path, dtype, tensor):
+    """Torch would convert some quietly and fail at others much later."""
+    if tensor.endswith("offsets") and dtype is torch.int32:
+        pytest.skip("the right type")
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    state = load_file(folder / "model.safetensors")
+    state[tensor] = state[tensor].to(dtype)
+    save_file(state, folder / "model.safetensors")
+    manifest = json.loads((folder / "moee.json").read_text())
+    manifest["files"]["model.safetensors"] = sha256_file(folder / "model.safetensors")
+    (folder / "moee.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"{tensor} should be .*came .*{str(dtype).removeprefix('torch.')}"):
+        checkpoint.load(folder)
+
+
+def change_of(state):
+    """Strategy: (tensor, kind of change, seed) for `tampered`."""
+    return st.tuples(st.sampled_from(sorted(state)), st.integers(0, 6), st.integers(0, 2**32))
+
+
+def tampered(state: dict[str, torch.Tensor], changes) -> dict[str, torch.Tensor]:
+    """A copy with tensors left out, renamed, or of another type, shape or value."""
+    changed = dict(state)
+    for name, kind, seed in changes:
+        source = random.Random(seed)
+        tensor = changed.pop(name, state[name]).clone()
+        if kind == 0:
+            continue  # left out
+        if kind == 1:
+            tensor = tensor.to(source.choice(TYPES))
+        elif kind == 2:
+            tensor = torch.zeros([source.randrange(4) for _ in range(source.randrange(4))], dtype=tensor.dtype)
+        elif kind == 3:
+            tensor = tensor.flatten()[: source.randrange(tensor.numel() + 1)].clone()
+        elif kind == 4 and tensor.numel():
+            tensor.view(-1)[source.randrange(tensor.numel())] = torch.tensor(source.choice([-1, 0, 7, 1000])).to(tensor.dtype)
+        elif kind == 5 and tensor.is_floating_point() and tensor.numel():
+            tensor.view(-1)[source.randrange(tensor.numel())] = source.choice([float("nan"), float("inf"), -1e4])
+        changed[name if kind != 6 else source.choice(["x", "", "a" * 300, "blocks.0.mlp.fc1.weight"])] = tensor.contiguous()
+    return changed
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_weights_of_a_dense_model_with_any_tensor_changed(tmp_path, count):
+    """`--weights`: timm's own filters take names and shapes for granted."""
+    torch.manual_seed(0)
+    model = load_model(tiny_spec(depth=1))
+    state, path = {name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "w.safetensors"
+
+    @fuzz(count, st.lists(change_of(state), min_size=1, max_size=3))
+    def check(changes):
+        save_file(tampered(state, changes), path)
+        accepts_or_refuses(load_weights, model, path)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_checkpoints_with_any_tensor_changed(made, tmp_path, count):
+    """The hash is right again, so everything behind it must hold by itself: names, types, shapes and values."""
+    folder = Path(shutil.copytree(made / "model", tmp_path / "model"))
+    manifest, state = json.loads((folder / "moee.json").read_text()), load_file(folder / "model.safetensors")
+
+    @fuzz(count, st.lists(change_of(state), min_size=1, max_size=3))
+    def check(changes):
+        changed = tampered(state, changes)
+        save_file(changed, folder / "model.safetensors")
+        manifest["files"]["model.safetensors"] = sha256_file(folder / "model.safetensors")
+        (folder / "moee.json").write_text(json.dumps(manifest))
+        if accepts_or_refuses(checkpoint.load, folder):
+            with torch.inference_mode():
+                assert checkpoint.load(folder).model(torch.zeros(1, 3, 32, 32)).shape == (1, 10), "what loads runs"

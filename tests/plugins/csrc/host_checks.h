@@ -125,3 +125,4 @@ void checkCreatorAndShapes();
 void checkLifeCycle(Fake const& fake);
 void checkDriver(Fake const& fake);
 void checkWithoutDriver();
+void fuzz(Fake const& fake, uint64_t seed, uint64_t count);

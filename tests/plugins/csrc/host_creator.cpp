@@ -15,6 +15,7 @@ void testCreatorFields() {
 
     int32_t const negative[] = {-1, 2};
     int32_t const zeros[] = {0, 0};
+    int32_t const tooMuch[] = {1, 1000001};
     struct Bad {
         Fields fields;
         char const* reason;
@@ -34,6 +35,9 @@ void testCreatorFields() {
              {{kMaxWidth, {"load", negative, PluginFieldType::kINT32, 2}}, "load must not be negative"},
              {{kMaxWidth, {"load", zeros, PluginFieldType::kINT32, 2}}, "load must not be all zero"},
              {{kMaxWidth, {"load", nullptr, PluginFieldType::kINT32, 2}}, "load must be a list"},
+             {{kMaxWidth, {"load", kLoad, PluginFieldType::kINT32, 70000}}, "load must be a list"},
+             {{kMaxWidth, {"load", tooMuch, PluginFieldType::kINT32, 2}}, "load must not be above a million"},
+             {{kMaxWidth, {"activation", "gelu", PluginFieldType::kCHAR, 1 << 30}}, "activation must be a string"},
              {{kMaxWidth, {"load", kLoad, PluginFieldType::kINT32, -4}}, "load must be a list"},
              {{kMaxWidth, {"load", kLoad, PluginFieldType::kFLOAT32, 4}}, "load must be a list"},
          }) {
@@ -84,7 +88,7 @@ void testBadShapes() {
     };
     for (Bad const& bad : std::vector<Bad>{{0, {64}}, {0, {}}, {0, {2, 9, 65}}, {0, {2, 9, -1}}, {1, {4, 63}}, {1, {0, 64}},
              {1, {4}}, {2, {5}}, {2, {4, 1}}, {3, {-1, 64}}, {3, {39, 64}}, {4, {99}}, {5, {64, 100}}, {6, {4, 65}}, {7, {-1}},
-             {7, {0}}, {7, {1, 130}}, {8, {4}}, {0, {1 << 30, 4, 64}}}) {
+             {7, {0}}, {7, {1, 130}}, {8, {4}}, {0, {1 << 30, 4, 64}}, {0, {3, int64_t{1} << 62, 64}}}) {
         Plugin const plugin = create(kGood);
         auto d = describe(kCase, kCase, kCase);
         d[bad.tensor].desc.dims = d[bad.tensor].min = d[bad.tensor].opt = d[bad.tensor].max = dims(bad.shape);
@@ -95,6 +99,19 @@ void testBadShapes() {
         std::array<PluginTensorDesc, kTensors> runtime = describe(kCase);
         runtime[bad.tensor].dims = dims(bad.shape);
         CHECK(runtimePart(plugin.get())->onShapeChange(runtime.data(), kInputs, runtime.data() + kInputs, 1) != 0);
+    }
+    for (int32_t const rank : {-1, 9, 1 << 30}) {  // more dimensions than a description has room for
+        Plugin const plugin = create(kGood);
+        auto d = describe(kCase, kCase, kCase);
+        d[0].desc.dims.nbDims = d[0].min.nbDims = d[0].opt.nbDims = d[0].max.nbDims = rank;
+        CHECK(buildPart(plugin.get())->configurePlugin(d.data(), kInputs, d.data() + kInputs, 1) != 0);
+    }
+    // Sizes that are legal one by one, and whose workspace would overflow 64 bits.
+    for (Case const& large : {Case{1, {1 << 30, 0, 0, 0}, 1 << 30, 4, 1 << 30, 130, 1}, Case{1, {1 << 30, 0, 0, 0}, 64, 1 << 30, 100, 130, 1}}) {
+        Plugin const plugin = create({kGelu, kTopOne, kMaxWidth});
+        auto const d = describe(large, large, large);
+        CHECK(buildPart(plugin.get())->configurePlugin(d.data(), kInputs, d.data() + kInputs, 1) != 0);
+        CHECK(logged("too large"));
     }
     CHECK(configured(kCase, {kMaxWidth, {"load", kLoad, PluginFieldType::kINT32, 3}}) == nullptr);  // four experts
     int32_t const five = 5;

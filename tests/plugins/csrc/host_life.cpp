@@ -131,6 +131,9 @@ void testEnqueue(Fake const& fake) {
     Case other = kCase;
     other.type = 0;
     CHECK(enqueue(attached.get(), other, buffers) != 0);  // kernels were loaded for float16
+    other = kCase;
+    other.dim = 48;
+    CHECK(enqueue(attached.get(), other, buffers) != 0);  // and for 64 channels
     auto const d = describe(kCase);
     std::vector<void*> bad = buffers.memory;
     void* const outputs[] = {buffers.memory[9]};

@@ -1,5 +1,5 @@
 // Drives the plugin through good and bad calls under the sanitizers. Linked with the plugin's own objects; the driver is
-// the test double, found as libcuda.so.1. Exits non-zero after printing each failed check.
+// the test double, found as libcuda.so.1. With `fuzz SEED COUNT`: random input instead. Exits non-zero after printing each failed check.
 #include "host_checks.h"
 
 extern "C" void setLoggerFinder(ILoggerFinder* finder);
@@ -18,9 +18,13 @@ int main(int argc, char** argv) {
             std::printf("the test double is not on the library path\n");
             return 2;
         }
-        checkCreatorAndShapes();
-        checkLifeCycle(fake);
-        checkDriver(fake);
+        if (argc > 3 && std::strcmp(argv[1], "fuzz") == 0) {
+            fuzz(fake, std::strtoull(argv[2], nullptr, 10), std::strtoull(argv[3], nullptr, 10));
+        } else {
+            checkCreatorAndShapes();
+            checkLifeCycle(fake);
+            checkDriver(fake);
+        }
     }
     std::printf("%d checks failed\n", gFailures);
     return gFailures == 0 ? 0 : 1;

@@ -1,0 +1,188 @@
+"""What `export.json` and `engine.json` must hold. Every reader of one goes through here."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints, field_validator, model_validator
+
+from exporter.quantization import Quantization
+from moee.artifact import read_manifest, sha256_file, stays_inside
+from moee.checkpoint import Costs
+from moee.errors import UserError
+from moee.models import ModelSpec
+from moee.schema import Body, Text, checked, shown
+
+log = logging.getLogger("moee")
+
+EXPORT, EXPORT_SCHEMA = "export.json", "moee.export/1"
+ENGINE, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
+EXPORT_FILES = (
+    "dense.onnx", "portable.onnx", "tensorrt.onnx", "reference.onnx", "dense.data", "moee.data", "reference.data",
+)  # fmt: skip
+# Back end: Python module, wheel that holds its libraries, extra of this project.
+BACKENDS = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_libs", "rtx"), "tensorrt": ("tensorrt", None, "trt")}
+MAX_SIZE = 4096  # pixels a side; a batch of images of that size is gigabytes
+MAX_BATCH = 1 << 16
+TRUSTED_BATCH = {"min": 1, "opt": 8, "max": 32}  # of an engine that nothing is known of: `moee build`'s defaults
+
+Sha256 = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Input(Body):
+    name: Text
+    size: int = Field(ge=1, le=MAX_SIZE)
+    mean: list[float] = Field(min_length=3, max_length=3)
+    std: list[Positive] = Field(min_length=3, max_length=3)
+
+
+class Export(Body):
+    """The body of `export.json`; fields that came later than the first version have defaults."""
+
+    input: Input
+    precision: Text = "fp32"
+    model: ModelSpec
+    data: Text
+    cost: Costs | None = None
+    source: Text | None = None
+    routed_layers: list[Text] = Field(min_length=1)
+    clear_forms: dict[str, Text] = {}
+    plugin_nodes: int | None = Field(None, ge=0)
+    graphs: dict[str, Text] = {}
+    quantization: dict[str, Quantization] | None = None
+
+    @field_validator("graphs")
+    @classmethod
+    def _plain(cls, graphs: dict[str, str]) -> dict[str, str]:
+        for name in graphs.values():
+            plain_name(name)
+        return graphs
+
+
+class Batch(Body):
+    min: int = Field(ge=1)
+    opt: int
+    max: int = Field(le=MAX_BATCH)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Batch:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"expected min <= opt <= max, came {self.min}/{self.opt}/{self.max}")
+        return self
+
+
+class Plan(Body):
+    file: Text
+    sha256: Sha256
+    size_bytes: int = Field(ge=0)
+    build_s: float = Field(ge=0)
+
+    @field_validator("file")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        return plain_name(name)
+
+
+class Plugin(Body):
+    """The library that the MoEE engine needs; `file` is empty for none."""
+
+    file: Text
+    sha256: Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")]
+    headers: Text
+
+    @field_validator("file")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        return plain_name(name) if name else name
+
+
+class Plans(Body):
+    dense: Plan
+    moee: Plan
+
+
+class Engines(Body):
+    """The body of `engine.json`."""
+
+    builder: Text = Field(min_length=1)
+    target: Text
+    batch: Batch
+    plugin: Plugin
+    plugin_layers: int = Field(ge=0)
+    source_sha256: Text | None = None
+    engines: Plans
+
+    @field_validator("builder")
+    @classmethod
+    def _known(cls, builder: str) -> str:
+        if builder.split(" ")[0] not in BACKENDS:
+            raise ValueError(f"expected one of {', '.join(BACKENDS)}")
+        return builder
+
+
+def plain_name(name: str) -> str:
+    """`name`, if it is a file's in the manifest's own folder. Raises `ValueError` otherwise."""
+    if Path(name).name != name or not name.isprintable():
+        raise ValueError("expected a file of that folder")
+    return name
+
+
+def read_export(folder: Path | str, verify: bool = True) -> dict[str, Any]:
+    """`export.json`, its fields checked and, with `verify`, the hashes of all files that are read from an export.
+
+    Raises `UserError` for a missing, foreign or damaged one.
+    """
+    manifest = read_manifest(folder, EXPORT, EXPORT_SCHEMA, verify)
+    checked(Export, manifest, Path(folder) / EXPORT)
+    unlisted = [name for name in EXPORT_FILES if name not in manifest["files"] and (Path(folder) / name).exists()]
+    if verify and unlisted:
+        raise UserError(f"{Path(folder) / EXPORT} has no hash of {unlisted[0]}, which lies beside it; export again")
+    return manifest
+
+
+def read_engine(folder: Path | str, trust: bool = False) -> dict[str, Any]:
+    """`engine.json`, its fields checked; who loads a plan or a library compares it with its hash first.
+
+    With `trust`, a folder without a usable one is described by what lies in it. Raises `UserError`.
+    """
+    try:
+        manifest = read_manifest(folder, ENGINE, ENGINE_SCHEMA, verify=False)
+        checked(Engines, manifest, Path(folder) / ENGINE)
+    except UserError as error:
+        if not trust:
+            raise UserError(f"{error}; an engine is code, and --trust-engine loads one that nothing vouches for") from error
+        log.warning("--trust-engine: %s", error)
+        return _assumed(Path(folder))
+    return manifest
+
+
+def _assumed(folder: Path) -> dict[str, Any]:
+    """A manifest for an engine folder that has none: every plan in it, and the one plugin library."""
+    plans = {name: folder / f"{name}.plan" for name in ("dense", "moee")}
+    missing = [path for path in plans.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"{missing[0]} not found; expected dense.plan and moee.plan, as moee build writes them")
+    libraries = sorted(folder.glob("*.so"))
+    if len(libraries) > 1:
+        raise UserError(f"{folder} holds {len(libraries)} libraries and no {ENGINE} that says which; leave the plugin's alone")
+    backend = next((name for name, (module, _, _) in BACKENDS.items() if find_spec(module) is not None), "tensorrt")
+    plugin = {"file": libraries[0].name, "sha256": sha256_file(libraries[0]), "headers": ""} if libraries else None
+    return {
+        "builder": f"{backend} (trusted, not known)", "target": "not known", "batch": TRUSTED_BATCH,
+        "plugin": plugin or {"file": "", "sha256": "", "headers": ""}, "plugin_layers": len(libraries), "source_sha256": None,
+        "engines": {
+            name: {"file": path.name, "sha256": sha256_file(path), "size_bytes": path.stat().st_size, "build_s": 0.0}
+            for name, path in plans.items()
+        },
+    }  # fmt: skip
+
+
+def code_file(folder: Path, name: str) -> Path:
+    """A plan or library of an engine folder. Raises `UserError` for a name that leaves it, by a link or otherwise."""
+    if not stays_inside(folder, name):
+        raise UserError(f"{folder / ENGINE} names {shown(name)}, which leaves its folder; do not use this engine")
+    return folder / name

@@ -1,0 +1,172 @@
+"""WebDataset shards: images in tar files, found through timm's `wds/` reader and read at their offsets.
+
+timm's reader says which shards a split has and which members of a sample count. Its iterator is not used: over several ranks it
+hands out a rounded-up share of the total to each, so that some images come twice and some never, and it knows no positions. One
+scan of the tar headers gives the exact count, the labels and a place for every image; a rank then reads its own shards only,
+front to back, as a stream. Members are never extracted, and nothing but images and `.cls` numbers is decoded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moee.artifact import read_json, stays_inside
+from moee.data import FOLDER_HELD_OUT, ImageSet, Transform
+from moee.errors import MissingDependency, UserError
+
+PREFIX = "wds/"
+INFO = ("_info.json", "info.json")
+SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
+MAX_LABEL_BYTES = 32
+OPEN_FILES = 8
+
+
+Member = tuple[int, int, int, int]  # number of the shard, first byte, bytes, label (-1: none)
+
+
+class ShardSet(ImageSet):
+    """Images of tar shards in the order in which the shards hold them."""
+
+    def __init__(self, name: str, shards: list[Path], members: Tensor, transform: Any, num_classes: int):
+        super().__init__(name, members[:, 3].tolist() if num_classes > 1 else [-1] * len(members), num_classes)
+        self.shards, self.transform = shards, transform
+        self.places = members[:, :3].clone()  # int64 [N, 3]: shard, first byte, bytes; 24 bytes an image
+        self._open: dict[int, int] = {}
+
+    def load(self, index: int) -> Tensor:
+        shard, offset, size = self.places[index].tolist()
+        raw = os.pread(self._descriptor(shard), size, offset)
+        return self.transform(Image.open(io.BytesIO(raw)).convert("RGB"))
+
+    def content(self) -> bytes:
+        """Names and sizes of the shards: what tells this set from another one of the same name."""
+        return "\n".join(f"{path.name} {path.stat().st_size}" for path in self.shards).encode()
+
+    def describe(self, index: int) -> str:
+        shard, offset, _ = self.places[index].tolist()
+        return f"{self.shards[shard]}, byte {offset}"
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                os.close(self._open.pop(next(iter(self._open))))
+            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
+        return self._open[shard]
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_open", {}).values():
+            os.close(descriptor)
+
+
+def open_shards(source: str, transform: Transform, split: str, seed: int) -> ShardSet:
+    """The split `train` or `val` of `wds/FOLDER`.
+
+    The folder's `_info.json` names the shards of each split, as timm expects; without one, shards whose names start with the
+    split's do, and where none does, a fifth of all images, drawn with `seed`, is held out. Raises `UserError` for a folder
+    without shards, a damaged shard, or one whose count differs from `_info.json`; `MissingDependency` without webdataset.
+    """
+    root = Path(source.removeprefix(PREFIX))
+    if not root.is_dir():
+        raise UserError(f"data {source!r}: {root} is not a folder; expected wds/FOLDER with tar shards on this machine")
+    if importlib.util.find_spec("webdataset") is None:
+        raise MissingDependency("data wds/... needs the package webdataset; install it with pip install 'moee[stream]'")
+    wanted, divided = _split_of(root, split, source)
+    try:
+        dataset: Any = timm.data.create_dataset(PREFIX, root=str(root.resolve()), split=wanted)
+    except Exception as error:  # readers raise many kinds
+        raise UserError(f"data {source!r}: timm cannot read it ({str(error).splitlines()[0]}); check {INFO[0]}") from error
+    info = dataset.reader.split_info
+    outside = [name for name in info.filenames if not stays_inside(root, name)]
+    if outside:
+        raise UserError(f"data {source!r}: {INFO[0]} names {outside[0]!r}, which leaves its folder")
+    shards = [root / name for name in info.filenames]
+    keys = dataset.reader.input_key.split(";")
+    parts: list[Tensor] = []
+    for number, path in enumerate(shards):
+        found = torch.tensor(list(_scan(path, number, keys)), dtype=torch.int64).view(-1, 4)
+        if info.shard_lengths and len(found) != info.shard_lengths[number]:
+            raise UserError(f"{path} holds {len(found)} images, {INFO[0]} says {info.shard_lengths[number]}; make it again")
+        parts.append(found)
+    members = torch.cat(parts) if parts else torch.empty(0, 4)
+    if not len(members):
+        raise UserError(f"data {source!r}: no images in {len(shards)} shards; expected members such as 0001.jpg and 0001.cls")
+    classes = len(members[:, 3].unique())
+    if not divided:
+        members = _part(members, split, seed)
+    prepared = timm.data.create_transform(
+        **{**transform.config, "input_size": (3, transform.size, transform.size)}, is_training=False
+    )
+    return ShardSet(source, shards, members, prepared, classes if classes > 1 else 0)
+
+
+def _split_of(root: Path, split: str, source: str) -> tuple[str, bool]:
+    """What timm calls the split, and whether the set is divided into splits at all."""
+    described = next((root / name for name in INFO if (root / name).is_file()), None)
+    if described is not None:
+        body = read_json(described)
+        splits = body.get("splits") if isinstance(body, dict) else None
+        known = splits if isinstance(splits, dict) else {}
+        for name in SPLITS[split]:
+            if name in known:
+                return name, True
+        raise UserError(f"{described} has no split {SPLITS[split][0]!r}, it has {', '.join(known) or 'none'}; add it")
+    names = sorted(path.name for path in root.glob("*.tar"))
+    unsafe = [name for name in names if set(name) & set("{},|:")]
+    if not names or unsafe:
+        came = f"{unsafe[0]!r}, a name with a character that timm reads as a pattern" if unsafe else "none"
+        raise UserError(f"data {source!r}: expected *.tar shards in {root}, came {came}")
+    both = [[name for name in names if name.startswith(SPLITS[kind])] for kind in ("train", "val")]
+    divided = all(both)
+    chosen = both[split == "val"] if divided else names
+    return (chosen[0] if len(chosen) == 1 else "{" + ",".join(chosen) + "}"), divided
+
+
+def _part(members: Tensor, split: str, seed: int) -> Tensor:
+    """The same division as of a folder that has no splits."""
+    total = len(members)
+    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, round(total * FOLDER_HELD_OUT)) if total > 1 else 0
+    positions = shuffled[held_out:] if split == "train" else shuffled[:held_out] or shuffled
+    return members[sorted(positions)]
+
+
+def _scan(path: Path, number: int, keys: list[str]) -> Iterator[Member]:
+    """The images of one shard, from its headers. Neighbouring members with one stem are a sample, as WebDataset has it."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            stem, parts = "", dict[str, tarfile.TarInfo]()
+            for item in archive:
+                if not item.isreg():
+                    continue
+                folder, _, name = item.name.rpartition("/")
+                base, _, extension = name.partition(".")
+                if f"{folder}/{base}" != stem:
+                    yield from _sample(archive, parts, number, keys)
+                    stem, parts = f"{folder}/{base}", {}
+                parts[extension.lower()] = item
+            yield from _sample(archive, parts, number, keys)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a readable tar file ({error}); make the shard again") from error
+
+
+def _sample(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo], number: int, keys: list[str]) -> Iterator[Member]:
+    image = next((parts[key] for key in keys if key in parts), None)
+    if image is None:
+        return
+    label = -1
+    if "cls" in parts and parts["cls"].size <= MAX_LABEL_BYTES:
+        handle = archive.extractfile(parts["cls"])
+        text = handle.read().strip() if handle is not None else b""
+        label = int(text) if text.isdigit() else -1
+    yield number, image.offset_data, image.size, label

@@ -1,0 +1,93 @@
+"""What a rank does when a connection ends, with and without a goodbye."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from moee.lifeline import BYE, LOST, Lifeline, Offer, connect
+
+
+@pytest.fixture
+def line():
+    """A lifeline of rank 0 of 3 and the far ends of its connections."""
+    pairs = {rank: socket.socketpair() for rank in (1, 2)}
+    made = Lifeline(0, 3, 0, {rank: pair[0] for rank, pair in pairs.items()})
+    yield made, {rank: pair[1] for rank, pair in pairs.items()}
+    made.acknowledge()
+    made.close()
+
+
+def wait_for_interrupt(after):
+    """Call `after`; the interrupt may come before it returns."""
+    with pytest.raises(KeyboardInterrupt):
+        after()
+        for _ in range(200):
+            time.sleep(0.05)
+
+
+def test_a_dead_rank_interrupts_and_is_named_to_the_others(line):
+    made, ends = line
+    started = time.monotonic()
+    wait_for_interrupt(ends[2].close)
+    made.acknowledge()
+    assert time.monotonic() - started < 2
+    assert "rank 2 of 3 was killed or failed" in made.reason and made.speaks
+    assert ends[1].recv(16) == LOST + b"2"
+
+
+def test_a_child_process_does_not_hold_the_line(line):
+    made, ends = line
+    made.acknowledge()  # the end of its own connections is no news here
+    child = os.fork()
+    if child == 0:
+        time.sleep(3)
+        os._exit(0)
+    for connection in made.peers.values():
+        connection.shutdown(socket.SHUT_RD)  # only this process's end: what a kill does to it
+        connection.close()
+    ends[1].settimeout(1)
+    assert ends[1].recv(1) == b"", "the child's copy keeps the connection open"
+    made.peers.clear()
+    os.waitpid(child, 0)
+
+
+def test_a_goodbye_is_no_loss(line):
+    made, ends = line
+    ends[1].sendall(BYE)
+    ends[1].close()
+    time.sleep(0.3)
+    assert made.reason == ""
+
+
+def test_the_launchers_signal_is_explained(line):
+    made, _ = line
+    wait_for_interrupt(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    made.acknowledge()
+    assert "SIGTERM" in made.reason
+
+
+def test_the_lowest_rank_left_on_a_machine_speaks():
+    near, far = socket.socketpair()
+    made = Lifeline(3, 4, 1, {0: near})  # ranks 2 and 3 share the machine
+    wait_for_interrupt(lambda: far.sendall(LOST + b"2"))
+    made.acknowledge()
+    made.close()
+    assert made.speaks and "rank 2 of 4" in made.reason
+
+
+def test_only_a_connection_with_the_token_is_accepted():
+    offer, found = Offer(), {}
+    accepting = threading.Thread(target=lambda: found.update(offer.accept(3)))
+    accepting.start()
+    stranger = socket.create_connection(("127.0.0.1", offer.port))
+    stranger.sendall(b"guess 1")
+    ours = [connect("127.0.0.1", offer.port, offer.token, rank) for rank in (1, 2)]
+    accepting.join(10)
+    assert sorted(found) == [1, 2] and all(0 in peer for peer in ours)
+    assert stranger.recv(1) == b"", "a stranger's connection must be closed"
+    for connection in (stranger, *found.values(), *(peer[0] for peer in ours)):
+        connection.close()

@@ -1,0 +1,153 @@
+"""A canary pickle in the place of every file that any command takes."""
+
+import argparse
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from exporter import cli
+from exporter.clear_ablation import Grid, cell_name
+from moee.artifact import sha256_file, write_json
+from tests.exporter.engines import write_engine
+from tests.untrusted.test_pickles import canary as canary  # noqa: PLC0414  (a fixture)
+
+# Options that take text, and not a path of something that is read. An option that stands in neither list fails the test below.
+TEXT = {
+    "--provider", "--precision", "--min-shapes", "--opt-shapes", "--max-shapes", "--backend", "--sm", "--layer", "--preset",
+    "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
+    "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device", "--methods",
+    "--targets", "--allocations", "--table",
+    "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out",
+    "demo --out", "export --out", "build --out", "bundle --out", "plots --out", "verify --out", "extract --out",
+}  # fmt: skip
+SMALL = ("vit_tiny_patch16_224", "--img-size", "32")
+# For each path: a command line in which PICKLE stands in its place, as a file and as a folder that holds nothing else.
+PATHS = {
+    "plan model": ("plan", "PICKLE", "--data", "digits", "--target-macs", "0.7", "--out", "OUT"),
+    "plan --data": ("plan", *SMALL, "--data", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
+    "plan --weights": ("plan", *SMALL, "--data", "digits", "--weights", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
+    "plan --out": ("plan", *SMALL, "--data", "digits", "--target-macs", "0.7", "--out", "PICKLE"),
+    "extract model": ("extract", "PICKLE", "--data", "digits", "--out", "OUT"),
+    "extract --data": ("extract", *SMALL, "--data", "PICKLE", "--out", "OUT"),
+    "extract --weights": ("extract", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
+    "extract --plan": ("extract", *SMALL, "--data", "digits", "--plan", "PICKLE", "--out", "OUT"),
+    "finetune path": ("finetune", "PICKLE", "--data", "digits", "--out", "OUT"),
+    "finetune --data": ("finetune", "MODEL", "--data", "PICKLE", "--out", "OUT"),
+    "finetune --out": ("finetune", "MODEL", "--data", "digits", "--out", "PICKLE"),
+    "export path": ("export", "PICKLE", "--out", "OUT"),
+    "export --data": ("export", "MODEL", "--precision", "int8", "--data", "PICKLE", "--out", "OUT"),
+    "verify path": ("verify", "PICKLE", "--model", "MODEL", "--data", "digits"),
+    "verify --engine": ("verify", "EXPORT", "--model", "MODEL", "--data", "digits", "--engine", "PICKLE"),
+    "verify --model": ("verify", "EXPORT", "--model", "PICKLE", "--data", "digits"),
+    "verify --data": ("verify", "EXPORT", "--model", "MODEL", "--data", "PICKLE"),
+    "bench path": ("bench", "PICKLE", "--runs", "1"),
+    "bench --data": ("bench", "EXPORT", "--data", "PICKLE", "--runs", "1"),
+    "bench --engine": ("bench", "EXPORT", "--engine", "PICKLE"),
+    "bench-dispatch path": ("bench-dispatch", "PICKLE"),
+    "build path": ("build", "PICKLE", "--out", "OUT"),
+    "build --plugin": ("build", "EXPORT", "--plugin", "PICKLE", "--out", "OUT"),
+    "build --timing-cache": ("build", "EXPORT", "--plugin", "PICKLE", "--timing-cache", "PICKLE", "--out", "OUT"),
+    "bundle path": ("bundle", "PICKLE", "--sm", "87", "--out", "OUT"),
+    "inspect model": ("inspect", "PICKLE"),
+    "plots path": ("plots", "PICKLE", "--data", "digits", "--out", "OUT"),
+    "plots --data": ("plots", "MODEL", "--data", "PICKLE", "--out", "OUT"),
+    "report paths": ("report", "PICKLE", "--out", "OUT"),
+    "ablate --model": ("ablate", "--model", "PICKLE", "--data", "digits", "--out", "OUT"),
+    "ablate --data": ("ablate", "--model", *SMALL, "--data", "PICKLE", "--out", "OUT"),
+    "ablate --weights": ("ablate", "--model", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
+    "ablate --out": ("ablate", "--model", *SMALL, "--data", "digits", "--out", "PICKLE"),
+    "ablate-clear model": ("ablate-clear", "PICKLE", "--data", "digits", "--out", "OUT"),
+    "ablate-clear --data": ("ablate-clear", *SMALL, "--data", "PICKLE", "--out", "OUT"),
+    "ablate-clear --weights": ("ablate-clear", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
+    "ablate-clear --out": ("ablate-clear", *SMALL, "--data", "digits", "--out", "PICKLE"),
+}  # fmt: skip
+NAMES = (
+    "moee.json", "export.json", "engine.json", "plan.json", "parity.json", "latency.json", "summary.json", "setup.json",
+    "kernels.json", "identity.json", "state.json", "model.safetensors", "probe.safetensors", "state-1.safetensors", "dense.onnx",
+    "portable.onnx", "tensorrt.onnx", "moee.data", "dense.plan", "moee.plan", "libmoee_plugin.so", "a.png", "b.jpg", "c.pkl",
+    "d.pth", "cells/x.json",
+)  # fmt: skip
+
+
+def options():
+    """(command, option, type) of everything that takes a value."""
+
+    def walk(parser, name):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for key, inner in action.choices.items():
+                    yield from walk(inner, f"{name} {key}".strip())
+            elif action.nargs != 0:
+                yield name, (action.option_strings or [action.dest])[0], action.type
+
+    return list(walk(cli.build_parser(), ""))
+
+
+def test_every_option_is_known_here():
+    texts = [(c, o) for c, o, kind in options() if kind in (None, str, Path)]
+    unknown = [f"{c} {o}" for c, o in texts if not {o, f"{c} {o}"} & (TEXT | PATHS.keys())]
+    assert not unknown, "a path that is read goes into PATHS, anything else into TEXT"
+    assert PATHS.keys() <= {f"{c} {o}" for c, o in texts}
+
+
+@pytest.fixture
+def spread(tmp_path, canary, made, monkeypatch):
+    """(folder of pickles, the folder that appears if one is opened); `run` puts either form into a command line."""
+    data, opened = canary
+    monkeypatch.setenv("MOEE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "pickles"
+    (folder / "cells").mkdir(parents=True)
+    for name in NAMES:
+        (folder / name).write_bytes(data)
+    for setting in Grid().settings("star"):
+        (folder / f"{cell_name(setting, 0)}.json").write_bytes(data)
+    shutil.copytree(folder, tmp_path / "pickles.resume")  # beside an output folder of that name
+    file = tmp_path / "pickle.safetensors"
+    file.write_bytes(data)
+
+    def run(words, pickle):
+        places = {"PICKLE": pickle, "OUT": tmp_path / "out", "MODEL": made / "model", "EXPORT": made / "export"}
+        return cli.main([str(places.get(word, word)) for word in words])
+
+    return folder, file, opened, run
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_pickle_in_the_place_of_any_path(spread, path, capsys):
+    folder, file, opened, run = spread
+    forms = [file, folder]
+    if path in ("finetune --out", "plan --out"):  # what is read there is the state beside a folder that does not exist yet
+        shutil.rmtree(folder)
+        forms = [folder]
+    for form in forms:
+        code = run(PATHS[path], form)
+        error = capsys.readouterr().err
+        missing = code == 3 and "install" in error and importlib.util.find_spec("tensorrt_rtx") is None
+        assert code == 2 or missing, (form, code, error)
+        assert "Traceback" not in error
+        assert not opened.exists(), "a pickle was opened"
+
+
+def test_pickles_with_a_manifest_that_vouches_for_them(spread, made, tmp_path, capsys):
+    """Right hashes: who can write a pickle can write its hash."""
+    folder, file, opened, run = spread
+    engine = write_engine(tmp_path / "engine", made / "export")
+    body = json.loads((engine / "engine.json").read_text())
+    for name, entry in (("libmoee_plugin.so", body["plugin"]), ("moee.plan", body["engines"]["moee"])):
+        shutil.copy(file, engine / name)
+        entry["sha256"] = sha256_file(engine / name)
+    (engine / "engine.json").write_text(json.dumps(body))
+    assert run(("verify", "EXPORT", "--model", "MODEL", "--data", "digits", "--engine", "PICKLE"), engine) in (2, 3)
+    resume = tmp_path / "out.resume"
+    resume.mkdir()
+    shutil.copy(file, resume / "state-1.safetensors")
+    state = {
+        "schema": "moee.finetune/1", "epoch": 1, "identity": {}, "file": "state-1.safetensors", "sha256": sha256_file(file),
+        "step": 1.0, "train_loss": [1.0], "validation_loss": [1.0, 1.0], "best_epoch": 1,
+    }  # fmt: skip
+    write_json(resume / "state.json", state)
+    assert run(("finetune", "MODEL", "--data", "digits", "--out", "OUT"), file) == 2
+    assert not opened.exists(), "a pickle was opened"
