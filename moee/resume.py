@@ -19,7 +19,6 @@ def check_identity(path: Path, schema: str, identity: dict[str, Any], what: str,
 
     Raises `UserError` that names the first difference, with both values, `what` was interrupted and the `cure`.
     """
-    sweep_all(path.parent)
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"schema": schema, **identity})
@@ -31,6 +30,7 @@ def check_identity(path: Path, schema: str, identity: dict[str, Any], what: str,
     if found is not None:
         name, stored, ours = found
         raise UserError(f"{path.parent} holds {what} with {name} {_short(stored)}, now {_short(ours)}; {cure}")
+    sweep_all(path.parent)
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:

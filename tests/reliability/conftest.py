@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,8 +48,9 @@ def record():
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder whose path is short and that no other user is kept from (tmp_path is private)."""
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
-    return tmp_path
+def place():
+    """A folder that no other user is kept from; pytest makes the parents of its own private again at every start."""
+    folder = Path(tempfile.mkdtemp(prefix="reliability-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
