@@ -13,6 +13,7 @@ from moee import checkpoint
 from moee.artifact import read_manifest
 from moee.clear_moe import ClearConfig, ClearFFN
 from moee.clear_moe.dispatch import Sorted, backend
+from moee.distributed import SOLO
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.pipeline import Session, run_extract
@@ -29,7 +30,7 @@ class TinySession(Session):
         from tests.conftest import tiny_images
 
         torch.manual_seed(0)
-        self.spec, self.source, self.report = tiny_spec(num_classes=4), "tiny", lambda *a: None
+        self.spec, self.source, self.report, self.group = tiny_spec(num_classes=4), "tiny", lambda *a: None, SOLO
         self.dense = load_model(self.spec)
         self.transform = model_transform(self.dense)
         self.train, self.held_out = tiny_images(40), tiny_images(24)
