@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moee.distributed import Group
 from moee.errors import UserError
+from moee.schema import shown
 
 log = logging.getLogger("moee")
 
@@ -273,7 +274,7 @@ def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSe
         dataset: Any = timm.data.create_dataset(name, root=str(root), **kwargs)
         total = len(dataset)
     except Exception as error:  # readers of many libraries, each with errors of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
         raise UserError(f"data {source!r}: no images found ({reason}); expected image files below it") from error
     dataset.transform = timm.data.create_transform(
         **{**transform.config, "input_size": (3, transform.size, transform.size)}, is_training=False

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moee.artifact import sha256_file
 from moee.errors import UserError
-from moee.schema import MAX_SHOWN, shown
+from moee.schema import shown
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
 MAX_LISTED_KEYS = 3
@@ -85,11 +85,11 @@ def load_model(spec: ModelSpec) -> nn.Module:
     try:
         model = timm.create_model(spec.timm_name, pretrained=spec.pretrained and spec.weights is None, **kwargs)
     except (TypeError, AssertionError, ValueError) as error:
-        reason = " ".join(str(error).split())[:MAX_SHOWN]
+        reason = shown(" ".join(str(error).split()), quoted=False)
         raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
     except Exception as error:  # timm's hub client raises many kinds; all mean that the weights could not be had
         if not spec.pretrained or spec.weights is not None:
-            reason = " ".join(str(error).split())[:MAX_SHOWN] or type(error).__name__
+            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
             raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
         raise UserError(
             f"pretrained weights of {spec.timm_name} could not be fetched ({type(error).__name__}); "
@@ -137,7 +137,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             state = filter_fn(state, model)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # the filters take names and shapes for granted
-        reason = next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()[:MAX_SHOWN]
+        reason = shown(next(reversed(str(error).strip().splitlines()), type(error).__name__).strip(), quoted=False)
         raise UserError(f"weights {path} do not fit {type(model).__name__}: {reason}; check the model's name") from error
     heads = tuple(f"{name}." for name in _classifier_names(model))
     missing = [key for key in missing if not key.startswith(heads)] if heads else missing

@@ -1,0 +1,48 @@
+"""The bench of single layers: real tokens, ideal by MACs, sums over layers."""
+
+import pytest
+import torch
+
+from exporter.ffn_bench import FFNSpeed, ffn_speeds, ideal_speedup, layer_inputs, overall
+from moee.checkpoint import MoeeModel
+from moee.errors import UserError
+from moee.layer import RoutedFFN, routed_layers
+from tests.conftest import tiny_spec
+from tests.moee.reference import random_problem
+from tests.moee.test_ops import layer_of
+
+
+def test_layers_of_a_model(tiny_export):
+    moee = tiny_export.moee
+    rows = ffn_speeds(moee, tiny_export.data, tokens=50, runs=2)
+    assert [r.name for r in rows] == list(routed_layers(moee.model))
+    for row in rows:
+        assert row.tokens == 48 and row.dense_ms > 0 and row.moee_ms > 0 and row.ideal > 1
+
+
+def test_inputs_are_the_tokens_that_the_layer_sees(tiny_export):
+    moee = tiny_export.moee
+    layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, RoutedFFN)}
+    name, seen = next(iter(layers)), []
+    handle = layers[name].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    found = layer_inputs(moee.model, layers, tiny_export.data, 30)
+    handle.remove()
+    assert torch.equal(found[name], seen[0].reshape(-1, seen[0].shape[-1])[:30])
+
+
+def test_ideal_counts_router_and_the_experts_taken():
+    layer = layer_of(random_problem(9, 16, 24, [4, 20])).eval()
+    x = torch.randn(64, 16)
+    share = torch.bincount(layer.routes(x)[:, 0], minlength=2) / 64
+    width = float(share @ torch.tensor([4.0, 20.0]))
+    assert ideal_speedup(2 * 16 * 64, layer, x) == pytest.approx(2 * 16 * 64 / (2 * 16 + 2 * 16 * width))
+
+
+def test_sums_weigh_by_dense_time():
+    rows = [FFNSpeed("a", 8, 4.0, 2.0, 2.0, 4.0), FFNSpeed("b", 8, 2.0, 1.0, 2.0, 2.0)]
+    assert overall(rows) == (2.0, 3.0)
+
+
+def test_a_dense_model_is_refused(tiny_model, tiny_export):
+    with pytest.raises(UserError, match="no routed MLP"):
+        ffn_speeds(MoeeModel(tiny_model, tiny_spec(), None, "tiny"), tiny_export.data, 16)
