@@ -2,7 +2,13 @@
 
 
 class UserError(ValueError):
-    """Bad input: what was expected, what came, what to do, in one sentence. Exit code 2."""
+    """Bad input: what was expected, what came, what to do, in one sentence. Exit code 2.
+
+    Messages quote what came, and that may be a file from someone else: characters that would control a terminal become "?".
+    """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else " " if c == "\n" else "?" for c in message))
 
 
 class MissingDependency(RuntimeError):

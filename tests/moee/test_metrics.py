@@ -41,3 +41,10 @@ def test_dense_macs_do_not_depend_on_fused_attention(tiny_model):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tiny_model(torch.zeros(1, 3, 32, 32))
     assert unfused == counter.get_total_flops() // 2
+
+
+def test_bad_input_is_quoted_without_control_characters():
+    from moee.errors import NothingRouted, UserError
+
+    assert str(UserError("data '\x1b[2J\x00': expected\nan image folder – ok")) == "data '?[2J?': expected an image folder – ok"
+    assert str(NothingRouted("a\tb")) == "a?b"
