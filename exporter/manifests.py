@@ -11,8 +11,8 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from exporter.quantization import Quantization
 from moee.artifact import read_manifest, sha256_file, stays_inside
-from moee.checkpoint import Costs
 from moee.errors import UserError
+from moee.model_manifest import Costs
 from moee.models import ModelSpec
 from moee.schema import Body, Text, checked, shown
 

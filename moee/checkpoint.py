@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from moee.artifact import atomic_folder, read_manifest, write_manifest
@@ -20,9 +19,10 @@ from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
+from moee.model_manifest import ClearRecord, Info, LayerRecord, Manifest
 from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
-from moee.schema import Body, Text, checked, shown
+from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
@@ -31,84 +31,6 @@ FETCHED = ("torch", "tfds", "hfds", "hfids")  # prefixes of timm.data readers th
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
 MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
-
-
-class Retention(Body):
-    """A stage's figures; any may lack, or be no number where the model is broken."""
-
-    model_config = ConfigDict(allow_inf_nan=True)
-
-    dense_accuracy: float | None = None
-    accuracy: float | None = None
-    top1_agreement: float | None = None
-    class_cosine: float | None = None
-    token_cosine: float | None = None
-
-
-class Cost(Body):
-    macs: float = Field(gt=0)
-    params: float = Field(gt=0)
-
-
-class Costs(Body):
-    dense: Cost
-    moee: Cost
-
-
-class Stage(Body):
-    """What a command measured: `shares` are those of each layer's tokens that each expert got."""
-
-    retention: Retention = Retention()
-    cost: Costs | None = None
-    shares: dict[str, list[Annotated[float, Field(ge=0, le=1.001)]]] = {}
-
-
-class Info(Body):
-    stages: dict[str, Stage] = {}
-    layers: list[dict[str, Any]] = []
-
-
-class Manifest(Body):
-    """The body of `moee.json`."""
-
-    model: ModelSpec
-    config: dict[str, Any] | None
-    data: Text
-    layers: list[dict[str, Any]] = Field(min_length=1)
-    info: Info
-
-
-class LayerRecord(BaseModel):
-    """A routed layer as the manifest describes it: what rebuilds the module before its tensors are loaded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Text
-    activation: Text
-    top_k: int = Field(ge=1)
-    experts: int = Field(ge=1)
-    union: int = Field(ge=1)
-    neurons: int = Field(ge=1)
-    dim: int = Field(ge=1)
-    load: tuple[int, ...]
-    channels_first: bool = False
-
-
-class ClearRecord(BaseModel):
-    """A CLEAR-MoE layer as the manifest describes it; `ranks` are (up, up residual, down, down residual)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["clear-moe"]
-    name: Text
-    activation: Text
-    experts: int = Field(ge=1)
-    ranks: tuple[int, int, int, int]
-    router_width: int = Field(ge=1)
-    router_hidden: int = Field(ge=0)
-    dim: int = Field(ge=1)
-    hidden: int = Field(ge=1)
-    channels_first: bool = False
 
 
 @dataclass

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from moee.artifact import read_manifest, write_manifest
-from moee.checkpoint import SCHEMA, LayerRecord
+from moee.checkpoint import SCHEMA
 from moee.config import ExtractConfig
 from moee.errors import UserError
+from moee.model_manifest import LayerRecord
 from moee.models import ModelSpec
 from moee.schema import MIGRATIONS, split, upgraded
 

@@ -1,0 +1,88 @@
+"""What `moee.json` must hold: figures of each stage, and a record of every layer. Checked before anything is built from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from moee.models import ModelSpec
+from moee.schema import Body, Text
+
+
+class Retention(Body):
+    """A stage's figures; any may lack, or be no number where the model is broken."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    top1_agreement: float | None = None
+    class_cosine: float | None = None
+    token_cosine: float | None = None
+
+
+class Cost(Body):
+    macs: float = Field(gt=0)
+    params: float = Field(gt=0)
+
+
+class Costs(Body):
+    dense: Cost
+    moee: Cost
+
+
+class Stage(Body):
+    """What a command measured: `shares` are those of each layer's tokens that each expert got."""
+
+    retention: Retention = Retention()
+    cost: Costs | None = None
+    shares: dict[str, list[Annotated[float, Field(ge=0, le=1.001)]]] = {}
+
+
+class Info(Body):
+    stages: dict[str, Stage] = {}
+    layers: list[dict[str, Any]] = []
+
+
+class Manifest(Body):
+    """The body of `moee.json`."""
+
+    model: ModelSpec
+    config: dict[str, Any] | None
+    data: Text
+    layers: list[dict[str, Any]] = Field(min_length=1)
+    info: Info
+
+
+class LayerRecord(BaseModel):
+    """A routed layer as the manifest describes it: what rebuilds the module before its tensors are loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    activation: Text
+    top_k: int = Field(ge=1)
+    experts: int = Field(ge=1)
+    union: int = Field(ge=1)
+    neurons: int = Field(ge=1)
+    dim: int = Field(ge=1)
+    load: tuple[int, ...]
+    channels_first: bool = False
+
+
+class ClearRecord(BaseModel):
+    """A CLEAR-MoE layer as the manifest describes it; `ranks` are (up, up residual, down, down residual)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["clear-moe"]
+    name: Text
+    activation: Text
+    experts: int = Field(ge=1)
+    ranks: tuple[int, int, int, int]
+    router_width: int = Field(ge=1)
+    router_hidden: int = Field(ge=0)
+    dim: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    channels_first: bool = False
