@@ -108,6 +108,11 @@ def recover(path: Path) -> None:
             return
 
 
+def sweep_scratch(base: Path | None = None) -> None:
+    """Remove the scratch folders that killed processes left below `base` (default: the system's temporary folder)."""
+    _sweep(base or Path(tempfile.gettempdir()), re.compile(rf"{SCRATCH}[0-9a-f]{{8}}"))
+
+
 @contextmanager
 def temporary_folder(parent: Path | str | None = None) -> Iterator[Path]:
     """A scratch folder below `parent` (default: the system's) that is removed at the end.
@@ -115,7 +120,7 @@ def temporary_folder(parent: Path | str | None = None) -> Iterator[Path]:
     One that a killed process left is removed by the next call with the same parent.
     """
     base = Path(parent) if parent is not None else Path(tempfile.gettempdir())
-    _sweep(base, re.compile(rf"{SCRATCH}[0-9a-f]{{8}}"))
+    sweep_scratch(base)
     folder, lock = _make_locked(lambda: base / f"{SCRATCH}{uuid.uuid4().hex[:8]}", mode=0o700)
     try:
         yield folder

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moee.ablation.grid import AblationConfig, Cell, cells_of
 from moee.artifact import read_json, write_json
-from moee.atomic import sweep_all, temporary_folder
+from moee.atomic import sweep_all, sweep_scratch, temporary_folder
 from moee.cache import tensor_hash
 from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
@@ -100,6 +100,7 @@ def run_cells(
     another configuration.
     """
     check_setup(out, setup_of(session, ablation))
+    sweep_scratch()  # a run that finds every cell finished makes no scratch folder of its own
     (out / CELLS).mkdir(exist_ok=True)
     sweep_all(out / CELLS)
     cells = list(cells_of(ablation))
