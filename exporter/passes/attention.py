@@ -12,10 +12,10 @@ A node that does not match, or whose intermediate values are used elsewhere, is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
+
+from exporter.passes.tape import Tape
 
 QKV_PERM = (2, 0, 3, 1, 4)
 HEADS_FIRST = (0, 2, 1, 3)
@@ -29,7 +29,7 @@ def rewrite_attention(model: ir.Model) -> tuple[int, int]:
     keys = sum(_transpose_key(graph, node) for node in list(graph) if node.op_type == "Transpose" and _perm(node) == (0, 2, 1))
     for node in list(graph):
         if node.op_type == "Transpose":
-            _merge_transposes(graph, node)
+            _merge_transposes(node)
     _remove_dead(graph)
     return split, keys
 
@@ -53,20 +53,10 @@ def _array(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy() if value is not None and value.const_value is not None else None
 
 
-def _constant(graph: ir.Graph, array: np.ndarray, name: str) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(name=name, type=ir.TensorType(ir.tensor(array).dtype), shape=ir.Shape(array.shape))
-    value.const_value = ir.tensor(array, name=name)
-    graph.register_initializer(value)
-    return value
-
-
-def _node(graph: ir.Graph, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], name: str, **attributes) -> ir.Value:
-    node = ir.Node("", kind, inputs, ir.convenience.convert_attributes(attributes), num_outputs=1, name=name)
-    node.outputs[0].name = name
-    graph.insert_before(before, node)
-    return node.outputs[0]
+def _ints(value: ir.Value | None) -> list[int]:
+    """A constant list of numbers; empty for anything else."""
+    array = _array(value)
+    return [] if array is None else array.reshape(-1).tolist()
 
 
 def _split_qkv(graph: ir.Graph, permute: ir.Node) -> bool:
@@ -76,24 +66,25 @@ def _split_qkv(graph: ir.Graph, permute: ir.Node) -> bool:
     product = _producer(add.inputs[0], "MatMul") if add else None
     if reshape is None or add is None or product is None:
         return False
-    shape, weight, bias = _array(reshape.inputs[1]), _array(product.inputs[1]), _array(add.inputs[1])
+    shape, weight, bias = _ints(reshape.inputs[1]), _array(product.inputs[1]), _array(add.inputs[1])
     parts = _unbound(permute.outputs[0])
-    chain = (product.outputs[0], add.outputs[0], reshape.outputs[0])
-    if shape is None or weight is None or bias is None or parts is None or len(shape) != 5 or shape[2] != 3:
+    if len(shape) != 5 or shape[2] != 3 or weight is None or bias is None or parts is None:
         return False
-    if any(len(value.uses()) != 1 or value.is_graph_output() for value in chain):
+    dim = shape[3] * shape[4]
+    if weight.ndim != 2 or weight.shape[1] != 3 * dim or bias.shape != (3 * dim,):
         return False
-    dim = weight.shape[1] // 3
-    wanted = np.array([shape[0], shape[1], shape[3], shape[4]], np.int64)
-    scope, x = (product.name or "qkv").rsplit("/", 1)[0], product.inputs[0]
-    for part, letter, old in zip(range(3), "qkv", parts, strict=True):
+    if any(len(v.uses()) != 1 or v.is_graph_output() for v in (product.outputs[0], add.outputs[0], reshape.outputs[0])):
+        return False
+    scope = (product.name or "qkv").rsplit("/", 1)[0]
+    for part, (letter, old) in enumerate(zip("qkv", parts, strict=True)):
+        tape = Tape(graph, product, f"{scope}.{letter}")
         columns = slice(part * dim, (part + 1) * dim)
-        name = f"{scope}.{letter}"
-        w = _constant(graph, np.ascontiguousarray(weight[:, columns]), f"{name}.weight")
-        b = _constant(graph, np.ascontiguousarray(bias[columns]), f"{name}.bias")
-        flat = _node(graph, product, "Add", [_node(graph, product, "MatMul", [x, w], f"{name}/product"), b], f"{name}/linear")
-        heads = _node(graph, product, "Reshape", [flat, _constant(graph, wanted, f"{scope}.heads")], f"{name}/heads")
-        new = _node(graph, product, "Transpose", [heads], f"{name}/heads_first", perm=list(HEADS_FIRST))
+        w = tape.constant(np.ascontiguousarray(weight[:, columns]), "weight")
+        b = tape.constant(np.ascontiguousarray(bias[columns]), "bias")
+        by_head = tape.constant(np.array([shape[0], shape[1], shape[3], shape[4]], np.int64), "shape")
+        linear = tape.op("Add", [tape.op("MatMul", [product.inputs[0], w], name="product")[0], b], name="linear")[0]
+        heads = tape.op("Reshape", [linear, by_head], name="heads")[0]
+        new = tape.op("Transpose", [heads], name="heads_first", perm=list(HEADS_FIRST))[0]
         new.type, new.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new)
     return True
@@ -103,55 +94,57 @@ def _unbound(stacked: ir.Value) -> list[ir.Value] | None:
     """The three values [B, H, N, d] that are sliced from [3, B, H, N, d], in order."""
     found: dict[int, ir.Value] = {}
     for use in stacked.uses():
-        if use.node.op_type == "Split":
-            squeezed = [_only_user(v, "Squeeze") for v in use.node.outputs]
-            return [s.outputs[0] for s in squeezed if s is not None] if len(squeezed) == 3 and all(squeezed) else None
-        start, end, axis = (_array(v) for v in use.node.inputs[1:4]) if use.node.op_type == "Slice" else (None, None, None)
-        squeeze = _only_user(use.node.outputs[0], "Squeeze")
-        if start is None or end is None or axis is None or squeeze is None or axis.tolist() != [0] or end[0] != start[0] + 1:
+        if use.node.op_type != "Slice":
             return None
-        found[int(start[0])] = squeeze.outputs[0]
-    return [found[i] for i in range(3)] if sorted(found) == [0, 1, 2] and len(stacked.uses()) == 3 else None
+        starts, ends, axes = (_ints(v) for v in use.node.inputs[1:4])
+        squeeze = _only_user(use.node.outputs[0], "Squeeze")
+        if len(starts) != 1 or ends != [starts[0] + 1] or axes != [0] or squeeze is None or _ints(squeeze.inputs[1]) != [0]:
+            return None
+        found[starts[0]] = squeeze.outputs[0]
+    whole = sorted(found) == [0, 1, 2] and len(stacked.uses()) == 3 and not any(v.is_graph_output() for v in found.values())
+    return [found[i] for i in range(3)] if whole else None
 
 
 def _transpose_key(graph: ir.Graph, swap: ir.Node) -> bool:
-    """Rule 2."""
+    """Rule 2: key [B, H, N, d] to [-1, N, d], swapped, to [B, H, d, N]."""
     before, after = _producer(swap.inputs[0], "Reshape"), _only_user(swap.outputs[0], "Reshape")
-    if before is None or after is None or len(before.outputs[0].uses()) != 1:
+    key = before.inputs[0] if before is not None else None
+    if before is None or after is None or key is None or key.shape is None or len(key.shape) != 4:
         return False
-    key, result = before.inputs[0], after.outputs[0]
-    if key is None or key.shape is None or len(key.shape) != 4 or result.shape is None or len(result.shape) != 4:
+    if len(before.outputs[0].uses()) != 1 or before.outputs[0].is_graph_output() or after.outputs[0].is_graph_output():
         return False
-    if not (_from_shape_of(before.inputs[1], key) and _from_shape_of(after.inputs[1], key)):
+    if _dims_of(before.inputs[1], key) != [None, 2, 3] or _dims_of(after.inputs[1], key) != [*LAST_TWO]:
         return False
-    new = _node(graph, swap, "Transpose", [key], f"{swap.name}/key", perm=list(LAST_TWO))
+    new = Tape(graph, swap, swap.name or "key").op("Transpose", [key], name="key", perm=list(LAST_TWO))[0]
     new.type, new.shape = key.type, ir.Shape([key.shape[i] for i in LAST_TWO])
-    ir.convenience.replace_all_uses_with(result, new)
+    ir.convenience.replace_all_uses_with(after.outputs[0], new)
     return True
 
 
-def _from_shape_of(wanted: ir.Value | None, key: ir.Value) -> bool:
-    """Whether a computed shape is a Concat of slices of `key`'s own shape (and constants)."""
+def _dims_of(wanted: ir.Value | None, key: ir.Value) -> list[int | None]:
+    """A shape computed from that of `key` [., ., ., .] as dimensions of it, None for -1; empty if it is anything else."""
     concat = _producer(wanted, "Concat")
-    if concat is None:
-        return False
-    for value in concat.inputs:
-        if _array(value) is not None:
+    dims: list[int | None] = []
+    for value in concat.inputs if concat is not None else ():
+        if _ints(value) == [-1]:
+            dims.append(None)
             continue
         part = _producer(value, "Slice")
-        source = _producer(part.inputs[0], "Shape") if part else None
-        if source is None or source.inputs[0] is not key:
-            return False
-    return True
+        source = _producer(part.inputs[0], "Shape") if part is not None else None
+        if part is None or source is None or source.inputs[0] is not key:
+            return []
+        starts, ends = (_ints(v) for v in part.inputs[1:3])
+        if len(starts) != 1 or len(ends) != 1:
+            return []
+        dims += range(4)[starts[0] : ends[0]]
+    return dims
 
 
-def _merge_transposes(graph: ir.Graph, node: ir.Node) -> None:
+def _merge_transposes(node: ir.Node) -> None:
     """Rule 3: `node` reads another Transpose's result."""
     first = _producer(node.inputs[0], "Transpose")
-    if first is None:
-        return
-    inner, outer = _perm(first), _perm(node)
-    if len(inner) != len(outer) or not inner:
+    inner, outer = _perm(first) if first is not None else (), _perm(node)
+    if first is None or not inner or len(inner) != len(outer):
         return
     node.replace_input_with(0, first.inputs[0])
     node.attributes["perm"] = ir.AttrInt64s("perm", [inner[i] for i in outer])

@@ -62,17 +62,17 @@ def test_attention_of_timm_models(traced, name):
 
 
 class Attention(nn.Module):
-    """qkv in one product on [B, 16, 12], two heads; `leak` also returns what lies between."""
+    """qkv in one product on [B, 16, 12], two heads; `leak` also returns what lies between; `order` names what the slices are."""
 
-    def __init__(self, leak: bool = False, bias: bool = True):
+    def __init__(self, leak: bool = False, bias: bool = True, order: tuple[int, ...] = (0, 1, 2)):
         super().__init__()
-        self.qkv, self.leak = nn.Linear(12, 36, bias=bias), leak
-        self.shift = nn.Parameter(torch.ones(36))
+        self.qkv, self.leak, self.order = nn.Linear(12, 36, bias=bias), leak, order
 
     def forward(self, x):
         x = x.reshape(x.shape[0], -1, 12)
         flat = self.qkv(x)
-        q, k, v = flat.reshape(x.shape[0], -1, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        parts = flat.reshape(x.shape[0], -1, 3, 2, 6).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (parts[i] for i in self.order)
         y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
         return y.transpose(1, 2).reshape(x.shape[0], -1) + (flat.sum((1, 2))[:, None] if self.leak else 0)
 
@@ -84,6 +84,52 @@ def test_an_intermediate_value_that_is_used_elsewhere_keeps_the_node(traced):
         before = run(graph, x)
         assert rewrite_attention(graph)[0] == split
         np.testing.assert_allclose(run(graph, x), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (0, 0, 2)], ids=["another order", "one part twice"])
+def test_parts_in_another_order_give_the_same_numbers(traced, order):
+    """Which third of the weight a slice stands for is read from the graph."""
+    torch.manual_seed(0)
+    x = np.random.default_rng(0).standard_normal((2, 3, 8, 8)).astype(np.float32)
+    graph = traced(Attention(order=order), 8)
+    before = run(graph, x)
+    rewrite_attention(graph)
+    np.testing.assert_allclose(run(graph, x), before, rtol=1e-5, atol=1e-6)
+
+
+def key_graph(mixed: bool) -> ir.Model:
+    """Shape -> Slices -> Concat -> Reshape -> Transpose -> Reshape, by hand."""
+    from onnx import TensorProto, helper
+
+    names = {"dim0": (0, 1), "dim1": (1, 2), "dim2": (2, 3), "dim3": (3, 4), "outer": (0, 2)}
+    nodes = [helper.make_node("Identity", ["input"], ["k"]), helper.make_node("Shape", ["k"], ["s"])]
+    ints = {"minus_one": [-1]}
+    for name, (a, b) in names.items():
+        ints |= {f"{name}_a": [a], f"{name}_b": [b]}
+        nodes.append(helper.make_node("Slice", ["s", f"{name}_a", f"{name}_b"], [name]))
+    flat = ["minus_one", "dim3", "dim2"] if mixed else ["minus_one", "dim2", "dim3"]
+    nodes += [
+        helper.make_node("Concat", flat, ["three"], axis=0),
+        helper.make_node("Concat", ["outer", "dim2", "dim3"] if mixed else ["outer", "dim3", "dim2"], ["four"], axis=0),
+        helper.make_node("Reshape", ["k", "three"], ["k3"]),
+        helper.make_node("Transpose", ["k3"], ["kt"], perm=[0, 2, 1]),
+        helper.make_node("Reshape", ["kt", "four"], ["y"]),
+        helper.make_node("Identity", ["y"], ["output"]),
+    ]
+    floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * 4) for n in ("input", "output")]
+    constants = [helper.make_tensor(n, TensorProto.INT64, [1], v) for n, v in ints.items()]
+    inner = [helper.make_tensor_value_info("k", TensorProto.FLOAT, [None] * 4)]
+    graph = helper.make_graph(nodes, "g", floats[:1], floats[1:], constants, value_info=inner)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10))
+
+
+@pytest.mark.parametrize(("mixed", "keys"), [(False, 1), (True, 0)])
+def test_only_a_swap_of_the_last_two_dimensions_is_a_transposed_key(mixed, keys):
+    """The same nodes with the dimensions in another order are another function."""
+    graph, x = key_graph(mixed), np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    before = run(graph, x)
+    assert rewrite_attention(graph) == (0, keys)
+    np.testing.assert_array_equal(run(graph, x), before)
 
 
 def test_without_a_bias_there_is_nothing_to_match(traced):
