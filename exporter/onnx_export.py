@@ -29,7 +29,7 @@ from exporter.precision import INT8, dtype_of, typed
 from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
 from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from moee.artifact import atomic_folder, refuse_existing, write_manifest
-from moee.checkpoint import MoeeModel
+from moee.checkpoint import MoeeModel, recorded_data
 from moee.clear_moe import ClearFFN
 from moee.data import ImageSet, Transform, load_data, model_transform
 from moee.errors import UserError
@@ -225,7 +225,7 @@ def export(
 
 def _calibration_data(moee: MoeeModel, transform: Transform) -> ImageSet:
     try:
-        return load_data(moee.data, transform, "train")
+        return load_data(recorded_data(moee.data), transform, "train")
     except UserError as error:
         raise UserError(f"int8 needs calibration images: {error}; give them with --data") from error
 

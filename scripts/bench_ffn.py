@@ -16,7 +16,8 @@ parser.add_argument("--runs", type=int, default=40)
 parser.add_argument("--threads", type=int)
 args = parser.parse_args()
 moee = checkpoint.load(args.artifact)
-rows = ffn_speeds(moee, load_data(moee.data, model_transform(moee.model), "val"), args.tokens, args.runs, args.threads)
+data = load_data(checkpoint.recorded_data(moee.data), model_transform(moee.model), "val")
+rows = ffn_speeds(moee, data, args.tokens, args.runs, args.threads)
 for r in rows:
     share = r.speedup / r.ideal
     print(f"{r.name}: {r.tokens} tokens, dense {r.dense_ms:.2f} ms, MoEE {r.moee_ms:.2f} ms", end=", ")

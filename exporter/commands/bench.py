@@ -79,6 +79,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _data(given: str | None, manifest: dict[str, Any]) -> ImageSet | None:
     """Held-out images of --data, which must be readable, or of what the model was extracted on, which may be elsewhere."""
+    from moee.checkpoint import recorded_data
     from moee.data import Transform, load_data
     from moee.errors import UserError
 
@@ -86,7 +87,7 @@ def _data(given: str | None, manifest: dict[str, Any]) -> ImageSet | None:
     config = {"mean": wanted["mean"], "std": wanted["std"]}
     transform = Transform(wanted["size"], tuple(wanted["mean"]), tuple(wanted["std"]), config)
     try:
-        return load_data(given or manifest["data"], transform, "val")
+        return load_data(given or recorded_data(manifest["data"]), transform, "val")
     except UserError:
         if given:
             raise

@@ -101,7 +101,7 @@ def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
         raise UserError(f"--layer {name}: expected one of {', '.join(layers)}")
     seen: list[torch.Tensor] = []
     handle = layers[name].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    images = next(batches(load_data(moee.data, model_transform(moee.model), "val"), batch)).images
+    images = next(batches(load_data(checkpoint.recorded_data(moee.data), model_transform(moee.model), "val"), batch)).images
     with torch.no_grad():
         moee.model(images)
     handle.remove()

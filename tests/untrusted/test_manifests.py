@@ -148,3 +148,21 @@ def test_names_that_leave_the_folder(tmp_path, name):
     with pytest.raises(UserError, match="leaves its folder|is missing"):
         read_manifest(folder, "moee.json", "moee.model/1")
     assert "match" not in render(collect([folder])).split("hashes of its files")[1].split("</table>")[0]
+
+
+def test_no_command_fetches_data_that_a_file_names(made, tmp_path, monkeypatch):
+    """bench falls back to noise, int8 asks for --data; neither opens the data set."""
+    from exporter.commands import bench
+    from exporter.onnx_export import export
+
+    def opened(source, *args):
+        raise AssertionError(f"{source} was opened")
+
+    for module in ("moee.data", "exporter.onnx_export"):
+        monkeypatch.setattr(f"{module}.load_data", opened)
+    manifest = json.loads((made / "export" / "export.json").read_text())
+    assert bench._data(None, {**manifest, "data": "hfds/someone/dataset"}) is None
+    moee = checkpoint.load(made / "model")
+    moee.data = "hfds/someone/dataset"
+    with pytest.raises(UserError, match="int8 needs calibration images.*may be fetched"):
+        export(moee, tmp_path / "export", precision="int8")
