@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from moee.atomic import temporary_folder
+from moee.clear_moe import ClearFFN
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, tokens_per_image
@@ -110,7 +111,13 @@ def _dense_ffn_ms(device: Device, dim: int, hidden: int, tokens: int) -> float:
 
 
 def _routed_ms(device: Device, layer: Any, tokens: int) -> float:
-    """Route, up, down: whole tiles an expert, at the calibrated load; one expert needs no routing and is two plain products."""
+    """Route, up, down: whole tiles an expert, at the calibrated load; one expert needs no routing and is two plain products.
+    CLEAR-MoE, which TensorRT gets as plain masked products, is its products in turn."""
+    if isinstance(layer, ClearFFN):
+        rows = math.ceil(tokens / TILE_TOKENS) * TILE_TOKENS
+        units = sum(layer.rank_units(masked=True))
+        moved = float(BYTES * (layer.stored_numbers() + 2 * tokens * (layer.dim + layer.hidden + units)))
+        return operation_ms(device, rows * layer.macs_per_token(masked=True), moved, 8)
     dim, widths = layer.w_up.shape[1], layer.widths
     if len(widths) == 1:
         return _dense_ffn_ms(device, dim, widths[0], tokens)

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--target-latency-ms", type=float, help="p50 of a batch on --device")
     sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
     sub.add_argument("--batch", type=int, default=8, help="batch size of latencies (8)")
-    sub.add_argument("--methods", help="comma-separated: hdbscan, kmeans-8, kmeans-32, static, moefication (all)")
+    sub.add_argument("--methods", help="comma-separated: hdbscan, kmeans-8, kmeans-32, static, moefication, clear-moe (all)")
     sub.add_argument("--allocations", help="comma-separated: share, sensitivity (both)")
     sub.add_argument("--targets", help="comma-separated shares of MACs to try (0.8,0.7,0.6,0.5)")
     sub.add_argument("--cluster-tokens", type=int, default=6000, help="tokens a layer that are clustered (6000)")

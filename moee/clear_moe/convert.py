@@ -22,7 +22,7 @@ from moee.clear_moe.decompose import (
 from moee.clear_moe.layer import ClearFFN
 from moee.clear_moe.scoring import LayerScore
 from moee.data import ImageSet
-from moee.errors import UserError
+from moee.errors import NothingRouted, UserError
 from moee.layer_report import LayerReport
 from moee.models import find_ffns
 from moee.progress import Reporter, silent
@@ -58,7 +58,7 @@ def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Repor
     choose_ranks(model, found, chosen.images.shape[-1], config)
     selected = [a for a in found if a.ranks is not None]
     if not selected:
-        raise UserError("no layer gets cheaper at these ranks, so the model would stay dense; lower --rank or --energy")
+        raise NothingRouted("no layer gets cheaper at these ranks, so the model would stay dense; lower --rank or --energy")
     layers = build_layers(model, selected, chosen.images, config, report)
     return [_report(a, *layers.get(a.ffn.name, ())) for a in found]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moee.clear_moe.decompose import Moments, leading
-from moee.errors import UserError
+from moee.errors import OutOfReach
 
 GRID = 24  # shared ranks tried up to full rank
 RESIDUALS = (0, 4, 8, 16, 32)  # residual ranks tried when the choice is free
@@ -96,7 +96,7 @@ def ranks_for_budget(
     image; `other` are the MACs outside these layers. None: the layer stays dense.
 
     A price a MAC makes the layers independent: each takes the ranks of least error + price x cost, dense included, and the price
-    is bisected until the budget is met. Raises `UserError` if even the smallest ranks exceed it.
+    is bisected until the budget is met. Raises `OutOfReach` if even the smallest ranks exceed it.
     """
 
     def at(price: float) -> tuple[list[tuple[int, int, int, int] | None], float]:
@@ -115,7 +115,7 @@ def ranks_for_budget(
     low, high = -18.0, 2.0  # exponents of ten
     chosen, least = at(scale * 10**high)
     if least > budget:
-        raise UserError(
+        raise OutOfReach(
             f"--target-macs asks for {budget / 1e6:.1f} M multiply-accumulates an image, the smallest ranks need "
             f"{least / 1e6:.1f} M; raise the target or convert more layers"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, write_manifest
 from moee.atomic import remove_folder
+from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.models import ModelSpec
@@ -86,7 +87,7 @@ def make_plan(
     return result
 
 
-def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig:
+def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:
     """The winner's configuration from `plan.json` (or its folder). Raises `UserError` for a plan of another model, or for one
     whose winner is the dense model."""
     path = Path(path)
@@ -100,4 +101,6 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig:
     config = plan["winner"].get("config")
     if not config:
         raise UserError(f"{path} says that the dense model wins; there is nothing to extract")
+    if isinstance(config, dict) and config.get("method") == "clear-moe":
+        return checked(ClearConfig, config, path)
     return checked(ExtractConfig, config, path)

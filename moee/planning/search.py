@@ -7,7 +7,7 @@ import hashlib
 import json
 import statistics
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from torch import nn
 from moee.artifact import read_json, write_json
 from moee.atomic import temporary_folder
 from moee.calibration import LayerTokens, collect_tokens
-from moee.config import ExtractConfig, make_extract_config
+from moee.clear_moe import ClearConfig, convert
+from moee.config import ExtractConfig, make_extract_config, validated
 from moee.convert import Prepared, apply, extract, ffn_budget, prepare
 from moee.errors import NothingRouted, OutOfReach
 from moee.layer_report import LayerReport
@@ -34,19 +35,27 @@ METHODS: dict[str, dict[str, Any]] = {
     "kmeans-32": {"clustering": "kmeans", "clusters": 32, "components": 50},
     "static": {"clustering": "none"},
     "moefication": {"method": "moefication", "experts": 32, "selector": "router", "compensation": "mean"},
+    "clear-moe": {"method": "clear-moe"},
 }
 ALLOCATIONS: dict[str, dict[str, Any]] = {
     "share": {"criterion": "output_variance", "allocation": "expert"},
     "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
 }
 TOP_K = "top-k"  # how MoEfication meets a budget: the same number of experts a token in every layer
+RANKS = "ranks"  # how CLEAR-MoE does: a rank for every map
+OWN = {"moefication": TOP_K, "clear-moe": RANKS}
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
 
 
 def allocations_of(method: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """The ways in which a method can spend a budget, of those `wanted`."""
-    return (TOP_K,) if METHODS[method].get("method") == "moefication" else wanted
+    return (OWN[method],) if method in OWN else wanted
+
+
+def config_of(body: dict[str, Any]) -> ExtractConfig | ClearConfig:
+    """The configuration of a point, of whichever method. Raises `UserError` for one that is not valid."""
+    return validated(ClearConfig, body) if body.get("method") == "clear-moe" else validated(ExtractConfig, body)
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,10 @@ class Planner:
         weakref.finalize(self, scratch.close)
         self.sampled: list[LayerTokens] = []
 
-    def config(self, method: str, allocation: str, target: float) -> ExtractConfig:
+    def config(self, method: str, allocation: str, target: float) -> ExtractConfig | ClearConfig:
         """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
+        if allocation == RANKS:
+            return ClearConfig(target_macs=target, **{k: v for k, v in self.base.items() if k == "seed"})
         if allocation == TOP_K:
             common = {k: v for k, v in self.base.items() if k != "refit_tokens"}
             fixed = make_extract_config(**{**common, **METHODS[method]})
@@ -93,9 +104,11 @@ class Planner:
             self.sampled = collect_tokens(dense, ffns, self.session.train, folder, config.tokens, config.seed, self.report)
         return self.sampled
 
-    def make(self, method: str, config: ExtractConfig) -> tuple[nn.Module, list[LayerReport]]:
+    def make(self, method: str, config: ExtractConfig | ClearConfig) -> tuple[nn.Module, Sequence[LayerReport]]:
         """A model by one of the plan's configurations. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
         model = copy.deepcopy(self.session.dense)
+        if isinstance(config, ClearConfig):
+            return model, convert(model, self.session.train, config, self.report)
         if config.method == "moefication":
             return model, extract(model, self.session.train, config, self.report, sampled=self.calibrate(config))
         return model, apply(model, self.prepare(method), self.session.train, config, self.report)

@@ -9,6 +9,7 @@ import torch
 from exporter import cli
 from exporter.commands.plan import parse_targets
 from exporter.device import DEVICES, latency_of, modelled, operation_ms
+from moee.clear_moe import ClearConfig, convert
 from moee.errors import UserError
 from moee.models import ModelSpec
 from moee.pipeline import Session
@@ -23,6 +24,20 @@ def test_a_gpu_figure_is_labelled_modelled_and_falls_with_the_width(tiny_moee):
     assert whole["kind"] == "modelled" and whole["speedup"] == pytest.approx(1.0)
     ours = modelled(DEVICES["orin-agx"], dense, model, size, 8)
     assert ours["dense_ms"] == whole["dense_ms"] and ours["moee_ms"] != whole["moee_ms"]
+
+
+def test_clear_moe_is_modelled_by_the_products_that_tensorrt_gets(tiny_moee):
+    """Masked products: more experts of the same rank cost time, which the MACs of a token's own expert do not show."""
+    _, dense, data, *_ = tiny_moee
+    device, size = DEVICES["orin-nano"], data.images.shape[-1]
+
+    def milliseconds(experts, rank):
+        model = copy.deepcopy(dense)
+        convert(model, data, ClearConfig(experts=experts, rank=rank, residual_rank=2, calibration_images=16, score=False))
+        return modelled(device, dense, model, size, 4096)["moee_ms"]
+
+    few, many, wide = milliseconds(2, 4), milliseconds(8, 4), milliseconds(2, 8)
+    assert few < many and few < wide
 
 
 def test_roofline_takes_the_slower_of_arithmetic_and_memory():

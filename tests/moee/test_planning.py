@@ -86,6 +86,25 @@ def test_moefication_takes_as_many_experts_as_the_budget_allows(session, tmp_pat
         make_plan(session, Budget(target_macs=0.05), tmp_path / "less", **fast)
 
 
+def test_clear_moe_is_planned_and_extracted_like_the_others(session, tmp_path):
+    fast = {**FAST, "methods": ("clear-moe", "static")}
+    plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **fast)
+    found = next(p for p in plan["points"] if p["method"] == "clear-moe")
+    assert found["allocation"] == "ranks" and found["macs"] <= 0.8 and found["cosine"] > 0.9
+    alone = make_plan(session, Budget(target_macs=0.8), tmp_path / "alone", **{**fast, "methods": ("clear-moe",)})
+    assert alone["winner"] == found and len(alone["layers"]) == 3
+    config = read_plan(tmp_path / "alone", session.spec)
+    run_extract(session.spec, "tiny", config, tmp_path / "model", session=session)
+    stage = load(tmp_path / "model").info["stages"]["extracted"]
+    assert stage["cost"]["moee"]["macs"] / stage["cost"]["dense"]["macs"] == pytest.approx(found["macs"], abs=1e-6)
+    assert stage["retention"]["class_cosine"] == pytest.approx(found["cosine"], abs=1e-4)
+
+
+def test_a_budget_below_the_smallest_ranks_is_no_point(session, tmp_path):
+    with pytest.raises(UserError, match="nothing meets the budget; nearest is dense"):
+        make_plan(session, Budget(target_macs=0.05), tmp_path / "plan", **{**FAST, "methods": ("clear-moe",)})
+
+
 def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
     real, calls = session.measure, []
 
