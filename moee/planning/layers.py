@@ -13,7 +13,7 @@ from moee.metrics import mean_cosine
 from moee.models import replace_module
 from moee.pipeline import Session
 from moee.planning.budget import Point
-from moee.planning.search import Planner, config_of
+from moee.planning.search import Planner
 from moee.progress import Reporter, silent
 
 ALONE_IMAGES = 32
@@ -24,7 +24,7 @@ def layer_table(session: Session, planner: Planner, winner: Point, report: Repor
     replaced (measured on the first held-out images). Empty for dense."""
     if winner.config is None:
         return []
-    model, reports = planner.make(winner.method, config_of(winner.config))
+    model, reports = planner.made(winner)
     images = next(batches(session.held_out, ALONE_IMAGES)).images
     reference = session.reference.features[: len(images)]
     rows = []

@@ -20,13 +20,13 @@ from moee.atomic import temporary_folder
 from moee.calibration import LayerTokens, collect_tokens
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, make_extract_config, validated
-from moee.convert import Prepared, apply, extract, ffn_budget, prepare
+from moee.convert import Prepared, apply, extract, ffn_budget, prepare, sensitivity_of
 from moee.errors import NothingRouted, OutOfReach
 from moee.layer_report import LayerReport
 from moee.metrics import dense_macs, tokens_per_image
 from moee.models import find_ffns
 from moee.pipeline import Session
-from moee.planning.budget import Budget, Point, checked_point
+from moee.planning.budget import Budget, Point, checked_point, choose
 from moee.progress import Reporter
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -78,6 +78,7 @@ class Planner:
         self.folder = scratch.enter_context(temporary_folder())
         weakref.finalize(self, scratch.close)
         self.sampled: list[LayerTokens] = []
+        self.best: tuple[Point, nn.Module, Sequence[LayerReport]] | None = None  # of the points made by this process
 
     def config(self, method: str, allocation: str, target: float) -> ExtractConfig | ClearConfig:
         """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
@@ -91,10 +92,18 @@ class Planner:
 
     def prepare(self, method: str) -> Prepared:
         if method not in self.prepared:
-            config = make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS["sensitivity"]})
+            config = make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS["share"]})
             sampled = self.calibrate(config)
             self.prepared[method] = prepare(self.session.dense, self.session.train, config, self.report, sampled=sampled)
         return self.prepared[method]
+
+    def _with_sensitivity(self, method: str, config: ExtractConfig) -> Prepared:
+        """What `prepare` gives and, once an allocation asks for it, the error that dropping each neuron makes."""
+        prepared = self.prepare(method)
+        if config.criterion == "sensitivity" and prepared.routed and not prepared.error:
+            dense, data = self.session.dense, self.session.train
+            prepared.error.update(sensitivity_of(dense, prepared.routed, data, config, self.report))
+        return prepared
 
     def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
         """Calibration tokens, which all methods share; they stay on disk as long as the planner."""
@@ -111,7 +120,7 @@ class Planner:
             return model, convert(model, self.session.train, config, self.report)
         if config.method == "moefication":
             return model, extract(model, self.session.train, config, self.report, sampled=self.calibrate(config))
-        return model, apply(model, self.prepare(method), self.session.train, config, self.report)
+        return model, apply(model, self._with_sensitivity(method, config), self.session.train, config, self.report)
 
     def _top_k(self, config: ExtractConfig, target: float) -> int:
         """The most experts a token whose MACs, router included, meet `target`."""
@@ -139,7 +148,7 @@ class Planner:
             stored = read_json(file)
             return checked_point(stored, file) if stored is not None else None
         try:
-            model, _ = self.make(method, config)
+            model, reports = self.make(method, config)
         except (NothingRouted, OutOfReach):
             write_json(file, None)
             return None
@@ -152,7 +161,16 @@ class Planner:
             self.latency.of(model) if self.latency else None, config.model_dump(mode="json"),
         )  # fmt: skip
         write_json(file, asdict(result))
+        if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
+            self.best = (result, model, reports)
         return result
+
+    def made(self, point: Point) -> tuple[nn.Module, Sequence[LayerReport]]:
+        """The model of a point that is not dense: the one at hand if it is the best made so far, else made again."""
+        assert point.config is not None
+        if self.best is not None and self.best[0].config == point.config:
+            return self.best[1:]
+        return self.make(point.method, config_of(point.config))
 
     def dense(self, points: list[Point]) -> Point:
         """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""

@@ -9,7 +9,7 @@ from moee.checkpoint import load
 from moee.errors import UserError
 from moee.models import ModelSpec
 from moee.pipeline import Session, run_extract
-from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan
+from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan, search
 from tests.conftest import TINY, tiny_images
 
 FAST = dict(methods=("kmeans-8", "static"), targets=(0.85, 0.7), base={"cluster_tokens": 300})
@@ -103,6 +103,19 @@ def test_clear_moe_is_planned_and_extracted_like_the_others(session, tmp_path):
 def test_a_budget_below_the_smallest_ranks_is_no_point(session, tmp_path):
     with pytest.raises(UserError, match="nothing meets the budget; nearest is dense"):
         make_plan(session, Budget(target_macs=0.05), tmp_path / "plan", **{**FAST, "methods": ("clear-moe",)})
+
+
+def test_what_no_point_needs_is_not_computed(session, tmp_path, monkeypatch):
+    """Sensitivity only for the allocation that asks for it, and the winner is not made a second time."""
+    calls = []
+    for name in ("sensitivity_of", "apply"):
+        real = getattr(search, name)
+        monkeypatch.setattr(search, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    make_plan(session, Budget(min_cosine=0.01), tmp_path / "share", **FAST, allocations=("share",))
+    assert calls == ["apply"] * 4
+    calls.clear()
+    make_plan(session, Budget(target_macs=0.8), tmp_path / "sensitivity", **FAST, allocations=("sensitivity",))
+    assert calls == ["sensitivity_of", "apply"] * 2
 
 
 def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
