@@ -49,6 +49,7 @@ class ExtractConfig(BaseModel):
     selector: Literal["centre", "router"] = "centre"
     refit_lambda: float | None = Field(None, gt=0, description="of the Gram matrix's mean diagonal; None: by held-out images")
     refit_tokens: int = Field(PAPER_TOKENS, ge=1, description="tokens a layer that the refit may use")
+    augment: int = Field(0, ge=0, description="random views of each training image that the refit sees beside it")
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractConfig:
@@ -71,6 +72,8 @@ class ExtractConfig(BaseModel):
             raise ValueError(
                 f"--clusters is for {', '.join(PARTITIONS)}; clustering {self.clustering} chooses their number itself"
             )
+        if self.augment and self.compensation != "refit":
+            raise ValueError(f"--augment is for the refit; compensation {self.compensation} has none")
         if self.clustering != "dbscan" and self.eps is not None:
             raise ValueError(f"--eps is for dbscan; clustering {self.clustering} has no radius")
         return self
@@ -94,6 +97,7 @@ class FinetuneConfig(BaseModel):
     accumulate: int = Field(1, ge=1, description="parts that a rank computes its share of a batch in, one after another")
     amp: Literal["off", "bf16", "fp16"] = "off"
     checkpointing: bool = False
+    augment: int = Field(0, ge=0, description="random views of each training image that an epoch has beside it")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from moee.assembly import build_layer
 from moee.atomic import temporary_folder
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
-from moee.data import ImageSet, batches
+from moee.data import ImageSet, batches, model_transform
 from moee.distributed import SOLO, Group
 from moee.errors import NothingRouted, OutOfReach
 from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
@@ -29,6 +29,7 @@ from moee.progress import Reporter, silent
 from moee.refit import refit
 from moee.selection import keep_by_share, select_neurons
 from moee.sensitivity import RoutedStats, measure_sensitivity
+from moee.views import with_views
 
 SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
 
@@ -141,7 +142,8 @@ def apply(
     for name, layer in layers.items():
         replace_module(model, name, layer)
     if config.compensation == "refit":
-        refit(model, layers, {f.name: f for f in prepared.ffns}, data, config.refit_tokens, config.refit_lambda, report)
+        seen = with_views(data, model_transform(model), config.augment, config.seed)
+        refit(model, layers, {f.name: f for f in prepared.ffns}, seen, config.refit_tokens, config.refit_lambda, report)
     return reports
 
 

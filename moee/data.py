@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Transform:
         """[N, 3, H, W] in 0..1 to the model's scale."""
         mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
         return (images - mean) / std
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """A normalised image [3, H, W] back to 0..1."""
+        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        return image * std + mean
 
 
 def model_transform(model: nn.Module) -> Transform:
@@ -94,6 +100,10 @@ class ImageSet(Dataset):
     def load(self, index: int) -> Tensor:
         raise NotImplementedError
 
+    def picture(self, index: int) -> Image.Image | Tensor:
+        """What views are drawn from: the image as it was stored, or a normalised tensor where there is nothing else."""
+        return self.load(index)
+
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
@@ -122,6 +132,17 @@ class TensorSet(ImageSet):
         return hashlib.sha256(self.images.contiguous().numpy().data).digest()
 
 
+class PhotoSet(TensorSet):
+    """Crops of whole photographs, `photos` by name; crop i is of photograph i // (crops a photograph)."""
+
+    def __init__(self, images: Tensor, photos: Sequence[str]):
+        super().__init__("photos", images, [-1] * len(images), 0)
+        self.photos = photos
+
+    def picture(self, index: int) -> Image.Image | Tensor:
+        return _photo(self.photos[index * len(self.photos) // len(self)])
+
+
 class TimmSet(ImageSet):
     """A `timm.data` map-style dataset, transformed as the model asks; `positions` selects images from it."""
 
@@ -133,9 +154,16 @@ class TimmSet(ImageSet):
         position = self.positions[index]
         if not hasattr(self.dataset, "reader"):
             return self.dataset[position][0]
+        return self.dataset.transform(self._open(position))
+
+    def picture(self, index: int) -> Image.Image | Tensor:
+        position = self.positions[index]
+        return self._open(position) if hasattr(self.dataset, "reader") else self.load(index)
+
+    def _open(self, position: int) -> Image.Image:
         # not dataset[position]: timm quietly returns the next image in the place of an unreadable one
         handle, _ = self.dataset.reader[position]
-        return self.dataset.transform(Image.open(handle).convert("RGB"))
+        return Image.open(handle).convert("RGB")
 
     def content(self) -> bytes:
         """Names and sizes of the files, where the reader lists them."""
@@ -237,6 +265,11 @@ def _photo_path(name: str) -> Path:
     return Path(spec.origin).parent / folder / name
 
 
+@lru_cache(len(CALIBRATION_PHOTOS))
+def _photo(name: str) -> Image.Image:
+    return Image.open(_photo_path(name)).convert("RGB")
+
+
 def _photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
     """Random crops at native resolution (small photographs are enlarged first). Unlabelled."""
     names, count = (CALIBRATION_PHOTOS, CALIBRATION_CROPS) if split == "train" else (HELD_OUT_PHOTOS, HELD_OUT_CROPS)
@@ -248,7 +281,7 @@ def _photos(source: str, transform: Transform, split: str, seed: int) -> ImageSe
     crops = []
     for position, name in enumerate(names):
         generator = torch.Generator().manual_seed(seed * 1000 + position + (0 if split == "train" else 500))
-        image = Image.open(_photo_path(name)).convert("RGB")
+        image = _photo(name)
         scale = transform.size / min(image.size)
         if scale > 1:
             image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
@@ -257,7 +290,7 @@ def _photos(source: str, transform: Transform, split: str, seed: int) -> ImageSe
             top = int(torch.randint(pixels.shape[1] - transform.size + 1, (1,), generator=generator))
             left = int(torch.randint(pixels.shape[2] - transform.size + 1, (1,), generator=generator))
             crops.append(pixels[:, top : top + transform.size, left : left + transform.size])
-    return TensorSet("photos", transform.normalise(torch.stack(crops)), [-1] * len(crops), 0)
+    return PhotoSet(transform.normalise(torch.stack(crops)), names)
 
 
 def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSet:

@@ -1,8 +1,8 @@
 """Distillation: the MoEE model learns from the unmodified one (paper, section 4; its recipe as defaults).
 
 A classifier matches the teacher's logits (KL divergence), a backbone its features (squared error relative to their power,
-plus one minus cosine); `distil` tokens adds every token of the last feature map. Teacher outputs are computed once, since
-images are not augmented. The router stays frozen.
+plus one minus cosine); `distil` tokens adds every token of the last feature map. Teacher outputs are computed once, those on
+the random views of `augment` too, which are the same in every epoch. The router stays frozen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moee.artifact import sha256_file, write_json
 from moee.config import FinetuneConfig
-from moee.data import ImageSet
+from moee.data import ImageSet, model_transform
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.evaluate import run
@@ -26,6 +26,7 @@ from moee.progress import Reporter, silent
 from moee.resume import difference, fingerprint
 from moee.tensor_file import write_tensors
 from moee.training import Trainer
+from moee.views import Joined, Views
 
 STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
 
@@ -62,13 +63,20 @@ def finetune(
             raise UserError(f"fine-tuning needs at least 2 images, came {len(data)}")
         if config.checkpointing and not hasattr(model, "set_grad_checkpointing"):
             raise UserError(f"{type(model).__name__} has no activation checkpointing in timm; leave --checkpointing out")
+    own = len(data)
     teacher = run(dense, data, report, "teacher", group=group).features if teacher is None else teacher
+    order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed))
+    held_out = order[: max(1, round(own * config.validation))].sort().values
+    train = order[len(held_out) :].sort().values
+    if config.augment:
+        views = Views(data, model_transform(dense), config.augment, config.seed)
+        teacher = torch.cat([teacher, run(dense, views, report, "teacher on views", group=group).features])
+        data.skipped.update(views.skipped)
+        data = Joined(data, views)
+        train = torch.cat([train + own * k for k in range(1 + config.augment)])  # held-out images have no views in it
     with group.agreed():
         if data.skipped:
             raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
-    held_out = order[: max(1, round(len(data) * config.validation))].sort().values
-    train = order[len(held_out) :].sort().values
     for layer in routed_layers(model).values():
         layer.router.requires_grad_(config.train_router)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

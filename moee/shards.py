@@ -45,9 +45,12 @@ class ShardSet(ImageSet):
         self._open: dict[int, int] = {}
 
     def load(self, index: int) -> Tensor:
+        return self.transform(self.picture(index))
+
+    def picture(self, index: int) -> Image.Image:
         shard, offset, size = self.places[index].tolist()
         raw = os.pread(self._descriptor(shard), size, offset)
-        return self.transform(Image.open(io.BytesIO(raw)).convert("RGB"))
+        return Image.open(io.BytesIO(raw)).convert("RGB")
 
     def content(self) -> bytes:
         """Names and sizes of the shards: what tells this set from another one of the same name."""

@@ -1,0 +1,71 @@
+"""Random views of training images: what the refit and the distillation see beside the images themselves.
+
+A few calibration images show few textures and scales. Views by timm's training transform (random crop and scale, flip, colour)
+cost no new image; the dense model says what their outputs should be, so they need no label.
+"""
+
+from __future__ import annotations
+
+import random
+
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from moee.data import ImageSet, Transform
+
+
+class Views(ImageSet):
+    """`count` random views of every image of `data`. View i shows image i modulo len(data); it depends on `seed` and i alone."""
+
+    def __init__(self, data: ImageSet, transform: Transform, count: int, seed: int):
+        super().__init__(f"views of {data.name}", data.labels * count, data.num_classes)
+        self.data, self.transform, self.seed, self.workers = data, transform, seed, data.workers
+        config = {**transform.config, "input_size": (3, transform.size, transform.size)}
+        names = ("input_size", "interpolation", "mean", "std")  # the centre crop is no part of a random one
+        self.draw = timm.data.create_transform(**{n: config[n] for n in names if n in config}, is_training=True)
+
+    def load(self, index: int) -> Tensor:
+        picture = self.data.picture(index % len(self.data))
+        if isinstance(picture, Tensor):
+            picture = to_pil_image(self.transform.pixels(picture).clamp(0, 1))
+        before = random.getstate()  # timm draws from both generators
+        with torch.random.fork_rng(devices=[]):
+            try:
+                random.seed(self.seed * 1_000_003 + index)
+                torch.manual_seed(self.seed * 1_000_003 + index)
+                return self.draw(picture)
+            finally:
+                random.setstate(before)
+
+    def describe(self, index: int) -> str:
+        return f"a view of {self.data.describe(index % len(self.data))}"
+
+
+class Joined(ImageSet):
+    """The images of `data`, then those of `views`."""
+
+    def __init__(self, data: ImageSet, views: Views):
+        super().__init__(data.name, data.labels + views.labels, data.num_classes)
+        self.data, self.views, self.workers = data, views, data.workers
+
+    def load(self, index: int) -> Tensor:
+        own = len(self.data)
+        return self.data.load(index) if index < own else self.views.load(index - own)
+
+    def describe(self, index: int) -> str:
+        own = len(self.data)
+        return self.data.describe(index) if index < own else self.views.describe(index - own)
+
+    def content(self) -> bytes:
+        return self.data.content()
+
+    def picture(self, index: int) -> Image.Image | Tensor:
+        return self.data.picture(index % len(self.data))
+
+
+def with_views(data: ImageSet, transform: Transform, count: int, seed: int) -> ImageSet:
+    """`data` and `count` views of each of its images; `data` itself for 0."""
+    return Joined(data, Views(data, transform, count, seed)) if count else data
