@@ -19,8 +19,9 @@ from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers
-from exporter.parity.stats import error_stats, json_safe
+from exporter.parity.stats import json_safe
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
+from exporter.parity.ties import dictated, excuse_ties, only_ties, with_own_error
 from exporter.parity.weights import WeightProblem, check_weights
 from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
@@ -42,7 +43,7 @@ MIN_ROUTE_AGREEMENT = {"fp32": 0.9999}
 @dataclass(frozen=True)
 class ParityResult:
     """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head).
-    `rule` says in words what the outputs' tolerance is."""
+    `rule` says in words what the outputs' tolerance is. `only_ties`: routes that differ from the float64 run's are near ties."""
 
     runtime: str
     batches: list[BatchError]
@@ -55,6 +56,7 @@ class ParityResult:
     weight_problems: list[WeightProblem] = field(default_factory=list)
     min_route_agreement: float = 0.0
     rule: str = ""
+    only_ties: bool = False
 
     @property
     def max_abs_error(self) -> float:
@@ -66,7 +68,7 @@ class ParityResult:
 
     @property
     def routes_passed(self) -> bool:
-        return all(v >= self.min_route_agreement for v in self.route_agreement.values())
+        return self.only_ties or all(v >= self.min_route_agreement for v in self.route_agreement.values())
 
     @property
     def passed(self) -> bool:
@@ -119,13 +121,13 @@ def output_errors(
     for done, size in enumerate(sizes):
         report(message, done, len(sizes))
         x = pool[:size].contiguous()
-        reference, own = yard.exact(x).numpy(), yard.own(x).float().numpy()
+        reference, own = with_own_error(yard.exact, yard.own, x, ties=yard.dtype == torch.float32)
         got = runner.run(x.numpy())[0]
         if got.shape != reference.shape:
             raise UserError(f"{runner.name} gives outputs {got.shape}, the model {reference.shape}; export it again")
         runs.append((size, got, reference, own))
     report(message, len(sizes), len(sizes))
-    widest = max(error_stats(own, reference).max_abs_error for _, _, reference, own in runs)
+    widest = max(own for *_, own in runs)
     return [
         batch_error(size, got, reference, own, widest, yard.dtype, rtol, atol, yard.safety) for size, got, reference, own in runs
     ]
@@ -156,8 +158,11 @@ def check_parity(
         agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
-    judged, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
     floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
+    judged, ties, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
+    ties = ties and min_route_agreement is None
+    if precision == "fp32" and not all(e.passed for e in errors):
+        errors = _without_ties(folder, yard, pool, errors, threads, provider)
     arithmetic = ("int8 and " if int8 else "") + str(yard.dtype).removeprefix("torch.")
     rule = f"{yard.safety:g} times the largest error of torch in {arithmetic} against float64"
     if rtol is not None or atol is not None:
@@ -177,13 +182,16 @@ def check_parity(
         weight_problems=problems,
         min_route_agreement=floor,
         rule=rule,
+        only_ties=ties,
     )
 
 
 def _layers(
     folder: Path, yard: Yardsticks, x: Tensor, threads: int | None, provider: str, widened: bool, report: Reporter
-) -> tuple[list[LayerParity], list[WeightProblem]]:
-    """Every routed layer of the portable graph on one batch of images, and what is wrong with CLEAR-MoE layers' other form."""
+) -> tuple[list[LayerParity], bool, list[WeightProblem]]:
+    """Every routed layer of the portable graph on one batch of images; whether its routes differ from float64's by near ties
+    alone (the layers are then held against a float64 run with the runtime's routes); what is wrong with CLEAR-MoE's other form.
+    """
     exact, own = yard.layers()
     names = list(exact)
     with tapped_graph(folder / PORTABLE, names, widened) as path, OnnxRunner(path, threads, provider) as runner:
@@ -191,14 +199,44 @@ def _layers(
     reference, by_torch = _hooked_run(yard.exact, names, x), _hooked_run(yard.own, names, x)
     where = (threads, provider, widened)
     probes = probe_layers(folder / PORTABLE, exact, reference, yard.exact.dtype, *where)
+
+    def judge(name: str, held_against: dict[str, Tap]) -> LayerParity:
+        seen = (got[name], probes[name].tap, held_against[name], by_torch[name])
+        return layer_parity(name, exact[name], own[name], *seen)
+
     judged = []
     for done, name in enumerate(names):
         if got[name].tokens.shape != reference[name].tokens.shape:
             raise UserError(f"{PORTABLE}: {name} gets {tuple(got[name].tokens.shape)} tokens, the model's layer another number")
-        seen = (got[name], probes[name].tap, reference[name], by_torch[name])
-        judged.append(layer_parity(name, exact[name], own[name], *seen))
+        judged.append(judge(name, reference))
         report("layers", done + 1, len(names))
-    return judged, check_form(folder, exact, own, reference, yard.exact.dtype, *where)
+    problems = check_form(folder, exact, own, reference, yard.exact.dtype, *where)
+    if yard.dtype == torch.float32 and any(layer.flips for layer in judged):
+        with dictated(yard.exact, [got[name].route for name in names]):
+            followed = _hooked_run(yard.exact, names, x)
+        again = [judge(name, followed) for name in names]
+        if only_ties(again):
+            return again, True, problems
+    return judged, False, problems
+
+
+def _without_ties(
+    folder: Path, yard: Yardsticks, pool: Tensor, errors: list[BatchError], threads: int | None, provider: str
+) -> list[BatchError]:
+    """The errors again, those that are too large with near ties between experts taken out."""
+    names = list(yard.layers()[0])
+    found = []
+    with ExitStack() as stack:
+        path = stack.enter_context(tapped_graph(folder / PORTABLE, names))
+        tapped = stack.enter_context(OnnxRunner(path, threads, provider))
+        plain = stack.enter_context(OnnxRunner(folder / PORTABLE, threads, provider))
+        for error in errors:
+            if not error.passed:
+                x = pool[: error.batch].contiguous()
+                taps, got = taps_of(tapped.run(x.numpy()), names), plain.run(x.numpy())[0]
+                error = excuse_ties(error, got, yard.exact(x).numpy(), yard.exact, x, taps)
+            found.append(error)
+    return found
 
 
 def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]:

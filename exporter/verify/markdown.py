@@ -31,6 +31,8 @@ def to_markdown(result: VerifyResult) -> str:
     ]
     flips = sum(layer.flips for layer in parity.layers)
     lines += ["", f"Routes: {parity.mean_route_agreement:.4%} equal to float64 over {len(parity.layers)} layers, {flips} flips."]
+    if parity.only_ties:
+        lines[-1] += " They are near ties: with the runtime's experts the float64 run agrees."
     if accuracy is None:
         return "\n".join([*lines, "", f"Accuracy: not measured, {result.no_accuracy}.", ""])
     low, high = accuracy.drop_interval_pp

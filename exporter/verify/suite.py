@@ -100,10 +100,11 @@ class VerifyResult:
         detail = f"{layer.agreement:.4%} equal, {layer.flips} flips"
         if layer.flips:
             detail += f", margin at most {layer.flip_margin_max:.3g} of the median gap"
+            detail += ", near ties" if self.parity.only_ties else ""
         failure = None
         if layer.wrong_routes:
             failure = f"{layer.wrong_routes} of {layer.tokens} tokens take an expert that is not their best, and no near tie"
-        elif layer.agreement < floor:
+        elif layer.agreement < floor and not self.parity.only_ties:
             failure = f"only {layer.agreement:.4%} of the routes are equal, {floor:.4%} wanted"
         return Case("routes", layer.name, detail, failure)
 
