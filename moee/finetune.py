@@ -65,18 +65,16 @@ def finetune(
             raise UserError(f"{type(model).__name__} has no activation checkpointing in timm; leave --checkpointing out")
     own = len(data)
     teacher = run(dense, data, report, "teacher", group=group).features if teacher is None else teacher
+    _refuse_unreadable(data, group)
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed))
     held_out = order[: max(1, round(own * config.validation))].sort().values
     train = order[len(held_out) :].sort().values
     if config.augment:
         views = Views(data, model_transform(dense), config.augment, config.seed)
         teacher = torch.cat([teacher, run(dense, views, report, "teacher on views", group=group).features])
-        data.skipped.update(views.skipped)
+        _refuse_unreadable(views, group)
         data = Joined(data, views)
         train = torch.cat([train + own * k for k in range(1 + config.augment)])  # held-out images have no views in it
-    with group.agreed():
-        if data.skipped:
-            raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
     for layer in routed_layers(model).values():
         layer.router.requires_grad_(config.train_router)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -87,6 +85,13 @@ def finetune(
             return _train(trainer, trainable, data, train, held_out, identity, report, resume)
         finally:
             trainer.close()
+
+
+def _refuse_unreadable(data: ImageSet, group: Group) -> None:
+    """The teacher's outputs must stand at the images' positions, so every image has to be there."""
+    with group.agreed():
+        if data.skipped:
+            raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
 
 
 def _train(

@@ -20,7 +20,7 @@ from moee.models import ModelSpec
 from moee.pipeline import Session
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner, allocations_of
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner, allocations_of, kind_of
 from moee.progress import Reporter, silent
 from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
@@ -101,6 +101,4 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:
     config = plan["winner"].get("config")
     if not config:
         raise UserError(f"{path} says that the dense model wins; there is nothing to extract")
-    if isinstance(config, dict) and config.get("method") == "clear-moe":
-        return checked(ClearConfig, config, path)
-    return checked(ExtractConfig, config, path)
+    return checked(kind_of(config), config, path)

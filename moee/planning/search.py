@@ -53,9 +53,9 @@ def allocations_of(method: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
     return (OWN[method],) if method in OWN else wanted
 
 
-def config_of(body: dict[str, Any]) -> ExtractConfig | ClearConfig:
-    """The configuration of a point, of whichever method. Raises `UserError` for one that is not valid."""
-    return validated(ClearConfig, body) if body.get("method") == "clear-moe" else validated(ExtractConfig, body)
+def kind_of(config: Any) -> type[ExtractConfig] | type[ClearConfig]:
+    """What a point's configuration, as it stands in a plan, is of."""
+    return ClearConfig if isinstance(config, dict) and config.get("method") == "clear-moe" else ExtractConfig
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Planner:
         assert point.config is not None
         if self.best is not None and self.best[0].config == point.config:
             return self.best[1:]
-        return self.make(point.method, config_of(point.config))
+        return self.make(point.method, validated(kind_of(point.config), point.config))
 
     def dense(self, points: list[Point]) -> Point:
         """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""

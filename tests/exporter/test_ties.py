@@ -32,9 +32,18 @@ def tied(tiny_moee):
     return MoeeModel(model.eval(), tiny_spec(), config, "tiny"), data
 
 
-def other_way_round(model, by=1e-12):
-    """The model with expert 1 ahead of expert 0 by less than float32 can tell."""
-    list(routed_layers(model).values())[LAYER].router_bias[0] -= by
+def turn(monkeypatch, by=1e-12, damage=lambda model: None):
+    """Make parity's float64 model put expert 1 ahead of expert 0, by default by less than float32 can tell."""
+    real = check.yardsticks
+
+    def turned(model, *args):
+        model = copy.deepcopy(model)
+        damage(model)
+        yard = real(model, *args)
+        list(routed_layers(yard.exact).values())[LAYER].router_bias[0] -= by
+        return yard
+
+    monkeypatch.setattr(check, "yardsticks", turned)
 
 
 @pytest.fixture
@@ -91,15 +100,8 @@ def test_verify_passes_where_float64_breaks_ties_otherwise(tied, tmp_path, monke
     """ONNX Runtime and float64 take different experts for every token of the tie; all else is equal."""
     moee, data = tied
     export(moee, tmp_path / "export")
-    real = check.yardsticks
-
-    def turned(model, *args):
-        yard = real(model, *args)
-        other_way_round(yard.exact)
-        return yard
-
     assert check_parity(tmp_path / "export", moee, data, sizes=SIZES).only_ties is False, "no flips, no ties"
-    monkeypatch.setattr(check, "yardsticks", turned)
+    turn(monkeypatch)
     result = verify(tmp_path / "export", moee, data, sizes=SIZES)
     layer = result.parity.layers[LAYER]
     assert layer.flips > 0 and layer.agreement < 0.9999 and layer.flip_margin_max < 1e-6 and layer.wrong_routes == 0
@@ -113,16 +115,7 @@ def test_verify_passes_where_float64_breaks_ties_otherwise(tied, tmp_path, monke
 def test_ties_do_not_hide_damage(tied, tmp_path, monkeypatch):
     moee, data = tied
     export(moee, tmp_path / "export")
-    real = check.yardsticks
-
-    def turned(model, *args):
-        damaged = copy.deepcopy(model)
-        list(routed_layers(damaged).values())[2].w_down.data *= 1.01
-        yard = real(damaged, *args)
-        other_way_round(yard.exact)
-        return yard
-
-    monkeypatch.setattr(check, "yardsticks", turned)
+    turn(monkeypatch, damage=lambda model: list(routed_layers(model).values())[2].w_down.data.mul_(1.01))
     result = check_parity(tmp_path / "export", moee, data, sizes=SIZES)
     assert not result.passed and result.first_deviation.layer == "blocks.2.mlp"
 
@@ -130,13 +123,6 @@ def test_ties_do_not_hide_damage(tied, tmp_path, monkeypatch):
 def test_a_gap_that_float32_can_tell_is_no_tie(tied, tmp_path, monkeypatch):
     moee, data = tied
     export(moee, tmp_path / "export")
-    real = check.yardsticks
-
-    def turned(model, *args):
-        yard = real(model, *args)
-        other_way_round(yard.exact, 1e-2)
-        return yard
-
-    monkeypatch.setattr(check, "yardsticks", turned)
+    turn(monkeypatch, by=1e-2)
     result = check_parity(tmp_path / "export", moee, data, sizes=SIZES)
     assert not result.passed and not result.only_ties and result.layers[LAYER].wrong_routes > 0

@@ -133,6 +133,15 @@ def test_distillation_on_views_pairs_each_with_its_own_teacher(monkeypatch):
     assert len(seen) == 20 + 2 * 15 and len(held_out) == 5 and not held_out & {i % 20 for i in seen if i >= 20}
 
 
+@pytest.mark.parametrize("augment", [0, 1])
+def test_distillation_refuses_an_unreadable_image(folder, augment):
+    """Its teacher's outputs would stand at other images' positions."""
+    dense = load_model(tiny_spec())
+    Path(load_data(str(folder), SMALL, "train").describe(3)).write_bytes(b"no image")
+    with pytest.raises(UserError, match="fine-tuning needs readable images; 1 of"):
+        finetune(copy.deepcopy(dense), dense, load_data(str(folder), SMALL, "train"), FinetuneConfig(epochs=1, augment=augment))
+
+
 def test_the_transform_of_a_model_draws_views():
     model = load_model(tiny_spec())
     transform = model_transform(model)
