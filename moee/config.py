@@ -50,6 +50,7 @@ class ExtractConfig(BaseModel):
     refit_lambda: float | None = Field(None, gt=0, description="of the Gram matrix's mean diagonal; None: by held-out images")
     refit_tokens: int = Field(PAPER_TOKENS, ge=1, description="tokens a layer that the refit may use")
     augment: int = Field(0, ge=0, description="random views of each training image that the refit sees beside it")
+    collages: int = Field(0, ge=0, description="collages a training image that calibration and refit see beside it")
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractConfig:
@@ -98,6 +99,7 @@ class FinetuneConfig(BaseModel):
     amp: Literal["off", "bf16", "fp16"] = "off"
     checkpointing: bool = False
     augment: int = Field(0, ge=0, description="random views of each training image that an epoch has beside it")
+    collages: int = Field(0, ge=0, description="collages a training image that an epoch has beside it")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

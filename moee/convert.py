@@ -15,7 +15,7 @@ from moee.assembly import build_layer
 from moee.atomic import temporary_folder
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
-from moee.data import ImageSet, batches, model_transform
+from moee.data import ImageSet, batches, model_transform, refuse_all_skipped
 from moee.distributed import SOLO, Group
 from moee.errors import NothingRouted, OutOfReach
 from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
@@ -29,7 +29,7 @@ from moee.progress import Reporter, silent
 from moee.refit import refit
 from moee.selection import keep_by_share, select_neurons
 from moee.sensitivity import RoutedStats, measure_sensitivity
-from moee.views import with_views
+from moee.views import widened
 
 SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
 
@@ -81,7 +81,7 @@ def prepare(
     ffns = find_ffns(model, config.exclude)
     found: list[Finding] = []
     with temporary_folder(scratch) as folder:
-        sampled = sampled or collect_tokens(model, ffns, data, Path(folder), config.tokens, config.seed, report, group)
+        sampled = sampled or calibrate(model, ffns, data, Path(folder), config, report, group)
         mine = list(zip(ffns, sampled if group.alone else gather_tokens(sampled, group), strict=True))
         own = [(ffn, tokens) for ffn, tokens in mine if tokens is not None]
         threads = torch.get_num_threads()
@@ -101,6 +101,19 @@ def prepare(
             # sums over tokens depend on their order, and a few thousand are enough: one rank's work
             prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report))
     return prepared
+
+
+def calibrate(
+    model: nn.Module, ffns: list[FFN], data: ImageSet, folder: Path, config: ExtractConfig, report: Reporter = silent,
+    group: Group = SOLO,
+) -> list[LayerTokens]:  # fmt: skip
+    """`collect_tokens` on `data` and the collages that the configuration asks for; `data.skipped` keeps what is unreadable."""
+    seen = widened(data, model_transform(model), 0, config.collages, config.seed)
+    sampled = collect_tokens(model, ffns, seen, folder, config.tokens, config.seed, report, group)
+    data.skipped.update({index: what for index, what in seen.skipped.items() if index < len(data)})
+    with group.agreed():
+        refuse_all_skipped(data)
+    return sampled
 
 
 def _collected(ffns: list[FFN], own: list[Finding], group: Group) -> list[Finding]:
@@ -142,7 +155,7 @@ def apply(
     for name, layer in layers.items():
         replace_module(model, name, layer)
     if config.compensation == "refit":
-        seen = with_views(data, model_transform(model), config.augment, config.seed)
+        seen = widened(data, model_transform(model), config.augment, config.collages, config.seed)
         refit(model, layers, {f.name: f for f in prepared.ffns}, seen, config.refit_tokens, config.refit_lambda, report)
     return reports
 
@@ -213,9 +226,8 @@ def sensitivity_of(
     """Sensitivity a token [K, H] of every routed layer's experts and neurons."""
     ffns = {name: r.ffn for name, r in routed.items()}
     stats = {name: RoutedStats(r.router, r.bias, r.moments.mean) for name, r in routed.items()}
-    return measure_sensitivity(
-        model, ffns, stats, data, config.sensitivity_tokens, config.objective, config.seed, report
-    )
+    seen = widened(data, model_transform(model), 0, config.collages, config.seed)
+    return measure_sensitivity(model, ffns, stats, seen, config.sensitivity_tokens, config.objective, config.seed, report)
 
 
 def ffn_budget(total: int, ffn: int, target: float) -> float:

@@ -38,6 +38,7 @@ CALIBRATION_CROPS, HELD_OUT_CROPS = 22, 16  # a photograph: 308 crops for calibr
 DIGITS_HELD_OUT = 0.4
 FOLDER_HELD_OUT = 0.2
 VALIDATION_FOLDERS = ("val", "validation", "test")
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what decoders raise
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class ImageSet(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | None, int]:
         try:
             return index, self.load(index), self.labels[index]
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except UNREADABLE:
             return index, None, self.labels[index]
 
 
@@ -215,9 +216,14 @@ def merge_skipped(data: ImageSet, group: Group) -> None:
     for found in group.all_json(sorted(data.skipped.items())):
         data.skipped.update({int(index): what for index, what in found})
     with group.agreed():
-        if len(data.skipped) == len(data):
-            first = data.skipped[min(data.skipped)] if data.skipped else data.name
-            raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
+        refuse_all_skipped(data)
+
+
+def refuse_all_skipped(data: ImageSet) -> None:
+    """Raise `UserError` when no image could be read."""
+    if len(data.skipped) == len(data):
+        first = data.skipped[min(data.skipped)] if data.skipped else data.name
+        raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
 
 
 def load_data(source: str, transform: Transform, split: str = "train", seed: int = 0) -> ImageSet:

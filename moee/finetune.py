@@ -1,8 +1,9 @@
 """Distillation: the MoEE model learns from the unmodified one (paper, section 4; its recipe as defaults).
 
 A classifier matches the teacher's logits (KL divergence), a backbone its features (squared error relative to their power,
-plus one minus cosine); `distil` tokens adds every token of the last feature map. Teacher outputs are computed once, those on
-the random views of `augment` too, which are the same in every epoch. The router stays frozen.
+plus one minus cosine); `distil` tokens adds every token of the last feature map. Teacher outputs are computed once; with tokens,
+whose maps are too large to keep, the teacher runs beside every step. The random views of `augment` and the `collages` are the
+same in every epoch. The router stays frozen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.artifact import sha256_file, write_json
+from moee.collage import Collages
 from moee.config import FinetuneConfig
 from moee.data import ImageSet, model_transform
 from moee.distributed import SOLO, Group, Parcel
@@ -69,12 +71,18 @@ def finetune(
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed))
     held_out = order[: max(1, round(own * config.validation))].sort().values
     train = order[len(held_out) :].sort().values
-    if config.augment:
-        views = Views(data, model_transform(dense), config.augment, config.seed)
-        teacher = torch.cat([teacher, run(dense, views, report, "teacher on views", group=group).features])
-        _refuse_unreadable(views, group)
-        data = Joined(data, views)
-        train = torch.cat([train + own * k for k in range(1 + config.augment)])  # held-out images have no views in it
+    if config.augment or config.collages:
+        transform = model_transform(dense)
+        views = Views(data, transform, config.augment, config.seed)
+        collages = Collages(data, transform, config.collages, config.seed, train.tolist())
+        # held-out images have no views in it, and collages show nothing of them
+        views_of = [train + own * k for k in range(1 + config.augment)]
+        train = torch.cat([*views_of, torch.arange(len(collages)) + own * (1 + config.augment)])
+        data = Joined(data, views, collages)
+        if config.distil == "output":  # with tokens the teacher runs beside every step
+            made = Joined(views, collages)
+            teacher = torch.cat([teacher, run(dense, made, report, "teacher on views", group=group).features])
+            _refuse_unreadable(made, group)
     for layer in routed_layers(model).values():
         layer.router.requires_grad_(config.train_router)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

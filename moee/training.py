@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +50,14 @@ def token_loss(student: Tensor, teacher: Tensor, power: Tensor | None = None) ->
     return relative + 1 - nn.functional.cosine_similarity(student, teacher, dim=-1).mean()
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The dense model's output [B, C] and, for distillation of tokens, its last feature map [B, ..., D]."""
+
+    output: Tensor
+    tokens: Tensor | None = None
+
+
 class _Student(nn.Module):
     """The model under one forward call, which DistributedDataParallel can wrap: output, and the last feature map if wanted."""
 
@@ -64,7 +73,7 @@ class _Student(nn.Module):
 
 
 class Trainer:
-    """Loss and gradients of `model` against `dense`, whose outputs on the data set are `teacher` [N, C].
+    """Loss and gradients of `model` against `dense`, whose outputs on the data set are `teacher` [N, C] (unused with tokens).
 
     Both models must be on the group's device. With `checkpointing` the model is left with its activation checkpointing off.
     """
@@ -116,14 +125,14 @@ class Trainer:
         """Add the gradients of a batch of `images`, of which `parts` are this rank's, to the parameters; returns the loss
         summed over the images of all ranks."""
         own = len(self.group.part(images)) > 0
-        wanted = [self._features(part) for part in parts] if self.tokens else []
+        wanted = [self._wanted(part) for part in parts]
         power = self._power(images, parts, wanted) if own or not self.group.alone else None
         total = torch.zeros(1, dtype=torch.float64)
         for position, part in enumerate(parts):
             last = position == len(parts) - 1
             count = len(part.images) if own else 0
             with nullcontext() if last else self._apart():
-                loss = self._loss(self.student, part, wanted[position] if wanted else None, power)
+                loss = self._loss(self.student, part, wanted[position], power)
                 # DistributedDataParallel divides by the number of ranks
                 self.scaler.scale(loss * (count * self.group.world / images)).backward()
             total += float(loss.detach()) * count if count else 0.0
@@ -136,7 +145,7 @@ class Trainer:
         with torch.no_grad():
             parts = [part.tolist() for part in order[own.start : own.stop].split(self.config.batch_size) if len(part)]
             for batch in listed_batches(data, parts, strict=False):
-                loss = self._loss(self.plain, batch, self._features(batch) if self.tokens else None, None, amp=False)
+                loss = self._loss(self.plain, batch, self._wanted(batch), None, amp=False)
                 found.append(float(loss) * len(batch.images))
         return sum(value for rank in self.group.all_json(found) for value in rank) / len(order)
 
@@ -148,25 +157,29 @@ class Trainer:
     def _apart(self) -> AbstractContextManager:
         return self.student.no_sync() if isinstance(self.student, DistributedDataParallel) else nullcontext()
 
-    def _features(self, part: Batch) -> Tensor:
+    def _wanted(self, part: Batch) -> Wanted:
+        """What the student is to match; with tokens the dense model runs for it, its feature map would be too large to keep."""
+        if not self.tokens:
+            return Wanted(self.teacher[part.indices].to(self.group.device))
         with torch.no_grad():
             features: Any = self.dense.forward_features(part.images.to(self.group.device))  # type: ignore[operator]
-        return channels_last(features, self.dense)
+            output: Tensor = self.dense.forward_head(features)  # type: ignore[operator]
+        return Wanted(output, channels_last(features, self.dense))
 
-    def _power(self, images: int, parts: list[Batch], wanted: list[Tensor]) -> Tensor | None:
+    def _power(self, images: int, parts: list[Batch], wanted: list[Wanted]) -> Tensor | None:
         """Mean power of the whole batch's teacher tokens; None where one part is the whole batch."""
         if not self.tokens or (self.group.alone and len(parts) == 1):
             return None
         weights = [len(part.images) if self.group.part(images) else 0 for part in parts]
-        power = sum(float(token_power(w)) * n for w, n in zip(wanted, weights, strict=True)) / images
+        maps = [w.tokens for w in wanted if w.tokens is not None]
+        power = sum(float(token_power(tokens)) * n for tokens, n in zip(maps, weights, strict=True)) / images
         return self.group.sum(torch.tensor([power], dtype=torch.float64)).float()[0].to(self.group.device)
 
-    def _loss(self, student: nn.Module, part: Batch, wanted: Tensor | None, power: Tensor | None, amp: bool = True) -> Tensor:
+    def _loss(self, student: nn.Module, part: Batch, wanted: Wanted, power: Tensor | None, amp: bool = True) -> Tensor:
         """Mean loss of some images, in float32 whatever the student computes in."""
         device = self.group.device
         dtype = AMP.get(self.config.amp) if amp else None
         with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
             output, *features = student(part.images.to(device))
-        target = self.teacher[part.indices].to(device)
-        loss = distillation_loss(output.float(), target, self.classifier, self.config.temperature)
-        return loss if wanted is None else loss + token_loss(features[0].float(), wanted, power)
+        loss = distillation_loss(output.float(), wanted.output, self.classifier, self.config.temperature)
+        return loss if wanted.tokens is None else loss + token_loss(features[0].float(), wanted.tokens, power)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from moee.collage import Collages
 from moee.data import ImageSet, Transform
 
 
@@ -45,27 +46,37 @@ class Views(ImageSet):
 
 
 class Joined(ImageSet):
-    """The images of `data`, then those of `views`."""
+    """The images of `data`, then those of each of `more`, which were made from it."""
 
-    def __init__(self, data: ImageSet, views: Views):
-        super().__init__(data.name, data.labels + views.labels, data.num_classes)
-        self.data, self.views, self.workers = data, views, data.workers
+    def __init__(self, data: ImageSet, *more: ImageSet):
+        super().__init__(data.name, [label for part in (data, *more) for label in part.labels], data.num_classes)
+        self.parts, self.workers = (data, *more), data.workers
+
+    def _at(self, index: int) -> tuple[ImageSet, int]:
+        for part in self.parts:
+            if index < len(part):
+                return part, index
+            index -= len(part)
+        raise IndexError(f"{self.name} has {len(self)} images, asked for one {index} behind the last")
 
     def load(self, index: int) -> Tensor:
-        own = len(self.data)
-        return self.data.load(index) if index < own else self.views.load(index - own)
+        part, position = self._at(index)
+        return part.load(position)
 
     def describe(self, index: int) -> str:
-        own = len(self.data)
-        return self.data.describe(index) if index < own else self.views.describe(index - own)
+        part, position = self._at(index)
+        return part.describe(position)
 
     def content(self) -> bytes:
-        return self.data.content()
+        return self.parts[0].content()
 
     def picture(self, index: int) -> Image.Image | Tensor:
-        return self.data.picture(index % len(self.data))
+        part, position = self._at(index)
+        return part.picture(position)
 
 
-def with_views(data: ImageSet, transform: Transform, count: int, seed: int) -> ImageSet:
-    """`data` and `count` views of each of its images; `data` itself for 0."""
-    return Joined(data, Views(data, transform, count, seed)) if count else data
+def widened(data: ImageSet, transform: Transform, views: int, collages: int, seed: int) -> ImageSet:
+    """`data`, then `views` views and `collages` collages for each of its images; `data` itself where both are 0."""
+    more: list[ImageSet] = [Views(data, transform, views, seed)] if views else []
+    more += [Collages(data, transform, collages, seed)] if collages else []
+    return Joined(data, *more) if more else data

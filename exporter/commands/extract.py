@@ -54,6 +54,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--refit-lambda", type=float, help="ridge, as a share of the Gram matrix's mean diagonal (held-out choice)")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--augment", type=int, metavar="N", help="random views of each training image for the refit beside it (0)")
+    sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     add_ranks(sub)
     add_out(sub, "the extracted model")
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
         "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda", "refit_tokens",
         "method", "experts", "top_k", "split", "selector", "target_macs", "allocation", "objective",
-        "augment",
+        "augment", "collages",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
     if args.clusters is not None and args.clustering is None:
@@ -130,7 +131,7 @@ def clear_config(args: argparse.Namespace) -> Any:
     foreign = (
         "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters", "criterion", "keep",
         "statistics", "routing", "eps", "refit_tokens", "top_k", "split", "selector", "allocation", "objective",
-        "augment",
+        "augment", "collages",
     )  # fmt: skip
     given = [name for name in foreign if getattr(args, name) is not None]
     if given:

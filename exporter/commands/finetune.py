@@ -26,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--distil", help="output (the paper's), or tokens: the last feature map too (for backbones)")
     sub.add_argument("--warmup", type=float, help="share of the steps over which the learning rate rises (0)")
     sub.add_argument("--augment", type=int, metavar="N", help="random views of each training image beside it (0)")
+    sub.add_argument("--collages", type=int, metavar="N", help="collages a training image beside it (0)")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--train-router", action="store_true", default=None)
     sub.add_argument("--accumulate", type=int, metavar="N", help="compute a batch in N parts: less memory, same gradient (1)")
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     names = (
         "seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router", "distil", "warmup", "accumulate",
-        "amp", "checkpointing", "augment",
+        "amp", "checkpointing", "augment", "collages",
     )  # fmt: skip
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = validated(FinetuneConfig, values)

@@ -17,10 +17,10 @@ from torch import nn
 
 from moee.artifact import read_json, write_json
 from moee.atomic import temporary_folder
-from moee.calibration import LayerTokens, collect_tokens
+from moee.calibration import LayerTokens
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, make_extract_config, validated
-from moee.convert import Prepared, apply, extract, ffn_budget, prepare, sensitivity_of
+from moee.convert import Prepared, apply, calibrate, extract, ffn_budget, prepare, sensitivity_of
 from moee.errors import NothingRouted, OutOfReach
 from moee.layer_report import LayerReport
 from moee.metrics import dense_macs, tokens_per_image
@@ -110,7 +110,7 @@ class Planner:
         if not self.sampled:
             dense, folder = self.session.dense, self.folder
             ffns = find_ffns(dense, config.exclude)
-            self.sampled = collect_tokens(dense, ffns, self.session.train, folder, config.tokens, config.seed, self.report)
+            self.sampled = calibrate(dense, ffns, self.session.train, folder, config, self.report)
         return self.sampled
 
     def make(self, method: str, config: ExtractConfig | ClearConfig) -> tuple[nn.Module, Sequence[LayerReport]]:

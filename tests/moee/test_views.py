@@ -15,7 +15,7 @@ from moee.data import Transform, load_data, model_transform
 from moee.errors import UserError
 from moee.finetune import finetune
 from moee.models import load_model
-from moee.views import Joined, Views, with_views
+from moee.views import Joined, Views, widened
 from tests.conftest import tiny_images, tiny_spec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -80,7 +80,7 @@ def test_shards_give_views(folder, tmp_path):
 def test_an_unreadable_image_has_no_views(folder):
     broken = load_data(str(folder), SMALL, "train").describe(3)
     Path(broken).write_bytes(b"no image")
-    joined = with_views(load_data(str(folder), SMALL, "train"), SMALL, 1, 0)
+    joined = widened(load_data(str(folder), SMALL, "train"), SMALL, 1, 0, 0)
     bad = [i for i in range(len(joined)) if joined[i][1] is None]
     assert bad == [3, 3 + len(joined) // 2]
     assert all(broken in joined.describe(i) for i in bad)
@@ -88,8 +88,8 @@ def test_an_unreadable_image_has_no_views(folder):
 
 def test_no_views_is_the_data_itself():
     data = tiny_images(6)
-    assert with_views(data, SMALL, 0, 0) is data
-    joined = with_views(data, SMALL, 2, 0)
+    assert widened(data, SMALL, 0, 0, 0) is data
+    joined = widened(data, SMALL, 2, 0, 0)
     assert isinstance(joined, Joined) and len(joined) == 18
     assert torch.equal(joined.load(4), data.load(4)) and torch.equal(joined.load(6 + 9), Views(data, SMALL, 2, 0).load(9))
 
