@@ -9,6 +9,8 @@ same in every epoch. The router stays frozen.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from moee.tensor_file import write_tensors
 from moee.training import Trainer
 from moee.views import Joined, Views
 
+LEAST_RMS = 1e-3
 STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
 
 
@@ -83,16 +86,41 @@ def finetune(
             made = Joined(views, collages)
             teacher = torch.cat([teacher, run(dense, made, report, "teacher on views", group=group).features])
             _refuse_unreadable(made, group)
-    for layer in routed_layers(model).values():
-        layer.router.requires_grad_(config.train_router)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     identity = _identity(model, data, config)
-    with group.placed(model), group.placed(dense):
+    with group.placed(model), group.placed(dense), _chosen(model, config) as trainable:
         trainer = Trainer(model, dense, teacher, config, group)
         try:
             return _train(trainer, trainable, data, train, held_out, identity, report, resume)
         finally:
             trainer.close()
+
+
+@contextmanager
+def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters to train; the others have no gradient meanwhile."""
+    layers = routed_layers(model)
+    for layer in layers.values():
+        layer.router.requires_grad_(config.train_router)
+    before = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = tuple(f"{name}." for name in layers)
+    frozen = [p for name, p in before.items() if config.train == "experts" and not name.startswith(inside)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield {name: p for name, p in before.items() if p.requires_grad}
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], config: FinetuneConfig) -> torch.optim.AdamW:
+    """AdamW with one group a tensor, so that `relative_lr` can give each a step of its own: lr times its root mean square, at
+    least LEAST_RMS (Shazeer and Stern, "Adafactor", 2018, section 8)."""
+    groups = []
+    for parameter in parameters:
+        size = max(float(parameter.detach().float().square().mean().sqrt()), LEAST_RMS) if config.relative_lr else 1.0
+        groups.append({"params": [parameter], "lr": config.lr * size, "initial_lr": config.lr * size})
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
 
 
 def _refuse_unreadable(data: ImageSet, group: Group) -> None:
@@ -107,7 +135,7 @@ def _train(
     report: Reporter, resume: Path | None,
 ) -> FinetuneResult:  # fmt: skip
     config, group = trainer.config, trainer.group
-    optimiser = torch.optim.AdamW(trainable.values(), lr=config.lr, weight_decay=config.weight_decay)
+    optimiser = make_optimiser(trainable.values(), config)
     steps = -(-len(train) // config.batch_size)
     # the modules stay in eval mode: timm's dropout and stochastic depth would act on the student alone
     result = FinetuneResult()
@@ -129,12 +157,15 @@ def _train(
         shuffled = train[torch.randperm(len(train), generator=generator)]
         for step, (images, parts) in enumerate(trainer.steps(data, shuffled), 1):
             for slot in optimiser.param_groups:
-                slot["lr"] = config.lr * rate(epoch * steps + step - 1, config.epochs * steps, config.warmup)
+                slot["lr"] = slot["initial_lr"] * rate(epoch * steps + step - 1, config.epochs * steps, config.warmup)
             optimiser.zero_grad(set_to_none=True)
             loss = trainer.backward(images, parts)
             if not math.isfinite(loss):
                 with group.agreed():  # it is the same on all ranks
                     raise UserError(f"the loss became {loss} in epoch {epoch + 1}; lower --lr (came {config.lr})")
+            if config.clip_norm:
+                trainer.scaler.unscale_(optimiser)
+                nn.utils.clip_grad_norm_(trainable.values(), config.clip_norm)
             trainer.scaler.step(optimiser)
             trainer.scaler.update()
             total += loss

@@ -1,0 +1,123 @@
+"""What a step of the fine-tuning moves, and how far."""
+
+import copy
+
+import pytest
+import torch
+
+from moee.config import FinetuneConfig, make_extract_config
+from moee.convert import extract
+from moee.finetune import LEAST_RMS, finetune, make_optimiser
+from moee.layer import routed_layers
+from moee.models import load_model
+from moee.training import Trainer
+from tests.conftest import tiny_images, tiny_spec
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    dense, data = load_model(tiny_spec()), tiny_images(16)
+    model = copy.deepcopy(dense)
+    extract(model, data, make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=300, keep=0.8))
+    return dense, model, data
+
+
+def tuned(pair, **fields):
+    dense, model, data = pair
+    model = copy.deepcopy(model)
+    finetune(model, dense, data, FinetuneConfig(**{"epochs": 1, "batch_size": 4, "lr": 1e-5, **fields}))
+    return model
+
+
+def moved(before, after):
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    return {name for (name, a), b in pairs if not torch.equal(a, b)}
+
+
+def test_experts_alone(pair):
+    """The backbone keeps every bit, and can be trained again afterwards."""
+    _, model, _ = pair
+    after = tuned(pair, train="experts")
+    inside = tuple(f"{name}." for name in routed_layers(model))
+    changed = moved(model, after)
+    assert changed and all(name.startswith(inside) for name in changed)
+    assert {"w_up", "w_down", "b_out"} <= {name.rpartition(".")[2] for name in changed}
+    assert not any(name.endswith("router") for name in changed)
+    assert all(p.requires_grad for name, p in after.named_parameters() if not name.endswith("router"))
+    assert any(not name.startswith(inside) for name in moved(model, tuned(pair)))
+
+
+def test_the_backbone_is_free_again_after_an_error(pair, monkeypatch):
+    dense, model, data = pair
+    monkeypatch.setattr(Trainer, "backward", lambda self, images, parts: float("nan"))
+    with pytest.raises(Exception, match="the loss became nan"):
+        finetune(model, dense, data, FinetuneConfig(epochs=1, train="experts"))
+    assert all(p.requires_grad for name, p in model.named_parameters() if not name.endswith("router"))
+
+
+def test_checkpointing_gives_the_same_experts(pair):
+    plain, checkpointed = tuned(pair, train="experts"), tuned(pair, train="experts", checkpointing=True)
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+    assert moved(pair[1], checkpointed)
+
+
+def test_relative_steps_are_a_share_of_each_tensors_size():
+    big, small, zero = (torch.nn.Parameter(torch.full((3,), value)) for value in (2.0, 0.05, 0.0))
+    config = FinetuneConfig(lr=0.01, relative_lr=True, weight_decay=0)
+    optimiser = make_optimiser([big, small, zero], config)
+    for parameter in (big, small, zero):
+        parameter.grad = torch.ones(3)
+    optimiser.step()
+    # AdamW's first step is the learning rate itself
+    assert big[0].item() == pytest.approx(2.0 * 0.99) and small[0].item() == pytest.approx(0.05 * 0.99)
+    assert zero[0].item() == pytest.approx(-0.01 * LEAST_RMS)
+    absolute = make_optimiser([big, small], FinetuneConfig(lr=0.01))
+    assert {slot["lr"] for slot in absolute.param_groups} == {0.01}
+
+
+def test_a_gradient_is_cut_to_its_norm(pair, monkeypatch):
+    norms = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        gradients = [p.grad.flatten() for slot in self.param_groups for p in slot["params"] if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    tuned(pair)
+    free = list(norms)
+    norms.clear()
+    limit = min(free) / 3
+    tuned(pair, clip_norm=limit)
+    assert norms and norms == pytest.approx([limit] * len(free), rel=1e-3)
+    norms.clear()
+    tuned(pair, clip_norm=max(free) * 1000)
+    assert norms == pytest.approx(free, rel=1e-6), "a smaller one stays as it is"
+
+
+def test_a_run_with_relative_steps_goes_on_where_it_stopped(pair, tmp_path, monkeypatch):
+    """The steps are measured against the weights at the start, not those at the interruption."""
+    whole = tuned(pair, epochs=2, relative_lr=True, lr=1e-3)
+    dense, model, data = pair
+    config = FinetuneConfig(epochs=2, batch_size=4, relative_lr=True, lr=1e-3)
+    first, calls = copy.deepcopy(model), []
+    real = Trainer.backward
+
+    def interrupted(self, images, parts):
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return real(self, images, parts)
+
+    monkeypatch.setattr(Trainer, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(first, dense, data, config, resume=tmp_path)
+    monkeypatch.setattr(Trainer, "backward", real)
+    second = copy.deepcopy(model)
+    finetune(second, dense, data, config, resume=tmp_path)
+    assert moved(model, whole)
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
