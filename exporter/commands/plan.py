@@ -26,11 +26,14 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--target-latency-ms", type=float, help="p50 of a batch on --device")
     sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
     sub.add_argument("--batch", type=int, default=8, help="batch size of latencies (8)")
-    sub.add_argument("--methods", help="comma-separated: hdbscan, kmeans-8, kmeans-32, static, moefication, clear-moe (all)")
+    methods = "hdbscan, kmeans-8, kmeans-32, kmeans-64, static, moefication, clear-moe"
+    sub.add_argument("--methods", help=f"comma-separated: {methods} (all but kmeans-64)")
     sub.add_argument("--allocations", help="comma-separated: share, sensitivity (both)")
     sub.add_argument("--targets", help="comma-separated shares of MACs to try (0.8,0.7,0.6,0.5)")
     sub.add_argument("--cluster-tokens", type=int, default=6000, help="tokens a layer that are clustered (6000)")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
+    sub.add_argument("--tokens", type=int, help="calibration tokens a layer (126080)")
+    sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
     sub.add_argument("--seed", type=int)
     add_out(sub, "plan.json")
 
@@ -52,14 +55,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.device import latency_of
     from moee.config import validated
     from moee.pipeline import Session
-    from moee.planning import ALLOCATIONS, METHODS, TARGETS, Budget, make_plan
+    from moee.planning import ALLOCATIONS, TARGETS, USUAL, Budget, make_plan
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
     targets = parse_targets(args.targets) or TARGETS
     budget = validated(Budget, {name: getattr(args, name) for name in names})
-    methods = tuple(args.methods.split(",")) if args.methods else tuple(METHODS)
+    methods = tuple(args.methods.split(",")) if args.methods else USUAL
     allocations = tuple(args.allocations.split(",")) if args.allocations else tuple(ALLOCATIONS)
-    base = {"cluster_tokens": args.cluster_tokens, "refit_tokens": args.refit_tokens, "seed": args.seed}
+    base = {name: getattr(args, name) for name in ("cluster_tokens", "refit_tokens", "tokens", "collages", "seed")}
     with ProgressDisplay() as report:
         spec = model_of(args, report)
         session = Session(spec, args.data, args.seed or 0, report)

@@ -2,9 +2,9 @@
 
 from moee.planning.budget import Budget, Point, choose, margins, pareto
 from moee.planning.plan import PLAN, make_plan, read_plan
-from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency
 
 __all__ = [
-    "ALLOCATIONS", "METHODS", "PLAN", "TARGETS", "Budget", "Latency", "Point", "choose", "make_plan", "margins", "pareto",
-    "read_plan",
+    "ALLOCATIONS", "METHODS", "PLAN", "TARGETS", "USUAL", "Budget", "Latency", "Point", "choose", "make_plan", "margins",
+    "pareto", "read_plan",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from moee.models import ModelSpec
 from moee.pipeline import Session
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, Latency, Planner, allocations_of, kind_of
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, allocations_of, kind_of
 from moee.progress import Reporter, silent
 from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
@@ -37,7 +37,7 @@ class Plan(Body):
 
 
 def make_plan(
-    session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] = tuple(METHODS),
+    session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] = USUAL,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = tuple(ALLOCATIONS),
 ) -> dict[str, Any]:  # fmt: skip

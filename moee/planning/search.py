@@ -33,10 +33,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "hdbscan": {"clustering": "hdbscan"},
     "kmeans-8": {"clustering": "kmeans", "clusters": 8, "components": 50},
     "kmeans-32": {"clustering": "kmeans", "clusters": 32, "components": 50},
+    "kmeans-64": {"clustering": "kmeans", "clusters": 64, "components": 50},
     "static": {"clustering": "none"},
     "moefication": {"method": "moefication", "experts": 32, "selector": "router", "compensation": "mean"},
     "clear-moe": {"method": "clear-moe"},
 }
+USUAL = tuple(name for name in METHODS if name != "kmeans-64")  # whose router pays on varied data only
 ALLOCATIONS: dict[str, dict[str, Any]] = {
     "share": {"criterion": "output_variance", "allocation": "expert"},
     "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
