@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from moee import ops
 from moee.errors import UserError
+from moee.models import activate
 from moee.routing import route, scores
 
+MASKED_TOKENS = 128  # an expert, up to which training computes all neurons under a mask
 LOAD_UNIT = 1_000_000  # loads are parts per million
 
 
@@ -144,17 +146,50 @@ class RoutedFFN(RoutedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1).contiguous()
+        if self._masked_pays(x):
+            y = self._masked(x)
+        else:
+            y = self._grouped(x)
+        if self.router.requires_grad and torch.is_grad_enabled():
+            y = y * self._straight_through(x)
+        return y.movedim(-1, 1) if self.channels_first else y
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Each expert on its own tokens."""
         stores = (self.w_up, self.b_up, self.w_down, self.b_out)
         if torch.is_autocast_enabled(x.device.type):  # it does not reach into a custom operator; the router stays exact
             dtype = torch.get_autocast_dtype(x.device.type)
             x, stores = x.to(dtype), tuple(store.to(dtype) for store in stores)  # type: ignore[assignment]
-        y = ops.ffn(
+        return ops.ffn(
             x, self.router, self.router_bias, *stores, self.neurons, self.offsets,
             self.activation, self.top_k, self.max_width, list(self.load),
         )  # fmt: skip
-        if self.router.requires_grad and torch.is_grad_enabled():
-            y = y * self._straight_through(x)
-        return y.movedim(-1, 1) if self.channels_first else y
+
+    def _masked_pays(self, x: Tensor) -> bool:
+        """Whether to train on all neurons under a mask: a few large products are faster than many small ones with gathered
+        weights, while experts have few tokens. What is kept for the backward pass is bounded by that."""
+        training = torch.is_grad_enabled() and (x.requires_grad or self.w_up.requires_grad)
+        if not training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        return x.numel() // x.shape[-1] <= MASKED_TOKENS * self.num_experts
+
+    def _masked(self, x: Tensor) -> Tensor:
+        """The same function: every neuron of the store on every token, times the number of the token's experts that keep it.
+
+        What no expert keeps is set to zero before the activation, all of which leave zero as it is: no overflow can pass.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):  # the router stays exact
+            chosen = route(tokens.detach(), self.router.detach(), self.router_bias, self.top_k)
+        kept = torch.zeros(self.num_experts, self.union, device=x.device, dtype=torch.uint8)
+        owner = torch.repeat_interleave(torch.arange(self.num_experts, device=x.device), self.offsets.diff())
+        kept[owner, self.neurons.long()] = 1
+        times = kept[chosen].sum(1)
+        before = nn.functional.linear(tokens, self.w_up, self.b_up).masked_fill(times == 0, 0)
+        hidden = activate(before, self.activation)
+        if self.top_k > 1:
+            hidden = hidden * times.to(hidden.dtype)
+        return (hidden @ self.w_down + self.b_out[chosen].sum(1)).to(x.dtype).reshape(x.shape)
 
     def _straight_through(self, x: Tensor) -> Tensor:
         """Ones [..., 1] whose gradient is that of the chosen experts' softmax share: what lets a router be trained."""

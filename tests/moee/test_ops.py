@@ -152,3 +152,71 @@ def test_cuda_matches_cpu():
     p = random_problem(500, 64, 200, [50, 200, 7, 90])
     on_gpu = {k: v.cuda() if torch.is_tensor(v) else v for k, v in p.items()}
     torch.testing.assert_close(call(on_gpu).cpu(), call(p), rtol=1e-4, atol=1e-4)
+
+
+def trained_both_ways(p, channels_first=False):
+    """(output, gradients) of the grouped and of the masked computation, float64."""
+    found = []
+    for way in ("_grouped", "_masked"):
+        layer = RoutedFFN(Experts(**{k: v for k, v in p.items() if k != "x"}), channels_first).double()
+        x = p["x"].double().requires_grad_()
+        y = getattr(layer, way)(x)
+        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
+        (y * upstream).sum().backward()
+        found.append((y, {"x": x.grad, **{name: q.grad for name, q in layer.named_parameters() if q.requires_grad}}))
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_training_under_a_mask_is_the_same_function(case, top_k):
+    p = random_problem(**CASES[case], top_k=min(top_k, len(CASES[case]["widths"])))
+    (grouped, wanted), (masked, got) = trained_both_ways(p)
+    # top_k > 1 sums in float32 by contract
+    close = dict(rtol=1e-5, atol=1e-5) if top_k > 1 else dict(rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(masked, grouped, **close)
+    assert set(got) == set(wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_a_mask_hides_overflow_in_neurons_that_no_expert_keeps(activation):
+    p = random_problem(12, 16, 32, [10, 20], activation=activation)
+    dropped = sorted(set(range(32)) - set(p["neurons"].tolist()))
+    assert dropped
+    p["b_up"][dropped] = float("inf")
+    layer = layer_of(p)
+    y = layer._masked(p["x"].requires_grad_())
+    y.sum().backward()
+    torch.testing.assert_close(y, layer._grouped(p["x"]), rtol=1e-4, atol=1e-5)
+    assert all(q.grad is None or q.grad.isfinite().all() for q in layer.parameters()) and p["x"].grad.isfinite().all()
+
+
+def test_the_mask_is_for_training_with_few_tokens_an_expert(monkeypatch):
+    p = random_problem(24, 16, 32, [10, 20, 5])
+    layer, masked = layer_of(p), []
+    real = RoutedFFN._masked
+    monkeypatch.setattr(RoutedFFN, "_masked", lambda self, x: masked.append(1) or real(self, x))
+    with torch.no_grad():
+        layer(p["x"])
+    with torch.inference_mode():
+        layer(p["x"])
+    torch.jit.trace(layer, (p["x"],), check_trace=False)
+    assert not masked
+    layer(p["x"])
+    assert len(masked) == 1
+    many = p["x"].repeat(17, 1)  # 408 tokens, more than 128 for each of 3 experts
+    layer(many)
+    assert len(masked) == 1
+
+
+def test_autocast_keeps_the_routes_exact():
+    """Experts are chosen from the float32 input, whatever the products are computed in."""
+    p = random_problem(60, 16, 32, [10, 20, 5])
+    layer = layer_of(p)
+    exact = layer._masked(p["x"])
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = layer._masked(p["x"])
+    assert coarse.dtype == torch.float32
+    torch.testing.assert_close(coarse, exact, rtol=0.05, atol=0.05)
