@@ -102,6 +102,7 @@ class FinetuneConfig(BaseModel):
     collages: int = Field(0, ge=0, description="collages a training image that an epoch has beside it")
     train: Literal["all", "experts"] = Field("all", description="all weights, or those of the routed layers")
     relative_lr: bool = Field(False, description="lr is a share of each tensor's root mean square instead of an absolute step")
+    masked: bool = Field(False, description="compute every stored neuron under a mask while experts have few tokens of a batch")
     clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: as it is")
 
 

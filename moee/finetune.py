@@ -25,7 +25,7 @@ from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.evaluate import run
 from moee.finetune_state import SCHEMA, read_state, read_tensors
-from moee.layer import routed_layers
+from moee.layer import RoutedFFN, routed_layers
 from moee.progress import Reporter, silent
 from moee.resume import difference, fingerprint
 from moee.tensor_file import write_tensors
@@ -101,6 +101,8 @@ def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.P
     layers = routed_layers(model)
     for layer in layers.values():
         layer.router.requires_grad_(config.train_router)
+        if isinstance(layer, RoutedFFN):
+            layer.masked = config.masked
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inside = tuple(f"{name}." for name in layers)
     frozen = [p for name, p in before.items() if config.train == "experts" and not name.startswith(inside)]
@@ -111,6 +113,9 @@ def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.P
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
+        for layer in layers.values():
+            if isinstance(layer, RoutedFFN):
+                layer.masked = False
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], config: FinetuneConfig) -> torch.optim.AdamW:

@@ -112,6 +112,7 @@ class RoutedFFN(RoutedLayer):
         check_indices(experts.neurons, experts.offsets, len(experts.router), len(experts.w_up))
         self.activation, self.top_k, self.load = experts.activation, experts.top_k, tuple(experts.load)
         self.channels_first = channels_first
+        self.masked = False  # whether training may take `_masked`
         self.max_width = max(experts.widths)
         for name in ("w_up", "b_up", "w_down", "b_out"):
             setattr(self, name, nn.Parameter(getattr(experts, name).detach().clone().float()))
@@ -168,7 +169,7 @@ class RoutedFFN(RoutedLayer):
     def _masked_pays(self, x: Tensor) -> bool:
         """Whether to train on all neurons under a mask: a few large products are faster than many small ones with gathered
         weights, while experts have few tokens. What is kept for the backward pass is bounded by that."""
-        training = torch.is_grad_enabled() and (x.requires_grad or self.w_up.requires_grad)
+        training = self.masked and torch.is_grad_enabled() and (x.requires_grad or self.w_up.requires_grad)
         if not training or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         return x.numel() // x.shape[-1] <= MASKED_TOKENS * self.num_experts

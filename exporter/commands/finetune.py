@@ -30,6 +30,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--train", help="all, or experts: the weights of the routed layers alone (all)")
     sub.add_argument("--relative-lr", action="store_true", default=None, help="--lr is a share of each tensor's root mean square")
     sub.add_argument("--clip-norm", type=float, help="largest norm of a step's gradient (no limit)")
+    sub.add_argument("--masked", action="store_true", default=None, help="faster steps while experts have few tokens of a batch")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--train-router", action="store_true", default=None)
     sub.add_argument("--accumulate", type=int, metavar="N", help="compute a batch in N parts: less memory, same gradient (1)")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     names = (
         "seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router", "distil", "warmup", "accumulate",
         "amp", "checkpointing", "augment", "collages",
-        "train", "relative_lr", "clip_norm",
+        "train", "relative_lr", "clip_norm", "masked",
     )  # fmt: skip
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = validated(FinetuneConfig, values)

@@ -198,6 +198,9 @@ def test_the_mask_is_for_training_with_few_tokens_an_expert(monkeypatch):
     layer, masked = layer_of(p), []
     real = RoutedFFN._masked
     monkeypatch.setattr(RoutedFFN, "_masked", lambda self, x: masked.append(1) or real(self, x))
+    layer.masked = False
+    layer(p["x"])
+    layer.masked = True
     with torch.no_grad():
         layer(p["x"])
     with torch.inference_mode():

@@ -58,8 +58,11 @@ def test_margins_are_against_the_best_static_model_within_the_budget():
     assert margins(ours, [ours], dense, Budget(min_cosine=0.9))["static"] is None
 
 
-def test_the_plan_is_what_extract_then_measures(session, tmp_path):
-    plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
+@pytest.mark.parametrize("more", [{}, {"collages": 1, "tokens": 500}], ids=str)
+def test_the_plan_is_what_extract_then_measures(session, tmp_path, more):
+    options = {**FAST, "base": {**FAST["base"], **more}}
+    plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **options)
+    assert more.items() <= plan["winner"]["config"].items()
     assert json.loads((tmp_path / "plan" / PLAN).read_text())["winner"] == plan["winner"]
     winner = plan["winner"]
     assert winner["method"] != "dense" and winner["macs"] <= 0.805
