@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from moee.data import UNREADABLE, ImageSet, Transform
 
@@ -90,19 +89,14 @@ class Collages(ImageSet):
             part = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
         return ImageOps.invert(part) if draw.random() < 0.1 else part
 
-
     def _picture(self, draw: random.Random) -> Image.Image:
         """A training image that can be read."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                picture = self.data.picture(draw.choice(self.among))
+                return self.transform.picture(self.data.picture(draw.choice(self.among)))
             except UNREADABLE:
                 if attempt == ATTEMPTS:
                     raise
-                continue
-            if isinstance(picture, Tensor):
-                picture = to_pil_image(self.transform.pixels(picture).clamp(0, 1))
-            return picture.convert("RGB")
         raise AssertionError("the last attempt returns or raises")
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
 
 from moee.distributed import Group
 from moee.errors import UserError
@@ -59,6 +60,10 @@ class Transform:
         """A normalised image [3, H, W] back to 0..1."""
         mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
         return image * std + mean
+
+    def picture(self, image: Image.Image | Tensor) -> Image.Image:
+        """What `ImageSet.picture` gives, as an RGB picture."""
+        return (to_pil_image(self.pixels(image).clamp(0, 1)) if isinstance(image, Tensor) else image).convert("RGB")
 
 
 def model_transform(model: nn.Module) -> Transform:

@@ -12,7 +12,6 @@ import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from moee.collage import Collages
 from moee.data import ImageSet, Transform
@@ -29,9 +28,7 @@ class Views(ImageSet):
         self.draw = timm.data.create_transform(**{n: config[n] for n in names if n in config}, is_training=True)
 
     def load(self, index: int) -> Tensor:
-        picture = self.data.picture(index % len(self.data))
-        if isinstance(picture, Tensor):
-            picture = to_pil_image(self.transform.pixels(picture).clamp(0, 1))
+        picture = self.transform.picture(self.data.picture(index % len(self.data)))
         before = random.getstate()  # timm draws from both generators
         with torch.random.fork_rng(devices=[]):
             try:

@@ -214,12 +214,18 @@ def test_the_mask_is_for_training_with_few_tokens_an_expert(monkeypatch):
     assert len(masked) == 1
 
 
-def test_autocast_keeps_the_routes_exact():
-    """Experts are chosen from the float32 input, whatever the products are computed in."""
+def test_autocast_keeps_the_routes_exact(monkeypatch):
+    """Experts are chosen in float32, whatever the products are computed in."""
+    asked = []
+    def watched(x, *rest):
+        asked.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return route(x, *rest)
+
+    monkeypatch.setattr("moee.layer.route", watched)
     p = random_problem(60, 16, 32, [10, 20, 5])
     layer = layer_of(p)
     exact = layer._masked(p["x"])
     with torch.autocast("cpu", torch.bfloat16):
         coarse = layer._masked(p["x"])
-    assert coarse.dtype == torch.float32
+    assert coarse.dtype == torch.float32 and asked == [(torch.float32, False)] * 2
     torch.testing.assert_close(coarse, exact, rtol=0.05, atol=0.05)
