@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.artifact import atomic_folder, read_manifest, write_manifest
+from moee.attention import NarrowAttention, Widths, find_attentions, narrow_attentions
 from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.dispatch import Factors
 from moee.clear_moe.layer import ClearFFN, ClearParts
@@ -19,7 +20,7 @@ from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
-from moee.model_manifest import ClearRecord, Info, LayerRecord, Manifest
+from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
 from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
 from moee.schema import checked, shown
@@ -81,6 +82,34 @@ def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[
         replace_module(model, record.name, made)
 
 
+def attention_records(model: nn.Module) -> list[dict[str, Any]]:
+    """What the manifest says about each narrowed attention."""
+    layers = narrow_attentions(model).items()
+    return [AttentionRecord(name=name, qk=layer.widths.qk, v=layer.widths.v).model_dump() for name, layer in layers]
+
+
+def rebuild_attention(model: nn.Module, records: list[AttentionRecord], state: dict[str, Tensor], path: Path) -> None:
+    """Replace attentions of the dense `model` by narrowed ones with the tensors of `state`.
+
+    Raises `UserError` for a layer that the model does not have, or tensors that do not fit."""
+    attentions = find_attentions(model) if records else {}
+    for record in records:
+        attention = attentions.get(record.name)
+        if attention is None or max(record.qk, record.v) > attention.head_dim:
+            had = "no such attention" if attention is None else f"heads of {attention.head_dim}"
+            raise UserError(f"{path}: {shown(record.name)} is to have heads of {record.qk} and {record.v}; the model has {had}")
+        dim, heads = attention.qkv.in_features, attention.num_heads
+        shapes: dict[str, tuple[int, ...]] = {
+            "q.weight": (heads * record.qk, dim), "q.bias": (heads * record.qk,), "k.weight": (heads * record.qk, dim),
+            "v.weight": (heads * record.v, dim), "v.bias": (heads * record.v,), "proj.weight": (dim, heads * record.v),
+            "proj.bias": (dim,),
+        }  # fmt: skip
+        tensors = _tensors(record.name, shapes, state)
+        made = NarrowAttention(dim, heads, attention.head_dim, Widths(record.qk, record.v))
+        made.load_state_dict(tensors)
+        replace_module(model, record.name, made)
+
+
 def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
     with atomic_folder(path, force) as folder:
@@ -92,6 +121,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
             "config": moee.config.model_dump(mode="json") if moee.config else None,
             "data": moee.data,
             "layers": layer_records(moee.model),
+            "attention": attention_records(moee.model),
             "info": moee.info,
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
@@ -105,6 +135,9 @@ def load(path: Path | str) -> MoeeModel:
     records = [_layer_record(item, path / MANIFEST) for item in body.layers]
     if len({record.name for record in records}) != len(records):
         raise UserError(f"{path / MANIFEST} lists a layer twice; make the artifact again")
+    narrowed = {record.name for record in body.attention}
+    if len(narrowed) != len(body.attention):
+        raise UserError(f"{path / MANIFEST} lists an attention twice; make the artifact again")
     spec, data = body.model, body.data
     config = _config(body.config, path / MANIFEST) if body.config else None
     info = {"stages": {}, "layers": [], **manifest["info"]}
@@ -114,7 +147,7 @@ def load(path: Path | str) -> MoeeModel:
             raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)
     bare = spec.model_copy(update={"weights": None, "pretrained": False})
-    _check_size(bare, state, {record.name for record in records}, path)
+    _check_size(bare, state, {record.name for record in records}, narrowed, path)
     model = load_model(bare)
     ffns = {f.name: f for f in find_ffns(model, config.exclude if config else ())}
     for record in records:
@@ -123,6 +156,7 @@ def load(path: Path | str) -> MoeeModel:
         ffn = ffns[record.name]
         rebuilt = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
         replace_module(model, record.name, rebuilt)
+    rebuild_attention(model, body.attention, state, path / MANIFEST)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -170,10 +204,10 @@ def _probe(path: Path, model: nn.Module) -> Probe | None:
     return Probe(weight, bias)
 
 
-def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], path: Path) -> None:
+def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], narrowed: set[str], path: Path) -> None:
     """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
-    model is first laid out without memory: every tensor outside the routed MLPs must be in the file, in that shape, and no MLP
-    may be absurdly wide. Raises `UserError` otherwise."""
+    model is first laid out without memory: every tensor outside the routed MLPs and narrowed attentions must be in the
+    file, in that shape, and no MLP may be absurdly wide. Raises `UserError` otherwise."""
     for key, value in spec.kwargs.items():
         most = min(MAX_DEPTH, len(state)) if re.search("depth|layers|blocks", key) else MAX_ARGUMENT
         for number in _numbers(value):
@@ -188,6 +222,8 @@ def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], pat
         if owners[key] in routed:
             if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
                 raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
+        elif owners[key] in narrowed:
+            continue  # `rebuild_attention` allows no more than the original
         elif key not in state or state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
             wanted, came = _described(tensor), _described(state[key]) if key in state else "nothing"
             raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")

@@ -13,7 +13,27 @@ PARTITIONS = ("kmeans", "birch", "random")  # clusterings that are told how many
 PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
 
 
-class ExtractConfig(BaseModel):
+class AttentionOptions(BaseModel):
+    """How much of the attention stays; part of every method's configuration."""
+
+    attention_macs: float | None = Field(None, gt=0, le=1, description="share of the attention's MACs that stays; None: all")
+    attention_heads: Literal["separate", "equal"] = Field(
+        "separate", description="whether a layer's queries and keys may have another width than its values"
+    )
+
+    @model_validator(mode="after")
+    def _attention(self) -> AttentionOptions:
+        if self.attention_macs is None and self.attention_heads != "separate":
+            raise ValueError("--attention-heads says how --attention-macs is met; give that too")
+        return self
+
+    @property
+    def narrows(self) -> tuple[float, bool] | None:
+        """Share of the attention's MACs and whether widths are to be equal; None if attention stays as it is."""
+        return None if self.attention_macs is None else (self.attention_macs, self.attention_heads == "equal")
+
+
+class ExtractConfig(AttentionOptions):
     """How experts are found. Defaults are the preset `compensated`.
 
     `keep` is the share of the criterion (a weighted activation variance) that the kept neurons must hold: in each expert
@@ -100,7 +120,7 @@ class FinetuneConfig(BaseModel):
     checkpointing: bool = False
     augment: int = Field(0, ge=0, description="random views of each training image that an epoch has beside it")
     collages: int = Field(0, ge=0, description="collages a training image that an epoch has beside it")
-    train: Literal["all", "experts"] = Field("all", description="all weights, or those of the routed layers")
+    train: Literal["all", "experts"] = Field("all", description="all weights, or those of routed layers and narrowed attention")
     relative_lr: bool = Field(False, description="lr is a share of each tensor's root mean square instead of an absolute step")
     masked: bool = Field(False, description="compute every stored neuron under a mask while experts have few tokens of a batch")
     clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: as it is")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from moee.checkpoint import layer_records, rebuild_layers
+from moee.checkpoint import attention_records, layer_records, rebuild_attention, rebuild_layers
 from moee.data import ImageSet
 from moee.distributed import Group, Parcel
 from moee.errors import UserError
 from moee.grouping import GroupedLayer
 from moee.layer import Experts
 from moee.layer_report import LayerReport
+from moee.model_manifest import AttentionRecord
 from moee.models import FFN
 from moee.selection import Moments
 
@@ -77,6 +79,19 @@ def _report(report: LayerReport) -> dict[str, Any]:
     values = report.to_json()
     del values["mean_width"]  # a property
     return values
+
+
+def share_attention(model: nn.Module, group: Group) -> None:
+    """Put rank 0's narrowed attentions into the dense `model` of every other rank."""
+    if group.alone:
+        return
+    records = attention_records(model)
+    names = tuple(f"{record['name']}." for record in records)
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(names)} if names else {}
+    parcel = group.broadcast(Parcel(records, own) if group.leader else None)
+    if not group.leader:
+        rebuild_attention(model, [AttentionRecord(**r) for r in parcel.body], dict(parcel.tensors), Path("what rank 0 sent"))
+        model.eval()
 
 
 def share_layers(model: nn.Module, exclude: tuple[str, ...], group: Group) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.artifact import sha256_file, write_json
+from moee.attention import narrow_attentions
 from moee.collage import Collages
 from moee.config import FinetuneConfig
 from moee.data import ImageSet, model_transform
@@ -104,7 +105,7 @@ def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.P
         if isinstance(layer, RoutedFFN):
             layer.masked = config.masked
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    inside = tuple(f"{name}." for name in layers)
+    inside = tuple(f"{name}." for name in (*layers, *narrow_attentions(model)))
     frozen = [p for name, p in before.items() if config.train == "experts" and not name.startswith(inside)]
     for parameter in frozen:
         parameter.requires_grad_(False)

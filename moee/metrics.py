@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moee.attention import macs_saved, narrow_attentions
 from moee.layer import RoutedLayer, routed_layers
 from moee.models import find_ffns
 
@@ -23,6 +24,11 @@ def dense_macs(model: nn.Module, size: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops() // 2
+
+
+def original_macs(model: nn.Module, size: int) -> int:
+    """`dense_macs` of a model as it was before its attention was narrowed."""
+    return dense_macs(model, size) + macs_saved(model, size)
 
 
 def tokens_per_image(model: nn.Module, names: Iterable[str], size: int) -> dict[str, int]:
@@ -63,7 +69,9 @@ def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]]
     layers = routed_layers(moee)
     ffns = {f.name: f for f in find_ffns(dense)}
     tokens = tokens_per_image(dense, layers, size)
-    moee_macs, moee_params = float(macs), params
+    moee_macs, moee_params = float(macs - macs_saved(moee, size, dense)), params
+    for name, attention in narrow_attentions(moee).items():
+        moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
     for name, layer in layers.items():
         ffn = ffns[name]
         moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - 2.0 * ffn.dim * ffn.hidden)

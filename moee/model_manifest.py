@@ -45,6 +45,16 @@ class Info(Body):
     layers: list[dict[str, Any]] = []
 
 
+class AttentionRecord(BaseModel):
+    """A narrowed attention as the manifest describes it: dimensions a head of query and key, and of the values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Text
+    qk: int = Field(ge=1)
+    v: int = Field(ge=1)
+
+
 class Manifest(Body):
     """The body of `moee.json`."""
 
@@ -52,6 +62,7 @@ class Manifest(Body):
     config: dict[str, Any] | None
     data: Text
     layers: list[dict[str, Any]] = Field(min_length=1)
+    attention: list[AttentionRecord] = []
     info: Info
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,13 +22,15 @@ from moee.data import ImageSet, load_data, model_transform
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention, run
-from moee.exchange import check_same_data, share_dense, share_layers
+from moee.exchange import check_same_data, share_attention, share_dense, share_layers
 from moee.finetune import finetune
 from moee.layer_report import LayerReport
 from moee.metrics import model_cost
 from moee.models import ModelSpec, load_model
+from moee.narrowing import narrow
 from moee.probe import Probe, fit_probe
 from moee.progress import Reporter, silent
+from moee.views import widened
 
 
 def peak_memory_bytes() -> int:
@@ -58,6 +61,7 @@ class Session:
             check_same_data(data, group)
         self._reference: Outputs | None = None
         self._train_outputs: Outputs | None = None
+        self._narrowed: dict[tuple[Any, ...], nn.Module] = {}
 
     @property
     def reference(self) -> Outputs:
@@ -72,6 +76,23 @@ class Session:
         if self._train_outputs is None:
             self._train_outputs = self._run(self.dense, self.train, "dense on training images")
         return self._train_outputs
+
+    def start(self, config: ExtractConfig | ClearConfig) -> nn.Module:
+        """The model that extraction starts from: the dense one, its attention narrowed if `config` says so. Not to be changed."""
+        if config.narrows is None:
+            return self.dense
+        share, equal = config.narrows
+        collages = config.collages if isinstance(config, ExtractConfig) else 0
+        key = (share, equal, collages, config.seed)
+        if key not in self._narrowed:
+            model = copy.deepcopy(self.dense)
+            seen = widened(self.train, self.transform, 0, collages, config.seed)
+            with self.group.agreed():
+                if self.group.leader:
+                    narrow(model, seen, self.transform.size, share, equal, self.report)
+            share_attention(model, self.group)
+            self._narrowed[key] = model
+        return self._narrowed[key]
 
     def _run(self, model: nn.Module, data: ImageSet, message: str) -> Outputs:
         return run(model, data, self.report, message, group=self.group)
@@ -111,8 +132,8 @@ def run_extract(
         refuse_existing(Path(out), force)
     session = session or Session(spec, source, config.seed, report, group, workers)
     probe = session.probe()
-    model = copy.deepcopy(session.dense)
     started = time.perf_counter()
+    model = copy.deepcopy(session.start(config))
     layers: Sequence[LayerReport]
     if isinstance(config, ClearConfig):
         layers = ()

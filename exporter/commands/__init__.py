@@ -66,6 +66,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
 
 
+def add_attention(parser: argparse.ArgumentParser) -> None:
+    """Narrower heads, which every method can have beside it."""
+    share = "narrow the heads of the attention to this share of its MACs; --target-macs counts what that saves"
+    parser.add_argument("--attention-macs", type=float, metavar="SHARE", help=share)
+    how = "separate: queries and keys may differ from values in width (default); equal: they may not"
+    parser.add_argument("--attention-heads", help=how)
+
+
 def refuse_file(out: str) -> None:
     """Raise `UserError` if an output folder that is filled step by step is something else."""
     if os.path.lexists(out) and not os.path.isdir(out):

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_model, add_out, add_ranks, model_of, rank_display
+from exporter.commands import OK, add_attention, add_model, add_out, add_ranks, model_of, rank_display
 from exporter.ui import layer_table, number, percent, stage_table
 from moee.config import PRESETS
 from moee.errors import UserError
@@ -55,6 +55,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--augment", type=int, metavar="N", help="random views of each training image for the refit beside it (0)")
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
+    add_attention(sub)
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     add_ranks(sub)
     add_out(sub, "the extracted model")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
         "criterion", "keep", "statistics", "compensation", "routing", "eps", "refit_lambda", "refit_tokens",
         "method", "experts", "top_k", "split", "selector", "target_macs", "allocation", "objective",
-        "augment", "collages",
+        "augment", "collages", "attention_macs", "attention_heads",
     )  # fmt: skip
     overrides = {name: getattr(args, name) for name in names}
     if args.clusters is not None and args.clustering is None:
@@ -120,7 +121,9 @@ def _shared_spec(args: argparse.Namespace, report: Any, group: Any) -> Any:
 
 
 ONLY_CLEAR = ("router", "rank", "residual_rank", "energy", "layers", "calibration_images")
-CLEAR_SHARED = ("seed", "experts", "tokens", "refit_lambda", "target_macs")  # flags that clear-moe has in common with moee
+CLEAR_SHARED = (  # flags that clear-moe has in common with moee
+    "seed", "experts", "tokens", "refit_lambda", "target_macs", "attention_macs", "attention_heads",
+)  # fmt: skip
 
 
 def clear_config(args: argparse.Namespace) -> Any:

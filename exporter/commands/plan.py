@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_model, add_out, model_of
+from exporter.commands import OK, add_attention, add_model, add_out, model_of
 from exporter.ui import ProgressDisplay, number, percent
 from moee.errors import UserError
 
@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--tokens", type=int, help="calibration tokens a layer (126080)")
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
+    add_attention(sub)
     sub.add_argument("--seed", type=int)
     add_out(sub, "plan.json")
 
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     budget = validated(Budget, {name: getattr(args, name) for name in names})
     methods = tuple(args.methods.split(",")) if args.methods else USUAL
     allocations = tuple(args.allocations.split(",")) if args.allocations else tuple(ALLOCATIONS)
-    base = {name: getattr(args, name) for name in ("cluster_tokens", "refit_tokens", "tokens", "collages", "seed")}
+    common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_macs", "attention_heads", "seed")
+    base = {name: getattr(args, name) for name in common}
     with ProgressDisplay() as report:
         spec = model_of(args, report)
         session = Session(spec, args.data, args.seed or 0, report)

@@ -8,7 +8,7 @@ from moee.clear_moe.analysis import Analysis, Ranks
 from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.ranks import LayerCost, ranks_for_budget
 from moee.errors import UserError
-from moee.metrics import dense_macs, tokens_per_image
+from moee.metrics import dense_macs, original_macs, tokens_per_image
 
 
 def choose_ranks(model: nn.Module, found: list[Analysis], size: int, config: ClearConfig) -> None:
@@ -25,13 +25,13 @@ def choose_ranks(model: nn.Module, found: list[Analysis], size: int, config: Cle
     ]
     order = sorted(range(len(found)), key=lambda i: -found[i].score.score if found[i].score else 0.0)  # type: ignore[union-attr]
     picked = sorted(order[: config.layers])
-    macs = float(dense_macs(model, size))
+    macs, whole = float(dense_macs(model, size)), float(original_macs(model, size))
     for i, a in enumerate(found):
         a.reason = "dense: not selected" if i not in picked else "dense: would not get cheaper"
     if config.rank is not None:
         ranks: Ranks = (config.rank, config.residual_rank or 0) * 2  # type: ignore[assignment]
         if config.target_macs is not None:
-            picked = _until_budget(found, costs, order, sum(ranks), macs, config.target_macs)
+            picked = _until_budget(found, costs, order, sum(ranks), macs, whole, config.target_macs)
         for i in picked:
             found[i].ranks = ranks
         return
@@ -40,7 +40,7 @@ def choose_ranks(model: nn.Module, found: list[Analysis], size: int, config: Cle
     if config.target_macs is not None:
         other = macs - sum(costs[i].dense for i in picked)
         pairs = [t for t in tables if t is not None]
-        solved = ranks_for_budget(pairs, [costs[i] for i in picked], other, config.target_macs * macs, config.residual_rank)
+        solved = ranks_for_budget(pairs, [costs[i] for i in picked], other, config.target_macs * whole, config.residual_rank)
     else:
         energy = config.kept_energy
         assert energy is not None, "the configuration gives a rank, an energy or a budget"
@@ -66,22 +66,22 @@ def _gain(a: Analysis) -> float:
 
 
 def _until_budget(
-    found: list[Analysis], costs: list[LayerCost], order: list[int], units: int, macs: float, target: float
+    found: list[Analysis], costs: list[LayerCost], order: list[int], units: int, macs: float, whole: float, target: float
 ) -> list[int]:
-    """The fewest layers, best scores first, that bring the model within `target` of its MACs at a rank given by hand."""
+    """The fewest layers, best scores first, that bring a model of `macs` within `target` of `whole`, at a rank given by hand."""
     picked: list[int] = []
     total = macs
     for i in order:
-        if total <= target * macs:
+        if total <= target * whole:
             break
         if costs[i].of(units) < costs[i].dense:
             total += costs[i].of(units) - costs[i].dense
             picked.append(i)
         else:
             found[i].reason = "dense: would not get cheaper"
-    if total > target * macs:
+    if total > target * whole:
         raise UserError(
-            f"--target-macs {target}: this --rank reaches {total / macs:.3f} of the dense model's multiply-accumulates with "
+            f"--target-macs {target}: this --rank reaches {total / whole:.3f} of the dense model's multiply-accumulates with "
             "every layer converted; lower --rank or raise the target"
         )
     return sorted(picked)

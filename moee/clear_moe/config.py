@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
+
+from moee.config import AttentionOptions
 
 DEFAULT_ENERGY = 0.98  # of each map's output variance, when neither rank nor budget is given
 
 
-class ClearConfig(BaseModel):
+class ClearConfig(AttentionOptions):
     """How layers are chosen and decomposed. Ranks come from one of `rank` (by hand), `energy` or `target_macs`.
 
     `target_macs` together with `rank` selects layers: the best scored ones, until the model is within the budget.

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moee.config import validated
 from moee.data import batches
 from moee.layer import routed_layers
 from moee.metrics import mean_cosine
 from moee.models import replace_module
 from moee.pipeline import Session
 from moee.planning.budget import Point
-from moee.planning.search import Planner
+from moee.planning.search import Planner, kind_of
 from moee.progress import Reporter, silent
 
 ALONE_IMAGES = 32
@@ -27,12 +28,13 @@ def layer_table(session: Session, planner: Planner, winner: Point, report: Repor
     model, reports = planner.made(winner)
     images = next(batches(session.held_out, ALONE_IMAGES)).images
     reference = session.reference.features[: len(images)]
+    base = session.start(validated(kind_of(winner.config), winner.config))
     rows = []
     routed = routed_layers(model)
     for position, layer in enumerate(reports, 1):
         row = {"name": layer.name, "status": layer.status, "kept": layer.mean_width / layer.hidden, "cosine_alone": 1.0}
         if layer.name in routed:
-            row["cosine_alone"] = _alone(session.dense, layer.name, routed[layer.name], images, reference)
+            row["cosine_alone"] = _alone(base, layer.name, routed[layer.name], images, reference)
         rows.append(row)
         report("layer by layer", position, len(reports))
     return rows

@@ -23,7 +23,7 @@ from moee.config import ExtractConfig, make_extract_config, validated
 from moee.convert import Prepared, apply, calibrate, extract, ffn_budget, prepare, sensitivity_of
 from moee.errors import NothingRouted, OutOfReach
 from moee.layer_report import LayerReport
-from moee.metrics import dense_macs, tokens_per_image
+from moee.metrics import tokens_per_image
 from moee.models import find_ffns
 from moee.pipeline import Session
 from moee.planning.budget import Budget, Point, checked_point, choose
@@ -45,6 +45,7 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
 }
 TOP_K = "top-k"  # how MoEfication meets a budget: the same number of experts a token in every layer
 RANKS = "ranks"  # how CLEAR-MoE does: a rank for every map
+CLEAR_SHARED = ("seed", "attention_macs", "attention_heads")  # options of a plan that CLEAR-MoE knows too
 OWN = {"moefication": TOP_K, "clear-moe": RANKS}
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
@@ -85,7 +86,7 @@ class Planner:
     def config(self, method: str, allocation: str, target: float) -> ExtractConfig | ClearConfig:
         """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
         if allocation == RANKS:
-            return ClearConfig(target_macs=target, **{k: v for k, v in self.base.items() if k == "seed"})
+            return ClearConfig(target_macs=target, **{k: v for k, v in self.base.items() if k in CLEAR_SHARED})
         if allocation == TOP_K:
             common = {k: v for k, v in self.base.items() if k != "refit_tokens"}
             fixed = make_extract_config(**{**common, **METHODS[method]})
@@ -96,28 +97,28 @@ class Planner:
         if method not in self.prepared:
             config = make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS["share"]})
             sampled = self.calibrate(config)
-            self.prepared[method] = prepare(self.session.dense, self.session.train, config, self.report, sampled=sampled)
+            self.prepared[method] = prepare(self.session.start(config), self.session.train, config, self.report, sampled=sampled)
         return self.prepared[method]
 
     def _with_sensitivity(self, method: str, config: ExtractConfig) -> Prepared:
         """What `prepare` gives and, once an allocation asks for it, the error that dropping each neuron makes."""
         prepared = self.prepare(method)
         if config.criterion == "sensitivity" and prepared.routed and not prepared.error:
-            dense, data = self.session.dense, self.session.train
-            prepared.error.update(sensitivity_of(dense, prepared.routed, data, config, self.report))
+            model, data = self.session.start(config), self.session.train
+            prepared.error.update(sensitivity_of(model, prepared.routed, data, config, self.report))
         return prepared
 
     def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
         """Calibration tokens, which all methods share; they stay on disk as long as the planner."""
         if not self.sampled:
-            dense, folder = self.session.dense, self.folder
-            ffns = find_ffns(dense, config.exclude)
-            self.sampled = calibrate(dense, ffns, self.session.train, folder, config, self.report)
+            model, folder = self.session.start(config), self.folder
+            ffns = find_ffns(model, config.exclude)
+            self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report)
         return self.sampled
 
     def make(self, method: str, config: ExtractConfig | ClearConfig) -> tuple[nn.Module, Sequence[LayerReport]]:
         """A model by one of the plan's configurations. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
-        model = copy.deepcopy(self.session.dense)
+        model = copy.deepcopy(self.session.start(config))
         if isinstance(config, ClearConfig):
             return model, convert(model, self.session.train, config, self.report)
         if config.method == "moefication":
@@ -131,7 +132,7 @@ class Planner:
         assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
         whole = sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
         routers = sum(tokens[n] * f.dim * config.experts for n, f in ffns.items())
-        budget = ffn_budget(dense_macs(self.session.dense, self.session.transform.size), whole, target)
+        budget = ffn_budget(self.session.start(config), whole, target, self.session.transform.size)
         most = int((budget - routers) * config.experts / whole)
         if most < 1:
             raise OutOfReach(f"--target-macs {target:g}: not one of {config.experts} experts a token fits")

@@ -1,0 +1,117 @@
+"""Attention with fewer dimensions a head: the module, and what it saves.
+
+Query and key of a head meet only in their dot product, value and output projection only in their matrix product, so each pair
+can be written with fewer dimensions without another change to the model. `moee.narrowing` chooses how many.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from moee.errors import UserError
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Dimensions a head of query and key, and of the values."""
+
+    qk: int
+    v: int
+
+
+class NarrowAttention(nn.Module):
+    """Takes the place of timm's `Attention` on tokens [B, N, D], with `widths` dimensions in each of `heads` heads.
+
+    `head_dim` is what the original had. The scale of the dot products is part of the query's weights; the key has no bias, which
+    a softmax would not see.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, widths: Widths):
+        super().__init__()
+        self.dim, self.heads, self.head_dim, self.widths = dim, heads, head_dim, widths
+        self.q = nn.Linear(dim, heads * widths.qk)
+        self.k = nn.Linear(dim, heads * widths.qk, bias=False)
+        self.v = nn.Linear(dim, heads * widths.v)
+        self.proj = nn.Linear(heads * widths.v, dim)
+
+    def attend(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """What the output projection reads: [B, N, heads * v]."""
+        images, count = x.shape[:2]
+        q, k, v = (
+            part(x).view(images, count, self.heads, width).transpose(1, 2)
+            for part, width in ((self.q, self.widths.qk), (self.k, self.widths.qk), (self.v, self.widths.v))
+        )
+        seen = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=1.0)
+        return seen.transpose(1, 2).reshape(images, count, self.heads * self.widths.v)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        return self.proj(self.attend(x, attn_mask, is_causal))
+
+
+def find_attentions(model: nn.Module) -> dict[str, Attention]:
+    """Every attention of the model that can be narrowed: timm's plain one, without norms or gates inside.
+
+    Raises `UserError` that names the first of another kind, or if there is none.
+    """
+    found: dict[str, Attention] = {}
+    for name, module in model.named_modules():
+        if type(module) is Attention:
+            inside = [part for part in ("q_norm", "k_norm", "norm") if not isinstance(getattr(module, part), nn.Identity)]
+            inside += ["gate"] if module.gate is not None else []
+            if inside or module.proj.out_features != module.qkv.in_features:
+                what = f"has a {inside[0]}" if inside else "changes the width of its tokens"
+                raise UserError(f"--attention-macs: `{name}` {what}, so its heads cannot be narrowed; leave the option out")
+            found[name] = module
+        elif type(module).__name__.endswith("Attention"):
+            raise UserError(
+                f"--attention-macs needs timm's plain Attention; `{name}` is {type(module).__name__}; leave the option out"
+            )
+    if not found:
+        raise UserError(f"--attention-macs: {type(model).__name__} has no attention; leave the option out")
+    return found
+
+
+def narrow_attentions(model: nn.Module) -> dict[str, NarrowAttention]:
+    """The narrowed attentions of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NarrowAttention)}
+
+
+def attention_macs(dim: int, heads: int, widths: Widths, images: int, tokens: int) -> int:
+    """Multiply-accumulates on [images, tokens, dim]: four projections and two products of tokens with tokens."""
+    return images * tokens * heads * (widths.qk + widths.v) * (2 * dim + tokens)
+
+
+def input_shapes(model: nn.Module, names: Iterable[str], size: int) -> dict[str, tuple[int, int]]:
+    """(images, tokens) that each named attention sees of one image of `size` pixels. Works on shapes alone."""
+    found: dict[str, tuple[int, int]] = {}
+    shadow = copy.deepcopy(model).to("meta").eval()
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args: found.__setitem__(name, tuple(args[0].shape[:2]))
+
+    for name in names:
+        shadow.get_submodule(name).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        shadow(torch.empty(1, 3, size, size, device="meta"))
+    return found
+
+
+def macs_saved(model: nn.Module, size: int, dense: nn.Module | None = None) -> int:
+    """Multiply-accumulates an image that the narrowed attentions of `model` save. `dense` shows the shapes where `model` has
+    routed layers, which cannot be run on shapes alone."""
+    layers = narrow_attentions(model)
+    if not layers:
+        return 0
+    saved = 0
+    for name, (images, tokens) in input_shapes(dense or model, layers, size).items():
+        layer = layers[name]
+        whole = Widths(layer.head_dim, layer.head_dim)
+        saved += attention_macs(layer.dim, layer.heads, whole, images, tokens)
+        saved -= attention_macs(layer.dim, layer.heads, layer.widths, images, tokens)
+    return saved

@@ -1,0 +1,342 @@
+"""Narrower heads: what the closed form keeps, how widths are chosen, what is refused, what an artifact remembers."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Attention
+
+from exporter.cli import main
+from moee import checkpoint
+from moee.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
+from moee.clear_moe import ClearConfig
+from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
+from moee.errors import OutOfReach, UserError
+from moee.finetune import finetune
+from moee.metrics import dense_macs, model_cost, original_macs
+from moee.models import load_model, replace_module
+from moee.narrowing import (
+    Moments,
+    _standing_in,
+    choose_widths,
+    dense_parts,
+    find_bases,
+    levels,
+    moves,
+    narrow,
+    narrowed,
+    refit_projection,
+    token_weights,
+)
+from moee.pipeline import Session, run_extract
+from tests.conftest import tiny_images, tiny_spec
+from tests.moee.test_checkpoint_and_finetune import rewrite
+
+SIZE = 32
+
+
+@pytest.fixture
+def attention():
+    torch.manual_seed(0)
+    made = Attention(48, num_heads=3, qkv_bias=True).eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.copy_(torch.randn(p.shape) * 0.3)
+    return made
+
+
+def tokens(count=40, dim=48):
+    """Correlated tokens of `count` images: narrowing can use that."""
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(dim, dim, generator=generator) * torch.logspace(0, -1.5, dim)
+    return torch.randn(count, 11, dim, generator=generator) @ mix
+
+
+def seen(attention, x, prefix=0):
+    moments = Moments(attention, prefix)
+    for part in x.split(16):
+        moments.add(part)
+    return moments
+
+
+def error(made, attention, x):
+    with torch.no_grad():
+        dense = attention(x)
+        return float((made(x) - dense).square().sum() / (dense - dense.mean((0, 1))).square().sum())
+
+
+@torch.no_grad()
+def cut(attention, x, widths):
+    moments = seen(attention, x)
+    return narrowed(attention, find_bases(moments, None), widths, moments)
+
+
+def test_all_dimensions_give_the_dense_attention(attention):
+    x = tokens()
+    assert error(cut(attention, x, Widths(16, 16)), attention, x) < 1e-9
+
+
+def test_what_has_few_dimensions_is_narrowed_without_a_loss(attention):
+    x = tokens()
+    with torch.no_grad():
+        weight, bias = attention.qkv.weight.view(3, 3, 16, 48), attention.qkv.bias.view(3, 3, 16)
+        for part, rank in ((0, 7), (2, 8)):  # the bias adds no direction of its own to the values: it is their mean
+            for head in range(3):
+                inner = torch.linalg.qr(torch.randn(16, rank)).Q
+                weight[part, head] = inner @ inner.T @ weight[part, head]
+                bias[part, head] = inner @ inner.T @ bias[part, head]
+    assert error(cut(attention, x, Widths(8, 8)), attention, x) < 1e-6
+    assert error(cut(attention, x, Widths(6, 16)), attention, x) > 1e-6 < error(cut(attention, x, Widths(16, 6)), attention, x)
+
+
+def test_dot_products_are_closer_than_with_any_dimensions_left_out(attention):
+    """The head's own dimensions are one choice of coordinates, the closed form's are the best for independent q and k."""
+    x = tokens(200)
+    made = cut(attention, x, Widths(8, 16))
+    with torch.no_grad():
+        q, k, _ = dense_parts(attention, x)
+        k = k - k.mean(2, keepdim=True)
+        wanted = q @ k.mT * attention.scale
+        small_q = made.q(x).view(200, 11, 3, 8).transpose(1, 2)
+        small_k = made.k(x).view(200, 11, 3, 8).transpose(1, 2)
+        got = small_q @ (small_k - small_k.mean(2, keepdim=True)).mT
+        ours = (got - wanted).square().sum()
+        strength = (q.square().sum((0, 2)) * k.square().sum((0, 2))).topk(8, dim=-1).indices
+        picked = torch.stack([q[:, h][..., strength[h]] @ k[:, h][..., strength[h]].mT for h in range(3)], 1)
+        theirs = (picked * attention.scale - wanted).square().sum()
+    assert ours < 0.7 * theirs
+
+
+def test_refit_lowers_the_error_of_narrowed_queries(attention):
+    x, other = tokens(500)[:400], tokens(500)[400:]
+    made = cut(attention, x, Widths(8, 8))
+    before = error(made, attention, other)
+    with torch.no_grad():
+        refit_projection(made, attention, x)
+    assert error(made, attention, other) < before
+
+
+def test_class_tokens_count_for_more(attention):
+    """A class token unlike the patches: its weight decides which directions stay."""
+    weights = token_weights(257, 1)
+    assert weights[0] == 32 and (weights[1:] == 1).all() and (token_weights(9, 0) == 1).all()
+    x = tokens(60)
+    x[:, 0] = torch.randn(60, 48, generator=torch.Generator().manual_seed(2)) * 0.4
+
+    def class_error(prefix):
+        moments = seen(attention, x, prefix)
+        with torch.no_grad():
+            made = narrowed(attention, find_bases(moments, None), Widths(8, 8), moments)
+            refit_projection(made, attention, x, prefix)
+            return float((made(x) - attention(x))[:, 0].square().mean())
+
+    import moee.narrowing
+
+    share, moee.narrowing.PREFIX_SHARE = moee.narrowing.PREFIX_SHARE, 10.0
+    try:
+        assert class_error(1) < class_error(0)
+    finally:
+        moee.narrowing.PREFIX_SHARE = share
+
+
+@pytest.mark.parametrize(
+    "dim, expected", [(64, [64, 56, 48, 40, 32]), (32, [32, 24, 16]), (20, [20, 16]), (16, [16, 8]), (8, [8]), (6, [6])]
+)
+def test_levels_are_multiples_of_eight_and_at_least_half(dim, expected):
+    assert levels(dim) == expected
+    assert len(moves(dim, False)) == 2 * len(moves(dim, True)) == 2 * (len(expected) - 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=48, max_size=48), st.floats(0.55, 1.0), st.booleans())
+def test_chosen_widths_meet_the_share(values, share, equal):
+    attentions = {f"b{i}.attn": Attention(192, num_heads=3) for i in range(6)}
+    shapes = {name: (1, 50) for name in attentions}
+    found = iter(values)
+    losses = {(name, w): next(found) for name in attentions for w in moves(64, equal)}
+    chosen = choose_widths(attentions, shapes, losses, share, equal)
+    whole = attention_macs(192, 3, Widths(64, 64), 1, 50) * 6
+    assert sum(attention_macs(192, 3, w, 1, 50) for w in chosen.values()) <= share * whole
+    assert all(w.qk in levels(64) and w.v in levels(64) and (w.qk == w.v or not equal) for w in chosen.values())
+
+
+def test_the_cheapest_steps_are_taken_first():
+    attentions = {name: Attention(64, num_heads=2) for name in ("a", "b")}
+    shapes = dict.fromkeys(attentions, (1, 10))
+    losses = {(name, w): 1.0 for name in attentions for w in moves(32, False)}
+    losses["b", Widths(32, 24)] = 0.5  # two steps at once cost less a MAC than the first alone
+    losses["b", Widths(32, 16)] = 0.6
+    assert choose_widths(attentions, shapes, losses, 0.9, False) == {"a": Widths(32, 32), "b": Widths(32, 16)}
+
+
+def test_narrowed_model_costs_what_is_counted(tiny_model):
+    dense = copy.deepcopy(tiny_model)
+    widths = narrow(tiny_model, tiny_images(24), SIZE, 0.8)
+    assert widths and set(widths) == set(narrow_attentions(tiny_model))
+    saved = macs_saved(tiny_model, SIZE)
+    assert dense_macs(tiny_model, SIZE) == dense_macs(dense, SIZE) - saved
+    assert original_macs(tiny_model, SIZE) == dense_macs(dense, SIZE)
+    attention = sum(attention_macs(32, 2, Widths(16, 16), 1, 17) for _ in range(3))
+    assert saved >= 0.2 * attention
+    cost = model_cost(dense, tiny_model, {}, SIZE)
+    assert cost["moee"]["macs"] == dense_macs(tiny_model, SIZE)
+    assert cost["moee"]["params"] == sum(p.numel() for p in tiny_model.parameters())
+
+
+def test_same_images_same_widths_and_weights(tiny_model):
+    first, second = copy.deepcopy(tiny_model), copy.deepcopy(tiny_model)
+    assert narrow(first, tiny_images(24), SIZE, 0.7) == narrow(second, tiny_images(24), SIZE, 0.7)
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_equal_heads(tiny_model):
+    assert all(w.qk == w.v for w in narrow(tiny_model, tiny_images(24), SIZE, 0.7, True).values())
+
+
+def test_a_trial_leaves_the_model_as_it_was_and_equals_the_whole_pass(tiny_model):
+    images = tiny_images(4).images
+    attention = tiny_model.get_submodule("blocks.1.attn")
+    inputs = []
+    handle = tiny_model.blocks[1].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    with torch.no_grad():
+        before = tiny_model(images)
+        handle.remove()
+        block = tiny_model.blocks[1]
+        made = cut(attention, block.norm1(inputs[0]), Widths(8, 8))
+        with _standing_in(tiny_model, "blocks.1.attn", made, inputs[0]):
+            short = tiny_model(images)
+        assert torch.equal(tiny_model(images), before)
+        replace_module(tiny_model, "blocks.1.attn", made)
+        assert torch.equal(tiny_model(images), short) and not torch.equal(short, before)
+
+
+@pytest.mark.parametrize(
+    "name, part", [("swin_tiny_patch4_window7_224", "WindowAttention"), ("convnext_tiny", "no attention")]
+)
+def test_other_attention_is_refused(name, part):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UserError, match=part):
+        find_attentions(model)
+
+
+def test_attention_with_a_norm_inside_is_refused():
+    with pytest.raises(UserError, match="q_norm"):
+        find_attentions(load_model(tiny_spec(qk_norm=True)))
+
+
+def test_too_small_a_share(tiny_model):
+    with pytest.raises(OutOfReach, match="0.50 or more"):
+        narrow(tiny_model, tiny_images(24), SIZE, 0.3)
+    assert not narrow_attentions(tiny_model)
+
+
+def test_options():
+    assert ExtractConfig().narrows is None and ClearConfig().narrows is None
+    assert make_extract_config(attention_macs=0.8, attention_heads="equal").narrows == (0.8, True)
+    for kind in (ExtractConfig, ClearConfig):
+        with pytest.raises(UserError, match="--attention-macs"):
+            validated(kind, {"attention_heads": "equal"})
+        with pytest.raises(UserError, match="--attention-macs"):
+            validated(kind, {"attention_macs": 1.5})
+
+
+@pytest.fixture
+def session(monkeypatch):
+    monkeypatch.setattr("moee.pipeline.load_data", lambda source, transform, split, seed: tiny_images(24))
+    return Session(tiny_spec(), "tiny")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=200, attention_macs=0.8, target_macs=0.7),
+        make_extract_config("moefication", experts=4, top_k=2, attention_macs=0.8),
+        ClearConfig(experts=2, attention_macs=0.8, target_macs=0.7, calibration_images=20),
+    ],
+    ids=["moee", "moefication", "clear-moe"],
+)
+def test_every_method_starts_from_the_narrowed_model(session, tmp_path, config):
+    moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+    assert narrow_attentions(moee.model) and not narrow_attentions(session.dense)
+    cost = moee.info["stages"]["extracted"]["cost"]
+    if config.target_macs:
+        assert 0.6 * cost["dense"]["macs"] < cost["moee"]["macs"] <= 0.71 * cost["dense"]["macs"]
+    again = checkpoint.load(tmp_path / "out")
+    images = tiny_images(4).images
+    with torch.no_grad():
+        assert torch.equal(again.model(images), moee.model(images))
+    assert not narrow_attentions(again.dense())
+
+
+@pytest.fixture
+def artifact(session, tmp_path):
+    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=200, attention_macs=0.8)
+    run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+    return tmp_path / "out"
+
+
+def _wider(manifest, state):
+    manifest["attention"][0]["qk"] = 24
+
+
+def _elsewhere(manifest, state):
+    manifest["attention"][0]["name"] = "blocks.0.mlp"
+
+
+def _twice(manifest, state):
+    manifest["attention"].append(manifest["attention"][0])
+
+
+def _other_width(manifest, state):
+    manifest["attention"][0] |= {"qk": 4, "v": 4}
+
+
+def _no_list(manifest, state):
+    manifest["attention"] = {"blocks.0.attn": 8}
+
+
+def _no_query(manifest, state):
+    del state[manifest["attention"][0]["name"] + ".q.weight"]
+
+
+def _half(manifest, state):
+    name = manifest["attention"][0]["name"] + ".v.weight"
+    state[name] = state[name].half()
+
+
+@pytest.mark.parametrize("change", [_wider, _elsewhere, _twice, _other_width, _no_list, _no_query, _half])
+def test_damaged_records_are_refused(artifact, change):
+    rewrite(artifact, change)
+    with pytest.raises(UserError):
+        checkpoint.load(artifact)
+
+
+def test_training_experts_trains_the_narrowed_attention(artifact, tiny_model):
+    moee = checkpoint.load(artifact)
+    name = next(iter(narrow_attentions(moee.model)))
+    before = copy.deepcopy(moee.model)
+    finetune(moee.model, moee.dense(), tiny_images(24), FinetuneConfig(epochs=1, lr=1e-3, train="experts", distil="tokens"))
+    changed = {n for n, p in moee.model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert f"{name}.q.weight" in changed and f"{name}.proj.bias" in changed
+    assert all("mlp" in n or "attn" in n for n in changed)
+
+
+def test_bad_options_end_with_one_sentence(capsys):
+    given = ["extract", "dinov2-s", "--data", "digits", "--attention-macs", "1.2", "--out", "nowhere"]
+    assert main(given) == 2
+    assert "--attention-macs" in capsys.readouterr().err
+
+
+def test_masks_reach_the_products(attention):
+    made: NarrowAttention = cut(attention, tokens(), Widths(16, 16))
+    x = tokens(2)
+    mask = torch.rand(2, 1, 11, 11, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask |= torch.eye(11, dtype=torch.bool)
+    with torch.no_grad():
+        assert torch.allclose(made(x, attn_mask=mask), attention(x, attn_mask=mask), atol=1e-3)
+        assert torch.allclose(made(x, is_causal=True), attention(x, is_causal=True), atol=1e-3)
