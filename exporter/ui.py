@@ -98,6 +98,19 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
     return table
 
 
+def attention_table(layers: list[dict[str, Any]]) -> Table:
+    """Dimensions a head of every narrowed attention, and its MACs an image."""
+    table = Table(min_width=76, title="narrowed attention")
+    for column in ("layer", "heads", "of", "query, key", "values", "MMACs", "of "):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for layer in layers:
+        table.add_row(
+            layer["name"], str(layer["heads"]), str(layer["head_dim"]), str(layer["qk"]), str(layer["v"]),
+            f"{layer['macs'] / 1e6:.1f}", f"{layer['dense_macs'] / 1e6:.1f}",
+        )  # fmt: skip
+    return table
+
+
 def layer_table(layers: list[dict[str, Any]]) -> Table:
     """Experts, union and mean width of every layer."""
     table = Table(min_width=76, title="layers")

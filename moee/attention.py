@@ -102,16 +102,22 @@ def input_shapes(model: nn.Module, names: Iterable[str], size: int) -> dict[str,
     return found
 
 
+def narrowing_costs(model: nn.Module, dense: nn.Module, size: int) -> dict[str, tuple[NarrowAttention, int, int]]:
+    """The narrowed attentions of `model` with their multiply-accumulates an image before and after. `dense`, the model before,
+    shows how many tokens they see."""
+    layers = narrow_attentions(model)
+    costs = {}
+    for name, shape in (input_shapes(dense, layers, size) if layers else {}).items():
+        layer = layers[name]
+        before, after = (
+            attention_macs(layer.dim, layer.heads, widths, *shape)
+            for widths in (Widths(layer.head_dim, layer.head_dim), layer.widths)
+        )
+        costs[name] = (layer, before, after)
+    return costs
+
+
 def macs_saved(model: nn.Module, size: int, dense: nn.Module | None = None) -> int:
     """Multiply-accumulates an image that the narrowed attentions of `model` save. `dense` shows the shapes where `model` has
     routed layers, which cannot be run on shapes alone."""
-    layers = narrow_attentions(model)
-    if not layers:
-        return 0
-    saved = 0
-    for name, (images, tokens) in input_shapes(dense or model, layers, size).items():
-        layer = layers[name]
-        whole = Widths(layer.head_dim, layer.head_dim)
-        saved += attention_macs(layer.dim, layer.heads, whole, images, tokens)
-        saved -= attention_macs(layer.dim, layer.heads, layer.widths, images, tokens)
-    return saved
+    return sum(before - after for _, before, after in narrowing_costs(model, dense or model, size).values())

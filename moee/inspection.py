@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from moee.attention import narrowing_costs
 from moee.checkpoint import MoeeModel
 from moee.data import model_transform
 from moee.layer import routed_layers
@@ -38,14 +39,28 @@ class LayerFigures:
 
 
 @dataclass(frozen=True)
+class AttentionFigures:
+    """One narrowed attention: dimensions a head before and after (query and key, values), MACs an image."""
+
+    name: str
+    heads: int
+    head_dim: int
+    qk: int
+    v: int
+    macs: int
+    dense_macs: int
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model."""
+    """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model. `attention` lists what was narrowed."""
 
     model: str
     size: int
     dense: dict[str, int]
     moee: dict[str, int] | None
     layers: list[LayerFigures]
+    attention: list[AttentionFigures] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": "moee.inspect/1", **asdict(self)}
@@ -107,4 +122,12 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
             )  # fmt: skip
         )
     cost = model_cost(dense, moee.model, shares, size)
-    return Inspection(moee.spec.name, size, cost["dense"], cost["moee"], layers)
+    return Inspection(moee.spec.name, size, cost["dense"], cost["moee"], layers, attention_figures(moee.model, dense, size))
+
+
+def attention_figures(model: nn.Module, dense: nn.Module, size: int) -> list[AttentionFigures]:
+    """The narrowed attentions of `model`; `dense` shows how many tokens they see."""
+    return [
+        AttentionFigures(name, layer.heads, layer.head_dim, layer.widths.qk, layer.widths.v, now, before)
+        for name, (layer, before, now) in narrowing_costs(model, dense, size).items()
+    ]

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from moee.errors import UserError
 from moee.evaluate import Outputs, retention, run
 from moee.exchange import check_same_data, share_attention, share_dense, share_layers
 from moee.finetune import finetune
+from moee.inspection import attention_figures
 from moee.layer_report import LayerReport
 from moee.metrics import model_cost
 from moee.models import ModelSpec, load_model
@@ -150,6 +152,9 @@ def run_extract(
         "layers": [layer.to_json() for layer in layers],
         "skipped_images": list(session.train.skipped.values()),
     }
+    narrowed = attention_figures(model, session.dense, session.transform.size)
+    if narrowed:
+        info["attention"] = [asdict(layer) for layer in narrowed]
     moee = MoeeModel(model.eval(), spec, config, source, probe, info)
     _save(moee, out, force, group)
     return moee

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.commands import OK
-from exporter.ui import number
+from exporter.ui import attention_table, number
 
 TEXT = "MACs, parameters, experts and routing, layer by layer"
 
@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     import json
+    from dataclasses import asdict
 
     from exporter.pretrained import ALIAS, TIMM_NAME
     from moee import checkpoint, scratch
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             number(layer.balance, 2), number(layer.entropy, 2),
         )  # fmt: skip
     console.print(table)
+    if result.attention:
+        console.print(attention_table([asdict(a) for a in result.attention]))
     for name, figures in (("dense", result.dense), ("MoEE", result.moee)):
         if figures:
             console.print(f"{name}: {figures['macs'] / 1e9:.3f} GMACs an image, {figures['params'] / 1e6:.3f} M parameters")
