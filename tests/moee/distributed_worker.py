@@ -157,7 +157,8 @@ def commands(group: Group, folder: Path) -> dict:
     """`moee extract` and `moee finetune` as functions, on digits. Random weights: those of rank 0 count."""
     torch.manual_seed(group.rank)
     spec = tiny_spec(num_classes=0)
-    config = make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=600, tokens=1200, refit_tokens=2000)
+    given = dict(clustering="kmeans", clusters=3, cluster_tokens=600, tokens=1200, refit_tokens=2000)
+    config = make_extract_config(**given, attention_macs=0.8)
     run_extract(spec, "digits", config, folder / "extracted", group=group)
     tuned = run_finetune(
         folder / "extracted", FinetuneConfig(epochs=1, lr=1e-4, batch_size=128), folder / "tuned", group=group

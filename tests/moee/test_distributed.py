@@ -74,6 +74,7 @@ def check_experts(one: Path, many: Path) -> None:
     assert results(one)["sample"] == results(many)["sample"] == {"skipped": [3, *range(32, 64)]}
     same_bytes(one / "sample.safetensors", many / "sample.safetensors")
     same_bytes(one / "extracted" / "model.safetensors", many / "extracted" / "model.safetensors")
+    assert "blocks.0.attn.q.weight" in load_file(one / "extracted" / "model.safetensors"), "no attention was narrowed"
     same_bytes(one / "extracted" / "probe.safetensors", many / "extracted" / "probe.safetensors")
     ours, theirs = (json.loads((p / "extracted" / "moee.json").read_text())["info"] for p in (one, many))
     for info in (ours, theirs):

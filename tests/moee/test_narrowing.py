@@ -32,6 +32,7 @@ from moee.narrowing import (
     token_weights,
 )
 from moee.pipeline import Session, run_extract
+from moee.planning import Budget, make_plan, read_plan
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.test_checkpoint_and_finetune import rewrite
 
@@ -271,6 +272,22 @@ def test_every_method_starts_from_the_narrowed_model(session, tmp_path, config):
     with torch.no_grad():
         assert torch.equal(again.model(images), moee.model(images))
     assert not narrow_attentions(again.dense())
+
+
+def test_a_plan_narrows_every_method_alike(session, tmp_path):
+    """Rivals get the narrowed model too, and the plan's configuration makes it again."""
+    base = {"attention_macs": 0.8, "cluster_tokens": 200, "tokens": 400, "refit_tokens": 400}
+    methods = ("kmeans-8", "static", "moefication", "clear-moe")
+    budget = Budget(target_macs=0.75)
+    plan = make_plan(session, budget, tmp_path / "plan", methods, base=base, allocations=("share",))
+    configs = [p["config"] for p in plan["points"] if p["config"]]
+    assert len(configs) >= 3 and all(c["attention_macs"] == 0.8 for c in configs)
+    assert all(p["macs"] <= 0.76 for p in plan["points"] if p["config"])
+    config = read_plan(tmp_path / "plan", tiny_spec())
+    moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+    assert narrow_attentions(moee.model)
+    made = moee.info["stages"]["extracted"]["retention"]["class_cosine"]
+    assert made == pytest.approx(plan["winner"]["cosine"], abs=1e-6)
 
 
 @pytest.fixture
