@@ -6,17 +6,13 @@ Every dataset yields `(index, image [3, H, W] float32 or None, label)`: None mar
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -30,13 +26,6 @@ from moee.schema import shown
 
 log = logging.getLogger("moee")
 
-CALIBRATION_PHOTOS = (
-    "astronaut.png", "motorcycle_left.png", "retina.jpg", "hubble_deep_field.jpg", "moon.png", "grass.png", "brick.png",
-    "gravel.png", "coins.png", "camera.png", "ihc.png", "color.png", "text.png", "page.png",
-)  # fmt: skip
-HELD_OUT_PHOTOS = ("coffee.png", "chelsea.png", "rocket.jpg", "horse.png", "china.jpg", "flower.jpg")
-CALIBRATION_CROPS, HELD_OUT_CROPS = 22, 16  # a photograph: 308 crops for calibration, 96 held out
-DIGITS_HELD_OUT = 0.4
 FOLDER_HELD_OUT = 0.2
 VALIDATION_FOLDERS = ("val", "validation", "test")
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what decoders raise
@@ -138,17 +127,6 @@ class TensorSet(ImageSet):
         return hashlib.sha256(self.images.contiguous().numpy().data).digest()
 
 
-class PhotoSet(TensorSet):
-    """Crops of whole photographs, `photos` by name; crop i is of photograph i // (crops a photograph)."""
-
-    def __init__(self, images: Tensor, photos: Sequence[str]):
-        super().__init__("photos", images, [-1] * len(images), 0)
-        self.photos = photos
-
-    def picture(self, index: int) -> Image.Image | Tensor:
-        return _photo(self.photos[index * len(self.photos) // len(self)])
-
-
 class TimmSet(ImageSet):
     """A `timm.data` map-style dataset, transformed as the model asks; `positions` selects images from it."""
 
@@ -241,67 +219,15 @@ def load_data(source: str, transform: Transform, split: str = "train", seed: int
     """
     if split not in ("train", "val"):
         raise UserError(f"unknown split {split!r}; expected train or val")
-    if source == "digits":
-        return _digits(transform, split)
-    if source == "photos" or source.startswith("photos:"):
-        return _photos(source, transform, split, seed)
+    if source == "digits" or source.partition(":")[0] == "photos":
+        from moee import built_in
+
+        return built_in.digits(transform, split) if source == "digits" else built_in.photos(source, transform, split, seed)
     if source.startswith("wds/"):
         from moee.shards import open_shards
 
         return open_shards(source, transform, split, seed)
     return _folder(source, transform, split, seed)
-
-
-def _digits(transform: Transform, split: str) -> ImageSet:
-    """scikit-learn's digits, upsampled: 1,078 for training, 719 held out, stratified, always the same split."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    rows = np.arange(len(digits.target))
-    train, held_out = train_test_split(rows, test_size=DIGITS_HELD_OUT, random_state=0, stratify=digits.target)
-    chosen = train if split == "train" else held_out
-    grey = torch.from_numpy(digits.images[chosen]).float().div_(16.0)[:, None]
-    size = (transform.size, transform.size)
-    images = nn.functional.interpolate(grey, size, mode="bicubic", align_corners=False).clamp_(0, 1)
-    labels = [int(label) for label in digits.target[chosen]]
-    return TensorSet("digits", transform.normalise(images.expand(-1, 3, -1, -1)), labels, 10)
-
-
-def _photo_path(name: str) -> Path:
-    package, folder = ("sklearn", "datasets/images") if name in ("china.jpg", "flower.jpg") else ("skimage", "data")
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise UserError(f"the built-in photos need {package}; install it with pip install {package}")
-    return Path(spec.origin).parent / folder / name
-
-
-@lru_cache(len(CALIBRATION_PHOTOS))
-def _photo(name: str) -> Image.Image:
-    return Image.open(_photo_path(name)).convert("RGB")
-
-
-def _photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
-    """Random crops at native resolution (small photographs are enlarged first). Unlabelled."""
-    names, count = (CALIBRATION_PHOTOS, CALIBRATION_CROPS) if split == "train" else (HELD_OUT_PHOTOS, HELD_OUT_CROPS)
-    if ":" in source and split == "train":
-        text = source.partition(":")[2]
-        if not text.isdigit() or int(text) < 1:
-            raise UserError(f"data {source!r}: expected photos:N with N crops a photograph, for example photos:64")
-        count = int(text)
-    crops = []
-    for position, name in enumerate(names):
-        generator = torch.Generator().manual_seed(seed * 1000 + position + (0 if split == "train" else 500))
-        image = _photo(name)
-        scale = transform.size / min(image.size)
-        if scale > 1:
-            image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
-        for _ in range(count):
-            top = int(torch.randint(pixels.shape[1] - transform.size + 1, (1,), generator=generator))
-            left = int(torch.randint(pixels.shape[2] - transform.size + 1, (1,), generator=generator))
-            crops.append(pixels[:, top : top + transform.size, left : left + transform.size])
-    return PhotoSet(transform.normalise(torch.stack(crops)), names)
 
 
 def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSet:

@@ -167,8 +167,9 @@ def run(args: argparse.Namespace, emit: Callable[[dict[str, Any]], None]) -> Non
 def collect(folder: Path, rows: int) -> Path:
     """Hidden activations [rows, H] of the middle block of the demo's model on its photographs, as an .npy file."""
     from exporter.pretrained import resolve
+    from moee.built_in import CALIBRATION_PHOTOS
     from moee.calibration import collect_tokens, hidden_activations
-    from moee.data import CALIBRATION_PHOTOS, load_data, model_transform
+    from moee.data import load_data, model_transform
     from moee.models import find_ffns, load_model
 
     model = load_model(resolve("dinov2-s", "photos"))

@@ -12,7 +12,7 @@ from timm.data import create_transform
 
 from exporter.bundle import Recipe
 from exporter.bundle_configs import preprocess as recipe_text
-from moee.data import _photo_path
+from moee.built_in import photo_path
 from tests.exporter import runner_doubles as doubles
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,7 +48,7 @@ RECIPES = {
 @pytest.mark.parametrize("photo", ["coffee.png", "china.jpg", "rocket.jpg"])
 def test_preprocessing_is_timms_on_photographs(tmp_path, name, photo):
     recipe = RECIPES[name]
-    image = Image.open(_photo_path(photo)).convert("RGB")
+    image = Image.open(photo_path(photo)).convert("RGB")
     if photo == "rocket.jpg":
         image = image.transpose(Image.Transpose.ROTATE_90).crop((3, 5, 200, 338))  # upright, odd sides
     expected = timm_transform(recipe)(image).numpy()
@@ -60,7 +60,7 @@ def test_preprocessing_is_timms_on_photographs(tmp_path, name, photo):
 
 def test_every_step_of_the_preprocessing_matters(tmp_path):
     """The comparison above would notice another filter, crop or size."""
-    image = Image.open(_photo_path("coffee.png")).convert("RGB")
+    image = Image.open(photo_path("coffee.png")).convert("RGB")
     right = RECIPES["deit"]
     expected = timm_transform(right)(image).numpy()
     for wrong in (Recipe(224, 248, "center", "bilinear", MEAN, STD), Recipe(224, 248, "squash", "bicubic", MEAN, STD),
