@@ -1,4 +1,4 @@
-"""The built-in image sets: scikit-learn's digits, an easy domain, and photographs of scikit-image and scikit-learn, a hard one."""
+"""The built-in image sets: digits, an easy domain, and photographs, a hard one, out of scikit-learn and scikit-image."""
 
 from __future__ import annotations
 
