@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from moee.attention import NarrowAttention, Widths, attention_macs, find_attentions, input_shapes
 from moee.data import ImageSet, batches
-from moee.errors import OutOfReach
+from moee.errors import OutOfReach, UserError
 from moee.models import channels_last, replace_module
 from moee.progress import Reporter, silent, track
 from moee.training import distillation_loss, token_loss
@@ -205,6 +205,9 @@ def narrow(
     dimensions. Returns the widths of the layers that changed. Deterministic for one data set and thread count. Raises `UserError`
     for a model whose attentions cannot be narrowed, `OutOfReach` for too small a share.
     """
+    if len(data) < 2:
+        raise UserError(f"--attention-macs needs at least 2 calibration images, came {len(data)}; add some or leave it out")
+    model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, size)
     _check_reach(attentions, shapes, share)
@@ -291,6 +294,12 @@ def _losses(
         parts = images.split(BATCH)
         for part in track(parts, "attention", len(parts), report):
             model(part)
+    for name, found in moments.items():
+        if not all(torch.isfinite(t).all() for t in (found.query, found.key, found.read)):
+            raise UserError(
+                f"`{name}` receives NaN or infinite activations on the calibration data; check the weights and the input "
+                "normalisation"
+            )
     inputs: dict[str, Tensor] = {}
     first = {name.rpartition(".")[0]: name for name in attentions}  # the block of each attention
     with _watched(model, first, lambda block, x: inputs.__setitem__(first[block], x)):
@@ -366,7 +375,7 @@ def choose_widths(
             return losses.get((name, widths), 0.0)
         return losses.get((name, Widths(widths.qk, full)), 0.0) + losses.get((name, Widths(full, widths.v)), 0.0)
 
-    while total > share * whole:
+    while total > share * whole * (1 + 1e-9):
         best: tuple[float, str, Widths] | None = None
         for name, attention in attentions.items():
             now = current[name]

@@ -236,6 +236,24 @@ def test_too_small_a_share(tiny_model):
     assert not narrow_attentions(tiny_model)
 
 
+def test_exactly_the_least_share_is_met():
+    attentions, shapes = {"a": Attention(123, num_heads=3)}, {"a": (1, 145)}
+    losses = {("a", w): 1.0 for w in moves(41, False)}
+    share = attention_macs(123, 3, Widths(24, 24), 1, 145) / attention_macs(123, 3, Widths(41, 41), 1, 145)
+    assert choose_widths(attentions, shapes, losses, share, False) == {"a": Widths(24, 24)}
+
+
+def test_broken_activations_and_too_few_images(tiny_model):
+    with pytest.raises(UserError, match="at least 2"):
+        narrow(tiny_model, tiny_images(1), SIZE, 0.8)
+    assert narrow(copy.deepcopy(tiny_model), tiny_images(2), SIZE, 0.8)
+    with torch.no_grad():
+        tiny_model.blocks[1].attn.qkv.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"`blocks\.1\.attn` receives NaN"):
+        narrow(tiny_model, tiny_images(24), SIZE, 0.8)
+    assert not narrow_attentions(tiny_model)
+
+
 def test_options():
     assert ExtractConfig().narrows is None and ClearConfig().narrows is None
     assert make_extract_config(attention_macs=0.8, attention_heads="equal").narrows == (0.8, True)
