@@ -7,6 +7,7 @@ can be written with fewer dimensions without another change to the model. `moee.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from moee.config import AttentionOptions
 from moee.errors import UserError
 
 
@@ -57,29 +59,45 @@ class NarrowAttention(nn.Module):
 def find_attentions(model: nn.Module) -> dict[str, Attention]:
     """Every attention of the model that can be narrowed: timm's plain one, without norms or gates inside.
 
-    Raises `UserError` that names the first of another kind, or if there is none.
+    Attention pooling at the head of a model is left aside. Raises `UserError` that names the first of another kind, or if there
+    is none.
     """
     found: dict[str, Attention] = {}
     for name, module in model.named_modules():
+        kind = type(module).__name__
         if type(module) is Attention:
-            inside = [part for part in ("q_norm", "k_norm", "norm") if not isinstance(getattr(module, part), nn.Identity)]
-            inside += ["gate"] if module.gate is not None else []
-            if inside or module.proj.out_features != module.qkv.in_features:
-                what = f"has a {inside[0]}" if inside else "changes the width of its tokens"
-                raise UserError(f"--attention-macs: `{name}` {what}, so its heads cannot be narrowed; leave the option out")
+            what = _obstacle(module)
+            if what:
+                raise UserError(f"heads of `{name}` cannot be narrowed, it {what}; leave --attention-macs out")
             found[name] = module
-        elif type(module).__name__.endswith("Attention"):
-            raise UserError(
-                f"--attention-macs needs timm's plain Attention; `{name}` is {type(module).__name__}; leave the option out"
-            )
+        elif re.search("attn|attention", kind, re.IGNORECASE) and "Pool" not in kind:
+            raise UserError(f"only timm's plain Attention can be narrowed, and `{name}` is {kind}; leave --attention-macs out")
     if not found:
-        raise UserError(f"--attention-macs: {type(model).__name__} has no attention; leave the option out")
+        raise UserError(f"{type(model).__name__} has no attention that can be narrowed; leave --attention-macs out")
     return found
+
+
+def _obstacle(attention: Attention) -> str:
+    """Why a plain attention cannot be narrowed, if so. Older versions of timm lack some of these parts."""
+    for part in ("q_norm", "k_norm", "norm"):
+        if not isinstance(getattr(attention, part, None), (nn.Identity, type(None))):
+            return f"has a {part}"
+    if getattr(attention, "gate", None) is not None:
+        return "has a gate"
+    if attention.attn_drop.p or attention.proj_drop.p:
+        return "has dropout"
+    return "changes the width of its tokens" if attention.proj.out_features != attention.qkv.in_features else ""
 
 
 def narrow_attentions(model: nn.Module) -> dict[str, NarrowAttention]:
     """The narrowed attentions of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NarrowAttention)}
+
+
+def refuse_wide(model: nn.Module, config: AttentionOptions) -> None:
+    """Raise `UserError` if `config` asks for narrower heads than `model` has: it would be recorded without being true."""
+    if config.attention_macs is not None and config.attention_macs < 1 and not narrow_attentions(model):
+        raise UserError("attention_macs is given for a model whose attention is whole; narrow it first (moee.narrowing.narrow)")
 
 
 def attention_macs(dim: int, heads: int, widths: Widths, images: int, tokens: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee.artifact import atomic_folder, read_manifest, write_manifest
@@ -92,22 +93,38 @@ def rebuild_attention(model: nn.Module, records: list[AttentionRecord], state: d
     """Replace attentions of the dense `model` by narrowed ones with the tensors of `state`.
 
     Raises `UserError` for a layer that the model does not have, or tensors that do not fit."""
-    attentions = find_attentions(model) if records else {}
+    for name, (attention, widths, tensors) in _narrowed(model, records, state, path).items():
+        made = NarrowAttention(attention.qkv.in_features, attention.num_heads, attention.head_dim, widths)
+        made.load_state_dict(tensors)
+        replace_module(model, name, made)
+
+
+def _narrowed(
+    model: nn.Module, records: list[AttentionRecord], state: dict[str, Tensor], path: Path
+) -> dict[str, tuple[Attention, Widths, dict[str, Tensor]]]:
+    """Each record's original, its widths, and its tensors, whose shapes are checked. `model` may have no memory."""
+    if not records:
+        return {}
+    try:
+        attentions = find_attentions(model)
+    except UserError as error:
+        raise UserError(f"{path} narrows attention, but {str(error).partition(';')[0]}; make the artifact again") from error
+    found = {}
     for record in records:
         attention = attentions.get(record.name)
-        if attention is None or max(record.qk, record.v) > attention.head_dim:
-            had = "no such attention" if attention is None else f"heads of {attention.head_dim}"
-            raise UserError(f"{path}: {shown(record.name)} is to have heads of {record.qk} and {record.v}; the model has {had}")
-        dim, heads = attention.qkv.in_features, attention.num_heads
+        if attention is None:
+            raise UserError(f"{path} narrows {shown(record.name)}, which is no attention of the model; make the artifact again")
+        dim, heads, whole = attention.qkv.in_features, attention.num_heads, attention.head_dim
+        if not all(whole <= 2 * width <= 2 * whole for width in (record.qk, record.v)):
+            came = f"{record.qk} and {record.v} dimensions"
+            raise UserError(f"{path}: heads of {shown(record.name)} have {came}; expected {-(-whole // 2)} to {whole}")
         shapes: dict[str, tuple[int, ...]] = {
             "q.weight": (heads * record.qk, dim), "q.bias": (heads * record.qk,), "k.weight": (heads * record.qk, dim),
             "v.weight": (heads * record.v, dim), "v.bias": (heads * record.v,), "proj.weight": (dim, heads * record.v),
             "proj.bias": (dim,),
         }  # fmt: skip
-        tensors = _tensors(record.name, shapes, state)
-        made = NarrowAttention(dim, heads, attention.head_dim, Widths(record.qk, record.v))
-        made.load_state_dict(tensors)
-        replace_module(model, record.name, made)
+        found[record.name] = (attention, Widths(record.qk, record.v), _tensors(record.name, shapes, state))
+    return found
 
 
 def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
@@ -135,8 +152,7 @@ def load(path: Path | str) -> MoeeModel:
     records = [_layer_record(item, path / MANIFEST) for item in body.layers]
     if len({record.name for record in records}) != len(records):
         raise UserError(f"{path / MANIFEST} lists a layer twice; make the artifact again")
-    narrowed = {record.name for record in body.attention}
-    if len(narrowed) != len(body.attention):
+    if len({record.name for record in body.attention}) != len(body.attention):
         raise UserError(f"{path / MANIFEST} lists an attention twice; make the artifact again")
     spec, data = body.model, body.data
     config = _config(body.config, path / MANIFEST) if body.config else None
@@ -147,7 +163,7 @@ def load(path: Path | str) -> MoeeModel:
             raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)
     bare = spec.model_copy(update={"weights": None, "pretrained": False})
-    _check_size(bare, state, {record.name for record in records}, narrowed, path)
+    _check_size(bare, state, {record.name for record in records}, body.attention, path)
     model = load_model(bare)
     ffns = {f.name: f for f in find_ffns(model, config.exclude if config else ())}
     for record in records:
@@ -204,7 +220,9 @@ def _probe(path: Path, model: nn.Module) -> Probe | None:
     return Probe(weight, bias)
 
 
-def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], narrowed: set[str], path: Path) -> None:
+def _check_size(
+    spec: ModelSpec, state: dict[str, Tensor], routed: set[str], attention: list[AttentionRecord], path: Path
+) -> None:
     """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
     model is first laid out without memory: every tensor outside the routed MLPs and narrowed attentions must be in the
     file, in that shape, and no MLP may be absurdly wide. Raises `UserError` otherwise."""
@@ -214,7 +232,10 @@ def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], nar
             if not abs(number) <= most:  # NaN as well
                 raise UserError(f"{path / MANIFEST} asks for {shown(key)} {shown(number)}; expected at most {most}")
     with torch.device("meta"):
-        laid_out = load_model(spec).state_dict()
+        model = load_model(spec)
+    laid_out = model.state_dict()
+    known = _narrowed(model, attention, state, path / MANIFEST)
+    narrowed = tuple(f"{name}.{part}." for name in known for part in ("qkv", "proj"))
     owners = {key: key.rpartition(".")[0].rpartition(".")[0] for key in laid_out}
     for name in sorted(routed - set(owners.values())):
         raise UserError(f"{path / MANIFEST} names layer {name}, which {spec.timm_name} does not have")
@@ -222,8 +243,8 @@ def _check_size(spec: ModelSpec, state: dict[str, Tensor], routed: set[str], nar
         if owners[key] in routed:
             if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
                 raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
-        elif owners[key] in narrowed:
-            continue  # `rebuild_attention` allows no more than the original
+        elif narrowed and key.startswith(narrowed):
+            continue  # `_narrowed` saw at least half of it in the file
         elif key not in state or state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
             wanted, came = _described(tensor), _described(state[key]) if key in state else "nothing"
             raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")

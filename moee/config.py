@@ -152,4 +152,4 @@ def validated(kind: type, values: dict[str, Any]) -> Any:
         where = ".".join(str(part) for part in first["loc"])
         came = f" (came {shown(first['input'])})" if where else ""
         option = f"--{shown(where, quoted=False).replace('_', '-')}: " if where else ""
-        raise UserError(f"{option}{first['msg']}{came}") from error
+        raise UserError(f"{option}{first['msg'].removeprefix('Value error, ')}{came}") from error

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moee.allocation import Candidate, allocate
 from moee.assembly import build_layer
 from moee.atomic import temporary_folder
+from moee.attention import refuse_wide
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches, model_transform, refuse_all_skipped
@@ -54,6 +55,7 @@ def extract(
 ) -> list[LayerReport]:  # fmt: skip
     """Replace the MLPs of `model` in place by routed experts found on `data`; returns one report a layer.
 
+    `model` must have its attention narrowed already where `config` asks for that (`moee.pipeline.Session.start`).
     Calibration tokens lie on disk under `scratch` (a temporary folder by default) while it runs. Deterministic for one
     configuration, data set and thread count. Cluster labels are cached, so an interrupted run does not cluster a
     finished layer again; `jobs` layers are clustered side by side. `sampled`, the tokens of an earlier calibration of the
@@ -78,6 +80,7 @@ def prepare(
 
     In a `group` only rank 0's result is whole; the others' holds the layers that they worked on.
     """
+    refuse_wide(model, config)
     ffns = find_ffns(model, config.exclude)
     found: list[Finding] = []
     with temporary_folder(scratch) as folder:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from moee.models import ModelSpec
 from moee.schema import Body, Text
+
+MAX_HEAD = 1 << 14  # dimensions of a head
 
 
 class Retention(Body):
@@ -51,8 +53,8 @@ class AttentionRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Text
-    qk: int = Field(ge=1)
-    v: int = Field(ge=1)
+    qk: StrictInt = Field(ge=1, le=MAX_HEAD)
+    v: StrictInt = Field(ge=1, le=MAX_HEAD)
 
 
 class Manifest(Body):

@@ -5,7 +5,8 @@ dot products E (q.k - q'.k')^2 is least, for q and k drawn independently, with t
 Cq^(1/2) Ck^(1/2), C being second moments. Values: the leading ones of P Cv^(1/2), P the head's part of the output projection
 behind its LayerScale, Cv the covariance of what the head attends to. The output projection is then fitted by least squares to
 the dense attention's output on the narrowed model's own inputs, front to back. The few tokens that are no patches (a class token
-first of all) stand for much of the output and count for more in all of these sums: each for PREFIX_SHARE of the patches.
+first of all) stand for much of the output and count for more in the sums over queries and outputs: each for PREFIX_SHARE of the
+patches.
 
 How many dimensions each layer keeps is measured: the loss of the model's output on calibration images with one layer narrowed
 at a time, then steps of STEP dimensions where they cost least a MAC.
@@ -13,6 +14,7 @@ at a time, then steps of STEP dimensions where they cost least a MAC.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,16 +25,17 @@ from torch import Tensor, nn
 
 from moee.attention import NarrowAttention, Widths, attention_macs, find_attentions, input_shapes
 from moee.data import ImageSet, batches
-from moee.errors import OutOfReach, UserError
+from moee.errors import UserError
 from moee.models import channels_last, replace_module
 from moee.progress import Reporter, silent, track
 from moee.training import distillation_loss, token_loss
 
 STEP = 8  # dimensions: what tensor cores and fused attention want multiples of
 LEAST = 0.5  # share of a head's dimensions that stays, at least
-TOKENS = 120_000  # a layer, for the fit
+NUMBERS = 120_000 * 384  # tokens times their width in the fit, which holds all of a layer's inputs at once
 TRIAL_TOKENS = 40_000  # for the moments with which widths are tried
 PROBES = 48  # images on which each width of each layer is tried; none of those with which it was made
+PROBE_NUMBERS = 1 << 28  # inputs of all blocks on the probes
 BATCH = 16  # images a product
 PREFIX_SHARE = 1 / 8
 RIDGE = 1e-6  # of the mean diagonal: the fit has hundreds of tokens a weight, this is for rank-deficient values only
@@ -180,6 +183,7 @@ class _NarrowStep(nn.Module):
         self.made: NarrowAttention | None = None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        assert attn_mask is None and not is_causal, "calibration images come without masks"
         moments = Moments(self.attention, self.prefix)
         for part in x.split(BATCH):
             moments.add(part)
@@ -203,16 +207,15 @@ def narrow(
 
     `data` is the calibration set, of images of `size` pixels; with `equal` a layer's queries, keys and values get as many
     dimensions. Returns the widths of the layers that changed. Deterministic for one data set and thread count. Raises `UserError`
-    for a model whose attentions cannot be narrowed, `OutOfReach` for too small a share.
+    for a model whose attentions cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows
+    with `NUMBERS`: the inputs of a layer for all images of the fit, and its hidden activations. Leaves the model in eval mode.
     """
-    if len(data) < 2:
-        raise UserError(f"--attention-macs needs at least 2 calibration images, came {len(data)}; add some or leave it out")
     model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, size)
-    _check_reach(attentions, shapes, share)
+    check_share(model, size, share)
     per_image = max(images * tokens for images, tokens in shapes.values())
-    probes, images = _images(data, per_image)
+    probes, images = _images(data, per_image, next(iter(attentions.values())).qkv.in_features, len(attentions))
     losses = _losses(model, attentions, probes, images[: max(2, TRIAL_TOKENS // per_image)], equal, report)
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
@@ -233,13 +236,16 @@ def narrow(
     return {name: step.widths for name, step in steps.items()}
 
 
-def _images(data: ImageSet, per_image: int) -> tuple[Tensor, Tensor]:
-    """Images to try widths on, and others to fit with, both drawn over all of `data`."""
+def _images(data: ImageSet, tokens: int, dim: int, layers: int) -> tuple[Tensor, Tensor]:
+    """Images to try widths on, and others to fit with, both drawn over all readable ones of `data`."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    probes = order[: min(PROBES, len(data) // 2)]
-    fit = order[len(probes) :][: max(2, TOKENS // per_image)]
-    first, second = (torch.cat([b.images for b in batches(data, BATCH, order=part)]) for part in (probes, fit))
-    return first, second
+    probes = min(PROBES, max(4, PROBE_NUMBERS // (layers * tokens * dim)))
+    fit = max(4, NUMBERS // (tokens * dim))
+    images = torch.cat([batch.images for batch in batches(data, BATCH, order=order[: probes + fit])])
+    if len(images) < 2:
+        raise UserError(f"--attention-macs needs at least 2 readable images, came {len(images)}; add some or leave it out")
+    probes = min(probes, len(images) // 2)
+    return images[:probes], images[probes:]
 
 
 def _prefix(model: nn.Module) -> int:
@@ -253,7 +259,8 @@ def _whole(attention: Attention) -> Widths:
 
 def _scale(model: nn.Module, name: str) -> Tensor | None:
     """Weight [D] of the LayerScale behind an attention, if there is one."""
-    gamma = getattr(getattr(model.get_submodule(name.rpartition(".")[0]), "ls1", None), "gamma", None)
+    block = model.get_submodule(name.rpartition(".")[0])
+    gamma = getattr(getattr(block, "ls1", None) or getattr(block, "ls", None), "gamma", None)  # `ls`: timm's parallel blocks
     return gamma.detach().flatten() if isinstance(gamma, Tensor) else None
 
 
@@ -271,14 +278,18 @@ def moves(head_dim: int, equal: bool) -> list[Widths]:
     return [Widths(width, head_dim) for width in narrower] + [Widths(head_dim, width) for width in narrower]
 
 
-def _check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], share: float) -> None:
-    costs = [
-        (_macs(a, Widths(levels(a.head_dim)[-1], levels(a.head_dim)[-1]), shapes[n]), _macs(a, _whole(a), shapes[n]))
-        for n, a in attentions.items()
-    ]
-    least = sum(low for low, _ in costs) / sum(high for _, high in costs)
-    if share < least:
-        raise OutOfReach(f"--attention-macs {share:g}: heads keep at least half of their dimensions, so {least:.2f} or more")
+def check_share(model: nn.Module, size: int, share: float) -> None:
+    """Raise `UserError` if the attentions of `model`, on images of `size` pixels, cannot be narrowed to `share` of their MACs."""
+    attentions = find_attentions(model)
+    shapes = input_shapes(model, attentions, size)
+    narrowest = {name: levels(attention.head_dim)[-1] for name, attention in attentions.items()}
+    low = sum(_macs(a, Widths(narrowest[n], narrowest[n]), shapes[n]) for n, a in attentions.items())
+    least = low / sum(_macs(a, _whole(a), shapes[n]) for n, a in attentions.items())
+    if share < least * (1 - 1e-9):
+        raise UserError(
+            f"--attention-macs {share:g}: heads keep at least half of their dimensions, in multiples of {STEP}, so give "
+            f"{math.ceil(least * 100) / 100:.2f} or more"
+        )
 
 
 def _macs(attention: Attention, widths: Widths, shape: tuple[int, int]) -> int:
@@ -389,7 +400,7 @@ def choose_widths(
                     if freed > 0:
                         price = (loss(name, option) - loss(name, now)) / freed
                         best = min(best or (price, name, option), (price, name, option), key=lambda item: item[0])
-        assert best is not None, "_check_reach saw that the share can be met"
+        assert best is not None, "check_share saw that the share can be met"
         _, name, option = best
         total -= _macs(attentions[name], current[name], shapes[name]) - _macs(attentions[name], option, shapes[name])
         current[name] = option

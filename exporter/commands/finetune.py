@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--warmup", type=float, help="share of the steps over which the learning rate rises (0)")
     sub.add_argument("--augment", type=int, metavar="N", help="random views of each training image beside it (0)")
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image beside it (0)")
-    sub.add_argument("--train", help="all, or experts: the weights of the routed layers alone (all)")
+    sub.add_argument("--train", help="all, or experts: routed layers and narrowed attention alone (all)")
     sub.add_argument("--relative-lr", action="store_true", default=None, help="--lr is a share of each tensor's root mean square")
     sub.add_argument("--clip-norm", type=float, help="largest norm of a step's gradient (no limit)")
     sub.add_argument("--masked", action="store_true", default=None, help="faster steps while experts have few tokens of a batch")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from moee.attention import refuse_wide
 from moee.clear_moe.analysis import Analysis, Ranks, analyse, calibration_set
 from moee.clear_moe.build import build_layers
 from moee.clear_moe.choice import choose_ranks
@@ -45,6 +46,7 @@ def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Repor
     Deterministic for one configuration, data set and thread count. Weights outside the replaced MLPs keep their bits. Raises
     `UserError` for input that it cannot work with; the model is then unchanged.
     """
+    refuse_wide(model, config)
     ffns = find_ffns(model, config.exclude)
     if config.layers is not None and config.layers > len(ffns):
         raise UserError(f"--layers {config.layers} is more than the {len(ffns)} MLPs of this model; give at most {len(ffns)}")

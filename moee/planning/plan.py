@@ -14,9 +14,10 @@ from typing import Any
 from moee.artifact import atomic_folder, read_manifest, refuse_existing, write_manifest
 from moee.atomic import remove_folder
 from moee.clear_moe import ClearConfig
-from moee.config import ExtractConfig
+from moee.config import ExtractConfig, make_extract_config
 from moee.errors import UserError
 from moee.models import ModelSpec
+from moee.narrowing import check_share
 from moee.pipeline import Session
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
@@ -56,6 +57,9 @@ def make_plan(
         raise UserError(f"--max-drop needs labelled images and {session.source} has none; use --min-cosine")
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
+    common = make_extract_config(**(base or {}))  # what is wrong with it is said before a resumed plan is bound to it
+    if common.narrows is not None:
+        check_share(session.dense, session.transform.size, common.narrows[0])
     store = out.parent / f"{out.name}.resume"
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}

@@ -14,12 +14,15 @@ from moee import checkpoint
 from moee.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
-from moee.errors import OutOfReach, UserError
+from moee.convert import extract
+from moee.data import TensorSet
+from moee.errors import UserError
 from moee.finetune import finetune
 from moee.metrics import dense_macs, model_cost, original_macs
 from moee.models import load_model, replace_module
 from moee.narrowing import (
     Moments,
+    _images,
     _standing_in,
     choose_widths,
     dense_parts,
@@ -167,10 +170,19 @@ def test_chosen_widths_meet_the_share(values, share, equal):
 def test_the_cheapest_steps_are_taken_first():
     attentions = {name: Attention(64, num_heads=2) for name in ("a", "b")}
     shapes = dict.fromkeys(attentions, (1, 10))
-    losses = {(name, w): 1.0 for name in attentions for w in moves(32, False)}
-    losses["b", Widths(32, 24)] = 0.5  # two steps at once cost less a MAC than the first alone
-    losses["b", Widths(32, 16)] = 0.6
+    losses = {(name, w): 3.0 if 16 in (w.qk, w.v) else 1.0 for name in attentions for w in moves(32, False)}
+    losses["b", Widths(32, 24)] = 0.9  # two steps at once cost less a MAC than any alone
+    losses["b", Widths(32, 16)] = 1.1
+    losses["a", Widths(32, 24)] = 0.8  # the cheapest alone
     assert choose_widths(attentions, shapes, losses, 0.9, False) == {"a": Widths(32, 32), "b": Widths(32, 16)}
+
+
+def test_a_price_is_a_mac():
+    """The wide layer's step costs more loss, and frees far more."""
+    attentions = {"wide": Attention(512, num_heads=16), "thin": Attention(32, num_heads=1)}
+    losses = {("wide", w): 2.0 for w in moves(32, False)} | {("thin", w): 1.0 for w in moves(32, False)}
+    chosen = choose_widths(attentions, dict.fromkeys(attentions, (1, 10)), losses, 0.995, False)
+    assert chosen["wide"] != Widths(32, 32) and chosen["thin"] == Widths(32, 32)
 
 
 def test_narrowed_model_costs_what_is_counted(tiny_model):
@@ -216,7 +228,13 @@ def test_a_trial_leaves_the_model_as_it_was_and_equals_the_whole_pass(tiny_model
 
 
 @pytest.mark.parametrize(
-    "name, part", [("swin_tiny_patch4_window7_224", "WindowAttention"), ("convnext_tiny", "no attention")]
+    "name, part",
+    [
+        ("swin_tiny_patch4_window7_224", "WindowAttention"),
+        ("convnext_tiny", "no attention"),
+        ("cait_xxs24_224", "Attn"),
+        ("eva02_tiny_patch14_224", "EvaAttention"),
+    ],
 )
 def test_other_attention_is_refused(name, part):
     with torch.device("meta"):
@@ -231,7 +249,7 @@ def test_attention_with_a_norm_inside_is_refused():
 
 
 def test_too_small_a_share(tiny_model):
-    with pytest.raises(OutOfReach, match="0.50 or more"):
+    with pytest.raises(UserError, match="0.50 or more"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.3)
     assert not narrow_attentions(tiny_model)
 
@@ -246,12 +264,104 @@ def test_exactly_the_least_share_is_met():
 def test_broken_activations_and_too_few_images(tiny_model):
     with pytest.raises(UserError, match="at least 2"):
         narrow(tiny_model, tiny_images(1), SIZE, 0.8)
+    few = Unreadable(tiny_images(24), set(range(20)))
+    assert narrow(copy.deepcopy(tiny_model), few, SIZE, 0.8) and len(few.skipped) == 20
+    with pytest.raises(UserError, match="2 readable"):
+        narrow(tiny_model, Unreadable(tiny_images(24), set(range(23))), SIZE, 0.8)
     assert narrow(copy.deepcopy(tiny_model), tiny_images(2), SIZE, 0.8)
     with torch.no_grad():
         tiny_model.blocks[1].attn.qkv.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"`blocks\.1\.attn` receives NaN"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.8)
     assert not narrow_attentions(tiny_model)
+
+
+class Unreadable(TensorSet):
+    def __init__(self, images, bad):
+        super().__init__("partly readable", images.images, images.labels, images.num_classes)
+        self.bad = bad
+
+    def load(self, index):
+        if index in self.bad:
+            raise OSError("truncated")
+        return super().load(index)
+
+
+def test_the_layer_that_needs_least_is_narrowed(tiny_model):
+    """Queries of one block live in half of their dimensions: the measured losses say so, and nothing else is cut."""
+    with torch.no_grad():
+        attention = tiny_model.blocks[1].attn
+        weight, bias = attention.qkv.weight.view(3, 2, 16, 32), attention.qkv.bias.view(3, 2, 16)
+        for block in tiny_model.blocks:
+            block.attn.qkv.weight.mul_(20)  # attention of random weights is flat: no direction matters
+        weight[0, :, 8:], bias[0, :, 8:] = 0, 0
+    one = attention_macs(32, 2, Widths(8, 16), 1, 17) + 2 * attention_macs(32, 2, Widths(16, 16), 1, 17)
+    share = one / (3 * attention_macs(32, 2, Widths(16, 16), 1, 17))
+    before = copy.deepcopy(tiny_model)
+    assert narrow(tiny_model, tiny_images(48), SIZE, share) == {"blocks.1.attn": Widths(8, 16)}
+    images = tiny_images(8).images
+    with torch.no_grad():
+        assert torch.allclose(tiny_model(images), before(images), atol=1e-3)
+
+
+def test_layer_scale_and_centred_keys_decide_what_is_kept(attention):
+    x = tokens(60)
+    moments = seen(attention, x)
+    with torch.no_grad():
+        scale = torch.where(torch.arange(48) < 6, 100.0, 0.01)
+
+        def left(basis):  # of the outputs that the scale keeps, and of all
+            made = narrowed(attention, basis, Widths(16, 4), moments)
+            return float(((made(x) - attention(x)) * scale).square().sum())
+
+        assert left(find_bases(moments, scale)) < 0.8 * left(find_bases(moments, None))
+        shifted = copy.deepcopy(attention)
+        shifted.qkv.bias.view(3, 48)[1] += 50.0  # of the keys: a softmax does not see it
+        made = cut(shifted, x, Widths(8, 16))
+        assert error(made, shifted, x) == pytest.approx(error(cut(attention, x, Widths(8, 16)), attention, x), rel=0.05)
+
+
+def test_probes_are_none_of_the_images_of_the_fit():
+    probes, fit = _images(tiny_images(24), 17, 32, 3)
+    assert len(probes) == len(fit) == 12
+    assert not any(torch.equal(a, b) for a in probes for b in fit)
+    probes, fit = _images(tiny_images(24), 1 << 20, 1024, 24)  # large models: fewer of both
+    assert len(probes) == len(fit) == 4
+
+
+def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("moee.narrowing.refit_projection", fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        narrow(tiny_model, tiny_images(24), SIZE, 0.7)
+    assert len(find_attentions(tiny_model)) == 3
+
+
+def test_start_depends_on_what_was_seen(session):
+    plain, collages = (session.start(make_extract_config(attention_macs=0.8, collages=n)) for n in (0, 1))
+    assert plain is not collages and session.start(make_extract_config(attention_macs=0.8)) is plain
+    assert session.start(make_extract_config()) is session.dense
+    same = all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), collages.state_dict().values(), strict=True))
+    assert not same
+
+
+def test_a_whole_model_is_not_recorded_as_narrowed(tiny_model):
+    with pytest.raises(UserError, match="narrow it first"):
+        extract(tiny_model, tiny_images(24), make_extract_config(attention_macs=0.8))
+
+
+def test_a_plan_says_what_is_wrong_before_it_starts(session, tmp_path):
+    for share, words in ((0.3, "0.50 or more"), (1.5, "--attention-macs")):
+        with pytest.raises(UserError, match=words):
+            make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), base={"attention_macs": share})
+        assert not (tmp_path / "plan.resume").exists()
+
+
+def test_older_timm_has_no_gate(tiny_model):
+    del tiny_model.blocks[0].attn.gate
+    assert len(find_attentions(tiny_model)) == 3
 
 
 def test_options():
@@ -284,7 +394,8 @@ def test_every_method_starts_from_the_narrowed_model(session, tmp_path, config):
     assert narrow_attentions(moee.model) and not narrow_attentions(session.dense)
     cost = moee.info["stages"]["extracted"]["cost"]
     if config.target_macs:
-        assert 0.6 * cost["dense"]["macs"] < cost["moee"]["macs"] <= 0.71 * cost["dense"]["macs"]
+        bound = 1.005 if isinstance(config, ClearConfig) else 1.02  # held-out images route a little differently
+        assert 0.6 * cost["dense"]["macs"] < cost["moee"]["macs"] <= bound * config.target_macs * cost["dense"]["macs"]
     again = checkpoint.load(tmp_path / "out")
     images = tiny_images(4).images
     with torch.no_grad():
@@ -328,7 +439,19 @@ def _twice(manifest, state):
 
 
 def _other_width(manifest, state):
+    manifest["attention"][0] |= {"qk": 12, "v": 12}
+
+
+def _below_half(manifest, state):
     manifest["attention"][0] |= {"qk": 4, "v": 4}
+
+
+def _text(manifest, state):
+    manifest["attention"][0]["qk"] = str(manifest["attention"][0]["qk"])
+
+
+def _huge(manifest, state):
+    manifest["attention"][0]["qk"] = 10**400
 
 
 def _no_list(manifest, state):
@@ -344,11 +467,32 @@ def _half(manifest, state):
     state[name] = state[name].half()
 
 
-@pytest.mark.parametrize("change", [_wider, _elsewhere, _twice, _other_width, _no_list, _no_query, _half])
+@pytest.mark.parametrize(
+    "change", [_wider, _elsewhere, _twice, _other_width, _below_half, _text, _huge, _no_list, _no_query, _half]
+)
 def test_damaged_records_are_refused(artifact, change):
     rewrite(artifact, change)
     with pytest.raises(UserError):
         checkpoint.load(artifact)
+
+
+@pytest.mark.parametrize("name", ["", "patch_embed", "blocks.0", "blocks.0.mlp", "blocks.0.attn.qkv", "blocks.2.attn"])
+def test_a_record_excuses_no_other_tensor(artifact, name, monkeypatch):
+    """A manifest that asks for a wide model, with names under `attention` that would hide missing tensors: refused before the
+    model takes memory."""
+
+    def change(manifest, state):
+        manifest["model"]["kwargs"]["embed_dim"] = 4096
+        manifest["attention"] = [{"name": name, "qk": 1024, "v": 1024}]
+        for key in [k for k in state if k.startswith(name)]:
+            del state[key]
+
+    rewrite(artifact, change)
+    whole = []
+    monkeypatch.setattr(checkpoint, "load_model", lambda spec: whole.append(torch.empty(0).device.type) or load_model(spec))
+    with pytest.raises(UserError):
+        checkpoint.load(artifact)
+    assert set(whole) <= {"meta"}
 
 
 def test_training_experts_trains_the_narrowed_attention(artifact, tiny_model):
