@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moee.allocation import Candidate, allocate
 from moee.assembly import build_layer
 from moee.atomic import temporary_folder
-from moee.attention import refuse_wide
+from moee.attention import macs_saved, refuse_wide
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches, model_transform, refuse_all_skipped
@@ -23,7 +23,7 @@ from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
 from moee.grouping import GroupedLayer, find_routes
 from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
-from moee.metrics import dense_macs, original_macs, tokens_per_image
+from moee.metrics import original_macs, tokens_per_image
 from moee.models import FFN, find_ffns, replace_module
 from moee.moefication import find_moefication
 from moee.progress import Reporter, silent
@@ -183,7 +183,7 @@ def choose_neurons(
     dense = {n: 2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items()}
     budget = None
     if config.target_macs is not None:
-        budget = ffn_budget(model, sum(dense.values()), config.target_macs, size)
+        budget = ffn_budget(original_macs(model, size), sum(dense.values()), config.target_macs, macs_saved(model, size))
     if config.allocation == "expert":
         assert budget is not None
         kept = _share_for(budget, routed, error, tokens, config)
@@ -233,15 +233,14 @@ def sensitivity_of(
     return measure_sensitivity(model, ffns, stats, seen, config.sensitivity_tokens, config.objective, config.seed, report)
 
 
-def ffn_budget(model: nn.Module, ffn: float, target: float, size: int) -> float:
-    """MACs left to the routed layers, `ffn` of them when dense, so that `model` ends at the share `target` of what it had before
-    its attention was narrowed. Raises `OutOfReach` if nothing would be left.
+def ffn_budget(total: int, ffn: int, target: float, saved: int = 0) -> float:
+    """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`,
+    when narrower attention has `saved` some already. Raises `OutOfReach` if nothing would be left.
     """
-    total, now = original_macs(model, size), dense_macs(model, size)
-    budget = ffn - (now - target * total)
+    budget = ffn - ((1 - target) * total - saved)
     if budget <= 0:
         raise OutOfReach(
             f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
-            f"{(now - ffn) / total:.2f}"
+            f"{1 - (ffn + saved) / total:.2f}"
         )
     return budget

@@ -17,13 +17,14 @@ from torch import nn
 
 from moee.artifact import read_json, write_json
 from moee.atomic import temporary_folder
+from moee.attention import macs_saved
 from moee.calibration import LayerTokens
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, make_extract_config, validated
 from moee.convert import Prepared, apply, calibrate, extract, ffn_budget, prepare, sensitivity_of
 from moee.errors import NothingRouted, OutOfReach
 from moee.layer_report import LayerReport
-from moee.metrics import tokens_per_image
+from moee.metrics import original_macs, tokens_per_image
 from moee.models import find_ffns
 from moee.pipeline import Session
 from moee.planning.budget import Budget, Point, checked_point, choose
@@ -132,7 +133,8 @@ class Planner:
         assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
         whole = sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
         routers = sum(tokens[n] * f.dim * config.experts for n, f in ffns.items())
-        budget = ffn_budget(self.session.start(config), whole, target, self.session.transform.size)
+        start, size = self.session.start(config), self.session.transform.size
+        budget = ffn_budget(original_macs(start, size), whole, target, macs_saved(start, size))
         most = int((budget - routers) * config.experts / whole)
         if most < 1:
             raise OutOfReach(f"--target-macs {target:g}: not one of {config.experts} experts a token fits")

@@ -156,6 +156,9 @@ def test_allocation_over_the_model_beats_equal_shares_where_layers_differ(tiny_m
 def test_a_target_below_the_rest_of_the_model_is_refused():
     with pytest.raises(UserError, match="hold 50% of the MACs"):
         ffn_budget(100, 50, 0.5)
+    assert ffn_budget(100, 50, 0.5, saved=10) == 10
+    with pytest.raises(UserError, match="stays above 0.40"):
+        ffn_budget(100, 50, 0.4, saved=10)
 
 
 @pytest.mark.parametrize(
