@@ -96,7 +96,7 @@ def narrow_attentions(model: nn.Module) -> dict[str, NarrowAttention]:
 
 def refuse_wide(model: nn.Module, config: AttentionOptions) -> None:
     """Raise `UserError` if `config` asks for narrower heads than `model` has: it would be recorded without being true."""
-    if config.attention_macs is not None and config.attention_macs < 1 and not narrow_attentions(model):
+    if config.narrows is not None and not narrow_attentions(model):
         raise UserError("attention_macs is given for a model whose attention is whole; narrow it first (moee.narrowing.narrow)")
 
 

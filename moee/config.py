@@ -30,7 +30,7 @@ class AttentionOptions(BaseModel):
     @property
     def narrows(self) -> tuple[float, bool] | None:
         """Share of the attention's MACs and whether widths are to be equal; None if attention stays as it is."""
-        return None if self.attention_macs is None else (self.attention_macs, self.attention_heads == "equal")
+        return None if self.attention_macs in (None, 1) else (self.attention_macs, self.attention_heads == "equal")
 
 
 class ExtractConfig(AttentionOptions):

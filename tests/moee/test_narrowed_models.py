@@ -1,0 +1,171 @@
+"""Models with narrower heads: what every method and a plan make of them, what an artifact remembers and refuses."""
+
+import copy
+
+import pytest
+import torch
+
+from exporter.cli import main
+from moee import checkpoint
+from moee.attention import narrow_attentions
+from moee.clear_moe import ClearConfig
+from moee.config import FinetuneConfig, make_extract_config
+from moee.errors import UserError
+from moee.finetune import finetune
+from moee.models import load_model
+from moee.pipeline import Session, run_extract
+from moee.planning import Budget, make_plan, read_plan
+from tests.conftest import tiny_images, tiny_spec
+from tests.moee.test_checkpoint_and_finetune import rewrite
+
+
+@pytest.fixture
+def session(monkeypatch):
+    monkeypatch.setattr("moee.pipeline.load_data", lambda source, transform, split, seed: tiny_images(24))
+    return Session(tiny_spec(), "tiny")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=200, attention_macs=0.8, target_macs=0.7),
+        make_extract_config("moefication", experts=4, top_k=2, attention_macs=0.8),
+        ClearConfig(experts=2, attention_macs=0.8, target_macs=0.7, calibration_images=20),
+    ],
+    ids=["moee", "moefication", "clear-moe"],
+)
+def test_every_method_starts_from_the_narrowed_model(session, tmp_path, config):
+    moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+    assert narrow_attentions(moee.model) and not narrow_attentions(session.dense)
+    cost = moee.info["stages"]["extracted"]["cost"]
+    if config.target_macs:
+        bound = 1.005 if isinstance(config, ClearConfig) else 1.02  # held-out images route a little differently
+        assert 0.6 * cost["dense"]["macs"] < cost["moee"]["macs"] <= bound * config.target_macs * cost["dense"]["macs"]
+    again = checkpoint.load(tmp_path / "out")
+    images = tiny_images(4).images
+    with torch.no_grad():
+        assert torch.equal(again.model(images), moee.model(images))
+    assert not narrow_attentions(again.dense())
+
+
+def test_a_plan_narrows_every_method_alike(session, tmp_path):
+    """Rivals get the narrowed model too, and the plan's configuration makes it again."""
+    base = {"attention_macs": 0.8, "cluster_tokens": 200, "tokens": 400, "refit_tokens": 400}
+    methods = ("kmeans-8", "static", "moefication", "clear-moe")
+    budget = Budget(target_macs=0.75)
+    plan = make_plan(session, budget, tmp_path / "plan", methods, base=base, allocations=("share",))
+    configs = [p["config"] for p in plan["points"] if p["config"]]
+    assert len(configs) >= 3 and all(c["attention_macs"] == 0.8 for c in configs)
+    assert all(p["macs"] <= 0.76 for p in plan["points"] if p["config"])
+    config = read_plan(tmp_path / "plan", tiny_spec())
+    moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+    assert narrow_attentions(moee.model)
+    made = moee.info["stages"]["extracted"]["retention"]["class_cosine"]
+    assert made == pytest.approx(plan["winner"]["cosine"], abs=1e-6)
+
+
+@pytest.fixture
+def artifact(session, tmp_path):
+    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=200, attention_macs=0.8)
+    run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+    return tmp_path / "out"
+
+
+def _wider(manifest, state):
+    manifest["attention"][0]["qk"] = 24
+
+
+def _elsewhere(manifest, state):
+    manifest["attention"][0]["name"] = "blocks.0.mlp"
+
+
+def _twice(manifest, state):
+    manifest["attention"].append(manifest["attention"][0])
+
+
+def _other_width(manifest, state):
+    manifest["attention"][0] |= {"qk": 12, "v": 12}
+
+
+def _below_half(manifest, state):
+    manifest["attention"][0] |= {"qk": 4, "v": 4}
+
+
+def _text(manifest, state):
+    manifest["attention"][0]["qk"] = str(manifest["attention"][0]["qk"])
+
+
+def _huge(manifest, state):
+    manifest["attention"][0]["qk"] = 10**400
+
+
+def _no_list(manifest, state):
+    manifest["attention"] = {"blocks.0.attn": 8}
+
+
+def _no_query(manifest, state):
+    del state[manifest["attention"][0]["name"] + ".q.weight"]
+
+
+def _half(manifest, state):
+    name = manifest["attention"][0]["name"] + ".v.weight"
+    state[name] = state[name].half()
+
+
+@pytest.mark.parametrize(
+    "change", [_wider, _elsewhere, _twice, _other_width, _below_half, _text, _huge, _no_list, _no_query, _half]
+)
+def test_damaged_records_are_refused(artifact, change):
+    rewrite(artifact, change)
+    with pytest.raises(UserError):
+        checkpoint.load(artifact)
+
+
+@pytest.mark.parametrize("name", ["", "patch_embed", "blocks.0", "blocks.0.mlp", "blocks.0.attn.qkv", "blocks.2.attn"])
+def test_a_record_excuses_no_other_tensor(artifact, name, monkeypatch):
+    """A manifest that asks for a wide model, with names under `attention` that would hide missing tensors: refused before the
+    model takes memory."""
+
+    def change(manifest, state):
+        manifest["model"]["kwargs"]["embed_dim"] = 4096
+        manifest["attention"] = [{"name": name, "qk": 1024, "v": 1024}]
+        for key in [k for k in state if k.startswith(name)]:
+            del state[key]
+
+    rewrite(artifact, change)
+    whole = []
+    monkeypatch.setattr(checkpoint, "load_model", lambda spec: whole.append(torch.empty(0).device.type) or load_model(spec))
+    with pytest.raises(UserError):
+        checkpoint.load(artifact)
+    assert set(whole) <= {"meta"}
+
+
+def test_training_experts_trains_the_narrowed_attention(artifact, tiny_model):
+    moee = checkpoint.load(artifact)
+    name = next(iter(narrow_attentions(moee.model)))
+    before = copy.deepcopy(moee.model)
+    finetune(moee.model, moee.dense(), tiny_images(24), FinetuneConfig(epochs=1, lr=1e-3, train="experts", distil="tokens"))
+    changed = {n for n, p in moee.model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert f"{name}.q.weight" in changed and f"{name}.proj.bias" in changed
+    assert all("mlp" in n or "attn" in n for n in changed)
+
+
+def test_bad_options_end_with_one_sentence(capsys):
+    given = ["extract", "dinov2-s", "--data", "digits", "--attention-macs", "1.2", "--out", "nowhere"]
+    assert main(given) == 2
+    assert "--attention-macs" in capsys.readouterr().err
+
+
+def test_start_depends_on_what_was_seen(session):
+    plain, collages = (session.start(make_extract_config(attention_macs=0.8, collages=n)) for n in (0, 1))
+    assert plain is not collages and session.start(make_extract_config(attention_macs=0.8)) is plain
+    assert session.start(make_extract_config()) is session.dense
+    same = all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), collages.state_dict().values(), strict=True))
+    assert not same
+
+
+def test_a_plan_says_what_is_wrong_before_it_starts(session, tmp_path):
+    for share, words in ((0.3, "0.50 or more"), (1.5, "--attention-macs")):
+        with pytest.raises(UserError, match=words):
+            make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), base={"attention_macs": share})
+        assert not (tmp_path / "plan.resume").exists()
