@@ -13,13 +13,13 @@ from moee.attention import NarrowAttention, Widths, attention_macs, find_attenti
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, make_extract_config, validated
 from moee.convert import extract
-from moee.data import TensorSet
 from moee.errors import UserError
 from moee.head_fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
 from moee.metrics import dense_macs, model_cost, original_macs
 from moee.models import load_model, replace_module
 from moee.narrowing import _images, _standing_in, choose_widths, levels, moves, narrow
 from tests.conftest import tiny_images, tiny_spec
+from tests.moee.distributed_worker import Broken
 
 SIZE = 32
 
@@ -242,27 +242,16 @@ def test_exactly_the_least_share_is_met():
 def test_broken_activations_and_too_few_images(tiny_model):
     with pytest.raises(UserError, match="at least 2"):
         narrow(tiny_model, tiny_images(1), SIZE, 0.8)
-    few = Unreadable(tiny_images(24), set(range(20)))
+    few = Broken(tiny_images(24), set(range(20)))
     assert narrow(copy.deepcopy(tiny_model), few, SIZE, 0.8) and len(few.skipped) == 20
     with pytest.raises(UserError, match="2 readable"):
-        narrow(tiny_model, Unreadable(tiny_images(24), set(range(23))), SIZE, 0.8)
+        narrow(tiny_model, Broken(tiny_images(24), set(range(23))), SIZE, 0.8)
     assert narrow(copy.deepcopy(tiny_model), tiny_images(2), SIZE, 0.8)
     with torch.no_grad():
         tiny_model.blocks[1].attn.qkv.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match=r"`blocks\.1\.attn` receives NaN"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.8)
     assert not narrow_attentions(tiny_model)
-
-
-class Unreadable(TensorSet):
-    def __init__(self, images, bad):
-        super().__init__("partly readable", images.images, images.labels, images.num_classes)
-        self.bad = bad
-
-    def load(self, index):
-        if index in self.bad:
-            raise OSError("truncated")
-        return super().load(index)
 
 
 def test_the_layer_that_needs_least_is_narrowed(tiny_model):
