@@ -29,6 +29,12 @@ def tiny_images(count: int = 48, size: int = 32, classes: int = 4) -> TensorSet:
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """Models with random weights are the same ones in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def no_label_cache(monkeypatch):
     """Labels of earlier tests must not stand in for a clustering; the test of the cache takes this back."""
     monkeypatch.setattr("moee.grouping.read_labels", lambda key, count: None)
