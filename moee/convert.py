@@ -238,6 +238,11 @@ def ffn_budget(total: int, ffn: int, target: float, saved: int = 0) -> float:
     when narrower attention has `saved` some already. Raises `OutOfReach` if nothing would be left.
     """
     budget = ffn - ((1 - target) * total - saved)
+    if budget >= ffn:
+        raise OutOfReach(
+            f"--target-macs {target:g}: narrower attention alone leaves {1 - saved / total:.2f} of the MACs, so nothing is to "
+            "be cut from the MLPs; give a smaller share, or a larger --attention-macs"
+        )
     if budget <= 0:
         raise OutOfReach(
             f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "

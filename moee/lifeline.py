@@ -93,20 +93,26 @@ class Lifeline:
 
     def __init__(self, rank: int, world: int, local_rank: int, peers: dict[int, socket.socket]):
         self.rank, self.world, self.local_rank, self.peers = rank, world, local_rank, peers
-        self.reason, self.speaks = "", local_rank == 0
+        self.reason, self.speaks, self._interrupt = "", local_rank == 0, False
         self._handled, self._lock = threading.Event(), threading.Lock()
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
         self._handlers: tuple[Any, int] | None = None
         if threading.current_thread() is threading.main_thread():
-            # the handler only has to exist: the C side of it writes the signal's number to the socket at once
-            before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+            # the C side of a handler writes the signal's number to the socket at once
+            before = signal.signal(signal.SIGTERM, self._told)
             self._handlers = before, signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         here = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _let_go(here()))
         self._thread = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._thread.start()
+
+    def _told(self, number: int, frame: object) -> None:
+        """SIGTERM in the main thread: `_watch` deals with those from outside; after `_stop` it is the interrupt, once."""
+        due, self._interrupt = self._interrupt, False
+        if due:
+            raise KeyboardInterrupt
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -156,9 +162,11 @@ class Lifeline:
             if self.reason or self._handled.is_set():
                 return
             self.reason = f"{reason}; nothing is half-written, run the same command again to go on from the last saved step"
+        self._interrupt = True
         main = threading.main_thread().ident
         if main is not None:
-            signal.pthread_kill(main, signal.SIGINT)
+            # not SIGINT where it can be helped: a job in the background (`&` in a script) ignores that
+            signal.pthread_kill(main, signal.SIGINT if self._handlers is None else signal.SIGTERM)
         if not self._handled.wait(GRACE_S):
             if self.speaks:
                 print(f"moee: {self.reason}", file=sys.stderr, flush=True)

@@ -59,22 +59,24 @@ class _Skip(nn.Module):
 
 @torch.no_grad()
 def narrow(
-    model: nn.Module, data: ImageSet, size: int, share: float, equal: bool = False, report: Reporter = silent
-) -> dict[str, Widths]:
+    model: nn.Module, data: ImageSet, size: int, share: float, equal: bool = False, report: Reporter = silent,
+    losses: dict[tuple[str, Widths], float] | None = None,
+) -> dict[str, Widths]:  # fmt: skip
     """Replace the attentions of `model` in place by narrower ones that keep the share `share` of the attention's MACs.
 
     `data` is the calibration set, of images of `size` pixels; with `equal` a layer's queries, keys and values get as many
-    dimensions. Returns the widths of the layers that changed. Deterministic for one data set and thread count. Raises `UserError`
-    for a model whose attentions cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows
-    with `NUMBERS`: the inputs of a layer for all images of the fit, and its hidden activations. Leaves the model in eval mode.
+    dimensions. `losses`, of `width_losses` for the same model and data, serve every share; None measures them. Returns the widths
+    of the layers that changed. Deterministic for one data set and thread count. Raises `UserError` for a model whose attentions
+    cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows with `NUMBERS`: the inputs of
+    a layer for all images of the fit, and its hidden activations. Leaves the model in eval mode.
     """
     model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, size)
     _check_reach(attentions, shapes, share)
-    per_image = max(images * tokens for images, tokens in shapes.values())
-    probes, images = _images(data, per_image, next(iter(attentions.values())).qkv.in_features, len(attentions))
-    losses = _losses(model, attentions, probes, images[: max(2, TRIAL_TOKENS // per_image)], equal, report)
+    if losses is None:
+        losses = width_losses(model, data, size, equal, report)
+    _, images = _images(data, *_numbers(attentions, shapes))
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
         name: _NarrowStep(attentions[name], widths, _scale(model, name), _prefix(model))
@@ -92,6 +94,28 @@ def narrow(
         assert step.made is not None, f"{name} took no part in the forward pass"
         replace_module(model, name, step.made)
     return {name: step.widths for name, step in steps.items()}
+
+
+@torch.no_grad()
+def width_losses(
+    model: nn.Module, data: ImageSet, size: int, equal: bool = False, report: Reporter = silent
+) -> dict[tuple[str, Widths], float]:
+    """What `narrow` chooses widths by: the loss of the output with one attention, by its name, narrowed to each width.
+
+    Arguments, errors and memory are those of `narrow`. The model stays as it is, in eval mode.
+    """
+    model.eval()
+    attentions = find_attentions(model)
+    shapes = input_shapes(model, attentions, size)
+    tokens, dim, layers = _numbers(attentions, shapes)
+    probes, images = _images(data, tokens, dim, layers)
+    return _losses(model, attentions, probes, images[: max(2, TRIAL_TOKENS // tokens)], equal, report)
+
+
+def _numbers(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    """Tokens of an image that an attention sees at most, their width, and how many attentions there are."""
+    tokens = max(images * tokens for images, tokens in shapes.values())
+    return tokens, next(iter(attentions.values())).qkv.in_features, len(attentions)
 
 
 def _images(data: ImageSet, tokens: int, dim: int, layers: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from moee import checkpoint
 from moee.atomic import refuse_existing, remove_folder
+from moee.attention import Widths
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
@@ -29,7 +30,7 @@ from moee.inspection import attention_figures
 from moee.layer_report import LayerReport
 from moee.metrics import model_cost
 from moee.models import ModelSpec, load_model
-from moee.narrowing import narrow
+from moee.narrowing import check_share, narrow, width_losses
 from moee.probe import Probe, fit_probe
 from moee.progress import Reporter, silent
 from moee.views import widened
@@ -64,6 +65,7 @@ class Session:
         self._reference: Outputs | None = None
         self._train_outputs: Outputs | None = None
         self._narrowed: dict[tuple[Any, ...], nn.Module] = {}
+        self._width_losses: dict[tuple[Any, ...], dict[tuple[str, Widths], float]] = {}
 
     @property
     def reference(self) -> Outputs:
@@ -85,13 +87,17 @@ class Session:
             return self.dense
         share, equal = config.narrows
         collages = config.collages if isinstance(config, ExtractConfig) else 0
-        key = (share, equal, collages, config.seed)
+        alike = (equal, collages, config.seed)
+        key = (share, *alike)
         if key not in self._narrowed:
-            model = copy.deepcopy(self.dense)
+            model, size = copy.deepcopy(self.dense), self.transform.size
             seen = widened(self.train, self.transform, 0, collages, config.seed)
             with self.group.agreed():
                 if self.group.leader:
-                    narrow(model, seen, self.transform.size, share, equal, self.report)
+                    check_share(model, size, share)  # before minutes of trials
+                    if alike not in self._width_losses:
+                        self._width_losses[alike] = width_losses(model, seen, size, equal, self.report)
+                    narrow(model, seen, size, share, equal, self.report, self._width_losses[alike])
             share_attention(model, self.group)
             self._narrowed[key] = model
         return self._narrowed[key]

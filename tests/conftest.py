@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny ViT with random weights, and small images for it."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from moee.data import TensorSet  # noqa: E402
 from moee.models import ModelSpec, load_model  # noqa: E402
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=10)
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in `make test &` of a script: processes of tests would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_spec(**kwargs) -> ModelSpec:

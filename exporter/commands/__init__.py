@@ -66,10 +66,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
 
 
-def add_attention(parser: argparse.ArgumentParser) -> None:
-    """Narrower heads, which every method can have beside it."""
+def add_attention(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Narrower heads, which every method can have beside it; with `several` a list of shares, to be parsed."""
     share = "narrow the heads of the attention to this share of its MACs; --target-macs counts what that saves"
-    parser.add_argument("--attention-macs", type=float, metavar="SHARE", help=share)
+    if several:
+        share = "comma-separated shares of the attention's MACs to try, heads narrowed to them; 1 leaves them (1)"
+        parser.add_argument("--attention-macs", metavar="SHARES", help=share)
+    else:
+        parser.add_argument("--attention-macs", type=float, metavar="SHARE", help=share)
     how = "separate: queries and keys may differ from values in width (default); equal: they may not"
     parser.add_argument("--attention-heads", help=how)
 

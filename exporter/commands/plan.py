@@ -34,22 +34,22 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
     sub.add_argument("--tokens", type=int, help="calibration tokens a layer (126080)")
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
-    add_attention(sub)
+    add_attention(sub, several=True)
     sub.add_argument("--seed", type=int)
     add_out(sub, "plan.json")
 
 
-def parse_targets(text: str | None) -> tuple[float, ...] | None:
-    """`0.8,0.6` to numbers. Raises `UserError` for anything else."""
+def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[float, ...] | None:
+    """`0.8,0.6` to shares, each once; 1 is one if `whole`. Raises `UserError` for anything else."""
     if text is None:
         return None
     try:
-        targets = tuple(float(part) for part in text.split(","))
+        shares = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"--targets {text}: expected shares such as 0.8,0.6") from error
-    if not all(0 < t < 1 for t in targets):
-        raise UserError(f"--targets {text}: expected shares of the MACs between 0 and 1")
-    return targets
+        raise UserError(f"{option} {text}: expected shares such as 0.8,0.6") from error
+    if not all(0 < share < 1 or (whole and share == 1) for share in shares):
+        raise UserError(f"{option} {text}: expected shares of the MACs between 0 and 1")
+    return tuple(dict.fromkeys(shares))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -59,11 +59,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.planning import ALLOCATIONS, TARGETS, USUAL, Budget, make_plan
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
-    targets = parse_targets(args.targets) or TARGETS
+    targets = parse_shares("--targets", args.targets) or TARGETS
+    attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
     budget = validated(Budget, {name: getattr(args, name) for name in names})
     methods = tuple(args.methods.split(",")) if args.methods else USUAL
     allocations = tuple(args.allocations.split(",")) if args.allocations else tuple(ALLOCATIONS)
-    common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_macs", "attention_heads", "seed")
+    common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_heads", "seed")
     base = {name: getattr(args, name) for name in common}
     with ProgressDisplay() as report:
         spec = model_of(args, report)
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
             session, budget, args.out, methods, targets, {k: v for k, v in base.items() if v is not None}, latency,
-            args.force, report, allocations,
+            args.force, report, allocations, attention,
         )  # fmt: skip
     console.print(points_table(plan))
     for line in verdict(plan):
@@ -83,23 +84,31 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def points_table(plan: dict[str, Any]) -> Table:
     """All points by MACs; those on the Pareto front are marked, and the winner."""
     front = [p["config"] for p in plan["front"]]
+    narrowed = any(_attention(p) < 1 for p in plan["points"])
     table = Table(min_width=76, title=f"{plan['model']['name']} on {plan['data']}")
-    for column in ("", "method", "allocation", "MACs", "params", "cosine", "accuracy", "latency ms"):
+    for column in ("", "method", "allocation", *["attention"] * narrowed, "MACs", "params", "cosine", "accuracy", "latency ms"):
         table.add_column(column, justify="left" if column in ("", "method", "allocation") else "right", no_wrap=True)
     for p in sorted(plan["points"], key=lambda p: p["macs"]):
         mark = "winner" if p["config"] == plan["winner"]["config"] else "front" if p["config"] in front else ""
         latency = p["latency"]
         table.add_row(
-            mark, p["method"], p["allocation"], percent(p["macs"]), percent(p["params"]), number(p["cosine"], 4),
-            percent(p["accuracy"]), f"{latency['moee_ms']:.2f} ({latency['kind']})" if latency else "",
+            mark, p["method"], p["allocation"], *[percent(_attention(p))] * narrowed, percent(p["macs"]), percent(p["params"]),
+            number(p["cosine"], 4), percent(p["accuracy"]), f"{latency['moee_ms']:.2f} ({latency['kind']})" if latency else "",
         )  # fmt: skip
     return table
+
+
+def _attention(point: dict[str, Any]) -> float:
+    """Share of the attention's MACs that a point keeps."""
+    return (point["config"] or {}).get("attention_macs") or 1.0
 
 
 def verdict(plan: dict[str, Any]) -> list[str]:
     """The winner and its margins as sentences."""
     winner = plan["winner"]
     name = winner["method"] + (f" ({winner['allocation']})" if winner["allocation"] else "")
+    if _attention(winner) < 1:
+        name += f" beside {percent(_attention(winner))} of the attention"
     lines = [f"winner: {name} at {percent(winner['macs'])} of the MACs, cosine {number(winner['cosine'], 4)}"]
     for other, margin in plan["margins"].items():
         if margin is None:

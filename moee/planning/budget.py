@@ -54,6 +54,11 @@ class Point:
     latency: dict[str, Any] | None
     config: dict[str, Any] | None
 
+    @property
+    def attention(self) -> float:
+        """Share of the attention's MACs that stays."""
+        return (self.config or {}).get("attention_macs") or 1.0
+
     def shortfalls(self, budget: Budget) -> dict[str, float]:
         """By how much each figure misses the budget, relative to the limit; empty if the point meets it."""
         found = {}
@@ -127,8 +132,9 @@ def choose(points: list[Point], budget: Budget) -> Point | None:
 def nearest(points: list[Point], budget: Budget) -> str:
     best = min(points, key=lambda p: sum(p.shortfalls(budget).values()))
     missing = ", ".join(f"{name} by {value:.3f}" for name, value in best.shortfalls(budget).items())
+    heads = f" and {best.attention:.0%} of the attention" if best.attention < 1 else ""
     return (
-        f"nothing meets the budget; nearest is {best.method} {best.allocation} with {best.macs:.0%} of the MACs, "
+        f"nothing meets the budget; nearest is {best.method} {best.allocation}{heads} with {best.macs:.0%} of the MACs, "
         f"{best.params:.0%} of the parameters and cosine {best.cosine:.4f}: it misses {missing}"
     )
 

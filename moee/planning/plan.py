@@ -21,7 +21,7 @@ from moee.narrowing import check_share
 from moee.pipeline import Session
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, allocations_of, kind_of
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, kind_of, ways
 from moee.progress import Reporter, silent
 from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
@@ -41,10 +41,12 @@ def make_plan(
     session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] = USUAL,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = tuple(ALLOCATIONS),
+    attention: tuple[float, ...] = (1.0,),
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
-    `base` are further options of every configuration. Points of an interrupted run are kept in `<out>.resume`. Raises
+    `attention` are the shares of the attention's MACs that every method is tried with (1: as it is). `base` are further options
+    of every configuration. Points of an interrupted run are kept in `<out>.resume`. Raises
     `UserError` if nothing meets the budget: it names the nearest point.
     """
     out = Path(out)
@@ -57,9 +59,10 @@ def make_plan(
         raise UserError(f"--max-drop needs labelled images and {session.source} has none; use --min-cosine")
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
-    common = make_extract_config(**(base or {}))  # what is wrong with it is said before a resumed plan is bound to it
-    if common.narrows is not None:
-        check_share(session.dense, session.transform.size, common.narrows[0])
+    for share in attention:  # what is wrong with the options is said before a resumed plan is bound to them
+        common = make_extract_config(**{**(base or {}), "attention_macs": None if attention == (1.0,) else share})
+        if common.narrows is not None:
+            check_share(session.dense, session.transform.size, share)
     store = out.parent / f"{out.name}.resume"
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
@@ -70,8 +73,8 @@ def make_plan(
     planner = Planner(session, budget, base or {}, store, latency, report)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
-    wanted = [(m, a, t) for m in methods for a in allocations_of(m, allocations) for t in targets]
-    points = [p for m, a, t in wanted if (p := planner.point(m, a, t)) is not None]
+    wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
+    points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
     points += planner.refine(points, targets)
     points = list({json.dumps(p.config, sort_keys=True): p for p in points}.values())
     dense = planner.dense(points)

@@ -7,11 +7,11 @@ import hashlib
 import json
 import statistics
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -46,7 +46,6 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
 }
 TOP_K = "top-k"  # how MoEfication meets a budget: the same number of experts a token in every layer
 RANKS = "ranks"  # how CLEAR-MoE does: a rank for every map
-CLEAR_SHARED = ("seed", "attention_macs", "attention_heads")  # options of a plan that CLEAR-MoE knows too
 OWN = {"moefication": TOP_K, "clear-moe": RANKS}
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
@@ -55,6 +54,19 @@ REFINEMENTS = 2  # bisections of the MACs between the last point that meets the 
 def allocations_of(method: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """The ways in which a method can spend a budget, of those `wanted`."""
     return (OWN[method],) if method in OWN else wanted
+
+
+class Way(NamedTuple):
+    """How a point is made, but for its budget: key of `METHODS`, how it spends the budget, share of the attention's MACs."""
+
+    method: str
+    allocation: str
+    attention: float = 1.0
+
+
+def ways(methods: Iterable[str], allocations: tuple[str, ...], attention: Iterable[float]) -> list[Way]:
+    """Every way of these, by share of the attention: what is calibrated for one share is of no use to another."""
+    return [Way(m, a, share) for share in attention for m in methods for a in allocations_of(m, allocations)]
 
 
 def kind_of(config: Any) -> type[ExtractConfig] | type[ClearConfig]:
@@ -71,6 +83,8 @@ class Latency:
 
 
 class Planner:
+    """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs."""
+
     def __init__(
         self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, report: Reporter
     ):
@@ -78,32 +92,46 @@ class Planner:
         self.latency, self.report = latency, report
         self.probe = session.probe()
         self.prepared: dict[str, Prepared] = {}
-        scratch = ExitStack()
-        self.folder = scratch.enter_context(temporary_folder())
-        weakref.finalize(self, scratch.close)
         self.sampled: list[LayerTokens] = []
+        self.scratch = ExitStack()
+        weakref.finalize(self, self.scratch.close)
+        self.attention = 1.0  # that `prepared` and `sampled` are of
         self.best: tuple[Point, nn.Module, Sequence[LayerReport]] | None = None  # of the points made by this process
 
-    def config(self, method: str, allocation: str, target: float) -> ExtractConfig | ClearConfig:
+    def config(self, way: Way, target: float) -> ExtractConfig | ClearConfig:
         """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
-        if allocation == RANKS:
-            return ClearConfig(target_macs=target, **{k: v for k, v in self.base.items() if k in CLEAR_SHARED})
-        if allocation == TOP_K:
-            common = {k: v for k, v in self.base.items() if k != "refit_tokens"}
-            fixed = make_extract_config(**{**common, **METHODS[method]})
-            return make_extract_config(**{**common, **METHODS[method], "top_k": self._top_k(fixed, target)})
-        return make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS[allocation], "target_macs": target})
+        attention = {"attention_macs": way.attention, "attention_heads": self.base.get("attention_heads", "separate")}
+        common = {k: v for k, v in self.base.items() if k not in attention}
+        if way.attention < 1:
+            common |= attention
+        if way.allocation == RANKS:
+            return ClearConfig(target_macs=target, **{k: v for k, v in common.items() if k in ("seed", *attention)})
+        common |= METHODS[way.method]
+        if way.allocation == TOP_K:
+            common.pop("refit_tokens", None)
+            return make_extract_config(**common, top_k=self._top_k(make_extract_config(**common), target))
+        return make_extract_config(**common, **ALLOCATIONS[way.allocation], target_macs=target)
 
-    def prepare(self, method: str) -> Prepared:
+    def _turn_to(self, config: ExtractConfig) -> None:
+        """Drop what was calibrated for another share of the attention: models and disk hold one at a time."""
+        share = config.narrows[0] if config.narrows else 1.0
+        if share != self.attention:
+            self.prepared, self.sampled = {}, []
+            self.scratch.close()
+            self.attention = share
+
+    def prepare(self, method: str, config: ExtractConfig) -> Prepared:
+        """What all budgets of a method share; of `config` counts what they have in common."""
+        self._turn_to(config)
         if method not in self.prepared:
-            config = make_extract_config(**{**self.base, **METHODS[method], **ALLOCATIONS["share"]})
+            config = config.model_copy(update={**ALLOCATIONS["share"], "target_macs": None})
             sampled = self.calibrate(config)
             self.prepared[method] = prepare(self.session.start(config), self.session.train, config, self.report, sampled=sampled)
         return self.prepared[method]
 
     def _with_sensitivity(self, method: str, config: ExtractConfig) -> Prepared:
         """What `prepare` gives and, once an allocation asks for it, the error that dropping each neuron makes."""
-        prepared = self.prepare(method)
+        prepared = self.prepare(method, config)
         if config.criterion == "sensitivity" and prepared.routed and not prepared.error:
             model, data = self.session.start(config), self.session.train
             prepared.error.update(sensitivity_of(model, prepared.routed, data, config, self.report))
@@ -111,8 +139,9 @@ class Planner:
 
     def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
         """Calibration tokens, which all methods share; they stay on disk as long as the planner."""
+        self._turn_to(config)
         if not self.sampled:
-            model, folder = self.session.start(config), self.folder
+            model, folder = self.session.start(config), self.scratch.enter_context(temporary_folder())
             ffns = find_ffns(model, config.exclude)
             self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report)
         return self.sampled
@@ -140,10 +169,10 @@ class Planner:
             raise OutOfReach(f"--target-macs {target:g}: not one of {config.experts} experts a token fits")
         return min(most, config.experts)
 
-    def point(self, method: str, allocation: str, target: float) -> Point | None:
+    def point(self, way: Way, target: float) -> Point | None:
         """Make and measure one model, or read its figures if an interrupted run has; None if it cannot be made."""
         try:
-            config = self.config(method, allocation, target)
+            config = self.config(way, target)
         except OutOfReach:
             return None
         identity = json.dumps([config.model_dump(mode="json"), self.latency and self.latency.label])
@@ -153,16 +182,17 @@ class Planner:
             stored = read_json(file)
             return checked_point(stored, file) if stored is not None else None
         try:
-            model, reports = self.make(method, config)
+            model, reports = self.make(way.method, config)
         except (NothingRouted, OutOfReach):
             write_json(file, None)
             return None
-        measured = self.session.measure(model, self.probe, f"{method}, {allocation}, {target:.2f} on held-out images")
+        name = f"{way.method}, {way.allocation}, {target:.2f}" + (f", attention {way.attention:g}" if way.attention < 1 else "")
+        measured = self.session.measure(model, self.probe, f"{name} on held-out images")
         kept, cost = measured["retention"], measured["cost"]
         drop = None if kept["accuracy"] is None else kept["dense_accuracy"] - kept["accuracy"]
         result = Point(
-            method, allocation, cost["moee"]["macs"] / cost["dense"]["macs"], cost["moee"]["params"] / cost["dense"]["params"],
-            kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
+            way.method, way.allocation, cost["moee"]["macs"] / cost["dense"]["macs"],
+            cost["moee"]["params"] / cost["dense"]["params"], kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
             self.latency.of(model) if self.latency else None, config.model_dump(mode="json"),
         )  # fmt: skip
         write_json(file, asdict(result))
@@ -190,9 +220,8 @@ class Planner:
     def refine(self, points: list[Point], targets: tuple[float, ...]) -> list[Point]:
         """More points between the one that meets the budget most tightly and its cheaper (or dearer) neighbour."""
         added: list[Point] = []
-        pairs = sorted({(p.method, p.allocation) for p in points})
-        for method, allocation in self._leaders(points, pairs):
-            tried = sorted((t, p) for t in targets if (p := self.point(method, allocation, t)) is not None)
+        for way in self._leaders(points):
+            tried = sorted((t, p) for t in targets if (p := self.point(way, t)) is not None)
             ok = [t for t, p in tried if not p.shortfalls(self.budget)]
             bad = [t for t, p in tried if p.shortfalls(self.budget)]
             good: float | None = None
@@ -207,20 +236,18 @@ class Planner:
                 if good is None or worse is None:
                     break
                 middle = round((good + worse) / 2, 4)
-                point = self.point(method, allocation, middle)
+                point = self.point(way, middle)
                 if point is None:
                     break
                 added.append(point)
                 good, worse = (good, middle) if point.shortfalls(self.budget) else (middle, worse)
         return added
 
-    def _leaders(self, points: list[Point], pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """The two best pairs by mean cosine, and the best static one: those worth more evaluations."""
-        mean = {
-            pair: sum(p.cosine for p in mine) / len(mine)
-            for pair in pairs
-            if (mine := [p for p in points if (p.method, p.allocation) == pair])
-        }
-        ranked = sorted(mean, key=lambda pair: -mean[pair])
-        static = [pair for pair in ranked if pair[0] == "static"][:1]
+    def _leaders(self, points: list[Point]) -> list[Way]:
+        """The two best ways by mean cosine, and the best static one: those worth more evaluations."""
+        cosines: dict[Way, list[float]] = {}
+        for p in points:
+            cosines.setdefault(Way(p.method, p.allocation, p.attention), []).append(p.cosine)
+        ranked = sorted(sorted(cosines), key=lambda way: -statistics.fmean(cosines[way]))
+        static = [way for way in ranked if way.method == "static"][:1]
         return list(dict.fromkeys([*ranked[:2], *static]))

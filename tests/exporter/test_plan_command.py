@@ -1,13 +1,15 @@
 """`moee plan` from the command line, the latency it is given, and the plan held to its word."""
 
 import copy
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from exporter import cli
-from exporter.commands.plan import parse_targets
+from exporter.commands.plan import parse_shares, points_table, verdict
 from exporter.device import DEVICES, latency_of, modelled, operation_ms
 from moee.clear_moe import ClearConfig, convert
 from moee.errors import UserError
@@ -77,6 +79,9 @@ def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
     [
         (["--targets", "0.5,much"], "expected shares such as"),
         (["--targets", "1.5"], "between 0 and 1"),
+        (["--min-cosine", "0.9", "--attention-macs", "1,2"], "--attention-macs 1,2: expected shares"),
+        (["--min-cosine", "0.9", "--attention-macs", "1,0.3"], "give 0.50 or more"),
+        (["--min-cosine", "0.9", "--attention-heads", "equal"], "give that too"),
         ([], "a plan needs a budget"),
         (["--min-cosine", "0.9", "--methods", "magic"], "unknown method magic"),
         (["--min-cosine", "0.9", "--device", "abacus"], "unknown device 'abacus'"),
@@ -92,11 +97,32 @@ def test_bad_input_is_one_sentence(arguments, message, monkeypatch, tmp_path, ca
     assert message in error and "Traceback" not in error and not (tmp_path / "p").exists()
 
 
-def test_targets_are_parsed():
-    assert parse_targets("0.8,0.6") == (0.8, 0.6)
-    assert parse_targets(None) is None
-    with pytest.raises(UserError):
-        parse_targets("")
+def test_shares_are_parsed():
+    assert parse_shares("--targets", "0.8,0.6,0.8") == (0.8, 0.6)
+    assert parse_shares("--targets", None) is None
+    assert parse_shares("--attention-macs", "1,0.8", whole=True) == (1.0, 0.8)
+    for text, whole in (("", False), ("1", False), ("0", True), ("nan", True)):
+        with pytest.raises(UserError, match="--targets"):
+            parse_shares("--targets", text, whole)
+
+
+def test_the_table_has_the_attention_where_a_point_is_narrower():
+    def shown(attention):
+        point = {
+            "method": "static", "allocation": "share", "macs": 0.6, "params": 0.7, "cosine": 0.98, "accuracy": None,
+            "latency": None, "config": {"attention_macs": attention},
+        }  # fmt: skip
+        dense = {**point, "method": "dense", "allocation": "", "config": None}
+        plan = {"model": {"name": "m"}, "data": "d", "points": [point, dense], "front": [point], "winner": point, "margins": {}}
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(points_table(plan))
+        return console.export_text(), verdict(plan)[0]
+
+    table, sentence = shown(0.75)
+    assert "attention" in table and "75.00%" in table and "beside 75.00% of the attention at 60.00%" in sentence
+    for whole in (None, 1.0):
+        table, sentence = shown(whole)
+        assert "attention" not in table and "attention" not in sentence
 
 
 @pytest.mark.slow

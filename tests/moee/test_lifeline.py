@@ -42,6 +42,7 @@ def test_a_dead_rank_interrupts_and_is_named_to_the_others(line):
 def test_a_child_process_does_not_hold_the_line(line):
     made, ends = line
     made.acknowledge()  # the end of its own connections is no news here
+    time.sleep(0.2)  # it watches them by now
     child = os.fork()
     if child == 0:
         time.sleep(3)
@@ -68,6 +69,20 @@ def test_the_launchers_signal_is_explained(line):
     wait_for_interrupt(lambda: os.kill(os.getpid(), signal.SIGTERM))
     made.acknowledge()
     assert "SIGTERM" in made.reason
+
+
+def test_a_job_in_the_background_is_interrupted_too(line):
+    """A shell script starts `command &` with SIGINT ignored."""
+    made, ends = line
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        started = time.monotonic()
+        wait_for_interrupt(ends[2].close)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - started < 2 and "rank 2 of 3" in made.reason
+    os.kill(os.getpid(), signal.SIGTERM)  # torchrun's, soon after: one interrupt is enough
+    time.sleep(0.2)
 
 
 def test_the_lowest_rank_left_on_a_machine_speaks():

@@ -1,6 +1,7 @@
 """Models with narrower heads: what every method and a plan make of them, what an artifact remembers and refuses."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from moee.errors import UserError
 from moee.finetune import finetune
 from moee.models import load_model
 from moee.pipeline import Session, run_extract
-from moee.planning import Budget, make_plan, read_plan
+from moee.planning import PLAN, Budget, make_plan, read_plan
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.test_checkpoint_and_finetune import rewrite
 
@@ -50,10 +51,10 @@ def test_every_method_starts_from_the_narrowed_model(session, tmp_path, config):
 
 def test_a_plan_narrows_every_method_alike(session, tmp_path):
     """Rivals get the narrowed model too, and the plan's configuration makes it again."""
-    base = {"attention_macs": 0.8, "cluster_tokens": 200, "tokens": 400, "refit_tokens": 400}
+    base = {"cluster_tokens": 200, "tokens": 400, "refit_tokens": 400}
     methods = ("kmeans-8", "static", "moefication", "clear-moe")
     budget = Budget(target_macs=0.75)
-    plan = make_plan(session, budget, tmp_path / "plan", methods, base=base, allocations=("share",))
+    plan = make_plan(session, budget, tmp_path / "plan", methods, base=base, allocations=("share",), attention=(0.8,))
     configs = [p["config"] for p in plan["points"] if p["config"]]
     assert len(configs) >= 3 and all(c["attention_macs"] == 0.8 for c in configs)
     assert all(p["macs"] <= 0.76 for p in plan["points"] if p["config"])
@@ -62,6 +63,45 @@ def test_a_plan_narrows_every_method_alike(session, tmp_path):
     assert narrow_attentions(moee.model)
     made = moee.info["stages"]["extracted"]["retention"]["class_cosine"]
     assert made == pytest.approx(plan["winner"]["cosine"], abs=1e-6)
+
+
+def test_a_plan_tries_shares_of_the_attention(session, tmp_path, monkeypatch):
+    """Whole and narrower attention in one front, the widths of every share from one measurement, one calibration a share; a plan
+    broken off between two shares ends the same."""
+    calls = []
+    for place, name in (("moee.pipeline", "width_losses"), ("moee.planning.search", "calibrate")):
+        real = getattr(importlib.import_module(place), name)
+        monkeypatch.setattr(f"{place}.{name}", lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
+    options = {
+        "methods": ("kmeans-8", "static"), "targets": (0.85, 0.7), "allocations": ("share",), "attention": (1.0, 0.8, 0.6),
+        "base": {"cluster_tokens": 200, "tokens": 400, "refit_tokens": 400},
+    }  # fmt: skip
+    plan = make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **options)
+    # refinement may turn back to the share of a leader
+    assert calls[:4] == ["calibrate", "width_losses", "calibrate", "calibrate"] and calls.count("width_losses") == 1
+    shares = [p["config"]["attention_macs"] for p in plan["points"] if p["config"]]
+    assert all(shares.count(s) >= 2 for s in (None, 0.8, 0.6))
+    config = read_plan(tmp_path / "plan", tiny_spec())
+    moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+    made = moee.info["stages"]["extracted"]
+    assert made["retention"]["class_cosine"] == pytest.approx(plan["winner"]["cosine"], abs=1e-6)
+    assert made["cost"]["moee"]["macs"] / made["cost"]["dense"]["macs"] == pytest.approx(plan["winner"]["macs"], abs=1e-6)
+
+    real, seen = session.measure, []
+
+    def stop(model, probe, message):
+        seen.append(message)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return real(model, probe, message)
+
+    monkeypatch.setattr(session, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_plan(session, Budget(min_cosine=0.5), tmp_path / "again", **options)
+    assert "attention 0.8" in seen[-1]
+    make_plan(session, Budget(min_cosine=0.5), tmp_path / "again", **options)
+    assert (tmp_path / "again" / PLAN).read_bytes() == (tmp_path / "plan" / PLAN).read_bytes()
+    assert seen.count(seen[0]) == 1, "a finished point was measured again"
 
 
 @pytest.fixture
@@ -169,5 +209,5 @@ def test_start_depends_on_what_was_seen(session):
 def test_a_plan_says_what_is_wrong_before_it_starts(session, tmp_path):
     for share, words in ((0.3, "0.50 or more"), (1.5, "--attention-macs")):
         with pytest.raises(UserError, match=words):
-            make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), base={"attention_macs": share})
+            make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), attention=(1.0, share))
         assert not (tmp_path / "plan.resume").exists()

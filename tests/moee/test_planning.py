@@ -190,15 +190,15 @@ def test_a_drop_is_in_percentage_points_as_in_verify():
 
 def test_points_timed_in_another_way_are_not_taken_over(session, tmp_path):
     """An interrupted plan for one device must not lend its milliseconds to another."""
-    from moee.planning.search import Planner
+    from moee.planning.search import Planner, Way
 
     def planner(label, ms):
         timing = Latency(label, lambda model: {"kind": "modelled", "dense_ms": 2 * ms, "moee_ms": ms})
         return Planner(session, Budget(min_cosine=0.5), {"cluster_tokens": 300}, tmp_path, timing, lambda *a: None)
 
-    assert planner("a", 1.0).point("static", "share", 0.8).latency["moee_ms"] == 1.0
-    assert planner("b", 3.0).point("static", "share", 0.8).latency["moee_ms"] == 3.0
-    assert planner("a", 9.0).point("static", "share", 0.8).latency["moee_ms"] == 1.0
+    assert planner("a", 1.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 1.0
+    assert planner("b", 3.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 3.0
+    assert planner("a", 9.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 1.0
 
 
 def test_bad_data_is_not_taken_for_a_budget_out_of_reach(session, tmp_path):

@@ -19,7 +19,7 @@ TEXT = {
     "--provider", "--precision", "--min-shapes", "--opt-shapes", "--max-shapes", "--backend", "--sm", "--layer", "--preset",
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device", "--methods",
-    "--targets", "--allocations", "--table", "--amp", "finetune --train", "--attention-heads",
+    "--targets", "--allocations", "--table", "--amp", "finetune --train", "--attention-heads", "plan --attention-macs",
     "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out",
     "demo --out", "export --out", "build --out", "bundle --out", "plots --out", "verify --out", "extract --out",
 }  # fmt: skip
