@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ class Point:
                 found["latency"] = over
         return found
 
+    def share(self) -> float:
+        """`cost` as a share of the dense model's."""
+        return self.latency["moee_ms"] / self.latency["dense_ms"] if self.latency else self.macs
+
     def cost(self) -> float:
         """What a quality budget minimises: the latency where it is known, MACs otherwise."""
         return self.latency["moee_ms"] if self.latency else self.macs
@@ -127,6 +132,16 @@ def choose(points: list[Point], budget: Budget) -> Point | None:
     if budget.limits_quality:
         return min(meeting, key=lambda p: (p.cost(), -p.cosine))
     return max(meeting, key=lambda p: (p.cosine, -p.cost()))
+
+
+def standing(points: list[Point], budget: Budget) -> tuple[bool, float, float]:
+    """A sort key of a way of making points: the lower, the better its best point serves the budget. Costs within a hundredth of
+    the dense model's count as equal, then the mean cosine decides."""
+    best = choose(points, budget)
+    faithful = -statistics.fmean(p.cosine for p in points)
+    if best is None:
+        return True, min(sum(p.shortfalls(budget).values()) for p in points), faithful
+    return False, round(best.share(), 2) if budget.limits_quality else -best.cosine, faithful
 
 
 def nearest(points: list[Point], budget: Budget) -> str:

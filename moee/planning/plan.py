@@ -46,7 +46,7 @@ def make_plan(
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
     `attention` are the shares of the attention's MACs that every method is tried with (1: as it is). `base` are further options
-    of every configuration. Points of an interrupted run are kept in `<out>.resume`. Raises
+    of every configuration, but for `attention_macs`. Points of an interrupted run are kept in `<out>.resume`. Raises
     `UserError` if nothing meets the budget: it names the nearest point.
     """
     out = Path(out)
@@ -59,6 +59,8 @@ def make_plan(
         raise UserError(f"--max-drop needs labelled images and {session.source} has none; use --min-cosine")
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
+    if "attention_macs" in (base or {}):
+        raise ValueError("shares of the attention go into `attention`, not into `base`")
     for share in attention:  # what is wrong with the options is said before a resumed plan is bound to them
         common = make_extract_config(**{**(base or {}), "attention_macs": None if attention == (1.0,) else share})
         if common.narrows is not None:

@@ -27,7 +27,7 @@ from moee.layer_report import LayerReport
 from moee.metrics import original_macs, tokens_per_image
 from moee.models import find_ffns
 from moee.pipeline import Session
-from moee.planning.budget import Budget, Point, checked_point, choose
+from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.progress import Reporter
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -244,10 +244,10 @@ class Planner:
         return added
 
     def _leaders(self, points: list[Point]) -> list[Way]:
-        """The two best ways by mean cosine, and the best static one: those worth more evaluations."""
-        cosines: dict[Way, list[float]] = {}
+        """The two ways that serve the budget best, and the best static one: those worth more evaluations."""
+        made: dict[Way, list[Point]] = {}
         for p in points:
-            cosines.setdefault(Way(p.method, p.allocation, p.attention), []).append(p.cosine)
-        ranked = sorted(sorted(cosines), key=lambda way: -statistics.fmean(cosines[way]))
+            made.setdefault(Way(p.method, p.allocation, p.attention), []).append(p)
+        ranked = sorted(sorted(made), key=lambda way: standing(made[way], self.budget))
         static = [way for way in ranked if way.method == "static"][:1]
         return list(dict.fromkeys([*ranked[:2], *static]))

@@ -211,3 +211,5 @@ def test_a_plan_says_what_is_wrong_before_it_starts(session, tmp_path):
         with pytest.raises(UserError, match=words):
             make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), attention=(1.0, share))
         assert not (tmp_path / "plan.resume").exists()
+    with pytest.raises(ValueError, match="go into `attention`"):
+        make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), base={"attention_macs": 0.8})

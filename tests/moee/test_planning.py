@@ -10,6 +10,7 @@ from moee.errors import UserError
 from moee.models import ModelSpec
 from moee.pipeline import Session, run_extract
 from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan, search
+from moee.planning.budget import standing
 from tests.conftest import TINY, tiny_images
 
 FAST = dict(methods=("kmeans-8", "static"), targets=(0.85, 0.7), base={"cluster_tokens": 300})
@@ -42,6 +43,21 @@ def test_a_slower_model_with_fewer_macs_does_not_win():
     dense = Point("dense", "", 1.0, 1.0, 1.0, 1.0, None, 0.0, {"moee_ms": 10.0, "kind": "measured on CPU"}, None)
     assert choose([slow, fast, dense], Budget(min_cosine=0.9)) is fast
     assert choose([slow, dense], Budget(min_cosine=0.9)) is dense
+
+
+def test_ways_are_ranked_by_what_the_budget_asks():
+    def timed(cosine, ms, macs=0.5):
+        return point(macs=macs, cosine=cosine, latency={"moee_ms": ms, "dense_ms": 10.0})
+
+    faithful, fast, lossy = [timed(0.999, 9.0), timed(0.99, 8.0)], [timed(0.992, 6.0)], [timed(0.5, 3.0)]
+    quality = Budget(min_cosine=0.98)
+    ranked = sorted((faithful, fast, lossy), key=lambda points: standing(points, quality))
+    assert ranked == [fast, faithful, lossy]
+    ranked = sorted((fast, lossy, faithful), key=lambda points: standing(points, Budget(target_latency_ms=9.5)))
+    assert ranked == [faithful, fast, lossy]
+    # a difference of a few thousandths of the MACs is noise of the routing
+    better, worse = [point(macs=0.603, cosine=0.995)], [point(macs=0.601, cosine=0.99)]
+    assert standing(better, quality) < standing(worse, quality)
 
 
 def test_front_holds_no_beaten_point():
