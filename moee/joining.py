@@ -72,9 +72,13 @@ def _ranked(place: tuple[int, int, int], timeout_s: float) -> Iterator[Group]:
     assert line is not None
     try:
         yield group
+        group.barrier()
     except BaseException as error:
         # gloo may notice a dead rank before its lifeline does
-        reason = line.lost(wait_s=2.0 if isinstance(error, RuntimeError) and not isinstance(error, StepFailed) else 0.0)
+        try:
+            reason = line.lost(wait_s=2.0 if isinstance(error, RuntimeError) and not isinstance(error, StepFailed) else 0.0)
+        except KeyboardInterrupt:  # the lifeline's, which comes with the reason; or the user's
+            reason = line.reason
         line.acknowledge()
         if reason:
             raise RankLost(reason, line.speaks) from error
@@ -83,7 +87,6 @@ def _ranked(place: tuple[int, int, int], timeout_s: float) -> Iterator[Group]:
         elif isinstance(error, Exception):
             setattr(error, "speaks", True)  # noqa: B010 what only this rank has met
         raise
-    group.barrier()
     line.close()
     dist.destroy_process_group()
 

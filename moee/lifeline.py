@@ -110,8 +110,8 @@ class Lifeline:
 
     def _told(self, number: int, frame: object) -> None:
         """SIGTERM in the main thread: `_watch` deals with those from outside; after `_stop` it is the interrupt, once."""
-        due, self._interrupt = self._interrupt, False
-        if due:
+        if self._interrupt and not self._handled.is_set():
+            self._interrupt = False
             raise KeyboardInterrupt
 
     def _watch(self) -> None:

@@ -48,7 +48,7 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
     except ValueError as error:
         raise UserError(f"{option} {text}: expected shares such as 0.8,0.6") from error
     if not all(0 < share < 1 or (whole and share == 1) for share in shares):
-        raise UserError(f"{option} {text}: expected shares of the MACs between 0 and 1")
+        raise UserError(f"{option} {text}: expected shares of the MACs between 0 and 1" + ", or 1" * whole)
     return tuple(dict.fromkeys(shares))
 
 
@@ -90,10 +90,11 @@ def points_table(plan: dict[str, Any]) -> Table:
         table.add_column(column, justify="left" if column in ("", "method", "allocation") else "right", no_wrap=True)
     for p in sorted(plan["points"], key=lambda p: p["macs"]):
         mark = "winner" if p["config"] == plan["winner"]["config"] else "front" if p["config"] in front else ""
-        latency = p["latency"]
+        ms = p["latency"]
+        timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x ({ms['kind']})" if ms else ""
         table.add_row(
             mark, p["method"], p["allocation"], *[percent(_attention(p))] * narrowed, percent(p["macs"]), percent(p["params"]),
-            number(p["cosine"], 4), percent(p["accuracy"]), f"{latency['moee_ms']:.2f} ({latency['kind']})" if latency else "",
+            number(p["cosine"], 4), percent(p["accuracy"]), timing,
         )  # fmt: skip
     return table
 

@@ -14,6 +14,8 @@ from moee.schema import Body, checked
 
 COST_TOLERANCE = 0.005  # of the dense MACs: routing on held-out images differs a little from calibration
 
+ALIKE = 0.05  # of dense, half the distance between the usual targets
+
 
 class Budget(BaseModel):
     """What a plan must meet. Shares are of the dense model; `max_drop` is in percentage points of accuracy."""
@@ -78,13 +80,10 @@ class Point:
                 found["latency"] = over
         return found
 
-    def share(self) -> float:
-        """`cost` as a share of the dense model's."""
-        return self.latency["moee_ms"] / self.latency["dense_ms"] if self.latency else self.macs
-
     def cost(self) -> float:
-        """What a quality budget minimises: the latency where it is known, MACs otherwise."""
-        return self.latency["moee_ms"] if self.latency else self.macs
+        """What a quality budget minimises, as a share of dense: the latency where it is known, MACs otherwise. Latency is held
+        against the dense one timed in turns with it, since points are minutes apart and a machine's speed changes."""
+        return self.latency["moee_ms"] / self.latency["dense_ms"] if self.latency else self.macs
 
 
 class StoredLatency(Body):
@@ -135,13 +134,14 @@ def choose(points: list[Point], budget: Budget) -> Point | None:
 
 
 def standing(points: list[Point], budget: Budget) -> tuple[bool, float, float]:
-    """A sort key of a way of making points: the lower, the better its best point serves the budget. Costs within a hundredth of
-    the dense model's count as equal, then the mean cosine decides."""
+    """A sort key of a way of making points: the lower, the better its best point serves the budget. Under a quality budget costs
+    are compared in steps of `ALIKE`, then by the mean cosine: experts and ranks are whole numbers, so some ways cost less than
+    they were allowed without being the better for it."""
     best = choose(points, budget)
     faithful = -statistics.fmean(p.cosine for p in points)
     if best is None:
         return True, min(sum(p.shortfalls(budget).values()) for p in points), faithful
-    return False, round(best.share(), 2) if budget.limits_quality else -best.cosine, faithful
+    return False, round(best.cost() / ALIKE) if budget.limits_quality else -best.cosine, faithful
 
 
 def nearest(points: list[Point], budget: Budget) -> str:
@@ -156,18 +156,18 @@ def nearest(points: list[Point], budget: Budget) -> str:
 
 def margins(winner: Point, points: list[Point], dense: Point, budget: Budget) -> dict[str, Any]:
     """How far the winner is ahead of the best static model that meets the budget too, and of dense: differences of the MACs
-    share, the cosine and the latency (None where one lacks it)."""
+    share, the cosine and the latency (of the dense model's median, by each one's share of it; None where one lacks it)."""
     static = choose([p for p in points if p.method == "static"], budget)
 
     def against(other: Point | None) -> dict[str, Any] | None:
         if other is None:
             return None
-        known = winner.latency and other.latency
+        known = winner.latency and other.latency and dense.latency
         return {
             "macs": other.macs - winner.macs,
             "params": other.params - winner.params,
             "cosine": winner.cosine - other.cosine,
-            "latency_ms": other.latency["moee_ms"] - winner.latency["moee_ms"] if known else None,  # type: ignore[index]
+            "latency_ms": (other.cost() - winner.cost()) * dense.latency["dense_ms"] if known else None,  # type: ignore[index]
         }
 
     return {"static": against(static), "dense": against(dense)}

@@ -83,7 +83,8 @@ def make_plan(
     everything = [*points, dense]
     winner = choose(everything, budget)
     if winner is None:
-        raise UserError(nearest(everything, budget))
+        obstacle = f"; {planner.obstacle}" if not points and planner.obstacle else ""
+        raise UserError(nearest(everything, budget) + obstacle)
     result = {
         **identity, "budget": budget.model_dump(),
         "winner": asdict(winner), "margins": margins(winner, points, dense, budget),

@@ -22,7 +22,7 @@ from moee.calibration import LayerTokens
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, make_extract_config, validated
 from moee.convert import Prepared, apply, calibrate, extract, ffn_budget, prepare, sensitivity_of
-from moee.errors import NothingRouted, OutOfReach
+from moee.errors import NothingRouted, OutOfReach, UserError
 from moee.layer_report import LayerReport
 from moee.metrics import original_macs, tokens_per_image
 from moee.models import find_ffns
@@ -96,6 +96,7 @@ class Planner:
         self.scratch = ExitStack()
         weakref.finalize(self, self.scratch.close)
         self.attention = 1.0  # that `prepared` and `sampled` are of
+        self.obstacle = ""  # why the last point that could not be made was not
         self.best: tuple[Point, nn.Module, Sequence[LayerReport]] | None = None  # of the points made by this process
 
     def config(self, way: Way, target: float) -> ExtractConfig | ClearConfig:
@@ -113,7 +114,7 @@ class Planner:
         return make_extract_config(**common, **ALLOCATIONS[way.allocation], target_macs=target)
 
     def _turn_to(self, config: ExtractConfig) -> None:
-        """Drop what was calibrated for another share of the attention: models and disk hold one at a time."""
+        """Drop what was calibrated for another share of the attention: tokens fill the disk, groups and statistics the memory."""
         share = config.narrows[0] if config.narrows else 1.0
         if share != self.attention:
             self.prepared, self.sampled = {}, []
@@ -173,17 +174,19 @@ class Planner:
         """Make and measure one model, or read its figures if an interrupted run has; None if it cannot be made."""
         try:
             config = self.config(way, target)
-        except OutOfReach:
+        except OutOfReach as error:
+            self.obstacle = str(error)
             return None
         identity = json.dumps([config.model_dump(mode="json"), self.latency and self.latency.label])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         file = self.store / f"{key}.json"
         if file.is_file():
             stored = read_json(file)
-            return checked_point(stored, file) if stored is not None else None
+            return None if stored is None else self._known(checked_point(stored, file), way, config, file)
         try:
             model, reports = self.make(way.method, config)
-        except (NothingRouted, OutOfReach):
+        except (NothingRouted, OutOfReach) as error:
+            self.obstacle = str(error)
             write_json(file, None)
             return None
         name = f"{way.method}, {way.allocation}, {target:.2f}" + (f", attention {way.attention:g}" if way.attention < 1 else "")
@@ -199,6 +202,13 @@ class Planner:
         if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
             self.best = (result, model, reports)
         return result
+
+    @staticmethod
+    def _known(point: Point, way: Way, config: ExtractConfig | ClearConfig, file: Path) -> Point:
+        """Raises `UserError` if a stored point is not the one that its file's name says."""
+        if (point.method, point.allocation, point.config) != (way.method, way.allocation, config.model_dump(mode="json")):
+            raise UserError(f"{file} holds a point of other options; remove {file.parent} and plan again")
+        return point
 
     def made(self, point: Point) -> tuple[nn.Module, Sequence[LayerReport]]:
         """The model of a point that is not dense: the one at hand if it is the best made so far, else made again."""
@@ -250,4 +260,5 @@ class Planner:
             made.setdefault(Way(p.method, p.allocation, p.attention), []).append(p)
         ranked = sorted(sorted(made), key=lambda way: standing(made[way], self.budget))
         static = [way for way in ranked if way.method == "static"][:1]
-        return list(dict.fromkeys([*ranked[:2], *static]))
+        leaders = dict.fromkeys([*ranked[:2], *static])
+        return sorted(leaders, key=lambda way: way.attention != self.attention)  # begin with the share at hand
