@@ -28,7 +28,7 @@ from exporter.passes.dispatch import by_expert
 from exporter.passes.tape import Tape, activation
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
-MIN_ROWS = 8  # tokens an expert from which the grouped form is faster (docs/results/cpu.md)
+MIN_ROWS = 12  # tokens an expert from which the grouped form is faster (docs/results/cpu.md)
 
 
 @dataclass(frozen=True)
