@@ -139,7 +139,7 @@ class Planner:
         return prepared
 
     def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
-        """Calibration tokens, which all methods share; they stay on disk as long as the planner."""
+        """Calibration tokens, which all methods beside one share of the attention have in common; on disk until another's are."""
         self._turn_to(config)
         if not self.sampled:
             model, folder = self.session.start(config), self.scratch.enter_context(temporary_folder())

@@ -5,9 +5,12 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from moee import joining
+from moee.errors import RankLost
 from moee.lifeline import BYE, LOST, Lifeline, Offer, connect
 
 
@@ -92,6 +95,30 @@ def test_the_lowest_rank_left_on_a_machine_speaks():
     made.acknowledge()
     made.close()
     assert made.speaks and "rank 2 of 4" in made.reason
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["interrupt while asking", "lost in the last barrier"])
+def test_the_lost_rank_is_named_whatever_fails_first(monkeypatch, late):
+    """gloo's error may come before the lifeline's interrupt, which then hits the handler of that error."""
+
+    class Line:
+        reason, speaks = "rank 1 of 2 was killed or failed", True
+
+        def lost(self, wait_s):
+            if late:
+                raise KeyboardInterrupt
+            return self.reason
+
+        def acknowledge(self):
+            pass
+
+    def barrier():
+        raise RuntimeError("gloo: connection closed by peer")
+
+    monkeypatch.setattr(joining, "_assembled", lambda *a: SimpleNamespace(lifeline=Line(), barrier=barrier))
+    with pytest.raises(RankLost, match="rank 1 of 2"), joining._ranked((0, 2, 0), 60.0):
+        if late:
+            barrier()
 
 
 def test_only_a_connection_with_the_token_is_accepted():

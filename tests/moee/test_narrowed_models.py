@@ -18,6 +18,7 @@ from moee.pipeline import Session, run_extract
 from moee.planning import PLAN, Budget, make_plan, read_plan
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.test_checkpoint_and_finetune import rewrite
+from tests.moee.test_planning import stopped
 
 
 @pytest.fixture
@@ -87,15 +88,7 @@ def test_a_plan_tries_shares_of_the_attention(session, tmp_path, monkeypatch):
     assert made["retention"]["class_cosine"] == pytest.approx(plan["winner"]["cosine"], abs=1e-6)
     assert made["cost"]["moee"]["macs"] / made["cost"]["dense"]["macs"] == pytest.approx(plan["winner"]["macs"], abs=1e-6)
 
-    real, seen = session.measure, []
-
-    def stop(model, probe, message):
-        seen.append(message)
-        if len(seen) == 6:
-            raise KeyboardInterrupt
-        return real(model, probe, message)
-
-    monkeypatch.setattr(session, "measure", stop)
+    seen = stopped(session, monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         make_plan(session, Budget(min_cosine=0.5), tmp_path / "again", **options)
     assert "attention 0.8" in seen[-1]

@@ -147,21 +147,26 @@ def test_what_no_point_needs_is_not_computed(session, tmp_path, monkeypatch):
     assert calls == ["sensitivity_of", "apply"] * 2
 
 
-def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
-    real, calls = session.measure, []
+def stopped(session, monkeypatch, call):
+    """Interrupts the `call`-th measurement; returns what was measured, as a list that goes on growing."""
+    real, seen = session.measure, []
 
     def stop(model, probe, message):
-        calls.append(message)
-        if len(calls) == 3:
+        seen.append(message)
+        if len(seen) == call:
             raise KeyboardInterrupt
         return real(model, probe, message)
 
     monkeypatch.setattr(session, "measure", stop)
+    return seen
+
+
+def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
+    calls = stopped(session, monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
     done = len(list((tmp_path / "plan.resume").glob("*.json"))) - 1
     assert done == 2
-    calls.extend([""] * 3)
     before = len(calls)
     make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
     first = [message for message in calls[before:] if "kmeans-8, share, 0.85" in message]
