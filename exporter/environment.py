@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from moee.machine import usable_cpus
+
 CPU_FREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 CPU_INFO = Path("/proc/cpuinfo")
 GPU_FIELDS = (
@@ -30,7 +32,7 @@ def cpu() -> dict[str, Any]:
     return {
         "model": _cpuinfo("model name") or platform.processor() or None,
         "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "cores": usable_cpus(),
         "governor": _text(CPU_FREQ / "scaling_governor"),
         "mhz": current / 1000 if current else float(shown) if shown else None,
         "max_mhz": highest / 1000 if highest else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from exporter.runners import EngineRunner, OnnxRunner, Runner
 from exporter.verdict import Verdict, judge
 from moee.artifact import sha256_file
 from moee.errors import UserError
+from moee.machine import usable_cpus
 from moee.progress import Reporter, silent
 
 WARM_UP = 5
@@ -156,7 +156,7 @@ def bench(
         images = np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32)
     images = np.ascontiguousarray(np.resize(images, (batch, 3, size, size)))
     cost = manifest.get("cost") or {}
-    threads = threads or os.cpu_count() or 1
+    threads = threads or usable_cpus()
     folder = Path(export_dir)
     if engine is not None:
         _require_same_export(folder / manifest["graphs"]["tensorrt"], Path(engine), trust_engine)

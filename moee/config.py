@@ -117,6 +117,7 @@ class FinetuneConfig(BaseModel):
     validation: float = Field(0.1, gt=0, lt=1, description="share of the images that chooses the best epoch")
     accumulate: int = Field(1, ge=1, description="parts that a rank computes its share of a batch in, one after another")
     amp: Literal["off", "bf16", "fp16"] = "off"
+    force_amp: bool = Field(False, description="keep amp on a CPU without instructions for it, where it is many times slower")
     checkpointing: bool = False
     augment: int = Field(0, ge=0, description="random views of each training image that an epoch has beside it")
     collages: int = Field(0, ge=0, description="collages a training image that an epoch has beside it")

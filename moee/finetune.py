@@ -8,10 +8,11 @@ same in every epoch. The router stays frozen.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,11 +28,14 @@ from moee.errors import UserError
 from moee.evaluate import run
 from moee.finetune_state import SCHEMA, read_state, read_tensors
 from moee.layer import RoutedFFN, routed_layers
+from moee.machine import fast_on_cpu
 from moee.progress import Reporter, silent
 from moee.resume import difference, fingerprint
 from moee.tensor_file import write_tensors
 from moee.training import Trainer
 from moee.views import Joined, Views
+
+log = logging.getLogger("moee")
 
 LEAST_RMS = 1e-3
 STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
@@ -39,11 +43,12 @@ STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
 
 @dataclass
 class FinetuneResult:
-    """Losses by epoch (index 0 is before training) and the epoch whose weights were kept."""
+    """Losses by epoch (index 0 is before training), the epoch whose weights were kept, and what the products were computed in."""
 
     train_loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     best_epoch: int = 0
+    amp: str = "off"
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
@@ -69,6 +74,7 @@ def finetune(
             raise UserError(f"fine-tuning needs at least 2 images, came {len(data)}")
         if config.checkpointing and not hasattr(model, "set_grad_checkpointing"):
             raise UserError(f"{type(model).__name__} has no activation checkpointing in timm; leave --checkpointing out")
+    config = affordable(config, group)
     own = len(data)
     teacher = run(dense, data, report, "teacher", group=group).features if teacher is None else teacher
     _refuse_unreadable(data, group)
@@ -91,9 +97,24 @@ def finetune(
     with group.placed(model), group.placed(dense), _chosen(model, config) as trainable:
         trainer = Trainer(model, dense, teacher, config, group)
         try:
-            return _train(trainer, trainable, data, train, held_out, identity, report, resume)
+            result = _train(trainer, trainable, data, train, held_out, identity, report, resume)
         finally:
             trainer.close()
+    return replace(result, amp=config.amp)
+
+
+def affordable(config: FinetuneConfig, group: Group = SOLO) -> FinetuneConfig:
+    """`config` without half precision where a rank computes on a CPU that has no instructions for it; said once, by rank 0."""
+    if config.amp == "off" or config.force_amp:
+        return config
+    if all(group.all_json(group.device.type != "cpu" or fast_on_cpu(config.amp))):
+        return config
+    if group.leader:
+        log.warning(
+            "this CPU has no %s instructions, so training in %s would be many times slower than in float32; float32 is used "
+            "(--force-amp keeps %s)", config.amp, config.amp, config.amp,
+        )  # fmt: skip
+    return config.model_copy(update={"amp": "off"})
 
 
 @contextmanager

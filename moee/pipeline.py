@@ -203,7 +203,8 @@ def run_finetune(
     result = finetune(moee.model, session.dense, session.train, config, report, resume, teacher, group)
     seconds = time.perf_counter() - started
     measured = session.measure(moee.model, moee.probe, "tuned on held-out images")
-    tuned = {**measured, "seconds": seconds, "config": config.model_dump(), "best_epoch": result.best_epoch}
+    used = {**config.model_dump(), "amp": result.amp}
+    tuned = {**measured, "seconds": seconds, "config": used, "best_epoch": result.best_epoch}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
     moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
     _save(moee, out, force, group)

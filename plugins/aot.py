@@ -24,6 +24,7 @@ from pathlib import Path
 import triton
 
 from moee.atomic import atomic_folder, sweep_all, temporary_folder
+from moee.machine import usable_cpus
 from plugins import manifest
 from plugins.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
 from plugins.contract import DTYPES
@@ -181,7 +182,7 @@ def compile_into(store: Path, job: Job, name: str) -> Job:
 
 
 def _compile_all(jobs: list[Job], store: Path, workers: int | None) -> Iterator[Job]:
-    workers = workers or min(os.cpu_count() or 1, 8)
+    workers = workers or min(usable_cpus(), 8)
     if workers == 1 or len(jobs) < POOL_FROM:
         for job in jobs:
             yield compile_into(store, job, key(job))

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from moee.atomic import atomic_file
 from moee.errors import MissingDependency, StepFailed, UserError
+from moee.machine import usable_cpus
 from plugins.embed import embed
 
 LIBRARY = "libmoee_plugin.so"
@@ -140,7 +141,7 @@ def build_plugin(
         f"-DMOEE_HOST={';'.join(str(Path(source).resolve()) for source in host)}",
     ]
     _run(configure, out_dir / "build.log")
-    _run([str(cmake), "--build", str(build), "-j", str(jobs or os.cpu_count() or 1)], out_dir / "build.log")
+    _run([str(cmake), "--build", str(build), "-j", str(jobs or usable_cpus())], out_dir / "build.log")
     library = out_dir / LIBRARY
     with atomic_file(library) as temporary:
         shutil.copy2(build / LIBRARY, temporary)

@@ -35,6 +35,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--train-router", action="store_true", default=None)
     sub.add_argument("--accumulate", type=int, metavar="N", help="compute a batch in N parts: less memory, same gradient (1)")
     sub.add_argument("--amp", help="bf16 or fp16: the student's products in half precision (off)")
+    sub.add_argument("--force-amp", action="store_true", default=None, help="keep --amp on a CPU without instructions for it")
     sub.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again: less memory")
     add_ranks(sub)
     add_out(sub, "the tuned model")
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     names = (
         "seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router", "distil", "warmup", "accumulate",
-        "amp", "checkpointing", "augment", "collages",
+        "amp", "force_amp", "checkpointing", "augment", "collages",
         "train", "relative_lr", "clip_norm", "masked",
     )  # fmt: skip
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +14,7 @@ from exporter.onnx_safety import check_onnx
 from exporter.runners.base import Runner
 from moee.atomic import temporary_folder
 from moee.errors import MissingDependency, UserError
+from moee.machine import usable_cpus
 from moee.schema import shown
 
 # name on the command line: ONNX Runtime's name, label in results, what it needs
@@ -35,7 +35,7 @@ class OnnxRunner(Runner):
     def __init__(self, path: Path | str, threads: int | None = None, provider: str = "cpu", profile: Path | None = None):
         if provider not in PROVIDERS:
             raise UserError(f"unknown ONNX Runtime provider {provider!r}; expected one of {', '.join(PROVIDERS)}")
-        self.path, self.threads, self.provider = Path(path), threads or os.cpu_count() or 1, provider
+        self.path, self.threads, self.provider = Path(path), threads or usable_cpus(), provider
         self.profile = profile
         self.session: ort.InferenceSession | None = None
 

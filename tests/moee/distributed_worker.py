@@ -45,8 +45,8 @@ TUNINGS = {
     "accumulate": {"accumulate": 3},
     "checkpointing": {"checkpointing": True},
     "tokens": {"distil": "tokens", "accumulate": 2},
-    "bf16": {"amp": "bf16"},
-    "fp16": {"amp": "fp16"},
+    "bf16": {"amp": "bf16", "force_amp": True},
+    "fp16": {"amp": "fp16", "force_amp": True},
 }
 
 
