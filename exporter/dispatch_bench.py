@@ -207,11 +207,11 @@ def _session(graph: ir.Model, threads: int) -> ort.InferenceSession:
 def bench_forms(layer: ClearFFN, x: Tensor, runs: int, threads: int, report: Reporter = silent) -> list[FfnTime]:
     """Dense FFN and both lowered forms in ONNX Runtime, interleaved, on tokens x [T, D]."""
     dense = DenseFFN(layer.dim, layer.hidden, layer.activation)
-    sessions = {"dense": _session(to_onnx(dense, 0, x), threads)}
+    sessions = {"dense": _session(to_onnx(dense, x), threads)}
     shares = {"dense": 1.0}
     whole = 2.0 * layer.dim * layer.hidden
     for form in ("sorted", "masked"):
-        graph = to_onnx(layer, 0, x)
+        graph = to_onnx(layer, x)
         name_routed_nodes(graph, ["ffn"])
         lower_clear_ffn(graph, form)
         sessions[form] = _session(graph, threads)

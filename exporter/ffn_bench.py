@@ -102,7 +102,7 @@ def _speed(name: str, dense: nn.Module, layer: RoutedFFN, tokens: Tensor, runs: 
     with temporary_folder() as folder, ExitStack() as stack:
         runners = []
         for file, module in (("dense", dense), ("moee", layer)):
-            graph = to_onnx(_Residual(module), 0, x[:2])
+            graph = to_onnx(_Residual(module), x[:2])
             lower_routed_ffn(graph)
             ir.save(graph, folder / f"{file}.onnx")
             runners.append(stack.enter_context(OnnxRunner(folder / f"{file}.onnx", threads)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from exporter.environment import environment
 from exporter.layer_profile import LayerProfile, profile_layers
-from exporter.manifests import read_engine, read_export
+from exporter.manifests import input_shape, read_engine, read_export
 from exporter.onnx_export import DENSE, PORTABLE
 from exporter.runners import EngineRunner, OnnxRunner, Runner
 from exporter.verdict import Verdict, judge
@@ -139,7 +139,7 @@ def bench(
 ) -> LatencyResult:  # fmt: skip
     """Time `dense.onnx` and `portable.onnx` in turn, or the two engines of the folder `engine`.
 
-    `images` [B, 3, H, W] float32 should be real ones, since routing depends on them; noise otherwise. `named` says for the
+    `images` [B, C, H, W] float32 should be real ones, since routing depends on them; noise otherwise. `named` says for the
     record what they are. `throughput_s` seconds go
     to throughput (0: not measured); `profile` adds the time of every routed layer (ONNX Runtime only). `cuda_graph` replays
     engines as CUDA graphs; `trust_engine` as in `EngineRunner`. Raises `MissingDependency` for an absent provider, plugin or GPU.
@@ -150,11 +150,11 @@ def bench(
     precision = manifest.get("precision", "fp32")
     if precision == "bf16" and engine is None and provider == "cpu":
         raise UserError("ONNX Runtime has no bfloat16 kernels on the CPU, so there is nothing to time; use --engine or fp32")
-    size = manifest["input"]["size"]
+    shape = (batch, *input_shape(manifest["input"]))
     real = images is not None
     if images is None:
-        images = np.random.default_rng(0).standard_normal((batch, 3, size, size), np.float32)
-    images = np.ascontiguousarray(np.resize(images, (batch, 3, size, size)))
+        images = np.random.default_rng(0).standard_normal(shape, np.float32)
+    images = np.ascontiguousarray(np.resize(images, shape))
     cost = manifest.get("cost") or {}
     threads = threads or usable_cpus()
     folder = Path(export_dir)

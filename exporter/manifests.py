@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
@@ -13,8 +13,11 @@ from exporter.quantization import Quantization
 from moee.artifact import read_manifest, sha256_file, stays_inside
 from moee.errors import UserError
 from moee.model_manifest import Costs
-from moee.models import ModelSpec
+from moee.models import ModelSpec, Shape, plain_size
 from moee.schema import Body, Text, checked, shown
+
+if TYPE_CHECKING:
+    from moee.data import Transform
 
 log = logging.getLogger("moee")
 
@@ -26,6 +29,7 @@ EXPORT_FILES = (
 # Back end: Python module, wheel that holds its libraries, extra of this project.
 BACKENDS = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_libs", "rtx"), "tensorrt": ("tensorrt", None, "trt")}
 MAX_SIZE = 4096  # pixels a side; a batch of images of that size is gigabytes
+MAX_CHANNELS = 1 << 10  # of images; satellites have hundreds
 MAX_BATCH = 1 << 16
 TRUSTED_BATCH = {"min": 1, "opt": 8, "max": 32}  # of an engine that nothing is known of: `moee build`'s defaults
 
@@ -34,10 +38,28 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 class Input(Body):
+    """What the graphs take. `size` is the side of a square, or [height, width]; pixels."""
+
     name: Text
-    size: int = Field(ge=1, le=MAX_SIZE)
-    mean: list[float] = Field(min_length=3, max_length=3)
-    std: list[Positive] = Field(min_length=3, max_length=3)
+    channels: int = Field(3, ge=1, le=MAX_CHANNELS)
+    size: int | list[int]
+    mean: list[float]
+    std: list[Positive]
+
+    @field_validator("size", mode="plain")
+    @classmethod
+    def _sides(cls, size: Any) -> int | list[int]:
+        sides = size if isinstance(size, list) else [size, size]
+        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIZE for side in sides):
+            raise ValueError(f"expected the side of a square, 1 to {MAX_SIZE} pixels, or [height, width]")
+        return size
+
+    @model_validator(mode="after")
+    def _fits(self) -> Input:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"expected {self.channels} numbers as {name}, one a channel, came {len(getattr(self, name))}")
+        return self
 
 
 class Export(Body):
@@ -122,6 +144,20 @@ class Engines(Body):
         if builder.split(" ")[0] not in BACKENDS:
             raise ValueError(f"expected one of {', '.join(BACKENDS)}")
         return builder
+
+
+def input_body(name: str, transform: Transform) -> dict[str, Any]:
+    """What `export.json` says of the graphs' input."""
+    channels, *_ = transform.shape
+    size = plain_size(transform.shape)
+    return {"name": name, "channels": channels, "size": size, "mean": transform.mean, "std": transform.std}
+
+
+def input_shape(given: dict[str, Any]) -> Shape:
+    """The shape of one image that the graphs take, from the input of a checked `export.json`."""
+    size = given["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return given.get("channels", 3), height, width
 
 
 def plain_name(name: str) -> str:

@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from exporter.manifests import input_body
 from exporter.operator_schema import VERSION, register
 from exporter.passes.attention import rewrite_attention
 from exporter.passes.clear import Form, lower_clear_ffn
@@ -35,6 +36,7 @@ from moee.data import ImageSet, Transform, load_data, model_transform
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import tokens_per_image
+from moee.models import Shape
 from moee.progress import Reporter, silent
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
@@ -93,9 +95,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) -> ir.Model:
-    """Trace `model` on [batch, 3, size, size], or on inputs like `example`, with a dynamic first dimension; routed layers
-    become `moee::MoeeFfn` or `moee::ClearFfn` nodes.
+def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
+    """Trace `model` on images of a shape, or on inputs like a tensor, with a dynamic first dimension; routed layers become
+    `moee::MoeeFfn` or `moee::ClearFfn` nodes.
 
     Every node is named after the module that it came from (`blocks.0.mlp.fc1/node_linear_2`), as profiles and viewers show it.
     """
@@ -108,7 +110,7 @@ def to_onnx(model: nn.Module, size: int, example: torch.Tensor | None = None) ->
         **INT8_TRANSLATIONS,
     }
     with _quiet():
-        given = torch.zeros(2, 3, size, size) if example is None else example
+        given = example if isinstance(example, torch.Tensor) else torch.zeros(2, *example)
         program = torch.onnx.export(
             model.eval(), (given,), dynamo=True, opset_version=_opset(model), verbose=False,
             input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
@@ -185,11 +187,11 @@ def export(
     report("export", 0, 3)
     with atomic_folder(path, force) as folder:
         if reference is not None:
-            ir.save(to_onnx(reference, transform.size), folder / REFERENCE, external_data=REFERENCE_DATA)
-        ir.save(to_onnx(typed(dense, dtype), transform.size), folder / DENSE, external_data=DENSE_DATA)
+            ir.save(to_onnx(reference, transform.shape), folder / REFERENCE, external_data=REFERENCE_DATA)
+        ir.save(to_onnx(typed(dense, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)
         report("export", 1, 3)
-        graph = to_onnx(typed(model, dtype), transform.size)
-        forms = clear_forms(moee, transform.size)
+        graph = to_onnx(typed(model, dtype), transform.shape)
+        forms = clear_forms(moee, transform.shape)
         name_routed_nodes(graph, list(layers))
         traced = folder / TRACED
         ir.save(graph, traced, external_data=MOEE_DATA)
@@ -205,7 +207,7 @@ def export(
         ir.save(portable, folder / PORTABLE)
         traced.unlink()
         body = {
-            "input": {"name": INPUT, "size": transform.size, "mean": transform.mean, "std": transform.std},
+            "input": input_body(INPUT, transform),
             "output": {"name": OUTPUT},
             "opset": OPSETS.get(dtype, OPSET),
             "precision": precision,
@@ -240,12 +242,12 @@ def read_quantization(manifest: dict[str, Any], model: str) -> Quantization | No
         raise UserError(f"{MANIFEST} does not say how its int8 graphs are quantised; export again") from error
 
 
-def clear_forms(moee: MoeeModel, size: int) -> dict[str, Form]:
+def clear_forms(moee: MoeeModel, shape: Shape) -> dict[str, Form]:
     """The portable form of each CLEAR-MoE layer."""
     layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
     if not layers:
         return {}
-    tokens = tokens_per_image(moee.dense(), layers, size)
+    tokens = tokens_per_image(moee.dense(), layers, shape)
     return {name: portable_form(layer, tokens[name]) for name, layer in layers.items()}
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from exporter.manifests import read_export
+from exporter.manifests import input_shape, read_export
 from moee.errors import UserError
+from moee.models import Shape
 
 DEFAULT_BATCH = (1, 8, 32)
 
@@ -17,7 +18,7 @@ def batch_profile(export_dir: Path, low: str | None, opt: str | None, high: str 
     Raises `UserError` for a shape that the exported graph does not take.
     """
     given = read_export(export_dir, verify=False)["input"]
-    batches = [_batch(text, given["name"], given["size"]) for text in (low, opt, high)]
+    batches = [_batch(text, given["name"], input_shape(given)) for text in (low, opt, high)]
     stated = [b for b in batches if b]
     first = batches[0] or min([DEFAULT_BATCH[0], *stated])
     last = batches[2] or max([DEFAULT_BATCH[2], *stated])
@@ -27,13 +28,14 @@ def batch_profile(export_dir: Path, low: str | None, opt: str | None, high: str 
     return first, middle, last
 
 
-def _batch(text: str | None, name: str, size: int) -> int | None:
+def _batch(text: str | None, name: str, shape: Shape) -> int | None:
     if text is None:
         return None
+    wanted = f"{name}:Bx{'x'.join(map(str, shape))}"
     match = re.fullmatch(rf"(?:'?{re.escape(name)}'?:)?(\d+)(?:x(\d+)x(\d+)x(\d+))?", text.strip())
     if match is None or int(match[1]) < 1:
-        raise UserError(f"shape {text!r}: expected {name}:Bx3x{size}x{size} or a batch size B of at least 1")
+        raise UserError(f"shape {text!r}: expected {wanted} or a batch size B of at least 1")
     rest = tuple(int(v) for v in match.groups()[1:] if v)
-    if rest and rest != (3, size, size):
-        raise UserError(f"shape {text!r} is outside the graph's range: it takes {name}:Bx3x{size}x{size}, only B may vary")
+    if rest and rest != shape:
+        raise UserError(f"shape {text!r} is outside the graph's range: it takes {wanted}, only B may vary")
     return int(match[1])

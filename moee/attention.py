@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moee.config import AttentionOptions
 from moee.errors import UserError
+from moee.models import Shape
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def attention_macs(dim: int, heads: int, widths: Widths, images: int, tokens: in
     return images * tokens * heads * (widths.qk + widths.v) * (2 * dim + tokens)
 
 
-def input_shapes(model: nn.Module, names: Iterable[str], size: int) -> dict[str, tuple[int, int]]:
-    """(images, tokens) that each named attention sees of one image of `size` pixels. Works on shapes alone."""
+def input_shapes(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, tuple[int, int]]:
+    """(images, tokens) that each named attention sees of one image of `shape`. Works on shapes alone."""
     found: dict[str, tuple[int, int]] = {}
     shadow = copy.deepcopy(model).to("meta").eval()
 
@@ -116,26 +117,26 @@ def input_shapes(model: nn.Module, names: Iterable[str], size: int) -> dict[str,
     for name in names:
         shadow.get_submodule(name).register_forward_pre_hook(hook(name))
     with torch.no_grad():
-        shadow(torch.empty(1, 3, size, size, device="meta"))
+        shadow(torch.empty(1, *shape, device="meta"))
     return found
 
 
-def narrowing_costs(model: nn.Module, dense: nn.Module, size: int) -> dict[str, tuple[NarrowAttention, int, int]]:
+def narrowing_costs(model: nn.Module, dense: nn.Module, shape: Shape) -> dict[str, tuple[NarrowAttention, int, int]]:
     """The narrowed attentions of `model` with their multiply-accumulates an image before and after. `dense`, the model before,
     shows how many tokens they see."""
     layers = narrow_attentions(model)
     costs = {}
-    for name, shape in (input_shapes(dense, layers, size) if layers else {}).items():
+    for name, tokens in (input_shapes(dense, layers, shape) if layers else {}).items():
         layer = layers[name]
         before, after = (
-            attention_macs(layer.dim, layer.heads, widths, *shape)
+            attention_macs(layer.dim, layer.heads, widths, *tokens)
             for widths in (Widths(layer.head_dim, layer.head_dim), layer.widths)
         )
         costs[name] = (layer, before, after)
     return costs
 
 
-def macs_saved(model: nn.Module, size: int, dense: nn.Module | None = None) -> int:
+def macs_saved(model: nn.Module, shape: Shape, dense: nn.Module | None = None) -> int:
     """Multiply-accumulates an image that the narrowed attentions of `model` save. `dense` shows the shapes where `model` has
     routed layers, which cannot be run on shapes alone."""
-    return sum(before - after for _, before, after in narrowing_costs(model, dense or model, size).values())
+    return sum(before - after for _, before, after in narrowing_costs(model, dense or model, shape).values())

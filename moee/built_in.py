@@ -46,10 +46,10 @@ def digits(transform: Transform, split: str) -> ImageSet:
     train, held_out = train_test_split(rows, test_size=DIGITS_HELD_OUT, random_state=0, stratify=loaded.target)
     chosen = train if split == "train" else held_out
     grey = torch.from_numpy(loaded.images[chosen]).float().div_(16.0)[:, None]
-    size = (transform.size, transform.size)
+    channels, *size = transform.shape
     images = nn.functional.interpolate(grey, size, mode="bicubic", align_corners=False).clamp_(0, 1)
     labels = [int(label) for label in loaded.target[chosen]]
-    return TensorSet("digits", transform.normalise(images.expand(-1, 3, -1, -1)), labels, 10)
+    return TensorSet("digits", transform.normalise(images.expand(-1, channels, -1, -1)), labels, 10)
 
 
 def photo_path(name: str) -> Path:
@@ -75,16 +75,17 @@ def photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet
         if not text.isdigit() or int(text) < 1:
             raise UserError(f"data {source!r}: expected photos:N with N crops a photograph, for example photos:64")
         count = int(text)
+    _, height, width = transform.shape
     crops = []
     for position, name in enumerate(names):
         generator = torch.Generator().manual_seed(seed * 1000 + position + (0 if split == "train" else 500))
         image = photo(name)
-        scale = transform.size / min(image.size)
+        scale = max(width / image.width, height / image.height)
         if scale > 1:
             image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
         for _ in range(count):
-            top = int(torch.randint(pixels.shape[1] - transform.size + 1, (1,), generator=generator))
-            left = int(torch.randint(pixels.shape[2] - transform.size + 1, (1,), generator=generator))
-            crops.append(pixels[:, top : top + transform.size, left : left + transform.size])
+            top = int(torch.randint(pixels.shape[1] - height + 1, (1,), generator=generator))
+            left = int(torch.randint(pixels.shape[2] - width + 1, (1,), generator=generator))
+            crops.append(pixels[:, top : top + height, left : left + width])
     return PhotoSet(transform.normalise(torch.stack(crops)), names)

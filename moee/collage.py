@@ -38,13 +38,14 @@ class Collages(ImageSet):
 
     def load(self, index: int) -> Tensor:
         draw = random.Random(f"{self.seed} {index}")
-        side = self.transform.size
-        canvas = self._texture(draw, side)
+        _, height, width = self.transform.shape
+        side = math.sqrt(height * width)
+        canvas = self._texture(draw, max(height, width)).crop((0, 0, width, height))
         for _ in range(draw.choice(SHAPES)):
             # few large shapes and many small ones: radii from 3 % of the side, with the heavy tail of objects in photographs
             radius = side * min(0.54, 0.03 * draw.paretovariate(0.9))
             outline = _outline(draw, radius)
-            corner = [round(draw.uniform(-0.06, 1.06) * side - outline.width / 2) for _ in range(2)]
+            corner = [round(draw.uniform(-0.06, 1.06) * whole - outline.width / 2) for whole in (width, height)]
             canvas.paste(self._texture(draw, outline.width), (corner[0], corner[1]), outline)
         if draw.random() < 0.3:
             canvas = canvas.filter(ImageFilter.GaussianBlur(draw.uniform(0.3, 2)))
@@ -75,7 +76,7 @@ class Collages(ImageSet):
         picture = self._picture(draw)
         whole = min(picture.size)
         # a shape shows as much of the image as it covers of the collage, times a zoom
-        cut = min(whole, max(LEAST, round(whole * draw.uniform(0.1, 1) * side / self.transform.size)))
+        cut = min(whole, max(LEAST, round(whole * draw.uniform(0.1, 1) * side / max(self.transform.shape[1:]))))
         left, top = draw.randrange(picture.width - cut + 1), draw.randrange(picture.height - cut + 1)
         part = picture.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + cut, top + cut))
         part = part.rotate(draw.choice((0, 90, 180, 270)))

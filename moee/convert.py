@@ -16,7 +16,7 @@ from moee.atomic import temporary_folder
 from moee.attention import macs_saved, refuse_wide
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
-from moee.data import ImageSet, batches, model_transform, refuse_all_skipped
+from moee.data import ImageSet, batches, image_shape, model_transform, refuse_all_skipped
 from moee.distributed import SOLO, Group
 from moee.errors import NothingRouted, OutOfReach
 from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
@@ -178,12 +178,12 @@ def choose_neurons(
         return {}
     if config.target_macs is None and config.allocation == "expert":
         return {name: _by_expert(r, error.get(name), config, config.keep) for name, r in routed.items()}
-    size = next(batches(data, 1)).images.shape[-1]
-    tokens = tokens_per_image(model, routed, size)
+    shape = image_shape(next(batches(data, 1)).images)
+    tokens = tokens_per_image(model, routed, shape)
     dense = {n: 2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items()}
     budget = None
     if config.target_macs is not None:
-        budget = ffn_budget(original_macs(model, size), sum(dense.values()), config.target_macs, macs_saved(model, size))
+        budget = ffn_budget(original_macs(model, shape), sum(dense.values()), config.target_macs, macs_saved(model, shape))
     if config.allocation == "expert":
         assert budget is not None
         kept = _share_for(budget, routed, error, tokens, config)

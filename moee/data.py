@@ -1,6 +1,6 @@
 """Images for calibration, fine-tuning and accuracy: two built-in sets, image folders, any `timm.data` dataset.
 
-Every dataset yields `(index, image [3, H, W] float32 or None, label)`: None marks an unreadable file, label -1 no label.
+Every dataset yields `(index, image [C, H, W] float32 or None, label)`: None marks an unreadable file, label -1 no label.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from moee.distributed import Group
 from moee.errors import UserError
+from moee.models import Shape
 from moee.schema import shown
 
 log = logging.getLogger("moee")
@@ -33,22 +34,25 @@ UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.De
 
 @dataclass(frozen=True)
 class Transform:
-    """What a model expects of its input: size in pixels, channel mean and deviation, and timm's full description."""
+    """What a model expects of its input: its shape, mean and deviation a channel, and timm's full description."""
 
-    size: int
+    shape: Shape
     mean: tuple[float, ...]
     std: tuple[float, ...]
     config: dict[str, Any] = field(compare=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] in 0..1 to the model's scale."""
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        """[N, C, H, W] in 0..1 to the model's scale."""
+        mean, std = self._scale()
         return (images - mean) / std
 
     def pixels(self, image: Tensor) -> Tensor:
-        """A normalised image [3, H, W] back to 0..1."""
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        """A normalised image [C, H, W] back to 0..1."""
+        mean, std = self._scale()
         return image * std + mean
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
 
     def picture(self, image: Image.Image | Tensor) -> Image.Image:
         """What `ImageSet.picture` gives, as an RGB picture."""
@@ -60,13 +64,20 @@ def model_transform(model: nn.Module) -> Transform:
     config = timm.data.resolve_model_data_config(model)
     built = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if built is not None:
-        config["input_size"] = (3, *built)
-    return Transform(int(config["input_size"][-1]), tuple(config["mean"]), tuple(config["std"]), config)
+        config["input_size"] = (config["input_size"][0], *built)
+    channels, height, width = config["input_size"]
+    return Transform((int(channels), int(height), int(width)), tuple(config["mean"]), tuple(config["std"]), config)
+
+
+def image_shape(images: Tensor) -> Shape:
+    """The shape of each image of a batch [N, C, H, W]."""
+    _, channels, height, width = images.shape
+    return channels, height, width
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`images` [B, 3, H, W] float32, `labels` [B] int64 (-1: none), `indices` [B] int64 positions in the dataset."""
+    """`images` [B, C, H, W] float32, `labels` [B] int64 (-1: none), `indices` [B] int64 positions in the dataset."""
 
     images: Tensor
     labels: Tensor
@@ -114,7 +125,7 @@ class ImageSet(Dataset):
 
 
 class TensorSet(ImageSet):
-    """Images that are in memory already: `images` [N, 3, H, W] float32, normalised."""
+    """Images that are in memory already: `images` [N, C, H, W] float32, normalised."""
 
     def __init__(self, name: str, images: Tensor, labels: list[int], num_classes: int):
         super().__init__(name, labels, num_classes)
@@ -247,7 +258,7 @@ def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSe
         reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
         raise UserError(f"data {source!r}: no images found ({reason}); expected image files below it") from error
     dataset.transform = timm.data.create_transform(
-        **{**transform.config, "input_size": (3, transform.size, transform.size)}, is_training=False
+        **{**transform.config, "input_size": transform.shape}, is_training=False
     )
     reader: Any = getattr(dataset, "reader", None)
     targets = [int(t) for _, t in reader.samples] if hasattr(reader, "samples") else [-1] * total

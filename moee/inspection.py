@@ -14,7 +14,7 @@ from moee.checkpoint import MoeeModel
 from moee.data import model_transform
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
-from moee.models import FFN, ModelSpec, find_ffns, load_model
+from moee.models import FFN, ModelSpec, Shape, find_ffns, load_model, plain_size
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,16 @@ class Inspection:
     """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model. `attention` lists what was narrowed."""
 
     model: str
-    size: int
+    shape: Shape
     dense: dict[str, int]
     moee: dict[str, int] | None
     layers: list[LayerFigures]
     attention: list[AttentionFigures] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {"schema": "moee.inspect/1", **asdict(self)}
+        body = asdict(self)
+        channels, *_ = body.pop("shape")
+        return {"schema": "moee.inspect/1", **body, "size": plain_size(self.shape), "channels": channels}
 
 
 def _ffn_cost(ffn: FFN, tokens: int) -> tuple[int, int]:
@@ -74,17 +76,17 @@ def inspect_dense(spec: ModelSpec) -> Inspection:
     """Figures of a timm model by its shapes alone: no weights are loaded, no memory is taken."""
     with torch.device("meta"):
         model = load_model(spec.model_copy(update={"weights": None, "pretrained": False}))
-    size = model_transform(model).size
+    shape = model_transform(model).shape
     layers = [
         LayerFigures(f.name, tokens, f.hidden, *_ffn_cost(f, tokens), *_ffn_cost(f, tokens))
-        for f, tokens in _with_tokens(model, size)
+        for f, tokens in _with_tokens(model, shape)
     ]
-    return Inspection(spec.name, size, {"macs": dense_macs(model, size), "params": dense_params(model)}, None, layers)
+    return Inspection(spec.name, shape, {"macs": dense_macs(model, shape), "params": dense_params(model)}, None, layers)
 
 
-def _with_tokens(model: nn.Module, size: int) -> list[tuple[FFN, int]]:
+def _with_tokens(model: nn.Module, shape: Shape) -> list[tuple[FFN, int]]:
     ffns = find_ffns(model)
-    tokens = tokens_per_image(model, [f.name for f in ffns], size)
+    tokens = tokens_per_image(model, [f.name for f in ffns], shape)
     return [(f, tokens[f.name]) for f in ffns]
 
 
@@ -98,14 +100,14 @@ def routing_entropy(share: list[float]) -> float:
 def inspect_artifact(moee: MoeeModel) -> Inspection:
     """Figures of an extracted or tuned model; shares are those measured on its held-out images."""
     dense = moee.dense()
-    size = model_transform(dense).size
+    shape = model_transform(dense).shape
     stages = moee.info.get("stages", {})
     shares = (stages.get("tuned") or stages.get("extracted") or {}).get("shares", {})
     routed = routed_layers(moee.model)
     for name, layer in routed.items():
         shares.setdefault(name, [1 / layer.num_experts] * layer.num_experts)
     layers = []
-    for ffn, tokens in _with_tokens(dense, size):
+    for ffn, tokens in _with_tokens(dense, shape):
         macs, params = _ffn_cost(ffn, tokens)
         if ffn.name not in routed:
             layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params))
@@ -121,13 +123,13 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
                 balance=max(share) * len(share), entropy=routing_entropy(share),
             )  # fmt: skip
         )
-    cost = model_cost(dense, moee.model, shares, size)
-    return Inspection(moee.spec.name, size, cost["dense"], cost["moee"], layers, attention_figures(moee.model, dense, size))
+    cost = model_cost(dense, moee.model, shares, shape)
+    return Inspection(moee.spec.name, shape, cost["dense"], cost["moee"], layers, attention_figures(moee.model, dense, shape))
 
 
-def attention_figures(model: nn.Module, dense: nn.Module, size: int) -> list[AttentionFigures]:
+def attention_figures(model: nn.Module, dense: nn.Module, shape: Shape) -> list[AttentionFigures]:
     """The narrowed attentions of `model`; `dense` shows how many tokens they see."""
     return [
         AttentionFigures(name, layer.heads, layer.head_dim, layer.widths.qk, layer.widths.v, now, before)
-        for name, (layer, before, now) in narrowing_costs(model, dense, size).items()
+        for name, (layer, before, now) in narrowing_costs(model, dense, shape).items()
     ]

@@ -12,26 +12,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moee.attention import macs_saved, narrow_attentions
 from moee.layer import RoutedLayer, routed_layers
-from moee.models import find_ffns
+from moee.models import Shape, find_ffns
 
 
-def dense_macs(model: nn.Module, size: int) -> int:
-    """Multiply-accumulates of one image of `size` pixels, attention products included. Works on shapes alone."""
+def dense_macs(model: nn.Module, shape: Shape) -> int:
+    """Multiply-accumulates of one image of `shape`, attention products included. Works on shapes alone."""
     shadow = copy.deepcopy(model).to("meta").eval()
     for module in shadow.modules():
         if hasattr(module, "fused_attn"):  # fused attention hides its two products from the counter
             module.fused_attn = False  # type: ignore[assignment]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, 3, size, size, device="meta"))
+        shadow(torch.empty(1, *shape, device="meta"))
     return counter.get_total_flops() // 2
 
 
-def original_macs(model: nn.Module, size: int) -> int:
+def original_macs(model: nn.Module, shape: Shape) -> int:
     """`dense_macs` of a model as it was before its attention was narrowed."""
-    return dense_macs(model, size) + macs_saved(model, size)
+    return dense_macs(model, shape) + macs_saved(model, shape)
 
 
-def tokens_per_image(model: nn.Module, names: Iterable[str], size: int) -> dict[str, int]:
+def tokens_per_image(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, int]:
     """Tokens an image that each named MLP sees."""
     found: dict[str, int] = {}
     shadow = copy.deepcopy(model).to("meta").eval()
@@ -46,7 +46,7 @@ def tokens_per_image(model: nn.Module, names: Iterable[str], size: int) -> dict[
     for name in names:
         shadow.get_submodule(name).register_forward_pre_hook(hook(name))
     with torch.no_grad():
-        shadow(torch.empty(1, 3, size, size, device="meta"))
+        shadow(torch.empty(1, *shape, device="meta"))
     return found
 
 
@@ -60,16 +60,16 @@ def routed_macs_per_token(layer: RoutedLayer, share: Iterable[float] | Tensor) -
     return layer.macs_per_token(list(share))
 
 
-def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], size: int) -> dict[str, Any]:
+def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], shape: Shape) -> dict[str, Any]:
     """MACs and parameters of both models: {"dense": {"macs", "params"}, "moee": {"macs", "params"}}.
 
     `shares` holds, per routed layer, each expert's measured share of the tokens. Neuron ids are indices and not counted.
     """
-    macs, params = dense_macs(dense, size), dense_params(dense)
+    macs, params = dense_macs(dense, shape), dense_params(dense)
     layers = routed_layers(moee)
     ffns = {f.name: f for f in find_ffns(dense)}
-    tokens = tokens_per_image(dense, layers, size)
-    moee_macs, moee_params = float(macs - macs_saved(moee, size, dense)), params
+    tokens = tokens_per_image(dense, layers, shape)
+    moee_macs, moee_params = float(macs - macs_saved(moee, shape, dense)), params
     for name, attention in narrow_attentions(moee).items():
         moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
     for name, layer in layers.items():

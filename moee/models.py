@@ -21,6 +21,7 @@ from moee.schema import shown
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
 MAX_LISTED_KEYS = 3
+Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
 FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained"}
 
@@ -61,6 +62,12 @@ class FFN:
     @property
     def hidden(self) -> int:
         return self.w_up.shape[0]
+
+
+def plain_size(shape: Shape) -> int | list[int]:
+    """Height and width as manifests say them: one number for a square."""
+    _, height, width = shape
+    return height if height == width else [height, width]
 
 
 def channels_last(features: Tensor, model: nn.Module) -> Tensor:

@@ -20,7 +20,7 @@ from moee.attention import NarrowAttention, Widths, attention_macs, find_attenti
 from moee.data import ImageSet, batches
 from moee.errors import UserError
 from moee.head_fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
-from moee.models import channels_last, replace_module
+from moee.models import Shape, channels_last, replace_module
 from moee.progress import Reporter, silent, track
 from moee.training import distillation_loss, token_loss
 
@@ -59,12 +59,12 @@ class _Skip(nn.Module):
 
 @torch.no_grad()
 def narrow(
-    model: nn.Module, data: ImageSet, size: int, share: float, equal: bool = False, report: Reporter = silent,
+    model: nn.Module, data: ImageSet, shape: Shape, share: float, equal: bool = False, report: Reporter = silent,
     losses: dict[tuple[str, Widths], float] | None = None,
 ) -> dict[str, Widths]:  # fmt: skip
     """Replace the attentions of `model` in place by narrower ones that keep the share `share` of the attention's MACs.
 
-    `data` is the calibration set, of images of `size` pixels; with `equal` a layer's queries, keys and values get as many
+    `data` is the calibration set, of images of `shape`; with `equal` a layer's queries, keys and values get as many
     dimensions. `losses`, of `width_losses` for the same model and data, serve every share; None measures them. Returns the widths
     of the layers that changed. Deterministic for one data set and thread count. Raises `UserError` for a model whose attentions
     cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows with `NUMBERS`: the inputs of
@@ -72,10 +72,10 @@ def narrow(
     """
     model.eval()
     attentions = find_attentions(model)
-    shapes = input_shapes(model, attentions, size)
+    shapes = input_shapes(model, attentions, shape)
     _check_reach(attentions, shapes, share)
     if losses is None:
-        losses = width_losses(model, data, size, equal, report)
+        losses = width_losses(model, data, shape, equal, report)
     _, images = _images(data, *_numbers(attentions, shapes))
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
@@ -98,7 +98,7 @@ def narrow(
 
 @torch.no_grad()
 def width_losses(
-    model: nn.Module, data: ImageSet, size: int, equal: bool = False, report: Reporter = silent
+    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent
 ) -> dict[tuple[str, Widths], float]:
     """What `narrow` chooses widths by: the loss of the output with one attention, by its name, narrowed to each width.
 
@@ -106,7 +106,7 @@ def width_losses(
     """
     model.eval()
     attentions = find_attentions(model)
-    shapes = input_shapes(model, attentions, size)
+    shapes = input_shapes(model, attentions, shape)
     tokens, dim, layers = _numbers(attentions, shapes)
     probes, images = _images(data, tokens, dim, layers)
     return _losses(model, attentions, probes, images[: max(2, TRIAL_TOKENS // tokens)], equal, report)
@@ -160,10 +160,10 @@ def moves(head_dim: int, equal: bool) -> list[Widths]:
     return [Widths(width, head_dim) for width in narrower] + [Widths(head_dim, width) for width in narrower]
 
 
-def check_share(model: nn.Module, size: int, share: float) -> None:
-    """Raise `UserError` if the attentions of `model`, on images of `size` pixels, cannot be narrowed to `share` of their MACs."""
+def check_share(model: nn.Module, shape: Shape, share: float) -> None:
+    """Raise `UserError` if the attentions of `model`, on images of `shape`, cannot be narrowed to `share` of their MACs."""
     attentions = find_attentions(model)
-    _check_reach(attentions, input_shapes(model, attentions, size), share)
+    _check_reach(attentions, input_shapes(model, attentions, shape), share)
 
 
 def _check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], share: float) -> None:

@@ -90,14 +90,14 @@ class Session:
         alike = (equal, collages, config.seed)
         key = (share, *alike)
         if key not in self._narrowed:
-            model, size = copy.deepcopy(self.dense), self.transform.size
+            model, shape = copy.deepcopy(self.dense), self.transform.shape
             seen = widened(self.train, self.transform, 0, collages, config.seed)
             with self.group.agreed():
                 if self.group.leader:
-                    check_share(model, size, share)  # before minutes of trials
+                    check_share(model, shape, share)  # before minutes of trials
                     if alike not in self._width_losses:
-                        self._width_losses[alike] = width_losses(model, seen, size, equal, self.report)
-                    narrow(model, seen, size, share, equal, self.report, self._width_losses[alike])
+                        self._width_losses[alike] = width_losses(model, seen, shape, equal, self.report)
+                    narrow(model, seen, shape, share, equal, self.report, self._width_losses[alike])
             share_attention(model, self.group)
             self._narrowed[key] = model
         return self._narrowed[key]
@@ -123,7 +123,7 @@ class Session:
         # a folder of 2 classes says nothing about a head of 1,000
         comparable = probe is not None or self.held_out.num_classes == getattr(self.dense, "num_classes", 0)
         kept = retention(reference, outputs, probe, is_classifier(self.dense), comparable)
-        cost = model_cost(self.dense, model, outputs.shares, self.transform.size)
+        cost = model_cost(self.dense, model, outputs.shares, self.transform.shape)
         return {"retention": kept.to_json(), "cost": cost, "shares": outputs.shares}
 
 
@@ -158,7 +158,7 @@ def run_extract(
         "layers": [layer.to_json() for layer in layers],
         "skipped_images": list(session.train.skipped.values()),
     }
-    narrowed = attention_figures(model, session.dense, session.transform.size)
+    narrowed = attention_figures(model, session.dense, session.transform.shape)
     if narrowed:
         info["attention"] = [asdict(layer) for layer in narrowed]
     moee = MoeeModel(model.eval(), spec, config, source, probe, info)

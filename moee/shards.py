@@ -108,7 +108,7 @@ def open_shards(source: str, transform: Transform, split: str, seed: int) -> Sha
     if not divided:
         members = _part(members, split, seed)
     prepared = timm.data.create_transform(
-        **{**transform.config, "input_size": (3, transform.size, transform.size)}, is_training=False
+        **{**transform.config, "input_size": transform.shape}, is_training=False
     )
     return ShardSet(source, shards, members, prepared, classes if classes > 1 else 0)
 

@@ -23,7 +23,7 @@ class Views(ImageSet):
     def __init__(self, data: ImageSet, transform: Transform, count: int, seed: int):
         super().__init__(f"views of {data.name}", data.labels * count, data.num_classes)
         self.data, self.transform, self.seed, self.workers = data, transform, seed, data.workers
-        config = {**transform.config, "input_size": (3, transform.size, transform.size)}
+        config = {**transform.config, "input_size": transform.shape}
         names = ("input_size", "interpolation", "mean", "std")  # the centre crop is no part of a random one
         self.draw = timm.data.create_transform(**{n: config[n] for n in names if n in config}, is_training=True)
 

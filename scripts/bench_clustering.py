@@ -174,7 +174,7 @@ def collect(folder: Path, rows: int) -> Path:
 
     model = load_model(resolve("dinov2-s", "photos"))
     transform = model_transform(model)
-    tokens = (transform.size // 14) ** 2 + 1  # an image, at patch size 14
+    tokens = transform.shape[1] // 14 * (transform.shape[2] // 14) + 1  # an image, at patch size 14
     crops = -(-rows // (tokens * len(CALIBRATION_PHOTOS)))
     ffns = find_ffns(model)
     ffn = ffns[len(ffns) // 2]

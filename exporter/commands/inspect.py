@@ -45,7 +45,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(json.dumps(result.to_json(), indent=2))
         return OK
-    table = Table(min_width=76, title=f"{result.model} at {result.size} x {result.size}")
+    _, height, width = result.shape
+    table = Table(min_width=76, title=f"{result.model} at {height} x {width}")
     for column in ("layer", "tokens", "MMACs", "of", "experts", "union", "widths", "balance", "entropy"):
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for layer in result.layers:

@@ -14,7 +14,7 @@ from moee.calibration import CHUNK, collect_tokens, hidden_activations
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches, model_transform
 from moee.layer import routed_layers
-from moee.models import find_ffns
+from moee.models import Shape, find_ffns, plain_size
 from moee.progress import Reporter, silent, track
 
 BATCH = 32
@@ -30,7 +30,7 @@ class RoutingTrace:
     `experts`, and how many of the T tokens precede the `grids` [rows, cols] of patches (None where T is no grid).
     """
 
-    size: int
+    shape: Shape
     indices: Tensor
     labels: Tensor
     routes: dict[str, Tensor]
@@ -66,9 +66,9 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
         for handle in handles:
             handle.remove()
     routes = {name: torch.cat(parts) for name, parts in collected.items()}
-    size = model_transform(moee.model).size
+    shape = model_transform(moee.model).shape
     return RoutingTrace(
-        size, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids
+        shape, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids
     )
 
 
@@ -148,7 +148,7 @@ def expert_patches(trace: RoutingTrace, per_expert: int = PATCHES, seed: int = 0
         if grid is None:
             continue
         before, rows, columns = grid
-        height, width = trace.size // rows, trace.size // columns
+        height, width = trace.shape[1] // rows, trace.shape[2] // columns
         on_grid = routes[:, before:]
         experts = []
         for e in range(trace.experts[name]):
@@ -167,7 +167,7 @@ def expert_patches(trace: RoutingTrace, per_expert: int = PATCHES, seed: int = 0
                 }
             )  # fmt: skip
         layers[name] = experts
-    return {"schema": "moee.plot-patches/1", "size": trace.size, "layers": layers}
+    return {"schema": "moee.plot-patches/1", "size": plain_size(trace.shape), "layers": layers}
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -85,11 +85,10 @@ def patches(numbers: dict[str, Any], data: ImageSet, transform: Transform) -> Fi
 
 def _strip(places: list[dict[str, int]], data: ImageSet, transform: Transform, cache: dict[int, torch.Tensor]) -> np.ndarray:
     """An expert's patches side by side [height, width, 3] in 0..1, a white pixel between them."""
-    mean, std = torch.tensor(transform.mean).view(3, 1, 1), torch.tensor(transform.std).view(3, 1, 1)
     parts = []
     for place in places:
         if place["image"] not in cache:
-            cache[place["image"]] = (data.load(place["image"]) * std + mean).clamp(0, 1)
+            cache[place["image"]] = transform.pixels(data.load(place["image"])).clamp(0, 1)
         top, left = place["top"], place["left"]
         patch = cache[place["image"]][:, top : top + place["height"], left : left + place["width"]]
         parts.append(np.pad(patch.permute(1, 2, 0).numpy(), ((0, 1), (0, 1), (0, 0)), constant_values=1.0))

@@ -9,11 +9,12 @@ from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.ranks import LayerCost, ranks_for_budget
 from moee.errors import UserError
 from moee.metrics import dense_macs, original_macs, tokens_per_image
+from moee.models import Shape
 
 
-def choose_ranks(model: nn.Module, found: list[Analysis], size: int, config: ClearConfig) -> None:
+def choose_ranks(model: nn.Module, found: list[Analysis], shape: Shape, config: ClearConfig) -> None:
     """Fill in the ranks of the layers to convert, and the reason of the others."""
-    tokens = tokens_per_image(model, [a.ffn.name for a in found], size)
+    tokens = tokens_per_image(model, [a.ffn.name for a in found], shape)
     costs = [
         LayerCost(
             dense=2.0 * tokens[a.ffn.name] * a.ffn.dim * a.ffn.hidden,
@@ -25,7 +26,7 @@ def choose_ranks(model: nn.Module, found: list[Analysis], size: int, config: Cle
     ]
     order = sorted(range(len(found)), key=lambda i: -found[i].score.score if found[i].score else 0.0)  # type: ignore[union-attr]
     picked = sorted(order[: config.layers])
-    macs, whole = float(dense_macs(model, size)), float(original_macs(model, size))
+    macs, whole = float(dense_macs(model, shape)), float(original_macs(model, shape))
     for i, a in enumerate(found):
         a.reason = "dense: not selected" if i not in picked else "dense: would not get cheaper"
     if config.rank is not None:

@@ -22,7 +22,7 @@ from moee.clear_moe.decompose import (
 )
 from moee.clear_moe.layer import ClearFFN
 from moee.clear_moe.scoring import LayerScore
-from moee.data import ImageSet
+from moee.data import ImageSet, image_shape
 from moee.errors import NothingRouted, UserError
 from moee.layer_report import LayerReport
 from moee.models import find_ffns
@@ -57,7 +57,7 @@ def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Repor
     if len(chosen) < config.experts:
         raise UserError(f"{len(chosen)} calibration images are fewer than the {config.experts} experts; give more images")
     found = analyse(model, ffns, chosen, config, report)
-    choose_ranks(model, found, chosen.images.shape[-1], config)
+    choose_ranks(model, found, image_shape(chosen.images), config)
     selected = [a for a in found if a.ranks is not None]
     if not selected:
         raise NothingRouted("no layer gets cheaper at these ranks, so the model would stay dense; lower --rank or --energy")

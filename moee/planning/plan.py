@@ -64,7 +64,7 @@ def make_plan(
     for share in attention:  # what is wrong with the options is said before a resumed plan is bound to them
         common = make_extract_config(**{**(base or {}), "attention_macs": None if attention == (1.0,) else share})
         if common.narrows is not None:
-            check_share(session.dense, session.transform.size, share)
+            check_share(session.dense, session.transform.shape, share)
     store = out.parent / f"{out.name}.resume"
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}

@@ -159,12 +159,12 @@ class Planner:
     def _top_k(self, config: ExtractConfig, target: float) -> int:
         """The most experts a token whose MACs, router included, meet `target`."""
         ffns = {f.name: f for f in find_ffns(self.session.dense, config.exclude)}
-        tokens = tokens_per_image(self.session.dense, ffns, self.session.transform.size)
+        tokens = tokens_per_image(self.session.dense, ffns, self.session.transform.shape)
         assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
         whole = sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
         routers = sum(tokens[n] * f.dim * config.experts for n, f in ffns.items())
-        start, size = self.session.start(config), self.session.transform.size
-        budget = ffn_budget(original_macs(start, size), whole, target, macs_saved(start, size))
+        start, shape = self.session.start(config), self.session.transform.shape
+        budget = ffn_budget(original_macs(start, shape), whole, target, macs_saved(start, shape))
         most = int((budget - routers) * config.experts / whole)
         if most < 1:
             raise OutOfReach(f"--target-macs {target:g}: not one of {config.experts} experts a token fits")

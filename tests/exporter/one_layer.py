@@ -20,7 +20,7 @@ class OneLayer(torch.nn.Module):
 
 def traced(layer: torch.nn.Module, dim: int) -> ir.Model:
     """The graph of one layer, its routed node named `layer`, before any pass lowers it."""
-    graph = to_onnx(OneLayer(layer, dim), 4)
+    graph = to_onnx(OneLayer(layer, dim), (3, 4, 4))
     name_routed_nodes(graph, ["layer"])
     return graph
 

@@ -70,7 +70,7 @@ def extracted(name: str, kwargs: dict, folder: Path, images: int, tokens: int):
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
     spec = spec.model_copy(update={"weights": str(weights)})
     transform = model_transform(model)
-    source = str(write_images(folder / "images", images, transform.size))
+    source = str(write_images(folder / "images", images, transform.shape[1]))
     config = make_extract_config(
         clustering="kmeans", clusters=4, components=8, cluster_tokens=tokens, tokens=4 * tokens, keep=0.9, compensation="mean"
     )

@@ -31,7 +31,7 @@ def traced(monkeypatch):
     monkeypatch.setattr(onnx_export, "rewrite_attention", lambda graph: (0, 0))
 
     def trace(model: nn.Module, size: int) -> ir.Model:
-        return to_onnx(model.eval(), size)
+        return to_onnx(model.eval(), (3, size, size))
 
     return trace
 
@@ -139,5 +139,5 @@ def test_without_a_bias_there_is_nothing_to_match(traced):
 
 def test_exports_are_rewritten():
     """`to_onnx` applies the pass."""
-    names = [n.name or "" for n in to_onnx(Attention().eval(), 8).graph]
+    names = [n.name or "" for n in to_onnx(Attention().eval(), (3, 8, 8)).graph]
     assert any(n.endswith("qkv.q/product") for n in names)

@@ -134,7 +134,7 @@ def test_lowered_operator_matches_torch(case):
 
 def forms(layer: torch.nn.Module, tokens: int) -> tuple[list[str], set[str]]:
     """Kinds of the nodes of one lowered layer on images of so many tokens, and of those in the branches of an If."""
-    graph = to_onnx(layer, 0, torch.zeros(2, tokens, 16))
+    graph = to_onnx(layer, torch.zeros(2, tokens, 16))
     assert lower_routed_ffn(graph) == 1
     top = [n.op_type for n in graph.graph]
     return top, {n.op_type for n in graph.graph.all_nodes()} - set(top)
@@ -194,7 +194,7 @@ def test_channels_first_models_export(tmp_path):
         def forward(self, x):
             return self.mlp(x.repeat(1, 6, 1, 1)[:, :16])
 
-    graph = to_onnx(Conv(), 4)
+    graph = to_onnx(Conv(), (3, 4, 4))
     name_routed_nodes(graph, ["mlp"])
     lower_routed_ffn(graph)
     import onnx_ir as ir

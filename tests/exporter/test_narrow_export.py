@@ -27,7 +27,7 @@ def made(tmp_path_factory):
     """A narrowed model with experts, its images, and its artifact."""
     torch.manual_seed(0)
     model, data = load_model(tiny_spec()), tiny_images(classes=10)
-    narrow(model, data, 32, 0.7)
+    narrow(model, data, (3, 32, 32), 0.7)
     config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500, attention_macs=0.7)
     extract(model, data, config)
     moee = MoeeModel(model.eval(), tiny_spec(), config, "digits")
@@ -85,7 +85,7 @@ def test_a_damaged_attention_weight_fails_parity(made, tmp_path):
 def test_graph_has_the_four_products_and_no_others(made):
     """No scaling and no copies: narrower heads must not cost more kernels than the dense ones."""
     moee, _, _ = made
-    graph = to_onnx(moee.model, 32)
+    graph = to_onnx(moee.model, (3, 32, 32))
     for name in narrow_attentions(moee.model):
         nodes = [n for n in graph.graph if n.name.startswith((f"{name}/", f"{name}."))]
         kinds = [n.op_type for n in nodes]
@@ -98,8 +98,8 @@ def test_modelled_latency_counts_the_narrower_heads(made):
     dense = load_model(tiny_spec())
     device = next(iter(DEVICES.values()))
     cut = copy.deepcopy(dense)
-    narrow(cut, tiny_images(24), 32, 0.7)
-    result = modelled(device, dense, cut, 32, 4096)
+    narrow(cut, tiny_images(24), (3, 32, 32), 0.7)
+    result = modelled(device, dense, cut, (3, 32, 32), 4096)
     assert result["moee_ms"] < result["dense_ms"]
 
 

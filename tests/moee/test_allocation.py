@@ -11,7 +11,7 @@ from moee.allocation import Candidate, allocate
 from moee.calibration import hidden_activations
 from moee.config import make_extract_config
 from moee.convert import extract, ffn_budget
-from moee.data import TensorSet
+from moee.data import TensorSet, image_shape
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import mean_cosine, model_cost
@@ -129,7 +129,7 @@ def test_target_macs_is_met_and_weights_are_untouched(tiny_model):
             tiny_model(data.images)
         handle.remove()
     parts = {name: (c.double() / c.sum()).tolist() for name, c in shares.items()}
-    cost = model_cost(dense, tiny_model, parts, data.images.shape[-1])
+    cost = model_cost(dense, tiny_model, parts, image_shape(data.images))
     assert cost["moee"]["macs"] / cost["dense"]["macs"] == pytest.approx(0.8, abs=0.02)
     assert all(p.requires_grad for p in tiny_model.patch_embed.parameters())
 

@@ -84,18 +84,18 @@ def test_scores_select_the_best_layers(tiny_model):
 @pytest.mark.parametrize("target", [0.8, 0.6])
 def test_target_macs_is_met_and_used(tiny_model, target):
     model, data, _ = converted(tiny_model, target_macs=target)
-    cost = model_cost(tiny_model, model, run(model, data).shares, 32)
+    cost = model_cost(tiny_model, model, run(model, data).shares, (3, 32, 32))
     share = cost["moee"]["macs"] / cost["dense"]["macs"]
     assert share <= target + 1e-6
     assert share > target - 0.06, "the budget is not used"
-    assert cost["dense"]["macs"] == dense_macs(tiny_model, 32)
+    assert cost["dense"]["macs"] == dense_macs(tiny_model, (3, 32, 32))
 
 
 def test_rank_with_target_macs_selects_layers(tiny_model):
     model, data, reports = converted(tiny_model, rank=6, residual_rank=2, target_macs=0.85, score=True)
     names = [r.name for r in reports if r.status == "routed"]
     assert 0 < len(names) < 3
-    cost = model_cost(tiny_model, model, run(model, data).shares, 32)
+    cost = model_cost(tiny_model, model, run(model, data).shares, (3, 32, 32))
     assert cost["moee"]["macs"] <= 0.85 * cost["dense"]["macs"]
 
 

@@ -20,7 +20,7 @@ from moee.views import widened
 from tests.conftest import tiny_images, tiny_spec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-SMALL = Transform(32, MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})
+SMALL = Transform((3, 32, 32), MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})
 FAST = dict(clustering="kmeans", clusters=3, cluster_tokens=300, keep=0.8)
 
 
@@ -49,7 +49,7 @@ def test_a_collage_depends_on_seed_and_position_alone():
 
 @pytest.mark.parametrize("size", [14, 33, 64])
 def test_collages_are_normalised_images_of_the_models_size(size):
-    shape = Transform(size, MEAN, STD, SMALL.config)
+    shape = Transform((3, size, size), MEAN, STD, SMALL.config)
     images = torch.stack([Collages(tiny_images(4), shape, 8, 0).load(i) for i in range(32)])
     pixels = torch.stack([shape.pixels(image) for image in images])
     assert images.shape == (32, 3, size, size) and -1e-6 <= pixels.min() and pixels.max() <= 1 + 1e-6

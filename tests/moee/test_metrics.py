@@ -17,7 +17,7 @@ def test_dense_figures_equal_the_papers_table_1(name, gmacs, mparams):
     timm_name = f"{name}_patch16_224"
     with torch.device("meta"):
         model = load_model(ModelSpec(name=timm_name, timm_name=timm_name))
-    assert dense_macs(model, 224) / 1e9 == pytest.approx(gmacs, rel=0.01)
+    assert dense_macs(model, (3, 224, 224)) / 1e9 == pytest.approx(gmacs, rel=0.01)
     assert dense_params(model) / 1e6 == pytest.approx(mparams, rel=0.01)
 
 
@@ -25,7 +25,7 @@ def test_routed_cost_by_hand(tiny_moee):
     model, dense, _, _, _ = tiny_moee
     layers = routed_layers(model)
     shares = {name: [0.4, 0.3, 0.2, 0.1] for name in layers}
-    cost = model_cost(dense, model, shares, 32)
+    cost = model_cost(dense, model, shares, (3, 32, 32))
     macs, params = cost["dense"]["macs"], cost["dense"]["params"]
     for layer in layers.values():
         width = sum(w * s for w, s in zip(layer.widths, (0.4, 0.3, 0.2, 0.1), strict=True))
@@ -35,7 +35,7 @@ def test_routed_cost_by_hand(tiny_moee):
 
 
 def test_dense_macs_do_not_depend_on_fused_attention(tiny_model):
-    unfused = dense_macs(tiny_model, 32)
+    unfused = dense_macs(tiny_model, (3, 32, 32))
     for block in tiny_model.blocks:
         block.attn.fused_attn = False
     with FlopCounterMode(display=False) as counter, torch.no_grad():

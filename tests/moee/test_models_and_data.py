@@ -104,7 +104,7 @@ def test_weights_roundtrip_and_refusals(tmp_path):
 
 def test_digits_and_photos():
     transform = model_transform(load_model(tiny_spec()))
-    assert transform.size == 32
+    assert transform.shape == (3, 32, 32)
     train, held_out = load_data("digits", transform, "train"), load_data("digits", transform, "val")
     assert (len(train), len(held_out)) == (1078, 719) and train.labelled
     assert train.images.shape[1:] == (3, 32, 32)

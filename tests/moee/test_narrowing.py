@@ -21,7 +21,7 @@ from moee.narrowing import _images, _standing_in, choose_widths, levels, moves, 
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.distributed_worker import Broken
 
-SIZE = 32
+SIZE = (3, 32, 32)
 
 
 @pytest.fixture

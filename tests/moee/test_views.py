@@ -19,7 +19,7 @@ from moee.views import Joined, Views, widened
 from tests.conftest import tiny_images, tiny_spec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-SMALL = Transform(32, MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})
+SMALL = Transform((3, 32, 32), MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})
 FAST = dict(clustering="kmeans", clusters=3, cluster_tokens=300, keep=0.8)
 
 

@@ -55,7 +55,7 @@ def _warm_up(parts: list[str]) -> None:
     if "trace" in parts:  # what the first torch.onnx.export imports takes seconds
         from exporter.onnx_export import to_onnx
 
-        to_onnx(torch.nn.Sequential(torch.nn.Linear(4, 4)), 4, torch.zeros(2, 4))
+        to_onnx(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.zeros(2, 4))
 
 
 def _serve(request: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from exporter import latency
 from exporter.clear_ablation import StoredCell
 from exporter.engine import count_plugin_nodes, read_engines
-from exporter.manifests import read_engine, read_export
+from exporter.manifests import input_shape, read_engine, read_export
 from exporter.profile import batch_profile
 from exporter.report import collect, render
 from exporter.runners import EngineRunner, check_plugin
@@ -51,7 +51,8 @@ def test_export_manifests(made, tmp_path, count):
     def load():
         manifest = read_export(folder)
         assert batch_profile(folder, None, "4", None)[1] == 4
-        assert 0 < manifest["input"]["size"] <= 4096 and len(manifest["input"]["std"]) == 3
+        channels, *sides = input_shape(manifest["input"])
+        assert 0 < min(sides) <= max(sides) <= 4096 and len(manifest["input"]["std"]) == channels
         assert (manifest["cost"] or {"dense": {"macs": 1}})["dense"]["macs"] > 0
         ModelSpec(**manifest["model"])
         count_plugin_nodes(folder / manifest.get("graphs", {}).get("tensorrt", "tensorrt.onnx"))
