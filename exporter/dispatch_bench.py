@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from exporter.onnx_export import to_onnx
 from exporter.passes.clear import lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
+from moee.activations import activate
 from moee.clear_moe.dispatch import BACKENDS, Factors, backend
 from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.clear_moe.routers import fit_router
-from moee.models import activate
 from moee.progress import Reporter, silent
 
 SCHEMA = "moee.dispatch/1"

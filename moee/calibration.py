@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moee.activations import activate
 from moee.data import ImageSet, batches, merge_skipped
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
-from moee.models import FFN, activate
+from moee.models import FFN
 from moee.progress import Reporter, silent, track
 
 BATCH_SIZE = 32

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from moee import ops
+from moee.activations import activate, find_activation
 from moee.errors import UserError
-from moee.models import activate
 from moee.routing import route, scores
 
 MASKED_TOKENS = 128  # an expert, up to which training computes all neurons under a mask
@@ -110,7 +110,7 @@ class RoutedFFN(RoutedLayer):
     def __init__(self, experts: Experts, channels_first: bool = False):
         super().__init__()
         check_indices(experts.neurons, experts.offsets, len(experts.router), len(experts.w_up))
-        self.activation, self.top_k, self.load = experts.activation, experts.top_k, tuple(experts.load)
+        self.activation, self.top_k, self.load = find_activation(experts.activation).name, experts.top_k, tuple(experts.load)
         self.channels_first = channels_first
         self.masked = False  # whether training may take `_masked`
         self.max_width = max(experts.widths)

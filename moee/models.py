@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from moee.activations import KNOWN, activation_name
 from moee.artifact import sha256_file
 from moee.errors import UserError
 from moee.schema import shown
 
-ACTIVATIONS: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.ReLU: "relu", nn.SiLU: "silu"}
 MAX_LISTED_KEYS = 3
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
@@ -162,12 +161,10 @@ def _classifier_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _activation_name(name: str, act: nn.Module) -> str:
-    for kind, label in ACTIVATIONS.items():
-        if isinstance(act, kind):
-            return "gelu_tanh" if label == "gelu" and getattr(act, "approximate", "none") == "tanh" else label
-    if type(act).__name__ in ("GELUTanh", "GELU"):  # timm.layers has its own classes for both forms
-        return "gelu_tanh" if type(act).__name__ == "GELUTanh" else "gelu"
-    raise UserError(f"`{name}` uses {type(act).__name__}; MoEE knows gelu, gelu_tanh, relu, silu. Skip it with --exclude {name}")
+    found = activation_name(act)
+    if found is None:
+        raise UserError(f"`{name}` uses {type(act).__name__}; MoEE knows {KNOWN}. Skip it with --exclude {name}")
+    return found
 
 
 def _is_gated(module: nn.Module) -> bool:
@@ -246,16 +243,3 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where `name` is."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, new)
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply one of the contract's activations elementwise."""
-    if activation == "gelu":
-        return torch.nn.functional.gelu(x)
-    if activation == "gelu_tanh":
-        return torch.nn.functional.gelu(x, approximate="tanh")
-    if activation == "relu":
-        return torch.relu(x)
-    if activation == "silu":
-        return torch.nn.functional.silu(x)
-    raise UserError(f"unknown activation {activation!r}; expected gelu, gelu_tanh, relu or silu")

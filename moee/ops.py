@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moee.models import activate
+from moee.activations import find_activation
 from moee.routing import route
 
 SCHEMA = (
@@ -26,15 +26,6 @@ def _groups(chosen: Tensor, experts: int) -> list[Tensor]:
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts).tolist()
     return list((order // chosen.shape[1]).split(counts))
-
-
-def _activation_gradient(upstream: Tensor, x: Tensor, activation: str) -> Tensor:
-    """Gradient of `activate` at x; spelt out because an operator's body runs below autograd."""
-    if activation == "relu":
-        return torch.ops.aten.threshold_backward(upstream, x, 0)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(upstream, x)
-    return torch.ops.aten.gelu_backward(upstream, x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _check(x: Tensor, router: Tensor, router_bias: Tensor, w_up: Tensor, b_out: Tensor, offsets: Tensor, top_k: int) -> None:
@@ -68,14 +59,14 @@ def ffn(
     a float64 x), result in x's dtype."""
     _check(x, router, router_bias, w_up, b_out, offsets, top_k)
     tokens = x.reshape(-1, x.shape[-1])
-    bounds = offsets.tolist()
+    act, bounds = find_activation(activation), offsets.tolist()
     exact = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(tokens.shape, dtype=exact if top_k > 1 else x.dtype, device=x.device)
     for e, rows in enumerate(_groups(route(tokens, router, router_bias, top_k), router.shape[0])):
         if not len(rows):
             continue
         kept = neurons[bounds[e] : bounds[e + 1]]
-        hidden = activate(torch.addmm(b_up[kept], tokens[rows], w_up[kept].T), activation)
+        hidden = act.forward(torch.addmm(b_up[kept], tokens[rows], w_up[kept].T))
         part = torch.addmm(b_out[e], hidden, w_down[kept])
         if top_k == 1:
             y[rows] = part
@@ -106,7 +97,7 @@ def ffn_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_up, b_up, w_down and b_out. Hidden activations are computed again, not stored."""
     tokens, upstream = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-    bounds = offsets.tolist()
+    act, bounds = find_activation(activation), offsets.tolist()
     g_x, g_up, g_down = torch.zeros_like(tokens), torch.zeros_like(w_up), torch.zeros_like(w_down)
     g_b, g_out = torch.zeros_like(b_up), torch.zeros_like(b_out)
     for e, rows in enumerate(_groups(route(tokens, router, router_bias, top_k), router.shape[0])):
@@ -115,11 +106,11 @@ def ffn_backward(
         kept = neurons[bounds[e] : bounds[e + 1]].long()
         inputs, outputs, up, down = tokens[rows], upstream[rows], w_up[kept], w_down[kept]
         before = torch.addmm(b_up[kept], inputs, up.T)
-        g_before = _activation_gradient(outputs @ down.T, before, activation)
+        g_before = act.gradient(outputs @ down.T, before)
         g_x[rows] += g_before @ up
         g_up[kept] += g_before.T @ inputs
         g_b[kept] += g_before.sum(0)
-        g_down[kept] += activate(before, activation).T @ outputs
+        g_down[kept] += act.forward(before).T @ outputs
         g_out[e] = outputs.sum(0)
     return g_x.reshape(x.shape), g_up, g_b, g_down, g_out
 

@@ -15,10 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moee.activations import activate
 from moee.calibration import CHUNK, as_tokens, hidden_activations
 from moee.data import ImageSet, batches
 from moee.layer import RoutedFFN
-from moee.models import FFN, activate, replace_module
+from moee.models import FFN, replace_module
 from moee.progress import Reporter, silent
 
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)

@@ -18,7 +18,8 @@ OP_TYPE = "MoeeFfn"
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = ""
 
-ACTIVATIONS: tuple[str, ...] = ("gelu", "gelu_tanh", "relu", "silu")
+# Their places are the kernels' codes: new ones go to the end.
+ACTIVATIONS: tuple[str, ...] = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
 DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
 
@@ -56,7 +57,7 @@ INPUTS: tuple[Input, ...] = (
 )
 
 ATTRIBUTES: tuple[Attribute, ...] = (
-    Attribute("activation", "string", "gelu", "one of ACTIVATIONS; `gelu` is the exact erf form"),
+    Attribute("activation", "string", "gelu", "one of ACTIVATIONS; `gelu` is the erf form, `quick_gelu` x * sigmoid(1.702 x)"),
     Attribute("top_k", "int", 1, "experts a token"),
     Attribute("max_width", "int", None, "neurons of the widest expert"),
     Attribute("load", "ints", (), "calibrated tokens an expert, in parts per million; empty means uniform"),

@@ -82,12 +82,12 @@ def run(
     output; both are made if not given. `watch` observes the interpreter. Raises ValueError if the tactic does not fit
     the sizes.
     """
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise ValueError(f"activation must be an index into {ACTIVATIONS}, got {activation}")
     sizes = sizes_of(inputs, top_k)
     x = inputs["x"]
     if not tactic.fits(sizes.tokens, sizes.dim, top_k):
         raise ValueError(f"tactic {tactic.name} does not serve T={sizes.tokens}, D={sizes.dim}, top_k={top_k}")
-    if not 0 <= activation < len(ACTIVATIONS):
-        raise ValueError(f"activation must be an index into {ACTIVATIONS}, got {activation}")
     dtype = str(x.dtype).removeprefix("torch.")
     space = layout(sizes, dtype, tactic.kind)
     memory = torch.empty(space.size, dtype=torch.uint8, device=x.device) if memory is None else memory

@@ -6,10 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moee.activations import activate
 from moee.clear_moe import ClearFFN
 from moee.clear_moe.dispatch import Loop, apply_ffn
 from moee.layer import RoutedFFN, RoutedLayer
-from moee.models import activate
 
 
 def apply_layer(layer: RoutedLayer, tokens: Tensor, chosen: Tensor) -> Tensor:

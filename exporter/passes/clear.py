@@ -3,9 +3,10 @@
 Rules, in the order of the emitted nodes:
 1. Flatten x to tokens [T, D]; route = ArgMax of the router's scores (two Gemm and a Relu if the router has two layers).
    Scores are float32 whatever x's type.
-2. `masked`, no dispatch: per map Gemm(tokens, inward) gives the shared and all experts' coefficients [T, r + K q + K]; Mul by
-   the mask row of the token's expert sets the other experts' to zero; MatMul(outward) adds everything up. The last K columns
-   are ones before the mask and stand for the experts' biases, so no [T, H] tensor is gathered or added.
+2. `masked`, no dispatch: per map Gemm(tokens, inward) gives the shared and all experts' coefficients [T, r + K q + K]; Where
+   with the mask row of the token's expert sets the other experts' to zero (a product would make NaN of an overflow);
+   MatMul(outward) adds everything up. The last K columns are ones before the mask and stand for the experts' biases, so no
+   [T, H] tensor is gathered or added.
 3. `sorted`: tokens grouped by expert (see `dispatch`), per expert the same two products on constant slices (shared rows and its
    own). Only the token's own expert is computed.
 4. Slices, zeros and masks are constants or constant expressions of initialisers, which runtimes fold at load: the file keeps
@@ -23,9 +24,9 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from exporter.passes.activation import activation as activate
 from exporter.passes.dispatch import by_expert
 from exporter.passes.tape import Tape
-from exporter.passes.tape import activation as activate
 from plugins.contract import DOMAIN
 
 OP_TYPE = "ClearFfn"
@@ -101,9 +102,9 @@ def _route(tape: Tape, tokens: ir.Value, inputs: dict[str, ir.Value | None]) -> 
 
 
 def _mask(rank: int, residual: int, experts: int) -> np.ndarray:
-    """Rows [K, r + K q + K]: ones for the shared part, for the expert's own coefficients and for its bias."""
-    own = np.eye(experts, dtype=np.float32)
-    return np.concatenate([np.ones((experts, rank), np.float32), own.repeat(residual, axis=1), own], axis=1)
+    """Rows [K, r + K q + K]: true for the shared part, for the expert's own coefficients and for its bias."""
+    own = np.eye(experts, dtype=np.bool_)
+    return np.concatenate([np.ones((experts, rank), np.bool_), own.repeat(residual, axis=1), own], axis=1)
 
 
 def _masked(
@@ -120,12 +121,13 @@ def _masked(
         empty = tape.constant(np.zeros((experts, width), dtype), f"{name}_no_input")
         inward = tape.op("Concat", [stored, empty], axis=0, name=f"{name}_inward")[0]
         outward = tape.op("Concat", [inputs[f"{name}_out"], inputs[f"{name}_bias"]], axis=0, name=f"{name}_outward")[0]
-        table = tape.constant(_mask(rank, residual, experts).astype(dtype), f"{name}_mask")
+        table = tape.constant(_mask(rank, residual, experts), f"{name}_mask")
         coefficients = tape.op("Gemm", [rows, inward, tape.constant(ones, f"{name}_ones")], transB=1)[0]
-        kept = tape.op("Mul", [coefficients, tape.op("Gather", [table, route], axis=0)[0]])[0]
+        none = tape.constant(np.array(0, dtype), "nothing")
+        kept = tape.op("Where", [tape.op("Gather", [table, route], axis=0)[0], coefficients, none])[0]
         rows = tape.op("MatMul", [kept, outward], name="result" if name == "down" else "")[0]  # rule 5
         if name == "up":
-            rows = activate(tape, rows, activation)
+            rows = activate(tape, rows, activation, stored.dtype)
     return rows
 
 
@@ -133,6 +135,10 @@ def _sorted(
     tape: Tape, tokens: ir.Value, route: ir.Value, inputs: dict[str, ir.Value | None], ranks: list[int], activation: str
 ) -> ir.Value:
     """Rule 3."""
+
+    stored = inputs["up_in"]
+    assert stored is not None and stored.dtype is not None, "weights are initialisers, their types are known"
+    dtype = stored.dtype
 
     def body(expert: int, rows: ir.Value) -> ir.Value:
         for position, name in enumerate(("up", "down")):
@@ -145,7 +151,7 @@ def _sorted(
             rows = tape.op("Gemm", [rows, inward], transB=1)[0]
             rows = tape.op("Gemm", [rows, outward, bias])[0]
             if name == "up":
-                rows = activate(tape, rows, activation)
+                rows = activate(tape, rows, activation, dtype)
         return rows
 
     return by_expert(tape, tokens, route, _shape(inputs["up_bias"])[0], body, name="result")  # rule 5

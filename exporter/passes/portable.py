@@ -7,8 +7,9 @@ Rules, in the order of the emitted nodes:
 3. `grouped`: per expert Gemm(up) -> activation -> Gemm(down) on its own tokens (see `dispatch`), on constant slices of the
    shared stores. The slices are Gathers of initialisers, which ONNX Runtime folds when it loads the graph: the file keeps one
    copy of each neuron. top_k > 1: sum a token's slots.
-4. `masked`: one pair of Gemm over the union of the neurons, the activations of those that the token's expert lacks set to
-   zero. Costs the union, but reads each weight once.
+4. `masked`: one pair of Gemm over the union of the neurons; those that the token's expert lacks are set to zero before the
+   activation, which leaves zero as it is: a product with 0 would turn one that overflowed into NaN. Costs the union, but reads
+   each weight once.
 5. With top_k = 1 and so many experts that one image leaves fewer than `MIN_ROWS` tokens an expert, an `If` on the number of
    tokens takes the masked form below `MIN_ROWS` an expert, the grouped form above. Otherwise the grouped form stands alone.
 6. Restore x's shape.
@@ -24,8 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from exporter.passes.activation import activation
 from exporter.passes.dispatch import by_expert
-from exporter.passes.tape import Tape, activation
+from exporter.passes.tape import Tape
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MIN_ROWS = 12  # tokens an expert from which the grouped form is faster (docs/results/cpu.md)
@@ -44,6 +46,12 @@ class _Layer:
     @property
     def experts(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def dtype(self) -> ir.DataType:
+        up = self.inputs["w_up"]
+        assert up is not None and up.dtype is not None, "the weights are initialisers"
+        return up.dtype
 
     def kept(self, expert: int) -> np.ndarray:
         return self.neurons[self.offsets[expert] : self.offsets[expert + 1]].astype(np.int64)
@@ -131,7 +139,7 @@ def _grouped(tape: Tape, layer: _Layer, tokens: ir.Value, routes: ir.Value, dim:
         row = tape.constant(np.array(expert, np.int64), f"int_{expert}")
         up, b_up, down = (tape.op("Gather", [inputs[n], kept], axis=0)[0] for n in ("w_up", "b_up", "w_down"))
         b_out = tape.op("Gather", [inputs["b_out"], row], axis=0)[0]
-        hidden = activation(tape, tape.op("Gemm", [group, up, b_up], transB=1)[0], layer.activation)
+        hidden = activation(tape, tape.op("Gemm", [group, up, b_up], transB=1)[0], layer.activation, layer.dtype)
         return tape.op("Gemm", [hidden, down, b_out])[0]
 
     slots = by_expert(tape, tokens, routes, layer.experts, body, layer.top_k, name if layer.top_k == 1 else "slots")
@@ -145,13 +153,14 @@ def _masked(tape: Tape, layer: _Layer, tokens: ir.Value, routes: ir.Value) -> ir
     """Rule 4, top_k = 1."""
     inputs = layer.inputs
     up = inputs["w_up"]
-    assert up is not None and up.shape is not None and up.dtype is not None, "the weights are initialisers"
-    table = np.zeros((layer.experts, int(up.shape[0])), up.dtype.numpy())  # type: ignore[arg-type]
+    assert up is not None and up.shape is not None, "the weights are initialisers"
+    table = np.zeros((layer.experts, int(up.shape[0])), np.bool_)  # type: ignore[arg-type]
     for expert in range(layer.experts):
-        table[expert, layer.kept(expert)] = 1
-    hidden = activation(tape, tape.op("Gemm", [tokens, up, inputs["b_up"]], transB=1)[0], layer.activation)
-    mask = tape.op("Gather", [tape.constant(table, "mask"), routes], axis=0)[0]
-    product = tape.op("MatMul", [tape.op("Mul", [hidden, mask])[0], inputs["w_down"]])[0]
+        table[expert, layer.kept(expert)] = True
+    kept = tape.op("Gather", [tape.constant(table, "mask"), routes], axis=0)[0]
+    none = tape.constant(np.array(0, layer.dtype.numpy()), "nothing")
+    before = tape.op("Where", [kept, tape.op("Gemm", [tokens, up, inputs["b_up"]], transB=1)[0], none])[0]
+    product = tape.op("MatMul", [activation(tape, before, layer.activation, layer.dtype), inputs["w_down"]])[0]
     return tape.op("Add", [product, tape.op("Gather", [inputs["b_out"], routes], axis=0)[0]])[0]
 
 
@@ -167,7 +176,5 @@ def _either(tape: Tape, layer: _Layer, tokens: ir.Value, routes: ir.Value, dim: 
 
 
 def _branch(tape: Tape, layer: _Layer, y: ir.Value, nodes: list[ir.Node], dim: int, name: str) -> ir.Graph:
-    weights = layer.inputs["w_up"]
-    assert weights is not None and weights.dtype is not None, "the weights are initialisers"
-    y.type, y.shape = ir.TensorType(weights.dtype), ir.Shape([None, dim])
+    y.type, y.shape = ir.TensorType(layer.dtype), ir.Shape([None, dim])
     return ir.Graph([], [y], nodes=nodes, name=f"{tape.prefix}/{name}")

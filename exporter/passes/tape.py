@@ -59,16 +59,3 @@ class Tape:
         node.outputs[0].name = f"{self.prefix}/{name}"
         self.place(node)
         return node.outputs[0]
-
-
-def activation(tape: Tape, x: ir.Value, kind: str) -> ir.Value:
-    """`gelu`, `gelu_tanh`, `relu` or `silu` of x; `ValueError` for another."""
-    if kind == "gelu":
-        return tape.op("Gelu", [x], approximate="none")[0]
-    if kind == "gelu_tanh":
-        return tape.op("Gelu", [x], approximate="tanh")[0]
-    if kind == "relu":
-        return tape.op("Relu", [x])[0]
-    if kind == "silu":
-        return tape.op("Mul", [x, tape.op("Sigmoid", [x])[0]])[0]
-    raise ValueError(f"unknown activation {kind!r}; expected gelu, gelu_tanh, relu or silu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moee.activations import activate
 from moee.calibration import CHUNK, as_tokens
 from moee.clear_moe.analysis import Analysis
 from moee.clear_moe.config import ClearConfig
@@ -16,7 +17,7 @@ from moee.clear_moe.decompose import (
     up_metric,
 )
 from moee.clear_moe.layer import ClearFFN, ClearParts
-from moee.models import activate, replace_module
+from moee.models import replace_module
 from moee.progress import Reporter
 
 

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moee.activations import activate
 from moee.calibration import CHUNK, hidden_activations
 from moee.clear_moe.dispatch import Factors
 from moee.errors import UserError
-from moee.models import FFN, activate
+from moee.models import FFN
 
 METRIC_TOKENS = 4096  # that the up map's metric is averaged over
 FLOOR = 1e-9  # of the largest eigenvalue: below, a direction of the metric counts as that large, so that it can be inverted

@@ -138,9 +138,9 @@ class Masked:
         bias = factors.bias.index_select(0, plan.routes)
         if not factors.residual:
             return bias
-        mask = torch.nn.functional.one_hot(plan.routes, plan.experts).to(rows.dtype)
+        others = torch.nn.functional.one_hot(plan.routes, plan.experts) == 0
         coefficients = (rows @ factors.inward[factors.rank :].T).view(len(rows), plan.experts, factors.residual)
-        return torch.addmm(bias, (coefficients * mask[:, :, None]).flatten(1), factors.outward[factors.rank :])
+        return torch.addmm(bias, coefficients.masked_fill(others[:, :, None], 0).flatten(1), factors.outward[factors.rank :])
 
     def combine(self, rows: Tensor, plan: Plan) -> Tensor:
         return rows

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moee.activations import activate, find_activation
 from moee.clear_moe import ops
 from moee.clear_moe.dispatch import Factors, apply_ffn, backend
 from moee.clear_moe.routers import Router
 from moee.errors import UserError
 from moee.layer import RoutedLayer
-from moee.models import activate
 
 PARTS = (
     "router", "router_bias", "router_hidden", "router_hidden_bias",
@@ -53,7 +53,8 @@ class ClearFFN(RoutedLayer):
 
     def __init__(self, parts: ClearParts, channels_first: bool = False):
         super().__init__()
-        self.activation, self.top_k, self.channels_first, self.backend = parts.activation, 1, channels_first, "sorted"
+        self.activation, self.top_k = find_activation(parts.activation).name, 1
+        self.channels_first, self.backend = channels_first, "sorted"
         self.ranks = (parts.up.rank, parts.up.residual, parts.down.rank, parts.down.residual)
         for name, factors in (("up", parts.up), ("down", parts.down)):
             self._check(name, factors, parts.router.experts)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moee.activations import activate
 from moee.clear_moe.dispatch import Factors, Masked, apply_ffn
 from moee.clear_moe.routers import Router
-from moee.models import activate
 
 
 @torch.library.custom_op("moee::clear_ffn", mutates_args=())

@@ -76,7 +76,11 @@ bool readActivation(PluginFieldCollection const* fields, int32_t& out, std::stri
             return true;
         }
     }
-    why = "attribute activation must be gelu, gelu_tanh, relu or silu; came \"" + text.substr(0, 32) + "\"";
+    why = "attribute activation must be one of";
+    for (char const* const known : kActivations) {
+        why += std::string(known == kActivations.front() ? " " : ", ") + known;
+    }
+    why += "; came \"" + text.substr(0, 32) + "\"";
     return false;
 }
 

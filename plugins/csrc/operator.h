@@ -21,7 +21,7 @@ enum Input : int32_t { kInX, kInRouter, kInRouterBias, kInWUp, kInBUp, kInWDown,
 constexpr int32_t kInputs = 9;
 constexpr int32_t kOutputs = 1;
 
-constexpr std::array<char const*, 4> kActivations{"gelu", "gelu_tanh", "relu", "silu"};  // the kernels' codes 0..3
+constexpr std::array<char const*, 5> kActivations{"gelu", "gelu_tanh", "relu", "silu", "quick_gelu"};  // the kernels' codes
 constexpr int32_t kDimMultiple = 16;  // of D, so that every row starts on a 16-byte boundary
 
 struct Attributes {

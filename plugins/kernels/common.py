@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -12,20 +14,28 @@ from plugins.contract import ACTIVATIONS
 LOOKUP = tl.constexpr(64)
 
 
+REFERENCES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "quick_gelu": lambda v: v * torch.sigmoid(1.702 * v),
+}
+
+
 def activate_reference(value: torch.Tensor, activation: int) -> torch.Tensor:
-    """`value` any shape, any float type; `activation` an index into `contract.ACTIVATIONS`."""
-    functions = {
-        "gelu": lambda v: F.gelu(v),
-        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-        "relu": F.relu,
-        "silu": F.silu,
-    }
-    return functions[ACTIVATIONS[activation]](value)
+    """`value` any shape, any float type; `activation` an index into `contract.ACTIVATIONS`, `ValueError` for another."""
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise ValueError(f"activation must be an index into {ACTIVATIONS}, got {activation}")
+    return REFERENCES[ACTIVATIONS[activation]](value)
 
 
 @triton.jit
 def activate(value, activation):
-    """Float32 block in, float32 block out. `activation` is the same for all programs, so the branch costs one test."""
+    """Float32 block in, float32 block out. `activation` is the same for all programs, so the branch costs one test.
+
+    A code that the contract lacks gives NaN, never another function; `dispatch` and the plugin refuse it before a launch.
+    """
     if activation == 0:
         result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
     elif activation == 1:
@@ -35,8 +45,12 @@ def activate(value, activation):
     elif activation == 2:
         # Not maximum(value, 0): that would turn a NaN into 0.
         result = tl.where(value < 0.0, 0.0, value)
-    else:
+    elif activation == 3:
         result = value * tl.sigmoid(value)
+    elif activation == 4:
+        result = value * tl.sigmoid(1.702 * value)
+    else:
+        result = value * float("nan")
     return result
 
 

@@ -9,10 +9,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 
-from exporter.onnx_export import export, portable_form
+from exporter.onnx_export import export, portable_form, to_onnx
 from exporter.parity import check_parity
 from exporter.passes.clear import OP_TYPE, lower_clear_ffn
+from exporter.passes.name_routes import name_routed_nodes
+from exporter.precision import typed
 from moee import checkpoint
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
@@ -51,6 +54,7 @@ CASES = {
     "residual in one map": dict(ranks=(6, 0, 5, 3)),
     "silu": dict(activation="silu"),
     "relu": dict(activation="relu"),
+    "quick gelu": dict(activation="quick_gelu"),
     "idle expert": dict(experts=8),
 }
 
@@ -75,6 +79,30 @@ def test_lowered_layer_matches_torch(case):
         tokens = x.reshape(batch, 3, 16)
         np.testing.assert_allclose(got, layer(tokens).detach().numpy(), rtol=1e-4, atol=1e-5)
         assert (routes == layer.routes(tokens)[:, 0].numpy()).all()
+
+
+@pytest.mark.parametrize("side", ["up", "down"])
+def test_another_experts_overflow_in_half_precision_is_zero(side):
+    """In the masked form every token meets every expert's coefficients."""
+    layer = random_layer(experts=2)
+    rank, residual = layer.ranks[:2] if side == "up" else layer.ranks[2:]
+    with torch.no_grad():
+        layer.router.zero_()
+        layer.router_bias.copy_(torch.tensor([1.0, 0.0]))  # all tokens go to expert 0
+        layer.up_bias.add_(5)  # positive hidden values
+        getattr(layer, f"{side}_in")[rank + residual :] = 3e4
+    graph = to_onnx(typed(one_layer.OneLayer(layer, 16), torch.float16), (3, 4, 4))
+    name_routed_nodes(graph, ["layer"])
+    assert lower_clear_ffn(graph, "masked") == 1
+    x = torch.randn(1, 3, 4, 4).abs() + 1
+    with np.errstate(over="ignore"):  # ONNX Runtime's CPU provider works in float32 throughout and would not overflow
+        (got,) = ReferenceEvaluator(ir.to_proto(graph)).run(None, {"input": x.numpy()})
+    assert np.isfinite(got).all()
+    tokens = x.reshape(1, 3, 16)
+    np.testing.assert_allclose(got, layer(tokens).detach().numpy(), rtol=0.02, atol=0.05)
+    half = copy.deepcopy(layer).half()
+    half.backend = "masked"
+    assert half(tokens.half()).isfinite().all()
 
 
 @pytest.fixture(scope="module")

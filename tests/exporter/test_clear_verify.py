@@ -190,7 +190,7 @@ def test_typed_exports_pass_and_their_damage_is_caught(mixed, tmp_path, precisio
     folder = mixed.copy(tmp_path / "export", precision)
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     types = {t.name: t.data_type for t in onnx.load(folder / "tensorrt.onnx", load_external_data=False).graph.initializer}
-    for part, wanted in (("up_mask", half), ("down_ones", half)):
+    for part, wanted in (("up_mask", onnx.TensorProto.BOOL), ("down_ones", half)):
         assert types[f"{SORTED}/{part}"] == wanted
     assert {types[n] for n in types if n.endswith(("router_bias", "router_hidden_bias"))} == {onnx.TensorProto.FLOAT}
     onnx.checker.check_model(str(folder / "portable.onnx"), full_check=True)

@@ -12,7 +12,8 @@ def act(x: torch.Tensor, kind: str) -> torch.Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     if kind == "relu":
         return x.clamp(min=0)
-    return x / (1 + torch.exp(-x))
+    slope = {"silu": 1.0, "quick_gelu": 1.702}[kind]
+    return x / (1 + torch.exp(-slope * x))
 
 
 def routed_ffn(x, router, router_bias, w_up, b_up, w_down, b_out, neurons, offsets, activation, top_k):

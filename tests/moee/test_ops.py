@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moee import ops
+from moee.activations import ACTIVATIONS
 from moee.layer import Experts, RoutedFFN
 from moee.routing import route
 from tests.moee.reference import random_problem, routed_ffn
@@ -36,7 +37,7 @@ def test_matches_nested_loops(case, top_k):
     torch.testing.assert_close(call(p).double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     p = random_problem(20, 16, 32, [10, 20], activation=activation)
     torch.testing.assert_close(call(p).double(), routed_ffn(*p.values())[0], rtol=1e-4, atol=1e-5)
@@ -180,7 +181,7 @@ def test_training_under_a_mask_is_the_same_function(case, top_k):
         torch.testing.assert_close(got[name], gradient, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_mask_hides_overflow_in_neurons_that_no_expert_keeps(activation):
     p = random_problem(12, 16, 32, [10, 20], activation=activation)
     dropped = sorted(set(range(32)) - set(p["neurons"].tolist()))

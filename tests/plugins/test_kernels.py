@@ -246,7 +246,7 @@ def test_dispatch_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="multiple of 16"):
         dispatch.run(NAMES["tile16"], {**inputs, "x": inputs["x"][:, :100]})
     with pytest.raises(ValueError, match="activation must be"):
-        dispatch.run(NAMES["tile16"], inputs, activation=4)
+        dispatch.run(NAMES["tile16"], inputs, activation=len(ACTIVATIONS))
 
 
 @pytest.mark.slow

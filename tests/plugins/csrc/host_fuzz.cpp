@@ -75,7 +75,7 @@ std::vector<Owned> randomFields(Random& random) {
     std::vector<std::string> const names{"activation", "top_k", "max_width", "load", "plugin_version", "plugin_namespace", "type",
         "dim", "experts", "union_size", "kernels", "", "unknown", std::string(3000, 'n')};
     if (chance(random, 60)) {
-        fields = {text("activation", pick<std::string>(random, {"gelu", "gelu_tanh", "relu", "silu"})),
+        fields = {text("activation", pick<std::string>(random, {"gelu", "gelu_tanh", "relu", "silu", "quick_gelu"})),
             integers("top_k", {1}), integers("max_width", {40})};
     }
     for (auto more = random() % 6; more > 0; --more) {
