@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # before torch is imported: OpenMP threads that spin at barriers slow a shared machine down about fivefold
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if not ranks.follower():
+        logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
     args = build_parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     try:

@@ -29,7 +29,7 @@ class PhotoSet(TensorSet):
     """Crops of whole photographs, `photos` by name; crop i is of photograph i // (crops a photograph)."""
 
     def __init__(self, images: Tensor, photos: Sequence[str]):
-        super().__init__("photos", images, [-1] * len(images), 0)
+        super().__init__("photos", images, [-1] * len(images))
         self.photos = photos
 
     def picture(self, index: int) -> Image.Image | Tensor:

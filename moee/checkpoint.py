@@ -39,7 +39,8 @@ MAX_MLP_RATIO = 64  # hidden over token width; models have 4
 class MoeeModel:
     """A model with routed layers and everything that an artifact records about it.
 
-    `info` is free-form: the commands' results, such as metrics and per-layer reports.
+    `info` is free-form: the commands' results, such as metrics and per-layer reports. `classes` name what the outputs (the
+    probe's, where there is one) stand for; none where that is not known.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class MoeeModel:
     data: str
     probe: Probe | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     def dense(self) -> nn.Module:
         """The unmodified model that this one was extracted from."""
@@ -137,6 +139,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
             "model": moee.spec.model_dump(),
             "config": moee.config.model_dump(mode="json") if moee.config else None,
             "data": moee.data,
+            "classes": list(moee.classes),
             "layers": layer_records(moee.model),
             "attention": attention_records(moee.model),
             "info": moee.info,
@@ -177,7 +180,16 @@ def load(path: Path | str) -> MoeeModel:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
-    return MoeeModel(model.eval(), spec, config, data, _probe(path / PROBE, model), info)
+    probe = _probe(path / PROBE, model)
+    return MoeeModel(model.eval(), spec, config, data, probe, info, _classes(body.classes, model, probe, path))
+
+
+def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path) -> tuple[str, ...]:
+    """The manifest's classes. Raises `UserError` unless there is one for each output."""
+    told = len(probe.bias) if probe is not None else getattr(model, "num_classes", 0)
+    if names and len(names) != told:
+        raise UserError(f"{path / MANIFEST} names {len(names)} classes, the model tells {told} apart; make the artifact again")
+    return tuple(names)
 
 
 def recorded_data(source: str) -> str:

@@ -32,7 +32,7 @@ class Collages(ImageSet):
     """
 
     def __init__(self, data: ImageSet, transform: Transform, count: int, seed: int, among: Sequence[int] | None = None):
-        super().__init__(f"collages of {data.name}", [-1] * (len(data) * count), data.num_classes)
+        super().__init__(f"collages of {data.name}", [-1] * (len(data) * count), data.classes)
         self.data, self.transform, self.seed, self.workers = data, transform, seed, data.workers
         self.among = range(len(data)) if among is None else among
 

@@ -1,17 +1,16 @@
 """Images for calibration, fine-tuning and accuracy: two built-in sets, image folders, any `timm.data` dataset.
 
-Every dataset yields `(index, image [C, H, W] float32 or None, label)`: None marks an unreadable file, label -1 no label.
+Every dataset yields `(index, image [C, H, W] float32 or why it cannot be read, label)`; label -1 is no label.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm.data
 import torch
@@ -20,16 +19,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
+from moee.class_names import MAX_NAMED, Labels, Numbering, class_name, listed, number_classes
 from moee.distributed import Group
 from moee.errors import UserError
 from moee.models import Shape
+from moee.progress import Reporter, silent
 from moee.schema import shown
 
 log = logging.getLogger("moee")
 
-FOLDER_HELD_OUT = 0.2
-VALIDATION_FOLDERS = ("val", "validation", "test")
+HELD_OUT = 0.2  # of a source that is not divided
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what decoders raise
+MAX_RESIZED_PIXELS, MAX_RATIO = 1 << 26, 16  # of one picture after its resize: 200 MB; or so many times longer than wide
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class Transform:
 
     def _scale(self) -> tuple[Tensor, Tensor]:
         return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
+
+    def refuse_oblong(self, width: int, height: int) -> None:
+        """Raise `ValueError` for a picture so long and narrow that its shorter side's resize would fill the memory."""
+        if self.config.get("crop_mode") == "squash":
+            return
+        share = self.config.get("crop_pct") or timm.data.DEFAULT_CROP_PCT
+        rows, columns = (side / share for side in self.shape[1:])
+        resized = width * height * max(rows / height, columns / width) ** 2
+        if resized > max(MAX_RESIZED_PIXELS, MAX_RATIO * rows * columns):
+            raise ValueError(f"its {width} x {height} pixels would be resized to {resized / 1e6:.0f} million")
 
     def picture(self, image: Image.Image | Tensor) -> Image.Image:
         """What `ImageSet.picture` gives, as an RGB picture."""
@@ -85,20 +96,60 @@ class Batch:
 
 
 class ImageSet(Dataset):
-    """Images with a name, an optional label each and a transform. Subclasses implement `load`.
+    """Images with a name, a label each and a transform. Subclasses implement `load`.
 
-    `workers`: processes that read and decode ahead; 0 does it in between.
+    Label i means `classes[i]`, -1 no class; `classes` are names, or how many there are where they have none but their numbers.
+    `notes`: sentences about what was left out or guessed. `workers`: processes that read and decode ahead; 0 does it in between.
     """
 
     workers = 0
+    notes: tuple[str, ...] = ()
 
-    def __init__(self, name: str, labels: list[int], num_classes: int):
-        self.name, self.labels, self.num_classes = name, labels, num_classes
+    def __init__(self, name: str, labels: list[int], classes: Sequence[str] | int = ()):
+        self.name, self.labels = name, labels
+        self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
         self.skipped: dict[int, str] = {}
 
     @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
     def labelled(self) -> bool:
-        return self.num_classes > 1
+        """Whether any image has one of several classes."""
+        return self.num_classes > 1 and any(label >= 0 for label in self.labels)
+
+    def counts(self) -> dict[str, int]:
+        """Images of every class that has any."""
+        counted = Counter(self.labels)
+        return {name: counted[number] for number, name in enumerate(self.classes) if counted[number]}
+
+    def summary(self, split: str) -> str:
+        """What was read, as a phrase: "val: 96 images, 3 classes (no 'tulip')"."""
+        text, have = f"{split}: {len(self)} {'image' if len(self) == 1 else 'images'}", self.counts()
+        if not self.labelled:
+            return f"{text}, unlabelled"
+        missing = [name for name in self.classes if name not in have]
+        if len(missing) <= max(MAX_NAMED, len(have)):
+            text += f", {len(have)} classes" + (f" (no {listed(missing)})" if missing else "")
+        else:
+            text += f", {len(have)} of {len(self.classes)} classes"
+        unlabelled = len(self) - sum(have.values())
+        return text + (f", {unlabelled} without a label" if unlabelled else "")
+
+    def facts(self) -> dict[str, Any]:
+        """The same for a manifest, and the names of what could not be read."""
+        have = self.counts()
+        unlabelled = len(self) - sum(have.values())
+        return {"images": len(self), "classes": len(have), "unlabelled": unlabelled, "skipped": list(self.skipped.values())}
+
+    def renumber(self, classes: Sequence[str], number: Callable[[str], int]) -> dict[str, int]:
+        """Label the images by other `classes`, in which a name has a `number` or -1; what has none, with its images."""
+        before = self.counts()
+        table = {old: number(name) for old, name in enumerate(self.classes)}
+        self.labels = [table.get(label, -1) for label in self.labels]
+        self.classes = tuple(classes)
+        return {name: count for name, count in before.items() if number(name) < 0}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,18 +168,18 @@ class ImageSet(Dataset):
         """What tells this data set from another one of the same name and labels; a resumed run compares it."""
         return b""
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | None, int]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
         try:
             return index, self.load(index), self.labels[index]
-        except UNREADABLE:
-            return index, None, self.labels[index]
+        except UNREADABLE as error:
+            return index, shown(" ".join(str(error).split()) or type(error).__name__, quoted=False), self.labels[index]
 
 
 class TensorSet(ImageSet):
     """Images that are in memory already: `images` [N, C, H, W] float32, normalised."""
 
-    def __init__(self, name: str, images: Tensor, labels: list[int], num_classes: int):
-        super().__init__(name, labels, num_classes)
+    def __init__(self, name: str, images: Tensor, labels: list[int], classes: Sequence[str] | int = ()):
+        super().__init__(name, labels, classes)
         self.images = images
 
     def load(self, index: int) -> Tensor:
@@ -136,40 +187,6 @@ class TensorSet(ImageSet):
 
     def content(self) -> bytes:
         return hashlib.sha256(self.images.contiguous().numpy().data).digest()
-
-
-class TimmSet(ImageSet):
-    """A `timm.data` map-style dataset, transformed as the model asks; `positions` selects images from it."""
-
-    def __init__(self, name: str, dataset: Any, positions: list[int], labels: list[int], num_classes: int):
-        super().__init__(name, labels, num_classes)
-        self.dataset, self.positions = dataset, positions
-
-    def load(self, index: int) -> Tensor:
-        position = self.positions[index]
-        if not hasattr(self.dataset, "reader"):
-            return self.dataset[position][0]
-        return self.dataset.transform(self._open(position))
-
-    def picture(self, index: int) -> Image.Image | Tensor:
-        position = self.positions[index]
-        return self._open(position) if hasattr(self.dataset, "reader") else self.load(index)
-
-    def _open(self, position: int) -> Image.Image:
-        # not dataset[position]: timm quietly returns the next image in the place of an unreadable one
-        handle, _ = self.dataset.reader[position]
-        return Image.open(handle).convert("RGB")
-
-    def content(self) -> bytes:
-        """Names and sizes of the files, where the reader lists them."""
-        samples = getattr(getattr(self.dataset, "reader", None), "samples", None)
-        paths = [str(samples[p][0]) for p in self.positions] if samples else []
-        facts = [f"{Path(path).name} {os.stat(path).st_size if os.path.isfile(path) else -1}" for path in paths]
-        return "\n".join(facts).encode()
-
-    def describe(self, index: int) -> str:
-        filename = getattr(self.dataset, "filename", None)
-        return str(filename(self.positions[index], absolute=True)) if filename else super().describe(index)
 
 
 def batches(
@@ -191,11 +208,11 @@ def listed_batches(
     loader = DataLoader(data, batch_sampler=lists, num_workers=count, collate_fn=list)  # type: ignore[arg-type]
     seen = 0
     for items in loader:
-        good = [(i, image, label) for i, image, label in items if image is not None]
+        good = [(i, image, label) for i, image, label in items if not isinstance(image, str)]
         for index, image, _ in items:
-            if image is None and index not in data.skipped:
+            if isinstance(image, str) and index not in data.skipped:
                 data.skipped[index] = data.describe(index)
-                log.warning("skipped unreadable image %s (%d so far)", data.skipped[index], len(data.skipped))
+                log.warning("skipped unreadable image %s (%d so far): %s", data.skipped[index], len(data.skipped), image)
         if good:
             seen += len(good)
             indices, images, labels = zip(*good, strict=True)
@@ -203,6 +220,19 @@ def listed_batches(
     if strict and not seen:
         first = next(iter(data.skipped.values()), data.name)
         raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
+
+
+def say_read(**splits: ImageSet) -> None:
+    """Log what was read, and what was left out or guessed."""
+    log.info("; ".join(data.summary(split) for split, data in splits.items()))
+    for note in dict.fromkeys(note for data in splits.values() for note in data.notes):
+        log.warning("%s", class_name(note))
+
+
+def skipped_line(*splits: ImageSet) -> str:
+    """What could not be read, as a sentence; empty if everything could."""
+    names = [name for data in splits for _, name in sorted(data.skipped.items())]
+    return f"skipped {len(names)} unreadable {'image' if len(names) == 1 else 'images'}: {listed(names, False)}" if names else ""
 
 
 def merge_skipped(data: ImageSet, group: Group) -> None:
@@ -220,53 +250,110 @@ def refuse_all_skipped(data: ImageSet) -> None:
         raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
 
 
-def load_data(source: str, transform: Transform, split: str = "train", seed: int = 0) -> ImageSet:
+def rgb(file: str | BinaryIO, transform: Transform) -> Image.Image:
+    """The picture in an image file. Raises one of `UNREADABLE`, before it takes memory where the header tells."""
+    with Image.open(file) as picture:
+        transform.refuse_oblong(*picture.size)
+        return picture.convert("RGB")
+
+
+def evaluation(transform: Transform) -> Callable[[Image.Image], Tensor]:
+    """What makes a model's input of a picture: timm's evaluation transform."""
+    return timm.data.create_transform(**{**transform.config, "input_size": transform.shape}, is_training=False)
+
+
+def divide(total: int, seed: int) -> dict[str, list[int]]:
+    """Positions of the training and the held-out part of a source without splits: a fifth, drawn with `seed`, is held out.
+    A single image is both."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, round(total * HELD_OUT)) if total > 1 else 0
+    return {"train": sorted(order[held_out:]), "val": sorted(order[:held_out] or order)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a source of images holds, before its classes are numbered: image sets that number their own names.
+
+    `divided`: it has splits of its own. `empty`: names of classes without images. `indices`: its names are class numbers.
+    `order`: all names as the source numbers them.
+    """
+
+    splits: dict[str, ImageSet]
+    divided: bool = True
+    empty: Sequence[str] = ()
+    indices: bool = False
+    order: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+def load_splits(
+    source: str, transform: Transform, seed: int = 0, classes: Sequence[str] | None = None, head_classes: int | None = None,
+    report: Reporter = silent,
+) -> tuple[ImageSet, ImageSet]:  # fmt: skip
+    """The training and the held-out images of a source, as `load_data`, their classes numbered alike."""
+    found = _numbered(_opened(source, transform, ("train", "val"), seed, report), classes, head_classes)
+    return found["train"], found["val"]
+
+
+def load_data(
+    source: str, transform: Transform, split: str = "train", seed: int = 0, classes: Sequence[str] | None = None,
+    head_classes: int | None = None, report: Reporter = silent,
+) -> ImageSet:  # fmt: skip
     """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string;
     `wds/FOLDER` is a folder of tar shards.
 
     `split` is `train` (calibration, fine-tuning) or `val` (held out). A folder is read as `train/` and `val/` below it
-    where they exist; otherwise a fifth of it, drawn with `seed`, is held out. Raises `UserError` for a source that is none
-    of these, an empty folder, or one whose images cannot be listed.
+    where they exist; otherwise a fifth of it, drawn with `seed`, is held out. Classes are numbered by `classes`, those of an
+    artifact, or alike in both splits, to fit the `head_classes` that a model tells apart (`class_names.number_classes`). Raises
+    `UserError` for a source that is none of these, an empty folder, or one whose images cannot be listed.
     """
     if split not in ("train", "val"):
         raise UserError(f"unknown split {split!r}; expected train or val")
+    return _numbered(_opened(source, transform, (split,), seed, report), classes, head_classes)[split]
+
+
+def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:
+    """A source with at least these splits."""
     if source == "digits" or source.partition(":")[0] == "photos":
         from moee import built_in
 
-        return built_in.digits(transform, split) if source == "digits" else built_in.photos(source, transform, split, seed)
+        if source == "digits":
+            return Source({split: built_in.digits(transform, split) for split in splits})
+        return Source({split: built_in.photos(source, transform, split, seed) for split in splits})
     if source.startswith("wds/"):
         from moee.shards import open_shards
 
-        return open_shards(source, transform, split, seed)
-    return _folder(source, transform, split, seed)
+        return open_shards(source, transform, seed)
+    from moee import folders, timm_sets
+
+    if timm_sets.named(source):
+        return timm_sets.open_timm(source, transform)
+    return folders.open_folder(source, transform, seed, report)
 
 
-def _folder(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
-    root, name, part = Path(source), "", None
-    if "/" in source and not root.exists() and source.split("/")[0] in ("torch", "tfds", "hfds", "hfids"):
-        name, root, part = source, Path("."), "train" if split == "train" else "validation"
-    elif not root.is_dir():
-        raise UserError(f"data {source!r}: expected digits, photos, an image folder or a timm.data dataset string")
-    divided = not name and (root / "train").is_dir() and any((root / v).is_dir() for v in VALIDATION_FOLDERS)
-    if divided:
-        root /= "train" if split == "train" else next(v for v in VALIDATION_FOLDERS if (root / v).is_dir())
-    try:
-        kwargs: dict[str, Any] = {"split": part} if part else {}
-        dataset: Any = timm.data.create_dataset(name, root=str(root), **kwargs)
-        total = len(dataset)
-    except Exception as error:  # readers of many libraries, each with errors of its own
-        reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
-        raise UserError(f"data {source!r}: no images found ({reason}); expected image files below it") from error
-    dataset.transform = timm.data.create_transform(
-        **{**transform.config, "input_size": transform.shape}, is_training=False
-    )
-    reader: Any = getattr(dataset, "reader", None)
-    targets = [int(t) for _, t in reader.samples] if hasattr(reader, "samples") else [-1] * total
-    classes = len(set(targets))
-    positions = list(range(total))
-    if not divided and not part:
-        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = max(1, round(total * FOLDER_HELD_OUT)) if total > 1 else 0
-        positions = sorted(shuffled[held_out:] if split == "train" else shuffled[:held_out] or shuffled)
-    labels = [targets[p] if classes > 1 else -1 for p in positions]
-    return TimmSet(source, dataset, positions, labels, classes if classes > 1 else 0)
+def _numbered(source: Source, classes: Sequence[str] | None, head_classes: int | None) -> dict[str, ImageSet]:
+    """The splits with one numbering; what was guessed or has no number is in their notes."""
+    counts = {split: data.counts() for split, data in source.splits.items()}
+    train, val = counts.get("train", {}), counts.get("val", {})
+    if not source.divided:
+        train = val = {**val, **train}
+    if classes is not None:
+        numbering, number, notes = Numbering(tuple(classes)), Labels(classes).number, list(source.notes)
+        if source.indices and not any(name.isdecimal() for name in classes):
+            number = lambda name: int(name) if int(name) < len(classes) else -1  # noqa: E731
+            notes.append(f"class numbers are taken as positions in the model's {len(classes)} classes")
+    else:
+        numbering = number_classes(train, val, source.empty, head_classes, source.indices, source.order)
+        number, notes = Labels(numbering.classes).number, [*source.notes, *numbering.notes]
+    for split, data in source.splits.items():
+        unknown = data.renumber(numbering.classes, number)
+        if unknown and numbering.classes:
+            which = f"none of the model's {len(numbering.classes)} classes" if classes is not None else f"in {split} alone"
+            plural, images = len(unknown) > 1, sum(unknown.values())
+            notes.append(f"{listed(list(unknown))} {'are' if plural else 'is'} {which}: {images} images of {split} have no label")
+    known = [name for name in val if name not in train and number(name) >= 0] if classes is None and train else []
+    if known:
+        notes.append(f"only val has images of {listed(known)} ({sum(val[name] for name in known)})")
+    for data in source.splits.values():
+        data.notes = tuple(notes)
+    return source.splits

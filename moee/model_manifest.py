@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
 
+from moee.class_names import MAX_CLASSES
 from moee.models import ModelSpec
 from moee.schema import Body, Text
 
@@ -57,12 +58,23 @@ class AttentionRecord(BaseModel):
     v: StrictInt = Field(ge=1, le=MAX_HEAD)
 
 
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("expected names that differ")
+    return names
+
+
+# what labels are numbered by: written into configurations of other programs, hence checked as texts
+Classes = Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_CLASSES), AfterValidator(_distinct)]
+
+
 class Manifest(Body):
     """The body of `moee.json`."""
 
     model: ModelSpec
     config: dict[str, Any] | None
     data: Text
+    classes: Classes = []
     layers: list[dict[str, Any]] = Field(min_length=1)
     attention: list[AttentionRecord] = []
     info: Info

@@ -20,7 +20,7 @@ from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract
-from moee.data import ImageSet, load_data, model_transform
+from moee.data import ImageSet, load_splits, model_transform, say_read
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention, run
@@ -47,21 +47,27 @@ def is_classifier(model: nn.Module) -> bool:
 
 
 class Session:
-    """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once."""
+    """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once.
+
+    `classes`: those of an artifact, by which the images are labelled; else the folders' own.
+    """
 
     def __init__(
-        self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0
-    ):
+        self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
+        classes: Sequence[str] = (),
+    ):  # fmt: skip
         self.spec, self.source, self.report, self.group = spec, source, report, group
         with group.agreed():
             self.dense = load_model(spec)
             self.transform = model_transform(self.dense)
-            self.train = load_data(source, self.transform, "train", seed)
-            self.held_out = load_data(source, self.transform, "val", seed)
+            head = getattr(self.dense, "num_classes", 0) or None
+            self.train, self.held_out = load_splits(source, self.transform, seed, classes or None, head, report)
             self.train.workers = self.held_out.workers = workers
         share_dense(self.dense, group)
         for data in (self.train, self.held_out):
             check_same_data(data, group)
+        if group.leader:
+            say_read(train=self.train, val=self.held_out)
         self._reference: Outputs | None = None
         self._train_outputs: Outputs | None = None
         self._narrowed: dict[tuple[Any, ...], nn.Module] = {}
@@ -101,6 +107,15 @@ class Session:
             share_attention(model, self.group)
             self._narrowed[key] = model
         return self._narrowed[key]
+
+    def classes(self, probe: Probe | None) -> tuple[str, ...]:
+        """Names of what the model's outputs, or the probe's, stand for; none where the images' classes do not fit them."""
+        told = len(probe.bias) if probe is not None else getattr(self.dense, "num_classes", 0)
+        return self.train.classes if len(self.train.classes) == told else ()
+
+    def data_facts(self) -> dict[str, Any]:
+        """What was read, for a manifest."""
+        return {"train": self.train.facts(), "val": self.held_out.facts(), "notes": list(self.train.notes)}
 
     def _run(self, model: nn.Module, data: ImageSet, message: str) -> Outputs:
         return run(model, data, self.report, message, group=self.group)
@@ -157,11 +172,12 @@ def run_extract(
         "stages": {"extracted": {**measured, "seconds": seconds}},
         "layers": [layer.to_json() for layer in layers],
         "skipped_images": list(session.train.skipped.values()),
+        "data_read": session.data_facts(),
     }
     narrowed = attention_figures(model, session.dense, session.transform.shape)
     if narrowed:
         info["attention"] = [asdict(layer) for layer in narrowed]
-    moee = MoeeModel(model.eval(), spec, config, source, probe, info)
+    moee = MoeeModel(model.eval(), spec, config, source, probe, info, session.classes(probe))
     _save(moee, out, force, group)
     return moee
 
@@ -196,7 +212,7 @@ def run_finetune(
             )
         recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
     seed = moee.config.seed if moee.config else 0
-    session = session or Session(moee.spec, recorded, seed, report, group, workers)
+    session = session or Session(moee.spec, recorded, seed, report, group, workers, moee.classes)
     resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
     teacher = session.train_outputs.features

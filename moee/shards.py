@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from moee.artifact import read_json, stays_inside
-from moee.data import FOLDER_HELD_OUT, ImageSet, Transform
+from moee.data import ImageSet, Source, Transform, divide, evaluation, rgb
 from moee.errors import MissingDependency, UserError
 
 PREFIX = "wds/"
 INFO = ("_info.json", "info.json")
 SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
-MAX_LABEL_BYTES = 32
+MAX_LABEL_BYTES, MAX_LABEL = 32, (1 << 31) - 1
 OPEN_FILES = 8
 
 
@@ -38,19 +38,22 @@ Member = tuple[int, int, int, int]  # number of the shard, first byte, bytes, la
 class ShardSet(ImageSet):
     """Images of tar shards in the order in which the shards hold them."""
 
-    def __init__(self, name: str, shards: list[Path], members: Tensor, transform: Any, num_classes: int):
-        super().__init__(name, members[:, 3].tolist() if num_classes > 1 else [-1] * len(members), num_classes)
-        self.shards, self.transform = shards, transform
+    def __init__(
+        self, name: str, shards: list[Path], members: Tensor, numbers: list[int], classes: list[str], transform: Transform
+    ):  # fmt: skip
+        places = {number: position for position, number in enumerate(numbers)}
+        super().__init__(name, [places.get(label, -1) for label in members[:, 3].tolist()], classes)
+        self.shards, self.transform, self.prepare = shards, transform, evaluation(transform)
         self.places = members[:, :3].clone()  # int64 [N, 3]: shard, first byte, bytes; 24 bytes an image
         self._open: dict[int, int] = {}
 
     def load(self, index: int) -> Tensor:
-        return self.transform(self.picture(index))
+        return self.prepare(self.picture(index))
 
     def picture(self, index: int) -> Image.Image:
         shard, offset, size = self.places[index].tolist()
         raw = os.pread(self._descriptor(shard), size, offset)
-        return Image.open(io.BytesIO(raw)).convert("RGB")
+        return rgb(io.BytesIO(raw), self.transform)
 
     def content(self) -> bytes:
         """Names and sizes of the shards: what tells this set from another one of the same name."""
@@ -72,8 +75,8 @@ class ShardSet(ImageSet):
             os.close(descriptor)
 
 
-def open_shards(source: str, transform: Transform, split: str, seed: int) -> ShardSet:
-    """The split `train` or `val` of `wds/FOLDER`.
+def open_shards(source: str, transform: Transform, seed: int) -> Source:
+    """The splits of `wds/FOLDER`; the numbers in `.cls` members are the names of the classes.
 
     The folder's `_info.json` names the shards of each split, as timm expects; without one, shards whose names start with the
     split's do, and where none does, a fifth of all images, drawn with `seed`, is held out. Raises `UserError` for a folder
@@ -84,6 +87,20 @@ def open_shards(source: str, transform: Transform, split: str, seed: int) -> Sha
         raise UserError(f"data {source!r}: {root} is not a folder; expected wds/FOLDER with tar shards on this machine")
     if importlib.util.find_spec("webdataset") is None:
         raise MissingDependency("data wds/... needs the package webdataset; install it with pip install 'moee[stream]'")
+    train, divided = _members(root, "train", source)
+    if divided:
+        parts = {"train": train, "val": _members(root, "val", source)[0]}
+    else:
+        shards, members = train
+        parts = {split: (shards, members[positions]) for split, positions in divide(len(members), seed).items()}
+    numbers = sorted({label for _, members in parts.values() for label in members[:, 3].unique().tolist() if label >= 0})
+    classes = [str(number) for number in numbers]
+    sets: dict[str, ImageSet] = {s: ShardSet(source, *part, numbers, classes, transform) for s, part in parts.items()}
+    return Source(sets, divided, indices=True)
+
+
+def _members(root: Path, split: str, source: str) -> tuple[tuple[list[Path], Tensor], bool]:
+    """The shards of a split with the places of their images, and whether the set is divided into splits at all."""
     wanted, divided = _split_of(root, split, source)
     try:
         dataset: Any = timm.data.create_dataset(PREFIX, root=str(root.resolve()), split=wanted)
@@ -104,13 +121,7 @@ def open_shards(source: str, transform: Transform, split: str, seed: int) -> Sha
     members = torch.cat(parts) if parts else torch.empty(0, 4)
     if not len(members):
         raise UserError(f"data {source!r}: no images in {len(shards)} shards; expected members such as 0001.jpg and 0001.cls")
-    classes = len(members[:, 3].unique())
-    if not divided:
-        members = _part(members, split, seed)
-    prepared = timm.data.create_transform(
-        **{**transform.config, "input_size": transform.shape}, is_training=False
-    )
-    return ShardSet(source, shards, members, prepared, classes if classes > 1 else 0)
+    return (shards, members), divided
 
 
 def _split_of(root: Path, split: str, source: str) -> tuple[str, bool]:
@@ -133,15 +144,6 @@ def _split_of(root: Path, split: str, source: str) -> tuple[str, bool]:
     divided = all(both)
     chosen = both[split == "val"] if divided else names
     return (chosen[0] if len(chosen) == 1 else "{" + ",".join(chosen) + "}"), divided
-
-
-def _part(members: Tensor, split: str, seed: int) -> Tensor:
-    """The same division as of a folder that has no splits."""
-    total = len(members)
-    shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = max(1, round(total * FOLDER_HELD_OUT)) if total > 1 else 0
-    positions = shuffled[held_out:] if split == "train" else shuffled[:held_out] or shuffled
-    return members[sorted(positions)]
 
 
 def _scan(path: Path, number: int, keys: list[str]) -> Iterator[Member]:
@@ -171,5 +173,5 @@ def _sample(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo], number:
     if "cls" in parts and parts["cls"].size <= MAX_LABEL_BYTES:
         handle = archive.extractfile(parts["cls"])
         text = handle.read().strip() if handle is not None else b""
-        label = int(text) if text.isdigit() else -1
+        label = int(text) if text.isdigit() and int(text) <= MAX_LABEL else -1
     yield number, image.offset_data, image.size, label

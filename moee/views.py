@@ -21,7 +21,7 @@ class Views(ImageSet):
     """`count` random views of every image of `data`. View i shows image i modulo len(data); it depends on `seed` and i alone."""
 
     def __init__(self, data: ImageSet, transform: Transform, count: int, seed: int):
-        super().__init__(f"views of {data.name}", data.labels * count, data.num_classes)
+        super().__init__(f"views of {data.name}", data.labels * count, data.classes)
         self.data, self.transform, self.seed, self.workers = data, transform, seed, data.workers
         config = {**transform.config, "input_size": transform.shape}
         names = ("input_size", "interpolation", "mean", "std")  # the centre crop is no part of a random one
@@ -46,7 +46,7 @@ class Joined(ImageSet):
     """The images of `data`, then those of each of `more`, which were made from it."""
 
     def __init__(self, data: ImageSet, *more: ImageSet):
-        super().__init__(data.name, [label for part in (data, *more) for label in part.labels], data.num_classes)
+        super().__init__(data.name, [label for part in (data, *more) for label in part.labels], data.classes)
         self.parts, self.workers = (data, *more), data.workers
 
     def _at(self, index: int) -> tuple[ImageSet, int]:

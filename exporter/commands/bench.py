@@ -81,18 +81,20 @@ def _data(given: str | None, manifest: dict[str, Any]) -> ImageSet | None:
     """Held-out images of --data, which must be readable, or of what the model was extracted on, which may be elsewhere."""
     from exporter.manifests import input_shape
     from moee.checkpoint import recorded_data
-    from moee.data import Transform, load_data
+    from moee.data import Transform, load_data, say_read
     from moee.errors import UserError
 
     wanted = manifest["input"]
     config = {"mean": wanted["mean"], "std": wanted["std"]}
     transform = Transform(input_shape(wanted), tuple(wanted["mean"]), tuple(wanted["std"]), config)
     try:
-        return load_data(given or recorded_data(manifest["data"]), transform, "val")
+        data = load_data(given or recorded_data(manifest["data"]), transform, "val", classes=manifest.get("classes") or None)
     except UserError:
         if given:
             raise
         return None
+    say_read(val=data)
+    return data
 
 
 def latency_table(result: Any) -> Table:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots import write_plots
     from moee import checkpoint
     from moee.artifact import refuse_existing
-    from moee.data import load_data, model_transform
+    from moee.data import load_splits, model_transform, say_read
     from moee.errors import UserError
 
     if args.images < 1:
@@ -38,7 +38,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         moee = checkpoint.load(args.path)
         transform = model_transform(moee.model)
         source = args.data or checkpoint.recorded_data(moee.data)
-        calibration, held_out = (load_data(source, transform, split) for split in ("train", "val"))
+        seed, head = moee.config.seed if moee.config else 0, getattr(moee.model, "num_classes", 0) or None
+        calibration, held_out = load_splits(source, transform, seed, moee.classes or None, head, report)
+        say_read(train=calibration, val=held_out)
         names = write_plots(moee, calibration, held_out, args.out, args.images, args.force, report)
     console.print(f"written to {args.out}: {', '.join(names)}", highlight=False)
     return OK

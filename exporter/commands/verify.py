@@ -78,7 +78,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     from moee import checkpoint
     from moee.artifact import refuse_existing
     from moee.checkpoint import recorded_data
-    from moee.data import load_data, model_transform
+    from moee.data import load_data, model_transform, say_read
     from moee.exchange import check_same_data
     from moee.joining import launched
 
@@ -93,8 +93,12 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
             raise UserError(f"--images {args.images}: expected 0 or more")
         sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
         moee = checkpoint.load(source)
-        data = load_data(args.data or recorded_data(manifest["data"]), model_transform(moee.model), "val")
+        seed, head = moee.config.seed if moee.config else 0, getattr(moee.model, "num_classes", 0) or None
+        wanted = args.data or recorded_data(manifest["data"])
+        data = load_data(wanted, model_transform(moee.model), "val", seed, moee.classes or None, head, report)
         data.workers = args.workers
+        if group.leader:
+            say_read(val=data)
     check_same_data(data, group)
     return verify_ranks(
         group, args.path, moee, data, sizes=sizes, provider=args.provider,

@@ -107,7 +107,7 @@ def test_every_figure_is_drawn_the_same_twice(artifact):
 def test_command_writes_everything_and_refuses_what_exists(artifact, tmp_path, capsys, monkeypatch):
     moee, data = artifact
     checkpoint.save(moee, tmp_path / "model")
-    monkeypatch.setattr("moee.data.load_data", lambda *args: data)
+    monkeypatch.setattr("moee.data.load_splits", lambda *args, **kwargs: (data, data))
     argv = ["plots", str(tmp_path / "model"), "--out", str(tmp_path / "plots")]
     assert cli.main([*argv, "--images", "0"]) == 2
     assert cli.main(argv) == 0
@@ -124,7 +124,7 @@ def test_ablation_command(tmp_path, capsys, monkeypatch):
     from tests.conftest import tiny_images
 
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec())
-    monkeypatch.setattr("moee.pipeline.load_data", lambda *args: tiny_images(40, classes=10))
+    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(40, classes=10), tiny_images(40, classes=10)))
     scale = ["--tokens", "600", "--cluster-tokens", "300", "--components", "8", "--min-cluster-size", "0.02"]
     rows = ["--tables", "2", "--seeds", "1", "--compensation", "mean", "--keep", "0.7,0.9"]
     argv = ["ablate", *rows, *scale, "--out", str(tmp_path / "a")]

@@ -21,7 +21,7 @@ SMALL = dict(tables=("8",), seeds=1, compensation=("none", "mean"), keeps=(0.7,)
 
 @pytest.fixture
 def session(monkeypatch):
-    monkeypatch.setattr("moee.pipeline.load_data", lambda source, transform, split, seed: tiny_images(40, classes=10))
+    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(40, classes=10), tiny_images(40, classes=10)))
     return Session(tiny_spec(), "digits")
 
 

@@ -55,7 +55,8 @@ def test_accuracy_only_where_labels_and_head_number_the_same_classes(tiny_model,
     from tests.conftest import tiny_images
 
     for classes, reported in ((10, True), (4, False)):
-        monkeypatch.setattr(moee.pipeline, "load_data", lambda *a, c=classes: tiny_images(20, classes=c))
+        splits = (tiny_images(20, classes=classes), tiny_images(20, classes=classes))
+        monkeypatch.setattr(moee.pipeline, "load_splits", lambda *args, splits=splits: splits)
         session = moee.pipeline.Session(tiny_spec(), "tiny")
         kept = session.measure(session.dense, None, "dense")["retention"]
         assert (kept["accuracy"] is not None) == reported

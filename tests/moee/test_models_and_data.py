@@ -128,7 +128,7 @@ def test_image_folders(tmp_path):
     write_images(tmp_path / "flat", 10)
     train, held_out = (load_data(str(tmp_path / "flat"), transform, s) for s in ("train", "val"))
     assert (len(train), len(held_out)) == (8, 2) and not train.labelled
-    assert not set(train.positions) & set(held_out.positions)
+    assert not set(train.paths) & set(held_out.paths)
     for split in ("train", "val"):
         for name in ("cat", "dog"):
             write_images(tmp_path / "divided" / split / name, 3)

@@ -23,7 +23,7 @@ from tests.moee.test_planning import stopped
 
 @pytest.fixture
 def session(monkeypatch):
-    monkeypatch.setattr("moee.pipeline.load_data", lambda source, transform, split, seed: tiny_images(24))
+    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(24), tiny_images(24)))
     return Session(tiny_spec(), "tiny")
 
 

@@ -24,7 +24,7 @@ def point(method="kmeans-8", macs=0.6, cosine=0.99, drop=0.0, latency=None, para
 def session(monkeypatch):
     torch.manual_seed(0)
     train, held = tiny_images(40), tiny_images(24)
-    monkeypatch.setattr("moee.pipeline.load_data", lambda source, transform, split, seed: train if split == "train" else held)
+    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (train, held))
     return Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY), "tiny")
 
 
@@ -194,7 +194,7 @@ def test_allocations_can_be_chosen(session, tmp_path):
 
 
 def test_accuracy_budget_needs_labels(session, tmp_path):
-    session.held_out.num_classes = 0
+    session.held_out.classes = ()
     with pytest.raises(UserError, match="--max-drop needs labelled images"):
         make_plan(session, Budget(max_drop=1), tmp_path / "plan", **FAST)
 

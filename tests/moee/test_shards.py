@@ -66,7 +66,7 @@ def root(tmp_path):
 def test_the_images_are_those_of_timms_reader(root, transform, split, name):
     data = load_data(f"wds/{root}", transform, split)
     theirs = timm.data.create_dataset("wds/", root=str(root), split=name)
-    theirs.transform = data.transform
+    theirs.transform = data.prepare
     expected = list(theirs)
     assert len(data) == len(expected) == sum(LENGTHS[name]) and data.num_classes == 3
     for (index, image, label), (wanted, target) in zip((data[i] for i in range(len(data))), expected, strict=True):

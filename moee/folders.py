@@ -1,0 +1,304 @@
+"""Image folders: which images there are, and of which class.
+
+A class is a folder right below the split, as torchvision's `ImageFolder` has it; what lies deeper belongs to it. Links are
+followed, but a real folder is visited once and a link that leads back up never, so loops end; a real file is never in both
+splits. Images beside the class folders have no class. Hidden folders are no classes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from moee.class_names import class_name, in_order, listed, natural_key
+from moee.data import ImageSet, Source, Transform, divide, evaluation, rgb
+from moee.errors import UserError
+from moee.progress import Reporter, silent
+
+TYPES = {*IMG_EXTENSIONS, *get_img_extensions()}
+VALIDATION_FOLDERS = ("val", "validation", "test")
+NO_CLASSES = {"__MACOSX"}  # beside hidden ones: what archives leave
+LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg, of which a fifth is held out"
+STEP = 10_000  # files between two reports
+
+Inode = tuple[int, int]  # device and number: what a file or folder really is
+
+
+@dataclass
+class Listing:
+    """What lies below a split's folder `root`: relative paths of images with what each really is, and of folders."""
+
+    root: str
+    images: list[tuple[str, Inode | None]] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+    def of_class(self, path: str) -> str | None:
+        """Name of the class of an image or a folder right below the root; None for an image beside the class folders."""
+        top, slash, _ = path.partition("/")
+        return class_name(top) if slash else None
+
+    def empty_classes(self) -> set[str]:
+        """Class folders that hold no image."""
+        return {class_name(path) for path in self.folders if "/" not in path} - set(self.counts())
+
+    def counts(self) -> Counter[str]:
+        """Images of every class."""
+        return Counter(name for path, _ in self.images if (name := self.of_class(path)) is not None)
+
+    def strays(self) -> list[str]:
+        """Images beside the class folders."""
+        return [path for path, _ in self.images if "/" not in path]
+
+    def below(self, folder: str) -> Listing:
+        """The same with one of its folders as the root."""
+        start = f"{folder}/"
+        images = [(path.removeprefix(start), inode) for path, inode in self.images]
+        folders = [path.removeprefix(start) for path in self.folders if path.startswith(start)]
+        return Listing(os.path.join(self.root, folder), images, folders)
+
+    def paths(self) -> Iterator[tuple[str, str | None]]:
+        """Full path and class name of every image."""
+        return ((os.path.join(self.root, path), self.of_class(path)) for path, _ in self.images)
+
+
+class Walk:
+    """Lists the images below several folders, each real folder once.
+
+    First what really lies there, then what links lead to, so that a link never takes a folder from its own place.
+    """
+
+    def __init__(self, roots: Mapping[str, Path], report: Reporter = silent):
+        self.listings = {split: Listing(str(root)) for split, root in roots.items()}
+        self.report, self.files = report, 0
+        self.visited: dict[Inode, str] = {}
+        self.above = {_inode(os.stat(parent)) for root in roots.values() for parent in root.resolve().parents}
+        self.loops: list[str] = []
+        self.doubles: list[tuple[str, str]] = []
+        self.unlisted: list[str] = []
+        self.others: Counter[str] = Counter()
+        self._links: list[tuple[Listing, str]] = []
+        for listing in self.listings.values():
+            if not self._enter(listing, ""):
+                self.doubles.append((listing.root, self.visited[_inode(os.stat(listing.root))]))
+        while self._links:
+            listing, path = self._links.pop(0)
+            inode = _inode(os.stat(os.path.join(listing.root, path)))
+            if inode in self.above:
+                self.loops.append(os.path.join(listing.root, path))
+            elif not self._enter(listing, path):
+                self.doubles.append((os.path.join(listing.root, path), self.visited[inode]))
+        for listing in self.listings.values():
+            listing.images.sort(key=lambda image: natural_key(image[0]))
+
+    def _enter(self, listing: Listing, path: str) -> bool:
+        """List a folder and the real ones below it; False if it was visited before."""
+        full = os.path.join(listing.root, path) if path else listing.root
+        inode = _inode(os.stat(full))
+        if inode in self.visited:
+            return False
+        self.visited[inode] = full
+        pending = [(path, inode[0])]
+        while pending:
+            folder, device = pending.pop()
+            try:
+                entries = sorted(os.scandir(os.path.join(listing.root, folder)), key=lambda entry: natural_key(entry.name))
+            except OSError:
+                self.unlisted.append(os.path.join(listing.root, folder))
+                continue
+            for entry in entries:
+                name = f"{folder}/{entry.name}" if folder else entry.name
+                if entry.name.startswith(".") or entry.name in NO_CLASSES:
+                    continue
+                if _leads_to_folder(entry):
+                    listing.folders.append(name)
+                    if entry.is_symlink():
+                        self._links.append((listing, name))
+                    elif (below := _inode(entry.stat(follow_symlinks=False))) in self.visited:  # mounted twice
+                        self.doubles.append((os.path.join(listing.root, name), self.visited[below]))
+                    else:
+                        self.visited[below] = os.path.join(listing.root, name)
+                        pending.append((name, below[0]))
+                else:
+                    self._file(listing, name, entry, device)
+        return True
+
+    def _file(self, listing: Listing, name: str, entry: os.DirEntry[str], device: int) -> None:
+        self.files += 1
+        if self.files % STEP == 0:
+            self.report("list images", self.files, 0)
+        kind = os.path.splitext(entry.name)[1].lower()
+        if kind not in TYPES:
+            self.others[kind] += 1
+        elif not entry.is_symlink():
+            if entry.is_file(follow_symlinks=False):
+                listing.images.append((name, (device, entry.inode())))
+            else:  # a pipe would be waited for
+                self.others["no file"] += 1
+        else:
+            try:
+                facts = entry.stat()
+            except OSError:  # a link that leads nowhere: named when it is read
+                listing.images.append((name, None))
+                return
+            if stat.S_ISREG(facts.st_mode):
+                listing.images.append((name, _inode(facts)))
+            else:
+                self.others["no file"] += 1
+
+
+def _inode(facts: os.stat_result) -> Inode:
+    return facts.st_dev, facts.st_ino
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+class FolderSet(ImageSet):
+    """Images in files, `samples` by path and class name (None: none)."""
+
+    def __init__(self, name: str, samples: Sequence[tuple[str, str | None]], transform: Transform):
+        classes = in_order({label for _, label in samples if label is not None})
+        numbers = {label: number for number, label in enumerate(classes)}
+        super().__init__(name, [-1 if label is None else numbers[label] for _, label in samples], classes)
+        self.paths = [path for path, _ in samples]
+        self.transform, self.prepare = transform, evaluation(transform)
+
+    def load(self, index: int) -> Tensor:
+        return self.prepare(self.picture(index))
+
+    def picture(self, index: int) -> Image.Image:
+        return rgb(self.paths[index], self.transform)
+
+    def describe(self, index: int) -> str:
+        return self.paths[index]
+
+    def content(self) -> bytes:
+        """Names and sizes of the files."""
+        facts = [f"{os.path.basename(path)} {os.stat(path).st_size if os.path.isfile(path) else -1}" for path in self.paths]
+        return "\n".join(facts).encode(errors="surrogateescape")
+
+
+def open_folder(source: str, transform: Transform, seed: int, report: Reporter = silent) -> Source:
+    """The splits of an image folder: `train/` and `val/` (or `validation/`, `test/`) below it, or a fifth of it held out, drawn
+    with `seed`. Raises `UserError` for a folder without images, and for what is no folder."""
+    root = Path(source)
+    if not root.is_dir():
+        came = "a file" if root.exists() else "nothing of that name is here"
+        expected = "expected digits, photos, an image folder or a timm.data dataset string"
+        raise UserError(f"data {source!r}: {expected}; {came}; of a folder, {LAYOUT}")
+    held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+    divided = (root / "train").is_dir() and held_out is not None
+    places = {"train": root / "train", "val": held_out} if divided and held_out is not None else {"all": root}
+    listings, notes = list_folder(source, places, report)
+    samples = {split: list(listing.paths()) for split, listing in listings.items()}
+    if not divided:
+        whole = samples["all"]
+        samples = {split: [whole[i] for i in part] for split, part in divide(len(whole), seed).items()}
+    empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
+    sets: dict[str, ImageSet] = {split: FolderSet(source, part, transform) for split, part in samples.items()}
+    return Source(sets, divided, empty, notes=notes)
+
+
+def list_folder(source: str, splits: Mapping[str, Path], report: Reporter = silent) -> tuple[dict[str, Listing], list[str]]:
+    """The images of each split of `source`, and sentences about what was left out or taken in another way than it lies there.
+
+    `splits` are their folders, or one folder that is divided later: then every real file is listed once. Raises `UserError`
+    where a split has no image of its own.
+    """
+    walk = Walk(splits, report)
+    listings, notes = walk.listings, _left_out(walk)
+    if len(listings) == 1:
+        (name, whole), = listings.items()
+        kept, doubles = _once(whole)
+        listings = {name: kept}
+        if doubles:
+            notes.append(f"{_images(len(doubles))} under a second name were left out ({listed(doubles, False)})")
+    else:
+        notes += _apart(source, listings)
+    for listing in listings.values():
+        if not listing.images:
+            came = f" ({notes[0]})" if notes else ""
+            raise UserError(f"data {source!r}: no images found in {listing.root}{came}; {LAYOUT}")
+    wrapper = _wrapper(listings)
+    if wrapper is not None:
+        listings = {split: listing.below(wrapper) for split, listing in listings.items()}
+        notes.append(f"all images lie in the folder {wrapper!r}, so the folders below it are the classes")
+    for split, listing in listings.items():
+        strays = listing.strays()
+        if strays and len(strays) < len(listing.images):
+            where = f"of {split} " if len(listings) > 1 else ""
+            have = "has" if len(strays) == 1 else "have"
+            notes.append(f"{_images(len(strays))} {where}beside the class folders {have} no label ({listed(strays, False)})")
+    return listings, notes
+
+
+def _left_out(walk: Walk) -> list[str]:
+    notes = []
+    if walk.doubles:
+        path, first = walk.doubles[0]
+        more = f" (and {len(walk.doubles) - 1} more such links)" if len(walk.doubles) > 1 else ""
+        notes.append(f"{path} leads to {first}, which is read there{more}")
+    if walk.loops:
+        notes.append(f"links that lead back up were not followed ({listed(walk.loops, False)})")
+    if walk.unlisted:
+        notes.append(f"folders that may not be read were left out ({listed(walk.unlisted, False)})")
+    if walk.others:
+        kinds = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in walk.others.most_common(3))
+        notes.append(f"files of other types were left out ({kinds}); images are {', '.join(sorted(TYPES))}")
+    return notes
+
+
+def _once(listing: Listing) -> tuple[Listing, list[str]]:
+    """The listing with every real file once, and the second names that were dropped."""
+    seen: set[Inode] = set()
+    kept: list[tuple[str, Inode | None]] = []
+    doubles = []
+    for path, inode in listing.images:
+        if inode is not None and inode in seen:
+            doubles.append(path)
+            continue
+        kept.append((path, inode))
+        if inode is not None:
+            seen.add(inode)
+    return Listing(listing.root, kept, listing.folders), doubles
+
+
+def _apart(source: str, listings: dict[str, Listing]) -> list[str]:
+    """Take from train what val holds too, so that nothing held out is trained on; a sentence if there was any."""
+    train, val = listings["train"], listings["val"]
+    held_out = {inode for _, inode in val.images if inode is not None}
+    kept = [image for image in train.images if image[1] is None or image[1] not in held_out]
+    both = len(train.images) - len(kept)
+    if not both:
+        return []
+    if not kept:
+        raise UserError(f"data {source!r}: every image of {train.root} is in {val.root} too; give val images of its own, or "
+                        f"remove it and a fifth is held out")  # fmt: skip
+    train.images = kept
+    return [f"{_images(both)} in both train and val, under whatever name, {'is' if both == 1 else 'are'} not trained on"]
+
+
+def _wrapper(listings: Mapping[str, Listing]) -> str | None:
+    """The folder that all images lie in, if it lies below the root and several of its folders have images."""
+    folders = {path.rpartition("/")[0] for listing in listings.values() for path, _ in listing.images}
+    common = os.path.commonpath(folders) if "" not in folders else ""
+    start = len(common) + 1
+    classes = {folder[start:].partition("/")[0] for folder in folders if len(folder) > start}
+    return common if common and len(classes) > 1 else None
+
+
+def _images(count: int) -> str:
+    return f"{count} image" if count == 1 else f"{count} images"
