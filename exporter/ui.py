@@ -95,7 +95,14 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
         dense = first["cost"]["dense"][key]
         cells = [f"{s['cost']['moee'][key] / unit:.3f} ({s['cost']['moee'][key] / dense - 1:+.1%})" for s in stages.values()]
         table.add_row(label, f"{dense / unit:.3f}", *cells)
+    missing = next((r["no_tokens"] for r in kept if r.get("no_tokens")), "")
+    table.caption = f"no token cosine: {missing}" if missing else None
     return table
+
+
+def layer_notes(layers: list[dict[str, Any]]) -> list[str]:
+    """What makes a layer's figures doubtful, one line each; older artifacts say nothing."""
+    return [f"{layer['name']}: {note}" for layer in layers for note in layer.get("notes", [])]
 
 
 def attention_table(layers: list[dict[str, Any]]) -> Table:

@@ -23,8 +23,9 @@ def build_layer(
     experts = assemble(ffn, routed.moments, routed.router, routed.bias, kept, config.compensation, routed.share)
     widths = experts.widths
     return experts, LayerReport(
-        ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, routed.share.tolist(), routed.noise
-    )
+        ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, routed.share.tolist(), routed.noise,
+        int(routed.moments.count.sum()),
+    )  # fmt: skip
 
 
 def assemble(

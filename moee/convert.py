@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,9 @@ def apply(
         replace_module(model, name, layer)
     if config.compensation == "refit":
         seen = widened(data, model_transform(model), config.augment, config.collages, config.seed)
-        refit(model, layers, {f.name: f for f in prepared.ffns}, seen, config.refit_tokens, config.refit_lambda, report)
+        ffns = {f.name: f for f in prepared.ffns}
+        done = refit(model, layers, ffns, seen, config.refit_tokens, config.refit_lambda, report)
+        reports = [replace(r, refit=done.get(r.name)) for r in reports]
     return reports
 
 

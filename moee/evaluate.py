@@ -12,6 +12,7 @@ from moee.data import ImageSet, batches, merge_skipped
 from moee.distributed import SOLO, Group, Parcel
 from moee.layer import RoutedLayer, routed_layers
 from moee.metrics import mean_cosine
+from moee.models import channels_last
 from moee.probe import Probe
 from moee.progress import Reporter, silent, track
 
@@ -20,13 +21,14 @@ MAX_TOKEN_BYTES = 1 << 30  # above this the token features of a data set are not
 
 @dataclass(frozen=True)
 class Outputs:
-    """`features` [N, C] (logits of a classifier), `tokens` [N, ..., D] float16 or None, `labels` [N] (-1: none),
-    `shares`: per routed layer, each expert's share of the tokens."""
+    """`features` [N, C] (logits of a classifier), `tokens` [N, ..., D] float16 or None (`no_tokens` says why), `labels` [N] (-1:
+    none), `shares`: per routed layer, each expert's share of the tokens."""
 
     features: Tensor
     tokens: Tensor | None
     labels: Tensor
     shares: dict[str, list[float]] = field(default_factory=dict)
+    no_tokens: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Retention:
     top1_agreement: float | None
     class_cosine: float
     token_cosine: float | None
+    no_tokens: str = ""  # why there is no token cosine
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +68,7 @@ def run(
 
     handles = [layer.register_forward_pre_hook(count(name, layer)) for name, layer in layers.items()]
     features, tokens, labels = [], [], []
-    keep = True
+    no_tokens = ""
     mine = group.part(len(data), batch_size)
     try:
         with group.agreed(), group.placed(model):
@@ -74,21 +77,36 @@ def run(
                 last = model.forward_features(batch.images.to(group.device))  # type: ignore[operator]
                 features.append(model.forward_head(last).cpu())  # type: ignore[operator]
                 labels.append(batch.labels)
-                keep = keep and isinstance(last, Tensor) and last[0].numel() * 2 * len(data) <= MAX_TOKEN_BYTES
-                if keep:
-                    tokens.append(last.half().cpu())
+                no_tokens = no_tokens or _no_token_map(last, model, len(data))
+                if not no_tokens:
+                    tokens.append(channels_last(last, model).half().cpu())
     finally:
         for handle in handles:
             handle.remove()
     if not group.alone:
         merge_skipped(data, group)
     found = {"features": torch.cat(features), "labels": torch.cat(labels)} if features else {}
+    keep = not no_tokens
     if not group.alone:
         found, tokens, keep = _merged(found, tokens, keep, group)
         for name in counts:
             group.sum(counts[name])
     shares = {name: (c.double() / c.sum()).tolist() for name, c in counts.items()}
-    return Outputs(found["features"], torch.cat(tokens) if keep else None, found["labels"], shares)
+    return Outputs(found["features"], torch.cat(tokens) if keep else None, found["labels"], shares, no_tokens)
+
+
+def _no_token_map(features: Any, model: nn.Module, images: int) -> str:
+    """Why features [B, ..., D] or [B, D, ...] cannot be compared token by token over all `images`; empty if they can."""
+    if not isinstance(features, Tensor):
+        return f"{type(model).__name__} has no single feature map"
+    if features.dim() < 3:
+        return f"{type(model).__name__} has one feature vector an image"
+    width = getattr(model, "num_features", 0)
+    if width not in (features.shape[1], features.shape[-1]):
+        return f"{type(model).__name__}'s feature map has no dimension of {width}"
+    if features[0].numel() * 2 * images > MAX_TOKEN_BYTES:
+        return f"the token features of {images} images take more than {MAX_TOKEN_BYTES >> 30} GiB"
+    return ""
 
 
 def _merged(
@@ -122,9 +140,8 @@ def retention(
             ours = float((logits.argmax(1) == reference.labels).double().mean())
     token_cosine = None
     if reference.tokens is not None and outputs.tokens is not None:
-        dim = reference.tokens.shape[-1] if reference.tokens.dim() == 3 else None
-        if dim:
-            token_cosine = mean_cosine(reference.tokens.reshape(-1, dim).float(), outputs.tokens.reshape(-1, dim).float())
+        dense_tokens, tokens = (part.flatten(0, -2).float() for part in (reference.tokens, outputs.tokens))
+        token_cosine = mean_cosine(dense_tokens, tokens)
     return Retention(
         images=len(reference.labels),
         dense_accuracy=dense_accuracy,
@@ -132,4 +149,5 @@ def retention(
         top1_agreement=agreement,
         class_cosine=mean_cosine(reference.features, outputs.features),
         token_cosine=token_cosine,
+        no_tokens="" if token_cosine is not None else reference.no_tokens or outputs.no_tokens,
     )

@@ -77,7 +77,7 @@ def unpack_finding(parcel: Parcel, ffn: FFN) -> Finding:
 
 def _report(report: LayerReport) -> dict[str, Any]:
     values = report.to_json()
-    del values["mean_width"]  # a property
+    del values["mean_width"], values["notes"]  # properties
     return values
 
 

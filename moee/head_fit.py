@@ -18,6 +18,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee.attention import NarrowAttention, Widths
+from moee.ridge import solve_ridge
 
 BATCH = 16  # images a product
 PREFIX_SHARE = 1 / 8
@@ -122,17 +123,11 @@ def narrowed(attention: Attention, bases: Bases, widths: Widths, moments: HeadMo
     reduce = torch.block_diag(*value)
     covariance, mean = moments.covariance, moments.total / moments.count
     dense = attention.proj.weight.double()
-    fitted = _solve(reduce @ covariance @ reduce.T, reduce @ covariance @ dense.T).T
+    fitted = solve_ridge(reduce @ covariance @ reduce.T, reduce @ covariance @ dense.T, RIDGE)[0].T
     made.proj.weight.data = fitted.float()
     own = 0 if attention.proj.bias is None else attention.proj.bias.double()
     made.proj.bias.data = (own + dense @ mean - fitted @ (reduce @ mean)).float()
     return made.eval()
-
-
-def _solve(gram: Tensor, cross: Tensor) -> Tensor:
-    system = gram.clone()
-    system.diagonal().add_(RIDGE * system.diagonal().mean().clamp(min=1e-30))
-    return torch.linalg.solve(system, cross)
 
 
 def refit_projection(made: NarrowAttention, attention: Attention, x: Tensor, prefix: int = 0) -> None:
@@ -152,6 +147,7 @@ def refit_projection(made: NarrowAttention, attention: Attention, x: Tensor, pre
         target_sum += (target * weight).sum(0, dtype=torch.float64)
     count = float(weights.sum()) * len(x)
     read_mean, target_mean = read_sum / count, target_sum / count
-    fitted = _solve(gram / count - torch.outer(read_mean, read_mean), cross / count - torch.outer(read_mean, target_mean)).T
+    centred = gram / count - torch.outer(read_mean, read_mean), cross / count - torch.outer(read_mean, target_mean)
+    fitted = solve_ridge(*centred, RIDGE)[0].T
     made.proj.weight.data = fitted.float()
     made.proj.bias.data = (target_mean - fitted @ read_mean).float()

@@ -7,8 +7,24 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class RefitReport:
+    """What the refit did to one layer: its tokens, its `neurons` (the unknowns), `ridge` (lambda; None: the layer is as before).
+
+    The errors are squares of what the layer misses of the dense output on held-out tokens, over those of the dense output about
+    its mean; None where they were not measured. `note` says what is out of the ordinary."""
+
+    tokens: int
+    neurons: int
+    ridge: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class LayerReport:
-    """What extraction did to one MLP. `share` [K] is each expert's share of the calibration tokens."""
+    """What extraction did to one MLP. `share` [K] is each expert's share of the calibration tokens, of which there were `tokens`
+    (None: not recorded)."""
 
     name: str
     status: str  # "routed" or the reason why the layer stayed dense
@@ -18,6 +34,18 @@ class LayerReport:
     widths: list[int]
     share: list[float]
     noise: float
+    tokens: int | None = None
+    refit: RefitReport | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes the layer's figures doubtful, one sentence each."""
+        found = []
+        if self.tokens is not None and self.tokens < self.hidden and self.status == "routed":
+            found.append(f"experts from {self.tokens} calibration tokens for {self.hidden} neurons; add images")
+        if self.refit is not None and self.refit.note:
+            found.append(self.refit.note)
+        return found
 
     @property
     def mean_width(self) -> float:
@@ -25,4 +53,4 @@ class LayerReport:
         return sum(w * s for w, s in zip(self.widths, self.share, strict=True)) if self.widths else float(self.hidden)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "mean_width": self.mean_width}
+        return {**asdict(self), "mean_width": self.mean_width, "notes": self.notes}

@@ -17,6 +17,7 @@ from moee.errors import UserError
 from moee.layer import LOAD_UNIT, Experts
 from moee.layer_report import LayerReport
 from moee.models import FFN
+from moee.ridge import solve_ridge
 from moee.routing import route
 
 RIDGE = 1e-3  # of the trained router's Gram matrix, share of its mean diagonal
@@ -74,7 +75,9 @@ def find_moefication(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> t
         neurons=torch.cat(members).to(torch.int32), offsets=torch.tensor([0, *widths]).cumsum(0).to(torch.int32),
         activation=ffn.activation, top_k=top_k, load=tuple((share * LOAD_UNIT).round().long().tolist()),
     )  # fmt: skip
-    return experts, LayerReport(ffn.name, "routed", ffn.hidden, len(widths), ffn.hidden, widths, share.tolist(), 0.0)
+    return experts, LayerReport(
+        ffn.name, "routed", ffn.hidden, len(widths), ffn.hidden, widths, share.tolist(), 0.0, sampled.count
+    )
 
 
 def _router(ffn: FFN, sampled: LayerTokens, members: list[Tensor], config: ExtractConfig) -> tuple[Tensor, Tensor]:
@@ -94,8 +97,7 @@ def _router(ffn: FFN, sampled: LayerTokens, members: list[Tensor], config: Extra
         inputs = torch.cat([tokens, torch.ones(len(tokens), 1)], 1)
         gram += (inputs.T @ inputs).double()
         cross += (inputs.T @ target).double()
-    gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    solved = torch.linalg.solve(gram, cross).float()
+    solved = solve_ridge(gram, cross, RIDGE)[0].float()
     return solved[:-1].T.contiguous(), solved[-1].contiguous()
 
 

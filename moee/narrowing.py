@@ -35,9 +35,9 @@ PROBE_NUMBERS = 1 << 28  # inputs of all blocks on the probes
 class _NarrowStep(nn.Module):
     """Stands where a narrowed attention will be for one forward pass: makes it from the pass's own input, then applies it."""
 
-    def __init__(self, attention: Attention, widths: Widths, scale: Tensor | None, prefix: int):
+    def __init__(self, name: str, attention: Attention, widths: Widths, scale: Tensor | None, prefix: int):
         super().__init__()
-        self.attention, self.widths, self.scale, self.prefix = attention, widths, scale, prefix
+        self.name, self.attention, self.widths, self.scale, self.prefix = name, attention, widths, scale, prefix
         self.made: NarrowAttention | None = None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -45,6 +45,7 @@ class _NarrowStep(nn.Module):
         moments = HeadMoments(self.attention, self.prefix)
         for part in x.split(BATCH):
             moments.add(part)
+        _require_finite(self.name, moments)
         self.made = narrowed(self.attention, find_bases(moments, self.scale), self.widths, moments)
         refit_projection(self.made, self.attention, x, self.prefix)
         return torch.cat([self.made(part) for part in x.split(BATCH)])
@@ -79,7 +80,7 @@ def narrow(
     _, images = _images(data, *_numbers(attentions, shapes))
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
-        name: _NarrowStep(attentions[name], widths, _scale(model, name), _prefix(model))
+        name: _NarrowStep(name, attentions[name], widths, _scale(model, name), _prefix(model))
         for name, widths in chosen.items()
         if widths != _whole(attentions[name])
     }
@@ -128,6 +129,15 @@ def _images(data: ImageSet, tokens: int, dim: int, layers: int) -> tuple[Tensor,
         raise UserError(f"--attention-macs needs at least 2 readable images, came {len(images)}; add some or leave it out")
     probes = min(probes, len(images) // 2)
     return images[:probes], images[probes:]
+
+
+def _require_finite(name: str, moments: HeadMoments) -> None:
+    """Raises `UserError` that names the attention if it saw broken activations."""
+    if not all(torch.isfinite(t).all() for t in (moments.query, moments.key, moments.read)):
+        raise UserError(
+            f"`{name}` receives NaN or infinite activations on the calibration data; check the weights and the input "
+            "normalisation"
+        )
 
 
 def _prefix(model: nn.Module) -> int:
@@ -191,11 +201,7 @@ def _losses(
         for part in track(parts, "attention", len(parts), report):
             model(part)
     for name, found in moments.items():
-        if not all(torch.isfinite(t).all() for t in (found.query, found.key, found.read)):
-            raise UserError(
-                f"`{name}` receives NaN or infinite activations on the calibration data; check the weights and the input "
-                "normalisation"
-            )
+        _require_finite(name, found)
     inputs: dict[str, Tensor] = {}
     first = {name.rpartition(".")[0]: name for name in attentions}  # the block of each attention
     with _watched(model, first, lambda block, x: inputs.__setitem__(first[block], x)):

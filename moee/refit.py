@@ -1,6 +1,7 @@
 """Refit: correct the shared down projection and each expert's output bias in closed form (no gradient step).
 
-Per layer, on the inputs that the MoEE model itself produces: with A [N, U] the masked activations and R [N, D] what the
+Per layer, on the inputs that the MoEE model itself produces (about as many tokens as asked for, whatever the layer's resolution:
+`moee.image_budget`): with A [N, U] the masked activations and R [N, D] what the
 routed FFN misses of the dense output, both centred per expert, solve
 
     dW = (A^T A + lambda * mean(diag(A^T A)) I)^-1 A^T R,      w_down += dW
@@ -12,18 +13,27 @@ image's tokens mostly stay together).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 from moee.activations import activate
-from moee.calibration import CHUNK, as_tokens, hidden_activations
+from moee.calibration import BATCH_SIZE, CHUNK, as_tokens, hidden_activations
 from moee.data import ImageSet, batches
+from moee.entry import Entry, Reached, find_entry, gather, run_until_reached, taken_up
+from moee.errors import UserError
+from moee.image_budget import ImageGroup, image_groups, spread, tokens_an_image
 from moee.layer import RoutedFFN
+from moee.layer_report import RefitReport
 from moee.models import FFN, replace_module
-from moee.progress import Reporter, silent
+from moee.progress import Reporter, silent, track
+from moee.ridge import error_change, held_out_runs, solve_ridge
 
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-FOLDS, RUN = 5, 256  # every fifth run of 256 tokens is held out to choose lambda
+LEAST = 1e-12  # mean diagonal of a Gram matrix that is more than rounding
+CONSTANT = 2.0**-40  # of the second moment: a variance below is the rounding of float32 means
+KEPT = 4  # numbers kept of the images on their way to a later stage, as a multiple of the tokens times the widest layer's width
 
 
 def _expert_activations(layer: RoutedFFN, tokens: Tensor, kept: Tensor) -> Tensor:
@@ -31,19 +41,22 @@ def _expert_activations(layer: RoutedFFN, tokens: Tensor, kept: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def refit_layer(layer: RoutedFFN, ffn: FFN, tokens: Tensor, ridge: float | None = None) -> float:
+def refit_layer(layer: RoutedFFN, ffn: FFN, tokens: Tensor, ridge: float | None = None) -> RefitReport:
     """Update `layer.w_down` and `layer.b_out` in place from input tokens [N, D] of its dense original `ffn`.
 
-    `ridge` is lambda as a share of the Gram matrix's mean diagonal; None chooses it on held-out tokens. Returns the lambda
-    used. Experts that get no token keep their bias.
+    `ridge` is lambda as a share of the Gram matrix's mean diagonal; None chooses it on held-out tokens, and leaves the layer as
+    it is where none of `RIDGES` lowers their error. Experts that get no token keep their bias. Raises `UserError` that names the
+    layer for NaN or infinite activations.
     """
     routes = layer.routes(tokens.movedim(-1, 1) if layer.channels_first else tokens)[:, 0]
     bounds = layer.offsets.tolist()
     parts_wanted = 2 if ridge is None else 1
     grams = [torch.zeros(layer.union, layer.union) for _ in range(parts_wanted)]
     crosses = [torch.zeros(layer.union, layer.b_out.shape[1]) for _ in range(parts_wanted)]
-    held_out = torch.arange(len(tokens)) // RUN % FOLDS == FOLDS - 1
+    missed, power = [0.0] * parts_wanted, [0.0] * parts_wanted  # squares of what the layer misses, and of the dense output
+    held_out = held_out_runs(len(tokens))
     means: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    moment = 0.0
     for e in range(layer.num_experts):
         rows = (routes == e).nonzero()[:, 0]
         if not len(rows):
@@ -56,55 +69,74 @@ def refit_layer(layer: RoutedFFN, ffn: FFN, tokens: Tensor, ridge: float | None 
             target_sum += target.double().sum(0)
             hidden_sum += _expert_activations(layer, tokens[part], kept).double().sum(0)
         target_mean, hidden_mean = (target_sum / len(rows)).float(), (hidden_sum / len(rows)).float()
+        moment += len(rows) * float(hidden_mean.double().square().sum())
         for which, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
             chosen = rows[held_out[rows] == bool(which)] if parts_wanted > 1 else rows
             part_gram, part_cross = torch.zeros(len(kept), len(kept)), torch.zeros(len(kept), cross.shape[1])
             for part in chosen.split(CHUNK):
                 hidden = _expert_activations(layer, tokens[part], kept) - hidden_mean
                 target = hidden_activations(ffn, tokens[part]) @ ffn.w_down.T - target_mean
+                rest = target - hidden @ layer.w_down[kept]
                 part_gram += hidden.T @ hidden
-                part_cross += hidden.T @ (target - hidden @ layer.w_down[kept])
+                part_cross += hidden.T @ rest
+                missed[which] += float(rest.square().sum(dtype=torch.float64))
+                power[which] += float(target.square().sum(dtype=torch.float64))
             gram.view(-1).index_add_(0, (kept[:, None] * layer.union + kept).flatten(), part_gram.flatten())
             cross.index_add_(0, kept, part_cross)
         means[e] = (kept, hidden_mean, target_mean)
+    if not all(torch.isfinite(t).all() for t in (*grams, *crosses)):
+        raise UserError(
+            f"`{ffn.name}` receives NaN or infinite activations in the refit; check the weights and the input normalisation, use "
+            f"--compensation mean, or skip the layer with --exclude {ffn.name}"
+        )
+    gram, cross = torch.stack(grams).sum(0), torch.stack(crosses).sum(0)
+    facts = {"tokens": len(tokens), "neurons": layer.union}
+    if float(gram.diagonal().double().sum()) <= CONSTANT * moment:
+        return RefitReport(**facts, note="refit skipped: the activations are constant")
+    before = after = None
     if ridge is None:
-        ridge = choose_ridge(grams[0], crosses[0], grams[1], crosses[1])
-    layer.w_down.data += _solve(torch.stack(grams).sum(0), torch.stack(crosses).sum(0), ridge).float()
+        ridge, gain = choose_ridge(grams[0], crosses[0], grams[1], crosses[1])
+        before = missed[1] / power[1] if power[1] else None
+        if ridge is None:
+            why = f"{len(tokens)} tokens for {layer.union} neurons"
+            return RefitReport(**facts, error_before=before, note=f"refit skipped: {why}, no lambda helps on held-out tokens")
+        after = (missed[1] + gain) / power[1] if power[1] else None
+    change, used = solve_ridge(gram, cross, ridge, LEAST)
+    layer.w_down.data += change.float()
     for e, (kept, hidden_mean, target_mean) in means.items():
         layer.b_out[e] = ffn.b_down + target_mean - hidden_mean @ layer.w_down[kept]
-    return ridge
+    note = ""
+    if used != ridge:
+        note = f"lambda {ridge:g} raised to {used:g}: {len(tokens)} tokens do not determine {layer.union} neurons below that"
+    elif len(tokens) < layer.union:
+        note = f"refitted on {len(tokens)} tokens for {layer.union} neurons"
+    return RefitReport(**facts, ridge=used, error_before=before, error_after=after, note=note)
 
 
-def _solve(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """(G + ridge mean(diag G) I)^-1 C in float64."""
-    system = gram.double()
-    system.diagonal().add_(ridge * system.diagonal().mean().clamp(min=1e-12))
-    return torch.cholesky_solve(cross.double(), torch.linalg.cholesky(system))
-
-
-def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor) -> float:
-    """The lambda of `RIDGES` whose solution dW on (gram, cross) leaves the least squared error on the held-out tokens:
-    |R - A dW|^2 = |R|^2 - 2 tr(dW' C) + tr(dW' G dW). The largest where nothing is held out."""
-    best, least = RIDGES[-1], torch.inf
-    held_gram, held_cross = held_gram.double(), held_cross.double()
+def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor) -> tuple[float | None, float]:
+    """The lambda of `RIDGES` whose solution dW on (gram, cross) leaves the least squared error on the held-out tokens, and the
+    change of that error. None and 0 where no lambda lowers it, or nothing is held out."""
+    best: tuple[float | None, float] = None, 0.0
     for ridge in reversed(RIDGES):
-        delta = _solve(gram, cross, ridge)
-        error = float((delta * (held_gram @ delta - 2 * held_cross)).sum())
-        if error < least:
-            best, least = ridge, error
+        delta, used = solve_ridge(gram, cross, ridge, LEAST)
+        error = error_change(delta, held_gram, held_cross)
+        if error < best[1]:
+            best = used, error
     return best
 
 
 class _RefitStep(nn.Module):
-    """Stands where a routed layer will be for one forward pass: refits it on the pass's own input, then applies it."""
+    """Stands where a routed layer will be for one forward pass: refits it on the pass's own input, then applies it, unless it is
+    the last."""
 
-    def __init__(self, layer: RoutedFFN, ffn: FFN, ridge: float | None, done):
+    def __init__(self, layer: RoutedFFN, ffn: FFN, ridge: float | None, last: bool, done):
         super().__init__()
-        self.layer, self.ffn, self.ridge, self.done = layer, ffn, ridge, done
+        self.layer, self.ffn, self.ridge, self.last, self.done = layer, ffn, ridge, last, done
 
     def forward(self, x: Tensor) -> Tensor:
-        refit_layer(self.layer, self.ffn, as_tokens(x, self.layer.channels_first), self.ridge)
-        self.done()
+        self.done(self.ffn.name, refit_layer(self.layer, self.ffn, as_tokens(x, self.layer.channels_first), self.ridge))
+        if self.last:
+            raise Reached
         parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() // self.ffn.dim)))]
         return torch.cat(parts)
 
@@ -113,43 +145,52 @@ class _RefitStep(nn.Module):
 def refit(
     model: nn.Module, layers: dict[str, RoutedFFN], ffns: dict[str, FFN], data: ImageSet, tokens: int, ridge: float | None,
     report: Reporter = silent,
-) -> None:  # fmt: skip
-    """Refit every layer in `layers`, front to back, in one forward pass over at most `tokens` tokens' worth of images.
+) -> dict[str, RefitReport]:  # fmt: skip
+    """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each.
 
-    `model` holds the routed layers already; `ffns` are their dense originals. All images pass together, so that each layer
-    sees what the refitted layers before it produce; memory grows with `tokens` (about 40 bytes x D a token).
+    `model` holds the routed layers already; `ffns` are their dense originals. Layers that want as many images are refitted in one
+    forward pass of all these images together, so that each sees what the refitted layers before it produce. Images that only
+    later layers want pass the earlier ones in batches (see `moee.entry`). Memory grows with `tokens`: about 40 bytes x D a token.
     """
-    images = _first_images(model, next(iter(layers)), data, tokens)
-    done = 0
+    image = next(batches(data, 1)).images
+    widths = {name: layer.b_out.shape[1] for name, layer in layers.items()}
+    groups = image_groups(tokens_an_image(model, widths, image), len(data), tokens)
+    fewest = min(group.images for group in groups)  # as many as pass the whole model together
+    most_kept = KEPT * tokens * max(widths.values())
+    found: dict[str, RefitReport] = {}
 
-    def count() -> None:
-        nonlocal done
-        done += 1
-        report("refit", done, len(layers))
+    def done(name: str, facts: RefitReport) -> None:
+        found[name] = facts
+        report("refit", len(found), len(layers))
 
-    for name, layer in layers.items():
-        replace_module(model, name, _RefitStep(layer, ffns[name], ridge, count))
-    try:
-        report("refit", 0, len(layers))
-        model(images)
-    finally:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
+    report("refit", 0, len(layers))
+    for group in groups:
+        entry = find_entry(model, group.names, found, image) if group.images > fewest else None
+        for name in group.names:
+            step = _RefitStep(layers[name], ffns[name], ridge, name == group.names[-1], done)
+            replace_module(model, name, step)
+        try:
+            if entry is None:
+                run_until_reached(model, torch.cat(list(_images(data, fewest))))
+            else:
+                _run_from(model, entry, group, data, max(fewest, most_kept // entry.numbers), image, report)
+        finally:
+            for name in group.names:
+                replace_module(model, name, layers[name])
+    return {name: found[name] for name in layers}
 
 
-def _first_images(model: nn.Module, name: str, data: ImageSet, tokens: int) -> Tensor:
-    """Images spread evenly over the data set whose tokens in the first routed layer fit the budget."""
-    count = 0
+def _run_from(
+    model: nn.Module, entry: Entry, group: ImageGroup, data: ImageSet, most: int, image: Tensor, report: Reporter
+) -> None:
+    """A pass that begins at the entry, with the group's images but at most `most`."""
+    wanted = min(group.images, most)
+    parts = track(_images(data, wanted), f"refit, images for {group.names[0]}", -(-wanted // BATCH_SIZE), report)
+    with taken_up(model, entry, gather(model, entry, parts, wanted)):
+        run_until_reached(model, image)
 
-    def hook(module, args):
-        nonlocal count
-        count = args[0].numel() // module.b_out.shape[1]
 
-    handle = model.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        model(next(batches(data, 1)).images)
-    finally:
-        handle.remove()
-    wanted = min(len(data), max(1, tokens // count))
-    order = torch.linspace(0, len(data) - 1, wanted).round().long().unique()
-    return torch.cat([batch.images for batch in batches(data, 32, order=order)])
+def _images(data: ImageSet, wanted: int) -> Iterator[Tensor]:
+    """Batches of images spread evenly over the data set."""
+    for batch in batches(data, BATCH_SIZE, order=spread(len(data), wanted)):
+        yield batch.images

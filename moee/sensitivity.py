@@ -19,13 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibration import CHUNK, as_tokens, hidden_activations
-from moee.data import ImageSet, batches
+from moee.data import Batch, ImageSet, batches
+from moee.errors import UserError
+from moee.image_budget import image_groups, spread, tokens_an_image
 from moee.models import FFN, channels_last
 from moee.progress import Reporter, silent, track
 from moee.routing import route
 
 SHRINKAGE = 16.0  # tokens' worth of the layer's average that an expert's own figures are blended with
 BATCH_TOKENS = 4096  # tokens a backward pass
+EARLY_TOKENS = 8 * BATCH_TOKENS  # of layers that only the forward pass goes through
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class _Accumulator:
         self.ffn, self.stats = ffn, stats
         self.sums = [torch.zeros(stats.mean.shape, dtype=torch.float64) for _ in range(objectives)]
         self.count = torch.zeros(len(stats.router), dtype=torch.float64)
+        self.images = 0
         self.deviation: list[Tensor] = []
         self.routes: Tensor = torch.empty(0)
 
@@ -82,7 +86,7 @@ def measure_sensitivity(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
     objective: str = "both", seed: int = 0, report: Reporter = silent,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Mean sensitivity a token [K, H] float64 of each layer's experts and neurons, over about `tokens` tokens a layer.
+    """Mean sensitivity a token [K, H] float64 of each layer's experts and neurons, over about `tokens` tokens of each layer.
 
     `objective`: `output` (what the model returns), `tokens` (every token of the last feature map) or `both`: each scaled to a
     total of one over the whole model, then averaged. Experts that few tokens reach lean on their layer's average. The model's
@@ -107,30 +111,39 @@ def measure_sensitivity(
 
         return on_forward
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(layer)) for name, layer in layers.items()]
-    generator = torch.Generator().manual_seed(seed)
-    first = next(iter(layers.values()))
+    def see(batch: Batch, generator: torch.Generator) -> None:
+        nonlocal current
+        features: Any = model.forward_features(batch.images)  # type: ignore[operator]
+        output = model.forward_head(features)  # type: ignore[operator]
+        both = last and isinstance(features, Tensor) and features.dim() > 2
+        if objective == "tokens" and not both:
+            raise UserError(f"--objective tokens needs a model with one feature map; {type(model).__name__} has none, use output")
+        if both:
+            features = channels_last(features, model)
+        for position, kind in enumerate(kinds):
+            if kind == "tokens" and not both:
+                continue
+            current = position  # read by the hooks
+            keep = kind == "output" and both and len(kinds) > 1
+            _backward(features if kind == "tokens" else output, kind, classifier, generator, keep)
+
+    handles = []
     try:
-        with torch.enable_grad():
-            model(next(batches(data, 1)).images)  # to learn the tokens an image
-            per_image = max(1, int(first.count.sum()))
-            for layer in layers.values():
-                layer.count.zero_()
-            wanted = min(len(data), max(2, tokens // per_image))
-            order = torch.linspace(0, len(data) - 1, wanted).round().long().unique()
-            size = max(1, BATCH_TOKENS // per_image)
-            for batch in track(batches(data, size, order=order), "sensitivity", -(-len(order) // size), report):
-                features: Any = model.forward_features(batch.images)  # type: ignore[operator]
-                output = model.forward_head(features)  # type: ignore[operator]
-                both = last and isinstance(features, Tensor) and features.dim() > 2
-                if both:
-                    features = channels_last(features, model)
-                for position, kind in enumerate(kinds):
-                    if kind == "tokens" and not both:
-                        continue
-                    current = position  # read by the hooks
-                    keep = kind == "output" and both and len(kinds) > 1
-                    _backward(features if kind == "tokens" else output, kind, classifier, generator, keep)
+        counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, next(batches(data, 1)).images)
+        for group in image_groups(counts, len(data), tokens, least=2):
+            own = max(counts[name] for name in group.names)
+            size = max(1, min(BATCH_TOKENS // own, EARLY_TOKENS // max(counts.values())))
+            order = spread(len(data), group.images)
+            handles = [model.get_submodule(name).register_forward_hook(hook(layers[name])) for name in group.names]
+            generator = torch.Generator().manual_seed(seed)
+            what = "sensitivity" if group.names[0] == next(iter(counts)) else f"sensitivity from {group.names[0]}"
+            with torch.enable_grad():
+                for batch in track(batches(data, size, order=order), what, -(-len(order) // size), report):
+                    see(batch, generator)
+                    for name in group.names:
+                        layers[name].images += len(batch.images)
+            for handle in handles:
+                handle.remove()
     finally:
         for handle in handles:
             handle.remove()
@@ -149,7 +162,8 @@ def _backward(value: Tensor, kind: str, classifier: bool, generator: torch.Gener
 
 
 def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, Tensor]:
-    totals = [sum(float(layer.sums[i].sum()) for layer in layers.values()) for i in range(objectives)]
+    most = max(layer.images for layer in layers.values())  # layers saw different numbers of images: totals are for as many
+    totals = [sum(float(layer.sums[i].sum()) * (most / layer.images) for layer in layers.values()) for i in range(objectives)]
     used = [i for i, total in enumerate(totals) if total > 0] or [0]
     result = {}
     for name, layer in layers.items():

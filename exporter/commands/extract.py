@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.commands import OK, add_attention, add_model, add_out, add_ranks, model_of, rank_display
-from exporter.ui import attention_table, layer_table, number, percent, stage_table
+from exporter.ui import attention_table, layer_notes, layer_table, number, percent, stage_table
 from moee.config import PRESETS
 from moee.errors import UserError
 
@@ -102,6 +102,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if isinstance(config, ClearConfig):
         console.print(clear_table(moee.info["layers"]))
     console.print(layer_table(moee.info["layers"]))
+    for note in layer_notes(moee.info["layers"]):
+        console.print(note, highlight=False, markup=False)
     if "attention" in moee.info:
         console.print(attention_table(moee.info["attention"]))
     what = "clear-moe" if isinstance(config, ClearConfig) else f"preset {args.preset}"

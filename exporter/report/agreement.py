@@ -30,6 +30,8 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
     names = [STAGE_NAMES.get(name, name) for name in found]
     images, data = dig(first, "images"), dig(sources.body("moee.model"), "data")
     parts = [table(["", "dense", *names], rows, f"{fixed(images, 0)} held-out images of {data}")]
+    missing = next((str(dig(r, "no_tokens")) for r in kept.values() if dig(r, "no_tokens")), "")
+    parts += [tag("p", f"No cosine of token features: {missing}.")] if missing else []
     parts += _intervals(dig(sources.body("moee.parity"), "accuracy"))
     losses = dig(found.get("tuned"), "losses")
     series = [(name, numbers(dig(losses, name)), kind) for name, kind in (("train", "moee"), ("validation", "dense"))]

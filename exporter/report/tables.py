@@ -51,7 +51,13 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         note += "A CLEAR-MoE layer holds no neurons: its widths are those of a dense MLP of equal MACs, kept by any that of one "
         note += "of equally many weights. "
     note += "Noise: calibration tokens that the clustering left outside every cluster. Press a column's head to sort."
-    return None, [tag("p", note), table(head, rows, "Layers", id_="layers", sort_keys=keys)]
+    doubts = [
+        f"{layer.get('name', DASH)}: {text}"
+        for layer in found
+        for text in (layer["notes"] if isinstance(layer.get("notes"), list) else [])
+    ]
+    said = [tag("ul", *[tag("li", text) for text in doubts])] if doubts else []
+    return None, [tag("p", note), *said, table(head, rows, "Layers", id_="layers", sort_keys=keys)]
 
 
 def _times(sources: Sources) -> dict[str, tuple[Any, Any]]:

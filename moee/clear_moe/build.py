@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +19,8 @@ from moee.clear_moe.decompose import (
     up_metric,
 )
 from moee.clear_moe.layer import ClearFFN, ClearParts
+from moee.errors import UserError
+from moee.layer_report import RefitReport
 from moee.models import replace_module
 from moee.progress import Reporter
 
@@ -27,32 +31,49 @@ class _BuildStep(nn.Module):
     def __init__(self, analysis: Analysis, config: ClearConfig, done):
         super().__init__()
         self.analysis, self.config, self.done = analysis, config, done
-        self.built: ClearFFN | None = None
-        self.share: list[float] = []
+        self.built: Built | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         ffn = self.analysis.ffn
         tokens = as_tokens(x, ffn.channels_first)
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.config.seed))[: self.config.tokens]
-        self.built, self.share = build_layer(self.analysis, tokens[order.sort().values], self.config)
+        self.built = build_layer(self.analysis, tokens[order.sort().values], self.config)
         self.done()
         per_image = max(1, len(tokens) // len(x))
-        return torch.cat([self.built(part) for part in x.split(max(1, CHUNK // per_image))])
+        return torch.cat([self.built.layer(part) for part in x.split(max(1, CHUNK // per_image))])
 
 
-def build_layer(a: Analysis, tokens: Tensor, config: ClearConfig) -> tuple[ClearFFN, list[float]]:
-    """A layer from its input tokens [N, D], and each expert's share of them."""
+@dataclass(frozen=True)
+class Built:
+    """A layer, each expert's share of the tokens that it was made from, what the refit did."""
+
+    layer: ClearFFN
+    share: list[float]
+    tokens: int
+    refit: RefitReport | None
+
+
+def build_layer(a: Analysis, tokens: Tensor, config: ClearConfig) -> Built:
+    """A layer from its input tokens [N, D]. Raises `UserError` for NaN or infinite ones."""
     assert a.ranks is not None, "only layers with ranks are built"
     r1, q1, r2, q2 = a.ranks
     ffn, k = a.ffn, config.experts
+    if not torch.isfinite(tokens).all():
+        raise UserError(
+            f"`{ffn.name}` receives NaN or infinite activations from the layers converted before it; raise --rank or --energy, "
+            "or skip one of those layers with --exclude"
+        )
     routes = a.router.route(tokens)
     up = decompose_up(ffn, tokens, routes, k, r1, q1, up_metric(ffn, tokens, config.metric))
     hidden = _hidden(up, tokens, routes, ffn.activation)
     target = dense_hidden(ffn, tokens) @ ffn.w_down.T
-    weight = refit_down(ffn, hidden, target, routes, k, config.refit_lambda) if config.refit else ffn.w_down
+    weight, refit = ffn.w_down, None
+    if config.refit:
+        weight, refit = refit_down(ffn, hidden, target, routes, k, config.refit_lambda)
     down = decompose_down(ffn, hidden, target, routes, k, r2, q2, weight)
     share = torch.bincount(routes, minlength=k).double() / len(routes)
-    return ClearFFN(ClearParts(a.router, up, down, ffn.activation), ffn.channels_first).eval(), share.tolist()
+    layer = ClearFFN(ClearParts(a.router, up, down, ffn.activation), ffn.channels_first).eval()
+    return Built(layer, share.tolist(), len(tokens), refit)
 
 
 def _hidden(up, tokens: Tensor, routes: Tensor, activation: str) -> Tensor:
@@ -66,7 +87,7 @@ def _hidden(up, tokens: Tensor, routes: Tensor, activation: str) -> Tensor:
 
 def build_layers(
     model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearConfig, report: Reporter
-) -> dict[str, tuple[ClearFFN, list[float]]]:
+) -> dict[str, Built]:
     """Put the layers in place, front to back, in one forward pass; an error puts the dense ones back."""
     dense = {a.ffn.name: model.get_submodule(a.ffn.name) for a in selected}
     done = 0
@@ -89,6 +110,6 @@ def build_layers(
     built = {}
     for name, step in steps.items():
         assert step.built is not None, f"the forward pass does not run `{name}`"
-        replace_module(model, name, step.built)
-        built[name] = (step.built, step.share)
+        replace_module(model, name, step.built.layer)
+        built[name] = step.built
     return built

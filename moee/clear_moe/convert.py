@@ -6,21 +6,19 @@ layers on the inputs that the converted layers before them really produce. Nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from moee.attention import refuse_wide
 from moee.clear_moe.analysis import Analysis, Ranks, analyse, calibration_set
-from moee.clear_moe.build import build_layers
+from moee.clear_moe.build import Built, build_layers
 from moee.clear_moe.choice import choose_ranks
 from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.decompose import (
     check_rank,
 )
-from moee.clear_moe.layer import ClearFFN
 from moee.clear_moe.scoring import LayerScore
 from moee.data import ImageSet, image_shape
 from moee.errors import NothingRouted, UserError
@@ -62,14 +60,18 @@ def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Repor
     if not selected:
         raise NothingRouted("no layer gets cheaper at these ranks, so the model would stay dense; lower --rank or --energy")
     layers = build_layers(model, selected, chosen.images, config, report)
-    return [_report(a, *layers.get(a.ffn.name, ())) for a in found]
+    return [_report(a, layers.get(a.ffn.name)) for a in found]
 
 
-def _report(a: Analysis, layer: ClearFFN | None = None, share: Sequence[float] = ()) -> ClearLayerReport:
+def _report(a: Analysis, built: Built | None) -> ClearLayerReport:
     """The report of a converted layer, or of one that stayed dense."""
-    if layer is None:
-        return ClearLayerReport(a.ffn.name, a.reason, a.ffn.hidden, 0, a.ffn.hidden, [], [], 0.0, None, a.accuracy, a.score)
-    return ClearLayerReport(
-        a.ffn.name, "routed", a.ffn.hidden, layer.num_experts, layer.union, layer.widths, list(share), 0.0,
-        layer.ranks, a.accuracy, a.score,
+    dense = ClearLayerReport(
+        a.ffn.name, a.reason, a.ffn.hidden, 0, a.ffn.hidden, [], [], 0.0, router_accuracy=a.accuracy, scores=a.score
+    )
+    if built is None:
+        return dense
+    layer = built.layer
+    return replace(
+        dense, status="routed", experts=layer.num_experts, union=layer.union, widths=layer.widths, share=built.share,
+        ranks=layer.ranks, tokens=built.tokens, refit=built.refit,
     )  # fmt: skip

@@ -26,11 +26,14 @@ from moee.activations import activate
 from moee.calibration import CHUNK, hidden_activations
 from moee.clear_moe.dispatch import Factors
 from moee.errors import UserError
+from moee.layer_report import RefitReport
 from moee.models import FFN
+from moee.ridge import error_change, held_out_runs, solve_ridge
 
 METRIC_TOKENS = 4096  # that the up map's metric is averaged over
 FLOOR = 1e-9  # of the largest eigenvalue: below, a direction of the metric counts as that large, so that it can be inverted
 NORMALISED = 1  # direction that LayerNorm takes from every token it puts out
+LEAST = 1e-12  # mean diagonal of a Gram matrix that is more than rounding
 SINGULAR = 1e-12  # of the largest eigenvalue: below, a direction carries nothing but the rounding of float32
 
 
@@ -167,21 +170,37 @@ def decompose_up(ffn: FFN, tokens: Tensor, routes: Tensor, experts: int, rank: i
     return Factors(inward, outward, (ffn.b_up.double() + dropped @ weight.T).float(), rank, residual)
 
 
-def refit_down(ffn: FFN, hidden: Tensor, target: Tensor, routes: Tensor, experts: int, ridge: float) -> Tensor:
-    """W2 [D, H] corrected by ridge regression of target [N, D] (without bias) on hidden [N, H], both centred per expert."""
-    gram = torch.zeros(ffn.hidden, ffn.hidden)
-    cross = torch.zeros(ffn.hidden, ffn.dim)
+def refit_down(
+    ffn: FFN, hidden: Tensor, target: Tensor, routes: Tensor, experts: int, ridge: float
+) -> tuple[Tensor, RefitReport]:
+    """W2 [D, H] corrected by ridge regression of target [N, D] (without bias) on hidden [N, H], both centred per expert.
+
+    With fewer tokens than neurons a fifth of them is held out first; W2 stays as it is unless the correction helps there."""
+    few = len(hidden) < ffn.hidden
+    held_out = held_out_runs(len(hidden)) if few else torch.zeros(len(hidden), dtype=torch.bool)
+    grams = [torch.zeros(ffn.hidden, ffn.hidden) for _ in range(1 + few)]
+    crosses = [torch.zeros(ffn.hidden, ffn.dim) for _ in range(1 + few)]
     for e in range(experts):
         mine = routes == e
         if not mine.any():
             continue
         inputs, outputs = hidden[mine], target[mine]
         inputs = inputs - inputs.mean(0)
-        gram += inputs.T @ inputs
-        cross += inputs.T @ (outputs - outputs.mean(0) - inputs @ ffn.w_down.T)
-    system = gram.double()
-    system.diagonal().add_(ridge * system.diagonal().mean().clamp(min=1e-12))
-    return ffn.w_down + torch.cholesky_solve(cross.double(), torch.linalg.cholesky(system)).float().T
+        outputs = outputs - outputs.mean(0)
+        for which, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
+            chosen = inputs if not few else inputs[held_out[mine] == bool(which)]
+            wanted = outputs if not few else outputs[held_out[mine] == bool(which)]
+            gram += chosen.T @ chosen
+            cross += chosen.T @ (wanted - chosen @ ffn.w_down.T)
+    facts = {"tokens": len(hidden), "neurons": ffn.hidden}
+    what = f"{len(hidden)} tokens for {ffn.hidden} neurons"
+    if few and error_change(solve_ridge(grams[0], crosses[0], ridge, LEAST)[0], grams[1], crosses[1]) >= 0:
+        return ffn.w_down, RefitReport(**facts, note=f"refit skipped: {what}, it does not help on held-out tokens")
+    change, used = solve_ridge(torch.stack(grams).sum(0), torch.stack(crosses).sum(0), ridge, LEAST)
+    note = f"refitted on {what}" if few else ""
+    if used != ridge:
+        note = f"lambda {ridge:g} raised to {used:g}: {what} do not determine the fit below that"
+    return ffn.w_down + change.float().T, RefitReport(**facts, ridge=used, note=note)
 
 
 def decompose_down(

@@ -1,9 +1,15 @@
 """Lambda of the refit, chosen on held-out tokens."""
 
+import copy
+
 import pytest
 import torch
 
-from moee.refit import RIDGES, choose_ridge
+from moee.errors import UserError
+from moee.layer import Experts, RoutedFFN
+from moee.models import FFN
+from moee.refit import RIDGES, choose_ridge, refit_layer
+from moee.ridge import held_out_runs, solve_ridge
 
 
 def problem(rows, noise, seed=0):
@@ -27,18 +33,125 @@ def test_the_chosen_lambda_leaves_the_least_held_out_error(rows, noise):
         gram += ridge * gram.diagonal().mean() * torch.eye(30)
         delta = torch.linalg.solve(gram, (a.T @ r).double())
         errors[ridge] = float((held_r - held_a @ delta.float()).square().sum())
-    assert choose_ridge(a.T @ a, a.T @ r, held_a.T @ held_a, held_a.T @ held_r) == min(errors, key=errors.__getitem__)
+    assert choose_ridge(a.T @ a, a.T @ r, held_a.T @ held_a, held_a.T @ held_r)[0] == min(errors, key=errors.__getitem__)
 
 
 def test_few_noisy_tokens_ask_for_more_than_many_clean_ones():
     chosen = []
     for rows, noise in ((35, 5.0), (2000, 0.1)):
         (a, r), (held_a, held_r) = problem(rows, noise)
-        chosen.append(choose_ridge(a.T @ a, a.T @ r, held_a.T @ held_a, held_a.T @ held_r))
+        chosen.append(choose_ridge(a.T @ a, a.T @ r, held_a.T @ held_a, held_a.T @ held_r)[0])
     assert chosen[0] > chosen[1]
 
 
-def test_nothing_held_out_takes_the_largest():
+def test_nothing_held_out_chooses_none():
     (a, r), _ = problem(100, 1.0)
     nothing = torch.zeros(30, 30), torch.zeros(30, 4)
-    assert choose_ridge(a.T @ a, a.T @ r, *nothing) == max(RIDGES)
+    assert choose_ridge(a.T @ a, a.T @ r, *nothing) == (None, 0.0)
+
+
+def starved(tokens, hidden=96, dim=24, seed=0):
+    """A dense MLP, a static layer that keeps two thirds of its neurons, and a few input tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    ffn = FFN("blocks.7.mlp", "gelu", draw(hidden, dim), draw(hidden), draw(dim, hidden), draw(dim), None, False)
+    kept = torch.arange(hidden * 2 // 3)
+    experts = Experts(
+        router=torch.zeros(1, dim), router_bias=torch.zeros(1), w_up=ffn.w_up[kept], b_up=ffn.b_up[kept],
+        w_down=ffn.w_down.T[kept], b_out=ffn.b_down[None], neurons=kept.int(), offsets=torch.tensor([0, len(kept)]).int(),
+        activation="gelu",
+    )  # fmt: skip
+    return RoutedFFN(experts), ffn, draw(tokens, dim)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 63])
+@pytest.mark.parametrize("ridge", [1e-12, 1e-300])
+def test_a_tiny_lambda_with_fewer_tokens_than_neurons_is_raised_and_says_so(tokens, ridge):
+    layer, ffn, x = starved(tokens)
+    facts = refit_layer(layer, ffn, x, ridge)
+    assert all(torch.isfinite(t).all() for t in layer.state_dict().values())
+    assert layer.w_down.abs().max() < 100
+    if tokens > 1:  # a single token is constant
+        assert facts.ridge > ridge and f"lambda {ridge:g} raised to {facts.ridge:g}" in facts.note
+
+
+def test_a_layer_that_no_lambda_helps_stays_as_it_was():
+    layer, ffn, x = starved(4)
+    before = copy.deepcopy(layer.state_dict())
+    facts = refit_layer(layer, ffn, x)
+    assert facts.ridge is None and facts.note.startswith("refit skipped: 4 tokens for 64 neurons")
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_held_out_tokens_decide_where_there_are_fewer_than_five_runs():
+    layer, ffn, x = starved(600)
+    before = copy.deepcopy(layer)
+    facts = refit_layer(layer, ffn, x)
+    assert facts.ridge in RIDGES and facts.error_after < facts.error_before
+    fresh = starved(600, seed=0)[2].flip(0) + 0.01  # other tokens of the same kind
+    dense = torch.nn.functional.gelu(fresh @ ffn.w_up.T + ffn.b_up) @ ffn.w_down.T + ffn.b_down
+    assert (layer(fresh) - dense).square().mean() < (before(fresh) - dense).square().mean()
+
+
+def test_the_error_on_held_out_tokens_is_that_of_the_fit_without_them():
+    layer, ffn, x = starved(1500)
+    held = held_out_runs(1500)
+    other = copy.deepcopy(layer)
+    facts = refit_layer(layer, ffn, x)
+    hidden = torch.nn.functional.gelu(x @ layer.w_up.T + layer.b_up).detach()
+    hidden = (hidden - hidden.mean(0)).double()
+    target = torch.nn.functional.gelu(x @ ffn.w_up.T + ffn.b_up) @ ffn.w_down.T
+    target = (target - target.mean(0)).double()
+    rest = target - hidden @ other.w_down.detach().double()
+    a, r = hidden[~held], rest[~held]
+    penalty = facts.ridge * (a.T @ a).diagonal().mean() * torch.eye(64)
+    fitted = torch.linalg.solve(a.T @ a + penalty, a.T @ r)
+    power = target[held].square().sum()
+    assert facts.error_before == pytest.approx(float(rest[held].square().sum() / power), rel=1e-3)
+    assert facts.error_after == pytest.approx(float((rest - hidden @ fitted)[held].square().sum() / power), rel=1e-3)
+
+
+def test_held_out_runs_are_as_ever_where_there_are_enough_tokens():
+    assert torch.equal(held_out_runs(5000), torch.arange(5000) // 256 % 5 == 4)
+    assert 0.1 < held_out_runs(392).double().mean() < 0.3
+    assert not held_out_runs(4).any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_activations_name_the_layer(value):
+    layer, ffn, x = starved(300)
+    x[7, 3] = value
+    for ridge in (None, 0.01):
+        with pytest.raises(UserError, match="`blocks.7.mlp` receives NaN or infinite activations"):
+            refit_layer(layer, ffn, x, ridge)
+    assert torch.isfinite(layer.w_down).all()
+
+
+@pytest.mark.parametrize("ridge", [None, 0.01, 1e-12])
+def test_constant_activations_leave_the_layer_as_it_was(ridge):
+    layer, ffn, x = starved(2000)
+    before = layer.w_down.detach().clone()
+    facts = refit_layer(layer, ffn, x[:1].repeat(2000, 1), ridge)
+    assert facts.ridge is None and facts.note == "refit skipped: the activations are constant"
+    assert torch.equal(layer.w_down, before)
+
+
+def test_a_well_posed_fit_keeps_its_bits():
+    (a, r), _ = problem(300, 1.0)
+    gram, cross = a.T @ a, a.T @ r
+    system = gram.double()
+    system.diagonal().add_(0.01 * system.diagonal().mean())
+    found, used = solve_ridge(gram, cross, 0.01)
+    assert used == 0.01 and torch.equal(found, torch.cholesky_solve(cross.double(), torch.linalg.cholesky(system)))
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(5, 8), torch.ones(5, 8), torch.arange(24.0).view(3, 8) / 7, torch.eye(8)[:2]])
+def test_singular_sums_have_a_finite_solution(rows):
+    gram = rows.T @ rows
+    found, used = solve_ridge(gram, rows.T @ torch.ones(len(rows), 2), 1e-12)
+    assert torch.isfinite(found).all() and found.abs().max() < 10 and used < 1e-3
+    with pytest.raises(UserError, match="NaN"):
+        solve_ridge(gram, torch.full((8, 2), float("nan")), 1e-3)

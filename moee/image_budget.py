@@ -1,0 +1,65 @@
+"""Which images a layer is fitted on: about as many as give it a number of tokens of its own.
+
+Swin's first stage has 3,136 tokens an image, its last one 49. So layers are put into groups, in the order in which they run, and
+each group gets images of its own number. A model whose layers all see as many tokens is one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moee.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageGroup:
+    """Layers that run one after another and want the same number of images."""
+
+    names: tuple[str, ...]
+    images: int
+
+
+def tokens_an_image(model: nn.Module, dims: Mapping[str, int], image: Tensor) -> dict[str, int]:
+    """Tokens that each named layer of width `dims` sees of one `image` [1, C, H, W], in the order in which the layers run.
+
+    Raises `UserError` for a layer that takes no part in the forward pass."""
+    found: dict[str, int] = {}
+
+    def hook(name: str):
+        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name] = args[0].numel() // dims[name]
+
+        return count
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in dims]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in dims:
+        if not found.get(name):
+            raise UserError(f"`{name}` takes no part in the forward pass; skip it with --exclude {name}")
+    return found
+
+
+def image_groups(counts: Mapping[str, int], images: int, tokens: int, least: int = 1) -> list[ImageGroup]:
+    """Layers with `counts` tokens an image, in groups that want about `tokens` tokens: `least` to `images` images."""
+    groups: list[ImageGroup] = []
+    for name, count in counts.items():
+        wanted = min(images, max(least, tokens // count))
+        if groups and groups[-1].images == wanted:
+            groups[-1] = ImageGroup((*groups[-1].names, name), wanted)
+        else:
+            groups.append(ImageGroup((name,), wanted))
+    return groups
+
+
+def spread(images: int, wanted: int) -> Tensor:
+    """`wanted` positions spread evenly over a data set of `images` images, ascending."""
+    return torch.linspace(0, images - 1, wanted).round().long().unique()

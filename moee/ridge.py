@@ -1,0 +1,46 @@
+"""Ridge regression from sums that may be singular: fewer rows than unknowns, constant or dependent columns, tiny penalties."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moee.errors import UserError
+
+# Of a diagonal entry: when a pivot is smaller, nothing but the rounding of float32 sums is left of that column
+PIVOT = 2.0**-23
+STEP = 10.0
+FOLDS, RUN = 5, 256  # every fifth run of 256 tokens is held out; runs are shorter where there are few tokens
+
+
+def solve_ridge(gram: Tensor, cross: Tensor, ridge: float, least: float = 1e-30) -> tuple[Tensor, float]:
+    """X [U, C] of (G + lambda mean(diag G) I) X = C in float64, and the lambda that was used.
+
+    gram: G [U, U], symmetric; cross: C [U, C]; `least` is the smallest mean diagonal that is believed. Lambda is `ridge`, or,
+    where the sums do not determine X at that penalty, the first of 10, 100, ... times it at which they do. Raises `UserError` for
+    sums that are not finite.
+    """
+    gram, cross = gram.double(), cross.double()
+    if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+        raise UserError("a least-squares fit met NaN or infinite activations; check the weights and the input normalisation")
+    mean = gram.diagonal().mean().clamp(min=least)
+    while True:
+        system = gram.clone()
+        system.diagonal().add_(ridge * mean)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        # a symmetric system with a penalty above its trace is positive definite whatever its rounding, so this ends
+        if not failed and bool((factor.diagonal().square() >= PIVOT * system.diagonal()).all()):
+            return torch.cholesky_solve(cross, factor), ridge
+        ridge *= STEP
+
+
+def held_out_runs(tokens: int) -> Tensor:
+    """Which of `tokens` tokens in reading order [N] are held out to judge a fit: runs, so that an image's tokens mostly stay
+    together."""
+    run = RUN if tokens > RUN * (FOLDS - 1) else max(1, tokens // FOLDS)
+    return torch.arange(tokens) // run % FOLDS == FOLDS - 1
+
+
+def error_change(change: Tensor, gram: Tensor, cross: Tensor) -> float:
+    """|R - A X|^2 - |R|^2 = tr(X' G X) - 2 tr(X' C) for a solution X [U, C] float64 on the tokens of `gram` and `cross`."""
+    return float((change * (gram.double() @ change - 2 * cross.double())).sum())
