@@ -85,7 +85,8 @@ def write_deployment(
         shutil.copytree(SOURCE / "csrc" / "compat", folder / "runner" / "compat")
         shutil.copy2(DEPLOY / "build.sh", folder / "build.sh")
         (folder / "build.sh").chmod(0o755)
-        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, shown(export["model"]["name"], quoted=False))
+        names, model = _names(export, classes, export_dir), shown(export["model"]["name"], quoted=False)
+        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, model, names)
         for name, text in configs.files(facts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
@@ -95,6 +96,7 @@ def write_deployment(
         body = {
             **{"sm": sm, "model": export["model"], "batch": {"min": low, "opt": opt, "max": high}},
             **{"input": vars(given), "output": vars(output), "preprocess": vars(recipe), "classes": classes},
+            "class_names": list(names),
         }
         write_manifest(folder, "deployment.json", DEPLOYMENT_SCHEMA, body)
     return out
@@ -175,6 +177,14 @@ def _write_head(export_dir: Path, export: dict[str, Any], output: Tensor, path: 
         raise UserError(f"{source} does not fit the graph's {output.shape[-1]} features; extract the model again")
     path.write_bytes(struct.pack("<ii", *weight.shape) + weight.tobytes() + bias.tobytes())
     return len(bias)
+
+
+def _names(export: dict[str, Any], classes: int | None, export_dir: Path) -> tuple[str, ...]:
+    """Names of the classes; none where the export does not know them. Raises `UserError` for names of other classes."""
+    names = tuple(export.get("classes", ()))
+    if names and len(names) != classes:
+        raise UserError(f"{export_dir / MANIFEST} names {len(names)} classes, the model tells {classes or 0} apart; export again")
+    return names
 
 
 def _write_sums(folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TRITON_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
+LABELS = "labels.txt"
 QUEUE_US = 1000  # how long a request waits for others: a fraction of what a batch takes on an Orin
 
 
@@ -15,6 +16,7 @@ class Facts:
     """What the texts say. `given` and `output` are `bundle.Tensor`, `recipe` is `bundle.Recipe`, `batch` (min, opt, max).
 
     `classes` is None where neither the graph nor a classifier beside it gives classes; `classifies`: the graph does.
+    `names` of the classes are printable and differ, as manifests are checked; none where they are not known.
     """
 
     given: Any
@@ -25,6 +27,7 @@ class Facts:
     classifies: bool
     sm: int
     model: str
+    names: tuple[str, ...] = ()
 
 
 def files(facts: Facts) -> dict[str, str]:
@@ -38,9 +41,20 @@ def files(facts: Facts) -> dict[str, str]:
     }
     for name, platform in (("moee", "tensorrt_plan"), ("dense", "tensorrt_plan"), ("moee_onnx", "onnxruntime_onnx")):
         texts[f"triton/model_repository/{name}/config.pbtxt"] = triton(facts, name, platform)
+        if facts.classifies and facts.names:
+            texts[f"triton/model_repository/{name}/{LABELS}"] = lines(facts.names)
+    if facts.names:
+        texts[f"models/{LABELS}"] = lines(facts.names)
     if facts.classifies:
-        texts["deepstream/labels.txt"] = ";".join(f"class {i}" for i in range(facts.classes or 0)) + "\n"
+        numbers = tuple(f"class {i}" for i in range(facts.classes or 0))
+        # nvinfer separates the labels by semicolons
+        texts[f"deepstream/{LABELS}"] = ";".join(name.replace(";", ",") for name in facts.names or numbers) + "\n"
     return texts
+
+
+def lines(names: tuple[str, ...]) -> str:
+    """A name a line."""
+    return "".join(f"{name}\n" for name in names)
 
 
 def preprocess(recipe: Any) -> str:
@@ -83,7 +97,7 @@ def triton(facts: Facts, name: str, platform: str) -> str:
         f"platform: {text_string(platform)}",
         f"max_batch_size: {high}",
         _tensor("input", facts.given),
-        _tensor("output", facts.output),
+        _tensor("output", facts.output, LABELS if facts.classifies and facts.names else None),
         f"instance_group [ {{ count: 1 kind: {'KIND_GPU' if platform == 'tensorrt_plan' else 'KIND_AUTO'} }} ]",
         f"dynamic_batching {{\n  preferred_batch_size: [ {preferred} ]\n  max_queue_delay_microseconds: {QUEUE_US}\n}}",
     ]
@@ -97,9 +111,11 @@ def triton(facts: Facts, name: str, platform: str) -> str:
     return "\n".join(blocks) + "\n"
 
 
-def _tensor(kind: str, tensor: Any) -> str:
+def _tensor(kind: str, tensor: Any, labels: str | None = None) -> str:
     dims = ", ".join(map(str, tensor.shape))
     fields = f"name: {text_string(tensor.name)} data_type: {TRITON_TYPES[tensor.type]} dims: [ {dims} ]"
+    if labels is not None:
+        fields += f" label_filename: {text_string(labels)}"
     return f"{kind} [ {{ {fields} }} ]"
 
 
@@ -132,7 +148,7 @@ def deepstream(facts: Facts) -> str:
         "network-mode": 2 if facts.given.type == "float16" else 0,
     }
     if facts.classifies:
-        values |= {"network-type": 1, "classifier-threshold": 0.0, "labelfile-path": "labels.txt"}
+        values |= {"network-type": 1, "classifier-threshold": 0.0, "labelfile-path": LABELS}
     else:
         values |= {"network-type": 100, "output-tensor-meta": 1}
     head = [
@@ -147,7 +163,8 @@ def readme(facts: Facts) -> str:
     head = "" if facts.classifies or facts.classes is None else " --head models/head.bin"
     size = facts.recipe.size
     return README.format(
-        model=facts.model.replace("`", "'"), sm=facts.sm, head=head, size=size, low=facts.batch[0], high=facts.batch[2]
+        model=facts.model.replace("`", "'"), sm=facts.sm, head=head, size=size, low=facts.batch[0], high=facts.batch[2],
+        names=" by its name in models/labels.txt" if facts.names else "",
     )
 
 
@@ -167,7 +184,7 @@ Run on images, and compare with the dense model:
     runner/build/moee_run --engine engines/moee.plan --plugin plugin/build/libmoee_plugin.so --images ppm{head}
     runner/build/moee_run --engine engines/dense.plan --images ppm{head}
 
-It resizes, crops and normalises as timm does, prints the top-1 class of each image, and p50 and p95 of the execution
+It resizes, crops and normalises as timm does, prints the top-1 class of each image{names}, and p50 and p95 of the execution
 (copies not included). `--raw FILE` takes float32 tensors [N, 3, {size}, {size}] instead. Batches from {low} to {high}.
 
 | part | holds |

@@ -12,7 +12,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from exporter.quantization import Quantization
 from moee.artifact import read_manifest, sha256_file, stays_inside
 from moee.errors import UserError
-from moee.model_manifest import Costs
+from moee.model_manifest import Classes, Costs
 from moee.models import ModelSpec, Shape, plain_size
 from moee.schema import Body, Text, checked, shown
 
@@ -69,6 +69,7 @@ class Export(Body):
     precision: Text = "fp32"
     model: ModelSpec
     data: Text
+    classes: Classes = []
     cost: Costs | None = None
     source: Text | None = None
     routed_layers: list[Text] = Field(min_length=1)

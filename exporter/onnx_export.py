@@ -213,6 +213,7 @@ def export(
             "precision": precision,
             "model": moee.spec.model_dump(),
             "data": moee.data,
+            "classes": list(moee.classes),
             "cost": _latest_cost(moee),
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
             "routed_layers": list(layers),

@@ -30,6 +30,7 @@ log = logging.getLogger("moee")
 
 HELD_OUT = 0.2  # of a source that is not divided
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what decoders raise
+MAX_SKIPPED = 20  # names of unreadable images in a manifest
 MAX_RESIZED_PIXELS, MAX_RATIO = 1 << 26, 16  # of one picture after its resize: 200 MB; or so many times longer than wide
 
 
@@ -138,10 +139,12 @@ class ImageSet(Dataset):
         return text + (f", {unlabelled} without a label" if unlabelled else "")
 
     def facts(self) -> dict[str, Any]:
-        """The same for a manifest, and the names of what could not be read."""
-        have = self.counts()
-        unlabelled = len(self) - sum(have.values())
-        return {"images": len(self), "classes": len(have), "unlabelled": unlabelled, "skipped": list(self.skipped.values())}
+        """The same for a manifest, with what could not be read; `first_skipped` are some of its names."""
+        have, names = self.counts(), [name for _, name in sorted(self.skipped.items())]
+        return {
+            "images": len(self), "classes": len(have), "unlabelled": len(self) - sum(have.values()),
+            "skipped": len(names), "first_skipped": names[:MAX_SKIPPED],
+        }  # fmt: skip
 
     def renumber(self, classes: Sequence[str], number: Callable[[str], int]) -> dict[str, int]:
         """Label the images by other `classes`, in which a name has a `number` or -1; what has none, with its images."""
@@ -212,7 +215,8 @@ def listed_batches(
         for index, image, _ in items:
             if isinstance(image, str) and index not in data.skipped:
                 data.skipped[index] = data.describe(index)
-                log.warning("skipped unreadable image %s (%d so far): %s", data.skipped[index], len(data.skipped), image)
+                name, reason = class_name(data.skipped[index]), "" if data.skipped[index] in image else f": {image}"
+                log.warning("skipped unreadable image %s (%d so far)%s", name, len(data.skipped), reason)
         if good:
             seen += len(good)
             indices, images, labels = zip(*good, strict=True)
@@ -229,10 +233,12 @@ def say_read(**splits: ImageSet) -> None:
         log.warning("%s", class_name(note))
 
 
-def skipped_line(*splits: ImageSet) -> str:
-    """What could not be read, as a sentence; empty if everything could."""
-    names = [name for data in splits for _, name in sorted(data.skipped.items())]
-    return f"skipped {len(names)} unreadable {'image' if len(names) == 1 else 'images'}: {listed(names, False)}" if names else ""
+def skipped_line(*splits: dict[str, Any]) -> str:
+    """What could not be read of splits with these `facts`, as a sentence; empty if everything could."""
+    total = sum(facts["skipped"] for facts in splits)
+    names = [name for facts in splits for name in facts["first_skipped"]][:MAX_NAMED]
+    more = f" and {total - len(names)} more" if total > len(names) else ""
+    return f"skipped {total} unreadable {'image' if total == 1 else 'images'}: {listed(names, False)}{more}" if total else ""
 
 
 def merge_skipped(data: ImageSet, group: Group) -> None:

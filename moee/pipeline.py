@@ -171,7 +171,6 @@ def run_extract(
     info = {
         "stages": {"extracted": {**measured, "seconds": seconds}},
         "layers": [layer.to_json() for layer in layers],
-        "skipped_images": list(session.train.skipped.values()),
         "data_read": session.data_facts(),
     }
     narrowed = attention_figures(model, session.dense, session.transform.shape)
@@ -223,6 +222,7 @@ def run_finetune(
     tuned = {**measured, "seconds": seconds, "config": used, "best_epoch": result.best_epoch}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
     moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
+    moee.info["data_read"] = session.data_facts()
     _save(moee, out, force, group)
     if group.leader:
         remove_folder(resume)

@@ -6,11 +6,13 @@ import argparse
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moee.errors import UserError
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
+    from rich.console import Console
+
     from moee.distributed import Group
     from moee.models import ModelSpec
     from moee.progress import Reporter
@@ -76,6 +78,15 @@ def add_attention(parser: argparse.ArgumentParser, several: bool = False) -> Non
         parser.add_argument("--attention-macs", type=float, metavar="SHARE", help=share)
     how = "separate: queries and keys may differ from values in width (default); equal: they may not"
     parser.add_argument("--attention-heads", help=how)
+
+
+def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
+    """Name the images that could not be read, if there are any. `data_read`: `Session.data_facts` or a part of it."""
+    from moee.data import skipped_line
+
+    line = skipped_line(*[data_read[split] for split in ("train", "val") if split in data_read])
+    if line:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def refuse_file(out: str) -> None:

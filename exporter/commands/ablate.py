@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, refuse_file
+from exporter.commands import OK, refuse_file, show_skipped
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 
@@ -71,5 +71,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         drawn = draw_ablation(summary, Path(args.out))
     for line in verdict_lines(summary["verdicts"]):
         console.print(line.replace("**", ""), highlight=False, markup=False)
+    show_skipped(console, summary["data_read"])
     console.print(f"written to {args.out}: ablation.json, table.md, {len(drawn)} plots")
     return OK

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, refuse_file
+from exporter.commands import OK, refuse_file, show_skipped
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 
@@ -59,10 +59,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         spec = resolve(
             args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
         )
-        cells = ablate(Session(spec, args.data, report=report), grid, args.design, args.out, report)
+        session = Session(spec, args.data, report=report)
+        cells = ablate(session, grid, args.design, args.out, report)
     rows = summarise(cells)
     text = markdown(rows)
     console.print(text, markup=False)
+    show_skipped(console, session.data_facts())
     if args.table:
         write_text(args.table, text)
         picture = Path(args.table).with_suffix(".svg")

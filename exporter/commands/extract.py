@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_attention, add_model, add_out, add_ranks, model_of, rank_display
+from exporter.commands import OK, add_attention, add_model, add_out, add_ranks, model_of, rank_display, show_skipped
 from exporter.ui import attention_table, layer_notes, layer_table, number, percent, stage_table
 from moee.config import PRESETS
 from moee.errors import UserError
@@ -108,8 +108,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(attention_table(moee.info["attention"]))
     what = "clear-moe" if isinstance(config, ClearConfig) else f"preset {args.preset}"
     console.print(stage_table(moee.info, f"{spec.name} on {args.data}, {what}"))
-    if moee.info["skipped_images"]:
-        console.print(f"skipped {len(moee.info['skipped_images'])} unreadable images")
+    show_skipped(console, moee.info["data_read"])
     console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB")
     return OK
 

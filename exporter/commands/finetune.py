@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out, add_ranks, rank_display
+from exporter.commands import OK, add_out, add_ranks, rank_display, show_skipped
 from exporter.ui import stage_table
 
 TEXT = "distil the dense model into an extracted one"
@@ -58,5 +58,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not group.leader:
         return OK
     console.print(stage_table(moee.info, f"{moee.spec.name} on {moee.data}"))
+    show_skipped(console, moee.info["data_read"])
     console.print(f"written to {args.out}; best epoch {moee.info['stages']['tuned']['best_epoch']}")
     return OK

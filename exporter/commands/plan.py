@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_attention, add_model, add_out, model_of
+from exporter.commands import OK, add_attention, add_model, add_out, model_of, show_skipped
 from exporter.ui import ProgressDisplay, number, percent
 from moee.errors import UserError
 
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print(points_table(plan))
     for line in verdict(plan):
         console.print(line, soft_wrap=True)
+    show_skipped(console, plan["data_read"])
     console.print(f"written to {args.out}; to apply it: moee extract {args.model} --data {args.data} --plan {args.out} --out DIR")
     return OK
 

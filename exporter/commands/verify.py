@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_ranks, at_least, rank_display
+from exporter.commands import GATE_FAILED, OK, add_ranks, at_least, rank_display, show_skipped
 from exporter.ui import percent
 from moee.errors import MissingDependency, UserError
 
@@ -169,6 +169,8 @@ def _show(console: Console, result: Any, layers: bool) -> None:
     for case in result.cases():
         if case.failure:
             console.print(f"FAILED {case.group}, {case.name}: {case.failure}", markup=False, highlight=False)
+    if result.data_read:
+        show_skipped(console, result.data_read)
     deviation = parity.first_deviation
     if deviation:
         text = f"first deviation: {deviation.layer} ({deviation.where}): {deviation.message}"

@@ -26,8 +26,9 @@ PATCHES = 8  # shown of each expert
 class RoutingTrace:
     """Which experts the tokens of some images took.
 
-    `indices` [N] and `labels` [N] int64 (-1: none) of the images; per layer `routes` [N, T, top_k] int64, its number of
-    `experts`, and how many of the T tokens precede the `grids` [rows, cols] of patches (None where T is no grid).
+    `indices` [N] and `labels` [N] int64 (-1: none) of the images, and the names of the `classes`; per layer `routes`
+    [N, T, top_k] int64, its number of `experts`, and how many of the T tokens precede the `grids` [rows, cols] of patches (None
+    where T is no grid).
     """
 
     shape: Shape
@@ -36,6 +37,7 @@ class RoutingTrace:
     routes: dict[str, Tensor]
     experts: dict[str, int]
     grids: dict[str, tuple[int, int, int] | None]
+    classes: tuple[str, ...] = ()
 
 
 @torch.inference_mode()
@@ -68,8 +70,9 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
     routes = {name: torch.cat(parts) for name, parts in collected.items()}
     shape = model_transform(moee.model).shape
     return RoutingTrace(
-        shape, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids
-    )
+        shape, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids,
+        data.classes,
+    )  # fmt: skip
 
 
 def _grid(x: Tensor, prefix: int, channels_first: bool) -> tuple[int, int, int] | None:
@@ -86,8 +89,8 @@ def _grid(x: Tensor, prefix: int, channels_first: bool) -> tuple[int, int, int] 
 def routing_by_class(trace: RoutingTrace) -> dict[str, Any]:
     """Share of each class's tokens that each expert gets, per layer (paper, Figures 2 to 4 and 8).
 
-    {"classes": [class id], "images": [per class], "layers": {name: [[share an expert] a class]}}; one class -1 where the
-    images have no labels.
+    {"classes": [class id], "names": [per class], "images": [per class], "layers": {name: [[share an expert] a class]}}; class -1
+    are the images without a label.
     """
     classes = trace.labels.unique().tolist()
     layers = {}
@@ -98,7 +101,9 @@ def routing_by_class(trace: RoutingTrace) -> dict[str, Any]:
             rows.append(_rounded(taken.double() / taken.sum()))
         layers[name] = rows
     counts = [int((trace.labels == label).sum()) for label in classes]
-    return {"schema": "moee.plot-routing/1", "classes": classes, "images": counts, "layers": layers}
+    without = "no label" if len(classes) > 1 else "all"
+    names = [without if label < 0 else trace.classes[label] if trace.classes else str(label) for label in classes]
+    return {"schema": "moee.plot-routing/1", "classes": classes, "names": names, "images": counts, "layers": layers}
 
 
 def router_similarity(model: nn.Module) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from exporter.plots.figure import grid
 from moee.data import ImageSet, Transform
 
+TICK = 20  # characters of a class name beside its row
 MAX_EXPERTS = 16  # rows of patches a layer; the busiest experts are shown
 
 
@@ -25,7 +26,7 @@ def routing(numbers: dict[str, Any]) -> Figure:
         image = axis.imshow(np.asarray(shares), aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
         _label(axis, name, "expert", "class")
         if len(numbers["classes"]) <= 20:
-            axis.set_yticks(range(len(numbers["classes"])), ["all" if c < 0 else str(c) for c in numbers["classes"]])
+            axis.set_yticks(range(len(numbers["names"])), [_tick(name) for name in numbers["names"]])
         figure.colorbar(image, ax=axis)
     return figure
 
@@ -93,6 +94,11 @@ def _strip(places: list[dict[str, int]], data: ImageSet, transform: Transform, c
         patch = cache[place["image"]][:, top : top + place["height"], left : left + place["width"]]
         parts.append(np.pad(patch.permute(1, 2, 0).numpy(), ((0, 1), (0, 1), (0, 0)), constant_values=1.0))
     return np.concatenate(parts, axis=1) if parts else np.ones((1, 1, 3))
+
+
+def _tick(name: str) -> str:
+    """A class name as matplotlib writes it: short, and a dollar is no formula."""
+    return (name if len(name) <= TICK else f"{name[: TICK - 1]}…").replace("$", r"\$")
 
 
 def _label(axis: Axes, title: str, x: str, y: str) -> None:

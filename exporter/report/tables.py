@@ -10,6 +10,8 @@ from exporter.report.markup import Html, table, tag
 from exporter.report.sections import layers, not_there
 from exporter.report.values import DASH, dig, fixed, numbers, percent, real
 
+SHOWN_CLASSES = 20
+
 
 def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
     """One row a layer, sorted by any column."""
@@ -85,12 +87,34 @@ def reproduce(sources: Sources) -> tuple[str | None, list[Html]]:
     return None, parts or [tag("p", "No artifact here records its configuration.", class_="missing")]
 
 
+def _images_read(sources: Sources) -> list[Html]:
+    """What the model was made on: images, classes, what lacked a label or could not be read, and what was guessed."""
+    body = sources.body("moee.model")
+    facts = {split: dig(body, "info", "data_read", split) for split in ("train", "val")}
+    columns = ("images", "classes", "unlabelled", "skipped")
+    rows: list[list[object]] = [
+        [split, *[fixed(dig(fact, column), 0) for column in columns]] for split, fact in facts.items() if isinstance(fact, dict)
+    ]
+    if not rows:
+        return []
+    parts = [table(["split", "images", "classes", "without a label", "unreadable"], rows, "Images that the model was made on")]
+    names = dig(body, "classes")
+    if isinstance(names, list) and names:
+        listed = ", ".join(map(str, names[:SHOWN_CLASSES]))
+        more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
+        parts.append(tag("p", f"Classes 0 to {len(names) - 1}: {listed}{more}.", class_="wrap"))
+    notes = dig(body, "info", "data_read", "notes")
+    if isinstance(notes, list) and notes:
+        parts.append(tag("ul", *[tag("li", str(note)) for note in notes]))
+    return parts
+
+
 def read_from(sources: Sources) -> tuple[str | None, list[Html]]:
     """Every file that was read, whether its hashes match, and what was not found."""
     rows: list[list[object]] = []
     for artifact in sources.all:
         rows.append([f"{artifact.folder.name}/{artifact.path.name}", f"{artifact.kind}/{artifact.version}", artifact.hashes])
-    parts = [table(["file", "schema", "hashes of its files"], rows, "Read for this report")]
+    parts = [table(["file", "schema", "hashes of its files"], rows, "Read for this report"), *_images_read(sources)]
     if sources.problems:
         parts.append(tag("ul", *[tag("li", problem) for problem in sources.problems], class_="problems"))
     if sources.missing:

@@ -71,6 +71,7 @@ class VerifyResult:
     no_accuracy: str
     engine: EngineParity | None
     seconds: float
+    data_read: dict[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -137,6 +138,7 @@ class VerifyResult:
             "accuracy": self.accuracy.to_json() if self.accuracy else None,
             "engine": json_safe(engine),
             "cases": [asdict(case) for case in self.cases()],
+            "data_read": self.data_read,
             "seconds": self.seconds,
             "passed": self.passed,
         }
@@ -200,7 +202,8 @@ def verify_ranks(
         if parity is not None:
             if engine is not None and plugin is not None:
                 built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
-            result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started)
+            read = {"val": data.facts(), "notes": list(data.notes)}
+            result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started, read)
     return result
 
 

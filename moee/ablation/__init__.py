@@ -22,7 +22,8 @@ def run_ablation(session: Session, ablation: AblationConfig, out: Path | str, re
     """
     out = Path(out)
     results = run_cells(session, ablation, out, report)
-    summary = {**summarise(setup_of(session, ablation), ablation, results), "tools": tool_versions()}
+    made = summarise(setup_of(session, ablation), ablation, results)
+    summary = {**made, "data_read": session.data_facts(), "tools": tool_versions()}
     write_json(out / "ablation.json", summary)
     write_text(out / "table.md", markdown(summary) + "\n")
     return summary

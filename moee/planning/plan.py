@@ -89,7 +89,7 @@ def make_plan(
         **identity, "budget": budget.model_dump(),
         "winner": asdict(winner), "margins": margins(winner, points, dense, budget),
         "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
-        "layers": layer_table(session, planner, winner, report),
+        "layers": layer_table(session, planner, winner, report), "data_read": session.data_facts(),
     }  # fmt: skip
     with atomic_folder(out, force) as folder:
         write_manifest(folder, PLAN, SCHEMA, result)

@@ -39,12 +39,15 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny") ->
         ("extracted", {"extracted": _stage(0.9, shares)}),
         ("tuned", {"extracted": _stage(0.9, shares), "tuned": tuned}),
     ):
-        info = {"stages": stages, "layers": layers, "skipped_images": [], "peak_memory_bytes": 1}
+        read = {"images": 1078, "classes": 10, "unlabelled": 0, "skipped": 2, "first_skipped": ["a.png", "b.png"]}
+        notes = ["only val has images of 'tulip' (12)"]
+        info = {"stages": stages, "layers": layers, "peak_memory_bytes": 1, "data_read": {"train": read, "notes": notes}}
         spec = {"name": model, "timm_name": "vit_tiny_patch16_224", "kwargs": {}, "pretrained": False}
         body = {
             "model": spec,
             "config": {"keep": 0.9, "clustering": "kmeans", "clusters": 3},
             "data": "digits",
+            "classes": ["<b>zero", "one"],
             "layers": [],
             "info": info,
         }

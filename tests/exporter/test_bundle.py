@@ -20,10 +20,10 @@ from timm.data import create_transform, resolve_model_data_config
 
 from exporter import bundle, bundle_configs, cli, plugin_cache
 from exporter.bundle import DEPLOYMENT_SCHEMA, Recipe, Tensor, make_recipe, write_deployment
-from exporter.onnx_export import export
+from exporter.onnx_export import SCHEMA, export
 from exporter.passes.raw_pixels import take_raw_pixels
 from moee import checkpoint
-from moee.artifact import read_manifest
+from moee.artifact import read_manifest, write_manifest
 from moee.checkpoint import MoeeModel
 from moee.config import make_extract_config
 from moee.convert import extract
@@ -152,6 +152,42 @@ def test_strange_names_survive_every_format(tmp_path):
     script = '. ./bundle.env; printf %s "$INPUT|$SHAPE|$MIN_BATCH"'
     shown = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert shown.stdout == f"{name}|3x8x8|1" and not (tmp_path / "x").exists()
+
+
+def test_class_names_are_in_every_format(triton_schema):
+    """As they are, but for the semicolon that separates nvinfer's labels."""
+    from google.protobuf import text_format
+
+    names = ("cat; dog", 'qu"o\\te', "日本 [x]", "$(touch x)")
+    texts = bundle_configs.files(facts(names=names, classes=4, output=Tensor("output", "float32", (4,))))
+    for name in ("moee", "dense", "moee_onnx"):
+        folder = f"triton/model_repository/{name}"
+        config = text_format.Parse(texts[f"{folder}/config.pbtxt"], triton_schema.ModelConfig())
+        assert texts[f"{folder}/{config.output[0].label_filename}"].splitlines() == list(names)
+    assert texts["models/labels.txt"].splitlines() == list(names)
+    assert texts["deepstream/labels.txt"] == 'cat, dog;qu"o\\te;日本 [x];$(touch x)\n'
+    unknown = bundle_configs.files(facts(classes=2))
+    assert unknown["deepstream/labels.txt"] == "class 0;class 1\n" and "models/labels.txt" not in unknown
+    assert "label_filename" not in unknown["triton/model_repository/moee/config.pbtxt"]
+    features = bundle_configs.files(facts(names=names, classes=4, classifies=False))
+    assert "models/labels.txt" in features and "label_filename" not in features["triton/model_repository/moee/config.pbtxt"]
+    assert "models/labels.txt" in features["README.md"]
+
+
+def test_names_travel_from_the_export_and_must_fit(exported, tmp_path):
+    body = json.loads((exported / "export.json").read_text())
+    kept = {key: value for key, value in body.items() if key not in ("schema", "files", "tools")}
+    names = [f"class of {i}" for i in range(10)]
+    write_manifest(exported, "export.json", SCHEMA, {**kept, "classes": names})
+    out = write_deployment(exported, tmp_path / "bundle", 87, built.kernels())
+    assert (out / "models" / "labels.txt").read_text().splitlines() == names
+    assert read_manifest(out, "deployment.json", DEPLOYMENT_SCHEMA)["class_names"] == names
+    write_manifest(exported, "export.json", SCHEMA, {**kept, "classes": names[:9]})
+    with pytest.raises(UserError, match="names 9 classes, the model tells 10 apart"):
+        write_deployment(exported, tmp_path / "other", 87, built.kernels())
+    write_manifest(exported, "export.json", SCHEMA, {**kept, "classes": [*names[:9], "a\nb"]})
+    with pytest.raises(UserError, match="control characters"):
+        write_deployment(exported, tmp_path / "other", 87, built.kernels())
 
 
 # Keys of nvinfer's group [property] as DeepStream's manual lists them (Gst-nvinfer, "File Configuration Specifications"), those

@@ -109,9 +109,9 @@ def test_a_damaged_recipe_is_refused(tmp_path, change, said):
     assert done.returncode == 2 and said in done.stderr
 
 
-def moee_run(*arguments, **environment) -> subprocess.CompletedProcess:
+def moee_run(*arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
     variables = {**os.environ, "LD_LIBRARY_PATH": str(doubles.fakes()), **environment}
-    return subprocess.run([str(doubles.run()), *map(str, arguments)], capture_output=True, text=True, env=variables)
+    return subprocess.run([str(doubles.run()), *map(str, arguments)], capture_output=True, text=True, env=variables, cwd=cwd)
 
 
 def expected_output(images: np.ndarray) -> np.ndarray:
@@ -162,6 +162,20 @@ def test_runner_on_images_with_head_and_labels(engine, tmp_path):
     assert names == [("cat", "dog", "bird")[k] for k in scores.argmax(1)]
     values = [float(line.split("(")[1].rstrip(")")) for line in done.stdout.splitlines()[:3]]
     np.testing.assert_allclose(values, scores.max(1), rtol=1e-4, atol=1e-3)
+
+
+def test_labels_of_the_bundle_are_found_and_others_must_fit(engine, tmp_path):
+    """The runner starts in the bundle's folder; models/labels.txt there is of the classes, not of features without a head."""
+    np.arange(ELEMENTS, dtype=np.float32).tofile(tmp_path / "in.raw")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "labels.txt").write_text("".join(f"größe {k}\n" for k in range(CLASSES)), encoding="utf-8")
+    done = moee_run(*engine, "--raw", tmp_path / "in.raw", cwd=tmp_path)
+    assert done.returncode == 0 and "tensor 0: größe " in done.stdout
+    (tmp_path / "models" / "labels.txt").write_text("cat\ndog\n")
+    assert "tensor 0: class " in moee_run(*engine, "--raw", tmp_path / "in.raw", cwd=tmp_path).stdout
+    for name, said in (("models/labels.txt", "names 2 classes of 5"), ("absent.txt", "absent.txt: cannot be read")):
+        done = moee_run(*engine, "--raw", tmp_path / "in.raw", "--labels", tmp_path / name)
+        assert done.returncode == 2 and said in done.stderr
 
 
 def test_half_precision_engines(engine, tmp_path):

@@ -41,11 +41,21 @@ def test_routing_is_counted_by_class(artifact):
         assert numbers["layers"][name][label] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
+def test_rows_have_the_names_of_the_classes(artifact):
+    moee, data = artifact
+    data.classes, data.labels[0] = ("$5 note", "b" * 40, "日本", "d"), -1
+    numbers = plot_data.routing_by_class(plot_data.trace_routes(moee, data))
+    assert numbers["names"] == ["no label", *data.classes] and numbers["images"] == [1, 11, 12, 12, 12]
+    ticks = [tick.get_text() for tick in draw.routing(numbers).axes[0].get_yticklabels()]
+    assert ticks == ["no label", r"\$5 note", "b" * 19 + "…", "日本", "d"]
+
+
 def test_trace_takes_a_part_of_the_images_and_unlabelled_ones(artifact):
     moee, data = artifact
     data.labels = [-1] * len(data)
     trace = plot_data.trace_routes(moee, data, images=5)
     assert trace.indices.tolist() == [0, 12, 24, 35, 47] and plot_data.routing_by_class(trace)["classes"] == [-1]
+    assert plot_data.routing_by_class(trace)["names"] == ["all"]
     assert all(grid == (1, 4, 4) for grid in trace.grids.values()), "a class token, then 4 x 4 patches"
 
 

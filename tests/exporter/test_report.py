@@ -94,6 +94,12 @@ def test_figures_are_those_of_the_artifacts(run):
     assert "not found" not in text.lower()
 
 
+def test_what_was_read_is_shown(run):
+    text = render(collect([run]))
+    section = text.split("Images that the model was made on")[-1]
+    assert "1,078" in section and "Classes 0 to 1: &lt;b&gt;zero, one." in section and "only val has images of" in section
+
+
 def test_names_from_manifests_are_escaped(tmp_path):
     page = page_of(write_run(tmp_path / "run", layer=EVIL, model=EVIL))
     assert [t for t, _ in page.tags].count("script") == 1

@@ -230,7 +230,7 @@ def test_what_is_no_image_is_counted(tmp_path):
     (root / "val" / "cat" / "nowhere.png").symlink_to("gone")
     train, val = load_splits(str(root), SMALL)
     assert len(train) == 14 and any("3 .heic, 1 no file" in note for note in val.notes)
-    assert sum(len(b.images) for b in batches(val, 4)) == 8 and "nowhere.png" in skipped_line(val)
+    assert sum(len(b.images) for b in batches(val, 4)) == 8 and "nowhere.png" in skipped_line(val.facts())
 
 
 def test_layouts_are_explained(tmp_path):
@@ -252,14 +252,14 @@ def test_an_image_that_would_fill_the_memory_is_skipped_by_name(tmp_path, caplog
         read = sum(len(batch.images) for batch in batches(data, 8))
         assert len(data) - read == (1 if data is train else 2)
         assert all("long.png" in name for name in data.skipped.values())
-    assert "pixels would be resized to" in caplog.text and "long.png" in skipped_line(train)
+    assert "pixels would be resized to" in caplog.text and "long.png" in skipped_line(train.facts())
 
 
 def test_a_bomb_is_skipped_by_name(tmp_path):
     root = tree(tmp_path / "d")
     Image.fromarray(np.zeros((20_000, 10_000), dtype=np.uint8)).save(root / "train" / "cat" / "bomb.png")
     train = load_data(str(root), SMALL)
-    assert sum(len(batch.images) for batch in batches(train, 8)) == len(train) - 1 and "bomb.png" in skipped_line(train)
+    assert sum(len(batch.images) for batch in batches(train, 8)) == len(train) - 1 and "bomb.png" in skipped_line(train.facts())
 
 
 def test_panoramas_are_read(tmp_path):
@@ -278,5 +278,6 @@ def test_what_was_read_is_said(tmp_path, caplog):
         say_read(train=train, val=val)
     assert "train: 14 images, 4 classes; val: 6 images, 3 classes (no 'dog')" in caplog.text
     assert torch.cat([b.labels for b in batches(val, 4)]).tolist() == [0, 0, 1, 1, 2]
-    assert skipped_line(val) == f"skipped 1 unreadable image: {root / 'val' / 'cat' / '0.png'}"
-    assert val.facts() == {"images": 6, "classes": 3, "unlabelled": 0, "skipped": [str(root / "val" / "cat" / "0.png")]}
+    assert skipped_line(val.facts()) == f"skipped 1 unreadable image: {root / 'val' / 'cat' / '0.png'}"
+    names = [str(root / "val" / "cat" / "0.png")]
+    assert val.facts() == {"images": 6, "classes": 3, "unlabelled": 0, "skipped": 1, "first_skipped": names}

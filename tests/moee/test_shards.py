@@ -9,7 +9,7 @@ import timm.data
 import torch
 from PIL import Image
 
-from moee.data import batches, load_data, model_transform
+from moee.data import batches, load_data, load_splits, model_transform
 from moee.distributed import Group
 from moee.errors import MissingDependency, UserError
 from moee.models import load_model
@@ -99,6 +99,56 @@ def test_without_info_the_names_divide(tmp_path, transform):
     assert len(train) == 10 and len(held_out) == 2
     places = {tuple(place) for data in (train, held_out) for place in data.places.tolist()}
     assert len(places) == 12, "the parts must not overlap"
+
+
+def write_classes(root, **splits):
+    """One shard a split; each image has the class that is listed, None for no `.cls` at all."""
+    root.mkdir()
+    for split, labels in splits.items():
+        with tarfile.open(root / f"{split}-0.tar", "w") as archive:
+            for i, label in enumerate(labels):
+                add(archive, f"{i:05d}.png", png(i))
+                if label is not None:
+                    add(archive, f"{i:05d}.cls", str(label).encode())
+    return f"wds/{root}"
+
+
+@pytest.mark.parametrize("missing", range(3))
+def test_a_class_that_val_lacks_shifts_nothing(tmp_path, transform, missing):
+    pytest.importorskip("webdataset", reason="the extra `stream`")
+    fewer = [label for label in (0, 1, 2) if label != missing]
+    train, val = load_splits(write_classes(tmp_path / "s", train=[0, 1, 2, 2], val=fewer), transform, head_classes=3)
+    assert train.classes == val.classes == ("0", "1", "2") and train.labels == [0, 1, 2, 2] and val.labels == fewer
+    train, val = load_splits(write_classes(tmp_path / "t", train=fewer, val=[0, 1, 2]), transform, head_classes=3)
+    assert val.labels == [0, 1, 2] and train.labels == fewer
+
+
+def test_class_numbers_of_shards(tmp_path, transform):
+    """From 1, with gaps, some that are none: numbers are names, so a head of as many classes, or larger, is served."""
+    pytest.importorskip("webdataset", reason="the extra `stream`")
+    train, val = load_splits(write_classes(tmp_path / "one", train=[1, 2, 3], val=[3, 1]), transform, head_classes=3)
+    assert train.classes == ("1", "2", "3") and val.labels == [2, 0]
+    train, val = load_splits(write_classes(tmp_path / "gaps", train=[7, 42, 7], val=[42]), transform, head_classes=1000)
+    assert val.num_classes == 1000 and val.labels == [42] and any("names are numbers" in note for note in val.notes)
+    train, val = load_splits(write_classes(tmp_path / "odd", train=[0, None, "x", 9**15, 1], val=[0]), transform)
+    assert train.labels == [0, -1, -1, -1, 1] and train.summary("train").endswith("3 without a label")
+    source = write_classes(tmp_path / "named", train=[0, 1], val=[1, 0, 5])
+    val = load_data(source, transform, "val", classes=("cat", "dog"))
+    assert val.classes == ("cat", "dog") and val.labels == [1, 0, -1]
+    assert any("taken as positions in the model's 2 classes" in note for note in val.notes)
+
+
+def test_an_image_that_would_fill_the_memory_is_skipped(tmp_path, transform):
+    pytest.importorskip("webdataset", reason="the extra `stream`")
+    buffer = io.BytesIO()
+    Image.new("RGB", (200_000, 1)).save(buffer, "PNG")
+    (tmp_path / "s").mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / "s" / f"{split}-0.tar", "w") as archive:
+            add(archive, "0.png", png(0))
+            add(archive, "1.png", buffer.getvalue())
+    data = load_data(f"wds/{tmp_path / 's'}", transform)
+    assert sum(len(b.images) for b in batches(data, 2)) == 1 and "train-0.tar, byte" in data.skipped[1]
 
 
 def test_damage_is_named(root, transform):

@@ -24,7 +24,7 @@ char const kUsage[] = R"(usage: moee_run --engine FILE (--images FOLDER | --raw 
   --raw FILE         float32 tensors [N, 3, H, W], pre-processed already
   --recipe FILE      preprocess.txt of the bundle (models/preprocess.txt)
   --head FILE        linear classifier of the bundle, for models that end in features (models/head.bin)
-  --labels FILE      one class name a line
+  --labels FILE      one class name a line (models/labels.txt, where it fits)
   --batch N          images a run (the engine's largest, at most the images given)
   --runs N           timed runs (100)
   --warm-up N        runs before (10)
@@ -164,13 +164,21 @@ private:
     std::map<std::string, std::string> mValues;
 };
 
-std::vector<std::string> readLabels(std::string const& path) {
+// The names of `classes` classes: of the file that was asked for, which must fit, or of the bundle's, if it does.
+std::vector<std::string> readLabels(std::string const& asked, size_t classes) {
+    std::string const path = asked.empty() ? "models/labels.txt" : asked;
     std::vector<std::string> labels;
     std::ifstream in(path);
+    if (!in && !asked.empty()) {
+        throw std::runtime_error(path + ": cannot be read");
+    }
     for (std::string line; std::getline(in, line);) {
         labels.push_back(line);
     }
-    return labels;
+    if (!asked.empty() && labels.size() != classes) {
+        throw std::runtime_error(path + ": names " + std::to_string(labels.size()) + " classes of " + std::to_string(classes));
+    }
+    return labels.size() == classes ? labels : std::vector<std::string>{};
 }
 
 // Runs over all images; returns [N, outputElements].
@@ -217,15 +225,16 @@ int run(Options const& options) {
                                        : readImages(folder, options.text("recipe", "models/preprocess.txt"), engine.inputElements());
     int const most = static_cast<int>(std::min<size_t>(input.names.size(), static_cast<size_t>(engine.maxBatch())));
     int const batch = options.number("batch", std::max(most, engine.minBatch()), 1);
-    std::vector<double> times;
-    std::vector<float> const outputs = runAll(engine, input, batch, options.number("warm-up", 10, 0), options.number("runs", 100, 1), times);
-
     Head head;
     std::string const headPath = options.text("head");
     if (!headPath.empty()) {
         head = readHead(headPath, engine.outputElements());
     }
-    std::vector<std::string> const labels = readLabels(options.text("labels"));
+    size_t const classes = headPath.empty() ? engine.outputElements() : static_cast<size_t>(head.classes);
+    std::vector<std::string> const labels = readLabels(options.text("labels"), classes);
+    std::vector<double> times;
+    std::vector<float> const outputs = runAll(engine, input, batch, options.number("warm-up", 10, 0), options.number("runs", 100, 1), times);
+
     for (size_t i = 0; i < input.names.size(); ++i) {
         auto const result
             = scores(outputs.data() + i * engine.outputElements(), engine.outputElements(), headPath.empty() ? nullptr : &head);
