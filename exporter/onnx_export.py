@@ -32,7 +32,7 @@ from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from moee.artifact import atomic_folder, refuse_existing, write_manifest
 from moee.checkpoint import MoeeModel, recorded_data
 from moee.clear_moe import ClearFFN
-from moee.data import ImageSet, Transform, load_data, model_transform
+from moee.data import ImageSet, Transform, load_data, model_transform, say_read
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import tokens_per_image
@@ -228,9 +228,11 @@ def export(
 
 def _calibration_data(moee: MoeeModel, transform: Transform) -> ImageSet:
     try:
-        return load_data(recorded_data(moee.data), transform, "train")
+        data = load_data(recorded_data(moee.data), transform, "train", classes=moee.classes or None)
     except UserError as error:
         raise UserError(f"int8 needs calibration images: {error}; give them with --data") from error
+    say_read(train=data)
+    return data
 
 
 def read_quantization(manifest: dict[str, Any], model: str) -> Quantization | None:

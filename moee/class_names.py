@@ -6,6 +6,7 @@ A head says how many classes it tells apart, never which. So folders are numbere
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 MAX_CLASSES = 1 << 15  # the largest ImageNet has 21,843
+MAX_NAME = 255  # characters of a name, as of a file's
 MAX_NAMED = 3  # names in a sentence; the others are counted
 Counts = Mapping[str, int]  # class name to its number of images
 
@@ -117,8 +119,12 @@ def natural_key(text: str) -> tuple[list[int | str], str]:
 
 
 def class_name(raw: str) -> str:
-    """A class name fit to be shown and written into configurations: characters that print nothing are spelt out."""
-    return raw if raw.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in raw)
+    """A class name fit to be shown and written into configurations: characters that print nothing are spelt out, and what is too
+    long for a manifest is cut and told apart by its hash."""
+    name = raw if raw.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in raw)
+    if len(name) <= MAX_NAME:
+        return name
+    return f"{name[: MAX_NAME - 9]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def listed(names: Sequence[str], quoted: bool = True) -> str:

@@ -334,7 +334,7 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
 
     if timm_sets.named(source):
         return timm_sets.open_timm(source, transform)
-    return folders.open_folder(source, transform, seed, report)
+    return folders.open_folder(source, transform, splits, seed, report)
 
 
 def _numbered(source: Source, classes: Sequence[str] | None, head_classes: int | None) -> dict[str, ImageSet]:

@@ -191,9 +191,9 @@ class FolderSet(ImageSet):
         return "\n".join(facts).encode(errors="surrogateescape")
 
 
-def open_folder(source: str, transform: Transform, seed: int, report: Reporter = silent) -> Source:
-    """The splits of an image folder: `train/` and `val/` (or `validation/`, `test/`) below it, or a fifth of it held out, drawn
-    with `seed`. Raises `UserError` for a folder without images, and for what is no folder."""
+def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+    """Both splits of an image folder: `train/` and `val/` (or `validation/`, `test/`) below it, or a fifth of it held out, drawn
+    with `seed`. Raises `UserError` where one of the wanted `splits` has no images, and for what is no folder."""
     root = Path(source)
     if not root.is_dir():
         came = "a file" if root.exists() else "nothing of that name is here"
@@ -202,9 +202,10 @@ def open_folder(source: str, transform: Transform, seed: int, report: Reporter =
     held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
     divided = (root / "train").is_dir() and held_out is not None
     places = {"train": root / "train", "val": held_out} if divided and held_out is not None else {"all": root}
-    listings, notes = list_folder(source, places, report)
+    listings, notes = list_folder(source, places, splits if divided else ("all",), report)
     samples = {split: list(listing.paths()) for split, listing in listings.items()}
     if not divided:
+        notes.append("there is no train and val, so a fifth of the images is held out")
         whole = samples["all"]
         samples = {split: [whole[i] for i in part] for split, part in divide(len(whole), seed).items()}
     empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
@@ -212,11 +213,13 @@ def open_folder(source: str, transform: Transform, seed: int, report: Reporter =
     return Source(sets, divided, empty, notes=notes)
 
 
-def list_folder(source: str, splits: Mapping[str, Path], report: Reporter = silent) -> tuple[dict[str, Listing], list[str]]:
+def list_folder(
+    source: str, splits: Mapping[str, Path], wanted: Sequence[str], report: Reporter = silent
+) -> tuple[dict[str, Listing], list[str]]:
     """The images of each split of `source`, and sentences about what was left out or taken in another way than it lies there.
 
     `splits` are their folders, or one folder that is divided later: then every real file is listed once. Raises `UserError`
-    where a split has no image of its own.
+    where one of the `wanted` has no image of its own.
     """
     walk = Walk(splits, report)
     listings, notes = walk.listings, _left_out(walk)
@@ -228,8 +231,8 @@ def list_folder(source: str, splits: Mapping[str, Path], report: Reporter = sile
             notes.append(f"{_images(len(doubles))} under a second name were left out ({listed(doubles, False)})")
     else:
         notes += _apart(source, listings)
-    for listing in listings.values():
-        if not listing.images:
+    for split, listing in listings.items():
+        if split in wanted and not listing.images:
             came = f" ({notes[0]})" if notes else ""
             raise UserError(f"data {source!r}: no images found in {listing.root}{came}; {LAYOUT}")
     wrapper = _wrapper(listings)

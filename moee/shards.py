@@ -90,7 +90,9 @@ def open_shards(source: str, transform: Transform, seed: int) -> Source:
     train, divided = _members(root, "train", source)
     if divided:
         parts = {"train": train, "val": _members(root, "val", source)[0]}
+        _refuse_repeated([*parts["train"][0], *parts["val"][0]])
     else:
+        _refuse_repeated(train[0])
         shards, members = train
         parts = {split: (shards, members[positions]) for split, positions in divide(len(members), seed).items()}
     numbers = sorted({label for _, members in parts.values() for label in members[:, 3].unique().tolist() if label >= 0})
@@ -122,6 +124,16 @@ def _members(root: Path, split: str, source: str) -> tuple[tuple[list[Path], Ten
     if not len(members):
         raise UserError(f"data {source!r}: no images in {len(shards)} shards; expected members such as 0001.jpg and 0001.cls")
     return (shards, members), divided
+
+
+def _refuse_repeated(shards: list[Path]) -> None:
+    """Raise `UserError` if a shard comes twice, under whatever name: its images would be trained on and held out."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in shards:
+        facts = path.stat()
+        first = seen.setdefault((facts.st_dev, facts.st_ino), path)
+        if first is not path:
+            raise UserError(f"{first} and {path} are one file, so images would be both trained on and held out; remove one")
 
 
 def _split_of(root: Path, split: str, source: str) -> tuple[str, bool]:

@@ -89,7 +89,7 @@ def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
 
     from moee import checkpoint
     from moee.clear_moe import ClearFFN
-    from moee.data import batches, load_data, model_transform
+    from moee.data import batches, load_data, model_transform, say_read
     from moee.layer import routed_layers
 
     moee = checkpoint.load(path)
@@ -101,7 +101,10 @@ def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
         raise UserError(f"--layer {name}: expected one of {', '.join(layers)}")
     seen: list[torch.Tensor] = []
     handle = layers[name].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    images = next(batches(load_data(checkpoint.recorded_data(moee.data), model_transform(moee.model), "val"), batch)).images
+    source, classes = checkpoint.recorded_data(moee.data), moee.classes or None
+    data = load_data(source, model_transform(moee.model), "val", classes=classes)
+    say_read(val=data)
+    images = next(batches(data, batch)).images
     with torch.no_grad():
         moee.model(images)
     handle.remove()

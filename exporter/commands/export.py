@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.quantization import CALIBRATION_IMAGES
     from moee import checkpoint
     from moee.artifact import refuse_existing
-    from moee.data import load_data, model_transform
+    from moee.data import load_data, model_transform, say_read
 
     dtype_of(args.precision)
     if args.precision not in INT8 and (args.calibration_images is not None or args.data):
@@ -45,7 +45,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     images = CALIBRATION_IMAGES if args.calibration_images is None else args.calibration_images
     with ProgressDisplay() as report:
         moee = checkpoint.load(args.path)
-        given = load_data(args.data, model_transform(moee.model), "train") if args.data else None
+        given = None
+        if args.data:
+            given = load_data(args.data, model_transform(moee.model), "train", classes=moee.classes or None)
+            say_read(train=given)
         export(
             moee, args.out, args.force, report, source=args.path, precision=args.precision, calibration=given,
             calibration_images=images,

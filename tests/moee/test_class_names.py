@@ -76,5 +76,7 @@ def test_names_as_file_systems_have_them():
     assert [number("cafe\u0301"), number("[x] y"), number("日本"), number("cafe")] == [0, 1, 2, -1]
     assert class_name("a\nb\x1b[31m\u202e\udce9") == "a\\nb\\x1b[31m\\u202e\\udce9"
     assert class_name("日本 [x]") == "日本 [x]"
+    long = {class_name("x" * 300), class_name("x" * 301), class_name("\udce9" * 255)}
+    assert len(long) == 3 and {len(name) for name in long} == {255}
     assert sorted(["10", "2", "b", "A", "²", "a"], key=natural_key) == ["2", "10", "A", "a", "b", "²"]
     assert listed(list("abcde")) == "'a', 'b', 'c' and 2 more"

@@ -222,6 +222,14 @@ def test_val_that_is_train_is_refused(tmp_path):
         load_splits(str(root), SMALL)
 
 
+def test_held_out_images_need_no_training_images(tmp_path):
+    """As on a machine where a model is only verified."""
+    root = tree(tmp_path / "d", train=())
+    assert load_data(str(root), SMALL, "val", classes=NAMES).labels == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(UserError, match="no images found in .*train"):
+        load_data(str(root), SMALL)
+
+
 def test_what_is_no_image_is_counted(tmp_path):
     root = tree(tmp_path / "d")
     for i in range(3):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import pytest
@@ -136,6 +137,13 @@ def test_class_numbers_of_shards(tmp_path, transform):
     val = load_data(source, transform, "val", classes=("cat", "dog"))
     assert val.classes == ("cat", "dog") and val.labels == [1, 0, -1]
     assert any("taken as positions in the model's 2 classes" in note for note in val.notes)
+
+
+def test_a_shard_in_both_splits_is_refused(root, transform):
+    (root / "_info.json").unlink()
+    os.link(root / "train-0001.tar", root / "val-9.tar")
+    with pytest.raises(UserError, match="train-0001.tar and .*val-9.tar are one file"):
+        load_data(f"wds/{root}", transform)
 
 
 def test_an_image_that_would_fill_the_memory_is_skipped(tmp_path, transform):
