@@ -147,24 +147,32 @@ class RoutedFFN(RoutedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1).contiguous()
-        if self._masked_pays(x):
-            y = self._masked(x)
-        else:
-            y = self._grouped(x)
-        if self.router.requires_grad and torch.is_grad_enabled():
-            y = y * self._straight_through(x)
+        y = self._traced(x) if torch.compiler.is_exporting() else self._routed(x)
         return y.movedim(-1, 1) if self.channels_first else y
 
-    def _grouped(self, x: Tensor) -> Tensor:
-        """Each expert on its own tokens."""
-        stores = (self.w_up, self.b_up, self.w_down, self.b_out)
-        if torch.is_autocast_enabled(x.device.type):  # it does not reach into a custom operator; the router stays exact
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, stores = x.to(dtype), tuple(store.to(dtype) for store in stores)  # type: ignore[assignment]
+    def _traced(self, x: Tensor) -> Tensor:
+        """The whole layer as the one operator that the contract describes."""
         return ops.ffn(
-            x, self.router, self.router_bias, *stores, self.neurons, self.offsets,
+            x, self.router, self.router_bias, self.w_up, self.b_up, self.w_down, self.b_out, self.neurons, self.offsets,
             self.activation, self.top_k, self.max_width, list(self.load),
         )  # fmt: skip
+
+    def _routed(self, x: Tensor) -> Tensor:
+        """Routed once, from the tokens as they come; the forward and the backward pass then have the same experts."""
+        with torch.no_grad():
+            chosen = route(x.reshape(-1, x.shape[-1]), self.router, self.router_bias, self.top_k)
+        y = self._masked(x, chosen) if self._masked_pays(x) else self._grouped(x, chosen)
+        if self.router.requires_grad and torch.is_grad_enabled():
+            y = y * self._straight_through(x, chosen)
+        return y
+
+    def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
+        """Each expert on its own tokens; chosen [tokens, top_k]."""
+        stores = (self.w_up, self.b_up, self.w_down, self.b_out)
+        if torch.is_autocast_enabled(x.device.type):  # it does not reach into a custom operator
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, stores = x.to(dtype), tuple(store.to(dtype) for store in stores)  # type: ignore[assignment]
+        return ops.experts(x, chosen, *stores, self.neurons, self.offsets, self.activation)
 
     def _masked_pays(self, x: Tensor) -> bool:
         """Whether to train on all neurons under a mask: a few large products are faster than many small ones with gathered
@@ -174,14 +182,12 @@ class RoutedFFN(RoutedLayer):
             return False
         return x.numel() // x.shape[-1] <= MASKED_TOKENS * self.num_experts
 
-    def _masked(self, x: Tensor) -> Tensor:
+    def _masked(self, x: Tensor, chosen: Tensor) -> Tensor:
         """The same function: every neuron of the store on every token, times the number of the token's experts that keep it.
 
         What no expert keeps is set to zero before the activation, all of which leave zero as it is: no overflow can pass.
         """
         tokens = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):  # the router stays exact
-            chosen = route(tokens.detach(), self.router.detach(), self.router_bias, self.top_k)
         kept = torch.zeros(self.num_experts, self.union, device=x.device, dtype=torch.uint8)
         owner = torch.repeat_interleave(torch.arange(self.num_experts, device=x.device), self.offsets.diff())
         kept[owner, self.neurons.long()] = 1
@@ -192,11 +198,11 @@ class RoutedFFN(RoutedLayer):
             hidden = hidden * times.to(hidden.dtype)
         return (hidden @ self.w_down + self.b_out[chosen].sum(1)).to(x.dtype).reshape(x.shape)
 
-    def _straight_through(self, x: Tensor) -> Tensor:
+    def _straight_through(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Ones [..., 1] whose gradient is that of the chosen experts' softmax share: what lets a router be trained."""
-        gates = torch.softmax(scores(x, self.router, self.router_bias), -1)
-        chosen = gates.topk(self.top_k, dim=-1).values.sum(-1, keepdim=True)
-        return chosen / chosen.detach()
+        gates = torch.softmax(scores(x.reshape(-1, x.shape[-1]), self.router, self.router_bias), -1)
+        share = gates.gather(1, chosen).sum(-1).reshape(*x.shape[:-1], 1)
+        return share / share.detach()
 
     def extra_repr(self) -> str:
         widths = self.widths

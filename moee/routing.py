@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,11 +58,17 @@ def make_router(kind: str, tokens: Tensor, labels: Tensor, experts: int, seed: i
     raise ValueError(f"unknown routing {kind!r}; expected cosine, euclidean, hash or random")
 
 
+def exact_arithmetic(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it, autocast rounds nothing."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 def scores(tokens: Tensor, router: Tensor, router_bias: Tensor) -> Tensor:
-    """Scores [N, K] float32 (float64 for float64 tokens) of tokens [N, D]. A token with any score that is not finite scores
-    zero everywhere."""
+    """Scores [N, K] float32 (float64 for float64 tokens) of tokens [N, D], under autocast too. A token with any score that is not
+    finite scores zero everywhere."""
     exact = torch.promote_types(tokens.dtype, torch.float32)
-    raw = tokens.to(exact) @ router.to(exact).T + router_bias.to(exact)
+    with exact_arithmetic(tokens.device):
+        raw = tokens.to(exact) @ router.to(exact).T + router_bias.to(exact)
     return torch.where(torch.isfinite(raw).all(-1, keepdim=True), raw, torch.zeros_like(raw))
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moee.routing import random_router, route, scores
+from moee.routing import exact_arithmetic, random_router, route, scores
 
 HELD_OUT = 0.2  # of the labelled tokens, for the router's accuracy
 PENALTY = 1e-4  # on the squared weights of the trained routers, inputs standardised
@@ -35,11 +35,12 @@ class Router:
         return self.rows.numel() + self.hidden.numel()
 
     def features(self, tokens: Tensor) -> Tensor:
-        """What is scored [T, F]: float32 from half-precision tokens, as scores are."""
+        """What is scored [T, F]: float32 from half-precision tokens and under autocast, as scores are."""
         if not len(self.hidden):
             return tokens
         exact = torch.promote_types(tokens.dtype, torch.float32)
-        return torch.relu(torch.addmm(self.hidden_bias.to(exact), tokens.to(exact), self.hidden.to(exact).T))
+        with exact_arithmetic(tokens.device):
+            return torch.relu(torch.addmm(self.hidden_bias.to(exact), tokens.to(exact), self.hidden.to(exact).T))
 
     def scores(self, tokens: Tensor) -> Tensor:
         """Scores [T, K] float32; zero everywhere for a token whose scores are not all finite."""

