@@ -33,7 +33,8 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Retention:
-    """A changed model against the dense one on the same images. Accuracies are None where labels or a head lack."""
+    """A changed model against the dense one on the same images. Accuracies are of those that have a
+    label, None where labels or a head lack."""
 
     images: int
     dense_accuracy: float | None
@@ -129,15 +130,15 @@ def retention(
     `comparable`: the labels number the classes that the logits stand for, so that an accuracy means something.
     """
     dense_logits, logits = reference.features, outputs.features
-    labelled = comparable and bool((reference.labels >= 0).all())
+    labelled = reference.labels >= 0
     dense_accuracy = ours = agreement = None
     if probe is not None or classifier:
         if probe is not None:
             dense_logits, logits = probe.logits(dense_logits), probe.logits(logits)
         agreement = float((dense_logits.argmax(1) == logits.argmax(1)).double().mean())
-        if labelled:
-            dense_accuracy = float((dense_logits.argmax(1) == reference.labels).double().mean())
-            ours = float((logits.argmax(1) == reference.labels).double().mean())
+        if comparable and labelled.any():
+            dense_accuracy = float((dense_logits.argmax(1) == reference.labels)[labelled].double().mean())
+            ours = float((logits.argmax(1) == reference.labels)[labelled].double().mean())
     token_cosine = None
     if reference.tokens is not None and outputs.tokens is not None:
         dense_tokens, tokens = (part.flatten(0, -2).float() for part in (reference.tokens, outputs.tokens))

@@ -27,7 +27,7 @@ from moee.progress import Reporter, silent
 TYPES = {*IMG_EXTENSIONS, *get_img_extensions()}
 VALIDATION_FOLDERS = ("val", "validation", "test")
 NO_CLASSES = {"__MACOSX"}  # beside hidden ones: what archives leave
-LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg, of which a fifth is held out"
+LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg, of which a fifth is held out"
 STEP = 10_000  # files between two reports
 
 Inode = tuple[int, int]  # device and number: what a file or folder really is
@@ -196,9 +196,9 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
     with `seed`. Raises `UserError` where one of the wanted `splits` has no images, and for what is no folder."""
     root = Path(source)
     if not root.is_dir():
-        came = "a file" if root.exists() else "nothing of that name is here"
+        came = "it is a file" if root.exists() else "there is no such folder"
         expected = "expected digits, photos, an image folder or a timm.data dataset string"
-        raise UserError(f"data {source!r}: {expected}; {came}; of a folder, {LAYOUT}")
+        raise UserError(f"data {source!r}: {came}; {expected}; {LAYOUT}")
     held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
     divided = (root / "train").is_dir() and held_out is not None
     places = {"train": root / "train", "val": held_out} if divided and held_out is not None else {"all": root}

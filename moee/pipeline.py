@@ -127,7 +127,8 @@ class Session:
         outputs, found = self.train_outputs, None
         with self.group.agreed():
             if self.group.leader:
-                found = fit_probe(outputs.features, outputs.labels)
+                known = outputs.labels >= 0
+                found = fit_probe(outputs.features[known], outputs.labels[known])
         return found
 
     def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:

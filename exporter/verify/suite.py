@@ -233,7 +233,8 @@ def _answers(
     precision = read_export(folder, verify=False).get("precision", "fp32")
     reference = REFERENCE if precision in INT8 else DENSE
     widen = precision == "bf16" and provider == "cpu"
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: images or len(data)]
+    labelled = torch.tensor([index for index, label in enumerate(data.labels) if label >= 0])
+    order = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))][: images or len(data)]
     mine = group.part(len(order), ACCURACY_BATCH)
     order = order[mine.start : mine.stop]
     collected: dict[str, list[Tensor]] = {"dense": [], "moee": []}

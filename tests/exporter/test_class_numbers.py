@@ -117,7 +117,7 @@ def layouts(root, name):
 
 LAYOUTS = [
     "whole", "flat", "val lacks 0", "val lacks 2", "train lacks 0", "train lacks 2", "val lacks images", "train lacks images",
-    "hidden",
+    "stray", "one more", "hidden",
 ]  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def test_accuracy_is_whole_in_every_layout(classifier, tmp_path, name):
     assert session.classes(None) == NAMES
 
 
-@pytest.mark.parametrize("name", ["val lacks 0"])
+@pytest.mark.parametrize("name", ["val lacks 0", "stray"])
 def test_names_go_with_the_model(classifier, small_world, tmp_path, capsys, name):
     """extract, export, verify and plan: right on every image, and the names in every manifest."""
     data = str(layouts(tmp_path / "d", name))
@@ -155,9 +155,11 @@ def test_an_artifact_numbers_foreign_folders_by_its_names(model, tmp_path):
     run = lambda *argv: cli.main([str(a) for a in argv])  # noqa: E731
     assert run("export", model, "--out", tmp_path / "export") == 0
     other = dataset(tmp_path / "other", NAMES[2:], NAMES[2:])
+    paint(other / "val" / "aardvark", (1, 1, 1), 2)
     assert run("verify", tmp_path / "export", "--data", other, "--out", tmp_path / "verify") == 0
     parity = json.loads((tmp_path / "verify" / "parity.json").read_text())
     assert parity["accuracy"]["dense_top1"]["value"] == 1.0
+    assert any("'aardvark' is none of the model's 4 classes" in note for note in parity["data_read"]["notes"])
     assert run("finetune", model, "--data", other, "--epochs", 1, "--lr", 1e-6, "--out", tmp_path / "tuned") == 0
     tuned = json.loads((tmp_path / "tuned" / "moee.json").read_text())
     assert tuned["classes"] == list(NAMES) and tuned["info"]["stages"]["tuned"]["retention"]["dense_accuracy"] == 1.0
@@ -200,3 +202,11 @@ def test_older_artifacts_have_no_names(model, tmp_path):
     assert moee.classes == ()
     session = Session(moee.spec, str(layouts(tmp_path / "d", "val lacks 0")), classes=moee.classes)
     assert session.measure(moee.model, None, "old")["retention"]["dense_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["stray", "one more", "train lacks 2", "val lacks 0"])
+def test_images_without_a_label_leave_a_probe_alone(classifier, tmp_path, name):
+    session = Session(spec(classifier, num_classes=0), str(layouts(tmp_path / "d", name)))
+    probe = session.probe()
+    assert session.measure(copy.deepcopy(session.dense), probe, "dense")["retention"]["dense_accuracy"] == 1.0
+    assert session.classes(probe) == (NAMES if name != "train lacks 2" else NAMES[:2] + NAMES[3:])

@@ -244,7 +244,7 @@ def test_what_is_no_image_is_counted(tmp_path):
 def test_layouts_are_explained(tmp_path):
     (tmp_path / "empty" / "train").mkdir(parents=True)
     for source in (tmp_path / "empty", tmp_path / "absent"):
-        with pytest.raises(UserError, match="DIR/train/CLASS/.*DIR/CLASS/"):
+        with pytest.raises(UserError, match="train/CLASS/.*val/CLASS/"):
             load_data(str(source), SMALL)
 
 
