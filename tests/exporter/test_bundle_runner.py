@@ -84,7 +84,8 @@ def test_grey_images_and_comments_in_the_header(tmp_path):
     [(b"", "expected a binary PPM"), (b"P6\n4 4\n255\n123", "cut short"), (b"P6\n4 0\n255\n", "damaged"),
      (b"P3\n1 1\n255\n1", "expected"), (b"P6\n99999999 99999999\n255\n", "promises"),
      (b"P6\n2 2\n65535\n" + bytes(24), "8 bits"), (b"P6\n-4 4\n255\n", "damaged"),
-     (b"P6 # no end", "damaged")],
+     (b"P6 # no end", "damaged"), (b"P5\n20000 1\n255\n" + bytes(20000), "its 20000 x 1 pixels would be resized to 250 million"),
+     (b"P5\n1 200000\n255\n" + bytes(200000), "would be resized to 2508 million")],
 )  # fmt: skip
 def test_damaged_images_are_one_sentence(tmp_path, data, said):
     (tmp_path / "image.ppm").write_bytes(data)

@@ -88,7 +88,12 @@ Input readImages(std::string const& folder, std::string const& recipePath, size_
     for (auto const& file : files) {
         input.names.push_back(file.filename().string());
         input.values.resize(input.values.size() + elements);
-        prepare(readPpm(file.string()), recipe, input.values.data() + input.values.size() - elements);
+        Image const image = readPpm(file.string());
+        try {
+            prepare(image, recipe, input.values.data() + input.values.size() - elements);
+        } catch (std::runtime_error const& error) {
+            throw std::runtime_error(file.string() + ": " + error.what());
+        }
     }
     return input;
 }

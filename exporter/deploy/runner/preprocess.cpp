@@ -1,5 +1,6 @@
 #include "preprocess.h"
 
+#include <algorithm>
 #include <fstream>
 #include <set>
 #include <sstream>
@@ -23,6 +24,19 @@ Number positive(std::istringstream& line, std::string const& where) {
         throw std::runtime_error(where + ": expected a number above 0");
     }
     return value;
+}
+
+// Throws for an image so long and narrow that covering `rows` x `columns` pixels would fill the memory; the bounds are those of
+// the Python side (moee/data.py).
+void refuseOblong(Image const& image, double rows, double columns) {
+    constexpr double kMaxResizedPixels = 1 << 26;
+    constexpr double kMaxRatio = 16.0;
+    double const scale = std::max(rows / image.height, columns / image.width);
+    double const pixels = static_cast<double>(image.width) * image.height * scale * scale;
+    if (pixels > std::max(kMaxResizedPixels, kMaxRatio * rows * columns)) {
+        throw std::runtime_error("its " + std::to_string(image.width) + " x " + std::to_string(image.height)
+            + " pixels would be resized to " + std::to_string(static_cast<int64_t>(pixels / 1e6)) + " million");
+    }
 }
 
 }  // namespace
@@ -79,6 +93,9 @@ Recipe readRecipe(std::string const& path) {
 }
 
 void prepare(Image const& image, Recipe const& recipe, float* out) {
+    if (!recipe.squash) {
+        refuseOblong(image, recipe.resize, recipe.resize);
+    }
     int width = recipe.resize;
     int height = recipe.resize;
     if (!recipe.squash && image.width > image.height) {

@@ -23,7 +23,8 @@ struct Recipe {
 // Throws std::runtime_error if the file lacks a key, or holds one that it should not.
 Recipe readRecipe(std::string const& path);
 
-// Resize, centre crop, scale to 0..1, normalise. Writes [3, size, size] to `out`.
+// Resize, centre crop, scale to 0..1, normalise. Writes [3, size, size] to `out`. Throws
+// std::runtime_error for an image so long and narrow that it would fill the memory.
 void prepare(Image const& image, Recipe const& recipe, float* out);
 
 }  // namespace moee
