@@ -115,7 +115,7 @@ def ablate(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     spec = session.spec
-    model = {"model": spec.name, "kwargs": spec.kwargs, "weights_sha256": spec.weights_sha256}
+    model = {"model": spec.name, **spec.identity()}
     images = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
     check_identity(
         out / SETUP, SETUP_SCHEMA, {**model, "data": session.source, **images}, "an ablation",

@@ -181,6 +181,16 @@ def read_export(folder: Path | str, verify: bool = True) -> dict[str, Any]:
     return manifest
 
 
+def refuse_lost_dense(manifest: dict[str, Any], folder: Path | str) -> None:
+    """Raise `UserError` for an export whose dense graph holds other weights than the model was extracted from: both were drawn
+    at random, each anew, by a version that recorded no seed."""
+    if not ModelSpec(**manifest["model"]).has_weights:
+        raise UserError(
+            f"the dense model of {folder} is lost: its weights were drawn at random, and the seed was not recorded, so "
+            "dense.onnx is another model; extract again with --pretrained, --weights FILE or --random-weights SEED"
+        )
+
+
 def read_engine(folder: Path | str, trust: bool = False) -> dict[str, Any]:
     """`engine.json`, its fields checked; who loads a plan or a library compares it with its hash first.
 

@@ -250,7 +250,7 @@ def clear_forms(moee: MoeeModel, shape: Shape) -> dict[str, Form]:
     layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
     if not layers:
         return {}
-    tokens = tokens_per_image(moee.dense(), layers, shape)
+    tokens = tokens_per_image(moee.layout(), layers, shape)
     return {name: portable_form(layer, tokens[name]) for name, layer in layers.items()}
 
 

@@ -20,8 +20,9 @@ from moee.artifact import sha256_file
 from moee.atomic import temporary_folder
 from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
-from moee.models import ModelSpec
+from moee.models import ModelSpec, check_arguments, load_model, state_sha256
 from moee.progress import Reporter, silent
+from moee.schema import shown
 from moee.scratch import NAME as SCRATCH
 from moee.scratch import scratch_spec
 from moee.tensor_file import write_tensors
@@ -36,28 +37,44 @@ DEFAULT_SIZE = {"digits": 112, "photos": 168}  # pixels; the sizes of the stated
 
 
 def resolve(
-    name: str, data: str = "", *, pretrained: bool = False, weights: str | None = None, img_size: int | None = None,
-    report: Reporter = silent,
+    name: str, data: str = "", *, pretrained: bool = False, weights: str | None = None, random_weights: int | None = None,
+    img_size: int | None = None, report: Reporter = silent,
 ) -> ModelSpec:  # fmt: skip
     """The `ModelSpec` of a model name on the command line: a timm name, or an alias: `dinov2-s` (fetched if need be),
-    `vit-scratch` (trained if need be)."""
+    `vit-scratch` (trained if need be).
+
+    Raises `UserError` unless exactly one source of weights is given for a timm name, and none for an alias.
+    """
+    sources = {"--pretrained": pretrained, "--weights": weights is not None, "--random-weights": random_weights is not None}
+    given = [flag for flag, there in sources.items() if there]
+    if name in (ALIAS, SCRATCH) and given:
+        cure = f"use the timm name {TIMM_NAME}" if name == ALIAS else "leave it out"
+        raise UserError(f"{given[0]} does not go with the alias {name}, which brings its own weights; {cure}")
     kwargs: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if name == SCRATCH:
-        if weights is not None or pretrained or img_size is not None:
-            raise UserError(f"{SCRATCH} is trained here at its own size; it takes no --weights, --pretrained or --img-size")
+        if img_size is not None:
+            raise UserError(f"{SCRATCH} is trained here at its own size; it takes no --img-size")
         return scratch_spec(report=report)
-    if name != ALIAS:
-        if weights is not None and not Path(weights).is_file():
-            raise UserError(f"weights {weights} not found; give an existing .safetensors file")
-        digest = sha256_file(Path(weights)) if weights else None
-        return ModelSpec(
-            name=name, timm_name=name, kwargs=kwargs, pretrained=pretrained, weights=weights, weights_sha256=digest
+    if name == ALIAS:
+        path = fetch_dinov2(report)
+        kwargs = {"img_size": img_size or DEFAULT_SIZE.get(data.partition(":")[0], 224), "num_classes": 0}
+        return ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs=kwargs, weights=str(path), weights_sha256=sha256_file(path))
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
+    if not given:
+        check_arguments(ModelSpec(name=name, timm_name=name))  # an unknown name is the first thing to say
+        raise UserError(
+            f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --weights FILE for yours, or "
+            "--random-weights SEED to draw them at random"
         )
+    spec = ModelSpec(name=name, timm_name=name, kwargs=kwargs, pretrained=pretrained, random_seed=random_weights)
     if weights is not None:
-        raise UserError(f"--weights does not go with the alias {ALIAS}, which brings its own; use the timm name {TIMM_NAME}")
-    path = fetch_dinov2(report)
-    kwargs = {"img_size": img_size or DEFAULT_SIZE.get(data.partition(":")[0], 224), "num_classes": 0}
-    return ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs=kwargs, weights=str(path), weights_sha256=sha256_file(path))
+        if not Path(weights).is_file():
+            raise UserError(f"weights {weights} not found; give an existing .safetensors file")
+        return spec.model_copy(update={"weights": weights, "weights_sha256": sha256_file(Path(weights))})
+    if pretrained:  # recorded, so that another download under the same name is noticed
+        return spec.model_copy(update={"weights_sha256": state_sha256(load_model(spec))})
+    return spec
 
 
 def fetch_dinov2(report: Reporter = silent) -> Path:

@@ -22,7 +22,7 @@ from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
-from moee.models import FFN, ModelSpec, find_ffns, load_model, read_safetensors, replace_module
+from moee.models import FFN, ModelSpec, build_model, find_ffns, load_model, read_safetensors, replace_module
 from moee.probe import Probe
 from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
@@ -51,9 +51,24 @@ class MoeeModel:
     info: dict[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
 
+    @property
+    def dense_spec(self) -> ModelSpec:
+        """The model that this one was extracted from. Raises `UserError` if nobody knows its weights any more."""
+        if not self.spec.has_weights:
+            raise UserError(
+                f"the dense model of this artifact is lost: {self.spec.name} was drawn at random, and the seed was not recorded; "
+                "extract again with --pretrained, --weights FILE or --random-weights SEED"
+            )
+        return self.spec
+
     def dense(self) -> nn.Module:
-        """The unmodified model that this one was extracted from."""
-        return load_model(self.spec)
+        """The unmodified model that this one was extracted from, with its weights."""
+        return load_model(self.dense_spec)
+
+    def layout(self) -> nn.Module:
+        """The model that this one was extracted from, on the device meta: its shapes, without its weights."""
+        with torch.device("meta"):
+            return build_model(self.spec)
 
 
 def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
@@ -165,9 +180,8 @@ def load(path: Path | str) -> MoeeModel:
         if name not in manifest["files"] and (path / name).exists():
             raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)
-    bare = spec.model_copy(update={"weights": None, "pretrained": False})
-    _check_size(bare, state, {record.name for record in records}, body.attention, path)
-    model = load_model(bare)
+    _check_size(spec, state, {record.name for record in records}, body.attention, path)
+    model = build_model(spec)
     ffns = {f.name: f for f in find_ffns(model, config.exclude if config else ())}
     for record in records:
         if record.name not in ffns:
@@ -244,7 +258,7 @@ def _check_size(
             if not abs(number) <= most:  # NaN as well
                 raise UserError(f"{path / MANIFEST} asks for {shown(key)} {shown(number)}; expected at most {most}")
     with torch.device("meta"):
-        model = load_model(spec)
+        model = build_model(spec)
     laid_out = model.state_dict()
     known = _narrowed(model, attention, state, path / MANIFEST)
     narrowed = tuple(f"{name}.{part}." for name in known for part in ("qkv", "proj"))

@@ -14,7 +14,7 @@ from moee.checkpoint import MoeeModel
 from moee.data import model_transform
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
-from moee.models import FFN, ModelSpec, Shape, find_ffns, load_model, plain_size
+from moee.models import FFN, ModelSpec, Shape, build_model, find_ffns, plain_size
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _ffn_cost(ffn: FFN, tokens: int) -> tuple[int, int]:
 def inspect_dense(spec: ModelSpec) -> Inspection:
     """Figures of a timm model by its shapes alone: no weights are loaded, no memory is taken."""
     with torch.device("meta"):
-        model = load_model(spec.model_copy(update={"weights": None, "pretrained": False}))
+        model = build_model(spec)
     shape = model_transform(model).shape
     layers = [
         LayerFigures(f.name, tokens, f.hidden, *_ffn_cost(f, tokens), *_ffn_cost(f, tokens))
@@ -99,7 +99,7 @@ def routing_entropy(share: list[float]) -> float:
 
 def inspect_artifact(moee: MoeeModel) -> Inspection:
     """Figures of an extracted or tuned model; shares are those measured on its held-out images."""
-    dense = moee.dense()
+    dense = moee.layout()
     shape = model_transform(dense).shape
     stages = moee.info.get("stages", {})
     shares = (stages.get("tuned") or stages.get("extracted") or {}).get("shares", {})

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from moee.activations import KNOWN, activation_name
 from moee.artifact import sha256_file
+from moee.cache import tensor_hash
 from moee.errors import UserError
 from moee.schema import shown
 
@@ -26,7 +28,11 @@ FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay",
 
 
 class ModelSpec(BaseModel):
-    """Which timm model: everything that `load_model` needs, and what an artifact records."""
+    """Which timm model: everything that `load_model` needs, and what an artifact records.
+
+    Its weights come from one place: the file `weights`, timm's `pretrained` ones, or a draw under `random_seed`.
+    `weights_sha256` is the hash of the file, or of the state that timm's pretrained weights gave.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,6 +42,17 @@ class ModelSpec(BaseModel):
     pretrained: bool = False
     weights: str | None = None
     weights_sha256: str | None = None
+    random_seed: int | None = Field(None, ge=0, lt=2**63)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it says where its weights come from. Artifacts of the first release may not."""
+        return self.pretrained or self.weights is not None or self.random_seed is not None
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the outputs of the model `name`, for whoever must know whether two runs worked on the same one."""
+        decisive = {"kwargs": self.kwargs, "weights_sha256": self.weights_sha256}
+        return decisive if self.random_seed is None else {**decisive, "random_seed": self.random_seed}
 
 
 @dataclass(frozen=True)
@@ -74,37 +91,77 @@ def channels_last(features: Tensor, model: nn.Module) -> Tensor:
     return features if features.shape[-1] == model.num_features else features.movedim(1, -1)
 
 
-def load_model(spec: ModelSpec) -> nn.Module:
-    """Build the timm model of `spec` in eval mode, float32.
+def build_model(spec: ModelSpec) -> nn.Module:
+    """The timm model of `spec` in eval mode, float32, with weights of no meaning: for its shapes, or to be filled.
 
-    Raises `UserError` for an unknown name, arguments that the model refuses, or weights that do not fit.
+    Raises `UserError` for an unknown name, or arguments that the model refuses.
     """
+    check_arguments(spec)
+    try:
+        return timm.create_model(spec.timm_name, **spec.kwargs).eval()
+    except Exception as error:  # models refuse arguments in many ways
+        reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+        raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
+
+
+def check_arguments(spec: ModelSpec) -> None:
+    """Raises `UserError` for a name that timm does not know, and for arguments that would open files."""
     if not timm.is_model(spec.timm_name):
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
         name = shown(spec.name)
         raise UserError(f"unknown model {name}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
-    kwargs = dict(spec.kwargs)
-    forbidden = sorted(kwargs.keys() & FILE_ARGUMENTS)
+    forbidden = sorted(spec.kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
-        raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights as .safetensors")
+        raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights with --weights")
+
+
+def load_model(spec: ModelSpec) -> nn.Module:
+    """The timm model of `spec` with its weights, in eval mode, float32. The same spec gives the same weights, bit by bit; the
+    caller's random state is left as it was.
+
+    Raises `UserError` for an unknown name, arguments that the model refuses, weights that do not fit, and a spec that does not
+    say where its weights come from.
+    """
+    if not spec.has_weights:
+        raise UserError(
+            f"{shown(spec.name, quoted=False)} has no weights: give --pretrained, a file with --weights, or a seed with "
+            "--random-weights to draw them"
+        )
+    if sum((spec.pretrained, spec.weights is not None, spec.random_seed is not None)) > 1:
+        raise UserError(f"{shown(spec.name, quoted=False)} names two sources of weights; expected pretrained, a file or a seed")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(spec.random_seed or 0)  # torch.manual_seed would seed the GPUs as well
+        model = _pretrained(spec) if spec.pretrained else build_model(spec)
+    if spec.weights is not None:
+        _check_hash(Path(spec.weights), spec.weights_sha256)
+        load_weights(model, Path(spec.weights))
+    return model
+
+
+def _pretrained(spec: ModelSpec) -> nn.Module:
+    """The model with timm's weights. Raises `UserError` if they cannot be had, or are not those whose hash `spec` holds."""
+    check_arguments(spec)
     try:
-        model = timm.create_model(spec.timm_name, pretrained=spec.pretrained and spec.weights is None, **kwargs)
-    except (TypeError, AssertionError, ValueError) as error:
-        reason = shown(" ".join(str(error).split()), quoted=False)
-        raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
-    except Exception as error:  # timm's hub client raises many kinds; all mean that the weights could not be had
-        if not spec.pretrained or spec.weights is not None:
-            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
-            raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
+        model = timm.create_model(spec.timm_name, pretrained=True, **spec.kwargs).eval()
+    except Exception as error:  # timm's hub client raises many kinds
+        build_model(spec)  # refuses the arguments, if it was they
         raise UserError(
             f"pretrained weights of {spec.timm_name} could not be fetched ({type(error).__name__}); "
             "give a file with --weights model.safetensors"
         ) from error
-    if spec.weights is not None:
-        _check_hash(Path(spec.weights), spec.weights_sha256)
-        load_weights(model, Path(spec.weights))
-    return model.eval()
+    if spec.weights_sha256 is not None and state_sha256(model) != spec.weights_sha256:
+        raise UserError(
+            f"timm's pretrained weights of {spec.timm_name} are not those that the artifact was made from; install the timm "
+            "version of then, or extract again"
+        )
+    return model
+
+
+def state_sha256(model: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and bytes of a model's state."""
+    state = model.state_dict()
+    return tensor_hash(*state.values(), extra=" ".join(state))
 
 
 def _check_hash(path: Path, expected: str | None) -> None:

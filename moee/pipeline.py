@@ -206,13 +206,14 @@ def run_finetune(
     with group.agreed():
         refuse_existing(out, force)
         moee = checkpoint.load(path)
+        spec = moee.dense_spec if session is None else session.spec
         if source is not None and session is None and source != moee.data and moee.probe is not None:
             raise UserError(
                 f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
             )
         recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
     seed = moee.config.seed if moee.config else 0
-    session = session or Session(moee.spec, recorded, seed, report, group, workers, moee.classes)
+    session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
     resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
     teacher = session.train_outputs.features

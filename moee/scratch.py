@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moee.artifact import sha256_file
 from moee.cache import cache_dir, cache_lock, tensor_hash
 from moee.data import ImageSet, batches, load_data, model_transform
-from moee.models import ModelSpec, load_model
+from moee.models import ModelSpec, build_model
 from moee.progress import Reporter, silent
 from moee.tensor_file import write_tensors
 
@@ -73,7 +73,7 @@ def train(recipe: ScratchRecipe, data: ImageSet | None = None, report: Reporter 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = load_model(ModelSpec(name=NAME, timm_name=TIMM_NAME, kwargs=recipe.model_kwargs())).train()
+        model = build_model(ModelSpec(name=NAME, timm_name=TIMM_NAME, kwargs=recipe.model_kwargs())).train()
         data = data or load_data(DATA, model_transform(model), "train")
         steps = recipe.epochs * math.ceil(len(data) / recipe.batch_size)
         warmup = recipe.warmup_epochs * math.ceil(len(data) / recipe.batch_size)

@@ -63,8 +63,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """A dense model, its weights, and the data to work on."""
     parser.add_argument("model", help="timm model name, or dinov2-s")
     parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder, wds/FOLDER, or timm.data's")
+    add_weights(parser)
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Where a dense model's weights come from, and its input size."""
     parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
     parser.add_argument("--weights", help="weights as a .safetensors file")
+    seed = "draw the weights at random under this seed, which is recorded: for trials without a trained model"
+    parser.add_argument("--random-weights", type=at_least(0), metavar="SEED", help=seed)
     parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
 
 
@@ -100,5 +107,14 @@ def model_of(args: argparse.Namespace, report: Reporter) -> ModelSpec:
     from exporter.pretrained import resolve
 
     return resolve(
-        args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
-    )
+        args.model, args.data, pretrained=args.pretrained, weights=args.weights, random_weights=args.random_weights,
+        img_size=args.img_size, report=report,
+    )  # fmt: skip
+
+
+def model_flags(args: argparse.Namespace) -> list[str]:
+    """The flags of `add_weights` that were given, to be repeated for the next command."""
+    words = ["--pretrained"] if args.pretrained else []
+    for flag, value in (("--weights", args.weights), ("--random-weights", args.random_weights), ("--img-size", args.img_size)):
+        words += [] if value is None else [flag, str(value)]
+    return words

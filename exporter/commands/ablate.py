@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, refuse_file, show_skipped
+from exporter.commands import OK, add_weights, model_of, refuse_file, show_skipped
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 
@@ -20,9 +20,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("--model", default="vit-scratch", help="vit-scratch (default), dinov2-s or a timm model name")
     sub.add_argument("--data", default="digits", help="digits (default), photos, an image folder or a timm.data dataset string")
-    sub.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
-    sub.add_argument("--weights", help="weights as a .safetensors file")
-    sub.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    add_weights(sub)
     sub.add_argument("--tables", help="comma-separated: 2, 3, 7, 8, 9, fig6, fig7 (all)")
     sub.add_argument("--seeds", type=int, help="runs a cell, with seeds 0, 1, ... (3)")
     sub.add_argument("--compensation", help="comma-separated: none, mean, refit (none,refit)")
@@ -48,7 +46,6 @@ def _list(text: str | None, kind: type = str) -> tuple | None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots.ablation import draw_ablation
-    from exporter.pretrained import resolve
     from moee.ablation import make_ablation_config, run_ablation, verdict_lines
     from moee.atomic import remove_folder
     from moee.pipeline import Session
@@ -61,9 +58,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         **{name: getattr(args, name) for name in names},
     )  # fmt: skip
     with ProgressDisplay() as report:
-        spec = resolve(
-            args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
-        )
+        spec = model_of(args, report)
         session = Session(spec, args.data, report=report)
         if args.force:  # only now that the input is known to be good
             remove_folder(Path(args.out))

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, refuse_file, show_skipped
+from exporter.commands import OK, add_weights, model_of, refuse_file, show_skipped
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 
@@ -27,9 +27,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("model", help="timm model name, or dinov2-s")
     sub.add_argument("--data", required=True)
-    sub.add_argument("--pretrained", action="store_true")
-    sub.add_argument("--weights", help="weights as a .safetensors file")
-    sub.add_argument("--img-size", type=int)
+    add_weights(sub)
     sub.add_argument("--design", default="star", help="star (one factor at a time) or full (every combination)")
     sub.add_argument("--routers", type=_list(str), help="comma-separated (random,linear,mlp,centroid)")
     sub.add_argument("--ranks", type=_list(int), help="shared plus residual rank (96,128,176)")
@@ -43,7 +41,6 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.clear_ablation import Grid, ablate, markdown, plot, summarise
-    from exporter.pretrained import resolve
     from moee.atomic import write_text
     from moee.pipeline import Session
 
@@ -56,9 +53,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     centre = tuple((n, v if n not in given or v in given[n] else given[n][len(given[n]) // 2]) for n, v in defaults.items())
     grid = Grid(**given, seeds=args.seeds, residual_rank=args.residual_rank, centre=centre)
     with ProgressDisplay() as report:
-        spec = resolve(
-            args.model, args.data, pretrained=args.pretrained, weights=args.weights, img_size=args.img_size, report=report
-        )
+        spec = model_of(args, report)
         session = Session(spec, args.data, report=report)
         cells = ablate(session, grid, args.design, args.out, report)
     rows = summarise(cells)

@@ -40,12 +40,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.latency import bench
-    from exporter.manifests import read_export
+    from exporter.manifests import read_export, refuse_lost_dense
     from moee.artifact import write_json
     from moee.data import batches
     from moee.errors import UserError
 
     manifest = read_export(args.path)
+    refuse_lost_dense(manifest, args.path)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:

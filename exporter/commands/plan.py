@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_attention, add_model, add_out, model_of, show_skipped
+from exporter.commands import OK, add_attention, add_model, add_out, model_flags, model_of, show_skipped
 from exporter.ui import ProgressDisplay, number, percent
 from moee.errors import UserError
 
@@ -78,7 +79,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     for line in verdict(plan):
         console.print(line, soft_wrap=True)
     show_skipped(console, plan["data_read"])
-    console.print(f"written to {args.out}; to apply it: moee extract {args.model} --data {args.data} --plan {args.out} --out DIR")
+    command = ["moee", "extract", args.model, "--data", args.data, *model_flags(args), "--plan", args.out, "--out", "DIR"]
+    console.print(f"written to {args.out}; to apply it: {shlex.join(command)}", soft_wrap=True, markup=False, highlight=False)
     return OK
 
 

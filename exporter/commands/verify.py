@@ -72,7 +72,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     """Read the export, its model and the data, and verify; None on ranks other than 0."""
     import torch
 
-    from exporter.manifests import read_export
+    from exporter.manifests import read_export, refuse_lost_dense
     from exporter.profile import batch_profile
     from exporter.verify.suite import verify_ranks
     from moee import checkpoint
@@ -84,6 +84,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
 
     with group.agreed():
         manifest = read_export(args.path)
+        refuse_lost_dense(manifest, args.path)
         if args.out and not args.out.endswith(".json"):
             refuse_existing(Path(args.out), args.force)
         source = Path(args.model) if args.model else Path(args.path) / manifest["source"] if manifest["source"] else None

@@ -63,6 +63,8 @@ def _extract(body: dict[str, Any]) -> str:
         words.append("--pretrained")
     elif spec.get("weights") and spec.get("name") == spec.get("timm_name"):
         words += ["--weights", str(spec["weights"]).rpartition("/")[2]]
+    elif isinstance(spec.get("random_seed"), int):
+        words += ["--random-weights", spec["random_seed"]]
     size = dig(spec, "kwargs", "img_size")
     if isinstance(size, int) and spec.get("name") == spec.get("timm_name"):
         words += ["--img-size", size]

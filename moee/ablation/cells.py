@@ -85,7 +85,7 @@ def check_setup(out: Path, setup: dict[str, Any]) -> None:
 def setup_of(session: Session, ablation: AblationConfig) -> dict[str, Any]:
     """What decides every cell besides its own configuration."""
     spec = session.spec
-    model = {"model": spec.name, "kwargs": spec.kwargs, "weights_sha256": spec.weights_sha256}
+    model = {"model": spec.name, **spec.identity()}
     images = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
     return {**model, "data": session.source, **images, **ablation.shared()}
 

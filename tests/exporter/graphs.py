@@ -148,7 +148,7 @@ def write_export_manifest(folder: Path, size: int) -> Path:
         **{"schema": "moee.export/1", "files": {path.name: sha256_file(path) for path in folder.glob("*.onnx")}},
         "graphs": {"dense": "dense.onnx", "tensorrt": "tensorrt.onnx"},
         "input": {"name": "input", "size": size, "mean": [0.5] * 3, "std": [0.5] * 3},
-        **{"model": {"name": "made up", "timm_name": "made_up"}, "data": "none", "routed_layers": ["b0.mlp"]},
+        **{"model": {"name": "made up", "timm_name": "made_up", "random_seed": 0}, "data": "none", "routed_layers": ["b0.mlp"]},
     }
     (folder / "export.json").write_text(json.dumps(manifest))
     return folder

@@ -59,7 +59,7 @@ def write_images(folder: Path, count: int, size: int) -> Path:
 
 def extracted(name: str, kwargs: dict, folder: Path, images: int, tokens: int):
     """A MoEE model of four k-means experts a layer from a dense one with random weights, its held-out images, its folder."""
-    spec = ModelSpec(name=name, timm_name=name, kwargs=kwargs)
+    spec = ModelSpec(name=name, timm_name=name, kwargs=kwargs, random_seed=0)
     torch.manual_seed(0)
     model = load_model(spec)
     with torch.no_grad():  # LayerScale starts at 1e-6, which would hide every MLP

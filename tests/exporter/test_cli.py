@@ -22,8 +22,10 @@ def small_world(monkeypatch):
     import moee.pipeline
     from tests.conftest import tiny_images
 
-    def resolve(name, data="", *, pretrained=False, weights=None, img_size=None, report=None):
-        return tiny_spec().model_copy(update={"weights": weights}) if name == MODEL else original(name, data, weights=weights)
+    def resolve(name, data="", *, weights=None, random_weights=None, **others):
+        if name != MODEL:
+            return original(name, data, weights=weights, random_weights=random_weights, **others)
+        return tiny_spec().model_copy(update={"weights": weights, "random_seed": 0 if weights is None else None})
 
     original = exporter.pretrained.resolve
     monkeypatch.setattr(exporter.pretrained, "resolve", resolve)

@@ -19,7 +19,7 @@ from tests.plugins import built
 @pytest.fixture(scope="module")
 def deit():
     torch.manual_seed(0)
-    spec = ModelSpec(name="deit_small_patch16_224", timm_name="deit_small_patch16_224")
+    spec = ModelSpec(name="deit_small_patch16_224", timm_name="deit_small_patch16_224", random_seed=0)
     model, data = load_model(spec), tiny_images(count=12, size=224)
     config = make_extract_config(
         clustering="kmeans", clusters=4, cluster_tokens=1000, tokens=2000, keep=0.8, compensation="mean"

@@ -61,7 +61,7 @@ def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
     torch.manual_seed(0)
     train, held = tiny_images(40), tiny_images(24)
     monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (train, held))
-    session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY), "tiny")
+    session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
     plan = make_plan(
         session, Budget(target_latency_ms=10_000.0), tmp_path / "plan", ("static",), (0.8,), {"cluster_tokens": 300},
         latency_of("cpu", session, 4),
@@ -90,7 +90,7 @@ def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
 )
 def test_bad_input_is_one_sentence(arguments, message, monkeypatch, tmp_path, capsys):
     torch.manual_seed(0)
-    spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY)
+    spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0)
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *a, **k: spec)
     monkeypatch.setattr("moee.pipeline.load_splits", lambda *a: (tiny_images(8), tiny_images(8)))
     assert cli.main(["plan", "tiny", "--data", "digits", "--out", str(tmp_path / "p"), *arguments]) == 2

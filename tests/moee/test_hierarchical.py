@@ -34,7 +34,7 @@ STATIC = dict(clustering="none", keep=0.6)
 def hierarchical(name):
     timm_name, kwargs = MODELS[name]
     torch.manual_seed(0)
-    return load_model(ModelSpec(name=name, timm_name=timm_name, kwargs=kwargs))
+    return load_model(ModelSpec(name=name, timm_name=timm_name, kwargs=kwargs, random_seed=0))
 
 
 def mean_compensated(model, data):
@@ -284,7 +284,7 @@ def test_too_many_token_features_say_so(tiny_model, monkeypatch):
 def test_what_the_stage_hands_to_all_its_blocks_makes_the_stage_the_entry():
     """GCViT's blocks get queries of the whole image as a second argument: the second block too, past the first."""
     torch.manual_seed(0)
-    model = load_model(ModelSpec(name="gcvit", timm_name="gcvit_xxtiny", kwargs={"img_size": 64}))
+    model = load_model(ModelSpec(name="gcvit", timm_name="gcvit_xxtiny", kwargs={"img_size": 64}, random_seed=0))
     names = [f.name for f in find_ffns(model) if f.name.endswith(".mlp")]
     late = [name for name in names if name.startswith("stages.3")]
     with torch.inference_mode():

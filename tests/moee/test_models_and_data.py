@@ -13,7 +13,7 @@ from tests.conftest import TINY, tiny_spec
 
 
 def spec(name, **kwargs):
-    return ModelSpec(name=name, timm_name=name, kwargs=kwargs)
+    return ModelSpec(name=name, timm_name=name, kwargs=kwargs, random_seed=0)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_weights_roundtrip_and_refusals(tmp_path):
     save_file(model.state_dict(), path)
 
     def load(name):
-        return load_model(tiny_spec().model_copy(update={"weights": str(tmp_path / name)}))
+        return load_model(tiny_spec().model_copy(update={"weights": str(tmp_path / name), "random_seed": None}))
 
     again = load("w.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -91,7 +91,7 @@ def test_weights_roundtrip_and_refusals(tmp_path):
     save_file({"something.else": torch.zeros(3)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match="belong to another model"):
         load("foreign.safetensors")
-    other = load_model(ModelSpec(name="o", timm_name="vit_tiny_patch16_224", kwargs={**TINY, "embed_dim": 48}))
+    other = load_model(ModelSpec(name="o", timm_name="vit_tiny_patch16_224", kwargs={**TINY, "embed_dim": 48}, random_seed=0))
     save_file(other.state_dict(), tmp_path / "wider.safetensors")
     with pytest.raises(UserError, match="do not fit"):
         load("wider.safetensors")

@@ -25,7 +25,7 @@ def session(monkeypatch):
     torch.manual_seed(0)
     train, held = tiny_images(40), tiny_images(24)
     monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (train, held))
-    return Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY), "tiny")
+    return Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
 
 
 def test_quality_budget_takes_the_cheapest_and_cost_budget_the_most_faithful():

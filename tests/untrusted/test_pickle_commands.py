@@ -24,16 +24,17 @@ TEXT = {
     "demo --out", "export --out", "build --out", "bundle --out", "plots --out", "verify --out", "extract --out",
 }  # fmt: skip
 SMALL = ("vit_tiny_patch16_224", "--img-size", "32")
+DRAWN = ("--random-weights", "0")  # without weights a command would end before it comes to the path
 # For each path: a command line in which PICKLE stands in its place, as a file and as a folder that holds nothing else.
 PATHS = {
     "plan model": ("plan", "PICKLE", "--data", "digits", "--target-macs", "0.7", "--out", "OUT"),
-    "plan --data": ("plan", *SMALL, "--data", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
+    "plan --data": ("plan", *SMALL, *DRAWN, "--data", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
     "plan --weights": ("plan", *SMALL, "--data", "digits", "--weights", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
-    "plan --out": ("plan", *SMALL, "--data", "digits", "--target-macs", "0.7", "--out", "PICKLE"),
+    "plan --out": ("plan", *SMALL, *DRAWN, "--data", "digits", "--target-macs", "0.7", "--out", "PICKLE"),
     "extract model": ("extract", "PICKLE", "--data", "digits", "--out", "OUT"),
-    "extract --data": ("extract", *SMALL, "--data", "PICKLE", "--out", "OUT"),
+    "extract --data": ("extract", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
     "extract --weights": ("extract", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
-    "extract --plan": ("extract", *SMALL, "--data", "digits", "--plan", "PICKLE", "--out", "OUT"),
+    "extract --plan": ("extract", *SMALL, *DRAWN, "--data", "digits", "--plan", "PICKLE", "--out", "OUT"),
     "finetune path": ("finetune", "PICKLE", "--data", "digits", "--out", "OUT"),
     "finetune --data": ("finetune", "MODEL", "--data", "PICKLE", "--out", "OUT"),
     "finetune --out": ("finetune", "MODEL", "--data", "digits", "--out", "PICKLE"),
@@ -56,13 +57,13 @@ PATHS = {
     "plots --data": ("plots", "MODEL", "--data", "PICKLE", "--out", "OUT"),
     "report paths": ("report", "PICKLE", "--out", "OUT"),
     "ablate --model": ("ablate", "--model", "PICKLE", "--data", "digits", "--out", "OUT"),
-    "ablate --data": ("ablate", "--model", *SMALL, "--data", "PICKLE", "--out", "OUT"),
+    "ablate --data": ("ablate", "--model", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
     "ablate --weights": ("ablate", "--model", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
-    "ablate --out": ("ablate", "--model", *SMALL, "--data", "digits", "--out", "PICKLE"),
+    "ablate --out": ("ablate", "--model", *SMALL, *DRAWN, "--data", "digits", "--out", "PICKLE"),
     "ablate-clear model": ("ablate-clear", "PICKLE", "--data", "digits", "--out", "OUT"),
-    "ablate-clear --data": ("ablate-clear", *SMALL, "--data", "PICKLE", "--out", "OUT"),
+    "ablate-clear --data": ("ablate-clear", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
     "ablate-clear --weights": ("ablate-clear", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
-    "ablate-clear --out": ("ablate-clear", *SMALL, "--data", "digits", "--out", "PICKLE"),
+    "ablate-clear --out": ("ablate-clear", *SMALL, *DRAWN, "--data", "digits", "--out", "PICKLE"),
 }  # fmt: skip
 NAMES = (
     "moee.json", "export.json", "engine.json", "plan.json", "parity.json", "latency.json", "summary.json", "setup.json",

@@ -46,7 +46,7 @@ def test_a_pickle_is_never_opened(made, tmp_path, canary, monkeypatch):
         command = ["extract", "vit_tiny_patch16_224", "--data", "digits", "--weights", tmp_path / name, "--out", tmp_path / "o"]
         assert cli.main(list(map(str, command))) == 2
     for argument in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        spec = ModelSpec(name="x", timm_name="vit_tiny_patch16_224", kwargs={argument: str(tmp_path / "w.pth")})
+        spec = ModelSpec(name="x", timm_name="vit_tiny_patch16_224", kwargs={argument: str(tmp_path / "w.pth")}, random_seed=0)
         assert not accepts_or_refuses(load_model, spec)
     for file in ("model.safetensors", "moee.json", "probe.safetensors"):
         folder = Path(shutil.copytree(made / "model", tmp_path / f"model-{file}"))
