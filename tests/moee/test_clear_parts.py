@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from moee.activations import activate
-from moee.clear_moe.decompose import Moments, decompose_up, directions, moments, require_directions, subspaces, up_metric
+from moee.clear_moe.decompose import (
+    Moments,
+    decompose_up,
+    directions,
+    moments,
+    refit_down,
+    require_directions,
+    subspaces,
+    up_metric,
+)
 from moee.clear_moe.dispatch import BACKENDS, apply_ffn, backend
 from moee.clear_moe.ranks import LayerCost, loss_table, ranks_for_budget
 from moee.clear_moe.routers import fit_router
@@ -195,3 +204,34 @@ def test_scores_combine_as_documented():
     assert [s.score for s in combine(raw)] == pytest.approx([0, 1, 0.5])
     assert sum(WEIGHTS) == 1
     assert near_zero_share(torch.tensor([[0.0, 1.0], [1e-4, -1.0]])) == 0.5
+
+
+def starved(tokens, seed=2):
+    """Decomposed hidden activations [N, 20] and the dense layer's outputs [N, 12] on a few tokens, of two experts."""
+    ffn = tiny_ffn()
+    x = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(seed))
+    hidden = activate(torch.addmm(ffn.b_up, x, ffn.w_up.T), "gelu")
+    cut = activate(torch.addmm(ffn.b_up, x[:, :6], ffn.w_up[:, :6].T), "gelu")
+    return ffn, cut, hidden @ ffn.w_down.T, torch.arange(tokens) % 2
+
+
+@pytest.mark.parametrize("tokens", [4, 8, 15])
+def test_a_down_map_refitted_on_few_tokens_says_so_and_stays_unless_it_helps(tokens):
+    ffn, hidden, target, routes = starved(tokens)
+    weight, facts = refit_down(ffn, hidden, target, routes, 2, 0.01)
+    assert f"{tokens} tokens for 20 neurons" in facts.note and facts.tokens == tokens
+    assert torch.equal(weight, ffn.w_down) == (facts.ridge is None)
+    if tokens == 4:  # nothing can be held out
+        assert facts.note.startswith("refit skipped")
+
+
+def test_a_down_map_with_tokens_enough_has_nothing_to_say():
+    weight, facts = refit_down(*starved(400), 2, 0.01)
+    assert facts.ridge == 0.01 and facts.note == "" and not torch.equal(weight, tiny_ffn().w_down)
+
+
+def test_a_tiny_lambda_for_a_singular_down_map_is_raised():
+    ffn, hidden, target, routes = starved(400)
+    hidden[:, 10:] = hidden[:, :10]  # half of the neurons say what the other half says
+    weight, facts = refit_down(ffn, hidden, target, routes, 2, 1e-14)
+    assert torch.isfinite(weight).all() and facts.ridge > 1e-14 and "lambda 1e-14 raised" in facts.note

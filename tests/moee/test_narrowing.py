@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Attention
 
+import moee.narrowing
 from moee.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, make_extract_config, validated
@@ -17,7 +18,7 @@ from moee.errors import UserError
 from moee.head_fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
 from moee.metrics import dense_macs, model_cost, original_macs
 from moee.models import load_model, replace_module
-from moee.narrowing import _images, _standing_in, choose_widths, levels, moves, narrow
+from moee.narrowing import _images, _standing_in, choose_widths, levels, moves, narrow, width_losses
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.distributed_worker import Broken
 
@@ -303,6 +304,21 @@ def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkey
     monkeypatch.setattr("moee.narrowing.refit_projection", fail)
     with pytest.raises(RuntimeError, match="stop"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.7)
+    assert len(find_attentions(tiny_model)) == 3
+
+
+def test_activations_that_break_behind_a_narrowed_layer_name_the_attention(tiny_model, monkeypatch):
+    """The trials saw the dense model's activations; the fit sees those that the narrowed layers before it make."""
+    losses = width_losses(tiny_model, tiny_images(24), SIZE)
+    real = moee.narrowing.refit_projection
+
+    def broken(made, *args):
+        real(made, *args)
+        made.proj.bias.data[:] = float("inf")
+
+    monkeypatch.setattr("moee.narrowing.refit_projection", broken)
+    with pytest.raises(UserError, match=r"`blocks\.\d\.attn` receives NaN or infinite"):
+        narrow(tiny_model, tiny_images(24), SIZE, 0.55, losses=losses)
     assert len(find_attentions(tiny_model)) == 3
 
 
