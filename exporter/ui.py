@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -73,6 +74,11 @@ class ProgressDisplay:
 
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
+
+
+def within(value: float | None, interval: Sequence[float] | None) -> str:
+    """An accuracy with its 95 % interval."""
+    return percent(value) if interval is None else f"{percent(value)} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
 def number(value: float | None, digits: int = 4) -> str:

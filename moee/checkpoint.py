@@ -23,7 +23,7 @@ from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
 from moee.models import FFN, ModelSpec, build_model, find_ffns, load_model, read_safetensors, replace_module
-from moee.probe import Probe
+from moee.probe import Probe, classes_told
 from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
 
@@ -200,7 +200,7 @@ def load(path: Path | str) -> MoeeModel:
 
 def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path) -> tuple[str, ...]:
     """The manifest's classes. Raises `UserError` unless there is one for each output."""
-    told = len(probe.bias) if probe is not None else getattr(model, "num_classes", 0)
+    told = classes_told(model, probe)
     if names and len(names) != told:
         raise UserError(f"{path / MANIFEST} names {len(names)} classes, the model tells {told} apart; make the artifact again")
     return tuple(names)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moee.accuracy import Comparison, Interval, agreement, paired_drop, top1, wilson
 from moee.data import ImageSet, batches, merge_skipped
 from moee.distributed import SOLO, Group, Parcel
 from moee.layer import RoutedLayer, routed_layers
@@ -33,19 +34,27 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Retention:
-    """A changed model against the dense one on the same images. Accuracies are of those that have a
-    label, None where labels or a head lack."""
+    """A changed model against the dense one on the same `images`.
+
+    Accuracies are of the `labelled` ones, with 95 % intervals; None where they cannot be compared, and `no_accuracy` says why.
+    `drop_interval_pp`: 95 % of the drop in percentage points, images resampled in pairs. The agreement is of all images, None
+    without classes."""
 
     images: int
-    dense_accuracy: float | None
-    accuracy: float | None
     top1_agreement: float | None
     class_cosine: float
     token_cosine: float | None
+    labelled: int
+    no_accuracy: str
+    dense_accuracy: float | None = None
+    accuracy: float | None = None
+    dense_accuracy_interval: Interval | None = None
+    accuracy_interval: Interval | None = None
+    drop_interval_pp: Interval | None = None
     no_tokens: str = ""  # why there is no token cosine
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 @torch.inference_mode()
@@ -122,33 +131,34 @@ def _merged(
     return dict(merged), [p.tensors["tokens"] for p in parts] if keep else [], keep
 
 
-def retention(
-    reference: Outputs, outputs: Outputs, probe: Probe | None, classifier: bool, comparable: bool = True
-) -> Retention:
+def retention(reference: Outputs, outputs: Outputs, probe: Probe | None, told: int, compared: Comparison) -> Retention:
     """Compare `outputs` with the dense `reference` on the same images; `probe` gives logits where there is no classifier.
 
-    `comparable`: the labels number the classes that the logits stand for, so that an accuracy means something.
+    `told`: how many classes the logits are of, 0 for none. `compared`: whether the dense model's accuracy means something.
     """
     dense_logits, logits = reference.features, outputs.features
-    labelled = reference.labels >= 0
-    dense_accuracy = ours = agreement = None
-    if probe is not None or classifier:
-        if probe is not None:
-            dense_logits, logits = probe.logits(dense_logits), probe.logits(logits)
-        agreement = float((dense_logits.argmax(1) == logits.argmax(1)).double().mean())
-        if comparable and labelled.any():
-            dense_accuracy = float((dense_logits.argmax(1) == reference.labels)[labelled].double().mean())
-            ours = float((logits.argmax(1) == reference.labels)[labelled].double().mean())
+    if probe is not None:
+        dense_logits, logits = probe.logits(dense_logits), probe.logits(logits)
+    accuracies: dict[str, Any] = {}
+    if compared and compared.dense is not None:
+        labelled = reference.labels >= 0
+        hits = [(top1(part) == reference.labels)[labelled].numpy() for part in (dense_logits, logits)]
+        ours = wilson(int(hits[1].sum()), len(hits[1]))
+        accuracies = {
+            "dense_accuracy": compared.dense.value, "dense_accuracy_interval": compared.dense.interval,
+            "accuracy": ours.value, "accuracy_interval": ours.interval, "drop_interval_pp": paired_drop(hits[0], hits[1])[1],
+        }  # fmt: skip
     token_cosine = None
     if reference.tokens is not None and outputs.tokens is not None:
         dense_tokens, tokens = (part.flatten(0, -2).float() for part in (reference.tokens, outputs.tokens))
         token_cosine = mean_cosine(dense_tokens, tokens)
     return Retention(
         images=len(reference.labels),
-        dense_accuracy=dense_accuracy,
-        accuracy=ours,
-        top1_agreement=agreement,
+        top1_agreement=float(agreement(dense_logits, logits).double().mean()) if told > 1 else None,
         class_cosine=mean_cosine(reference.features, outputs.features),
         token_cosine=token_cosine,
         no_tokens="" if token_cosine is not None else reference.no_tokens or outputs.no_tokens,
+        labelled=compared.labelled,
+        no_accuracy=compared.reason,
+        **accuracies,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Any
 from torch import nn
 
 from moee import checkpoint
+from moee.accuracy import Comparison, class_count, comparison
 from moee.atomic import refuse_existing, remove_folder
 from moee.attention import Widths
 from moee.checkpoint import MoeeModel
+from moee.class_names import listed
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract
@@ -31,9 +35,11 @@ from moee.layer_report import LayerReport
 from moee.metrics import model_cost
 from moee.models import ModelSpec, load_model
 from moee.narrowing import check_share, narrow, width_losses
-from moee.probe import Probe, fit_probe
+from moee.probe import Probe, classes_told, fit_probe
 from moee.progress import Reporter, silent
 from moee.views import widened
+
+log = logging.getLogger("moee")
 
 
 def peak_memory_bytes() -> int:
@@ -110,8 +116,7 @@ class Session:
 
     def classes(self, probe: Probe | None) -> tuple[str, ...]:
         """Names of what the model's outputs, or the probe's, stand for; none where the images' classes do not fit them."""
-        told = len(probe.bias) if probe is not None else getattr(self.dense, "num_classes", 0)
-        return self.train.classes if len(self.train.classes) == told else ()
+        return self.train.classes if len(self.train.classes) == classes_told(self.dense, probe) else ()
 
     def data_facts(self) -> dict[str, Any]:
         """What was read, for a manifest."""
@@ -121,24 +126,46 @@ class Session:
         return run(model, data, self.report, message, group=self.group)
 
     def probe(self) -> Probe | None:
-        """A probe on the dense features of the training images; None for classifiers and unlabelled data."""
-        if is_classifier(self.dense) or not self.train.labelled:
+        """A probe on the dense features of the training images; None for classifiers, and where the labels are of fewer than two
+        classes. Classes without a training image are named: the probe never answers with one."""
+        if is_classifier(self.dense):
+            return None
+        counts = Counter(label for label in self.train.labels if label >= 0)
+        if not self.train.labelled or len(counts) < 2:
+            if counts and self.group.leader:
+                log.warning("the labelled training images of %s are of one class: no probe is fitted", self.source)
             return None
         outputs, found = self.train_outputs, None
         with self.group.agreed():
             if self.group.leader:
-                known = outputs.labels >= 0
-                found = fit_probe(outputs.features[known], outputs.labels[known])
+                classes = class_count(self.train.labels, self.train.num_classes)
+                names = dict(enumerate(self.train.classes))
+                absent = [names.get(c, str(c)) for c in range(classes) if not counts[c]]
+                if absent:
+                    log.warning("%s has no training image of %s: the probe never answers so", self.source, listed(absent))
+                found = fit_probe(outputs.features, outputs.labels, classes)
         return found
+
+    def comparison(self, probe: Probe | None) -> Comparison:
+        """Whether accuracy on the held-out images can be compared with the dense model's, which runs on them if need be. Of the
+        leader alone."""
+        logits = self.reference.features if probe is None else probe.logits(self.reference.features)
+        told = classes_told(self.dense, probe)
+        return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits)
+
+    def obstacle(self) -> str:
+        """What of models and labels alone, with nothing run yet, makes accuracies incomparable; empty for nothing."""
+        told = classes_told(self.dense, None)
+        if told == 0 and len({label for label in self.train.labels if label >= 0}) > 1:
+            told = class_count(self.train.labels, self.train.num_classes)  # as the probe will
+        return comparison(self.held_out.labels, self.held_out.num_classes, told, self.held_out.name).reason
 
     def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:
         """Retention on held-out images, and cost weighted by the routing measured on them; empty on ranks other than 0."""
         reference, outputs = self.reference, self._run(model, self.held_out, message)
         if not self.group.leader:
             return {}
-        # a folder of 2 classes says nothing about a head of 1,000
-        comparable = probe is not None or self.held_out.num_classes == getattr(self.dense, "num_classes", 0)
-        kept = retention(reference, outputs, probe, is_classifier(self.dense), comparable)
+        kept = retention(reference, outputs, probe, classes_told(self.dense, probe), self.comparison(probe))
         cost = model_cost(self.dense, model, outputs.shares, self.transform.shape)
         return {"retention": kept.to_json(), "cost": cost, "shares": outputs.shares}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,17 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def finite(text: str) -> float:
+    """A type for argparse: a number, not NaN or infinite. A gate at such a value could not fail, or not pass."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, came {text!r}")
+    return value
 
 
 def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_ranks, at_least, rank_display, show_skipped
-from exporter.ui import percent
+from exporter.commands import GATE_FAILED, OK, add_ranks, at_least, finite, rank_display, show_skipped
+from exporter.ui import percent, within
 from moee.errors import MissingDependency, UserError
 
 TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 if a gate fails"
@@ -29,10 +29,10 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--data", help="default: the data it was extracted on")
     sub.add_argument("--images", type=int, default=1000, help="labelled images for accuracy, 0 for none (1000)")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
-    sub.add_argument("--max-drop", type=float, metavar="POINTS", help="fail if top-1 falls by more percentage points")
-    sub.add_argument("--min-route-agreement", type=float, metavar="SHARE", help="(fp32: 0.9999; else none)")
-    sub.add_argument("--rtol", type=float, help="allow atol + rtol x rms instead of 8 times torch's own error")
-    sub.add_argument("--atol", type=float)
+    sub.add_argument("--max-drop", type=finite, metavar="POINTS", help="fail if top-1 falls by more percentage points")
+    sub.add_argument("--min-route-agreement", type=finite, metavar="SHARE", help="(fp32: 0.9999; else none)")
+    sub.add_argument("--rtol", type=finite, help="allow atol + rtol x rms instead of 8 times torch's own error")
+    sub.add_argument("--atol", type=finite)
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
@@ -162,8 +162,9 @@ def _show(console: Console, result: Any, layers: bool) -> None:
     if a:
         low, high = a.drop_interval_pp
         console.print(
-            f"accuracy on {a.images} images: dense {percent(a.dense_top1.value)}, MoEE {percent(a.moee_top1.value)}, "
-            f"drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}), agreement {percent(a.agreement.value)}, KL {a.kl:.1e}"
+            f"accuracy on {a.counted}: dense {within(a.dense_top1.value, a.dense_top1.interval)}, "
+            f"MoEE {within(a.moee_top1.value, a.moee_top1.interval)}, drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}), "
+            f"agreement {percent(a.agreement.value)}, KL {a.kl:.1e}"
         )
     else:
         console.print(f"accuracy: not measured, {result.no_accuracy}")

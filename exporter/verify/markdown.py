@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from exporter.verify.accuracy import Proportion
 from exporter.verify.suite import VerifyResult
+from moee.accuracy import Proportion
 
 
 def _share(p: Proportion) -> str:
@@ -38,7 +38,7 @@ def to_markdown(result: VerifyResult) -> str:
     low, high = accuracy.drop_interval_pp
     lines += [
         "",
-        f"| on {accuracy.images} images (95 % interval) | dense | MoEE |",
+        f"| on {accuracy.counted} (95 % interval) | dense | MoEE |",
         "|---|---|---|",
         f"| top-1 | {_share(accuracy.dense_top1)} | {_share(accuracy.moee_top1)} |",
     ]

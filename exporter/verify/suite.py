@@ -24,11 +24,13 @@ from exporter.precision import INT8
 from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verify.accuracy import AccuracyResult, compare_accuracy
+from moee.accuracy import comparison
 from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches, merge_skipped
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
+from moee.probe import classes_told
 from moee.progress import Reporter, silent
 
 ACCURACY_BATCH = 16
@@ -114,7 +116,7 @@ class VerifyResult:
         if a is None:
             return Case("accuracy", "drop", skipped=self.no_accuracy)
         low, high = a.drop_interval_pp
-        detail = f"drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}) on {a.images} images"
+        detail = f"drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}) on {a.counted}"
         return Case("accuracy", "drop", detail, None if a.passed else f"{detail}; at most {a.max_drop_pp:g} allowed")
 
     def _engine_cases(self) -> list[Case]:
@@ -135,7 +137,8 @@ class VerifyResult:
         engine = {**asdict(self.engine), "passed": self.engine.passed} if self.engine else None
         return {
             **self.parity.to_json(),
-            "accuracy": self.accuracy.to_json() if self.accuracy else None,
+            "accuracy": json_safe(self.accuracy.to_json()) if self.accuracy else None,
+            "no_accuracy": self.no_accuracy,
             "engine": json_safe(engine),
             "cases": [asdict(case) for case in self.cases()],
             "data_read": self.data_read,
@@ -179,24 +182,30 @@ def verify_ranks(
     rank 0's, None on the others."""
     started = time.perf_counter()
     folder = Path(export_dir)
-    answers: Answers | None = None
+    check = _AccuracyCheck(folder, moee, data, images, provider, threads, report, group)
+    plugin = None
     with group.agreed():
-        parity, plugin = None, None
+        reason = check.obstacle()
+        _refuse_unchecked(reason, max_drop_pp)
         if group.leader:
             plugin = check_plugin(engine, trust_engine) if engine is not None else None  # before anything long
             if engine is not None and plugin is not None and plugin.passed:
                 with EngineRunner(engine, trust=trust_engine):
                     pass  # a machine that cannot run it says so now
+    dense = None
+    if not reason:
+        dense = check.outputs("dense")
+        reason = check.judge(dense)
+        with group.agreed():  # before minutes of parity
+            _refuse_unchecked(reason, max_drop_pp)
+    parity = None
+    with group.agreed():
+        if group.leader:
             parity = check_parity(
                 folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
                 min_route_agreement=min_route_agreement,
             )  # fmt: skip
-        reason = _why_no_accuracy(moee, data, images)
-        if reason and max_drop_pp is not None:
-            raise UserError(f"--max-drop cannot be checked: {reason}")
-        if not reason:
-            answers = _answers(folder, data, images, provider, threads, report, group)
-    accuracy = None if answers is None else _accuracy(moee, data, answers, max_drop_pp, group)
+    accuracy = None if dense is None or reason else check.compare(dense, check.outputs("moee"), max_drop_pp)
     built, result = None, None
     with group.agreed():
         if parity is not None:
@@ -207,62 +216,88 @@ def verify_ranks(
     return result
 
 
-def _why_no_accuracy(moee: MoeeModel, data: ImageSet, images: int | None) -> str:
-    """Empty if the labels number the classes that the model tells apart."""
-    if images == 0:
-        return "switched off with --images 0"
-    if not data.labelled:
-        return f"{data.name} has no labels"
-    told = moee.probe.weight.shape[0] if moee.probe is not None else getattr(moee.model, "num_classes", 0)
-    if not told:
-        return "the model has neither a classifier nor a probe"
-    # a probe numbers the classes of the data that it was fitted on
-    if moee.probe is None and told != data.num_classes:
-        return f"the model tells {told} classes apart, {data.name} has {data.num_classes}"
-    return ""
+def _refuse_unchecked(reason: str, max_drop_pp: float | None) -> None:
+    """A gate that has nothing to check is bad input, not a pass."""
+    if reason and max_drop_pp is not None:
+        raise UserError(f"--max-drop cannot be checked: {reason}")
 
 
-Answers = dict[str, Tensor]  # outputs of both graphs and labels of one rank's images; empty where it had none to read
+@dataclass(frozen=True)
+class _AccuracyCheck:
+    """The accuracy of both graphs of an export on `images` images of `data` (None: all), divided over the ranks of `group`."""
 
+    folder: Path
+    moee: MoeeModel
+    data: ImageSet
+    images: int | None
+    provider: str
+    threads: int | None
+    report: Reporter
+    group: Group
 
-def _answers(
-    folder: Path, data: ImageSet, images: int | None, provider: str, threads: int | None, report: Reporter, group: Group
-) -> Answers:
-    """Both graphs of the export on this rank's share of the same images. An int8 model is held against the dense one as it was,
-    in float32: the loss of the quantisation is part of the drop."""
-    precision = read_export(folder, verify=False).get("precision", "fp32")
-    reference = REFERENCE if precision in INT8 else DENSE
-    widen = precision == "bf16" and provider == "cpu"
-    labelled = torch.tensor([index for index, label in enumerate(data.labels) if label >= 0])
-    order = labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))][: images or len(data)]
-    mine = group.part(len(order), ACCURACY_BATCH)
-    order = order[mine.start : mine.stop]
-    collected: dict[str, list[Tensor]] = {"dense": [], "moee": []}
-    labels: list[Tensor] = []
-    with opened(folder / reference, threads, provider, widen) as dense, opened(
-        folder / PORTABLE, threads, provider, widen
-    ) as routed:
-        total = -(-len(order) // ACCURACY_BATCH)
-        report("accuracy", 0, total)
-        for done, batch in enumerate(batches(data, ACCURACY_BATCH, order=order, strict=group.alone), 1):
-            for name, runner in (("dense", dense), ("moee", routed)):
-                collected[name].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
-            labels.append(batch.labels)
-            report("accuracy", done, total)
-    return {name: torch.cat(part) for name, part in (*collected.items(), ("labels", labels)) if part}
+    def obstacle(self) -> str:
+        """What is known without running anything; empty for nothing."""
+        if self.images == 0:
+            return "switched off with --images 0"
+        told = classes_told(self.moee.model, self.moee.probe)
+        return comparison(self.data.labels, self.data.num_classes, told, self.data.name).reason
 
+    def chosen(self) -> Tensor:
+        """Positions of the images that are looked at: labelled ones, drawn once."""
+        labelled = torch.tensor([index for index, label in enumerate(self.data.labels) if label >= 0])
+        return labelled[torch.randperm(len(labelled), generator=torch.Generator().manual_seed(0))][: self.images or None]
 
-def _accuracy(
-    moee: MoeeModel, data: ImageSet, answers: Answers, max_drop_pp: float | None, group: Group
-) -> AccuracyResult | None:
-    """All ranks' answers compared, in the order of the images; None on ranks other than 0."""
-    if not group.alone:
-        merge_skipped(data, group)
-    parts = [part.tensors for part in group.gather(Parcel(None, answers)) if part.tensors]
-    if not group.leader:
-        return None
-    whole = {name: torch.cat([part[name] for part in parts]) for name in ("dense", "moee", "labels")}
-    return compare_accuracy(logits(moee, whole["dense"]), logits(moee, whole["moee"]), whole["labels"], max_drop_pp)
+    def outputs(self, name: str) -> dict[str, Tensor]:
+        """Logits [N, C] of `dense` or `moee` and labels [N] of the same images, in their order, on rank 0; nothing on the others.
+
+        An int8 model is held against the dense one as it was, in float32: the loss of the quantisation is part of the drop."""
+        answers: dict[str, Tensor] = {}
+        with self.group.agreed():
+            answers = self._own(name)
+        if not self.group.alone:
+            merge_skipped(self.data, self.group)
+        parts = [part.tensors for part in self.group.gather(Parcel(None, answers)) if part.tensors]
+        whole = {key: torch.cat([part[key] for part in parts]) for key in ("outputs", "labels")} if parts else {}
+        return {"logits": logits(self.moee, whole["outputs"]), "labels": whole["labels"]} if whole else {}
+
+    def _own(self, name: str) -> dict[str, Tensor]:
+        """This rank's share; empty if it has no image to read."""
+        precision = read_export(self.folder, verify=False).get("precision", "fp32")
+        graph = PORTABLE if name == "moee" else REFERENCE if precision in INT8 else DENSE
+        order = self.chosen()
+        mine = self.group.part(len(order), ACCURACY_BATCH)
+        order = order[mine.start : mine.stop]
+        found: dict[str, list[Tensor]] = {"outputs": [], "labels": []}
+        with opened(self.folder / graph, self.threads, self.provider, precision == "bf16" and self.provider == "cpu") as runner:
+            total = -(-len(order) // ACCURACY_BATCH)
+            message = f"accuracy, {name}"
+            self.report(message, 0, total)
+            for done, batch in enumerate(batches(self.data, ACCURACY_BATCH, order=order, strict=self.group.alone), 1):
+                found["outputs"].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
+                found["labels"].append(batch.labels)
+                self.report(message, done, total)
+        return {key: torch.cat(part) for key, part in found.items() if part}
+
+    def judge(self, dense: dict[str, Tensor]) -> str:
+        """Why the dense model's answers allow no comparison, the same on every rank; empty if they do."""
+        reason = None
+        with self.group.agreed():
+            if self.group.leader:
+                told = classes_told(self.moee.model, self.moee.probe)
+                reason = comparison(dense["labels"], self.data.num_classes, told, self.data.name, dense["logits"]).reason
+        return self.group.broadcast(Parcel(reason) if self.group.leader else None).body
+
+    def compare(self, dense: dict[str, Tensor], ours: dict[str, Tensor], max_drop_pp: float | None) -> AccuracyResult | None:
+        """Both graphs' answers compared; None on ranks other than 0."""
+        with self.group.agreed():
+            if not self.group.leader:
+                return None
+            if not torch.equal(dense["labels"], ours["labels"]):
+                raise UserError(f"images of {self.data.name} that could be read before cannot be read any more; verify again")
+            chosen = self.chosen()
+            capped = len(chosen) < sum(label >= 0 for label in self.data.labels)
+            unlabelled = 0 if capped else len(self.data) - len(chosen)
+            return compare_accuracy(dense["logits"], ours["logits"], dense["labels"], max_drop_pp, unlabelled)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from moee.resume import check_identity, fingerprint
 
 CELLS, SETUP = "cells", "setup.json"
 SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/1"
+RETAINED = ("dense_accuracy", "accuracy", "top1_agreement", "class_cosine", "token_cosine", "labelled", "no_accuracy")
 
 
 def cell_key(config: ExtractConfig) -> str:
@@ -34,7 +35,7 @@ def cell_key(config: ExtractConfig) -> str:
 
 class CellResult(BaseModel):
     """What a cell's file holds as its result. Changes are relative to the dense model; figures lack where all layers stayed
-    dense, accuracies also where labels or a head lack."""
+    dense, accuracies also where they cannot be compared: `no_accuracy` says why. They are of `labelled` images."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -49,6 +50,8 @@ class CellResult(BaseModel):
     params_change: float | None = None
     experts: list[int] = []
     noise: float | None = None
+    labelled: int | None = None
+    no_accuracy: str = ""
 
     @model_validator(mode="after")
     def _complete(self) -> CellResult:
@@ -137,7 +140,7 @@ def run_cell(session: Session, config: ExtractConfig, sampled: list[LayerTokens]
     return CellResult(
         status="routed",
         seconds=seconds,
-        **{name: kept[name] for name in ("dense_accuracy", "accuracy", "top1_agreement", "class_cosine", "token_cosine")},
+        **{name: kept[name] for name in RETAINED},
         macs_change=ours["macs"] / dense["macs"] - 1,
         params_change=ours["params"] / dense["params"] - 1,
         experts=[layer.experts for layer in layers],

@@ -8,6 +8,7 @@ from typing import Any
 
 from moee.ablation.grid import TABLES, AblationConfig
 from moee.ablation.verdict import METRICS, Result, Verdict, judge
+from moee.accuracy import Interval, wilson
 
 SCHEMA = "moee.ablation/1"
 FIGURES = ("accuracy", "class_cosine", "token_cosine", "macs_change", "params_change")
@@ -37,18 +38,30 @@ def summarise(setup: dict[str, Any], ablation: AblationConfig, results: list[Res
                     "row": row, "compensation": compensation, "point": point,
                     "dense_cells": sum(result["status"] == "dense" for _, result in group),
                     **{name: _spread(result.get(name) for _, result in group) for name in FIGURES},
+                    "accuracy_interval": _interval([result for _, result in group], "accuracy"),
                     "experts": _spread(_mean_experts(result) for _, result in group),
                 }
                 for (row, compensation, point), group in groups.items()
             ],
         }  # fmt: skip
     dense = next((result["dense_accuracy"] for _, result in results if result.get("dense_accuracy") is not None), None)
+    why = next((result["no_accuracy"] for _, result in results if result.get("no_accuracy")), "")
     metrics = [m for m in METRICS if any(result.get(m) is not None for _, result in results)]
     verdicts = [v.to_json() for metric in metrics for v in judge(results, metric)]
     return {
         "schema": SCHEMA, "setup": setup, "ablation": ablation.model_dump(mode="json"), "dense_accuracy": dense,
+        "dense_accuracy_interval": _interval([result for _, result in results], "dense_accuracy"), "no_accuracy": why,
         "tables": tables, "verdicts": verdicts,
     }  # fmt: skip
+
+
+def _interval(results: list[dict[str, Any]], name: str) -> Interval | None:
+    """95 % interval of an accuracy's mean over seeds, by the images alone: the seeds share them, so they make it no narrower.
+    None for cells of before the number of images was kept."""
+    known = [(r[name], r["labelled"]) for r in results if r.get(name) is not None and r.get("labelled")]
+    if not known:
+        return None
+    return wilson(statistics.fmean(value for value, _ in known) * known[0][1], known[0][1]).interval
 
 
 def _point(config: Any) -> str:
@@ -81,7 +94,8 @@ def markdown(summary: dict[str, Any]) -> str:
         f"{ablation['seeds']} seeds, mean ± standard deviation over them; {ablation['tokens']} calibration tokens a layer, "
         f"{ablation['cluster_tokens']} of them clustered on {ablation['components']} principal components; "
         f"{ablation['statistics']} statistics. Measured on CPU."
-        + (f" Dense accuracy {dense:.2%}." if dense is not None else ""), "",
+        + (f" Dense accuracy {dense:.2%}{_within(summary['dense_accuracy_interval'])}." if dense is not None else "")
+        + (f" Accuracy is not compared: {summary['no_accuracy']}." if summary["no_accuracy"] else ""), "",
     ]  # fmt: skip
     if summary["verdicts"]:
         lines += ["## Published orderings", ""]
@@ -97,10 +111,11 @@ def markdown(summary: dict[str, Any]) -> str:
     for key, table in summary["tables"].items():
         name = f"Figure {key[3:]}" if key.startswith("fig") else f"Table {key}"
         lines += [f"## {name}: {table['title']}", ""] + ([table["note"], ""] if table["note"] else [])
-        lines += ["| row | compensation | kept | accuracy | class cosine | MACs | parameters | experts |", "|" + "---|" * 8]
+        head = "| row | compensation | kept | accuracy (95 % interval) | class cosine | MACs | parameters | experts |"
+        lines += [head, "|" + "---|" * 8]
         for row in table["rows"]:
             cells = [
-                _percent(row["accuracy"]), _number(row["class_cosine"]),
+                _percent(row["accuracy"]) + _within(row["accuracy_interval"]), _number(row["class_cosine"]),
                 _change(row["macs_change"]), _change(row["params_change"]),
                 "–" if row["experts"] is None else f"{row['experts']['mean']:.1f}",
             ]  # fmt: skip
@@ -124,6 +139,10 @@ def _verdict_rows(summary: dict[str, Any]) -> list[str]:
 
 def _percent(value: dict[str, float] | None) -> str:
     return "–" if value is None else f"{value['mean']:.2%} ± {value['deviation']:.2%}"
+
+
+def _within(interval: Interval | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
 def _number(value: dict[str, float] | None) -> str:

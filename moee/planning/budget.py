@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,7 @@ class Budget(BaseModel):
     min_cosine: float | None = Field(None, gt=0, le=1)
     target_macs: float | None = Field(None, gt=0, lt=1)
     target_params: float | None = Field(None, gt=0, lt=1)
-    target_latency_ms: float | None = Field(None, gt=0)
+    target_latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _something(self) -> Budget:
@@ -44,7 +45,7 @@ class Budget(BaseModel):
 @dataclass(frozen=True)
 class Point:
     """One model that was made and measured: `macs` and `params` as shares of dense, `drop` the share of accuracy lost,
-    latency in ms (None: not asked)."""
+    latency in ms. None is what was not measured: it meets no limit."""
 
     method: str
     allocation: str
@@ -56,6 +57,7 @@ class Point:
     drop: float | None
     latency: dict[str, Any] | None
     config: dict[str, Any] | None
+    accuracy_interval: list[float] | None = None
 
     @property
     def attention(self) -> float:
@@ -63,27 +65,31 @@ class Point:
         return (self.config or {}).get("attention_macs") or 1.0
 
     def shortfalls(self, budget: Budget) -> dict[str, float]:
-        """By how much each figure misses the budget, relative to the limit; empty if the point meets it."""
-        found = {}
-        over = (self.drop or 0.0) - (budget.max_drop or 0.0) / 100
-        if budget.max_drop is not None and over > 1e-9:
-            found["accuracy"] = over
-        if budget.min_cosine is not None and self.cosine < budget.min_cosine:
-            found["cosine"] = budget.min_cosine - self.cosine
-        if budget.target_macs is not None and self.macs > budget.target_macs + COST_TOLERANCE:
-            found["MACs"] = self.macs - budget.target_macs
-        if budget.target_params is not None and self.params > budget.target_params:
-            found["parameters"] = self.params - budget.target_params
-        if budget.target_latency_ms is not None and self.latency:
-            over = self.latency["moee_ms"] / budget.target_latency_ms - 1
-            if over > 0:
-                found["latency"] = over
-        return found
+        """By how much each figure misses the budget, relative to the limit; infinite for one that was not measured. Empty if the
+        point meets the budget. A cosine that is no number is that of a broken model, which meets none."""
+        timed, limit = self.latency["moee_ms"] if self.latency else None, budget.target_latency_ms
+        over = {
+            "accuracy": _excess(self.drop, None if budget.max_drop is None else budget.max_drop / 100, 1e-9),
+            "cosine": _excess(-self.cosine, math.inf if budget.min_cosine is None else -budget.min_cosine),
+            "MACs": _excess(self.macs, budget.target_macs, COST_TOLERANCE),
+            "parameters": _excess(self.params, budget.target_params),
+            "latency": 0.0 if limit is None else _excess(None if timed is None else timed / limit, 1.0),
+        }
+        return {name: excess for name, excess in over.items() if excess > 0}
 
     def cost(self) -> float:
         """What a quality budget minimises, as a share of dense: the latency where it is known, MACs otherwise. Latency is held
         against the dense one timed in turns with it, since points are minutes apart and a machine's speed changes."""
         return self.latency["moee_ms"] / self.latency["dense_ms"] if self.latency else self.macs
+
+
+def _excess(value: float | None, limit: float | None, tolerance: float = 0.0) -> float:
+    """By how much a figure exceeds its limit: 0 if it does not or has none, infinite if the figure is unknown."""
+    if limit is None:
+        return 0.0
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return value - limit if value > limit + tolerance else 0.0
 
 
 class StoredLatency(Body):
@@ -94,7 +100,9 @@ class StoredLatency(Body):
 
 
 class StoredPoint(Body):
-    """A `Point` in a file."""
+    """A `Point` in a file. A broken model's cosine is no number."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
 
     method: str
     allocation: str
@@ -106,18 +114,19 @@ class StoredPoint(Body):
     drop: float | None
     latency: StoredLatency | None
     config: dict[str, Any] | None
+    accuracy_interval: list[float] | None = None
 
 
 def checked_point(body: Any, path: Path) -> Point:
     """A point from a file. Raises `UserError` for one that lacks a figure or holds another thing in its place."""
     checked(StoredPoint, body, path)
-    return Point(**{field.name: body[field.name] for field in fields(Point)})
+    return Point(**{field.name: body[field.name] for field in fields(Point) if field.name in body})
 
 
 def pareto(points: list[Point]) -> list[Point]:
     """Points that no other beats in both MACs and cosine, by rising MACs."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.macs, -p.cosine)):
+    for point in sorted((p for p in points if math.isfinite(p.cosine)), key=lambda p: (p.macs, -p.cosine)):
         if not front or point.cosine > front[-1].cosine:
             front.append(point)
     return front
@@ -125,7 +134,7 @@ def pareto(points: list[Point]) -> list[Point]:
 
 def choose(points: list[Point], budget: Budget) -> Point | None:
     """The best point that meets the budget: the cheapest under a quality limit, else the most faithful; None if none does."""
-    meeting = [p for p in points if not p.shortfalls(budget)]
+    meeting = [p for p in points if not p.shortfalls(budget) and math.isfinite(p.cost())]
     if not meeting:
         return None
     if budget.limits_quality:
@@ -138,7 +147,7 @@ def standing(points: list[Point], budget: Budget) -> tuple[bool, float, float]:
     are compared in steps of `ALIKE`, then by the mean cosine: experts and ranks are whole numbers, so some ways cost less than
     they were allowed without being the better for it."""
     best = choose(points, budget)
-    faithful = -statistics.fmean(p.cosine for p in points)
+    faithful = -statistics.fmean(p.cosine if math.isfinite(p.cosine) else -1.0 for p in points)
     if best is None:
         return True, min(sum(p.shortfalls(budget).values()) for p in points), faithful
     return False, round(best.cost() / ALIKE) if budget.limits_quality else -best.cosine, faithful
@@ -146,7 +155,10 @@ def standing(points: list[Point], budget: Budget) -> tuple[bool, float, float]:
 
 def nearest(points: list[Point], budget: Budget) -> str:
     best = min(points, key=lambda p: sum(p.shortfalls(budget).values()))
-    missing = ", ".join(f"{name} by {value:.3f}" for name, value in best.shortfalls(budget).items())
+    missing = ", ".join(
+        f"{name} by {value:.3f}" if math.isfinite(value) else f"{name}, which could not be measured"
+        for name, value in best.shortfalls(budget).items()
+    )
     heads = f" and {best.attention:.0%} of the attention" if best.attention < 1 else ""
     return (
         f"nothing meets the budget; nearest is {best.method} {best.allocation}{heads} with {best.macs:.0%} of the MACs, "

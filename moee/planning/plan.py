@@ -26,7 +26,7 @@ from moee.progress import Reporter, silent
 from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
 
-SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/1"
+SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/2"
 PLAN = "plan.json"
 
 
@@ -55,8 +55,8 @@ def make_plan(
         unknown = set(given) - known.keys()
         if unknown:
             raise UserError(f"unknown {kind} {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
-    if budget.max_drop is not None and (not session.held_out.labelled or not session.train.labelled):
-        raise UserError(f"--max-drop needs labelled images and {session.source} has none; use --min-cosine")
+    if budget.max_drop is not None:
+        _refuse_incomparable(session.obstacle())  # what is known before anything has run
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
     if "attention_macs" in (base or {}):
@@ -66,6 +66,7 @@ def make_plan(
         if common.narrows is not None:
             check_share(session.dense, session.transform.shape, share)
     store = out.parent / f"{out.name}.resume"
+    fresh = not store.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
     check_identity(
@@ -73,6 +74,11 @@ def make_plan(
         "finish that one or remove the folder",
     )  # fmt: skip
     planner = Planner(session, budget, base or {}, store, latency, report)
+    compared = session.comparison(planner.probe)
+    if budget.max_drop is not None and not compared:
+        if fresh:
+            remove_folder(store)
+        _refuse_incomparable(compared.reason)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
     wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
@@ -90,11 +96,17 @@ def make_plan(
         "winner": asdict(winner), "margins": margins(winner, points, dense, budget),
         "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
         "layers": layer_table(session, planner, winner, report), "data_read": session.data_facts(),
+        "accuracy": {"images": compared.images, "labelled": compared.labelled, "no_accuracy": compared.reason},
     }  # fmt: skip
     with atomic_folder(out, force) as folder:
         write_manifest(folder, PLAN, SCHEMA, result)
     remove_folder(store)
     return result
+
+
+def _refuse_incomparable(reason: str) -> None:
+    if reason:
+        raise UserError(f"--max-drop cannot be checked: {reason}; use --min-cosine")
 
 
 def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:

@@ -196,7 +196,7 @@ class Planner:
         result = Point(
             way.method, way.allocation, cost["moee"]["macs"] / cost["dense"]["macs"],
             cost["moee"]["params"] / cost["dense"]["params"], kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
-            self.latency.of(model) if self.latency else None, config.model_dump(mode="json"),
+            self.latency.of(model) if self.latency else None, config.model_dump(mode="json"), kept["accuracy_interval"],
         )  # fmt: skip
         write_json(file, asdict(result))
         if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
@@ -224,8 +224,10 @@ class Planner:
         if known:
             middle = statistics.median(k["dense_ms"] for k in known)
             latency = {**known[0], "dense_ms": middle, "moee_ms": middle, "speedup": 1.0}
-        accuracy = self.session.measure(self.session.dense, self.probe, "dense on held-out images")["retention"]["accuracy"]
-        return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, None if accuracy is None else 0.0, latency, None)
+        kept = self.session.measure(self.session.dense, self.probe, "dense on held-out images")["retention"]
+        accuracy = kept["accuracy"]
+        drop = None if accuracy is None else 0.0
+        return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, drop, latency, None, kept["accuracy_interval"])
 
     def refine(self, points: list[Point], targets: tuple[float, ...]) -> list[Point]:
         """More points between the one that meets the budget most tightly and its cheaper (or dearer) neighbour."""

@@ -18,7 +18,8 @@ from moee.config import make_extract_config
 from moee.convert import extract
 from moee.data import TensorSet
 from moee.models import load_model
-from tests.conftest import tiny_images, tiny_spec
+from moee.tensor_file import write_tensors
+from tests.conftest import teach, tiny_images, tiny_spec
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class TinyExport:
     def folder(self, precision: str = "fp32") -> Path:
         path = self.root / precision
         if not path.exists():
-            torch.manual_seed(0)  # the dense model has no weight file: it is drawn again, as `tiny_export` drew it
             export(self.moee, path, source=self.root / "model", precision=precision)
         return path
 
@@ -44,11 +44,16 @@ class TinyExport:
 @pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory) -> TinyExport:
     torch.manual_seed(0)
-    model, data = load_model(tiny_spec()), tiny_images(classes=10)
+    data = tiny_images(classes=10)
+    model = teach(load_model(tiny_spec()), data)
+    root = tmp_path_factory.mktemp("tiny-export")
+    weights = root / "dense.safetensors"
+    write_tensors(model.state_dict(), weights)
+    found = {"weights": str(weights), "weights_sha256": sha256(weights), "random_seed": None}
+    spec = tiny_spec().model_copy(update=found)
     config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500, routing="euclidean")
     extract(model, data, config)
-    moee = MoeeModel(model.eval(), tiny_spec(), config, "digits")
-    root = tmp_path_factory.mktemp("tiny-export")
+    moee = MoeeModel(model.eval(), spec, config, "digits")
     checkpoint.save(moee, root / "model")
     return TinyExport(moee, data, root)
 

@@ -52,7 +52,8 @@ def test_extract_writes_scores_ranks_and_costs(artifact):
         assert layer["ranks"] == [8, 4, 8, 4] and layer["router_accuracy"] > 0.5 and layer["scores"]["sensitivity"] > 0
     stage = manifest["info"]["stages"]["extracted"]
     assert stage["cost"]["moee"]["macs"] < stage["cost"]["dense"]["macs"]
-    assert 0 <= stage["retention"]["accuracy"] <= 1
+    kept = stage["retention"]
+    assert kept["accuracy"] is None and "no better than a guess" in kept["no_accuracy"], "a random head"
     assert all(isinstance(layer, ClearFFN) for layer in routed_layers(checkpoint.load(artifact).model).values())
 
 

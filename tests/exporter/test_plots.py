@@ -133,7 +133,7 @@ def test_ablation_command(tmp_path, capsys, monkeypatch):
     """The command from end to end on a tiny model; what it refuses is one sentence."""
     from tests.conftest import tiny_images
 
-    monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec())
+    monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec(num_classes=0))
     monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(40, classes=10), tiny_images(40, classes=10)))
     scale = ["--tokens", "600", "--cluster-tokens", "300", "--components", "8", "--min-cluster-size", "0.02"]
     rows = ["--tables", "2", "--seeds", "1", "--compensation", "mean", "--keep", "0.7,0.9"]
@@ -145,7 +145,14 @@ def test_ablation_command(tmp_path, capsys, monkeypatch):
                            (["--tables", "5"], "unknown table 5")):  # fmt: skip
         assert cli.main([*argv, *extra]) == 2
         assert message in capsys.readouterr().err
-    assert cli.main([*argv, "--components", "9", "--force"]) == 0
+    table = (tmp_path / "a" / "table.md").read_text()
+    assert "Dense accuracy 100.00% (91.2% to 100.0%)." in table and "accuracy (95 % interval)" in table
+    monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec())
+    assert cli.main([*argv, "--force"]) == 0
+    said = "accuracy is not compared: the dense model is right on "
+    text = capsys.readouterr().out
+    assert said in text and "by accuracy" not in text
+    assert said.capitalize() in (tmp_path / "a" / "table.md").read_text()
 
 
 def test_nothing_is_drawn_for_a_table_without_figures(tmp_path):

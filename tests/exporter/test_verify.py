@@ -9,7 +9,8 @@ import torch
 
 from exporter import cli
 from exporter.parity import check_parity
-from exporter.verify import verify
+from exporter.verify import compare_accuracy, verify
+from moee.data import TensorSet
 from moee.errors import MissingDependency, UserError
 from tests.exporter import damage
 from tests.exporter.engines import write_engine
@@ -37,7 +38,8 @@ def test_an_intact_export_passes(tiny_export):
     for layer in result.parity.layers:
         assert layer.tokens == 8 * 17 and layer.agreement == 1.0 and layer.flips == 0 and layer.flipped is None
         assert 0 < layer.local.max_abs_error <= layer.local_tolerance < 1e-4 * layer.local.rms
-    assert result.accuracy.images == len(tiny_export.data) and result.accuracy.agreement.value > 0.5
+    assert result.accuracy.images == result.accuracy.of_images == len(tiny_export.data)
+    assert result.accuracy.dense_top1.value > 0.9 and result.accuracy.agreement.value > 0.5
     assert not [c for c in result.cases() if c.failure or c.skipped]
 
 
@@ -200,14 +202,58 @@ def test_command_writes_the_files_and_exits_0_and_1(tiny_export, tmp_path, capsy
 
 
 def test_accuracy_gate(tiny_export, capsys):
-    """Random weights: the models disagree on some images, so a gate of minus 100 points cannot be met."""
-    assert run("verify", tiny_export.folder(), "--maxShapes", 2, "--optShapes", 2, "--max-drop", -100.0) == 1
+    """No model gains 100 points, so a gate of minus 100 cannot be met."""
+    assert run("verify", tiny_export.folder(), "--maxShapes", 2, "--optShapes", 2, "--max-drop=-100") == 1
     assert "at most -100 allowed" in capsys.readouterr().out
+    for never in ("nan", "inf"):
+        with pytest.raises(SystemExit, match="2"):
+            run("verify", tiny_export.folder(), "--max-drop", never)
+        assert "expected a number" in capsys.readouterr().err
+
+
+def test_a_gate_that_has_nothing_to_check_is_refused_before_parity(tiny_export, tmp_path, monkeypatch, capsys):
+    """It used to pass at "dense 0.00 %, MoEE 0.00 %", on ten images whose labels have nothing to do with the head."""
+    images, labels = tiny_export.data.images[:10], [(label + 1) % 10 for label in tiny_export.data.labels[:10]]
+    monkeypatch.setattr("moee.data.load_data", lambda *a, **k: TensorSet("tiny", images, labels, 10))
+    plain = ["verify", tiny_export.folder(), "--maxShapes", 2, "--optShapes", 2]
+    assert run(*plain, "--out", tmp_path / "plain") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "accuracy: not measured, the dense model is right on 0 of 10 images in tiny, no better than a guess" in text
+    body = json.loads((tmp_path / "plain" / "parity.json").read_text())
+    assert body["accuracy"] is None and body["no_accuracy"].startswith("the dense model is right on 0 of 10 images")
+    monkeypatch.setattr("exporter.verify.suite.check_parity", lambda *a, **k: pytest.fail("parity was checked first"))
+    assert run(*plain, "--max-drop", 0.5, "--out", tmp_path / "gated") == 2
+    assert "--max-drop cannot be checked: the dense model is right on 0 of 10 images" in capsys.readouterr().err
+    (case,) = ET.parse(tmp_path / "gated" / "junit.xml").getroot().iter("testcase")
+    assert case.find("error") is not None
+
+
+def test_a_head_of_another_size_is_refused_without_running_anything(tiny_export, monkeypatch, capsys):
+    monkeypatch.setattr("moee.data.load_data", lambda *a, **k: TensorSet("two", tiny_export.data.images, [0, 1] * 24, 2))
+    monkeypatch.setattr("exporter.verify.suite.opened", lambda *a: pytest.fail("a graph was run"))
+    assert run("verify", tiny_export.folder(), "--max-drop", 0.5) == 2
+    assert "the model tells 10 classes apart, two has 2" in capsys.readouterr().err
+
+
+def test_only_labelled_images_count(tiny_export, capsys):
+    labels = [label if i % 4 else -1 for i, label in enumerate(tiny_export.data.labels)]
+    data = TensorSet("tiny", tiny_export.data.images, labels, 10)
+    result = verify(tiny_export.folder(), tiny_export.moee, data, sizes=(2,), max_drop_pp=100.0)
+    assert result and (result.accuracy.images, result.accuracy.of_images) == (36, 48)
+    (case,) = [c for c in result.cases() if c.group == "accuracy"]
+    assert "on 36 of 48 images that have a label" in case.detail
+
+
+def test_logits_that_are_no_numbers_are_wrong():
+    """argmax takes NaN for the largest: a broken model was right wherever the label is 0."""
+    labels = torch.tensor([0, 1] * 20)
+    good = torch.nn.functional.one_hot(labels, 6).float() * 9
+    found = compare_accuracy(good, torch.full_like(good, float("nan")), labels, 60.0)
+    assert not found.passed and found.moee_top1.value == found.moee_top5.value == found.agreement.value == 0
+    assert found.drop_pp == 100 and found.dense_top1.value == 1
 
 
 def test_unlabelled_data_cannot_have_an_accuracy_gate(tiny_export):
-    from moee.data import TensorSet
-
     plain = TensorSet("photos", tiny_export.data.images, [-1] * len(tiny_export.data), 0)
     with pytest.raises(UserError, match="--max-drop cannot be checked: photos has no labels"):
         verify(tiny_export.folder(), tiny_export.moee, plain, sizes=(2,), max_drop_pp=1.0)

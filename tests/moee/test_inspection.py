@@ -52,12 +52,14 @@ def test_entropy():
 
 def test_accuracy_only_where_labels_and_head_number_the_same_classes(tiny_model, monkeypatch):
     import moee.pipeline
-    from tests.conftest import tiny_images
+    from tests.conftest import teach, tiny_images
 
     for classes, reported in ((10, True), (4, False)):
         splits = (tiny_images(20, classes=classes), tiny_images(20, classes=classes))
         monkeypatch.setattr(moee.pipeline, "load_splits", lambda *args, splits=splits: splits)
         session = moee.pipeline.Session(tiny_spec(), "tiny")
+        if reported:
+            teach(session.dense, splits[0])
         kept = session.measure(session.dense, None, "dense")["retention"]
         assert (kept["accuracy"] is not None) == reported
         assert kept["top1_agreement"] == 1.0 and kept["class_cosine"] == pytest.approx(1.0)

@@ -175,7 +175,7 @@ def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
 
 def test_interrupted_plan_of_other_options_is_refused(session, tmp_path):
     (tmp_path / "plan.resume").mkdir()
-    former = {"schema": "moee.plan-store/1", "model": session.spec.model_dump(mode="json"), "data": "other", "base": {}}
+    former = {"schema": "moee.plan-store/2", "model": session.spec.model_dump(mode="json"), "data": "other", "base": {}}
     (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps(former))
     with pytest.raises(UserError, match="an interrupted plan with data 'other', now 'tiny'"):
         make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
@@ -195,7 +195,7 @@ def test_allocations_can_be_chosen(session, tmp_path):
 
 def test_accuracy_budget_needs_labels(session, tmp_path):
     session.held_out.classes = ()
-    with pytest.raises(UserError, match="--max-drop needs labelled images"):
+    with pytest.raises(UserError, match="--max-drop cannot be checked: tiny has no labels; use --min-cosine"):
         make_plan(session, Budget(max_drop=1), tmp_path / "plan", **FAST)
 
 

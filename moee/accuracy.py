@@ -1,0 +1,159 @@
+"""Accuracy with its interval, and the one answer to the question whether two models' accuracies can be compared at all.
+
+An accuracy says something of a model only if the dense model beats a guess with it: labels that have nothing to do with the head
+give two low figures whose difference is nothing. So the dense model's hits are held against the best constant answer by an exact
+binomial test. That answer's rate is the share of the most frequent class among the labels, which is never below one over the
+number of classes; skewed labels, where a constant is right most of the time, are thereby held to more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # a report reads intervals, and importing torch takes seconds
+    from torch import Tensor
+
+Z = 1.959963984540054  # 95 %, two-sided
+RESAMPLES = 2000
+CHANCE_P = 0.01  # of as many hits or more by the best constant answer: below it the dense model is better than that
+NO_ANSWER = -2  # the class of an output that is not a number; -1 is the label of an image without one
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """A share of the images with its 95 % interval by Wilson's score."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def interval(self) -> Interval:
+        return self.low, self.high
+
+
+def wilson(successes: float, count: int) -> Proportion:
+    """Share of `successes` in `count` (at least 1) with Wilson's 95 % interval, which holds near 0 and 1 too."""
+    if count < 1 or not 0 <= successes <= count:
+        raise ValueError(f"a share needs some images and not more hits than images; came {successes} of {count}")
+    share = successes / count
+    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    half = Z / (1 + Z * Z / count) * float(np.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)))
+    return Proportion(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
+
+
+def paired_drop(dense_correct: np.ndarray, moee_correct: np.ndarray, seed: int = 0) -> tuple[float, Interval]:
+    """Drop in percentage points and its 95 % interval; images are resampled in pairs, so that shared difficulty cancels."""
+    difference = dense_correct.astype(np.float64) - moee_correct.astype(np.float64)
+    counts = np.array([(difference == v).sum() for v in (-1, 0, 1)])
+    draws = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), RESAMPLES)
+    drops = (draws[:, 2] - draws[:, 0]) / len(difference) * 100
+    low, high = np.percentile(drops, (2.5, 97.5))
+    return float(difference.mean() * 100), (float(low), float(high))
+
+
+def top1(logits: Tensor) -> Tensor:
+    """Most likely class [N] of logits [N, C]; `NO_ANSWER` where one of them is NaN or +inf, which argmax takes for a winner."""
+    broken = (logits.isnan() | (logits == float("inf"))).any(1)
+    return logits.argmax(1).masked_fill(broken, NO_ANSWER)
+
+
+def agreement(a: Tensor, b: Tensor) -> Tensor:
+    """Which images [N] get the same class from both logits [N, C]; none where a model gives no number."""
+    ours, theirs = top1(a), top1(b)
+    return (ours == theirs) & (ours != NO_ANSWER)
+
+
+def class_count(labels: Sequence[int] | Tensor | np.ndarray, classes: int) -> int:
+    """How many classes labels number from 0: `classes`, or more if a label lies above it; 0 for data without labels."""
+    known = np.asarray(labels, np.int64)
+    return max(classes, int(known.max()) + 1) if classes > 1 and len(known) else classes
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Whether accuracy on some images can be compared with the dense model's; `reason` says why not, and is empty if it can.
+
+    `labelled` of the `images` have a label, and only they count. `dense`: its accuracy on them, None before it has run.
+    """
+
+    images: int
+    labelled: int
+    reason: str
+    dense: Proportion | None = None
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+    @property
+    def counted(self) -> str:
+        return counted(self.labelled, self.images)
+
+
+def counted(labelled: int, images: int) -> str:
+    """What an accuracy is of, in words."""
+    return f"{images} images" if labelled == images else f"{labelled} of {images} images that have a label"
+
+
+def comparison(
+    labels: Sequence[int] | Tensor, classes: int, told: int, name: str, logits: Tensor | None = None
+) -> Comparison:
+    """Whether accuracy can be compared on images with `labels` [N] (-1: none) of `classes` classes.
+
+    `told`: how many classes the model's head or probe tells apart (0: it has neither). `name`: the data's, for the reason.
+    `logits` [N, told] are the dense model's; without them the answer is what is known before anything has run, and a comparison
+    that is not refused yet may still be.
+    """
+    given = np.asarray(labels, np.int64)
+    known = given[given >= 0]
+    classes = class_count(given, classes)
+    shares = np.bincount(known) / max(len(known), 1)
+    guess = float(shares.max()) if len(known) else 1.0
+    reason = ""
+    if classes < 2 or not len(known):
+        reason = f"{name} has no labels"
+    elif told == 0:
+        reason = "the model has neither a classifier nor a probe"
+    elif told == 1:
+        reason = "the model's head gives one number an image, which names no class"
+    elif told != classes:
+        reason = f"the model tells {told} classes apart, {name} has {classes}"
+    elif guess == 1.0:
+        reason = f"the labelled images of {name} are all of one class ({len(known)}), so that a constant answer is always right"
+    elif guess ** len(known) >= CHANCE_P:
+        reason = f"{name} has {len(known)} labelled images, too few to tell any model from a guess"
+    if reason or logits is None:
+        return Comparison(len(given), len(known), reason)
+    hits = int((top1(logits).numpy() == given)[given >= 0].sum())
+    chance = _chance(hits, len(known), guess)
+    if not chance < CHANCE_P:
+        reason = (
+            f"the dense model is right on {hits} of {counted(len(known), len(given))} in {name}, no better than a guess: the "
+            f"most frequent class alone is right on {guess:.1%} (p {chance:.2g}, below {CHANCE_P} expected); the labels may be "
+            "of other classes than the model's"
+        )
+    return Comparison(len(given), len(known), reason, wilson(hits, len(known)))
+
+
+def _chance(hits: int, count: int, rate: float) -> float:
+    """Probability of `hits` or more in `count` images by an answer that is right at `rate`: one-sided exact binomial test."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(hits, count, rate, alternative="greater").pvalue)
+
+
+def recorded_interval(figures: Any, key: str) -> Interval | None:
+    """The interval of the accuracy `key` in a recorded retention; worked out from its number of images in records of before
+    intervals were kept. None without an accuracy."""
+    value, images = figures.get(key), figures.get("images")
+    found = figures.get(f"{key}_interval")
+    if isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(v, (int, float)) for v in found):
+        return float(found[0]), float(found[1])
+    if not isinstance(value, (int, float)) or not isinstance(images, int) or images < 1 or not 0 <= value <= 1:
+        return None
+    return wilson(value * images, images).interval
