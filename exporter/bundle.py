@@ -14,6 +14,7 @@ import onnx
 
 from exporter import bundle_configs as configs
 from exporter.deploy import DEPLOY
+from exporter.engine import count_plugin_nodes
 from exporter.manifests import read_export
 from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, TENSORRT
 from exporter.onnx_safety import check_onnx
@@ -56,11 +57,12 @@ def write_deployment(
     export_dir: Path | str,
     out: Path | str,
     sm: int,
-    kernels: Path,
+    kernels: Path | None,
     batch: tuple[int, int, int] = (1, 8, 32),
     force: bool = False,
 ) -> Path:
-    """Write the folder for one SM from an export and compiled kernels, and return its path.
+    """Write the folder for one SM from an export and compiled kernels, and return its path. An export without plugin nodes gets
+    no plugin and takes None for the kernels.
 
     `batch` is the profile's (min, opt, max). Raises `UserError` for a foreign or damaged export, an SM that `kernels`
     lacks, or a pre-processing that the runner cannot do; the output appears whole or not at all.
@@ -71,6 +73,9 @@ def write_deployment(
         raise UserError(f"batch profile {low}/{opt}/{high} must satisfy 1 <= min <= opt <= max")
     export = read_export(export_dir)
     given, output = graph_tensors(export_dir / TENSORRT)
+    nodes = count_plugin_nodes(export_dir / TENSORRT)
+    if nodes and kernels is None:
+        raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says 0; export again")
     recipe = make_recipe(export)
     if given.shape != (3, recipe.size, recipe.size):
         raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {recipe.size}; export again")
@@ -80,13 +85,14 @@ def write_deployment(
         take_raw_pixels(folder / "models" / TENSORRT, folder / "models" / PIXELS, recipe.mean, recipe.std, classifies)
         head = folder / "models" / "head.bin"
         classes = output.shape[-1] if classifies else _write_head(export_dir, export, output, head)
-        write_bundle(folder / "plugin", sm, kernels)
+        if nodes and kernels is not None:
+            write_bundle(folder / "plugin", sm, kernels)
         shutil.copytree(DEPLOY / "runner", folder / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(SOURCE / "csrc" / "compat", folder / "runner" / "compat")
         shutil.copy2(DEPLOY / "build.sh", folder / "build.sh")
         (folder / "build.sh").chmod(0o755)
         names, model = _names(export, classes, export_dir), shown(export["model"]["name"], quoted=False)
-        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, model, names)
+        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, model, names, plugin=nodes > 0)
         for name, text in configs.files(facts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
@@ -97,6 +103,7 @@ def write_deployment(
             **{"sm": sm, "model": export["model"], "batch": {"min": low, "opt": opt, "max": high}},
             **{"input": vars(given), "output": vars(output), "preprocess": vars(recipe), "classes": classes},
             "class_names": list(names),
+            "plugin_nodes": nodes,
         }
         write_manifest(folder, "deployment.json", DEPLOYMENT_SCHEMA, body)
     return out

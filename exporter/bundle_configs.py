@@ -16,7 +16,8 @@ class Facts:
     """What the texts say. `given` and `output` are `bundle.Tensor`, `recipe` is `bundle.Recipe`, `batch` (min, opt, max).
 
     `classes` is None where neither the graph nor a classifier beside it gives classes; `classifies`: the graph does.
-    `names` of the classes are printable and differ, as manifests are checked; none where they are not known.
+    `names` of the classes are printable and differ, as manifests are checked; none where they are not known. `plugin`: the MoEE
+    engine needs it.
     """
 
     given: Any
@@ -28,6 +29,7 @@ class Facts:
     sm: int
     model: str
     names: tuple[str, ...] = ()
+    plugin: bool = True
 
 
 def files(facts: Facts) -> dict[str, str]:
@@ -36,7 +38,7 @@ def files(facts: Facts) -> dict[str, str]:
         "README.md": readme(facts),
         "bundle.env": environment(facts),
         "models/preprocess.txt": preprocess(facts.recipe),
-        "triton/start.sh": TRITON_START,
+        "triton/start.sh": triton_start(facts.plugin),
         "deepstream/config_infer_moee.txt": deepstream(facts),
     }
     for name, platform in (("moee", "tensorrt_plan"), ("dense", "tensorrt_plan"), ("moee_onnx", "onnxruntime_onnx")):
@@ -74,7 +76,7 @@ def preprocess(recipe: Any) -> str:
 def environment(facts: Facts) -> str:
     """Shell variables for build.sh; the input's name comes from the graph, hence quoted."""
     shape = "x".join(map(str, facts.given.shape))
-    values = {"INPUT": facts.given.name, "SHAPE": shape, "SM": facts.sm}
+    values = {"INPUT": facts.given.name, "SHAPE": shape, "SM": facts.sm, "PLUGIN": "yes" if facts.plugin else "no"}
     values |= dict(zip(("MIN_BATCH", "OPT_BATCH", "MAX_BATCH"), facts.batch, strict=True))
     return "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in values.items())
 
@@ -90,6 +92,8 @@ def triton(facts: Facts, name: str, platform: str) -> str:
     low, opt, high = facts.batch
     preferred = ", ".join(map(str, sorted({opt, high})))
     plugin = "start.sh preloads the plugin: --backend-config=tensorrt,plugins=.../libmoee_plugin.so"
+    if not facts.plugin:
+        plugin = "standard operators, no plugin"
     notes = {"moee": plugin, "dense": "the dense model, for comparison", "moee_onnx": "ONNX Runtime, no plugin, CPU or GPU"}
     blocks = [
         f"# {notes[name]}",
@@ -119,13 +123,18 @@ def _tensor(kind: str, tensor: Any, labels: str | None = None) -> str:
     return f"{kind} [ {{ {fields} }} ]"
 
 
+def triton_start(plugin: bool) -> str:
+    """`start.sh`, which loads the plugin if the engine needs it."""
+    loaded = ' \\\n  --backend-config=tensorrt,plugins="$here/../plugin/build/libmoee_plugin.so"' if plugin else ""
+    return TRITON_START.format(loaded=loaded, how=" with the plugin loaded" if plugin else "")
+
+
 TRITON_START = """#!/bin/sh
-# Starts Triton Inference Server on this repository with the plugin loaded. More options are passed on.
+# Starts Triton Inference Server on this repository{how}. More options are passed on.
 # The server's TensorRT must be the version that built the engines.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-exec tritonserver --model-repository="$here/model_repository" \\
-  --backend-config=tensorrt,plugins="$here/../plugin/build/libmoee_plugin.so" "$@"
+exec tritonserver --model-repository="$here/model_repository"{loaded} "$@"
 """
 
 
@@ -138,7 +147,7 @@ def deepstream(facts: Facts) -> str:
         "batch-size": facts.batch[1],
         "onnx-file": "../models/tensorrt_pixels.onnx",
         "model-engine-file": "../engines/pixels.plan",
-        "custom-lib-path": "../plugin/build/libmoee_plugin.so",
+        **({"custom-lib-path": "../plugin/build/libmoee_plugin.so"} if facts.plugin else {}),
         "net-scale-factor": 1.0,
         "offsets": "0;0;0",
         "model-color-format": 0,
@@ -152,7 +161,8 @@ def deepstream(facts: Facts) -> str:
     else:
         values |= {"network-type": 100, "output-tensor-meta": 1}
     head = [
-        "# nvinfer for DeepStream 6.3 and later. `build.sh --deepstream` makes the engine; custom-lib-path opens the plugin.",
+        "# nvinfer for DeepStream 6.3 and later. `build.sh --deepstream` makes the engine"
+        + ("; custom-lib-path opens the plugin." if facts.plugin else "."),
         "# nvinfer resizes the whole frame to the network's size, without timm's centre crop.",
         "[property]",
     ]
@@ -162,13 +172,19 @@ def deepstream(facts: Facts) -> str:
 def readme(facts: Facts) -> str:
     head = "" if facts.classifies or facts.classes is None else " --head models/head.bin"
     size = facts.recipe.size
+    option, row, preload, graph = PLUGIN_TEXTS if facts.plugin else ("", "", "", "standard operators")
     return README.format(
         model=facts.model.replace("`", "'"), sm=facts.sm, head=head, size=size, low=facts.batch[0], high=facts.batch[2],
         names=" by its name in models/labels.txt" if facts.names else "",
+        plugin=option, plugin_row=row.format(sm=facts.sm), preloads=preload, graph=graph,
     )
 
 
-README = """# {model} with routed experts, for sm_{sm}
+PLUGIN_TEXTS = (
+    " --plugin plugin/build/libmoee_plugin.so", "| plugin/ | the plugin's source and its kernels for sm_{sm} |\n",
+    ", which preloads the plugin", "plugin",
+)  # fmt: skip
+README = """# {model}, dense and MoEE, for sm_{sm}
 
     ./build.sh                      # checks the files, compiles, builds engines/moee.plan and engines/dense.plan
     ./build.sh --builder moee       # the same by `moee build`, where this project's package is installed
@@ -181,7 +197,7 @@ GPU and the TensorRT that built them: build on the device.
 Run on images, and compare with the dense model:
 
     mogrify -format ppm -path ppm photos/*.jpg        # ImageMagick; the runner reads PPM and PGM
-    runner/build/moee_run --engine engines/moee.plan --plugin plugin/build/libmoee_plugin.so --images ppm{head}
+    runner/build/moee_run --engine engines/moee.plan{plugin} --images ppm{head}
     runner/build/moee_run --engine engines/dense.plan --images ppm{head}
 
 It resizes, crops and normalises as timm does, prints the top-1 class of each image{names}, and p50 and p95 of the execution
@@ -189,10 +205,9 @@ It resizes, crops and normalises as timm does, prints the top-1 class of each im
 
 | part | holds |
 |---|---|
-| models/ | dense.onnx, portable.onnx (standard operators), tensorrt.onnx (plugin), tensorrt_pixels.onnx (on raw pixels) |
-| plugin/ | the plugin's source and its kernels for sm_{sm} |
-| runner/ | moee_run and moee_preprocess |
-| triton/ | a model repository and start.sh, which preloads the plugin; build.sh puts the models in place |
+| models/ | dense.onnx, portable.onnx (standard operators), tensorrt.onnx ({graph}), tensorrt_pixels.onnx (on raw pixels) |
+{plugin_row}| runner/ | moee_run and moee_preprocess |
+| triton/ | a model repository and start.sh{preloads}; build.sh puts the models in place |
 | deepstream/ | nvinfer's configuration |
 | SHA256SUMS, deployment.json | hashes; build.sh checks them first |
 

@@ -88,12 +88,12 @@ def run_demo(
 
 def _build(exported: Path, out: Path, report: Reporter) -> dict[str, Any] | None:
     """The engines, built on the CPU; None where the builder or a compiler is not installed."""
-    from exporter.engine import build_engines, require_backend
+    from exporter.engine import build_engines, needs_plugin, require_backend
     from exporter.plugin_cache import DEMO_SMS, ensure_plugin
 
     try:
         require_backend("tensorrt-rtx")
-        plugin = ensure_plugin(DEMO_SMS, report)
+        plugin = ensure_plugin(DEMO_SMS, report) if needs_plugin(exported) else None
     except MissingDependency as error:
         log.warning("no engines: %s", error)
         return None

@@ -70,8 +70,8 @@ def build_engines(
     """Build `dense.plan` and `moee.plan` from an export folder, and write them with `engine.json` to `out_dir`.
 
     `batch` is the profile's (min, opt, max). The plugin library is copied beside the engines; an export that needs none
-    (CLEAR-MoE) takes None. `log` receives
-    TensorRT's verbose messages of the MoEE build, the plugin's call trace included.
+    (CLEAR-MoE, layers of one expert) takes None. `log` receives TensorRT's verbose messages of the MoEE build, the plugin's call
+    trace included.
     Raises `UserError` for bad input, `MissingDependency` if the back end is not installed, `BuildFailed` otherwise.
     """
     export_dir, out_dir = Path(export_dir), Path(out_dir)
@@ -156,7 +156,8 @@ def require_backend(backend: str) -> None:
 
 
 def needs_plugin(export_dir: Path | str) -> bool:
-    """Whether the TensorRT graph of an export folder holds plugin nodes; CLEAR-MoE's is of standard operators alone."""
+    """Whether the TensorRT graph of an export folder holds plugin nodes; CLEAR-MoE layers and those of one expert are standard
+    operators."""
     return read_export(export_dir).get("plugin_nodes") != 0
 
 

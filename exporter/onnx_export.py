@@ -1,4 +1,5 @@
-"""ONNX export: one traced graph with `MoeeFfn` nodes, and the portable form that a pass makes of it.
+"""ONNX export: one traced graph with `MoeeFfn` nodes, and the portable form that a pass makes of it. A layer of one expert is a
+plain MLP in both.
 
 `dense.onnx` has a weight file of its own; `tensorrt.onnx` and `portable.onnx` share `moee.data`.
 """
@@ -25,6 +26,7 @@ from exporter.operator_schema import VERSION, register
 from exporter.passes.attention import rewrite_attention
 from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
+from exporter.passes.plain import lower_single_experts
 from exporter.passes.portable import lower_routed_ffn
 from exporter.precision import INT8, dtype_of, typed
 from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
@@ -193,14 +195,18 @@ def export(
         graph = to_onnx(typed(model, dtype), transform.shape)
         forms = clear_forms(moee, transform.shape)
         name_routed_nodes(graph, list(layers))
+        plain = lower_single_experts(graph)
         traced = folder / TRACED
         ir.save(graph, traced, external_data=MOEE_DATA)
         tensorrt = ir.load(traced)
         lower_clear_ffn(tensorrt, CLEAR_TENSORRT)
+        plugin_nodes = sum(node.domain == DOMAIN for node in tensorrt.graph)
+        if not plugin_nodes:
+            tensorrt.opset_imports.pop(DOMAIN, None)
         ir.save(tensorrt, folder / TENSORRT)
         report("export", 2, 3)
         portable = ir.load(traced)
-        lowered = lower_clear_ffn(portable, forms) + lower_routed_ffn(portable)
+        lowered = len(plain) + lower_clear_ffn(portable, forms) + lower_routed_ffn(portable)
         if lowered != len(layers):
             raise RuntimeError(f"{lowered} routed nodes exported for {len(layers)} routed layers; please report this")
         portable.opset_imports.pop(DOMAIN, None)
@@ -218,7 +224,7 @@ def export(
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
             "routed_layers": list(layers),
             "clear_forms": forms,
-            "plugin_nodes": sum(not isinstance(layer, ClearFFN) for layer in layers.values()),
+            "plugin_nodes": plugin_nodes,
             "graphs": graphs,
             "quantization": {name: q.model_dump() for name, q in quantization.items()} or None,
         }

@@ -29,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.bundle import write_deployment
+    from exporter.engine import needs_plugin
     from exporter.plugin_cache import ensure_kernels
     from exporter.profile import batch_profile
     from moee.artifact import refuse_existing
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     refuse_existing(Path(args.out), args.force)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
-        kernels = ensure_kernels(sms, report)
+        kernels = ensure_kernels(sms, report) if needs_plugin(args.path) else None
         folder = write_deployment(args.path, args.out, sms[0], kernels, batch, args.force)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
     console.print(

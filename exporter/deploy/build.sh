@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks the bundle, compiles the plugin and the runner, builds the engines and puts them in place. Run it on the device.
+# Checks the bundle, compiles the runner and the plugin if there is one, builds the engines and puts them in place. Run it on the device.
 #   ./build.sh [--builder trtexec|moee] [--deepstream] [--compile-only] [-- CMAKE_OPTIONS]
 set -eu
 cd "$(dirname "$0")"
@@ -23,18 +23,23 @@ case "$builder" in trtexec|moee) ;; *) echo "build.sh: unknown builder $builder;
 echo "checking files"
 sha256sum --check --quiet --strict SHA256SUMS || { echo "build.sh: the bundle was changed or cut short; copy it again" >&2; exit 2; }
 
-for part in plugin runner; do
+parts=runner
+plugin=
+if [ "$PLUGIN" = yes ]; then
+    parts="plugin runner"
+    plugin=$PWD/plugin/build/libmoee_plugin.so
+fi
+for part in $parts; do
     echo "compiling $part"
     cmake -S "$part" -B "$part/build" -DCMAKE_BUILD_TYPE=Release "$@" > "$part.log" 2>&1 \
         && cmake --build "$part/build" -j "${JOBS:-2}" >> "$part.log" 2>&1 \
         || { tail -20 "$part.log" >&2; echo "build.sh: $part does not compile; see $part.log" >&2; exit 3; }
 done
-plugin=$PWD/plugin/build/libmoee_plugin.so
 [ "$engines" = yes ] || exit 0
 
 mkdir -p engines
 if [ "$builder" = moee ]; then
-    moee build models --backend tensorrt --plugin "$plugin" --min-shapes "$MIN_BATCH" --opt-shapes "$OPT_BATCH" \
+    moee build models --backend tensorrt ${plugin:+--plugin "$plugin"} --min-shapes "$MIN_BATCH" --opt-shapes "$OPT_BATCH" \
         --max-shapes "$MAX_BATCH" --timing-cache timing.cache --out engines --force
 fi
 
@@ -60,10 +65,10 @@ engine() {
 
 if [ "$builder" = trtexec ]; then
     engine dense models/dense.onnx
-    engine moee models/tensorrt.onnx --dynamicPlugins="$plugin"
+    engine moee models/tensorrt.onnx ${plugin:+--dynamicPlugins="$plugin"}
 fi
 if [ "$deepstream" = yes ]; then
-    engine pixels models/tensorrt_pixels.onnx --dynamicPlugins="$plugin"
+    engine pixels models/tensorrt_pixels.onnx ${plugin:+--dynamicPlugins="$plugin"}
 fi
 
 # name file: a link where the file system has them, a copy elsewhere

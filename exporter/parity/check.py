@@ -18,7 +18,7 @@ from exporter.onnx_safety import load_ir
 from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import BatchError, batch_error
-from exporter.parity.probes import check_form, probe_layers
+from exporter.parity.probes import check_form, probe_layers, standard_layers
 from exporter.parity.stats import json_safe
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
 from exporter.parity.ties import dictated, excuse_ties, only_ties, with_own_error
@@ -200,9 +200,11 @@ def _layers(
     where = (threads, provider, widened)
     probes = probe_layers(folder / PORTABLE, exact, reference, yard.exact.dtype, *where)
 
+    standard = standard_layers(folder, exact)
+
     def judge(name: str, held_against: dict[str, Tap]) -> LayerParity:
         seen = (got[name], probes[name].tap, held_against[name], by_torch[name])
-        return layer_parity(name, exact[name], own[name], *seen)
+        return layer_parity(name, exact[name], own[name], *seen, plain=name in standard)
 
     judged = []
     for done, name in enumerate(names):
@@ -210,7 +212,7 @@ def _layers(
             raise UserError(f"{PORTABLE}: {name} gets {tuple(got[name].tokens.shape)} tokens, the model's layer another number")
         judged.append(judge(name, reference))
         report("layers", done + 1, len(names))
-    problems = check_form(folder, exact, own, reference, yard.exact.dtype, *where)
+    problems = check_form(folder, standard, own, reference, yard.exact.dtype, *where)
     if yard.dtype == torch.float32 and any(layer.flips for layer in judged):
         with dictated(yard.exact, [got[name].route for name in names]):
             followed = _hooked_run(yard.exact, names, x)

@@ -35,7 +35,8 @@ class LayerParity:
     whose expert is not the best of their own scores by more than rounding explains. `local`: errors of the layer alone, allowed
     up to `local_tolerance`; `probe`: the same where every expert gets tokens, up to `probe_tolerance`. `equal`, `flipped`:
     cumulative errors of tokens with equal and with other routes. `input_drift`: mean error of the layer's input, allowed up to
-    `input_tolerance`. `kind`: moee (a plugin node in `tensorrt.onnx`) or clear-moe (standard operators there too).
+    `input_tolerance`. `kind`: moee (a plugin node in `tensorrt.onnx`), plain (a plain MLP there, of one expert) or clear-moe
+    (standard operators there too).
     """
 
     name: str
@@ -103,10 +104,11 @@ def wrong_routes(layer: RoutedLayer, tokens: Tensor, chosen: Tensor) -> Tensor:
 
 
 def layer_parity(
-    name: str, exact: RoutedLayer, own: RoutedLayer, got: Tap, probe: Tap, reference: Tap, by_torch: Tap
+    name: str, exact: RoutedLayer, own: RoutedLayer, got: Tap, probe: Tap, reference: Tap, by_torch: Tap, plain: bool = False
 ) -> LayerParity:
     """Judge one layer. `exact` is the layer in float64, `own` in the type that the runtime computes in; `got` and `probe` come
-    from the runtime, `reference` from the float64 run of the model, `by_torch` from torch in the runtime's type."""
+    from the runtime, `reference` from the float64 run of the model, `by_torch` from torch in the runtime's type. `plain`: the
+    layer is a plain MLP in `tensorrt.onnx`."""
     dtype = own.router.dtype
     local, local_tolerance = alone(exact, own, got)
     probed, probe_tolerance = alone(exact, own, probe)
@@ -133,7 +135,7 @@ def layer_parity(
         flipped=split[1] if len(margins) else None,
         input_drift=drift.mean_abs_error,
         input_tolerance=SAFETY * max(usual.mean_abs_error, torch.finfo(dtype).eps * usual.rms),
-        kind="clear-moe" if isinstance(exact, ClearFFN) else "moee",
+        kind="clear-moe" if isinstance(exact, ClearFFN) else "plain" if plain else "moee",
     )
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from exporter.onnx_export import TENSORRT
+from exporter.onnx_safety import load_ir
 from exporter.parity.layers import alone, wrong_routes
 from exporter.parity.taps import Tap, probe_graph
-from exporter.parity.weights import WeightProblem
+from exporter.parity.weights import WeightProblem, is_plain
 from exporter.precision import PRECISIONS
 from exporter.runners import OnnxRunner
 from moee.clear_moe import ClearFFN
@@ -60,23 +61,27 @@ def probe_layers(
     return found
 
 
+def standard_layers(folder: Path, layers: Mapping[str, RoutedLayer]) -> dict[str, RoutedLayer]:
+    """The layers that are standard operators in `tensorrt.onnx`: CLEAR-MoE's and those of one expert."""
+    values = {v.name: v for node in load_ir(folder / TENSORRT).graph for v in node.outputs}
+    return {name: layer for name, layer in layers.items() if isinstance(layer, ClearFFN) or is_plain(name, layer, values)}
+
+
 def check_form(
-    folder: Path, exact: dict[str, RoutedLayer], own: dict[str, RoutedLayer], reference: dict[str, Tap], dtype: torch.dtype,
+    folder: Path, standard: dict[str, RoutedLayer], own: dict[str, RoutedLayer], reference: dict[str, Tap], dtype: torch.dtype,
     threads: int | None, provider: str, widened: bool,
 ) -> list[WeightProblem]:  # fmt: skip
-    """Run what `tensorrt.onnx` holds in the place of each CLEAR-MoE layer: standard operators, of another form than the portable
-    graph's, so equal weights alone do not show that it computes the layer. Empty if all do. `exact` and `own` as in
-    `layer_parity`."""
-    clear = {name: layer for name, layer in exact.items() if isinstance(layer, ClearFFN)}
-    if not clear:
+    """Run what `tensorrt.onnx` holds in the place of each of the `standard` layers, which are in float64: equal weights alone do
+    not show that it computes the layer. Empty if all do. `own` as in `layer_parity`."""
+    if not standard:
         return []
     problems = []
-    for name, probe in probe_layers(folder / TENSORRT, clear, reference, dtype, threads, provider, widened).items():
-        stats, allowed = alone(exact[name], own[name], probe.tap)
+    for name, probe in probe_layers(folder / TENSORRT, standard, reference, dtype, threads, provider, widened).items():
+        stats, allowed = alone(standard[name], own[name], probe.tap)
         if not stats.max_abs_error <= allowed:
             message = f"{TENSORRT}: the layer alone is off by {stats.max_abs_error:.2e} of {allowed:.2e} allowed"
             problems.append(WeightProblem(name, "form", message))
-        wrong = int((wrong_routes(exact[name], probe.tap.tokens, probe.routes) > 0).sum())
+        wrong = int((wrong_routes(standard[name], probe.tap.tokens, probe.routes) > 0).sum())
         if wrong:
             message = f"{TENSORRT}: {wrong} of {len(probe.routes)} tokens take an expert that is not their best"
             problems.append(WeightProblem(name, "routes", message))

@@ -15,6 +15,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from exporter.onnx_safety import load_ir
+from exporter.passes.plain import FIRST
+from exporter.passes.tape import Tape
 from exporter.passes.widen import widen_bfloat16
 from moee.atomic import temporary_folder
 from moee.errors import UserError
@@ -41,23 +43,52 @@ def tapped_graph(graph: Path, layers: list[str], widen: bool = False) -> Iterato
     With `widen`, bfloat16 becomes float32. Raises `UserError` if the graph lacks one of these values.
     """
     model = load_ir(graph)
-    for parts in _parts(model, graph, layers):
-        model.graph.outputs.extend(parts)
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    for layer in layers:
+        first = _first(values, layer)
+        model.graph.outputs.extend(_parts(values, graph, layer) if first is None else _plain(model, values, first, layer))
     with copied(model, graph, widen) as path:
         yield path
 
 
-def _parts(model: ir.Model, graph: Path, layers: list[str]) -> list[list[ir.Value]]:
-    values = {v.name: v for node in model.graph for v in node.outputs}
-    found = []
-    for layer in layers:
-        for part in PARTS:
-            if f"{layer}/{part}" not in values:
-                raise UserError(
-                    f"{graph} has no value {layer}/{part}: it was made from another model or by an older version; export it again"
-                )
-        found.append([values[f"{layer}/{part}"] for part in PARTS])
-    return found
+def _parts(values: dict[str | None, ir.Value], graph: Path, layer: str) -> list[ir.Value]:
+    for part in PARTS:
+        if f"{layer}/{part}" not in values:
+            raise UserError(
+                f"{graph} has no value {layer}/{part}: it was made from another model or by an older version; export it again"
+            )
+    return [values[f"{layer}/{part}"] for part in PARTS]
+
+
+def _first(values: dict[str | None, ir.Value], layer: str) -> ir.Node | None:
+    """The node that reads the tokens of a plain layer (see `passes.plain`); None for a layer that routes."""
+    value = values.get(f"{layer}/{FIRST}")
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "MatMul" or f"{layer}/result" not in values or f"{layer}/route" in values:
+        return None
+    return node if _width(node) else None
+
+
+def _width(node: ir.Node) -> int:
+    """Rows of a product's weight; 0 if they are not known."""
+    weight = node.inputs[1] if len(node.inputs) == 2 else None
+    rows = weight.shape[0] if weight is not None and weight.shape is not None and len(weight.shape) == 2 else 0
+    return rows if isinstance(rows, int) else 0
+
+
+def _plain(model: ir.Model, values: dict[str | None, ir.Value], first: ir.Node, layer: str) -> list[ir.Value]:
+    """Tokens, routes and result of a layer of one expert; nodes that say that every token's is expert 0 are added."""
+    tape = Tape(model.graph, first, layer)
+    numbers = {name: tape.constant(np.array(v, np.int64), name) for name, v in (("zero", [0]), ("one", [1]))}
+    shape = tape.constant(np.array([-1, _width(first)], np.int64), "token_shape")
+    tokens = tape.op("Reshape", [first.inputs[0], shape], name="tokens")[0]
+    count = tape.op("Slice", [tape.op("Shape", [tokens])[0], numbers["zero"], numbers["one"]])[0]
+    route = tape.op("Expand", [numbers["zero"], count], name="route")[0]
+    source = first.inputs[0]
+    if source is not None:
+        tokens.type = source.type
+    route.type = ir.TensorType(ir.DataType.INT64)
+    return [tokens, route, values[f"{layer}/result"]]
 
 
 @contextmanager
@@ -68,8 +99,9 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
     layer, are its result [N, D] and the routes [N * k] that its own router wanted.
     """
     model = load_ir(graph)
+    values = {v.name: v for node in model.graph for v in node.outputs}
     results = []
-    for layer, (tokens, route, result) in zip(layers, _parts(model, graph, layers), strict=True):
+    for layer in layers:
         feed = ir.Value(name=f"{layer}/probe_tokens", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None]))
         chosen = ir.Value(name=f"{layer}/probe_route", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None]))
         model.graph.inputs.extend([feed, chosen])
@@ -79,8 +111,14 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
             cast.outputs[0].name = f"{layer}/probe_typed"
             model.graph.insert_before(model.graph[0], cast)
             source = cast.outputs[0]
-        ir.convenience.replace_all_uses_with(tokens, source)
-        ir.convenience.replace_all_uses_with(route, chosen)
+        first = _first(values, layer)
+        if first is not None:  # its input may have other readers, and the dictated routes have none
+            first.replace_input_with(0, source)
+            _, route, result = _plain(model, values, first, layer)
+        else:
+            tokens, route, result = _parts(values, graph, layer)
+            ir.convenience.replace_all_uses_with(tokens, source)
+            ir.convenience.replace_all_uses_with(route, chosen)
         results += [result, route]
     model.graph.outputs.clear()
     model.graph.outputs.extend(results)

@@ -1,7 +1,8 @@
 """The weights and tables inside `tensorrt.onnx` against the torch model's, bit for bit: what an engine is built from.
 
-A `RoutedFFN` is a MoeeFfn node that holds them as inputs. A `ClearFFN` is standard operators; its weights are found at the nodes
-that use them, so a weight of another layer in the right shape is noticed too.
+A `RoutedFFN` is a MoeeFfn node that holds them as inputs, or plain products if it has one expert. A `ClearFFN` is standard
+operators. The weights of those two are found at the nodes that use them, so a weight of another layer in the right shape is
+noticed too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from exporter.onnx_safety import load_ir
 from exporter.passes.clear import STORED_AT
+from exporter.passes.plain import FIRST
+from exporter.passes.plain import STORED_AT as PLAIN_AT
 from exporter.precision import ROUTER_BIASES
 from moee.clear_moe import ClearFFN
 from moee.layer import RoutedFFN, RoutedLayer
@@ -46,7 +49,9 @@ def check_weights(graph: Path, layers: Mapping[str, RoutedLayer], dtype: torch.d
             problems += _clear(name, values, layer, dtype, graph.name)
             continue
         assert isinstance(layer, RoutedFFN), f"no check for {type(layer).__name__}"
-        if name in nodes:
+        if is_plain(name, layer, values):
+            problems += _plain(name, values, layer, dtype, graph.name)
+        elif name in nodes:
             problems += _inputs(name, nodes[name], layer, dtype) + _attributes(name, nodes[name], layer)
         else:
             problems.append(WeightProblem(name, "node", f"{graph.name} has no MoeeFfn node of this name"))
@@ -57,6 +62,26 @@ def _inputs(name: str, node: ir.Node, layer: RoutedFFN, dtype: torch.dtype) -> l
     found = []
     for part, value in list(zip(INPUT_NAMES, node.inputs, strict=True))[1:]:
         found += _compare(name, part, value, getattr(layer, part), dtype)
+    return found
+
+
+def is_plain(name: str, layer: RoutedLayer, values: Mapping[str | None, ir.Value]) -> bool:
+    """Whether a graph with these values, by name, holds the layer of one expert as plain products."""
+    return isinstance(layer, RoutedFFN) and layer.num_experts == 1 and f"{name}/{FIRST}" in values
+
+
+def _plain(
+    name: str, values: Mapping[str | None, ir.Value], layer: RoutedFFN, dtype: torch.dtype, graph: str
+) -> list[WeightProblem]:
+    kept = layer.neurons.long()
+    expected = {"w_up": layer.w_up[kept].T, "b_up": layer.b_up[kept], "w_down": layer.w_down[kept], "b_out": layer.b_out[0]}
+    found = []
+    for part, place in PLAIN_AT.items():
+        node = values[f"{name}/{place}"].producer() if f"{name}/{place}" in values else None
+        if node is None or len(node.inputs) != 2:
+            found.append(WeightProblem(name, part, f"{graph} has no node {name}/{place}, which reads {part}; export it again"))
+            continue
+        found += _compare(name, part, node.inputs[1], expected[part], dtype)
     return found
 
 

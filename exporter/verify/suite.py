@@ -90,7 +90,7 @@ class VerifyResult:
         for problem in self.parity.weight_problems:
             damaged.setdefault(problem.layer, problem.message)
         for layer in self.parity.layers:
-            held = f"{TENSORRT} holds the model's weights" + (" and computes the layer" if layer.kind == "clear-moe" else "")
+            held = f"{TENSORRT} holds the model's weights" + (" and computes the layer" if layer.kind != "moee" else "")
             found.append(Case("weights", layer.name, held, damaged.pop(layer.name, None)))
             off = layer.output_message
             found.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))

@@ -168,7 +168,7 @@ class TestBadInput:
                     attribute.s = b"swish"
         onnx.save(model, wrong / "tensorrt.onnx")
         write_export_manifest(wrong, 32)
-        with pytest.raises(UserError, match="activation must be gelu, gelu_tanh, relu or silu; came"):
+        with pytest.raises(UserError, match="activation must be one of gelu, gelu_tanh, relu, silu, quick_gelu; came"):
             self.build(wrong, tmp_path)
         assert not (tmp_path / "engine").exists()
 
