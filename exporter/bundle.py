@@ -15,7 +15,7 @@ import onnx
 from exporter import bundle_configs as configs
 from exporter.deploy import DEPLOY
 from exporter.engine import count_plugin_nodes
-from exporter.manifests import read_export
+from exporter.manifests import input_shape, read_export
 from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, TENSORRT
 from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
@@ -43,10 +43,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """timm's evaluation transform: the shorter side becomes `resize` (both, if `crop` is squash), then the middle `size`."""
+    """timm's evaluation transform: the image is shrunk or enlarged until it just covers `resize` (or to it, if `crop` is squash),
+    then the middle `size`; each height and width."""
 
-    size: int
-    resize: int
+    size: tuple[int, int]
+    resize: tuple[int, int]
     crop: str
     filter: str
     mean: tuple[float, ...]
@@ -77,8 +78,9 @@ def write_deployment(
     if nodes and kernels is None:
         raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says 0; export again")
     recipe = make_recipe(export)
-    if given.shape != (3, recipe.size, recipe.size):
-        raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {recipe.size}; export again")
+    if given.shape != (3, *recipe.size):
+        says = " x ".join(map(str, recipe.size))
+        raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {says}; export again")
     with atomic_folder(out, force) as folder:
         _copy_models(export_dir, folder / "models")
         classifies = ends_in_classes(export)
@@ -130,7 +132,7 @@ def _tensor(path: Path, value: onnx.ValueInfoProto) -> Tensor:
 def make_recipe(export: dict[str, Any]) -> Recipe:
     """The transform of the exported model: size, mean and deviation from the export, the rest from timm's configuration.
 
-    Raises `UserError` for a filter or crop mode that the runner does not know.
+    Raises `UserError` for a filter, crop mode or number of channels that the runner does not know.
     """
     import timm
     from timm.data import resolve_data_config
@@ -138,12 +140,16 @@ def make_recipe(export: dict[str, Any]) -> Recipe:
     given, name = export["input"], str(export["model"]["timm_name"])
     pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     config = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
-    size, crop, kind = int(given["size"]), str(config["crop_mode"]), str(config["interpolation"])
+    channels, *size = input_shape(given)
+    crop, kind = str(config["crop_mode"]), str(config["interpolation"])
+    if channels != 3:
+        raise UserError(f"{name} takes images of {channels} channels; the bundle's runner and configurations know RGB alone")
     if crop not in ("center", "squash") or kind not in ("bicubic", "bilinear"):
         raise UserError(f"{name} is evaluated with {kind} resizing and crop mode {crop}; the runner knows bicubic and "
                         "bilinear, center and squash")  # fmt: skip
-    resize = max(size, int(size / float(config["crop_pct"])))
-    return Recipe(size, resize, crop, kind, tuple(map(float, given["mean"])), tuple(map(float, given["std"])))
+    height, width = size
+    tall, wide = (max(side, int(side / float(config["crop_pct"]))) for side in (height, width))
+    return Recipe((height, width), (tall, wide), crop, kind, tuple(map(float, given["mean"])), tuple(map(float, given["std"])))
 
 
 def _copy_models(export_dir: Path, models: Path) -> None:

@@ -62,9 +62,9 @@ def lines(names: tuple[str, ...]) -> str:
 def preprocess(recipe: Any) -> str:
     """What `readRecipe` of the runner reads. Nine digits carry a float32 unchanged."""
     lines = [
-        "# timm's evaluation transform: shorter side to `resize`, middle `size`, 0..1, (x - mean) / std",
-        f"size {recipe.size}",
-        f"resize {recipe.resize}",
+        "# timm's evaluation transform: the image covers `resize` (height width), middle `size`, 0..1, (x - mean) / std",
+        f"size {recipe.size[0]} {recipe.size[1]}",
+        f"resize {recipe.resize[0]} {recipe.resize[1]}",
         f"crop {recipe.crop}",
         f"filter {recipe.filter}",
         "mean " + " ".join(f"{v:.9g}" for v in recipe.mean),
@@ -171,10 +171,10 @@ def deepstream(facts: Facts) -> str:
 
 def readme(facts: Facts) -> str:
     head = "" if facts.classifies or facts.classes is None else " --head models/head.bin"
-    size = facts.recipe.size
+    (height, width), (low, _, high) = facts.recipe.size, facts.batch
     option, row, preload, graph = PLUGIN_TEXTS if facts.plugin else ("", "", "", "standard operators")
     return README.format(
-        model=facts.model.replace("`", "'"), sm=facts.sm, head=head, size=size, low=facts.batch[0], high=facts.batch[2],
+        model=facts.model.replace("`", "'"), sm=facts.sm, head=head, height=height, width=width, low=low, high=high,
         names=" by its name in models/labels.txt" if facts.names else "",
         plugin=option, plugin_row=row.format(sm=facts.sm), preloads=preload, graph=graph,
     )
@@ -201,7 +201,7 @@ Run on images, and compare with the dense model:
     runner/build/moee_run --engine engines/dense.plan --images ppm{head}
 
 It resizes, crops and normalises as timm does, prints the top-1 class of each image{names}, and p50 and p95 of the execution
-(copies not included). `--raw FILE` takes float32 tensors [N, 3, {size}, {size}] instead. Batches from {low} to {high}.
+(copies not included). `--raw FILE` takes float32 tensors [N, 3, {height}, {width}] instead. Batches from {low} to {high}.
 
 | part | holds |
 |---|---|

@@ -65,7 +65,7 @@ def exported(shared, tmp_path):
 
 def facts(**changes) -> bundle_configs.Facts:
     given = Tensor("input", "float32", (3, 32, 32))
-    values = dict(given=given, output=Tensor("output", "float32", (10,)), recipe=Recipe(32, 35, "center", "bicubic", MEAN, STD),
+    values = dict(given=given, output=Tensor("output", "float32", (10,)), recipe=Recipe((32, 32), (35, 35), "center", "bicubic", MEAN, STD),
                   batch=(1, 4, 16), classes=10, classifies=True, sm=87, model="tiny")  # fmt: skip
     return bundle_configs.Facts(**{**values, **changes})
 
@@ -267,15 +267,17 @@ def test_the_graph_on_raw_pixels_agrees(exported, softmax):
     assert (exported / "pixels.onnx").stat().st_size < 300_000, "weights stay in the shared file"
 
 
+@pytest.mark.parametrize("size", [None, [96, 64]])
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "deit_tiny_patch16_224"])
-def test_the_recipe_is_that_of_timm(name):
+def test_the_recipe_is_that_of_timm(name, size):
     config = resolve_model_data_config(timm.create_model(name))
-    size = config["input_size"][-1]
+    size = size or config["input_size"][-1]
+    config["input_size"] = (3, *size) if isinstance(size, list) else (3, size, size)
     given = {"name": "input", "size": size, "mean": config["mean"], "std": config["std"]}
     recipe = make_recipe({"input": given, "model": {"timm_name": name}})
     steps = create_transform(**config, is_training=False).transforms
-    assert recipe.resize == (steps[0].size if isinstance(steps[0].size, int) else steps[0].size[0])
-    assert recipe.size == steps[1].size[0] and recipe.filter == steps[0].interpolation.value == config["interpolation"]
+    assert recipe.resize == ((steps[0].size,) * 2 if isinstance(steps[0].size, int) else steps[0].size)
+    assert recipe.size == tuple(steps[1].size) and recipe.filter == steps[0].interpolation.value == config["interpolation"]
     assert np.allclose(recipe.mean, steps[3].mean) and np.allclose(recipe.std, steps[3].std)
 
 
@@ -308,8 +310,8 @@ def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch
 
     assert "min <= opt <= max" in refused(batch=(4, 2, 8))
     assert "expected" in refused(sm=75) or "75" in refused(sm=75)
-    monkeypatch.setattr(bundle, "make_recipe", lambda export: Recipe(64, 64, "center", "bicubic", MEAN, STD))
-    assert "its manifest says size 64" in refused()
+    monkeypatch.setattr(bundle, "make_recipe", lambda export: Recipe((64, 64), (64, 64), "center", "bicubic", MEAN, STD))
+    assert "its manifest says size 64 x 64" in refused()
     monkeypatch.undo()
     (exported / "moee.data").write_bytes(b"changed")
     assert "does not match the hash" in refused()

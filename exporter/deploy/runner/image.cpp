@@ -128,7 +128,8 @@ Image readPpm(std::string const& path) {
     return image;
 }
 
-Image resize(Image const& image, int width, int height, Filter filter) {
+Image resize(Image const& image, Sides to, Filter filter) {
+    auto const [height, width] = to;
     if (width <= 0 || height <= 0) {
         throw std::runtime_error("an image cannot be resized to no pixels");
     }
@@ -146,17 +147,17 @@ Image resize(Image const& image, int width, int height, Filter filter) {
     return result;
 }
 
-Image centreCrop(Image const& image, int size) {
-    if (image.width < size || image.height < size) {
+Image centreCrop(Image const& image, Sides size) {
+    if (image.width < size.width || image.height < size.height) {
         throw std::runtime_error("the image is smaller than the crop");
     }
     // to the even neighbour, as Python's round
-    auto const left = static_cast<size_t>(std::nearbyint((image.width - size) / 2.0));
-    auto const top = static_cast<size_t>(std::nearbyint((image.height - size) / 2.0));
-    Image result{size, size, {}};
-    for (size_t y = top; y < top + static_cast<size_t>(size); ++y) {
+    auto const left = static_cast<size_t>(std::nearbyint((image.width - size.width) / 2.0));
+    auto const top = static_cast<size_t>(std::nearbyint((image.height - size.height) / 2.0));
+    Image result{size.width, size.height, {}};
+    for (size_t y = top; y < top + static_cast<size_t>(size.height); ++y) {
         auto const row = image.rgb.begin() + static_cast<std::ptrdiff_t>(3 * (y * static_cast<size_t>(image.width) + left));
-        result.rgb.insert(result.rgb.end(), row, row + 3 * size);
+        result.rgb.insert(result.rgb.end(), row, row + 3 * static_cast<std::ptrdiff_t>(size.width));
     }
     return result;
 }

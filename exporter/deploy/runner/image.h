@@ -13,6 +13,11 @@ struct Image {
     std::vector<uint8_t> rgb;  // row by row, three bytes a pixel
 };
 
+struct Sides {
+    int height{0};
+    int width{0};
+};
+
 enum class Filter { kBilinear, kBicubic };
 
 // A binary PPM (P6) or PGM (P5, grey to RGB) file with 8 bits a channel. Throws std::runtime_error for anything else.
@@ -21,9 +26,9 @@ Image readPpm(std::string const& path);
 // Antialiased resize: the filter's support grows with the reduction, weights are fixed-point, rows before columns, each
 // pass rounded to 8 bits. The results are Pillow's, bit for bit, hence torchvision's and timm's on images. One exception:
 // from Pillow 13 on, an image that is squashed in height takes the passes in the other order, and may differ by one in 255.
-Image resize(Image const& image, int width, int height, Filter filter);
+Image resize(Image const& image, Sides to, Filter filter);
 
-// The middle `size` x `size` pixels. Throws std::runtime_error if the image is smaller.
-Image centreCrop(Image const& image, int size);
+// The middle of the image. Throws std::runtime_error if the image is smaller.
+Image centreCrop(Image const& image, Sides size);
 
 }  // namespace moee

@@ -71,7 +71,8 @@ Head readHead(std::string const& path, size_t features) {
 Input readImages(std::string const& folder, std::string const& recipePath, size_t elements) {
     Recipe const recipe = readRecipe(recipePath);
     if (recipe.elements() != elements) {
-        throw std::runtime_error(recipePath + ": size " + std::to_string(recipe.size) + " does not fit the engine's input");
+        throw std::runtime_error(recipePath + ": size " + std::to_string(recipe.size.height) + " " + std::to_string(recipe.size.width)
+            + " does not fit the engine's input");
     }
     Input input;
     std::vector<std::filesystem::path> files;

@@ -1,6 +1,7 @@
 #include "preprocess.h"
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <set>
 #include <sstream>
@@ -39,6 +40,28 @@ void refuseOblong(Image const& image, double rows, double columns) {
     }
 }
 
+Sides sides(std::istringstream& line, std::string const& where) {
+    int const height = positive<int>(line, where);
+    return {height, positive<int>(line, where)};
+}
+
+// What an image becomes before the crop. A square is covered by torchvision's rule, which rounds the longer side down; a
+// rectangle by timm's, which rounds both to the nearest.
+Sides resized(Image const& image, Recipe const& recipe) {
+    auto const [height, width] = recipe.resize;
+    if (recipe.squash) {
+        return recipe.resize;
+    }
+    if (height != width) {
+        double const ratio = std::min(static_cast<double>(image.height) / height, static_cast<double>(image.width) / width);
+        return {static_cast<int>(std::nearbyint(image.height / ratio)), static_cast<int>(std::nearbyint(image.width / ratio))};
+    }
+    if (image.width > image.height) {
+        return {height, static_cast<int>(static_cast<int64_t>(width) * image.width / image.height)};
+    }
+    return {static_cast<int>(static_cast<int64_t>(height) * image.height / image.width), width};
+}
+
 }  // namespace
 
 Recipe readRecipe(std::string const& path) {
@@ -60,9 +83,9 @@ Recipe readRecipe(std::string const& path) {
             throw std::runtime_error(where + ": unknown or repeated");
         }
         if (key == "size") {
-            recipe.size = positive<int>(line, where);
+            recipe.size = sides(line, where);
         } else if (key == "resize") {
-            recipe.resize = positive<int>(line, where);
+            recipe.resize = sides(line, where);
         } else if (key == "crop") {
             std::string const mode = word(line, where);
             if (mode != "center" && mode != "squash") {
@@ -86,7 +109,7 @@ Recipe readRecipe(std::string const& path) {
     if (!missing.empty()) {
         throw std::runtime_error(path + ": " + *missing.begin() + " is missing");
     }
-    if (recipe.resize < recipe.size) {
+    if (recipe.resize.height < recipe.size.height || recipe.resize.width < recipe.size.width) {
         throw std::runtime_error(path + ": resize is below size, so the crop would not fit");
     }
     return recipe;
@@ -94,16 +117,9 @@ Recipe readRecipe(std::string const& path) {
 
 void prepare(Image const& image, Recipe const& recipe, float* out) {
     if (!recipe.squash) {
-        refuseOblong(image, recipe.resize, recipe.resize);
+        refuseOblong(image, recipe.resize.height, recipe.resize.width);
     }
-    int width = recipe.resize;
-    int height = recipe.resize;
-    if (!recipe.squash && image.width > image.height) {
-        width = static_cast<int>(static_cast<int64_t>(recipe.resize) * image.width / image.height);
-    } else if (!recipe.squash) {
-        height = static_cast<int>(static_cast<int64_t>(recipe.resize) * image.height / image.width);
-    }
-    Image const crop = centreCrop(resize(image, width, height, recipe.filter), recipe.size);
+    Image const crop = centreCrop(resize(image, resized(image, recipe), recipe.filter), recipe.size);
     size_t const pixels = recipe.elements() / 3;
     for (size_t channel = 0; channel < 3; ++channel) {
         for (size_t i = 0; i < pixels; ++i) {

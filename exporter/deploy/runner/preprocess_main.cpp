@@ -20,7 +20,7 @@ int main(int count, char** words) {
             std::fprintf(stderr, "moee_preprocess: %s cannot be written\n", words[3]);
             return 2;
         }
-        std::printf("float32 [3, %d, %d]\n", recipe.size, recipe.size);
+        std::printf("float32 [3, %d, %d]\n", recipe.size.height, recipe.size.width);
     } catch (std::exception const& error) {
         std::fprintf(stderr, "moee_preprocess: %s\n", error.what());
         return 2;
