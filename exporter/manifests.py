@@ -13,7 +13,7 @@ from exporter.quantization import Quantization
 from moee.artifact import read_manifest, sha256_file, stays_inside
 from moee.errors import UserError
 from moee.model_manifest import Classes, Costs
-from moee.models import ModelSpec, Shape, plain_size
+from moee.models import MAX_SIDE, ModelSpec, Shape, plain_size
 from moee.schema import Body, Text, checked, shown
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ EXPORT_FILES = (
 )  # fmt: skip
 # Back end: Python module, wheel that holds its libraries, extra of this project.
 BACKENDS = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_libs", "rtx"), "tensorrt": ("tensorrt", None, "trt")}
-MAX_SIZE = 4096  # pixels a side; a batch of images of that size is gigabytes
 MAX_CHANNELS = 1 << 10  # of images; satellites have hundreds
 MAX_BATCH = 1 << 16
 TRUSTED_BATCH = {"min": 1, "opt": 8, "max": 32}  # of an engine that nothing is known of: `moee build`'s defaults
@@ -50,8 +49,8 @@ class Input(Body):
     @classmethod
     def _sides(cls, size: Any) -> int | list[int]:
         sides = size if isinstance(size, list) else [size, size]
-        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIZE for side in sides):
-            raise ValueError(f"expected the side of a square, 1 to {MAX_SIZE} pixels, or [height, width]")
+        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+            raise ValueError(f"expected the side of a square, 1 to {MAX_SIDE} pixels, or [height, width]")
         return size
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from moee.artifact import sha256_file
 from moee.atomic import temporary_folder
 from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
+from moee.input_size import sized
 from moee.models import ModelSpec, check_arguments, load_model, state_sha256
 from moee.progress import Reporter, silent
 from moee.schema import shown
@@ -38,7 +40,7 @@ DEFAULT_SIZE = {"digits": 112, "photos": 168}  # pixels; the sizes of the stated
 
 def resolve(
     name: str, data: str = "", *, pretrained: bool = False, weights: str | None = None, random_weights: int | None = None,
-    img_size: int | None = None, report: Reporter = silent,
+    img_size: Sequence[int] | None = None, report: Reporter = silent,
 ) -> ModelSpec:  # fmt: skip
     """The `ModelSpec` of a model name on the command line: a timm name, or an alias: `dinov2-s` (fetched if need be),
     `vit-scratch` (trained if need be).
@@ -50,15 +52,15 @@ def resolve(
     if name in (ALIAS, SCRATCH) and given:
         cure = f"use the timm name {TIMM_NAME}" if name == ALIAS else "leave it out"
         raise UserError(f"{given[0]} does not go with the alias {name}, which brings its own weights; {cure}")
-    kwargs: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if name == SCRATCH:
         if img_size is not None:
             raise UserError(f"{SCRATCH} is trained here at its own size; it takes no --img-size")
         return scratch_spec(report=report)
     if name == ALIAS:
+        bare = ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs={"num_classes": 0})
+        spec = sized(bare, img_size or [DEFAULT_SIZE.get(data.partition(":")[0], 224)])  # before the weights are fetched
         path = fetch_dinov2(report)
-        kwargs = {"img_size": img_size or DEFAULT_SIZE.get(data.partition(":")[0], 224), "num_classes": 0}
-        return ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs=kwargs, weights=str(path), weights_sha256=sha256_file(path))
+        return spec.model_copy(update={"weights": str(path), "weights_sha256": sha256_file(path)})
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
     if not given:
@@ -67,7 +69,9 @@ def resolve(
             f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --weights FILE for yours, or "
             "--random-weights SEED to draw them at random"
         )
-    spec = ModelSpec(name=name, timm_name=name, kwargs=kwargs, pretrained=pretrained, random_seed=random_weights)
+    spec = ModelSpec(name=name, timm_name=name, pretrained=pretrained, random_seed=random_weights)
+    if img_size is not None:
+        spec = sized(spec, img_size)
     if weights is not None:
         if not Path(weights).is_file():
             raise UserError(f"weights {weights} not found; give an existing .safetensors file")

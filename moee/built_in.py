@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
 
-from moee.data import ImageSet, TensorSet, Transform
+from moee.data import ImageSet, TensorSet, Transform, mode_of
 from moee.errors import UserError
 
 CALIBRATION_PHOTOS = (
@@ -83,7 +84,7 @@ def photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet
         scale = max(width / image.width, height / image.height)
         if scale > 1:
             image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+        pixels = to_tensor(image.convert(mode_of(transform.shape)))
         for _ in range(count):
             top = int(torch.randint(pixels.shape[1] - height + 1, (1,), generator=generator))
             left = int(torch.randint(pixels.shape[2] - width + 1, (1,), generator=generator))

@@ -13,11 +13,11 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
-from moee.data import UNREADABLE, ImageSet, Transform
+from moee.data import UNREADABLE, ImageSet, Transform, mode_of
 
 SHAPES = (1, 2, 3, 5, 8, 15, 30)  # as many of them in one collage
 CUT_OUTS, GRADIENTS = 0.6, 0.25  # what shapes show; the others show noise
@@ -51,8 +51,7 @@ class Collages(ImageSet):
             canvas = canvas.filter(ImageFilter.GaussianBlur(draw.uniform(0.3, 2)))
         canvas = ImageEnhance.Brightness(canvas).enhance(draw.uniform(0.6, 1.3))
         canvas = ImageEnhance.Contrast(canvas).enhance(draw.uniform(0.6, 1.4))
-        pixels = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float().div_(255)
-        return self.transform.normalise(pixels)
+        return self.transform.normalise(to_tensor(canvas.convert(mode_of(self.transform.shape))))
 
     def describe(self, index: int) -> str:
         return f"collage {index} of {self.data.name}"
@@ -94,7 +93,7 @@ class Collages(ImageSet):
         """A training image that can be read."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self.transform.picture(self.data.picture(draw.choice(self.among)))
+                return self.transform.picture(self.data.picture(draw.choice(self.among))).convert("RGB")
             except UNREADABLE:
                 if attempt == ATTEMPTS:
                     raise

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+import numpy as np
 import timm.data
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -29,6 +30,8 @@ from moee.schema import shown
 log = logging.getLogger("moee")
 
 HELD_OUT = 0.2  # of a source that is not divided
+DEEPEST = (1 << 16) - 1  # level of a 16-bit image
+MODES = {1: "L", 3: "RGB"}  # of pictures, by the channels that a model takes
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what decoders raise
 MAX_SKIPPED = 20  # names of unreadable images in a manifest
 MAX_RESIZED_PIXELS, MAX_RATIO = 1 << 26, 16  # of one picture after its resize: 200 MB; or so many times longer than wide
@@ -67,18 +70,41 @@ class Transform:
             raise ValueError(f"its {width} x {height} pixels would be resized to {resized / 1e6:.0f} million")
 
     def picture(self, image: Image.Image | Tensor) -> Image.Image:
-        """What `ImageSet.picture` gives, as an RGB picture."""
-        return (to_pil_image(self.pixels(image).clamp(0, 1)) if isinstance(image, Tensor) else image).convert("RGB")
+        """What `ImageSet.picture` gives, as the model takes it: grey or RGB."""
+        return (to_pil_image(self.pixels(image).clamp(0, 1)) if isinstance(image, Tensor) else image).convert(mode_of(self.shape))
+
+
+def mode_of(shape: Shape) -> str:
+    """Pillow's mode of pictures of a shape. Raises `UserError` where no picture has so many channels."""
+    channels, *_ = shape
+    if channels not in MODES:
+        raise UserError(
+            f"the model takes images of {channels} channels, and files are read as grey (1) or RGB (3); give such images as "
+            "tensors in Python (moee.data.TensorSet)"
+        )
+    return MODES[channels]
 
 
 def model_transform(model: nn.Module) -> Transform:
-    """The transform that travels with a timm model; the size is the one that the model was built for."""
+    """The transform that travels with a timm model; the shape is the one that the model was built for.
+
+    Where that has other channels than mean and deviation, grey images get their average and further channels repeat them, as
+    timm does with pretrained weights.
+    """
     config = timm.data.resolve_model_data_config(model)
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if built is not None:
-        config["input_size"] = (config["input_size"][0], *built)
-    channels, height, width = config["input_size"]
-    return Transform((int(channels), int(height), int(width)), tuple(config["mean"]), tuple(config["std"]), config)
+    channels, *size = config["input_size"]
+    channels = getattr(model, "in_chans", channels)
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", None) or size
+    config["input_size"] = (int(channels), int(height), int(width))
+    for name in ("mean", "std"):
+        config[name] = _per_channel(config[name], channels)
+    return Transform(config["input_size"], config["mean"], config["std"], config)
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[channel % len(values)] for channel in range(channels))
 
 
 def image_shape(images: Tensor) -> Shape:
@@ -256,11 +282,24 @@ def refuse_all_skipped(data: ImageSet) -> None:
         raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
 
 
-def rgb(file: str | BinaryIO, transform: Transform) -> Image.Image:
-    """The picture in an image file. Raises one of `UNREADABLE`, before it takes memory where the header tells."""
+def decoded(file: str | BinaryIO, transform: Transform) -> Image.Image:
+    """The picture in an image file, `converted`. Raises one of `UNREADABLE`, before it takes memory where the header tells."""
     with Image.open(file) as picture:
-        transform.refuse_oblong(*picture.size)
-        return picture.convert("RGB")
+        return converted(picture, transform)
+
+
+def converted(picture: Image.Image, transform: Transform) -> Image.Image:
+    """A picture as the model takes it: grey or RGB. 16-bit grey levels are scaled to 8 bits, which Pillow itself would clip.
+
+    Raises `ValueError` for one that would fill the memory, and for levels of another range: nobody says which is white.
+    """
+    transform.refuse_oblong(*picture.size)
+    if picture.mode[0] in "IF":
+        levels = np.asarray(picture)
+        if picture.mode == "F" or levels.min() < 0 or levels.max() > DEEPEST:
+            raise ValueError(f"levels from {levels.min():g} to {levels.max():g}; expected 8 or 16 bits a channel")
+        picture = Image.fromarray((levels / (DEEPEST / 255)).round().astype(np.uint8))
+    return picture.convert(mode_of(transform.shape))
 
 
 def evaluation(transform: Transform) -> Callable[[Image.Image], Tensor]:
@@ -320,6 +359,7 @@ def load_data(
 
 def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:
     """A source with at least these splits."""
+    mode_of(transform.shape)  # refuses channels that no file has
     if source == "digits" or source.partition(":")[0] == "photos":
         from moee import built_in
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moee.class_names import class_name, in_order, listed, natural_key
-from moee.data import ImageSet, Source, Transform, divide, evaluation, rgb
+from moee.data import ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 
@@ -180,7 +180,7 @@ class FolderSet(ImageSet):
         return self.prepare(self.picture(index))
 
     def picture(self, index: int) -> Image.Image:
-        return rgb(self.paths[index], self.transform)
+        return decoded(self.paths[index], self.transform)
 
     def describe(self, index: int) -> str:
         return self.paths[index]

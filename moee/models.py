@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -22,14 +22,19 @@ from moee.errors import UserError
 from moee.schema import shown
 
 MAX_LISTED_KEYS = 3
+MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
 FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained"}
 
 
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+
+
 class ModelSpec(BaseModel):
     """Which timm model: everything that `load_model` needs, and what an artifact records.
 
+    `input_size` is the height and width of the images for a model that takes any; others take it as the argument `img_size`.
     Its weights come from one place: the file `weights`, timm's `pretrained` ones, or a draw under `random_seed`.
     `weights_sha256` is the hash of the file, or of the state that timm's pretrained weights gave.
     """
@@ -39,6 +44,7 @@ class ModelSpec(BaseModel):
     name: str
     timm_name: str
     kwargs: dict[str, Any] = {}
+    input_size: tuple[Side, Side] | None = None
     pretrained: bool = False
     weights: str | None = None
     weights_sha256: str | None = None
@@ -98,7 +104,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     """
     check_arguments(spec)
     try:
-        return timm.create_model(spec.timm_name, **spec.kwargs).eval()
+        return _created(spec)
     except Exception as error:  # models refuse arguments in many ways
         reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
         raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
@@ -143,7 +149,7 @@ def _pretrained(spec: ModelSpec) -> nn.Module:
     """The model with timm's weights. Raises `UserError` if they cannot be had, or are not those whose hash `spec` holds."""
     check_arguments(spec)
     try:
-        model = timm.create_model(spec.timm_name, pretrained=True, **spec.kwargs).eval()
+        model = _created(spec, pretrained=True)
     except Exception as error:  # timm's hub client raises many kinds
         build_model(spec)  # refuses the arguments, if it was they
         raise UserError(
@@ -162,6 +168,24 @@ def state_sha256(model: nn.Module) -> str:
     """SHA-256 over names, types, shapes and bytes of a model's state."""
     state = model.state_dict()
     return tensor_hash(*state.values(), extra=" ".join(state))
+
+
+def _created(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
+    """timm's model in eval mode; its own description says which images it takes, and not those of timm's weights."""
+    kwargs = dict(spec.kwargs)
+    if isinstance(kwargs.get("img_size"), list):  # as JSON has it
+        kwargs["img_size"] = tuple(kwargs["img_size"])
+    model = timm.create_model(spec.timm_name, pretrained=pretrained, **kwargs).eval()
+    described: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}))
+    channels, *sides = described.get("input_size") or (3, 224, 224)
+    size, count = spec.input_size or spec.kwargs.get("img_size"), spec.kwargs.get("in_chans")
+    if isinstance(size, int):
+        sides = [size, size]
+    elif isinstance(size, (list, tuple)) and len(size) == 2:
+        sides = list(size)
+    described["input_size"] = (count if isinstance(count, int) else channels, *sides)
+    model.pretrained_cfg = model.default_cfg = described  # type: ignore[assignment]
+    return model
 
 
 def _check_hash(path: Path, expected: str | None) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from moee.artifact import read_json, stays_inside
-from moee.data import ImageSet, Source, Transform, divide, evaluation, rgb
+from moee.data import ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import MissingDependency, UserError
 
 PREFIX = "wds/"
@@ -53,7 +53,7 @@ class ShardSet(ImageSet):
     def picture(self, index: int) -> Image.Image:
         shard, offset, size = self.places[index].tolist()
         raw = os.pread(self._descriptor(shard), size, offset)
-        return rgb(io.BytesIO(raw), self.transform)
+        return decoded(io.BytesIO(raw), self.transform)
 
     def content(self) -> bytes:
         """Names and sizes of the shards: what tells this set from another one of the same name."""

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from moee.class_names import class_name
-from moee.data import ImageSet, Source, Transform, evaluation, rgb
+from moee.data import ImageSet, Source, Transform, converted, decoded, evaluation
 from moee.errors import MissingDependency, UserError
 from moee.schema import shown
 
@@ -34,11 +34,9 @@ class TimmSet(ImageSet):
 
     def picture(self, index: int) -> Image.Image:
         if not hasattr(self.dataset, "reader"):
-            picture = self.dataset[index][0]
-            self.transform.refuse_oblong(*picture.size)
-            return picture.convert("RGB")
+            return converted(self.dataset[index][0], self.transform)
         # not dataset[index]: timm quietly returns the next image in the place of an unreadable one
-        return rgb(self.dataset.reader[index][0], self.transform)
+        return decoded(self.dataset.reader[index][0], self.transform)
 
 
 def named(source: str) -> bool:

@@ -84,7 +84,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="weights as a .safetensors file")
     seed = "draw the weights at random under this seed, which is recorded: for trials without a trained model"
     parser.add_argument("--random-weights", type=at_least(0), metavar="SEED", help=seed)
-    parser.add_argument("--img-size", type=int, help="input size in pixels, for models that take it")
+    add_img_size(parser)
+
+
+def add_img_size(parser: argparse.ArgumentParser) -> None:
+    """`--img-size`, as timm takes it."""
+    what = "height and width of the images in pixels, or one number for both (the model's own)"
+    parser.add_argument("--img-size", type=int, nargs="+", metavar=("H", "W"), help=what)
 
 
 def add_attention(parser: argparse.ArgumentParser, several: bool = False) -> None:

@@ -47,11 +47,12 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
     prefix = int(getattr(moee.model, "num_prefix_tokens", 0))
     collected: dict[str, list[Tensor]] = {name: [] for name in layers}
     grids: dict[str, tuple[int, int, int] | None] = {}
+    shape = model_transform(moee.model).shape
 
     def hook(name: str):
         def record(module: Any, args: tuple[Tensor, ...]) -> None:
             x = args[0]
-            grids[name] = _grid(x, prefix, module.channels_first)
+            grids[name] = _grid(x, prefix, module.channels_first, shape)
             collected[name].append(module.routes(x).reshape(len(x), -1, module.top_k))
 
         return record
@@ -68,21 +69,23 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
         for handle in handles:
             handle.remove()
     routes = {name: torch.cat(parts) for name, parts in collected.items()}
-    shape = model_transform(moee.model).shape
     return RoutingTrace(
         shape, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids,
         data.classes,
     )  # fmt: skip
 
 
-def _grid(x: Tensor, prefix: int, channels_first: bool) -> tuple[int, int, int] | None:
-    """(tokens before the grid, rows, columns) of a layer's input, or None if its tokens form no square."""
+def _grid(x: Tensor, prefix: int, channels_first: bool, shape: Shape) -> tuple[int, int, int] | None:
+    """(tokens before the grid, rows, columns) of a layer's input, or None if its tokens form no grid as the image is."""
     if x.dim() == 4:
         return (0, *x.shape[2:]) if channels_first else (0, *x.shape[1:3])
+    _, height, width = shape
     for before in dict.fromkeys((prefix, 0)):
-        side = math.isqrt(x.shape[1] - before)
-        if side * side == x.shape[1] - before:
-            return before, side, side
+        count = x.shape[1] - before
+        rows = round(math.sqrt(count * height / width))
+        columns = round(math.sqrt(count * width / height))
+        if rows * columns == count and rows * width == columns * height:
+            return before, rows, columns
     return None
 
 

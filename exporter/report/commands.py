@@ -65,9 +65,9 @@ def _extract(body: dict[str, Any]) -> str:
         words += ["--weights", str(spec["weights"]).rpartition("/")[2]]
     elif isinstance(spec.get("random_seed"), int):
         words += ["--random-weights", spec["random_seed"]]
-    size = dig(spec, "kwargs", "img_size")
-    if isinstance(size, int) and spec.get("name") == spec.get("timm_name"):
-        words += ["--img-size", size]
+    size = spec.get("input_size") or dig(spec, "kwargs", "img_size")
+    if size and spec.get("name") == spec.get("timm_name"):
+        words += ["--img-size", *(size if isinstance(size, (list, tuple)) else [size])]
     config = config if isinstance(config, dict) else {}
     if config.get("method") != "clear-moe":
         return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)

@@ -65,7 +65,8 @@ def exported(shared, tmp_path):
 
 def facts(**changes) -> bundle_configs.Facts:
     given = Tensor("input", "float32", (3, 32, 32))
-    values = dict(given=given, output=Tensor("output", "float32", (10,)), recipe=Recipe((32, 32), (35, 35), "center", "bicubic", MEAN, STD),
+    recipe = Recipe((32, 32), (35, 35), "center", "bicubic", MEAN, STD)
+    values = dict(given=given, output=Tensor("output", "float32", (10,)), recipe=recipe,
                   batch=(1, 4, 16), classes=10, classifies=True, sm=87, model="tiny")  # fmt: skip
     return bundle_configs.Facts(**{**values, **changes})
 

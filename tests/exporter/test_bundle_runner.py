@@ -105,9 +105,11 @@ def test_damaged_images_are_one_sentence(tmp_path, data, said):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [("size 112 112", "size is missing"), ("size 112|size 112 112\nsize 9", "repeated"), ("crop center|crop border", "expected center"),
-     ("filter bicubic|filter lanczos", "expected bicubic"), ("resize 112|resize 9", "below size"), ("resize 112 112|resize 112 9", "below size"),
-     ("std 0.229|std 0", "three numbers"), ("mean 0.485 0.456|mean 0.485", "three numbers"), ("size 112|size x", "above 0"), ("size 112 112|size 112", "above 0")],
+    [("size 112 112", "size is missing"), ("size 112|size 112 112\nsize 9", "repeated"),
+     ("crop center|crop border", "expected center"), ("filter bicubic|filter lanczos", "expected bicubic"),
+     ("resize 112|resize 9", "below size"), ("resize 112 112|resize 112 9", "below size"),
+     ("std 0.229|std 0", "three numbers"), ("mean 0.485 0.456|mean 0.485", "three numbers"),
+     ("size 112|size x", "above 0"), ("size 112 112|size 112", "above 0")],
 )  # fmt: skip
 def test_a_damaged_recipe_is_refused(tmp_path, change, said):
     old, _, new = change.partition("|")
