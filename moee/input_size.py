@@ -28,8 +28,10 @@ def sized(spec: ModelSpec, size: Sequence[int]) -> ModelSpec:
     try:
         model = _laid_out(spec.model_copy(update=change))
     except UserError as error:
-        if not isinstance(error.__cause__, TypeError) or "img_size" not in str(error.__cause__):
+        if error.__cause__ is None:  # no such model
             raise
+        if not isinstance(error.__cause__, TypeError) or "img_size" not in str(error.__cause__):
+            raise UserError(f"{said}: {error}") from error
         change = {"input_size": (height, width)}
         model = _laid_out(spec.model_copy(update=change))
     _check(model, f"{said}: {spec.timm_name}", height, width)
@@ -45,9 +47,11 @@ def _laid_out(spec: ModelSpec) -> nn.Module:
 def _check(model: nn.Module, said: str, height: int, width: int) -> None:
     """Raise `UserError` if the patches do not divide the image, whose edge would be cut off, or the model does not run on it."""
     embed = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", None)
-    if isinstance(patch, tuple) and not getattr(embed, "dynamic_img_pad", False) and (height % patch[0] or width % patch[1]):
-        raise UserError(f"{said} cuts images into patches of {patch[0]} x {patch[1]} pixels; give multiples of them")
+    cut = getattr(embed, "proj", None)
+    if isinstance(cut, nn.Conv2d) and cut.kernel_size == cut.stride and not getattr(embed, "dynamic_img_pad", False):
+        rows, columns = cut.stride
+        if height % rows or width % columns:
+            raise UserError(f"{said} cuts images into patches of {rows} x {columns} pixels; give multiples of them")
     described: Any = model.pretrained_cfg
     try:
         with torch.no_grad():

@@ -30,6 +30,7 @@ CONVNEXT = dict(dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_classes=10)  # `
 SMALL = {
     "deit, distilled": ("deit_tiny_distilled_patch16_224", VIT),  # the plain ViT is in test_export_and_parity.py
     "swin": ("swin_tiny_patch4_window7_224", {**SWIN, "window_size": 4}),
+    "swin, rectangles": ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": (32, 64), "window_size": 4}),
     "convnext": ("test_convnext", CONVNEXT),
 }
 FULL = {

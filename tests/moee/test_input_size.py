@@ -1,0 +1,138 @@
+"""Images of another size than the model's own: rectangles, models that take any size, and what is refused before any work."""
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform
+from timm.layers import resample_abs_pos_embed
+
+from moee import checkpoint
+from moee.built_in import photo_path
+from moee.checkpoint import MoeeModel
+from moee.collage import Collages
+from moee.config import make_extract_config
+from moee.convert import extract
+from moee.data import TensorSet, load_data, model_transform
+from moee.errors import UserError
+from moee.input_size import sized
+from moee.metrics import dense_macs, tokens_per_image
+from moee.models import ModelSpec, load_model
+from moee.views import Views
+from tests.conftest import tiny_spec
+
+TALL = (96, 64)
+
+
+def named(name: str) -> ModelSpec:
+    return ModelSpec(name=name, timm_name=name)
+
+
+def laid_out(spec: ModelSpec):
+    with torch.device("meta"):
+        return load_model(spec)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "beit_base_patch16_224", "levit_128s", "maxvit_nano_rw_256", "twins_svt_small",
+     "mixer_s32_224", "test_convnext", "convnext_tiny", "caformer_s18", "pvt_v2_b0", "vit_tiny_r_s16_p8_224"],
+)  # fmt: skip
+def test_every_kind_of_model_runs_at_the_rectangle_that_is_asked_for(name):
+    """Constructors that take img_size and remember it, that take it and forget it, and that know no size."""
+    model = laid_out(sized(named(name), TALL))
+    assert model_transform(model).shape == (3, *TALL)
+    square, rectangle = (dense_macs(laid_out(sized(named(name), size)), (3, *size)) for size in ((64, 64), TALL))
+    assert square < rectangle
+    assert timm.data.resolve_model_data_config(model)["input_size"] == (3, *TALL), "timm's own functions see it too"
+
+
+def test_one_number_is_a_square_and_is_recorded_as_before():
+    assert sized(named("vit_tiny_patch16_224"), [64]).kwargs == {"img_size": 64} == sized(named("test_vit"), (64, 64)).kwargs
+    assert sized(named("vit_tiny_patch16_224"), TALL).kwargs == {"img_size": [96, 64]}
+    assert sized(named("convnext_tiny"), TALL).input_size == TALL and not sized(named("convnext_tiny"), TALL).kwargs
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [("vit_tiny_patch16_224", (96, 65), "patches of 16 x 16 pixels; give multiples"),
+     ("vit_small_patch14_dinov2", (64,), "patches of 14 x 14 pixels"),
+     ("swin_tiny_patch4_window7_224", (66, 64), "patches of 4 x 4 pixels"),
+     ("maxvit_tiny_tf_224", (65,), "maxvit_tiny_tf_224 cannot take images of 65 x 65 pixels"),
+     ("nest_tiny", TALL, "only handles square inputs"),
+     ("mvitv2_tiny", TALL, "mvitv2_tiny refused the arguments"),
+     ("crossvit_tiny_240", TALL, "cannot take images of 96 x 64 pixels"),
+     ("efficientformer_l1", TALL, "cannot take images of 96 x 64 pixels"),
+     ("convnext_tiny", (1,), "cannot take images of 1 x 1 pixels"),
+     ("vit_tiny_patch16_224", (0,), "from 1 to 4096 pixels"), ("vit_tiny_patch16_224", (-16, 16), "from 1 to 4096"),
+     ("vit_tiny_patch16_224", (1 << 20,), "from 1 to 4096"), ("vit_tiny_patch16_224", (32, 32, 32), "height and width")],
+)  # fmt: skip
+def test_a_size_that_the_model_cannot_take_is_one_sentence(name, size, said):
+    with pytest.raises(UserError, match=said) as error:
+        sized(named(name), size)
+    assert str(error.value).startswith(f"--img-size {' '.join(map(str, size))}: ")
+
+
+def test_an_unknown_model_is_called_that():
+    with pytest.raises(UserError, match="^unknown model"):
+        sized(named("vit_nosuch"), TALL)
+
+
+@pytest.mark.parametrize("size", [(0, 32), (32, 5000), (32,), (1, 2, 3)])
+def test_a_recorded_size_is_bounded(size):
+    with pytest.raises(ValueError):
+        ModelSpec(name="m", timm_name="convnext_tiny", input_size=size)
+
+
+@pytest.mark.parametrize("size", [TALL, (64, 96)])
+@pytest.mark.parametrize("changes", [{}, {"crop_mode": "squash"}, {"crop_pct": 1.0}])
+def test_image_files_are_prepared_as_timm_prepares_them(tmp_path, size, changes):
+    model = load_model(tiny_spec(img_size=size))
+    model.pretrained_cfg = {**model.pretrained_cfg, **changes}
+    for i, name in enumerate(("coffee.png", "rocket.jpg")):
+        Image.open(photo_path(name)).convert("RGB").resize((150, 110 + 90 * i)).save(tmp_path / f"{i}.png")
+    transform = model_transform(model)
+    data = load_data(str(tmp_path), transform)
+    theirs = create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    for i in range(len(data)):
+        assert data.load(i).shape == (3, *size)
+        with Image.open(data.describe(i)) as picture:
+            torch.testing.assert_close(data.load(i), theirs(picture), rtol=0, atol=0)
+
+
+def test_built_in_images_views_and_collages_fill_the_rectangle():
+    transform = model_transform(load_model(tiny_spec(img_size=TALL)))
+    digits, photos = load_data("digits", transform, "val"), load_data("photos:1", transform)
+    assert digits.images.shape[1:] == photos.images.shape[1:] == (3, *TALL)
+    for data in (photos, digits):
+        assert Views(data, transform, 1, 0).load(3).shape == (3, *TALL)
+        collage = transform.pixels(Collages(data, transform, 1, 0).load(3))
+        assert collage.shape == (3, *TALL) and -1e-6 <= collage.min() and collage.max() <= 1 + 1e-6
+    rows = torch.stack([Collages(photos, transform, 1, 0).load(i)[:, 64:] for i in range(8)])
+    assert rows.std() > 0.3, "the part below the square is drawn on as well"
+
+
+def test_position_embeddings_of_a_square_are_resampled_to_the_rectangle(tmp_path):
+    model = load_model(tiny_spec())
+    torch.nn.init.normal_(model.pos_embed)
+    save_file(model.state_dict(), tmp_path / "square.safetensors")
+    spec = tiny_spec(img_size=[96, 64]).model_copy(update={"weights": str(tmp_path / "square.safetensors")})
+    expected = resample_abs_pos_embed(model.pos_embed, new_size=(12, 8), num_prefix_tokens=1)
+    torch.testing.assert_close(load_model(spec).pos_embed, expected)
+
+
+@pytest.mark.parametrize("spec", [tiny_spec(img_size=[96, 64]), sized(named("test_convnext"), TALL)], ids=["vit", "convnext"])
+def test_an_artifact_keeps_its_rectangle(tmp_path, spec):
+    model = load_model(spec)
+    names = [f"blocks.{i}.mlp" for i in range(3)] if "img_size" in spec.kwargs else ["stages.3.blocks.0.mlp"]
+    tokens = tokens_per_image(model, names, (3, *TALL))
+    images = torch.randn(24, 3, *TALL, generator=torch.Generator().manual_seed(0))
+    config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, compensation="mean")
+    extract(model, TensorSet("noise", images, [-1] * 24), config)
+    checkpoint.save(MoeeModel(model.eval(), spec, config, "noise"), tmp_path / "model")
+    loaded = checkpoint.load(tmp_path / "model")
+    assert model_transform(loaded.model).shape == model_transform(loaded.dense()).shape == (3, *TALL)
+    assert tokens == tokens_per_image(loaded.dense(), names, (3, *TALL)) and tokens[names[0]] in (12 * 8 + 1, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(images[:2]), model(images[:2]))
