@@ -141,7 +141,8 @@ def test_shapes_of_a_manifest_are_bounded(change):
 
 def test_a_size_that_does_not_fit_is_refused_before_any_work(tmp_path, pictures, capsys):
     for size, said in (((65,), "patches of 16 x 16"), ((96, 64, 3), "height and width"), ((-1,), "1 to 4096")):
-        assert run("extract", "test_vit", "--data", pictures, "--img-size", *size, "--out", tmp_path / "out") == 2
+        argv = ("test_vit", "--random-weights", 0, "--data", pictures, "--img-size", *size)
+        assert run("extract", *argv, "--out", tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert said in error and "Traceback" not in error and len(error.splitlines()) == 1
     assert not (tmp_path / "out").exists()

@@ -18,26 +18,26 @@ from moee.data import TensorSet, load_data, model_transform
 from moee.errors import UserError
 from moee.input_size import sized
 from moee.metrics import dense_macs, tokens_per_image
-from moee.models import ModelSpec, load_model
+from moee.models import ModelSpec, build_model, load_model
 from moee.views import Views
 from tests.conftest import tiny_spec
 
 TALL = (96, 64)
 
 
-def named(name: str) -> ModelSpec:
-    return ModelSpec(name=name, timm_name=name)
+def named(name: str, random_seed: int | None = None) -> ModelSpec:
+    return ModelSpec(name=name, timm_name=name, random_seed=random_seed)
 
 
 def laid_out(spec: ModelSpec):
     with torch.device("meta"):
-        return load_model(spec)
+        return build_model(spec)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "beit_base_patch16_224", "levit_128s", "maxvit_nano_rw_256", "twins_svt_small",
-     "mixer_s32_224", "test_convnext", "convnext_tiny", "caformer_s18", "pvt_v2_b0", "vit_tiny_r_s16_p8_224"],
+    ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "beit_base_patch16_224", "levit_128s", "maxvit_nano_rw_256",
+     "twins_svt_small", "mixer_s32_224", "test_convnext", "convnext_tiny", "caformer_s18", "pvt_v2_b0", "vit_tiny_r_s16_p8_224"],
 )  # fmt: skip
 def test_every_kind_of_model_runs_at_the_rectangle_that_is_asked_for(name):
     """Constructors that take img_size and remember it, that take it and forget it, and that know no size."""
@@ -117,12 +117,13 @@ def test_position_embeddings_of_a_square_are_resampled_to_the_rectangle(tmp_path
     model = load_model(tiny_spec())
     torch.nn.init.normal_(model.pos_embed)
     save_file(model.state_dict(), tmp_path / "square.safetensors")
-    spec = tiny_spec(img_size=[96, 64]).model_copy(update={"weights": str(tmp_path / "square.safetensors")})
+    weights = {"weights": str(tmp_path / "square.safetensors"), "random_seed": None}
+    spec = tiny_spec(img_size=[96, 64]).model_copy(update=weights)
     expected = resample_abs_pos_embed(model.pos_embed, new_size=(12, 8), num_prefix_tokens=1)
     torch.testing.assert_close(load_model(spec).pos_embed, expected)
 
 
-@pytest.mark.parametrize("spec", [tiny_spec(img_size=[96, 64]), sized(named("test_convnext"), TALL)], ids=["vit", "convnext"])
+@pytest.mark.parametrize("spec", [tiny_spec(img_size=[96, 64]), sized(named("test_convnext", 0), TALL)], ids=["vit", "convnext"])
 def test_an_artifact_keeps_its_rectangle(tmp_path, spec):
     model = load_model(spec)
     names = [f"blocks.{i}.mlp" for i in range(3)] if "img_size" in spec.kwargs else ["stages.3.blocks.0.mlp"]
