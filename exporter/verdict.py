@@ -7,6 +7,7 @@ were independent would give too narrow an interval.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,13 @@ class Verdict:
     pairs: int
 
     @property
+    def decidable(self) -> bool:
+        """Whether the times allow a verdict at all, be it that the noise hides the difference."""
+        return self.pairs >= MIN_PAIRS and all(map(math.isfinite, (self.ratio, self.low, self.high)))
+
+    @property
     def winner(self) -> str | None:
-        if self.pairs < MIN_PAIRS:
+        if not self.decidable:
             return None
         if self.low > 1 and self.ratio >= 1 + MIN_EFFECT:
             return "moee"
@@ -46,6 +52,8 @@ class Verdict:
             return f"dense is faster: {span}"
         if self.pairs < MIN_PAIRS:
             why = f"fewer than {MIN_PAIRS} pairs"
+        elif not self.decidable:
+            why = "a run took no time that the clock can tell"
         elif self.low <= 1 <= self.high:
             why = "the noise is as large as the difference"
         else:

@@ -41,12 +41,15 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.latency import bench
     from exporter.manifests import read_export, refuse_lost_dense
+    from exporter.verdict import MIN_PAIRS
     from moee.artifact import write_json
     from moee.data import batches
     from moee.errors import UserError
 
     manifest = read_export(args.path)
     refuse_lost_dense(manifest, args.path)
+    if args.fail_if_slower and args.runs < MIN_PAIRS and args.duration <= 0:
+        raise UserError(f"--fail-if-slower needs {MIN_PAIRS} pairs of runs or more, came --runs {args.runs}")
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:
@@ -72,8 +75,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result.to_json())
-    if args.fail_if_slower and result.verdict.winner == "dense":
-        console.print("FAILED: MoEE is slower than dense")
+    if args.fail_if_slower and (result.verdict.winner == "dense" or not result.verdict.decidable):
+        slower = "MoEE is slower than dense" if result.verdict.decidable else "whether MoEE is slower could not be told"
+        console.print(f"FAILED: {slower}")
         return GATE_FAILED
     return OK
 

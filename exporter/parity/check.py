@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +27,12 @@ from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
+from moee.accuracy import agreement
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
 from moee.layer import routed_layers
+from moee.probe import classes_told
 from moee.progress import Reporter, silent
 
 DEFAULT_BATCHES = DEFAULT_BATCH
@@ -60,7 +62,7 @@ class ParityResult:
 
     @property
     def max_abs_error(self) -> float:
-        return max(b.max_abs_error for b in self.batches)
+        return max((b.max_abs_error for b in self.batches), default=math.inf)
 
     @property
     def mean_route_agreement(self) -> float:
@@ -73,7 +75,12 @@ class ParityResult:
     @property
     def passed(self) -> bool:
         parts = [*(b.passed for b in self.batches), *(layer.passed for layer in self.layers)]
-        return all(parts) and self.routes_passed and not self.weight_problems
+        return not self.unchecked and all(parts) and self.routes_passed and not self.weight_problems
+
+    @property
+    def unchecked(self) -> list[str]:
+        """What nothing was compared of: with nothing to check a gate has not passed."""
+        return [name for name, found in (("batches", self.batches), ("layers", self.layers)) if not found]
 
     def __bool__(self) -> bool:
         return self.passed
@@ -86,7 +93,7 @@ class ParityResult:
 
     def to_json(self) -> dict[str, Any]:
         deviation = self.first_deviation
-        largest = max(b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches)
+        largest = max((b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches), default=math.nan)
         body = {
             "schema": "moee.parity/1",
             **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement", "rule")},
@@ -250,12 +257,12 @@ def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]
 
 def _class_agreement(runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, size: int) -> tuple[float | None, int]:
     """Share of images with the class that torch in the runtime's type gives, and how many images."""
-    if moee.probe is None and not getattr(moee.model, "num_classes", 0):
+    if classes_told(moee.model, moee.probe) < 2:
         return None, len(pool)
     same = 0
     for part in pool.split(size):
         x = part.contiguous()
-        same += int((classes(moee, yard.own(x).float()) == classes(moee, torch.from_numpy(runner.run(x.numpy())[0]))).sum())
+        same += int(agreement(logits(moee, yard.own(x)), logits(moee, torch.from_numpy(runner.run(x.numpy())[0]))).sum())
     return same / len(pool), len(pool)
 
 
@@ -263,8 +270,3 @@ def logits(moee: MoeeModel, outputs: Tensor) -> Tensor:
     """Logits [N, classes] float32 of a model's outputs: the outputs themselves, or the probe's."""
     outputs = outputs.float()
     return moee.probe.logits(outputs) if moee.probe is not None else outputs
-
-
-def classes(moee: MoeeModel, outputs: Tensor) -> np.ndarray:
-    """Top-1 class [N] of a model's outputs."""
-    return logits(moee, outputs).argmax(1).numpy()

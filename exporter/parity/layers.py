@@ -11,6 +11,7 @@ Three comparisons, because they answer different questions:
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from exporter.parity.kinds import apply_layer, scores_and_bound
 from exporter.parity.outputs import SAFETY, tolerance
-from exporter.parity.stats import ErrorStats, error_stats
+from exporter.parity.stats import ErrorStats, error_stats, within
 from exporter.parity.taps import Tap
 from moee.clear_moe import ClearFFN
 from moee.layer import RoutedLayer
@@ -59,15 +60,19 @@ class LayerParity:
 
     @property
     def output_passed(self) -> bool:
-        return self.local.max_abs_error <= self.local_tolerance and self.probe.max_abs_error <= self.probe_tolerance
+        checked = self.tokens > 0 and self.local.count > 0 and self.probe.count > 0
+        return checked and all(within(error, allowed) for error, allowed in self._pairs)
+
+    @property
+    def _pairs(self) -> tuple[tuple[float, float], ...]:
+        return (self.local.max_abs_error, self.local_tolerance), (self.probe.max_abs_error, self.probe_tolerance)
 
     @property
     def output_message(self) -> str:
         """The worse of the two errors of the layer alone, and what is allowed."""
-        error, allowed = max(
-            (self.local.max_abs_error, self.local_tolerance), (self.probe.max_abs_error, self.probe_tolerance),
-            key=lambda pair: pair[0] / max(pair[1], 1e-300),
-        )  # fmt: skip
+        if not (self.tokens and self.local.count and self.probe.count):
+            return "something unknown: none of its values is a number"
+        error, allowed = max(self._pairs, key=lambda pair: pair[0] / max(pair[1], 1e-300) if math.isfinite(pair[1]) else math.inf)
         return f"{error:.2e} of {allowed:.2e} allowed"
 
     @property
@@ -162,7 +167,7 @@ def first_deviation(layers: list[LayerParity], outputs_passed: bool, damaged: di
     for layer in layers:
         if layer.name in damaged:
             return Deviation(layer.name, "weights", damaged[layer.name])
-        if layer.input_drift > layer.input_tolerance:
+        if not within(layer.input_drift, layer.input_tolerance):
             message = f"the input is off by {layer.input_drift:.2e} on average ({layer.input_tolerance:.2e} allowed): "
             return Deviation(layer.name, "input", f"{message}something between {before} and {layer.name} differs")
         if layer.wrong_routes:

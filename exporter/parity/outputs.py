@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from exporter.parity.stats import error_stats
+from exporter.parity.stats import error_stats, within
 
 SAFETY = 8.0  # times torch's own largest error: another order of summation, on another processor, may lose more than torch's did
 INT8_SAFETY = 3.0  # there the error is the sum of many rounding decisions, which is as large wherever it is computed
@@ -17,6 +18,7 @@ INT8_SAFETY = 3.0  # there the error is the sum of many rounding decisions, whic
 class BatchError:
     """Errors at one batch size against the float64 run of the same weights, and what torch in the graph's type loses there.
 
+    `values` of its outputs are numbers and were compared.
     `tie_images` of its images hold a near tie between experts and are held against the float64 run with the runtime's routes.
     """
 
@@ -30,6 +32,7 @@ class BatchError:
     p99_rel_error: float
     torch_max_abs_error: float
     tolerance_abs: float
+    values: int
     tie_images: int = 0
 
     @property
@@ -39,7 +42,17 @@ class BatchError:
 
     @property
     def passed(self) -> bool:
-        return self.max_abs_error <= self.tolerance_abs
+        return self.values > 0 and within(self.max_abs_error, self.tolerance_abs)
+
+    @property
+    def message(self) -> str:
+        """The largest error and what is allowed, or why nothing could be compared."""
+        if self.values == 0:
+            return "no output is a number, so nothing was compared"
+        if not math.isfinite(self.tolerance_abs):
+            return "torch in the graph's type overflows where float64 does not, so that no error could be too large"
+        allowed = f"{self.tolerance_abs:.3g} allowed (outputs have rms {self.output_rms:.3g})"
+        return f"largest error {self.max_abs_error:.3g} of {allowed}"
 
 
 def tolerance(
@@ -66,5 +79,5 @@ def batch_error(
     allowed = tolerance(max(widest, torch_error), stats.rms, dtype, rtol, atol, safety)
     return BatchError(
         batch, stats.max_abs_error, stats.mean_abs_error, stats.rms, stats.p99_abs_error, stats.max_rel_error,
-        stats.mean_rel_error, stats.p99_rel_error, torch_error, allowed,
+        stats.mean_rel_error, stats.p99_rel_error, torch_error, allowed, stats.count,
     )  # fmt: skip

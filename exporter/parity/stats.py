@@ -13,7 +13,9 @@ RELATIVE_FLOOR = 1e-3  # of the reference's rms: below it a relative error says 
 
 @dataclass(frozen=True)
 class ErrorStats:
-    """Elementwise errors of `count` values. Relative ones divide by |reference|, at least `RELATIVE_FLOOR` of its rms."""
+    """Elementwise errors of `count` values that are numbers in either array.
+
+    Relative ones divide by |reference|, at least `RELATIVE_FLOOR` of its rms."""
 
     count: int
     max_abs_error: float
@@ -26,18 +28,25 @@ class ErrorStats:
 
 
 def error_stats(got: np.ndarray, reference: np.ndarray) -> ErrorStats:
-    """`got` and `reference` of equal shape, compared in float64. A value that is finite in one alone is an infinite error."""
+    """`got` and `reference` of equal shape, compared in float64. A value that is finite in one alone is an infinite error;
+    one that is NaN in both is no error, but nothing that was compared either."""
     got, reference = np.asarray(got, np.float64).ravel(), np.asarray(reference, np.float64).ravel()
     if got.size == 0:
         return ErrorStats(0, *([0.0] * 7))
     with np.errstate(invalid="ignore"):
         error = np.abs(got - reference)
-        error[np.isnan(got) & np.isnan(reference)] = 0.0
+        neither = np.isnan(got) & np.isnan(reference)
+        error[neither] = 0.0
         error[~np.isfinite(error)] = np.inf
         rms = float(np.sqrt(np.mean(np.square(reference[np.isfinite(reference)])))) if np.isfinite(reference).any() else 0.0
         relative = error / np.maximum(np.abs(reference), max(RELATIVE_FLOOR * rms, np.finfo(np.float64).tiny))
     relative[np.isnan(relative)] = np.inf
-    return ErrorStats(got.size, *_three(error), *_three(relative), rms)
+    return ErrorStats(got.size - int(neither.sum()), *_three(error), *_three(relative), rms)
+
+
+def within(error: float, allowed: float) -> bool:
+    """Whether an error is inside its tolerance. An infinite tolerance is one of a type that overflows, and allows nothing."""
+    return math.isfinite(allowed) and error <= allowed
 
 
 def _three(error: np.ndarray) -> tuple[float, float, float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exporter.parity.kinds import apply_layer
 from exporter.parity.layers import LayerParity, wrong_routes
 from exporter.parity.outputs import BatchError
-from exporter.parity.stats import error_stats
+from exporter.parity.stats import error_stats, within
 from exporter.parity.taps import Tap
 from moee.layer import RoutedLayer, routed_layers
 
@@ -83,7 +83,7 @@ def _chosen(model: nn.Module) -> Iterator[list[Tensor]]:
 
 def only_ties(judged: Sequence[LayerParity]) -> bool:
     """Whether layers that were judged on the runtime's own routes leave nothing but ties to explain their flips."""
-    return all(layer.wrong_routes == 0 and layer.input_drift <= layer.input_tolerance for layer in judged)
+    return bool(judged) and all(layer.wrong_routes == 0 and within(layer.input_drift, layer.input_tolerance) for layer in judged)
 
 
 def excuse_ties(

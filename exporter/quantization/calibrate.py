@@ -66,9 +66,12 @@ class Histogram:
 
 
 def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
-    """Power of `reference` over the power of the difference, in decibels; infinite if there is none."""
-    noise = float((noisy.double() - reference.double()).square().sum())
-    return 10 * math.log10(float(reference.double().square().sum()) / noise) if noise > 0 else math.inf
+    """Power of `reference` over the power of the difference, in decibels; infinite if there is none, minus infinity if one of
+    them holds a value that is no number."""
+    power, noise = (float(x.square().sum()) for x in (reference.double(), noisy.double() - reference.double()))
+    if not math.isfinite(noise) or power == 0 < noise:
+        return -math.inf
+    return 10 * math.log10(power / noise) if noise > 0 else math.inf
 
 
 @torch.inference_mode()
@@ -78,7 +81,7 @@ def calibrate(
 ) -> Quantization:  # fmt: skip
     """Calibrate float32 `model` on `images` images of `data`, drawn once. `dtype` is the type of the scales.
 
-    Raises `UserError` if `images` is not positive or the data hold none that can be read.
+    Raises `UserError` if `images` is not positive, the data hold none that can be read, or the model gives no numbers on them.
     """
     if images < 1:
         raise UserError(f"--calibration-images {images}: expected 1 or more")
@@ -90,6 +93,8 @@ def calibrate(
     histograms = {name: histogram for name, histogram in histograms.items() if name not in why}
     seen = torch.cat([b.images for b in batches(data, BATCH, order=order[:JUDGED_IMAGES])])
     exact = model(seen)
+    if not exact.isfinite().all():
+        raise UserError(f"the model's outputs on {data.name} are not finite, so int8 cannot be judged; check its weights")
 
     def loss(chosen: dict[str, float]) -> float:
         return sqnr_db(exact, quantized(model, chosen, dtype).float()(seen))

@@ -60,7 +60,8 @@ class EngineParity:
 
     @property
     def passed(self) -> bool:
-        return self.plugin.passed and self.built_from_this_export is not False and all(b.passed for b in self.batches)
+        compared = bool(self.batches) and all(b.passed for b in self.batches)
+        return self.plugin.passed and self.built_from_this_export is not False and compared
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class VerifyResult:
 
     def cases(self) -> list[Case]:
         """Every check in the order of the model."""
-        found = [_batch_case("parity", b) for b in self.parity.batches]
+        found = [Case("parity", name, failure=f"no {name} were compared") for name in self.parity.unchecked]
+        found += [_batch_case("parity", b) for b in self.parity.batches]
         damaged: dict[str, str] = {}
         for problem in self.parity.weight_problems:
             damaged.setdefault(problem.layer, problem.message)
@@ -126,9 +128,11 @@ class VerifyResult:
         layers = ", ".join(layer.name for layer in self.parity.layers if layer.kind == "moee")
         stale = None if e.plugin.passed else f"{e.plugin.message}; it runs {layers}"
         source = "was built from another export; run moee build again" if e.built_from_this_export is False else None
+        unknown = "nothing says which export it was built from" if e.built_from_this_export is None else None
         return [
             Case("engine", "plugin", e.plugin.message, stale),
-            Case("engine", "source", "", source),
+            Case("engine", "source", "", source, unknown),
+            *([] if e.batches or stale else [Case("engine", "batches", failure="no batches were compared")]),
             *[_batch_case("engine", b) for b in e.batches],
         ]
 
@@ -148,8 +152,7 @@ class VerifyResult:
 
 
 def _batch_case(group: str, b: BatchError) -> Case:
-    detail = f"largest error {b.max_abs_error:.3g} of {b.tolerance_abs:.3g} allowed (outputs have rms {b.output_rms:.3g})"
-    return Case(group, f"batch {b.batch}", detail, None if b.passed else detail)
+    return Case(group, f"batch {b.batch}", b.message, None if b.passed else b.message)
 
 
 def verify(
