@@ -164,8 +164,12 @@ def refit(
         report("refit", len(found), len(layers))
 
     report("refit", 0, len(layers))
-    for group in groups:
+    while groups:
+        group = groups.pop(0)
         entry = find_entry(model, group.names, found, image) if group.images > fewest else None
+        if entry is None and group.images > fewest and len(group.names) > 1:  # something goes past the first: one pass a layer
+            groups[:0] = [ImageGroup((name,), group.images) for name in group.names]
+            continue
         for name in group.names:
             step = _RefitStep(layers[name], ffns[name], ridge, name == group.names[-1], done)
             replace_module(model, name, step)

@@ -28,6 +28,7 @@ MODELS = {
     "convnext": ("convnext_atto", CONVNEXT),
     "pit": ("pit_ti_224", dict(img_size=32, patch_size=4, stride=2, base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(2, 2, 4))),
 }
+CAIT = dict(img_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2, depth_token_only=2, num_classes=10)
 STATIC = dict(clustering="none", keep=0.6)
 
 
@@ -176,6 +177,15 @@ def test_without_an_entry_the_layers_get_what_fits_and_the_report_says_so(monkey
     last = done["layers.3.blocks.0.mlp"]
     assert last.tokens == 8  # of the eight images that fill the first stage
     assert f"8 tokens for {last.neurons} neurons" in last.note
+
+
+def test_layers_that_share_what_goes_past_them_get_a_pass_each():
+    """Both of CaiT's class attentions read the patches, the second past the first. What is kept of them bounds the images."""
+    model = load_model(ModelSpec(name="cait", timm_name="cait_xxs24_224", kwargs=CAIT, random_seed=0))
+    reports = extract(model, tiny_images(64), make_extract_config(refit_tokens=640, **STATIC))
+    assert {r.name: r.refit.tokens for r in reports} == {
+        "blocks.0.mlp": 640, "blocks.1.mlp": 640, "blocks_token_only.0.mlp": 39, "blocks_token_only.1.mlp": 39,
+    }  # fmt: skip
 
 
 def test_memory_bounds_the_images_whose_inputs_are_kept(monkeypatch):
