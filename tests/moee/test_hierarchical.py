@@ -9,6 +9,7 @@ from torch import nn
 import moee.refit
 import moee.sensitivity
 from exporter.ui import layer_notes
+from moee.accuracy import Comparison
 from moee.config import make_extract_config
 from moee.convert import extract
 from moee.entry import find_entry, gather, run_until_reached, taken_up
@@ -29,6 +30,7 @@ MODELS = {
     "pit": ("pit_ti_224", dict(img_size=32, patch_size=4, stride=2, base_dims=(8, 8, 8), depth=(1, 1, 1), heads=(2, 2, 4))),
 }
 CAIT = dict(img_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2, depth_token_only=2, num_classes=10)
+UNLABELLED = Comparison(8, 0, "no labels")
 STATIC = dict(clustering="none", keep=0.6)
 
 
@@ -263,7 +265,7 @@ def test_token_cosine_of_every_shape_of_feature_map(name):
     data = tiny_images(8)
     changed = copy.deepcopy(model)
     extract(changed, data, make_extract_config(compensation="none", clustering="none", keep=0.2))
-    kept = retention(run(model, data), run(changed, data), None, True)
+    kept = retention(run(model, data), run(changed, data), None, 0, UNLABELLED)
     with torch.no_grad():
         features, others = model.forward_features(data.images), changed.forward_features(data.images)
     axis = 1 if name == "convnext" else -1
@@ -282,7 +284,7 @@ def test_features_that_are_no_token_map_say_so(tiny_model, kind, why):
     tiny_model.forward_features = lambda images: kind(forward(images))
     tiny_model.forward_head = lambda features: torch.zeros(4, 10)
     outputs = run(tiny_model, tiny_images(8), batch_size=4)
-    kept = retention(outputs, outputs, None, True)
+    kept = retention(outputs, outputs, None, 0, UNLABELLED)
     assert kept.token_cosine is None and kept.no_tokens == why and kept.to_json()["no_tokens"] == why
 
 
