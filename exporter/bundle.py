@@ -19,10 +19,12 @@ from exporter.manifests import input_shape, read_export
 from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, TENSORRT
 from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
-from moee.artifact import atomic_folder, read_json, sha256_file, write_json, write_manifest
+from moee.artifact import read_json, sha256_file, write_json, write_manifest
 from moee.checkpoint import PROBE
 from moee.errors import UserError
 from moee.models import read_safetensors
+from moee.placement import OutputFolder, source_paths
+from moee.result_kinds import DEPLOYMENT
 from moee.schema import shown
 from plugins.build import SOURCE
 from plugins.bundle import write_bundle
@@ -81,7 +83,7 @@ def write_deployment(
     if given.shape != (3, *recipe.size):
         says = " x ".join(map(str, recipe.size))
         raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {says}; export again")
-    with atomic_folder(out, force) as folder:
+    with OutputFolder(out, DEPLOYMENT, force, source_paths(export_dir)).write() as folder:
         _copy_models(export_dir, folder / "models")
         classifies = ends_in_classes(export)
         take_raw_pixels(folder / "models" / TENSORRT, folder / "models" / PIXELS, recipe.mean, recipe.std, classifies)

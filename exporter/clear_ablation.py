@@ -19,12 +19,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moee.artifact import read_json, write_json
-from moee.atomic import atomic_file
 from moee.clear_moe import ClearConfig, convert
 from moee.config import validated
 from moee.errors import UserError
 from moee.pipeline import Session
+from moee.placement import OutputFile, OutputFolder
 from moee.progress import Reporter, silent
+from moee.result_kinds import CLEAR_ABLATION, CLEAR_PLOT_TITLE
 from moee.resume import check_identity, difference, fingerprint
 from moee.schema import Body, checked
 
@@ -113,6 +114,7 @@ def ablate(
     """Run what is missing of the grid into folder `out`; returns all cells. Seeds are the outer loop, so that an early stop
     leaves every setting measured once."""
     out = Path(out)
+    OutputFolder(out, CLEAR_ABLATION, grows=True).check()
     out.mkdir(parents=True, exist_ok=True)
     spec = session.spec
     model = {"model": spec.name, **spec.identity()}
@@ -184,7 +186,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[dict[str, Any]], grid: Grid, path: Path) -> bool:
+def plot(rows: list[dict[str, Any]], grid: Grid, place: OutputFile) -> bool:
     """Class cosine over each factor's values around the centre, as SVG; False if matplotlib is not installed."""
     try:
         import matplotlib
@@ -204,7 +206,7 @@ def plot(rows: list[dict[str, Any]], grid: Grid, path: Path) -> bool:
         axis.set_xlabel(name.replace("_", " "))
     axes[0].set_ylabel("class cosine to dense")
     figure.tight_layout()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, metadata={"Date": None})
+    with place.write() as temporary:
+        figure.savefig(temporary, format="svg", metadata={"Date": None, "Title": CLEAR_PLOT_TITLE})
     pyplot.close(figure)
     return True

@@ -22,6 +22,7 @@ from exporter.commands import (
     bench_dispatch,
     build,
     bundle,
+    check_outputs,
     demo,
     doctor,
     export,
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     try:
         ranks.prepare(args)
+        if not ranks.several():  # ranks do so together
+            check_outputs(args)
         return args.run(args, console)
     except BrokenPipeError:  # the reader of a pipe is gone; Python would complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

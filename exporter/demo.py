@@ -15,14 +15,15 @@ from exporter.parity import ParityResult, check_parity
 from exporter.pretrained import resolve
 from exporter.report import write_report
 from moee import checkpoint
-from moee.artifact import refuse_existing, write_json
-from moee.atomic import remove_folder
+from moee.artifact import write_json
 from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.data import batches
 from moee.errors import MissingDependency, StepFailed
 from moee.pipeline import Session, run_extract, run_finetune
+from moee.placement import DemoFolder
 from moee.progress import Reporter, silent
+from moee.result_kinds import DEMO
 
 log = logging.getLogger("moee")
 
@@ -55,10 +56,12 @@ def run_demo(
 
     With `force`, an earlier demo in `out` is replaced, and nothing else that lies there.
     """
+    place = DemoFolder(out, force=force)
+    place.check()
     out = Path(out)
-    refuse_existing(out, force)
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "parity.json", "latency.json", "report.html"):
+    write_json(out / DEMO.manifest, {"schema": f"{DEMO.schema}/1"})  # a later demo replaces what it finds beside this
+    for name in place.files:
         (out / name).unlink(missing_ok=True)
     session = Session(resolve(model, data, report=report), data, report=report)
     config = make_extract_config(
@@ -66,7 +69,7 @@ def run_demo(
     )
     extracted, tuned, exported = out / "extracted", out / "tuned", out / "export"
     run_extract(session.spec, data, config, extracted, True, report, session)
-    remove_folder(out / "tuned.resume")
+    place.folder("tuned.resume").remove()
     run_finetune(extracted, FinetuneConfig(epochs=epochs, lr=LEARNING_RATE), tuned, None, True, report, session)
     moee = checkpoint.load(tuned)
     export(moee, exported, True, report, source=tuned)
@@ -80,8 +83,8 @@ def run_demo(
         engine_error = " ".join(str(error).split())
     summary = _summary(moee, data, parity, latency, engine)
     for name, result in (("parity", parity), ("latency", latency)):
-        write_json(out / f"{name}.json", result.to_json())
-    write_json(out / "summary.json", summary)
+        place.file(f"{name}.json").write_json(result.to_json())
+    place.file("summary.json").write_json(summary)
     write_report([out], out / "report.html", force=True)
     return DemoResult(summary, moee, parity, latency, engine_error)
 

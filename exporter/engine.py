@@ -9,16 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from exporter.manifests import BACKENDS, ENGINE, ENGINE_SCHEMA, read_engine, read_export
 from exporter.onnx_safety import check_onnx
-from moee.artifact import atomic_folder, read_manifest, refuse_existing, sha256_file, write_manifest
+from moee.artifact import read_manifest, sha256_file, write_manifest
 from moee.atomic import temporary_folder
 from moee.errors import MissingDependency, StepFailed, UserError
+from moee.placement import OutputFile, OutputFolder, check_all, source_paths
+from moee.result_kinds import ENGINE as ENGINE_FOLDER
+from moee.result_kinds import TIMING_CACHE
 from plugins.build import describe_plugin
 from plugins.contract import DOMAIN, OP_TYPE
 
@@ -80,7 +84,10 @@ def build_engines(
     if not 1 <= low <= opt <= high:
         raise UserError(f"batch profile {low}/{opt}/{high} must satisfy 1 <= min <= opt <= max")
     require_backend(backend)
-    refuse_existing(out_dir, force)
+    inputs = source_paths(export_dir, plugin)
+    output = OutputFolder(out_dir, ENGINE_FOLDER, force, inputs)
+    cache = OutputFile(timing_cache, TIMING_CACHE, inputs=inputs, option="--timing-cache") if timing_cache is not None else None
+    check_all([output, *([cache] if cache else [])])
     export = read_export(export_dir)
     graphs = {"dense": _graph(export_dir, export, "dense"), "moee": _graph(export_dir, export, "tensorrt")}
     nodes = count_plugin_nodes(graphs["moee"])
@@ -90,7 +97,7 @@ def build_engines(
         raise UserError(f"{graphs['moee']} has {nodes} {OP_TYPE} nodes, which need the plugin library; give it with --plugin")
     info = describe_plugin(Path(plugin)) if plugin is not None and nodes else None
     results: dict[str, dict[str, Any]] = {}
-    with atomic_folder(out_dir, force) as folder:
+    with _timing_cache(cache) as cache_file, output.write() as folder:
         library = folder / Path(plugin).name if plugin is not None and info is not None else None
         if library is not None and plugin is not None:
             shutil.copy2(plugin, library)
@@ -99,7 +106,7 @@ def build_engines(
             spec = {
                 **{"backend": backend, "onnx": str(graph.resolve()), "plan": str(folder / f"{name}.plan")},
                 **{"plugin": str(library) if library is not None and name == "moee" else "", "batch": list(batch)},
-                "timing_cache": str(Path(timing_cache).resolve()) if timing_cache else "",
+                "timing_cache": cache_file,
                 "log": str(Path(log).resolve()) if log and name == "moee" else "",
             }
             results[name] = run_worker(spec, _prefixed(say, name))
@@ -119,6 +126,24 @@ def build_engines(
             body["plugin"] = {"file": library.name, "sha256": sha256_file(library), "headers": info.headers}
         write_manifest(folder, "engine.json", SCHEMA, body)
     return report_of(out_dir, body)
+
+
+@contextmanager
+def _timing_cache(place: OutputFile | None) -> Iterator[str]:
+    """A copy of the timing cache for the workers, empty for none; what they leave in it takes its place at the end."""
+    if place is None:
+        yield ""
+        return
+    with temporary_folder() as scratch:
+        copy = scratch / "timing.cache"
+        if place.place.exists():
+            shutil.copyfile(place.place, copy)
+        try:
+            yield str(copy)
+        finally:  # a failed build has timed tactics too
+            if copy.exists() and copy.stat().st_size:
+                with place.write() as temporary:
+                    shutil.copyfile(copy, temporary)
 
 
 def _prefixed(say: Progress, name: str) -> Progress:

@@ -31,7 +31,7 @@ from exporter.passes.portable import lower_routed_ffn
 from exporter.precision import INT8, dtype_of, typed
 from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
 from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
-from moee.artifact import atomic_folder, refuse_existing, write_manifest
+from moee.artifact import write_manifest
 from moee.checkpoint import MoeeModel, recorded_data
 from moee.clear_moe import ClearFFN
 from moee.data import ImageSet, Transform, load_data, model_transform, say_read
@@ -39,7 +39,9 @@ from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import tokens_per_image
 from moee.models import Shape
+from moee.placement import OutputFolder, source_paths
 from moee.progress import Reporter, silent
+from moee.result_kinds import EXPORT
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20
@@ -177,7 +179,8 @@ def export(
     if not layers:
         raise UserError("the model has no routed layer to export; run moee extract first")
     transform = model_transform(moee.model)
-    refuse_existing(Path(path), force)
+    output = OutputFolder(path, EXPORT, force, source_paths(source))
+    output.check()
     graphs = {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT}
     dense, model, quantization = moee.dense().eval(), moee.model.eval(), {}
     reference = None
@@ -187,7 +190,7 @@ def export(
         reference, graphs["reference"] = dense, REFERENCE
         dense, model = (quantized(m, quantization[n].input_scales, dtype) for n, m in (("dense", dense), ("moee", model)))
     report("export", 0, 3)
-    with atomic_folder(path, force) as folder:
+    with output.write() as folder:
         if reference is not None:
             ir.save(to_onnx(reference, transform.shape), folder / REFERENCE, external_data=REFERENCE_DATA)
         ir.save(to_onnx(typed(dense, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)

@@ -9,12 +9,12 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from moee.atomic import atomic_file, atomic_folder, recover, refuse_existing, write_text
+from moee.atomic import atomic_file, atomic_folder, recover, write_text
 from moee.errors import UserError
 from moee.schema import parse_json, shown, upgraded
 
 __all__ = [
-    "atomic_file", "atomic_folder", "read_json", "read_manifest", "refuse_existing", "sha256_file", "stays_inside",
+    "atomic_file", "atomic_folder", "read_json", "read_manifest", "sha256_file", "stays_inside",
     "tool_versions", "write_json", "write_manifest", "write_text",
 ]  # fmt: skip
 

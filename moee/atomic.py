@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,47 +24,81 @@ from moee.errors import UserError
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+_IMMOVABLE = {errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR}
 SCRATCH = "moee-tmp-"
 
+Accept = Callable[[Path], None]
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raise `UserError` if `path` exists and `force` is off. Call it before any long work starts."""
-    recover(path)
-    if os.path.lexists(path) and not force:
-        raise UserError(f"output folder {path} exists; choose another --out or pass --force to replace it")
+
+def whatever(path: Path) -> None:
+    """Accepts the loss of anything: for places that are this program's own."""
 
 
 @contextmanager
-def atomic_folder(path: Path | str, force: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path | str, force: bool = False, accept: Accept = whatever) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it raises.
 
-    Raises `UserError` if `path` exists and `force` is off (also when it appears while the block runs), or if its parent cannot
-    be written.
+    With `force`, what is at `path` is replaced if `accept` lets it: that is called with the path of what was taken away, before
+    it is deleted, and puts it back by raising `UserError`. Raises `UserError` if `path` exists and `force` is off, also when it
+    appears while the block runs, or if its parent cannot be written. A finished folder that its place refuses is not lost: it
+    stays beside `path`, and the message says where.
     """
     path = Path(path)
-    refuse_existing(path, force)
+    recover(path)
+    if os.path.lexists(path) and not force:
+        raise UserError(f"output folder {path} exists; choose another --out or pass --force to replace it")
     with _workspace(path) as temporary:
         yield temporary
         for item in sorted(temporary.rglob("*")):
             _sync(item)
         _sync(temporary)
-        _publish(temporary, path, force)
+        with _kept(temporary, path):
+            _publish(temporary, path, accept if force else None)
         _sync(path.parent)
 
 
 @contextmanager
-def atomic_file(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str, accept: Accept | None = None) -> Iterator[Path]:
     """Yield the name of a temporary file that replaces `path` when the block ends, and vanishes if it raises.
 
-    Whatever the writer puts beside that file goes away with it. Raises `UserError` if the parent cannot be written.
+    Whatever the writer puts beside that file goes away with it. `accept` as for `atomic_folder` (None: any file is replaced).
+    Raises `UserError` if the parent cannot be written.
     """
     path = Path(path)
     with _workspace(path) as folder:
         temporary = folder / path.name
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
+        if accept is None:
+            os.replace(temporary, path)
+        else:
+            with _kept(temporary, path):
+                _publish_file(temporary, path, accept)
         _sync(path.parent)
+
+
+def probe(path: Path) -> None:
+    """Make a folder where `path` will be built, and remove it. Raises `UserError` if that cannot be done.
+
+    Permission bits do not tell: root passes them, and read-only file systems, /proc and names that are too long have none.
+    Folders that are missing above `path` are tried too, inside the first one, and are not left behind.
+    """
+    missing = [path]
+    while not os.path.lexists(missing[-1].parent):
+        missing.append(missing[-1].parent)
+    first, *rest = reversed(missing)
+    try:
+        if rest:  # what a killed probe left there; what lies beside `path` goes when that is written
+            sweep(first)
+        temporary, lock = _make_locked(lambda: _temporary_name(first))
+        try:
+            if rest:
+                (temporary / Path(*(part.name for part in rest[:-1])) / _temporary_name(path).name).mkdir(parents=True)
+        finally:
+            _remove(temporary)
+            os.close(lock)
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another output folder") from error
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -191,28 +225,73 @@ def _same(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _publish(temporary: Path, path: Path, force: bool) -> None:
-    """Give `temporary` the name `path`; with `force`, what is there takes the temporary name in the same instant.
+def _publish(temporary: Path, path: Path, accept: Accept | None) -> None:
+    """Give `temporary` the name `path`; with `accept`, what is there takes the temporary name in the same instant.
 
     Where the file system cannot exchange names, two renames do it; `recover` mends a kill in between.
     """
-    if not force:
+    if accept is None:
         if not _renameat2(temporary, path, _NOREPLACE):
             if os.path.lexists(path):
-                raise UserError(f"{path} appeared while this ran, so its result was discarded; choose another --out")
+                raise _appeared(path)
             os.rename(temporary, path)
         return
     if not os.path.lexists(path):
         os.rename(temporary, path)
-    elif not _renameat2(temporary, path, _EXCHANGE):
+    elif _renameat2(temporary, path, _EXCHANGE):
+        try:
+            accept(temporary)
+        except UserError:
+            _renameat2(temporary, path, _EXCHANGE)
+            raise
+    else:
         former = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         os.rename(path, former)
         try:
+            accept(former)
             os.rename(temporary, path)
-        except OSError:
+        except (OSError, UserError):
             os.rename(former, path)
             raise
         _remove(former)
+
+
+def _publish_file(temporary: Path, path: Path, accept: Accept) -> None:
+    """Give the file `temporary` the name `path`; a file that is there, or has appeared, is looked at by `accept` first."""
+    try:
+        if not os.path.lexists(path):
+            if not _renameat2(temporary, path, _NOREPLACE):
+                os.rename(temporary, path)
+            return
+    except _Appeared:
+        pass
+    accept(path)
+    if not _renameat2(temporary, path, _EXCHANGE):
+        os.replace(temporary, path)
+        return
+    try:
+        accept(temporary)
+    except UserError:
+        _renameat2(temporary, path, _EXCHANGE)
+        raise
+
+
+@contextmanager
+def _kept(temporary: Path, path: Path) -> Iterator[None]:
+    """Save a finished result under a free name if its place refuses it: it may have taken hours."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _IMMOVABLE:
+            raise
+        mark = uuid.uuid4().hex[:8]
+        free = path.with_name(f"{path.name}-{mark}" if temporary.is_dir() else f"{path.stem}-{mark}{path.suffix}")
+        try:
+            os.rename(temporary, free)
+        except OSError:
+            raise error from None
+        reason = str(error) if isinstance(error, UserError) else f"{path} cannot be replaced: {error.strerror}"
+        raise UserError(f"{reason}; the result is kept as {free}") from error
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:
@@ -226,8 +305,16 @@ def _renameat2(source: Path, target: Path, flags: int) -> bool:
     if code in _UNSUPPORTED:
         return False
     if code in (errno.EEXIST, errno.ENOTEMPTY) and flags == _NOREPLACE:
-        raise UserError(f"{target} appeared while this ran, so its result was discarded; choose another --out")
+        raise _appeared(target)
     raise OSError(code, os.strerror(code), str(target))
+
+
+class _Appeared(UserError):
+    """Another process made the output first."""
+
+
+def _appeared(path: Path) -> _Appeared:
+    return _Appeared(f"{path} appeared while this ran, and is left as it is")
 
 
 @functools.cache

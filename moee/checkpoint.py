@@ -12,7 +12,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from moee.artifact import atomic_folder, read_manifest, write_manifest
+from moee.artifact import read_manifest, write_manifest
 from moee.attention import NarrowAttention, Widths, find_attentions, narrow_attentions
 from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.dispatch import Factors
@@ -23,7 +23,9 @@ from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
 from moee.models import FFN, ModelSpec, build_model, find_ffns, load_model, read_safetensors, replace_module
+from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
+from moee.result_kinds import MODEL
 from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
 
@@ -144,9 +146,10 @@ def _narrowed(
     return found
 
 
-def save(moee: MoeeModel, path: Path | str, force: bool = False) -> None:
-    """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off."""
-    with atomic_folder(path, force) as folder:
+def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[Path, ...] = ()) -> None:
+    """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off, or must not be replaced, as one of
+    the `inputs` must not."""
+    with OutputFolder(path, MODEL, force, inputs).write() as folder:
         write_tensors(moee.model.state_dict(), folder / WEIGHTS)
         if moee.probe is not None:
             write_tensors(moee.probe.state(), folder / PROBE)

@@ -17,7 +17,6 @@ from torch import nn
 
 from moee import checkpoint
 from moee.accuracy import Comparison, class_count, comparison
-from moee.atomic import refuse_existing, remove_folder
 from moee.attention import Widths
 from moee.checkpoint import MoeeModel
 from moee.class_names import listed
@@ -35,8 +34,10 @@ from moee.layer_report import LayerReport
 from moee.metrics import model_cost
 from moee.models import ModelSpec, load_model
 from moee.narrowing import check_share, narrow, width_losses
+from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.probe import Probe, classes_told, fit_probe
 from moee.progress import Reporter, silent
+from moee.result_kinds import FINETUNE_STATE, MODEL
 from moee.views import widened
 
 log = logging.getLogger("moee")
@@ -179,8 +180,10 @@ def run_extract(
     In a `group` the ranks share the work and rank 0 writes; the experts do not depend on the number of ranks. Probe and
     measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then.
     """
+    inputs = source_paths(source, spec.weights)
     with group.agreed():
-        refuse_existing(Path(out), force)
+        if group.leader:
+            OutputFolder(out, MODEL, force, inputs).check()
     session = session or Session(spec, source, config.seed, report, group, workers)
     probe = session.probe()
     started = time.perf_counter()
@@ -205,11 +208,11 @@ def run_extract(
     if narrowed:
         info["attention"] = [asdict(layer) for layer in narrowed]
     moee = MoeeModel(model.eval(), spec, config, source, probe, info, session.classes(probe))
-    _save(moee, out, force, group)
+    _save(moee, out, force, group, inputs)
     return moee
 
 
-def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group) -> None:
+def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group, inputs: tuple[Path, ...]) -> None:
     """Rank 0 writes the artifact, with the number of ranks in it; the others wait for it."""
     peaks = group.all_json(peak_memory_bytes())
     moee.info["peak_memory_bytes"] = max(peaks)
@@ -217,7 +220,7 @@ def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group) -> None:
         moee.info["ranks"] = {"world": group.world, "peak_memory_bytes": peaks}
     with group.agreed():
         if group.leader:
-            checkpoint.save(moee, out, force)
+            checkpoint.save(moee, out, force, inputs)
 
 
 def run_finetune(
@@ -229,9 +232,11 @@ def run_finetune(
     An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
     divided over the ranks; rank 0 keeps the state, measures and writes.
     """
-    out = Path(out)
+    inputs = source_paths(path, source)
+    state = resume_folder(out, FINETUNE_STATE, inputs)
     with group.agreed():
-        refuse_existing(out, force)
+        if group.leader:
+            check_all([OutputFolder(out, MODEL, force, inputs), state])
         moee = checkpoint.load(path)
         spec = moee.dense_spec if session is None else session.spec
         if source is not None and session is None and source != moee.data and moee.probe is not None:
@@ -241,10 +246,9 @@ def run_finetune(
         recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
     seed = moee.config.seed if moee.config else 0
     session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
-    resume = out.parent / f"{out.name}.resume"
     started = time.perf_counter()
     teacher = session.train_outputs.features
-    result = finetune(moee.model, session.dense, session.train, config, report, resume, teacher, group)
+    result = finetune(moee.model, session.dense, session.train, config, report, state.place, teacher, group)
     seconds = time.perf_counter() - started
     measured = session.measure(moee.model, moee.probe, "tuned on held-out images")
     used = {**config.model_dump(), "amp": result.amp}
@@ -252,7 +256,7 @@ def run_finetune(
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
     moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
     moee.info["data_read"] = session.data_facts()
-    _save(moee, out, force, group)
+    _save(moee, out, force, group, inputs)
     if group.leader:
-        remove_folder(resume)
+        state.remove()
     return moee

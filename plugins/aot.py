@@ -25,6 +25,8 @@ import triton
 
 from moee.atomic import atomic_folder, sweep_all, temporary_folder
 from moee.machine import usable_cpus
+from moee.placement import OutputFolder
+from moee.result_kinds import KERNELS
 from plugins import manifest
 from plugins.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
 from plugins.contract import DTYPES
@@ -60,8 +62,8 @@ def build(
     if unknown or not dtypes:
         raise ValueError(f"dtypes must be some of {DTYPES}, got {list(dtypes)}")
     out = Path(out_dir)
-    if out.exists() and any(out.iterdir()) and not (out / manifest.FILE_NAME).exists():
-        raise ValueError(f"{out} exists and is not an earlier kernel build; name another folder")
+    output = OutputFolder(out, KERNELS, force=True)
+    output.check()
 
     entries = list(plan(sms, dtypes))
     jobs = list(dict.fromkeys(job for job, _ in entries))
@@ -77,7 +79,7 @@ def build(
         if progress:
             progress(done, len(jobs), job.name)
 
-    with atomic_folder(out, force=True) as staging:
+    with output.write() as staging:
         compiled = {job: read_cache(store, job) for job in jobs}
         for c in compiled.values():
             (staging / c.kernel.cubin).write_bytes(c.cubin)

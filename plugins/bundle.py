@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import atomic_folder, write_manifest
+from moee.artifact import write_manifest
+from moee.placement import OutputFolder
+from moee.result_kinds import PLUGIN_BUNDLE
 from plugins.build import LIBRARY, SOURCE
 from plugins.embed import embed, read_kernels, select_sms
 from plugins.targets import target
@@ -23,7 +25,7 @@ def write_bundle(out_dir: Path, sm: int, kernels_dir: Path, force: bool = False)
     out_dir, kernels_dir = Path(out_dir), Path(kernels_dir)
     manifest = read_kernels(kernels_dir)
     select_sms(manifest, [sm])
-    with atomic_folder(out_dir, force) as folder:
+    with OutputFolder(out_dir, PLUGIN_BUNDLE, force).write() as folder:
         shutil.copytree(SOURCE / "csrc", folder / "csrc")
         for name in ("CMakeLists.txt", "rebuild.cmake"):
             shutil.copy2(SOURCE / name, folder / name)

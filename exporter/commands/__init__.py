@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moee.errors import UserError
+from moee.placement import Output, check_all, source_paths
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from rich.console import Console
@@ -24,7 +24,23 @@ OK, GATE_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     """`--out`, refused if it exists, and `--force`."""
     parser.add_argument("--out", required=True, help=f"folder for {what}; refused if it exists")
-    parser.add_argument("--force", action="store_true", help="replace an existing output folder")
+    parser.add_argument("--force", action="store_true", help="replace an earlier result of this command")
+
+
+def add_outputs(parser: argparse.ArgumentParser, outputs: Callable[[argparse.Namespace], Sequence[Output]]) -> None:
+    """Declare every place that a command writes to, with the inputs that it must not touch; they are checked before it runs."""
+    parser.set_defaults(outputs=outputs)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise `UserError` unless everything that the command line names can be written without a loss."""
+    if "outputs" in args:
+        check_all(args.outputs(args))
+
+
+def model_inputs(args: argparse.Namespace) -> tuple[Path, ...]:
+    """Paths among the flags of `add_model`; a plain name is timm's, whatever lies around under it."""
+    return source_paths(args.data, args.weights, args.model if args.model and "/" in args.model else None)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -112,12 +128,6 @@ def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
     line = skipped_line(*[data_read[split] for split in ("train", "val") if split in data_read])
     if line:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def refuse_file(out: str) -> None:
-    """Raise `UserError` if an output folder that is filled step by step is something else."""
-    if os.path.lexists(out) and not os.path.isdir(out):
-        raise UserError(f"--out {out} is a file; name a folder")
 
 
 def model_of(args: argparse.Namespace, report: Reporter) -> ModelSpec:

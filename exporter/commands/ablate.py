@@ -8,9 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_weights, model_of, refuse_file, show_skipped
+from exporter.commands import OK, add_outputs, add_weights, model_inputs, model_of, show_skipped
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
+from moee.placement import OutputFolder
+from moee.result_kinds import ABLATION
 
 TEXT = "the paper's ablation tables and sweeps, and whether their orderings hold here"
 
@@ -32,7 +34,12 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--statistics", help="cluster (the paper's, default) or routed")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (41600)")
     sub.add_argument("--out", required=True, help="folder; finished cells in it are not run again")
-    sub.add_argument("--force", action="store_true", help="delete what the output folder holds first")
+    sub.add_argument("--force", action="store_true", help="delete the ablation in the output folder first")
+    add_outputs(sub, lambda args: [_output(args)])
+
+
+def _output(args: argparse.Namespace) -> OutputFolder:
+    return OutputFolder(args.out, ABLATION, args.force, model_inputs(args), grows=True)
 
 
 def _list(text: str | None, kind: type = str) -> tuple | None:
@@ -47,10 +54,8 @@ def _list(text: str | None, kind: type = str) -> tuple | None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots.ablation import draw_ablation
     from moee.ablation import make_ablation_config, run_ablation, verdict_lines
-    from moee.atomic import remove_folder
     from moee.pipeline import Session
 
-    refuse_file(args.out)
     tables = _list(args.tables)
     names = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")
     ablation = make_ablation_config(
@@ -61,7 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         spec = model_of(args, report)
         session = Session(spec, args.data, report=report)
         if args.force:  # only now that the input is known to be good
-            remove_folder(Path(args.out))
+            _output(args).remove()
         summary = run_ablation(session, ablation, args.out, report)
         drawn = draw_ablation(summary, Path(args.out))
     for line in verdict_lines(summary["verdicts"]):

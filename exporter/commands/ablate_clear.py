@@ -8,9 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_weights, model_of, refuse_file, show_skipped
+from exporter.commands import OK, add_outputs, add_weights, model_inputs, model_of, show_skipped
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
+from moee.placement import OutputFile, OutputFolder
+from moee.result_kinds import CLEAR_ABLATION, CLEAR_PLOT, CLEAR_TABLE
 
 TEXT = "CLEAR-MoE over routers, ranks, experts, calibration sizes and seeds; resumable"
 
@@ -36,15 +38,32 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--residual-rank", type=int, default=16)
     sub.add_argument("--seeds", type=int, default=3)
     sub.add_argument("--out", required=True, help="folder of the cells; what it holds is not computed again")
-    sub.add_argument("--table", help="write the Markdown table here, and beside it a plot as SVG if matplotlib is installed")
+    table = "write the Markdown table here, and beside it a plot as SVG if matplotlib is installed"
+    sub.add_argument("--table", metavar="FILE", help=table)
+    force = "replace existing files of another kind where --table writes; cells are kept"
+    sub.add_argument("--force", action="store_true", help=force)
+    add_outputs(sub, lambda args: [_folder(args), *_table(args)])
+
+
+def _folder(args: argparse.Namespace) -> OutputFolder:
+    return OutputFolder(args.out, CLEAR_ABLATION, inputs=model_inputs(args), grows=True)
+
+
+def _table(args: argparse.Namespace) -> list[OutputFile]:
+    """The table and the plot beside it; nothing without --table."""
+    if args.table is None:
+        return []
+    common = {"force": args.force, "inputs": model_inputs(args), "option": "--table"}
+    table = OutputFile(args.table, CLEAR_TABLE, **common)
+    if Path(args.table).name in ("", ".."):  # refused
+        return [table]
+    return [table, OutputFile(Path(args.table).with_suffix(".svg"), CLEAR_PLOT, **common)]
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.clear_ablation import Grid, ablate, markdown, plot, summarise
-    from moee.atomic import write_text
     from moee.pipeline import Session
 
-    refuse_file(args.out)
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, came {args.seeds}")
     given = {"router": args.routers, "rank": args.ranks, "experts": args.experts, "calibration_images": args.calibration_images}
@@ -60,8 +79,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     text = markdown(rows)
     console.print(text, markup=False)
     show_skipped(console, session.data_facts())
-    if args.table:
-        write_text(args.table, text)
-        picture = Path(args.table).with_suffix(".svg")
-        console.print(f"table written to {args.table}" + (f", plot to {picture}" if plot(rows, grid, picture) else ""))
+    if args.table is not None:
+        table, picture = _table(args)
+        table.write_text(text)
+        console.print(f"table written to {args.table}" + (f", plot to {picture.path}" if plot(rows, grid, picture) else ""))
     return OK

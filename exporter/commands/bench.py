@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK
+from exporter.commands import GATE_FAILED, OK, add_outputs
 from exporter.ui import ProgressDisplay
+from moee.placement import OutputFile, source_paths
+from moee.result_kinds import LATENCY
 
 if TYPE_CHECKING:
     from moee.data import ImageSet
@@ -34,15 +35,20 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
     sub.add_argument("--data", help="images to run on: routing depends on them (default: what the model was extracted on)")
     sub.add_argument("--threads", type=int)
-    sub.add_argument("--out", help="write latency.json here")
+    sub.add_argument("--out", metavar="FILE", help="write latency.json here; an earlier one is overwritten")
+    sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
+    add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
     sub.add_argument("--fail-if-slower", action="store_true", help="exit code 1 if dense is faster beyond the noise")
+
+
+def _output(args: argparse.Namespace) -> OutputFile:
+    return OutputFile(args.out, LATENCY, args.force, source_paths(args.path, args.engine, args.data))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.latency import bench
     from exporter.manifests import read_export, refuse_lost_dense
     from exporter.verdict import MIN_PAIRS
-    from moee.artifact import write_json
     from moee.data import batches
     from moee.errors import UserError
 
@@ -72,9 +78,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if result.layers:
         console.print(_layer_table(result.layers))
     console.print(result.verdict.text, highlight=False)
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, result.to_json())
+    if args.out is not None:
+        _output(args).write_json(result.to_json())
     if args.fail_if_slower and (result.verdict.winner == "dense" or not result.verdict.decidable):
         slower = "MoEE is slower than dense" if result.verdict.decidable else "whether MoEE is slower could not be told"
         console.print(f"FAILED: {slower}")

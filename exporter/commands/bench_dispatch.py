@@ -8,9 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK
+from exporter.commands import OK, add_outputs
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
+from moee.placement import OutputFile, source_paths
+from moee.result_kinds import DISPATCH
 
 TEXT = "stages of CLEAR-MoE dispatch: time, bytes, FLOPs, and which are memory-bound"
 
@@ -30,7 +32,13 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--backend", action="append", help="loop, sorted, grouped, masked, triton; repeatable (all but triton)")
     sub.add_argument("--runs", type=int, default=30)
     sub.add_argument("--threads", type=int, help="1 times CPU seconds, which other load does not disturb (all cores, wall time)")
-    sub.add_argument("--out", help="write dispatch.json here")
+    sub.add_argument("--out", metavar="FILE", help="write dispatch.json here; an earlier one is overwritten")
+    sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
+    add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
+
+
+def _output(args: argparse.Namespace) -> OutputFile:
+    return OutputFile(args.out, DISPATCH, args.force, source_paths(args.path))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -38,7 +46,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     from exporter.dispatch_bench import bench_dispatch, synthetic_layer
     from exporter.triton_dispatch import install
-    from moee.artifact import write_json
     from moee.clear_moe.dispatch import backend
 
     counts = {
@@ -72,8 +79,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )
     console.print(stage_table(result))
     console.print(form_table(result))
-    if args.out:
-        write_json(args.out, result.to_json())
+    if args.out is not None:
+        _output(args).write_json(result.to_json())
     return OK
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_out
+from exporter.commands import GATE_FAILED, OK, add_out, add_outputs
 from exporter.sms import parse_sms
 from exporter.ui import ProgressDisplay
+from moee.placement import Output, OutputFile, OutputFolder, source_paths
+from moee.result_kinds import ENGINE, TIMING_CACHE
 
 TEXT = "build dense and MoEE engines from an export"
 
@@ -26,18 +28,26 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
-    sub.add_argument("--timing-cache", "--timingCacheFile", metavar="FILE", help="TensorRT's timing cache, read and written")
+    cache = "TensorRT's timing cache, read and written: a new file or an earlier cache"
+    sub.add_argument("--timing-cache", "--timingCacheFile", metavar="FILE", help=cache)
     add_out(sub, "dense.plan, moee.plan and engine.json")
+    add_outputs(sub, _outputs)
+
+
+def _outputs(args: argparse.Namespace) -> list[Output]:
+    inputs = source_paths(args.path, args.plugin)
+    outputs: list[Output] = [OutputFolder(args.out, ENGINE, args.force, inputs)]
+    if args.timing_cache is not None:
+        outputs.append(OutputFile(args.timing_cache, TIMING_CACHE, inputs=inputs, option="--timing-cache"))
+    return outputs
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.engine import BuildFailed, build_engines, needs_plugin, require_backend
     from exporter.plugin_cache import ensure_plugin
     from exporter.profile import batch_profile
-    from moee.artifact import refuse_existing
 
     require_backend(args.backend)
-    refuse_existing(Path(args.out), args.force)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
         plugin = Path(args.plugin) if args.plugin else None

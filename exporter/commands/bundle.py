@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out
+from exporter.commands import OK, add_out, add_outputs
 from exporter.sms import parse_sms
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
+from moee.placement import OutputFolder, source_paths
+from moee.result_kinds import DEPLOYMENT
 
 TEXT = "everything a device needs: graphs, plugin, runner, server configurations, build.sh"
 
@@ -25,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
     add_out(sub, "the bundle")
+    add_outputs(sub, lambda args: [OutputFolder(args.out, DEPLOYMENT, args.force, source_paths(args.path))])
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -32,12 +35,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.engine import needs_plugin
     from exporter.plugin_cache import ensure_kernels
     from exporter.profile import batch_profile
-    from moee.artifact import refuse_existing
 
     sms = parse_sms(args.sm)
     if sms is None or len(sms) != 1:
         raise UserError(f"--sm {args.sm}: a bundle is for one SM, for example --sm 87")
-    refuse_existing(Path(args.out), args.force)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
         kernels = ensure_kernels(sms, report) if needs_plugin(args.path) else None

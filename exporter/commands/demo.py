@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import GATE_FAILED, OK, add_out
+from exporter.commands import GATE_FAILED, OK, add_out, add_outputs
 from exporter.commands.bench import latency_table
 from exporter.ui import ProgressDisplay, number, percent, stage_table
+from moee.placement import DemoFolder
 
 TEXT = "everything, on a real pretrained ViT-S and scikit-learn's digits"
 
@@ -20,6 +21,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("--epochs", type=int, default=3, help="epochs of fine-tuning")
     add_out(sub, "all results")
+    add_outputs(sub, lambda args: [DemoFolder(args.out, force=args.force)])
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out
+from exporter.commands import OK, add_out, add_outputs
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
+from moee.placement import OutputFolder, source_paths
+from moee.result_kinds import EXPORT
 
 TEXT = "write dense, portable and TensorRT ONNX graphs"
 
@@ -27,6 +28,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--calibration-images", type=int, metavar="N", help="for int8 (128)")
     sub.add_argument("--data", help="calibration images for int8 (default: what the model was extracted on)")
     add_out(sub, "the graphs")
+    add_outputs(sub, lambda args: [OutputFolder(args.out, EXPORT, args.force, source_paths(args.path, args.data))])
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -35,13 +37,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.precision import INT8, dtype_of
     from exporter.quantization import CALIBRATION_IMAGES
     from moee import checkpoint
-    from moee.artifact import refuse_existing
     from moee.data import load_data, model_transform, say_read
 
     dtype_of(args.precision)
     if args.precision not in INT8 and (args.calibration_images is not None or args.data):
         raise UserError(f"--calibration-images and --data are for int8; --precision {args.precision} is not calibrated")
-    refuse_existing(Path(args.out), args.force)
     images = CALIBRATION_IMAGES if args.calibration_images is None else args.calibration_images
     with ProgressDisplay() as report:
         moee = checkpoint.load(args.path)

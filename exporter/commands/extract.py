@@ -8,10 +8,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_attention, add_model, add_out, add_ranks, model_of, rank_display, show_skipped
+from exporter.commands import (
+    OK,
+    add_attention,
+    add_model,
+    add_out,
+    add_outputs,
+    add_ranks,
+    check_outputs,
+    model_inputs,
+    model_of,
+    rank_display,
+    show_skipped,
+)
 from exporter.ui import attention_table, layer_notes, layer_table, number, percent, stage_table
 from moee.config import PRESETS
 from moee.errors import UserError
+from moee.placement import OutputFolder, source_paths
+from moee.result_kinds import MODEL
 
 TEXT = "find experts in a dense model's MLPs"
 
@@ -59,6 +73,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
     add_ranks(sub)
     add_out(sub, "the extracted model")
+    add_outputs(sub, lambda args: [OutputFolder(args.out, MODEL, args.force, (*model_inputs(args), *source_paths(args.plan)))])
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -92,6 +107,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
         config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
     with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
+        with group.agreed():
+            if group.leader:
+                check_outputs(args)
         spec = _shared_spec(args, report, group)
         if args.plan:
             with group.agreed():

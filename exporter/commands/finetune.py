@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out, add_ranks, rank_display, show_skipped
+from exporter.commands import OK, add_out, add_outputs, add_ranks, rank_display, show_skipped
 from exporter.ui import stage_table
+from moee.placement import Output, OutputFolder, resume_folder, source_paths
+from moee.result_kinds import FINETUNE_STATE, MODEL
 
 TEXT = "distil the dense model into an extracted one"
 
@@ -39,6 +41,12 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again: less memory")
     add_ranks(sub)
     add_out(sub, "the tuned model")
+    add_outputs(sub, _outputs)
+
+
+def _outputs(args: argparse.Namespace) -> list[Output]:
+    inputs = source_paths(args.path, args.data)
+    return [OutputFolder(args.out, MODEL, args.force, inputs), resume_folder(args.out, FINETUNE_STATE, inputs)]
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -9,9 +9,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_attention, add_model, add_out, model_flags, model_of, show_skipped
+from exporter.commands import (
+    OK,
+    add_attention,
+    add_model,
+    add_out,
+    add_outputs,
+    model_flags,
+    model_inputs,
+    model_of,
+    show_skipped,
+)
 from exporter.ui import ProgressDisplay, number, percent
 from moee.errors import UserError
+from moee.placement import Output, OutputFolder, resume_folder
+from moee.result_kinds import PLAN, PLAN_STATE
 
 TEXT = "try methods and budgets, print what wins and by how much over static pruning and dense"
 
@@ -38,6 +50,12 @@ def add_parser(subparsers: Any) -> None:
     add_attention(sub, several=True)
     sub.add_argument("--seed", type=int)
     add_out(sub, "plan.json")
+    add_outputs(sub, _outputs)
+
+
+def _outputs(args: argparse.Namespace) -> list[Output]:
+    inputs = model_inputs(args)
+    return [OutputFolder(args.out, PLAN, args.force, inputs), resume_folder(args.out, PLAN_STATE, inputs)]
 
 
 def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[float, ...] | None:

@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out
+from exporter.commands import OK, add_out, add_outputs
 from exporter.ui import ProgressDisplay
+from moee.placement import OutputFolder, source_paths
+from moee.result_kinds import PLOTS
 
 TEXT = "routing, similarity of experts, neuron curves and patches of an extracted model, as SVG and JSON"
 
@@ -20,20 +22,17 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--data", help="default: the data it was extracted on")
     sub.add_argument("--images", type=int, default=256, help="held-out images that are routed (256)")
     add_out(sub, "the plots")
+    add_outputs(sub, lambda args: [OutputFolder(args.out, PLOTS, args.force, source_paths(args.path, args.data))])
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from pathlib import Path
-
     from exporter.plots import write_plots
     from moee import checkpoint
-    from moee.artifact import refuse_existing
     from moee.data import load_splits, model_transform, say_read
     from moee.errors import UserError
 
     if args.images < 1:
         raise UserError(f"--images must be at least 1, came {args.images}")
-    refuse_existing(Path(args.out), args.force)
     with ProgressDisplay() as report:
         moee = checkpoint.load(args.path)
         transform = model_transform(moee.model)

@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out
+from exporter.commands import OK, add_out, add_outputs
 from exporter.sms import parse_sms
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
+from moee.placement import OutputFile, OutputFolder
+from moee.result_kinds import PLUGIN, PLUGIN_BUNDLE
 
 
 def add_parser(subparsers: Any) -> None:
@@ -19,11 +21,14 @@ def add_parser(subparsers: Any) -> None:
     actions = plugin.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = actions.add_parser("build", help="compile the kernels and the library (cached)")
     sub.add_argument("--sm", default="all", help="such as 87 or 87,89 (all)")
-    sub.add_argument("--out", help="copy the library to this file")
+    sub.add_argument("--out", metavar="FILE", help="copy the library to this file; an earlier one is overwritten")
+    sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
+    add_outputs(sub, lambda args: [OutputFile(args.out, PLUGIN, args.force)] if args.out is not None else [])
     sub.set_defaults(run=run_build)
     sub = actions.add_parser("bundle", help="a folder that compiles on the device with g++ and cmake alone")
     sub.add_argument("--sm", required=True, help="the device's SM: 87 for Jetson Orin, 110 for Thor")
     add_out(sub, "the bundle")
+    add_outputs(sub, lambda args: [OutputFolder(args.out, PLUGIN_BUNDLE, args.force)])
     sub.set_defaults(run=run_bundle)
 
 
@@ -31,12 +36,11 @@ def run_build(args: argparse.Namespace, console: Console) -> int:
     import shutil
 
     from exporter.plugin_cache import ensure_plugin
-    from moee.atomic import atomic_file
 
     with ProgressDisplay() as report:
         library = ensure_plugin(parse_sms(args.sm), report)
-    if args.out:
-        with atomic_file(args.out) as temporary:
+    if args.out is not None:
+        with OutputFile(args.out, PLUGIN, args.force).write() as temporary:
             shutil.copy2(library, temporary)
         library = Path(args.out)
     console.print(f"plugin: {library} ({library.stat().st_size / 2**20:.1f} MiB)", soft_wrap=True)

@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK
+from exporter.commands import OK, add_outputs
+from moee.placement import OutputFile, source_paths
+from moee.result_kinds import REPORT
 
 TEXT = "one HTML file about a run: cost, retention, parity, latency, routing"
 
@@ -18,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("paths", nargs="+", metavar="PATH", help="folders that moee commands wrote, or their JSON files")
     sub.add_argument("--out", default="report.html", help="the file (report.html); refused if it exists")
     sub.add_argument("--force", action="store_true", help="replace an existing file")
+    add_outputs(sub, lambda args: [OutputFile(args.out, REPORT, args.force, source_paths(*args.paths))])
     sub.add_argument("--no-hash-check", action="store_true", help="do not compare files with the hashes that manifests list")
 
 

@@ -12,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_ranks, at_least, finite, rank_display, show_skipped
+from exporter.commands import GATE_FAILED, OK, add_outputs, add_ranks, at_least, check_outputs, finite, rank_display, show_skipped
 from exporter.ui import percent, within
 from moee.errors import MissingDependency, UserError
+from moee.placement import OutputFile, OutputFolder, source_paths
+from moee.result_kinds import PARITY, VERIFY
 
 TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 if a gate fails"
 
@@ -40,7 +42,15 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--threads", type=at_least(1), help="of ONNX Runtime and torch, a rank (all cores; under torchrun 1)")
     add_ranks(sub, threads=False)
     sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
-    sub.add_argument("--force", action="store_true", help="replace an existing output folder")
+    sub.add_argument("--force", action="store_true", help="replace an earlier result in --out, or FILE.json of another kind")
+    add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
+
+
+def _output(args: argparse.Namespace) -> OutputFolder | OutputFile:
+    inputs = source_paths(args.path, args.engine, args.model, args.data)
+    if args.out.endswith(".json"):
+        return OutputFile(args.out, PARITY, args.force, inputs)
+    return OutputFolder(args.out, VERIFY, args.force, inputs)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -51,8 +61,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with _error_report(args) if group.leader else nullcontext():
             result = _verified(args, group, report)
         with group.agreed():
-            if group.leader and args.out:
-                _write(Path(args.out), args.force, result)
+            if group.leader and args.out is not None:
+                _write(_output(args), result)
         passed = group.broadcast(Parcel(bool(result)) if group.leader else None).body
     if result is not None:
         _show(console, result, args.bisect)
@@ -76,7 +86,6 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     from exporter.profile import batch_profile
     from exporter.verify.suite import verify_ranks
     from moee import checkpoint
-    from moee.artifact import refuse_existing
     from moee.checkpoint import recorded_data
     from moee.data import load_data, model_transform, say_read
     from moee.exchange import check_same_data
@@ -85,8 +94,8 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     with group.agreed():
         manifest = read_export(args.path)
         refuse_lost_dense(manifest, args.path)
-        if args.out and not args.out.endswith(".json"):
-            refuse_existing(Path(args.out), args.force)
+        if group.leader:
+            check_outputs(args)
         source = Path(args.model) if args.model else Path(args.path) / manifest["source"] if manifest["source"] else None
         if source is None:
             raise UserError(f"{args.path} does not say which model it was made from; give it with --model DIR")
@@ -113,30 +122,29 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
 def _error_report(args: argparse.Namespace) -> Iterator[None]:
     """A verification that breaks off leaves junit.xml with the error in the folder --out, as test runners do."""
     from exporter.verify.junit import error_junit
-    from moee.artifact import atomic_folder
 
     started = time.perf_counter()
     try:
         yield
     except (UserError, MissingDependency) as error:
-        if args.out and not args.out.endswith(".json"):
-            with atomic_folder(Path(args.out), args.force) as folder:
+        output = _output(args) if args.out is not None else None
+        if isinstance(output, OutputFolder):
+            with output.write() as folder:
                 report = error_junit(Path(args.path).name, error, time.perf_counter() - started)
                 (folder / "junit.xml").write_text(report, encoding="utf-8")
         raise
 
 
-def _write(out: Path, force: bool, result: Any) -> None:
+def _write(output: OutputFolder | OutputFile, result: Any) -> None:
     from exporter.verify.junit import to_junit
     from exporter.verify.markdown import to_markdown
-    from moee.artifact import atomic_folder, write_json, write_manifest
+    from moee.artifact import write_manifest
 
     body = result.to_json()
-    if out.suffix == ".json":
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, body)
+    if isinstance(output, OutputFile):
+        output.write_json(body)
         return
-    with atomic_folder(out, force) as folder:
+    with output.write() as folder:
         (folder / "junit.xml").write_text(to_junit(result), encoding="utf-8")
         (folder / "summary.md").write_text(to_markdown(result), encoding="utf-8")
         write_manifest(folder, "parity.json", body.pop("schema"), body)

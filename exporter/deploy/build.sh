@@ -40,7 +40,8 @@ done
 mkdir -p engines
 if [ "$builder" = moee ]; then
     moee build models --backend tensorrt ${plugin:+--plugin "$plugin"} --min-shapes "$MIN_BATCH" --opt-shapes "$OPT_BATCH" \
-        --max-shapes "$MAX_BATCH" --timing-cache timing.cache --out engines --force
+        --max-shapes "$MAX_BATCH" --timing-cache timing.cache --out engines.new --force
+    rm -rf engines && mv engines.new engines  # trtexec's have no manifest, and moee replaces nothing that it cannot tell
 fi
 
 trtexec=

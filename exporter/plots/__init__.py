@@ -7,10 +7,12 @@ from pathlib import Path
 from exporter.plots import data as plot_data
 from exporter.plots import draw
 from exporter.plots.figure import save_svg
-from moee.artifact import atomic_folder, write_json
+from moee.artifact import write_json
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, model_transform
+from moee.placement import OutputFolder
 from moee.progress import Reporter, silent
+from moee.result_kinds import PLOTS
 
 __all__ = ["draw", "plot_data", "write_plots"]
 
@@ -24,7 +26,7 @@ def write_plots(
     Routes are those of the first `images` held-out images, spread evenly; the curves are of the dense model on `calibration`.
     Raises `UserError` if `out` exists and `force` is off.
     """
-    with atomic_folder(out, force) as folder:
+    with OutputFolder(out, PLOTS, force).write() as folder:
         trace = plot_data.trace_routes(moee, held_out, images, report)
         dense = moee.dense()
         numbers = {

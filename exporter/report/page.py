@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from exporter.report.collect import Sources, collect
 from exporter.report.markup import Html, join, raw_text_element, tag
 from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
-from moee.atomic import write_text
-from moee.errors import UserError
+from moee.placement import OutputFile, source_paths
+from moee.result_kinds import REPORT
 
 SECTIONS = (
     ("cost", "What changed", sections.cost),
@@ -37,17 +36,10 @@ def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = Fal
 
     Raises `UserError` if nothing is found, or if `out` exists and `force` is off.
     """
-    out = Path(out)
-    if os.path.lexists(out) and not force and not out.is_dir():
-        raise UserError(f"{out} exists; choose another --out or pass --force to replace it")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; give a file name such as {out / 'report.html'}")
-    page = render(collect(paths, verify))
-    try:
-        write_text(out, page)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; choose another --out") from error
-    return out
+    output = OutputFile(out, REPORT, force, source_paths(*paths))
+    output.check()
+    output.write_text(render(collect(paths, verify)))
+    return Path(out)
 
 
 def render(sources: Sources) -> str:

@@ -19,8 +19,10 @@ from moee.convert import extract
 from moee.errors import NothingRouted, UserError
 from moee.models import find_ffns
 from moee.pipeline import Session
+from moee.placement import OutputFolder
 from moee.probe import Probe
 from moee.progress import Reporter, silent
+from moee.result_kinds import ABLATION
 from moee.resume import check_identity, fingerprint
 
 CELLS, SETUP = "cells", "setup.json"
@@ -79,8 +81,7 @@ def check_setup(out: Path, setup: dict[str, Any]) -> None:
     Raises `UserError` that names the first difference, or if `out` holds something else.
     """
     path = out / SETUP
-    if not path.is_file() and out.exists() and any(p.name != CELLS and not p.name.endswith(".tmp") for p in out.iterdir()):
-        raise UserError(f"output folder {out} exists and holds no ablation; choose another --out or replace it with --force")
+    OutputFolder(out, ABLATION, grows=True).check()
     cure = "its cells do not go together, choose another --out or pass --force to replace it"
     check_identity(path, SETUP_SCHEMA, setup, "an ablation", cure)
 

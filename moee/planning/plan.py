@@ -11,18 +11,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import atomic_folder, read_manifest, refuse_existing, write_manifest
-from moee.atomic import remove_folder
+from moee.artifact import read_manifest, write_manifest
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, make_extract_config
 from moee.errors import UserError
 from moee.models import ModelSpec
 from moee.narrowing import check_share
 from moee.pipeline import Session
+from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
 from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, kind_of, ways
 from moee.progress import Reporter, silent
+from moee.result_kinds import PLAN as PLAN_FOLDER
+from moee.result_kinds import PLAN_STATE
 from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
 
@@ -49,8 +51,9 @@ def make_plan(
     of every configuration, but for `attention_macs`. Points of an interrupted run are kept in `<out>.resume`. Raises
     `UserError` if nothing meets the budget: it names the nearest point.
     """
-    out = Path(out)
-    refuse_existing(out, force)
+    inputs = source_paths(session.source, session.spec.weights)
+    output, store = OutputFolder(out, PLAN_FOLDER, force, inputs), resume_folder(out, PLAN_STATE, inputs)
+    check_all([output, store])
     for kind, given, known in (("method", methods, METHODS), ("allocation", allocations, ALLOCATIONS)):
         unknown = set(given) - known.keys()
         if unknown:
@@ -65,19 +68,18 @@ def make_plan(
         common = make_extract_config(**{**(base or {}), "attention_macs": None if attention == (1.0,) else share})
         if common.narrows is not None:
             check_share(session.dense, session.transform.shape, share)
-    store = out.parent / f"{out.name}.resume"
-    fresh = not store.exists()
+    fresh = not store.place.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
     check_identity(
-        store / "identity.json", STORE_SCHEMA, {**identity, **content}, "an interrupted plan",
+        store.place / "identity.json", STORE_SCHEMA, {**identity, **content}, "an interrupted plan",
         "finish that one or remove the folder",
     )  # fmt: skip
-    planner = Planner(session, budget, base or {}, store, latency, report)
+    planner = Planner(session, budget, base or {}, store.place, latency, report)
     compared = session.comparison(planner.probe)
     if budget.max_drop is not None and not compared:
         if fresh:
-            remove_folder(store)
+            store.remove()
         _refuse_incomparable(compared.reason)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
@@ -98,9 +100,9 @@ def make_plan(
         "layers": layer_table(session, planner, winner, report), "data_read": session.data_facts(),
         "accuracy": {"images": compared.images, "labelled": compared.labelled, "no_accuracy": compared.reason},
     }  # fmt: skip
-    with atomic_folder(out, force) as folder:
+    with output.write() as folder:
         write_manifest(folder, PLAN, SCHEMA, result)
-    remove_folder(store)
+    store.remove()
     return result
 
 

@@ -91,7 +91,7 @@ def test_more_seeds_add_cells_and_another_set_up_is_refused(session, counted, tm
 
 def test_a_folder_of_something_else_is_refused(session, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds no ablation"):
+    with pytest.raises(UserError, match="holds notes.txt and not an ablation"):
         run_ablation(session, make_ablation_config(**SMALL), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 

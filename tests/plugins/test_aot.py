@@ -148,7 +148,7 @@ def test_bad_input(tmp_path, capsys):
         aot.build(tmp_path / "k", [87], dtypes=["int8"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="is not an earlier kernel build"):
+    with pytest.raises(ValueError, match="holds thesis.txt and not compiled kernels"):
         aot.build(tmp_path / "mine", [87])
     assert aot.main(["--sm", "12", "--out", str(tmp_path / "k")]) == 2
     assert "unknown SM 12" in capsys.readouterr().err

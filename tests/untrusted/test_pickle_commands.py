@@ -14,14 +14,18 @@ from moee.artifact import sha256_file, write_json
 from tests.exporter.engines import write_engine
 from tests.untrusted.test_pickles import canary as canary  # noqa: PLC0414  (a fixture)
 
+# Options that name something to write; `tests/reliability/test_places.py` has a row for each.
+WRITTEN = {
+    "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out", "demo --out",
+    "export --out", "build --out", "build --timing-cache", "bundle --out", "plots --out", "verify --out", "extract --out",
+    "plan --out", "finetune --out", "ablate --out", "ablate-clear --out", "ablate-clear --table",
+}  # fmt: skip
 # Options that take text, and not a path of something that is read. An option that stands in neither list fails the test below.
-TEXT = {
+TEXT = WRITTEN | {
     "--provider", "--precision", "--min-shapes", "--opt-shapes", "--max-shapes", "--backend", "--sm", "--layer", "--preset",
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device", "--methods",
-    "--targets", "--allocations", "--table", "--amp", "finetune --train", "--attention-heads", "plan --attention-macs",
-    "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out",
-    "demo --out", "export --out", "build --out", "bundle --out", "plots --out", "verify --out", "extract --out",
+    "--targets", "--allocations", "--amp", "finetune --train", "--attention-heads", "plan --attention-macs",
 }  # fmt: skip
 SMALL = ("vit_tiny_patch16_224", "--img-size", "32")
 DRAWN = ("--random-weights", "0")  # without weights a command would end before it comes to the path

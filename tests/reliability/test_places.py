@@ -1,0 +1,556 @@
+"""Where results go: every command, every option that names something to write, and every place that must not be written.
+
+A new command or option fails here until it declares what it writes (`add_outputs`) and has a row in the tables below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from exporter import cli
+from exporter.commands import check_outputs
+from exporter.engine import build_engines
+from exporter.plots import write_plots
+from exporter.report import write_report
+from moee import atomic, placement, result_kinds
+from moee.atomic import atomic_file, atomic_folder
+from moee.config import FinetuneConfig, make_extract_config
+from moee.errors import UserError
+from moee.models import ModelSpec
+from moee.pipeline import run_extract, run_finetune
+from moee.placement import OutputFile, OutputFolder
+from plugins import aot
+from tests.untrusted.test_pickle_commands import PATHS, TEXT, WRITTEN, options
+
+READS_ONLY = {"inspect", "doctor"}
+# Each command's line without what it writes. Capitals are inputs in the workspace.
+LINES = {
+    "plan": ["test_vit", "--weights", "WEIGHTS", "--data", "DATA", "--target-macs", "0.7"],
+    "extract": ["test_vit", "--weights", "WEIGHTS", "--data", "DATA", "--plan", "PLAN"],
+    "finetune": ["MODEL", "--data", "DATA"],
+    "export": ["MODEL", "--data", "DATA", "--precision", "int8"],
+    "verify": ["EXPORT", "--engine", "ENGINE", "--model", "MODEL", "--data", "DATA"],
+    "bench": ["EXPORT", "--engine", "ENGINE", "--data", "DATA"],
+    "bench-dispatch": ["MODEL"],
+    "build": ["EXPORT", "--plugin", "LIBRARY"],
+    "bundle": ["EXPORT", "--sm", "87"],
+    "plugin build": [],
+    "plugin bundle": ["--sm", "87"],
+    "plots": ["MODEL", "--data", "DATA"],
+    "report": ["MODEL", "EXPORT"],
+    "ablate": ["--model", "test_vit", "--weights", "WEIGHTS", "--data", "DATA"],
+    "ablate-clear": ["test_vit", "--weights", "WEIGHTS", "--data", "DATA"],
+    "demo": [],
+}
+FOLDER, FILE = "folder", "file"
+# Option: what it names, and what else the line needs.
+WRITERS = {
+    "plan --out": (FOLDER, []), "extract --out": (FOLDER, []), "finetune --out": (FOLDER, []), "export --out": (FOLDER, []),
+    "verify --out": (FOLDER, []), "bench --out": (FILE, []), "bench-dispatch --out": (FILE, []), "build --out": (FOLDER, []),
+    "build --timing-cache": (FILE, ["--out", "NEW"]), "bundle --out": (FOLDER, []), "plugin build --out": (FILE, []),
+    "plugin bundle --out": (FOLDER, []), "plots --out": (FOLDER, []), "report --out": (FILE, []), "ablate --out": (FOLDER, []),
+    "ablate-clear --out": (FOLDER, []), "ablate-clear --table": (FILE, ["--out", "NEW"]), "demo --out": (FOLDER, []),
+}  # fmt: skip
+INPUTS = {"WEIGHTS": "w.safetensors", "DATA": "images", "PLAN": "plan/plan.json", "MODEL": "model", "EXPORT": "export",
+          "ENGINE": "engine", "LIBRARY": "plugin.so", "NEW": "new"}  # fmt: skip
+OWN = {  # what the command wrote before, and may replace
+    "plan --out": "plan", "extract --out": "model", "finetune --out": "model", "export --out": "export", "verify --out": "verify",
+    "bench --out": "latency.json", "bench-dispatch --out": "dispatch.json", "build --out": "engine",
+    "build --timing-cache": "timing.cache", "bundle --out": "deployment", "plugin build --out": "plugin.so",
+    "plugin bundle --out": "bundle", "plots --out": "plots", "report --out": "report.html", "ablate --out": "ablation",
+    "ablate-clear --out": "clear", "ablate-clear --table": "table.md", "demo --out": "demo",
+}  # fmt: skip
+GROWS = {"ablate --out", "ablate-clear --out"}  # gone on from without --force
+
+
+def artifact(folder: Path, kind: result_kinds.FolderKind, *files: str) -> Path:
+    """A folder as a command leaves it, as far as its name, its manifest and its files go."""
+    folder.mkdir(parents=True)
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"content of {name}")
+    listed = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
+    (folder / kind.manifest).write_text(json.dumps({"schema": f"{kind.schema}/1", "files": listed}))
+    return folder
+
+
+def earlier_results(root: Path) -> None:
+    """One of everything that a command writes, and one of every input."""
+    artifact(root / "model", result_kinds.MODEL, "model.safetensors")
+    artifact(root / "export", result_kinds.EXPORT, "dense.onnx", "moee.data")
+    artifact(root / "engine", result_kinds.ENGINE, "dense.plan", "moee.plan")
+    artifact(root / "plan", result_kinds.PLAN)
+    artifact(root / "verify", result_kinds.VERIFY, "junit.xml", "summary.md")
+    artifact(root / "deployment", result_kinds.DEPLOYMENT, "models/dense.onnx")
+    artifact(root / "bundle", result_kinds.PLUGIN_BUNDLE, "csrc/a.cpp")
+    (root / "plots").mkdir()
+    (root / "plots" / "routing.json").write_text('{"schema": "moee.plot-routing/1", "layers": []}')
+    (root / "plots" / "routing.svg").write_text("<svg/>")
+    for name, kind in (("ablation", result_kinds.ABLATION), ("clear", result_kinds.CLEAR_ABLATION)):
+        (root / name).mkdir()
+        (root / name / "setup.json").write_text(json.dumps({"schema": f"{kind.schema}/1"}))
+    (root / "latency.json").write_text('{"schema": "moee.latency/1"}')
+    (root / "dispatch.json").write_text('{"schema": "moee.dispatch/1"}')
+    (root / "parity.json").write_text('{"schema": "moee.parity/1"}')
+    (root / "timing.cache").write_bytes(b"ptrtd\0\0\0")
+    (root / "plugin.so").write_bytes(b"\x7fELF" + bytes(9000) + b"moee-plugin-headers=10.14")
+    (root / "report.html").write_text("<!doctype html>\n<html><head><title>MoEE report: x</title>")
+    (root / "table.md").write_text("| router | rank | experts | images | seeds | MACs | accuracy % |\n")
+    (root / "w.safetensors").write_bytes(b"weights")
+    for part in ("train/cat", "val/cat"):
+        (root / "images" / part).mkdir(parents=True)
+        (root / "images" / part / "1.png").write_bytes(b"png")
+    (root / "demo").mkdir()
+    (root / "demo" / "summary.json").write_text('{"schema": "moee.summary/1"}')
+    artifact(root / "demo" / "extracted", result_kinds.MODEL, "model.safetensors")
+
+
+def snapshot(root: Path) -> dict[str, tuple]:
+    """Kind, links' targets and content of everything below `root`; names alone do not tell what was replaced by its like."""
+    found = {}
+    for base, folders, files in os.walk(root):
+        for name in [*folders, *files]:
+            path = Path(base, name)
+            mode, inode = path.lstat().st_mode, path.lstat().st_ino
+            content = os.readlink(path) if path.is_symlink() else path.read_bytes() if stat.S_ISREG(mode) else b""
+            found[str(path.relative_to(root))] = (mode, inode, content)
+    return found
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A workspace with inputs and earlier results, a user's own things, and places that are no places; the process is in it."""
+    root = tmp_path / "work"
+    root.mkdir()
+    earlier_results(root)
+    (root / "photos").mkdir()
+    (root / "photos" / "wedding.jpg").write_bytes(b"jpg")
+    (root / "notes.txt").write_text("notes")
+    (root / "notes.json").write_text('{"schema": "mine/1"}')
+    (root / "empty").mkdir()
+    (root / "to_folder").symlink_to("photos")
+    (root / "to_artifact").symlink_to("model")
+    (root / "to_file").symlink_to("notes.txt")
+    (root / "to_nothing").symlink_to("absent")
+    os.mkfifo(root / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(root)
+        server.bind("socket")
+    (root / "above" / "link").mkdir(parents=True)
+    (root / "here").mkdir()
+    monkeypatch.chdir(root / "here")
+    monkeypatch.setenv("MOEE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cli, "check_outputs", check_and_stop)
+    return root
+
+
+def check_and_stop(args):
+    """What the command line calls before a command; no command runs here."""
+    check_outputs(args)
+    raise UserError("the place was accepted")
+
+
+def line(root: Path, writer: str, place: str, *more: str) -> list[str]:
+    command, _, option = writer.rpartition(" ")
+    words = [*command.split(), *LINES[command], *WRITERS[writer][1], *more]
+    return [str(root / INPUTS[word]) if word in INPUTS else word for word in words] + [f"{option}={place}"]
+
+
+def takes_force(writer: str) -> bool:
+    return f"{writer.rpartition(' ')[0]} --force" in {f"{c} {o}" for c, o in flags()}
+
+
+def flags():
+    def walk(parser, name):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for key, inner in action.choices.items():
+                    yield from walk(inner, f"{name} {key}".strip())
+            else:
+                yield name, (action.option_strings or [action.dest])[0]
+
+    return walk(cli.build_parser(), "")
+
+
+def forms(writer: str, *always: str) -> list[list[str]]:
+    return [[*always], [*always, "--force"]] if takes_force(writer) else [[*always]]
+
+
+def refused(root: Path, capsys, writer: str, place: str, *more: str) -> str:
+    """The one sentence of a refusal, which names the option; nothing may have changed."""
+    before = snapshot(root)
+    code = cli.main(line(root, writer, place, *more))
+    said = capsys.readouterr().err
+    where = f"{writer} {place} {more}: {code}: {said}"
+    assert code == 2 and said.startswith("moee: ") and said.count("\n") == 1, where
+    option = writer.rpartition(" ")[2]
+    assert option in said or "output folder" in said or "cannot write to" in said, where
+    assert snapshot(root) == before, where
+    return said
+
+
+def test_every_command_and_option_is_known_here():
+    known = [parser for parser, _ in flags()]
+    commands = {name for name in known if name} - READS_ONLY - {"plugin"}
+    assert commands == LINES.keys(), "a new command gets a row in LINES and WRITERS, or stands in READS_ONLY"
+    texts = {f"{c} {o}" for c, o, kind in options() if kind in (None, str, Path)}
+    assert WRITERS.keys() <= texts and WRITERS.keys() == OWN.keys()
+    assert WRITTEN == WRITERS.keys(), "an option that names something to write goes into WRITTEN and WRITERS"
+    assert WRITTEN - PATHS.keys() <= TEXT
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_option_is_declared(work, writer):
+    """What the parser says of a command line is what is checked before it runs."""
+    args = cli.build_parser().parse_args(line(work, writer, str(work / "fresh")))
+    declared = {Path(output.path) for output in args.outputs(args)}
+    assert work / "fresh" in declared
+
+
+BAD = (
+    "", ".", "..", "/", "/..", "~/../..", "photos/..", "/dev/null", "/dev/null/x", "/dev/full", "/proc/x", "/proc/self/x",
+    "/sys/x", "/proc/sys/kernel/x", "notes.txt/x", "to_folder", "to_folder/", "to_artifact", "to_file",
+    "to_nothing", "pipe", "socket", "n" * 300, "n" * 250, "absent/" + "n" * 250,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_places_that_are_none(work, writer, capsys):
+    """With --force and without: a link, a device, what cannot be written, what has no name."""
+    for place in BAD:
+        local = place if place.startswith(("/", "~")) or place in ("", ".", "..") else str(work / place)
+        for more in forms(writer):
+            refused(work, capsys, writer, local, *more)
+    assert stat.S_ISCHR(os.lstat("/dev/null").st_mode)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_is_not_ours_is_never_replaced_as_a_folder(work, writer, capsys):
+    kind = WRITERS[writer][0]
+    folders = ("photos", "photos/../photos", "above", "here/..", "images/train", "images/train/cat")
+    for place in folders:
+        for more in forms(writer):
+            refused(work, capsys, writer, str(work / place), *more)
+    if kind == FOLDER:
+        for more in forms(writer):
+            refused(work, capsys, writer, str(work / "notes.txt"), *more)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_inputs_are_never_replaced(work, writer, capsys):
+    """Neither an input, under whatever name, nor what holds it, nor what lies in it."""
+    command = writer.rpartition(" ")[0]
+    given = [work / INPUTS[word] for word in LINES[command] if word in INPUTS]
+    (work / "alias").symlink_to(work)
+    os.link(work / "w.safetensors", work / "hard_link")
+    for path in [*given, *[work / "alias" / p.relative_to(work) for p in given], *[Path(f"{p}/../{p.name}") for p in given]]:
+        for more in forms(writer):
+            said = refused(work, capsys, writer, str(path), *more)
+            assert "Traceback" not in said
+    refused(work, capsys, writer, str(work), *forms(writer)[-1])
+    if any(word == "WEIGHTS" for word in LINES[command]):
+        for more in forms(writer):
+            refused(work, capsys, writer, str(work / "hard_link"), *more)
+    for folder in (path for path in given if path.is_dir()):
+        for inner in sorted(p for p in folder.rglob("*")):
+            for more in forms(writer):
+                refused(work, capsys, writer, str(inner), *more)
+        (folder / "nothing").mkdir()
+        for more in forms(writer):
+            refused(work, capsys, writer, str(folder / "nothing"), *more)
+        (folder / "nothing").rmdir()
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_parts_of_any_artifact_are_never_overwritten(work, writer, capsys):
+    """Not those of an artifact that this command does not read either."""
+    if WRITERS[writer][0] == FOLDER:
+        writer = "verify --out"  # a file, if its name ends so
+        shutil.copy(work / "model" / "moee.json", work / "model" / "also.json")
+        places = ["plan/plan.json", "verify/parity.json", "model/moee.json", "export/export.json"]
+    else:
+        places = ["model/moee.json", "model/model.safetensors", "export/moee.data", "engine/moee.plan", "engine/engine.json",
+                  "verify/junit.xml", "verify/parity.json", "deployment/models/dense.onnx", "bundle/csrc/a.cpp"]  # fmt: skip
+    for place in places:
+        for more in forms(writer):
+            refused(work, capsys, writer, str(work / place), *more)
+
+
+@pytest.mark.parametrize("writer", [w for w, (kind, _) in WRITERS.items() if kind == FOLDER])
+def test_another_kind_of_artifact_is_not_replaced(work, writer, capsys):
+    own = OWN[writer]
+    others = {"model", "export", "engine", "plan", "verify", "deployment", "bundle", "plots", "ablation", "clear", "demo"} - {own}
+    for other in others:
+        for more in forms(writer):
+            said = refused(work, capsys, writer, str(work / other), *more)
+            assert not more or "choose another place" in said or writer in GROWS, said
+
+
+@pytest.mark.parametrize("writer", [w for w, (kind, _) in WRITERS.items() if kind == FOLDER and w != "ablate-clear --out"])
+def test_a_file_of_the_user_in_an_earlier_result_is_named(work, writer, capsys):
+    """The earlier result lies elsewhere, so that it is no input."""
+    place = shutil.copytree(work / OWN[writer], work / "earlier" / "result")
+    if writer == "demo --out":  # which replaces its parts alone
+        (place / "notes.txt").write_text("mine")
+        assert accepted(work, writer, str(place), "--force")
+        place = place / "extracted"
+        (place / "notes.txt").write_text("mine")
+        assert "notes.txt" in refused(work, capsys, writer, str(place.parent), "--force")
+        return
+    for name in ("notes.txt", "sub/model.pth", ".hidden"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text("mine")
+        assert name in refused(work, capsys, writer, str(place), "--force")
+        (place / name).unlink()
+    (place / "link").symlink_to(work / "photos")
+    assert "link" in refused(work, capsys, writer, str(place), "--force")
+
+
+def accepted(root: Path, writer: str, place: str, *more: str) -> bool:
+    """Whether the check lets a place pass and leaves nothing behind."""
+    before = snapshot(root)
+    args = cli.build_parser().parse_args(line(root, writer, place, *more))
+    check_outputs(args)
+    return snapshot(root) == before
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_good_places(work, writer, capsys):
+    kind, option = WRITERS[writer][0], writer.rpartition(" ")[2]
+    for place in ("fresh", "a/b/fresh", "absent/../fresh", "to_folder/fresh", "to_nothing/fresh", "has space", "-dash", "ü"):
+        assert accepted(work, writer, str(work / place))
+    assert accepted(work, writer, "relative")
+    (work / "earlier").mkdir()
+    own = work / "earlier" / OWN[writer]
+    (shutil.copytree if kind == FOLDER else shutil.copy)(work / OWN[writer], own)
+    if kind == FILE and writer != "report --out":
+        assert accepted(work, writer, str(own))  # the same command wrote it
+        (work / "nothing").touch()
+        assert accepted(work, writer, str(work / "nothing"))
+    elif writer in GROWS:
+        assert accepted(work, writer, str(own)) and accepted(work, writer, str(work / "empty"))
+    else:
+        assert "--force" in refused(work, capsys, writer, str(own))
+    if takes_force(writer):
+        assert accepted(work, writer, str(own), "--force")
+    if takes_force(writer) and kind == FOLDER:
+        (own / ".DS_Store").touch()
+        (own / ".model.0123abcd.tmp").mkdir()
+        (own / ".model.0123abcd.tmp" / "half").touch()
+        assert accepted(work, writer, str(own), "--force") and accepted(work, writer, str(work / "empty"), "--force")
+    if kind == FILE:
+        for name in ("notes.txt", "notes.json"):
+            said = refused(work, capsys, writer, str(work / name))
+            if takes_force(writer) and option != "--timing-cache":
+                assert "--force" in said and accepted(work, writer, str(work / name), "--force")
+            else:
+                assert "timing cache" in refused(work, capsys, writer, str(work / name), "--force")
+
+
+def test_files_that_our_own_commands_leave_in_a_result_do_not_bar_it(work):
+    for name in ("plugin.log", "runner.log", "plugin/build/CMakeCache.txt", "engines/moee.plan", "engines/moee.log",
+                 "timing.cache", "triton/model_repository/moee/1/model.plan"):  # fmt: skip
+        (work / "deployment" / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / "deployment" / name).touch()
+    assert accepted(work, "bundle --out", str(work / "deployment"), "--force")
+    (work / "broken").mkdir()
+    (work / "broken" / "junit.xml").write_text('<?xml version="1.0"?>\n<testsuites name="moee verify" tests="1">')
+    assert accepted(work, "verify --out", str(work / "broken"), "--force")
+    (work / "broken" / "junit.xml").write_text('<testsuites name="mine">')
+    with pytest.raises(UserError, match="junit.xml"):
+        accepted(work, "verify --out", str(work / "broken"), "--force")
+
+
+@pytest.mark.parametrize("writer", ["finetune --out", "plan --out"])
+def test_the_state_of_an_interrupted_run_is_a_place_too(work, writer, capsys):
+    """It is removed when the run is done."""
+    state = work / "new.resume"
+    state.mkdir()
+    assert accepted(work, writer, str(work / "new"))
+    (state / "notes.txt").write_text("mine")
+    assert "notes.txt" in refused(work, capsys, writer, str(work / "new"))
+    schema = result_kinds.FINETUNE_STATE if writer.startswith("finetune") else result_kinds.PLAN_STATE
+    (state / schema.manifest).write_text(json.dumps({"schema": f"{schema.schema}/1"}))
+    assert "notes.txt" in refused(work, capsys, writer, str(work / "new"))
+    (state / "notes.txt").unlink()
+    assert accepted(work, writer, str(work / "new"))
+    shutil.rmtree(state)
+    state.symlink_to(work / "photos")
+    refused(work, capsys, writer, str(work / "new"))
+
+
+def test_places_of_one_command_do_not_lie_in_one_another(work, capsys):
+    inside = str(work / "new" / "timing.cache")
+    assert "lies in --out" in refused(work, capsys, "build --timing-cache", inside)
+    assert "lies in" in refused(work, capsys, "ablate-clear --table", str(work / "x.svg"))  # the plot's name too
+    assert accepted(work, "ablate-clear --table", str(work / "new" / "table.md"))
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(work, capsys, monkeypatch):
+    monkeypatch.chdir(work / "empty")
+    assert "runs in" in refused(work, capsys, "extract --out", "../empty", "--force")
+
+
+def test_a_mount_point_cannot_be_replaced(work, capsys, monkeypatch, tmp_path):
+    """The kernel would refuse the exchange, after the work."""
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"36 35 98:0 / {work / 'empty'} rw,noatime shared:1 - ext4 /dev/root rw\n")
+    monkeypatch.setattr(placement, "MOUNTS", mounts)
+    assert "mount point" in refused(work, capsys, "extract --out", str(work / "empty"), "--force")
+
+
+def test_a_read_only_file_system(work, capsys):
+    fixed = work / "fixed"
+    fixed.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(fixed)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        for writer in WRITERS:
+            for place in ("x", "a/b/x"):
+                assert "Read-only file system" in refused(work, capsys, writer, str(fixed / place))
+    finally:
+        subprocess.run(["umount", str(fixed)], check=True)
+
+
+SPEC = ModelSpec(name="test_vit", timm_name="test_vit", weights="WEIGHTS")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w: run_extract(SPEC, str(w / "images"), make_extract_config(), w / "images", True),
+        lambda w: run_extract(SPEC.model_copy(update={"weights": str(w / "model/model.safetensors")}), "digits",
+                              make_extract_config(), w / "model", True),
+        lambda w: run_finetune(w / "model", FinetuneConfig(), w / "model", force=True),
+        lambda w: run_finetune(w / "model", FinetuneConfig(), w / "photos", force=True),
+        lambda w: build_engines(w / "export", w / "export", plugin=None, force=True),
+        lambda w: build_engines(w / "export", w / "new", plugin=None, timing_cache=w / "notes.txt"),
+        lambda w: write_report([w / "model"], w / "model" / "moee.json", force=True),
+        lambda w: write_plots(None, None, None, w / "photos", force=True),  # type: ignore[arg-type]
+        lambda w: aot.build(w / "photos", [87]),
+    ],
+    ids=["extract data", "extract weights", "finetune", "finetune photos", "build", "timing cache", "report", "plots", "kernels"],
+)  # fmt: skip
+def test_python_functions_refuse_too(work, function, monkeypatch):
+    monkeypatch.setattr("exporter.engine.require_backend", lambda backend: None)
+    before = snapshot(work)
+    with pytest.raises(UserError, match="choose another"):
+        function(work)
+    assert snapshot(work) == before
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def names(request, monkeypatch):
+    if request.param == "two renames":
+        monkeypatch.setattr(atomic, "_libc_renameat2", lambda: None)
+
+
+def beside(folder: Path, stem: str) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(f"{stem}-")]
+
+
+def test_what_appears_meanwhile_is_put_back_and_the_result_kept(work, names):
+    """The look before the work is no use for what comes during it: a user's folder is exchanged back, and the result not lost."""
+    with pytest.raises(UserError, match="wedding.jpg.*the result is kept as .*/new-"):
+        with OutputFolder(work / "new", result_kinds.MODEL, force=True).write() as folder:
+            (folder / "moee.json").write_text("result")
+            os.rename(work / "photos", work / "new")
+    assert [p.name for p in (work / "new").iterdir()] == ["wedding.jpg"]
+    (kept,) = beside(work, "new")
+    assert (kept / "moee.json").read_text() == "result" and not [p for p in work.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("existed", [True, False])
+def test_a_file_that_appears_meanwhile_is_left(work, names, existed):
+    place = work / ("latency.json" if existed else "fresh.json")
+    with pytest.raises(UserError, match="the result is kept as"):
+        with OutputFile(place, result_kinds.LATENCY).write() as temporary:
+            temporary.write_text("result")
+            place.write_text("mine")
+    assert place.read_text() == "mine"
+    (kept,) = beside(work, place.stem)
+    assert kept.read_text() == "result" and kept.suffix == ".json"
+
+
+def test_without_force_a_folder_that_appears_is_left_and_the_result_kept(work, names):
+    with pytest.raises(UserError, match="appeared while this ran.*kept as"), atomic_folder(work / "new") as folder:
+        (folder / "file").write_text("ours")
+        (work / "new").mkdir()
+    assert not list((work / "new").iterdir()) and (beside(work, "new")[0] / "file").read_text() == "ours"
+
+
+def test_a_file_of_ours_is_replaced(work, names):
+    OutputFile(work / "latency.json", result_kinds.LATENCY).write_json({"schema": "moee.latency/1", "new": True})
+    assert json.loads((work / "latency.json").read_text())["new"] and not [p for p in work.iterdir() if p.name.startswith(".")]
+    with atomic_file(work / "fresh.json", lambda path: None) as temporary:
+        temporary.write_text("x")
+    assert (work / "fresh.json").read_text() == "x"
+
+
+def fake_worker(spec, progress):
+    """As a worker of TensorRT: a plan, and more in the timing cache than was in it."""
+    Path(spec["plan"]).write_bytes(b"ftrt")
+    cache = Path(spec["timing_cache"])
+    cache.write_bytes((cache.read_bytes() if cache.exists() else b"ptrt") + b"+")
+    return {"version": "0", "build_s": 0.0, "plugin_layers": 0, "layers": 1, "gpus": 0}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_timing_cache_grows_and_outlives_a_failed_build(work, monkeypatch, fails):
+    def worker(spec, progress):
+        if fails and Path(spec["plan"]).name == "moee.plan":
+            raise UserError("the graph cannot be built")
+        return fake_worker(spec, progress)
+
+    monkeypatch.setattr("exporter.engine.require_backend", lambda backend: None)
+    monkeypatch.setattr("exporter.engine.read_export", lambda folder: {"plugin_nodes": 0})
+    monkeypatch.setattr("exporter.engine._graph", lambda folder, export, key: folder / "dense.onnx")
+    monkeypatch.setattr("exporter.engine.count_plugin_nodes", lambda graph: 0)
+    monkeypatch.setattr("exporter.engine.run_worker", worker)
+    for place, before in ((work / "timing.cache", b"ptrtd\0\0\0"), (work / "new.cache", b"ptrt")):
+        shutil.rmtree(work / "engines", ignore_errors=True)
+        if fails:
+            with pytest.raises(UserError, match="cannot be built"):
+                build_engines(work / "export", work / "engines", plugin=None, timing_cache=place)
+        else:
+            build_engines(work / "export", work / "engines", plugin=None, timing_cache=place)
+        assert place.read_bytes() == before + (b"+" if fails else b"++")
+        assert (work / "engines").exists() != fails
+
+
+def test_kinds_agree_with_what_is_written():
+    """The tables name schemas that the writers write."""
+    from exporter import bundle, clear_ablation, demo, dispatch_bench, manifests
+    from moee import checkpoint, finetune, finetune_state
+    from moee.ablation import cells
+    from moee.planning import plan
+    from plugins import bundle as plugin_bundle
+    from plugins import manifest
+
+    written = {
+        result_kinds.MODEL: (checkpoint.MANIFEST, checkpoint.SCHEMA),
+        result_kinds.EXPORT: (manifests.EXPORT, manifests.EXPORT_SCHEMA),
+        result_kinds.ENGINE: (manifests.ENGINE, manifests.ENGINE_SCHEMA), result_kinds.PLAN: (plan.PLAN, plan.SCHEMA),
+        result_kinds.DEPLOYMENT: ("deployment.json", bundle.DEPLOYMENT_SCHEMA),
+        result_kinds.PLUGIN_BUNDLE: ("bundle.json", plugin_bundle.SCHEMA),
+        result_kinds.KERNELS: (manifest.FILE_NAME, manifest.SCHEMA), result_kinds.ABLATION: (cells.SETUP, cells.SETUP_SCHEMA),
+        result_kinds.CLEAR_ABLATION: (clear_ablation.SETUP, clear_ablation.SETUP_SCHEMA),
+        result_kinds.FINETUNE_STATE: (finetune.STATE, finetune_state.SCHEMA),
+        result_kinds.PLAN_STATE: ("identity.json", plan.STORE_SCHEMA),
+    }  # fmt: skip
+    for kind, (name, schema) in written.items():
+        assert (kind.manifest, f"{kind.schema}/1") == (name, schema)
+    assert result_kinds.SUMMARY.schema == demo.SCHEMA.partition("/")[0]
+    assert result_kinds.DISPATCH.schema == dispatch_bench.SCHEMA.partition("/")[0]
+    state = finetune.TENSORS.format(epoch=12)
+    assert result_kinds.matches(state, result_kinds.FINETUNE_STATE.beside)
