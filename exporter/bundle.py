@@ -145,7 +145,8 @@ def make_recipe(export: dict[str, Any]) -> Recipe:
     channels, *size = input_shape(given)
     crop, kind = str(config["crop_mode"]), str(config["interpolation"])
     if channels != 3:
-        raise UserError(f"{name} takes images of {channels} channels; the bundle's runner and configurations know RGB alone")
+        counted = "1 channel" if channels == 1 else f"{channels} channels"
+        raise UserError(f"{name} takes images of {counted}; the bundle knows RGB alone")
     if crop not in ("center", "squash") or kind not in ("bicubic", "bilinear"):
         raise UserError(f"{name} is evaluated with {kind} resizing and crop mode {crop}; the runner knows bicubic and "
                         "bilinear, center and squash")  # fmt: skip

@@ -57,8 +57,12 @@ class ModelSpec(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What decides the outputs of the model `name`, for whoever must know whether two runs worked on the same one."""
-        decisive = {"kwargs": self.kwargs, "weights_sha256": self.weights_sha256}
-        return decisive if self.random_seed is None else {**decisive, "random_seed": self.random_seed}
+        decisive: dict[str, Any] = {"kwargs": self.kwargs, "weights_sha256": self.weights_sha256}
+        if self.random_seed is not None:
+            decisive["random_seed"] = self.random_seed
+        if self.input_size is not None:
+            decisive["input_size"] = list(self.input_size)
+        return decisive
 
 
 @dataclass(frozen=True)

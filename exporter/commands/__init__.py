@@ -143,6 +143,6 @@ def model_of(args: argparse.Namespace, report: Reporter) -> ModelSpec:
 def model_flags(args: argparse.Namespace) -> list[str]:
     """The flags of `add_weights` that were given, to be repeated for the next command."""
     words = ["--pretrained"] if args.pretrained else []
-    for flag, value in (("--weights", args.weights), ("--random-weights", args.random_weights), ("--img-size", args.img_size)):
+    for flag, value in (("--weights", args.weights), ("--random-weights", args.random_weights)):
         words += [] if value is None else [flag, str(value)]
-    return words
+    return words if args.img_size is None else [*words, "--img-size", *map(str, args.img_size)]

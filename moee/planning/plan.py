@@ -117,7 +117,7 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:
     path = Path(path)
     plan = read_manifest(path, PLAN, SCHEMA) if path.is_dir() else read_manifest(path.parent, path.name, SCHEMA)
     made_for = checked(Plan, plan, path).model
-    for key in ("timm_name", "kwargs", "pretrained", "weights_sha256", "random_seed"):
+    for key in ("timm_name", "kwargs", "input_size", "pretrained", "weights_sha256", "random_seed"):
         ours, theirs = getattr(spec, key), getattr(made_for, key)
         if ours != theirs:
             came = f"made for {shown(made_for.name, quoted=False)} with {key} {shown(theirs)}"

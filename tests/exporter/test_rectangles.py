@@ -13,14 +13,21 @@ from safetensors.torch import save_file
 from exporter import cli
 from exporter.bundle import make_recipe, write_deployment
 from exporter.manifests import Input, input_shape
+from exporter.onnx_export import export
+from exporter.parity import check_parity
 from exporter.plots import data as plot_data
 from exporter.profile import batch_profile
 from exporter.report.collect import collect
 from exporter.report.commands import commands
 from moee import checkpoint
-from moee.data import load_data, model_transform
+from moee.checkpoint import MoeeModel
+from moee.config import make_extract_config
+from moee.convert import extract
+from moee.data import TensorSet, load_data, model_transform
 from moee.errors import UserError
+from moee.models import load_model
 from moee.schema import checked
+from tests.conftest import tiny_spec
 from tests.exporter.test_bundle_runner import ours
 from tests.plugins import built
 
@@ -105,6 +112,31 @@ def test_the_bundle_prepares_pictures_as_the_accuracy_saw_them(chain, pictures, 
     recipe = make_recipe(json.loads((root / "export" / "export.json").read_text()))
     for i in range(3):
         np.testing.assert_allclose(ours(data.picture(i), recipe, tmp_path), data.load(i).numpy(), rtol=0, atol=1e-6)
+
+
+def test_a_plan_is_for_one_size_and_says_how_to_apply_it(pictures, tmp_path, capsys):
+    def argv(out, *size):
+        return ("test_convnext", "--random-weights", 0, "--data", pictures, "--img-size", *size, "--out", tmp_path / out)
+
+    scale = ("--methods", "static", "--tokens", 400, "--refit-tokens", 400)
+    assert run("plan", *argv("plan", 64, 96), "--target-macs", 0.9, *scale) == 0
+    assert "--img-size 64 96 " in " ".join(capsys.readouterr().out.split())
+    assert run("extract", *argv("other", 96, 64), "--plan", tmp_path / "plan") == 2
+    assert "with input_size (64, 96), but this model has (96, 64); plan again" in capsys.readouterr().err
+    assert run("extract", *argv("same", 64, 96), "--plan", tmp_path / "plan") == 0
+
+
+def test_a_bundle_of_grey_images_is_refused_before_kernels_are_compiled(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("exporter.plugin_cache.ensure_kernels", lambda *args: pytest.fail("compiled"))
+    model = load_model(tiny_spec(in_chans=1))
+    images = TensorSet("grey", torch.randn(24, 1, 32, 32), [-1] * 24)
+    config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, compensation="mean")
+    extract(model, images, config)
+    export(MoeeModel(model.eval(), tiny_spec(in_chans=1), config, "grey"), tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "export.json").read_text())["input"]["channels"] == 1
+    assert check_parity(tmp_path / "export", MoeeModel(model, tiny_spec(in_chans=1), config, "grey"), images, sizes=(1, 4))
+    assert run("bundle", tmp_path / "export", "--sm", 87, "--out", tmp_path / "bundle") == 2
+    assert "takes images of 1 channel; the bundle knows RGB alone" in capsys.readouterr().err
 
 
 def test_shapes_of_an_engine_are_those_of_the_graph(chain):

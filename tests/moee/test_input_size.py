@@ -85,6 +85,13 @@ def test_a_recorded_size_is_bounded(size):
         ModelSpec(name="m", timm_name="convnext_tiny", input_size=size)
 
 
+def test_results_of_another_size_are_not_taken_for_this_one():
+    """Cells of an ablation and plans are found again by what `identity` holds."""
+    sizes = [sized(named("test_convnext"), size).identity() for size in (TALL, (64, 96))] + [named("test_convnext").identity()]
+    assert all(a != b for i, a in enumerate(sizes) for b in sizes[:i])
+    assert "input_size" not in sizes[2], "results of earlier versions are still found"
+
+
 @pytest.mark.parametrize("size", [TALL, (64, 96)])
 @pytest.mark.parametrize("changes", [{}, {"crop_mode": "squash"}, {"crop_pct": 1.0}])
 def test_image_files_are_prepared_as_timm_prepares_them(tmp_path, size, changes):
