@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moee.errors import UserError
+from moee.errors import chosen
 
 QUICK = 1.702  # slope of quick_gelu (Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016)
 SAME = 1e-5  # of 1 + |y|; gelu and gelu_tanh, the closest rows, are 5e-4 apart
@@ -57,9 +57,7 @@ KNOWN = ", ".join(ACTIVATIONS)
 
 def find_activation(name: str) -> Activation:
     """The row of this name. Raises `UserError` for an unknown one."""
-    if name not in ACTIVATIONS:
-        raise UserError(f"unknown activation {name!r}; expected one of {KNOWN}")
-    return ACTIVATIONS[name]
+    return chosen(ACTIVATIONS, name, "activation")
 
 
 def activate(x: Tensor, name: str) -> Tensor:

@@ -1,5 +1,12 @@
 """The errors that the command line turns into exit codes."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class UserError(ValueError):
     """Bad input: what was expected, what came, what to do, in one sentence. Exit code 2.
@@ -33,3 +40,11 @@ class RankLost(StepFailed):
     def __init__(self, message: str, speaks: bool):
         super().__init__(message)
         self.speaks = speaks
+
+
+def chosen(table: Mapping[str, T], name: str, what: str) -> T:
+    """What stands in `table` under `name`: a choice by name has no default. Raises `UserError` for another name; `what` says what
+    it is of."""
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
+    return table[name]

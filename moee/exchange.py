@@ -70,6 +70,8 @@ def unpack_finding(parcel: Parcel, ffn: FFN) -> Finding:
     report = LayerReport(**body["report"])
     if body["kind"] == "report":
         return report
+    if body["kind"] != "experts":
+        raise UserError(f"a rank sent {body['kind']!r}; expected grouped, report or experts: start all with the same version")
     parts = {name: tensors[name] for name in EXPERTS}
     experts = Experts(**parts, activation=body["activation"], top_k=body["top_k"], load=tuple(body["load"]))
     return experts, report

@@ -11,6 +11,7 @@ from moee.cache import read_labels, tensor_hash, write_labels
 from moee.calibration import CHUNK, LayerTokens, hidden_activations
 from moee.clustering import NOISE, cluster_tokens
 from moee.config import ExtractConfig
+from moee.errors import chosen
 from moee.layer_report import LayerReport
 from moee.models import FFN
 from moee.progress import Reporter, silent
@@ -48,11 +49,13 @@ def find_routes(
         return stays_dense(ffn, f"dense: {count} cluster{'s' if count != 1 else ''}, {noise:.0%} noise", noise)
     router, bias = make_router(config.routing, members, labels, count, config.seed)
     router, bias, routes = _routes_without_idle(sampled, router, bias)
-    if config.statistics == "cluster":
-        labels = labels if len(router) == count else route(members, router, bias)[:, 0]
-        moments = _moments(ffn, members, labels, len(router))
-    else:
-        moments = _moments(ffn, sampled, routes, len(router))
+
+    def of_clusters() -> Moments:
+        own = labels if len(router) == count else route(members, router, bias)[:, 0]
+        return _moments(ffn, members, own, len(router))
+
+    makers = {"cluster": of_clusters, "routed": lambda: _moments(ffn, sampled, routes, len(router))}
+    moments = chosen(makers, config.statistics, "statistics")()
     share = torch.bincount(routes, minlength=len(router)).double() / len(routes)
     return GroupedLayer(ffn, router, bias, moments, share, noise)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moee.calibration import CHUNK, LayerTokens, hidden_activations
 from moee.config import ExtractConfig
-from moee.errors import UserError
+from moee.errors import UserError, chosen
 from moee.layer import LOAD_UNIT, Experts
 from moee.layer_report import LayerReport
 from moee.models import FFN
@@ -59,7 +59,9 @@ def coactivation_features(ffn: FFN, sampled: LayerTokens, components: int) -> Te
 def find_moefication(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> tuple[Experts, LayerReport]:
     """Disjoint experts of one layer. Raises `UserError` if there are more experts than neurons."""
     assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
-    features = ffn.w_up if config.split == "weights" else coactivation_features(ffn, sampled, min(config.experts, ffn.hidden))
+    count = min(config.experts, ffn.hidden)
+    makers = {"weights": lambda: ffn.w_up, "coactivation": lambda: coactivation_features(ffn, sampled, count)}
+    features = chosen(makers, config.split, "split")()
     group = balanced_groups(features, config.experts, config.seed)
     members = [(group == e).nonzero()[:, 0] for e in range(config.experts)]
     router, bias = _router(ffn, sampled, members, config)
@@ -83,11 +85,14 @@ def find_moefication(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> t
 def _router(ffn: FFN, sampled: LayerTokens, members: list[Tensor], config: ExtractConfig) -> tuple[Tensor, Tensor]:
     """Router rows [K, D] and biases [K]: each expert's parameter centre, or a linear map trained (ridge regression) to
     predict the norm-weighted magnitude of the expert's activations."""
-    if config.selector == "centre":
-        return (
-            torch.stack([ffn.w_up[m].mean(0) for m in members]),
-            torch.stack([ffn.b_up[m].mean() for m in members]),
-        )
+    return chosen({"centre": _centres, "router": _trained}, config.selector, "selector")(ffn, sampled, members)
+
+
+def _centres(ffn: FFN, sampled: LayerTokens, members: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.stack([ffn.w_up[m].mean(0) for m in members]), torch.stack([ffn.b_up[m].mean() for m in members])
+
+
+def _trained(ffn: FFN, sampled: LayerTokens, members: list[Tensor]) -> tuple[Tensor, Tensor]:
     norms = ffn.w_down.norm(dim=0)
     gram, cross = torch.zeros(ffn.dim + 1, ffn.dim + 1).double(), torch.zeros(ffn.dim + 1, len(members)).double()
     for part in torch.arange(sampled.count).split(CHUNK):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moee.errors import chosen
 from moee.models import FFN
 
 
@@ -73,13 +75,17 @@ def select_neurons(moments: Moments, ffn: FFN, criterion: str, keep: float, seed
 
     `variance` and `output_variance` keep the fewest that hold `keep` of the (weighted) variance. `magnitude` (mean
     absolute activation) and `random` are there to compare with: they keep as many as `variance` would, so that the cost
-    is the same.
+    is the same. Raises `UserError` for another criterion.
     """
+    generator = torch.Generator().manual_seed(seed)
+    scores_of: dict[str, Callable[[], Tensor] | None] = {
+        "variance": None, "output_variance": None,
+        "magnitude": lambda: moments.magnitude, "random": lambda: torch.rand(moments.mean.shape, generator=generator),
+    }  # fmt: skip
+    scores = chosen(scores_of, criterion, "criterion")
     weight = output_weight(ffn) if criterion == "output_variance" else torch.ones(ffn.hidden, dtype=torch.float64)
     kept = [keep_by_share(row * weight, keep) for row in moments.variance]
-    if criterion in ("variance", "output_variance"):
+    if scores is None:
         return kept
-    generator = torch.Generator().manual_seed(seed)
-    scores = moments.magnitude if criterion == "magnitude" else torch.rand(moments.mean.shape, generator=generator)
-    ranked = scores.sort(dim=1, descending=True, stable=True).indices
+    ranked = scores().sort(dim=1, descending=True, stable=True).indices
     return [order[: len(k)].sort().values for order, k in zip(ranked, kept, strict=True)]

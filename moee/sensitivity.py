@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moee.calibration import CHUNK, as_tokens, hidden_activations
 from moee.data import Batch, ImageSet, batches
-from moee.errors import UserError
+from moee.errors import UserError, chosen
 from moee.image_budget import image_groups, spread, tokens_an_image
 from moee.models import FFN, channels_last
 from moee.progress import Reporter, silent, track
@@ -93,9 +93,9 @@ def measure_sensitivity(
     weights are not changed.
     """
     model.eval()
-    last = objective in ("tokens", "both")
+    kinds = chosen({"output": ["output"], "tokens": ["tokens"], "both": ["output", "tokens"]}, objective, "objective")
+    last = "tokens" in kinds
     classifier = bool(getattr(model, "num_classes", 0))
-    kinds = [k for k in ("output", "tokens") if objective in (k, "both")]
     layers = {name: _Accumulator(ffns[name], stats[name], len(kinds)) for name in stats}
     frozen = {p: p.requires_grad for p in model.parameters()}
     for p in frozen:

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from moee.config import FinetuneConfig
 from moee.data import Batch, ImageSet, listed_batches
 from moee.distributed import Group
-from moee.errors import UserError
+from moee.errors import UserError, chosen
 from moee.models import channels_last
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, classifier: bool, temperature: float = 1.0) -> Tensor:
@@ -178,7 +178,7 @@ class Trainer:
     def _loss(self, student: nn.Module, part: Batch, wanted: Wanted, power: Tensor | None, amp: bool = True) -> Tensor:
         """Mean loss of some images, in float32 whatever the student computes in."""
         device = self.group.device
-        dtype = AMP.get(self.config.amp) if amp else None
+        dtype = chosen(AMP, self.config.amp, "amp") if amp else None
         with torch.autocast(device.type, dtype) if dtype is not None else nullcontext():
             output, *features = student(part.images.to(device))
         loss = distillation_loss(output.float(), wanted.output, self.classifier, self.config.temperature)

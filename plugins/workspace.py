@@ -65,11 +65,16 @@ class Workspace:
         return views
 
 
+KINDS = ("tile", "fused", "masked")
+
+
 def layout(sizes: Sizes, dtype: str, kind: str) -> Workspace:
     """Workspace of a tactic of `kind` "tile", "fused" or "masked" for token type `dtype`.
 
     Order: counts, member, buckets, routes, hidden, partial; each start a multiple of 256 bytes.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of tactic {kind!r}; expected one of {', '.join(KINDS)}")
     s = sizes
     slots = s.tokens * s.top_k
     wanted: list[tuple[str, str, tuple[int, ...]]] = [("counts", "int32", (s.experts,))]
@@ -95,6 +100,6 @@ def layout(sizes: Sizes, dtype: str, kind: str) -> Workspace:
     return Workspace(tuple(buffers), first_unzeroed.offset, offset)
 
 
-def bytes_needed(sizes: Mapping[str, int], dtype: str, kinds: tuple[str, ...] = ("tile", "fused", "masked")) -> int:
+def bytes_needed(sizes: Mapping[str, int], dtype: str, kinds: tuple[str, ...] = KINDS) -> int:
     """Most that any tactic kind needs, which is what the plugin asks TensorRT for."""
     return max(layout(Sizes(**sizes), dtype, kind).size for kind in kinds)

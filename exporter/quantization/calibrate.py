@@ -54,7 +54,9 @@ class Histogram:
             self.counts += torch.histc(magnitudes, BINS, 0.0, self.top).double().numpy()
 
     def step(self, method: str) -> float:
-        """The step of 127 by `largest` or `mse` (see above); 1 if nothing but zeros came."""
+        """The step of 127 by `largest` or `mse` (see above), `UserError` for another method; 1 if nothing but zeros came."""
+        if method not in METHODS:
+            raise UserError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
         if not self.counts.any() or self.largest == 0.0:
             return 1.0
         if method == "largest":

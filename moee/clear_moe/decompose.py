@@ -25,7 +25,7 @@ from torch import Tensor
 from moee.activations import activate
 from moee.calibration import CHUNK, hidden_activations
 from moee.clear_moe.dispatch import Factors
-from moee.errors import UserError
+from moee.errors import UserError, chosen
 from moee.layer_report import RefitReport
 from moee.models import FFN
 from moee.ridge import error_change, held_out_runs, solve_ridge
@@ -114,9 +114,16 @@ def sqrt_and_inverse(metric: Tensor, floor: float = FLOOR) -> tuple[Tensor, Tens
 
 def up_metric(ffn: FFN, tokens: Tensor, kind: str) -> Tensor:
     """Q [D, D] float64 of the up map for input tokens [N, D]; kind: output or plain."""
+    return chosen({"output": _output_metric, "plain": _plain_metric}, kind, "metric")(ffn, tokens)
+
+
+def _plain_metric(ffn: FFN, tokens: Tensor) -> Tensor:
     w_up = ffn.w_up.double()
-    if kind == "plain":
-        return w_up.T @ w_up
+    return w_up.T @ w_up
+
+
+def _output_metric(ffn: FFN, tokens: Tensor) -> Tensor:
+    w_up = ffn.w_up.double()
     scale = ffn.scale.double() if ffn.scale is not None else torch.ones(ffn.dim, dtype=torch.float64)
     step = max(1, len(tokens) // METRIC_TOKENS)
     with torch.enable_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from moee.clustering.hdbscan import FIRST_PASS, HDBSCAN
 from moee.clustering.kmeans import KMeans
 from moee.clustering.sklearn_methods import DBSCAN, OPTICS, Birch, RandomPartition
 from moee.config import PARTITIONS, ExtractConfig
-from moee.errors import UserError
+from moee.errors import UserError, chosen
 from moee.progress import Reporter, silent
 
 __all__ = [
@@ -27,15 +29,8 @@ def make_clusterer(
 ) -> Clusterer:
     """The clusterer of a configuration for `points` rows; partition methods make `clusters`, `name` heads the progress."""
     size = max(MIN_CLUSTER_POINTS, round(config.min_cluster_size * points))
-    if config.clustering in PARTITIONS:
-        assert clusters is not None, "cluster_tokens asks HDBSCAN for the number where the configuration has none"
-        if config.clustering == "kmeans":
-            return KMeans(clusters, config.seed)
-        return Birch(clusters) if config.clustering == "birch" else RandomPartition(clusters, config.seed)
-    if config.clustering == "dbscan":
-        return DBSCAN(config.min_samples or DBSCAN_SAMPLES, config.eps)
-    if config.clustering == "optics":
-        return OPTICS(size, config.min_samples or DBSCAN_SAMPLES)
+    count = clusters or 0
+    assert count or config.clustering not in PARTITIONS, "cluster_tokens asks HDBSCAN where the configuration has no number"
 
     def progress(done: int, total: int, message: str) -> None:
         if message == FIRST_PASS:
@@ -43,7 +38,15 @@ def make_clusterer(
         else:
             report(f"{name}, {message}", done, 0)  # nobody knows how many more products the ties need
 
-    return HDBSCAN(size, config.min_samples, progress=progress)
+    makers: dict[str, Callable[[], Clusterer]] = {
+        "hdbscan": lambda: HDBSCAN(size, config.min_samples, progress=progress),
+        "dbscan": lambda: DBSCAN(config.min_samples or DBSCAN_SAMPLES, config.eps),
+        "optics": lambda: OPTICS(size, config.min_samples or DBSCAN_SAMPLES),
+        "kmeans": lambda: KMeans(count, config.seed),
+        "birch": lambda: Birch(count),
+        "random": lambda: RandomPartition(count, config.seed),
+    }
+    return chosen(makers, config.clustering, "clustering")()
 
 
 def cluster_tokens(
