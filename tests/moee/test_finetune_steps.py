@@ -19,7 +19,7 @@ def pair():
     torch.manual_seed(0)
     dense, data = load_model(tiny_spec()), tiny_images(16)
     model = copy.deepcopy(dense)
-    extract(model, data, make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=300, keep=0.8))
+    extract(model, data, make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=300, keep=0.8, compensation="mean"))
     return dense, model, data
 
 
