@@ -22,10 +22,10 @@ from exporter.passes.raw_pixels import take_raw_pixels
 from moee.artifact import read_json, sha256_file, write_json, write_manifest
 from moee.checkpoint import PROBE
 from moee.errors import UserError
-from moee.models import read_safetensors
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import DEPLOYMENT
 from moee.schema import shown
+from moee.weights_file import read_safetensors
 from plugins.build import SOURCE
 from plugins.bundle import write_bundle
 

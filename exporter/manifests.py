@@ -186,7 +186,7 @@ def refuse_lost_dense(manifest: dict[str, Any], folder: Path | str) -> None:
     if not ModelSpec(**manifest["model"]).has_weights:
         raise UserError(
             f"the dense model of {folder} is lost: its weights were drawn at random, and the seed was not recorded, so "
-            "dense.onnx is another model; extract again with --pretrained, --weights FILE or --random-weights SEED"
+            "dense.onnx is another model; extract again with --pretrained, --checkpoint FILE or --random-weights SEED"
         )
 
 

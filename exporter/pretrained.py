@@ -7,10 +7,12 @@ against its SHA-256 and converted to the names of timm's `vit_small_patch14_dino
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,16 @@ from moee.atomic import temporary_folder
 from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
 from moee.input_size import sized
-from moee.models import ModelSpec, check_arguments, load_model, state_sha256
+from moee.model_source import named_spec, with_file, with_pretrained
+from moee.models import ModelSpec
 from moee.progress import Reporter, silent
 from moee.schema import shown
 from moee.scratch import NAME as SCRATCH
-from moee.scratch import scratch_spec
+from moee.scratch import TIMM_NAME as SCRATCH_TIMM_NAME
+from moee.scratch import ScratchRecipe, scratch_spec
 from moee.tensor_file import write_tensors
+
+log = logging.getLogger("moee")
 
 ALIAS = "dinov2-s"
 TIMM_NAME = "vit_small_patch14_dinov2"
@@ -38,47 +44,105 @@ BLOCKS, GRID = 12, 37
 DEFAULT_SIZE = {"digits": 112, "photos": 168}  # pixels; the sizes of the stated results
 
 
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the command line says of a model beside its name: where its weights come from, and its arguments as timm has them."""
+
+    pretrained: bool = False
+    checkpoint: str | None = None
+    random_weights: int | None = None
+    num_classes: int | None = None
+    in_chans: int | None = None
+    img_size: Sequence[int] | None = None  # height and width, or one number for both
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[str]:
+        """The flags that were given of those that name weights."""
+        given = {"--pretrained": self.pretrained, "--checkpoint": self.checkpoint, "--random-weights": self.random_weights}
+        return [flag for flag, value in given.items() if value is not None and value is not False]
+
+    def arguments(self) -> dict[str, Any]:
+        """timm's arguments, without the size of the images. Raises `UserError` for one that is given twice."""
+        own = {"num_classes": self.num_classes, "in_chans": self.in_chans, "img_size": self.img_size}
+        own = {name: value for name, value in own.items() if value is not None}
+        for name in own.keys() & self.model_kwargs.keys():
+            raise UserError(f"--{name.replace('_', '-')} and --model-kwargs both give {name}; leave one out")
+        return {**self.model_kwargs, **{name: value for name, value in own.items() if name != "img_size"}}
+
+
 def resolve(
-    name: str, data: str = "", *, pretrained: bool = False, weights: str | None = None, random_weights: int | None = None,
-    img_size: Sequence[int] | None = None, report: Reporter = silent,
+    name: str, data: str = "", options: ModelOptions | None = None, report: Reporter = silent,
+    say: Callable[[str], None] = log.info,
 ) -> ModelSpec:  # fmt: skip
-    """The `ModelSpec` of a model name on the command line: a timm name, or an alias: `dinov2-s` (fetched if need be),
-    `vit-scratch` (trained if need be).
+    """The `ModelSpec` of a model name on the command line: a timm name, `local-dir:FOLDER` or `hf-hub:ID`, or an alias:
+    `dinov2-s` (fetched if need be), `vit-scratch` (trained if need be). `say` gets sentences about what was taken and guessed.
 
     Raises `UserError` unless exactly one source of weights is given for a timm name, and none for an alias.
     """
-    sources = {"--pretrained": pretrained, "--weights": weights is not None, "--random-weights": random_weights is not None}
-    given = [flag for flag, there in sources.items() if there]
-    if name in (ALIAS, SCRATCH) and given:
-        cure = f"use the timm name {TIMM_NAME}" if name == ALIAS else "leave it out"
-        raise UserError(f"{given[0]} does not go with the alias {name}, which brings its own weights; {cure}")
-    if name == SCRATCH:
-        if img_size is not None:
-            raise UserError(f"{SCRATCH} is trained here at its own size; it takes no --img-size")
-        return scratch_spec(report=report)
-    if name == ALIAS:
-        bare = ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs={"num_classes": 0})
-        spec = sized(bare, img_size or [DEFAULT_SIZE.get(data.partition(":")[0], 224)])  # before the weights are fetched
-        path = fetch_dinov2(report)
-        return spec.model_copy(update={"weights": str(path), "weights_sha256": sha256_file(path)})
+    options = options or ModelOptions()
+    if name in (ALIAS, SCRATCH):
+        return _alias(name, data, options, report)
+    given = options.sources
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
-    if not given:
-        check_arguments(ModelSpec(name=name, timm_name=name))  # an unknown name is the first thing to say
+    spec, own = _named(name, options)
+    if options.random_weights is not None:
+        return spec.model_copy(update={"random_seed": options.random_weights})
+    if options.pretrained and own is None:
+        return with_pretrained(spec)
+    path = options.checkpoint if options.checkpoint is not None else own
+    if path is None:
         raise UserError(
-            f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --weights FILE for yours, or "
+            f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --checkpoint FILE for yours, or "
             "--random-weights SEED to draw them at random"
         )
-    spec = ModelSpec(name=name, timm_name=name, pretrained=pretrained, random_seed=random_weights)
-    if img_size is not None:
-        spec = sized(spec, img_size)
-    if weights is not None:
-        if not Path(weights).is_file():
-            raise UserError(f"weights {weights} not found; give an existing .safetensors file")
-        return spec.model_copy(update={"weights": weights, "weights_sha256": sha256_file(Path(weights))})
-    if pretrained:  # recorded, so that another download under the same name is noticed
-        return spec.model_copy(update={"weights_sha256": state_sha256(load_model(spec))})
+    spec, notes = with_file(spec, Path(path))
+    for note in notes:
+        say(note)
     return spec
+
+
+def _named(name: str, options: ModelOptions) -> tuple[ModelSpec, Path | None]:
+    """The model without weights, at the size that is asked for; and the weights that its name brings."""
+    spec, own = named_spec(name, options.arguments())
+    return (spec if options.img_size is None else sized(spec, options.img_size)), own
+
+
+def layout_of(name: str, options: ModelOptions, say: Callable[[str], None] = log.info) -> ModelSpec:
+    """The `ModelSpec` of a model name for its shapes alone: no weights are needed, and none are fetched for a timm name."""
+    if name in (SCRATCH, ALIAS):
+        _check_alias(name, options)
+        if name == SCRATCH:
+            return ModelSpec(name=name, timm_name=SCRATCH_TIMM_NAME, kwargs=ScratchRecipe().model_kwargs())
+        return sized(ModelSpec(name=name, timm_name=TIMM_NAME, kwargs={"num_classes": 0}), options.img_size or [224])
+    spec, own = _named(name, options)
+    path = options.checkpoint if options.checkpoint is not None else own
+    if path is not None:
+        spec, notes = with_file(spec, Path(path))
+        for note in notes:
+            say(note)
+    return spec
+
+
+def _alias(name: str, data: str, options: ModelOptions, report: Reporter) -> ModelSpec:
+    """A model that brings its weights and decides most of its arguments."""
+    _check_alias(name, options)
+    if name == SCRATCH:
+        return scratch_spec(report=report)
+    bare = ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs={"num_classes": 0})
+    spec = sized(bare, options.img_size or [DEFAULT_SIZE.get(data.partition(":")[0], 224)])  # before the weights are fetched
+    path = fetch_dinov2(report)
+    return spec.model_copy(update={"weights": str(path), "weights_sha256": sha256_file(path)})
+
+
+def _check_alias(name: str, options: ModelOptions) -> None:
+    """Raise `UserError` for flags that an alias does not take."""
+    fixed = [f"--{key.replace('_', '-')}" for key in options.arguments()]
+    taken = [*options.sources, *fixed, *(["--img-size"] if name == SCRATCH and options.img_size is not None else [])]
+    if taken:
+        cure = f"use the timm name {TIMM_NAME}" if name == ALIAS else "leave it out"
+        raise UserError(f"{taken[0]} does not go with the alias {name}, which brings its own weights and shape; {cure}")
 
 
 def fetch_dinov2(report: Reporter = silent) -> Path:

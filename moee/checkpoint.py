@@ -22,12 +22,13 @@ from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
-from moee.models import FFN, ModelSpec, build_model, find_ffns, load_model, read_safetensors, replace_module
+from moee.models import FFN, ModelSpec, build_model, find_ffns, load_model, replace_module
 from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
 from moee.result_kinds import MODEL
 from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
+from moee.weights_file import read_safetensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
@@ -59,9 +60,16 @@ class MoeeModel:
         if not self.spec.has_weights:
             raise UserError(
                 f"the dense model of this artifact is lost: {self.spec.name} was drawn at random, and the seed was not recorded; "
-                "extract again with --pretrained, --weights FILE or --random-weights SEED"
+                "extract again with --pretrained, --checkpoint FILE or --random-weights SEED"
             )
         return self.spec
+
+    def take_weights(self, path: Path | str) -> None:
+        """The dense model's weights have moved to `path`; their hash is compared when they are loaded. Raises `UserError` if they
+        did not come from a file."""
+        if self.spec.weights is None:
+            raise UserError(f"--checkpoint {path}: the weights of this artifact's dense model came from no file; leave it out")
+        self.spec = self.spec.model_copy(update={"weights": str(path)})
 
     def dense(self) -> nn.Module:
         """The unmodified model that this one was extracted from, with its weights."""

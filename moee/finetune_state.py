@@ -11,8 +11,8 @@ from torch import Tensor
 
 from moee.artifact import read_json, sha256_file
 from moee.errors import UserError
-from moee.models import read_safetensors
 from moee.schema import Body, checked, upgraded
+from moee.weights_file import read_safetensors
 
 SCHEMA = "moee.finetune/1"
 

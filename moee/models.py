@@ -1,17 +1,16 @@
-"""Load a timm model by name, with weights from safetensors, and find its fc1-act-fc2 MLPs."""
+"""Load a timm model by name, with its weights, and find its fc1-act-fc2 MLPs."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
@@ -19,9 +18,11 @@ from moee.activations import KNOWN, activation_name
 from moee.artifact import sha256_file
 from moee.cache import tensor_hash
 from moee.errors import UserError
+from moee.fitting import Fit, best_fit, difference
+from moee.hub import pretrained_model
 from moee.schema import shown
+from moee.weights_file import containers, read_checkpoint
 
-MAX_LISTED_KEYS = 3
 MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
@@ -31,12 +32,37 @@ FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay",
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 
 
+class WeightsPart(BaseModel):
+    """Which part of a checkpoint is the model's: the container (`state_dict_ema`; "" for the whole file) and the prefix that its
+    names have there (`module.`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    container: str = ""
+    prefix: str = ""
+
+
+class InputConfig(BaseModel):
+    """How images are prepared for a model whose own files say so; what is None stands in timm's table."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[Annotated[int, Field(ge=1)], Side, Side] | None = None  # channels, height, width
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    crop_mode: Literal["center", "squash", "border"] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random"] | None = None
+    fixed_input_size: bool | None = None
+
+
 class ModelSpec(BaseModel):
     """Which timm model: everything that `load_model` needs, and what an artifact records.
 
     `input_size` is the height and width of the images for a model that takes any; others take it as the argument `img_size`.
     Its weights come from one place: the file `weights`, timm's `pretrained` ones, or a draw under `random_seed`.
-    `weights_sha256` is the hash of the file, or of the state that timm's pretrained weights gave.
+    `weights_sha256` is the hash of the file, or of the state that timm's pretrained weights gave; `part` is the part of the file
+    that was taken, so that later commands take the same. `input` is set for models that bring their own configuration.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +74,9 @@ class ModelSpec(BaseModel):
     pretrained: bool = False
     weights: str | None = None
     weights_sha256: str | None = None
+    part: WeightsPart | None = None
     random_seed: int | None = Field(None, ge=0, lt=2**63)
+    input: InputConfig | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -62,6 +90,8 @@ class ModelSpec(BaseModel):
             decisive["random_seed"] = self.random_seed
         if self.input_size is not None:
             decisive["input_size"] = list(self.input_size)
+        if self.input is not None:
+            decisive["input"] = self.input.model_dump(mode="json", exclude_none=True)
         return decisive
 
 
@@ -123,7 +153,7 @@ def check_arguments(spec: ModelSpec) -> None:
         raise UserError(f"unknown model {name}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
     forbidden = sorted(spec.kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
-        raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights with --weights")
+        raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights with --checkpoint")
 
 
 def load_model(spec: ModelSpec) -> nn.Module:
@@ -135,7 +165,7 @@ def load_model(spec: ModelSpec) -> nn.Module:
     """
     if not spec.has_weights:
         raise UserError(
-            f"{shown(spec.name, quoted=False)} has no weights: give --pretrained, a file with --weights, or a seed with "
+            f"{shown(spec.name, quoted=False)} has no weights: give --pretrained, a file with --checkpoint, or a seed with "
             "--random-weights to draw them"
         )
     if sum((spec.pretrained, spec.weights is not None, spec.random_seed is not None)) > 1:
@@ -145,21 +175,19 @@ def load_model(spec: ModelSpec) -> nn.Module:
         model = _pretrained(spec) if spec.pretrained else build_model(spec)
     if spec.weights is not None:
         _check_hash(Path(spec.weights), spec.weights_sha256)
-        load_weights(model, Path(spec.weights))
+        load_weights(model, Path(spec.weights), spec.part)
     return model
 
 
 def _pretrained(spec: ModelSpec) -> nn.Module:
-    """The model with timm's weights. Raises `UserError` if they cannot be had, or are not those whose hash `spec` holds."""
+    """The model with timm's weights. Raises `MissingDependency` if they cannot be had, `UserError` if they are not those whose
+    hash `spec` holds."""
     check_arguments(spec)
     try:
-        model = _created(spec, pretrained=True)
-    except Exception as error:  # timm's hub client raises many kinds
+        model = _created(spec, pretrained_model)
+    except (TypeError, AssertionError, ValueError):
         build_model(spec)  # refuses the arguments, if it was they
-        raise UserError(
-            f"pretrained weights of {spec.timm_name} could not be fetched ({type(error).__name__}); "
-            "give a file with --weights model.safetensors"
-        ) from error
+        raise
     if spec.weights_sha256 is not None and state_sha256(model) != spec.weights_sha256:
         raise UserError(
             f"timm's pretrained weights of {spec.timm_name} are not those that the artifact was made from; install the timm "
@@ -174,12 +202,14 @@ def state_sha256(model: nn.Module) -> str:
     return tensor_hash(*state.values(), extra=" ".join(state))
 
 
-def _created(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
+def _created(spec: ModelSpec, create: Callable[..., nn.Module] | None = None) -> nn.Module:
     """timm's model in eval mode; its own description says which images it takes, and not those of timm's weights."""
     kwargs = dict(spec.kwargs)
     if isinstance(kwargs.get("img_size"), list):  # as JSON has it
         kwargs["img_size"] = tuple(kwargs["img_size"])
-    model = timm.create_model(spec.timm_name, pretrained=pretrained, **kwargs).eval()
+    if spec.input is not None:
+        kwargs["pretrained_cfg_overlay"] = spec.input.model_dump(exclude_none=True)
+    model = (create or timm.create_model)(spec.timm_name, **kwargs).eval()
     described: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}))
     channels, *sides = described.get("input_size") or (3, 224, 224)
     size, count = spec.input_size or spec.kwargs.get("img_size"), spec.kwargs.get("in_chans")
@@ -193,54 +223,47 @@ def _created(spec: ModelSpec, pretrained: bool = False) -> nn.Module:
 
 
 def _check_hash(path: Path, expected: str | None) -> None:
-    """Raises `UserError` if the weights of an artifact's dense model are not those that it was made from any more."""
-    if expected is not None and path.is_file() and sha256_file(path) != expected:
-        raise UserError(f"weights {path} have changed since the artifact was made; put the old file back or extract again")
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises `UserError` if it is missing, truncated or of another format."""
-    if path.suffix != ".safetensors":
-        raise UserError(f"weights {path} are not a .safetensors file; convert them first, pickle files are never opened")
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UserError(f"weights {path} not found; give an existing .safetensors file") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = shown(error, quoted=False)
-        raise UserError(f"weights {path} are not valid safetensors ({reason}); fetch or convert them again") from error
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors checkpoint through timm's own filter (it resizes position embeddings).
-
-    Raises `UserError` that names the first keys or shapes that do not fit.
-    """
-    state = read_safetensors(path)
-    expected = model.state_dict()
-    shared = state.keys() & expected.keys()
-    if not shared:
-        raise UserError(f"weights {path} share no tensor name with {type(model).__name__}; they belong to another model")
-    try:
-        module = __import__(type(model).__module__, fromlist=["checkpoint_filter_fn"])
-        filter_fn = getattr(module, "checkpoint_filter_fn", None)
-        if filter_fn is not None:
-            state = filter_fn(state, model)
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # the filters take names and shapes for granted
-        reason = shown(next(reversed(str(error).strip().splitlines()), type(error).__name__).strip(), quoted=False)
-        raise UserError(f"weights {path} do not fit {type(model).__name__}: {reason}; check the model's name") from error
-    heads = tuple(f"{name}." for name in _classifier_names(model))
-    missing = [key for key in missing if not key.startswith(heads)] if heads else missing
-    if missing or unexpected:
-        listed = ", ".join(shown(key, quoted=False) for key in [*missing[:MAX_LISTED_KEYS], *unexpected[:MAX_LISTED_KEYS]])
+    """Raises `UserError` if the weights of an artifact's dense model are not there, or not those that it was made from."""
+    if expected is None:
+        return
+    if not path.is_file():
+        raise UserError(f"weights {path} not found: put the file back, or give its new place with --checkpoint")
+    if sha256_file(path) != expected:
         raise UserError(
-            f"weights {path} do not fit {type(model).__name__}: {len(missing)} tensors missing, "
-            f"{len(unexpected)} unexpected ({listed}); check the model's name and arguments"
+            f"weights {path} have changed since the artifact was made; put the old file back, give it with --checkpoint, or "
+            "extract again"
         )
 
 
-def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+def load_weights(model: nn.Module, path: Path, part: WeightsPart | None = None) -> Fit:
+    """Load a checkpoint into a timm model: the part of it that fits best, or `part`, through timm's own filter.
+
+    Raises `UserError` that says what differs and which flag mends it; the model is as it was then.
+    """
+    content = read_checkpoint(path)
+    classifier = classifier_names(model)
+    only = None if part is None else (part.container, part.prefix)
+    fit = best_fit(containers(content, path), model, classifier, only)
+    refuse_misfit(fit, model, path, getattr(model, "pretrained_cfg", {}).get("architecture", ""), content)
+    wanted = model.state_dict().keys()
+    try:
+        model.load_state_dict({name: tensor for name, tensor in fit.state.items() if name in wanted}, strict=False)
+    except RuntimeError as error:  # a damaged file whose shapes are right all the same
+        reason = shown(next(reversed(str(error).strip().splitlines()), ""), quoted=False)
+        raise UserError(f"checkpoint {path} cannot be loaded: {reason}") from error
+    return fit
+
+
+def refuse_misfit(fit: Fit, model: nn.Module, path: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a checkpoint's best part is not the whole of the model called `name`."""
+    if not fit.complete:
+        says = content.get("arch")  # timm's train.py writes it
+        reason = difference(fit, model, name, classifier_names(model), says if isinstance(says, str) else None)
+        raise UserError(f"checkpoint {path} does not fit: {reason}")
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """The modules that are the model's classifier, as timm names them: two for a distilled one."""
     name = getattr(model, "default_cfg", {}).get("classifier") or ()
     return (name,) if isinstance(name, str) else tuple(name)
 
@@ -321,7 +344,7 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = ()) -> list[FFN]:
 
 def _is_head(model: nn.Module, name: str) -> bool:
     """MLPs of pooling or classification heads run on one token an image: no experts there."""
-    return name.split(".")[0] in ("head", "attn_pool", "fc_norm", *_classifier_names(model))
+    return name.split(".")[0] in ("head", "attn_pool", "fc_norm", *classifier_names(model))
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

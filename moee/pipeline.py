@@ -56,7 +56,8 @@ def is_classifier(model: nn.Module) -> bool:
 class Session:
     """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once.
 
-    `classes`: those of an artifact, by which the images are labelled; else the folders' own.
+    `classes`: those of an artifact or of a class map, by which the images are labelled; else the folders' own. Raises `UserError`
+    unless a classifier tells as many apart.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Session:
             self.dense = load_model(spec)
             self.transform = model_transform(self.dense)
             head = getattr(self.dense, "num_classes", 0) or None
+            if classes and head is not None and len(classes) != head:
+                raise UserError(f"{len(classes)} classes are named, and {spec.name} tells {head} apart; name each of these")
             self.train, self.held_out = load_splits(source, self.transform, seed, classes or None, head, report)
             self.train.workers = self.held_out.workers = workers
         share_dense(self.dense, group)
@@ -174,6 +177,7 @@ class Session:
 def run_extract(
     spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
+    classes: Sequence[str] = (),
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
@@ -184,7 +188,7 @@ def run_extract(
     with group.agreed():
         if group.leader:
             OutputFolder(out, MODEL, force, inputs).check()
-    session = session or Session(spec, source, config.seed, report, group, workers)
+    session = session or Session(spec, source, config.seed, report, group, workers, classes)
     probe = session.probe()
     started = time.perf_counter()
     model = copy.deepcopy(session.start(config))
@@ -226,18 +230,21 @@ def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group, inputs: t
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
+    weights: Path | str | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
 
     An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
     divided over the ranks; rank 0 keeps the state, measures and writes.
     """
-    inputs = source_paths(path, source)
+    inputs = source_paths(path, source, weights)
     state = resume_folder(out, FINETUNE_STATE, inputs)
     with group.agreed():
         if group.leader:
             check_all([OutputFolder(out, MODEL, force, inputs), state])
         moee = checkpoint.load(path)
+        if weights is not None:
+            moee.take_weights(weights)
         spec = moee.dense_spec if session is None else session.spec
         if source is not None and session is None and source != moee.data and moee.probe is not None:
             raise UserError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,12 @@ from moee.placement import Output, check_all, source_paths
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from rich.console import Console
 
+    from exporter.pretrained import ModelOptions
     from moee.distributed import Group
     from moee.models import ModelSpec
     from moee.progress import Reporter
 
+MOVED = "where the dense model's file of weights lies now, if it was moved since extraction"
 OK, GATE_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -40,7 +44,8 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 def model_inputs(args: argparse.Namespace) -> tuple[Path, ...]:
     """Paths among the flags of `add_model`; a plain name is timm's, whatever lies around under it."""
-    return source_paths(args.data, args.weights, args.model if args.model and "/" in args.model else None)
+    folder = (args.model or "").removeprefix("local-dir:")
+    return source_paths(args.data, args.checkpoint, args.class_map, folder if folder != args.model or "/" in folder else None)
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -89,24 +94,52 @@ def rank_display(group: Group) -> Iterator[Reporter]:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """A dense model, its weights, and the data to work on."""
-    parser.add_argument("model", help="timm model name, or dinov2-s")
+    parser.add_argument("model", help="timm model name, local-dir:FOLDER, hf-hub:ID, or dinov2-s")
     parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder, wds/FOLDER, or timm.data's")
     add_weights(parser)
+    add_class_map(parser)
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Where a dense model's weights come from, and its input size."""
+    """Where a dense model's weights come from, and its arguments, by timm's own flags."""
     parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
-    parser.add_argument("--weights", help="weights as a .safetensors file")
+    add_checkpoint(parser, "weights of your own: .safetensors, or .pth, .pt, .bin, .ckpt, .pth.tar by torch.save")
     seed = "draw the weights at random under this seed, which is recorded: for trials without a trained model"
     parser.add_argument("--random-weights", type=at_least(0), metavar="SEED", help=seed)
-    add_img_size(parser)
-
-
-def add_img_size(parser: argparse.ArgumentParser) -> None:
-    """`--img-size`, as timm takes it."""
+    classes = "classes of the model, 0 for features alone (the checkpoint's)"
+    parser.add_argument("--num-classes", type=at_least(0), metavar="N", help=classes)
+    parser.add_argument("--in-chans", type=at_least(1), metavar="N", help="input channels, for models that take it (3)")
     what = "height and width of the images in pixels, or one number for both (the model's own)"
     parser.add_argument("--img-size", type=int, nargs="+", metavar=("H", "W"), help=what)
+    others = "further arguments of the timm model, such as global_pool=avg; values as Python writes them"
+    parser.add_argument("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="K=V", help=others)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
+    """`--checkpoint`, also by its older name."""
+    parser.add_argument("--checkpoint", "--weights", metavar="FILE", help=text)
+
+
+def add_class_map(parser: argparse.ArgumentParser) -> None:
+    """`--class-map`, of the commands that read labels."""
+    order = "order of the classes: a text file, one name a line, or name and number (the folders' natural order)"
+    parser.add_argument("--class-map", metavar="FILE", help=order)
+
+
+class KeyValues(argparse.Action):
+    """`k=v ...` to a dictionary, as timm's scripts take it: values as Python literals, anything else as text."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        given = {}
+        for word in values:
+            key, equals, text = word.partition("=")
+            if not equals or not key.isidentifier():
+                parser.error(f"argument {option}: expected name=value, came {word!r}")
+            try:
+                given[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                given[key] = text
+        setattr(namespace, self.dest, given)
 
 
 def add_attention(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -130,19 +163,40 @@ def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def model_of(args: argparse.Namespace, report: Reporter) -> ModelSpec:
-    """The model that the flags of `add_model` name."""
-    from exporter.pretrained import resolve
+def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> ModelSpec:
+    """The model that the flags of `add_weights` describe; what was taken and guessed is printed."""
+    from exporter import pretrained
 
-    return resolve(
-        args.model, args.data, pretrained=args.pretrained, weights=args.weights, random_weights=args.random_weights,
-        img_size=args.img_size, report=report,
-    )  # fmt: skip
+    return pretrained.resolve(args.model, args.data, options_of(args), report, speak(console))
+
+
+def options_of(args: argparse.Namespace) -> ModelOptions:
+    """The flags of `add_weights`."""
+    from exporter.pretrained import ModelOptions
+
+    return ModelOptions(
+        args.pretrained, args.checkpoint, args.random_weights, args.num_classes, args.in_chans, args.img_size, args.model_kwargs
+    )
+
+
+def speak(console: Console, quiet: bool = False) -> Callable[[str], None]:
+    """Sentences that may hold what came from a file, printed as they are; none if standard output is for a program."""
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True) if not quiet else lambda text: None
+
+
+def classes_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """The classes that `--class-map` names; none without it."""
+    from moee.class_map import read_class_map
+
+    return read_class_map(args.class_map) if args.class_map is not None else ()
 
 
 def model_flags(args: argparse.Namespace) -> list[str]:
-    """The flags of `add_weights` that were given, to be repeated for the next command."""
+    """The flags of `add_weights` and `add_class_map` that were given, to be repeated for the next command."""
     words = ["--pretrained"] if args.pretrained else []
-    for flag, value in (("--weights", args.weights), ("--random-weights", args.random_weights)):
-        words += [] if value is None else [flag, str(value)]
-    return words if args.img_size is None else [*words, "--img-size", *map(str, args.img_size)]
+    for name in ("checkpoint", "random_weights", "num_classes", "in_chans", "img_size", "class_map"):
+        value = getattr(args, name, None)  # inspect takes no class map
+        values = value if isinstance(value, list) else [value]
+        words += [] if value is None else [f"--{name.replace('_', '-')}", *map(str, values)]
+    pairs = [f"{name}={value}" for name, value in args.model_kwargs.items()]
+    return words + (["--model-kwargs", *pairs] if pairs else [])

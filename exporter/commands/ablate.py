@@ -8,7 +8,16 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_outputs, add_weights, model_inputs, model_of, show_skipped
+from exporter.commands import (
+    OK,
+    add_class_map,
+    add_outputs,
+    add_weights,
+    classes_of,
+    model_inputs,
+    model_of,
+    show_skipped,
+)
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.placement import OutputFolder
@@ -23,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--model", default="vit-scratch", help="vit-scratch (default), dinov2-s or a timm model name")
     sub.add_argument("--data", default="digits", help="digits (default), photos, an image folder or a timm.data dataset string")
     add_weights(sub)
+    add_class_map(sub)
     sub.add_argument("--tables", help="comma-separated: 2, 3, 7, 8, 9, fig6, fig7 (all)")
     sub.add_argument("--seeds", type=int, help="runs a cell, with seeds 0, 1, ... (3)")
     sub.add_argument("--compensation", help="comma-separated: none, mean, refit (none,refit)")
@@ -63,8 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         **{name: getattr(args, name) for name in names},
     )  # fmt: skip
     with ProgressDisplay() as report:
-        spec = model_of(args, report)
-        session = Session(spec, args.data, report=report)
+        spec = model_of(args, report, console)
+        session = Session(spec, args.data, report=report, classes=classes_of(args))
         if args.force:  # only now that the input is known to be good
             _output(args).remove()
         summary = run_ablation(session, ablation, args.out, report)

@@ -8,7 +8,16 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_outputs, add_weights, model_inputs, model_of, show_skipped
+from exporter.commands import (
+    OK,
+    add_class_map,
+    add_outputs,
+    add_weights,
+    classes_of,
+    model_inputs,
+    model_of,
+    show_skipped,
+)
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.placement import OutputFile, OutputFolder
@@ -30,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("model", help="timm model name, or dinov2-s")
     sub.add_argument("--data", required=True)
     add_weights(sub)
+    add_class_map(sub)
     sub.add_argument("--design", default="star", help="star (one factor at a time) or full (every combination)")
     sub.add_argument("--routers", type=_list(str), help="comma-separated (random,linear,mlp,centroid)")
     sub.add_argument("--ranks", type=_list(int), help="shared plus residual rank (96,128,176)")
@@ -72,8 +82,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     centre = tuple((n, v if n not in given or v in given[n] else given[n][len(given[n]) // 2]) for n, v in defaults.items())
     grid = Grid(**given, seeds=args.seeds, residual_rank=args.residual_rank, centre=centre)
     with ProgressDisplay() as report:
-        spec = model_of(args, report)
-        session = Session(spec, args.data, report=report)
+        spec = model_of(args, report, console)
+        session = Session(spec, args.data, report=report, classes=classes_of(args))
         cells = ablate(session, grid, args.design, args.out, report)
     rows = summarise(cells)
     text = markdown(rows)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out, add_outputs
+from exporter.commands import MOVED, OK, add_checkpoint, add_out, add_outputs
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
@@ -27,8 +27,13 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     sub.add_argument("--calibration-images", type=int, metavar="N", help="for int8 (128)")
     sub.add_argument("--data", help="calibration images for int8 (default: what the model was extracted on)")
+    add_checkpoint(sub, MOVED)
     add_out(sub, "the graphs")
-    add_outputs(sub, lambda args: [OutputFolder(args.out, EXPORT, args.force, source_paths(args.path, args.data))])
+    add_outputs(sub, _outputs)
+
+
+def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
+    return [OutputFolder(args.out, EXPORT, args.force, source_paths(args.path, args.data, args.checkpoint))]
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -45,6 +50,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     images = CALIBRATION_IMAGES if args.calibration_images is None else args.calibration_images
     with ProgressDisplay() as report:
         moee = checkpoint.load(args.path)
+        if args.checkpoint is not None:
+            moee.take_weights(args.checkpoint)
         given = None
         if args.data:
             given = load_data(args.data, model_transform(moee.model), "train", classes=moee.classes or None)

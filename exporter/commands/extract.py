@@ -16,6 +16,7 @@ from exporter.commands import (
     add_outputs,
     add_ranks,
     check_outputs,
+    classes_of,
     model_inputs,
     model_of,
     rank_display,
@@ -106,15 +107,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if foreign:
             raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
         config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
+    classes = classes_of(args)
     with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
         with group.agreed():
             if group.leader:
                 check_outputs(args)
-        spec = _shared_spec(args, report, group)
+        spec = _shared_spec(args, report, group, console)
         if args.plan:
             with group.agreed():
                 config = read_plan(args.plan, spec)
-        moee = run_extract(spec, args.data, config, args.out, args.force, report, None, args.jobs, group, args.workers)
+        moee = run_extract(
+            spec, args.data, config, args.out, args.force, report, None, args.jobs, group, args.workers, classes
+        )  # fmt: skip
     if not group.leader:
         return OK
     if isinstance(config, ClearConfig):
@@ -131,13 +135,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
-def _shared_spec(args: argparse.Namespace, report: Any, group: Any) -> Any:
+def _shared_spec(args: argparse.Namespace, report: Any, group: Any, console: Console) -> Any:
     """The model's spec on every rank; rank 0 goes first, so that what has to be fetched is fetched once."""
     spec = None
     for turn in (group.leader, not group.leader):
         with group.agreed():
             if turn:
-                spec = model_of(args, report)
+                spec = model_of(args, report, console)
     return spec
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_img_size
+from exporter.commands import OK, add_weights, model_flags, options_of, speak
 from exporter.ui import attention_table, number
 
 TEXT = "MACs, parameters, experts and routing, layer by layer"
@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("inspect", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("model", help="timm model name, dinov2-s, vit-scratch, or a folder that extract or finetune wrote")
-    add_img_size(sub)
+    add_weights(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -27,24 +27,18 @@ def run(args: argparse.Namespace, console: Console) -> int:
     import json
     from dataclasses import asdict
 
-    from exporter.pretrained import ALIAS, TIMM_NAME
-    from moee import checkpoint, scratch
+    from exporter.pretrained import layout_of
+    from moee import checkpoint
     from moee.errors import UserError
-    from moee.input_size import sized
     from moee.inspection import inspect_artifact, inspect_dense
-    from moee.models import ModelSpec
 
-    if args.img_size is not None and (Path(args.model).is_dir() or args.model == scratch.NAME):
-        raise UserError(f"--img-size: {args.model} has a size of its own; leave it out")
     if Path(args.model).is_dir():
+        given = model_flags(args)
+        if given:
+            raise UserError(f"{given[0]}: {args.model} has a size of its own, and weights and classes; leave it out")
         result = inspect_artifact(checkpoint.load(args.model))
     else:
-        kwargs: dict[str, Any] = {"img_size": 224, "num_classes": 0} if args.model == ALIAS else {}
-        if args.model == scratch.NAME:
-            kwargs = scratch.ScratchRecipe().model_kwargs()
-        timm_name = {ALIAS: TIMM_NAME, scratch.NAME: scratch.TIMM_NAME}.get(args.model, args.model)
-        spec = ModelSpec(name=args.model, timm_name=timm_name, kwargs=kwargs)
-        result = inspect_dense(spec if args.img_size is None else sized(spec, args.img_size))
+        result = inspect_dense(layout_of(args.model, options_of(args), speak(console, quiet=args.json)))
     if args.json:
         print(json.dumps(result.to_json(), indent=2))
         return OK

@@ -15,6 +15,7 @@ from exporter.commands import (
     add_model,
     add_out,
     add_outputs,
+    classes_of,
     model_flags,
     model_inputs,
     model_of,
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_heads", "seed")
     base = {name: getattr(args, name) for name in common}
     with ProgressDisplay() as report:
-        spec = model_of(args, report)
-        session = Session(spec, args.data, args.seed or 0, report)
+        spec = model_of(args, report, console)
+        session = Session(spec, args.data, args.seed or 0, report, classes=classes_of(args))
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
             session, budget, args.out, methods, targets, {k: v for k, v in base.items() if v is not None}, latency,

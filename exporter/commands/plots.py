@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out, add_outputs
+from exporter.commands import MOVED, OK, add_checkpoint, add_out, add_outputs
 from exporter.ui import ProgressDisplay
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import PLOTS
@@ -21,8 +21,13 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("path", help="folder that extract or finetune wrote")
     sub.add_argument("--data", help="default: the data it was extracted on")
     sub.add_argument("--images", type=int, default=256, help="held-out images that are routed (256)")
+    add_checkpoint(sub, MOVED)
     add_out(sub, "the plots")
-    add_outputs(sub, lambda args: [OutputFolder(args.out, PLOTS, args.force, source_paths(args.path, args.data))])
+    add_outputs(sub, _outputs)
+
+
+def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
+    return [OutputFolder(args.out, PLOTS, args.force, source_paths(args.path, args.data, args.checkpoint))]
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -35,6 +40,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise UserError(f"--images must be at least 1, came {args.images}")
     with ProgressDisplay() as report:
         moee = checkpoint.load(args.path)
+        if args.checkpoint is not None:
+            moee.take_weights(args.checkpoint)
         transform = model_transform(moee.model)
         source = args.data or checkpoint.recorded_data(moee.data)
         seed, head = moee.config.seed if moee.config else 0, getattr(moee.model, "num_classes", 0) or None

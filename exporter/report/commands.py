@@ -62,12 +62,11 @@ def _extract(body: dict[str, Any]) -> str:
     if spec.get("pretrained"):
         words.append("--pretrained")
     elif spec.get("weights") and spec.get("name") == spec.get("timm_name"):
-        words += ["--weights", str(spec["weights"]).rpartition("/")[2]]
+        words += ["--checkpoint", str(spec["weights"]).rpartition("/")[2]]
     elif isinstance(spec.get("random_seed"), int):
         words += ["--random-weights", spec["random_seed"]]
-    size = spec.get("input_size") or dig(spec, "kwargs", "img_size")
-    if size and spec.get("name") == spec.get("timm_name"):
-        words += ["--img-size", *(size if isinstance(size, (list, tuple)) else [size])]
+    if spec.get("name") == spec.get("timm_name"):
+        words += _model_arguments(spec)
     config = config if isinstance(config, dict) else {}
     if config.get("method") != "clear-moe":
         return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
@@ -78,6 +77,18 @@ def _extract(body: dict[str, Any]) -> str:
         words += ["--compensation", "mean"]
         config = {**config, "refit": True}
     return _line(*words, "--out", "extracted") + _python_only(config, ClearConfig)
+
+
+def _model_arguments(spec: dict[str, Any]) -> list[Any]:
+    """timm's own flags for a model's arguments."""
+    given = spec["kwargs"] if isinstance(spec.get("kwargs"), dict) else {}
+    own = [name for name in ("num_classes", "in_chans") if isinstance(given.get(name), int)]
+    words: list[Any] = [word for name in own for word in (f"--{name.replace('_', '-')}", given[name])]
+    size = spec.get("input_size") or given.get("img_size")
+    if size:
+        words += ["--img-size", *(size if isinstance(size, (list, tuple)) else [size])]
+    rest = [f"{name}={value}" for name, value in given.items() if name not in (*own, "img_size")]
+    return words + (["--model-kwargs", *rest] if rest else [])
 
 
 def _flags(values: dict[str, Any], kind: type[BaseModel]) -> list[Any]:

@@ -22,10 +22,11 @@ def small_world(monkeypatch):
     import moee.pipeline
     from tests.conftest import tiny_images
 
-    def resolve(name, data="", *, weights=None, random_weights=None, **others):
+    def resolve(name, data="", options=None, *others):
         if name != MODEL:
-            return original(name, data, weights=weights, random_weights=random_weights, **others)
-        return tiny_spec().model_copy(update={"weights": weights, "random_seed": 0 if weights is None else None})
+            return original(name, data, options, *others)
+        update = {"weights": options.checkpoint, "random_seed": None}
+        return tiny_spec().model_copy(update=update if options.checkpoint else {})
 
     original = exporter.pretrained.resolve
     monkeypatch.setattr(exporter.pretrained, "resolve", resolve)
@@ -94,10 +95,11 @@ def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, capsys):
     assert "is not a folder" in refused(capsys, "export", tmp_path / "absent", "--out", tmp_path / "x")
     assert "not found" in refused(capsys, "verify", tmp_path / "done")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    foreign = refused(capsys, *extract, tmp_path / "x", "--weights", tmp_path / "foreign.safetensors")
-    assert "belong to another model" in foreign
-    torch.save(load_model(tiny_spec()).state_dict(), tmp_path / "w.bin")
-    assert "pickle files are never opened" in refused(capsys, *extract, tmp_path / "x", "--weights", tmp_path / "w.bin")
+    foreign = refused(capsys, *extract, tmp_path / "x", "--checkpoint", tmp_path / "foreign.safetensors")
+    assert "belongs to another model" in foreign
+    torch.save(load_model(tiny_spec()), tmp_path / "whole.bin")
+    whole = refused(capsys, *extract, tmp_path / "x", "--weights", tmp_path / "whole.bin")
+    assert "wants timm.models.vision_transformer" in whole
     assert {p.name: p.read_bytes() for p in (tmp_path / "done").iterdir()} == before
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob(".*"))
 

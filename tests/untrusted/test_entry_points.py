@@ -53,9 +53,11 @@ GUARDED = {
         "exporter/engine_worker.py": "the driver, by its fixed name",
         "moee/atomic.py": "the C library, which is loaded already",
     },
-    "load_file": {"moee/models.py": "read_safetensors", "moee/cache.py": "the user's own cache"},
+    "torch.load": {"moee/weights_file.py": "with weights_only, the user's checkpoint"},
+    "load_file": {"moee/weights_file.py": "read_safetensors", "moee/cache.py": "the user's own cache"},
     "json.loads": {
         "moee/schema.py": "parse_json",
+        "moee/model_source.py": "of what json.dumps gave a moment ago",
         "moee/distributed.py": "messages between the ranks of one run",
         "plugins/manifest.py": "the user's own cache",
         "plugins/aot.py": "the user's own cache",

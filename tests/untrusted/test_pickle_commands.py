@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from exporter import cli
 from exporter.clear_ablation import Grid, cell_name
 from moee.artifact import sha256_file, write_json
 from tests.exporter.engines import write_engine
+from tests.untrusted.test_pickles import Canary
 from tests.untrusted.test_pickles import canary as canary  # noqa: PLC0414  (a fixture)
 
 # Options that name something to write; `tests/reliability/test_places.py` has a row for each.
@@ -25,19 +27,23 @@ TEXT = WRITTEN | {
     "--provider", "--precision", "--min-shapes", "--opt-shapes", "--max-shapes", "--backend", "--sm", "--layer", "--preset",
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device", "--methods",
-    "--targets", "--allocations", "--amp", "finetune --train", "--attention-heads", "plan --attention-macs",
+    "--targets", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
+    "plan --attention-macs",
 }  # fmt: skip
 SMALL = ("vit_tiny_patch16_224", "--img-size", "32")
+BUDGET = ("--target-macs", "0.7")
 DRAWN = ("--random-weights", "0")  # without weights a command would end before it comes to the path
 # For each path: a command line in which PICKLE stands in its place, as a file and as a folder that holds nothing else.
 PATHS = {
     "plan model": ("plan", "PICKLE", "--data", "digits", "--target-macs", "0.7", "--out", "OUT"),
     "plan --data": ("plan", *SMALL, *DRAWN, "--data", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
-    "plan --weights": ("plan", *SMALL, "--data", "digits", "--weights", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
+    "plan --checkpoint": ("plan", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
+    "plan --class-map": ("plan", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", *BUDGET, "--out", "OUT"),
     "plan --out": ("plan", *SMALL, *DRAWN, "--data", "digits", "--target-macs", "0.7", "--out", "PICKLE"),
     "extract model": ("extract", "PICKLE", "--data", "digits", "--out", "OUT"),
     "extract --data": ("extract", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
-    "extract --weights": ("extract", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
+    "extract --checkpoint": ("extract", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
+    "extract --class-map": ("extract", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", "--out", "OUT"),
     "extract --plan": ("extract", *SMALL, *DRAWN, "--data", "digits", "--plan", "PICKLE", "--out", "OUT"),
     "finetune path": ("finetune", "PICKLE", "--data", "digits", "--out", "OUT"),
     "finetune --data": ("finetune", "MODEL", "--data", "PICKLE", "--out", "OUT"),
@@ -56,17 +62,23 @@ PATHS = {
     "build --plugin": ("build", "EXPORT", "--plugin", "PICKLE", "--out", "OUT"),
     "build --timing-cache": ("build", "EXPORT", "--plugin", "PICKLE", "--timing-cache", "PICKLE", "--out", "OUT"),
     "bundle path": ("bundle", "PICKLE", "--sm", "87", "--out", "OUT"),
+    "inspect --checkpoint": ("inspect", *SMALL, "--checkpoint", "PICKLE"),
+    "finetune --checkpoint": ("finetune", "FROM_FILE", "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
+    "export --checkpoint": ("export", "FROM_FILE", "--checkpoint", "PICKLE", "--out", "OUT"),
+    "plots --checkpoint": ("plots", "FROM_FILE", "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
     "inspect model": ("inspect", "PICKLE"),
     "plots path": ("plots", "PICKLE", "--data", "digits", "--out", "OUT"),
     "plots --data": ("plots", "MODEL", "--data", "PICKLE", "--out", "OUT"),
     "report paths": ("report", "PICKLE", "--out", "OUT"),
     "ablate --model": ("ablate", "--model", "PICKLE", "--data", "digits", "--out", "OUT"),
     "ablate --data": ("ablate", "--model", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
-    "ablate --weights": ("ablate", "--model", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
+    "ablate --checkpoint": ("ablate", "--model", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
+    "ablate --class-map": ("ablate", "--model", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", "--out", "OUT"),
     "ablate --out": ("ablate", "--model", *SMALL, *DRAWN, "--data", "digits", "--out", "PICKLE"),
     "ablate-clear model": ("ablate-clear", "PICKLE", "--data", "digits", "--out", "OUT"),
     "ablate-clear --data": ("ablate-clear", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
-    "ablate-clear --weights": ("ablate-clear", *SMALL, "--data", "digits", "--weights", "PICKLE", "--out", "OUT"),
+    "ablate-clear --checkpoint": ("ablate-clear", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
+    "ablate-clear --class-map": ("ablate-clear", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", "--out", "OUT"),
     "ablate-clear --out": ("ablate-clear", *SMALL, *DRAWN, "--data", "digits", "--out", "PICKLE"),
 }  # fmt: skip
 NAMES = (
@@ -114,19 +126,50 @@ def spread(tmp_path, canary, made, monkeypatch):
     file.write_bytes(data)
 
     def run(words, pickle):
-        places = {"PICKLE": pickle, "OUT": tmp_path / "out", "MODEL": made / "model", "EXPORT": made / "export"}
+        places = {
+            "PICKLE": pickle, "OUT": tmp_path / "out", "MODEL": made / "model", "EXPORT": made / "export",
+            "FROM_FILE": from_file(made, tmp_path),
+        }  # fmt: skip
         return cli.main([str(places.get(word, word)) for word in words])
 
     return folder, file, opened, run
 
 
+def from_file(made, tmp_path):
+    """An artifact whose dense model came from a file that is gone."""
+    folder = tmp_path / "from_file"
+    if not folder.is_dir():
+        shutil.copytree(made / "model", folder)
+        body = json.loads((folder / "moee.json").read_text())
+        body["model"] |= {"random_seed": None, "weights": str(tmp_path / "gone.safetensors")}
+        (folder / "moee.json").write_text(json.dumps(body))
+    return folder
+
+
+def checkpoints(data, opened, folder):
+    """The canary as people save it: a bare pickle, torch's archive, torch's older format, inside a dictionary of weights."""
+    canary = Canary(opened)
+    for name in ("bare.pth", "bare.pt", "bare.bin", "bare.ckpt", "bare.pth.tar"):
+        (folder / name).write_bytes(data)
+        yield folder / name
+    inside = {"state_dict": {"head.weight": torch.zeros(2)}, "args": canary}
+    for name, body in (("whole.pth", canary), ("inside.pth.tar", inside)):
+        torch.save(body, folder / name)
+        yield folder / name
+        torch.save(body, folder / f"old-{name}", _use_new_zipfile_serialization=False)
+        yield folder / f"old-{name}"
+
+
 @pytest.mark.parametrize("path", PATHS)
-def test_a_pickle_in_the_place_of_any_path(spread, path, capsys):
+def test_a_pickle_in_the_place_of_any_path(spread, path, capsys, tmp_path):
     folder, file, opened, run = spread
     forms = [file, folder]
     if path in ("finetune --out", "plan --out"):  # what is read there is the state beside a folder that does not exist yet
         shutil.rmtree(folder)
         forms = [folder]
+    if path.endswith("--checkpoint"):  # the one flag behind which a file by torch.save is read
+        (tmp_path / "saved").mkdir()
+        forms += checkpoints(file.read_bytes(), opened, tmp_path / "saved")
     for form in forms:
         code = run(PATHS[path], form)
         error = capsys.readouterr().err

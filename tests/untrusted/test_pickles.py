@@ -43,11 +43,24 @@ def test_a_pickle_is_never_opened(made, tmp_path, canary, monkeypatch):
     names = ["w.pth", "w.pt", "w.bin", "w.pkl", "w.safetensors", "w.safetensors.pth"]
     for name in names:
         (tmp_path / name).write_bytes(data)
-        command = ["extract", "vit_tiny_patch16_224", "--data", "digits", "--weights", tmp_path / name, "--out", tmp_path / "o"]
-        assert cli.main(list(map(str, command))) == 2
+        command = ["extract", "vit_tiny_patch16_224", "--data", "digits", "--checkpoint", tmp_path / name]
+        assert cli.main([*map(str, command), "--out", str(tmp_path / "o")]) == 2
     for argument in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         spec = ModelSpec(name="x", timm_name="vit_tiny_patch16_224", kwargs={argument: str(tmp_path / "w.pth")}, random_seed=0)
         assert not accepts_or_refuses(load_model, spec)
+    for name in ("w.pth", "w.safetensors"):  # a manifest that vouches for the file it names
+        folder = Path(shutil.copytree(made / "model", tmp_path / f"names-{name}"))
+        manifest = json.loads((folder / "moee.json").read_text())
+        file = {"weights": str(tmp_path / name), "weights_sha256": sha256_file(tmp_path / name)}
+        manifest["model"] |= {"random_seed": None, **file}
+        (folder / "moee.json").write_text(json.dumps(manifest))
+        for command in (["finetune", folder, "--data", "digits"], ["export", folder]):
+            assert cli.main([*map(str, command), "--out", str(tmp_path / "o")]) == 2
+        hub = tmp_path / f"hub-{name}"
+        hub.mkdir()
+        (hub / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+        shutil.copy(tmp_path / name, hub / {"w.pth": "pytorch_model.bin", "w.safetensors": "model.safetensors"}[name])
+        assert cli.main(["extract", f"local-dir:{hub}", "--data", "digits", "--out", str(tmp_path / "o")]) == 2
     for file in ("model.safetensors", "moee.json", "probe.safetensors"):
         folder = Path(shutil.copytree(made / "model", tmp_path / f"model-{file}"))
         (folder / file).write_bytes(data)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from moee import checkpoint
 from moee.artifact import sha256_file
 from moee.errors import UserError
-from moee.models import load_model, load_weights, read_safetensors
+from moee.models import load_model, load_weights
+from moee.weights_file import read_safetensors
 from tests.conftest import tiny_spec
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
 from tests.untrusted.tables import TABLE_DAMAGE

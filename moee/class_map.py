@@ -1,0 +1,46 @@
+"""timm's class maps: a text file that gives the order of the classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moee.class_names import MAX_CLASSES, MAX_NAME
+from moee.errors import UserError
+from moee.schema import shown
+
+MAX_BYTES = MAX_CLASSES * (MAX_NAME + 8)
+
+
+def read_class_map(path: Path | str) -> tuple[str, ...]:
+    """Class names by their number: one name a line in the order of the classes, or a name and its number on every line.
+
+    Raises `UserError` for a file that is none, a name that comes twice, or numbers that are not 0, 1, 2, ...
+    """
+    path = Path(path)
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise UserError(f"--class-map {path} is no text file of class names; expected one name a line")
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--class-map {path} is no text ({type(error).__name__}); expected one name a line") from error
+    lines = [line for line in lines if line]
+    pairs = [line.rsplit(None, 1) for line in lines]
+    if pairs and all(len(pair) == 2 and pair[1].isdecimal() for pair in pairs):
+        numbers = [int(number) for _, number in pairs]
+        if sorted(numbers) != list(range(len(numbers))):
+            raise UserError(f"--class-map {path} numbers its classes {_some(sorted(numbers))}; expected 0 to {len(numbers) - 1}")
+        names = [name for _, (name, _) in sorted(zip(numbers, pairs, strict=True))]
+    else:
+        names = lines
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) != len(names) else None
+    if twice is not None:
+        raise UserError(f"--class-map {path} names {shown(twice)} twice; each class has one line")
+    bad = next((name for name in names if len(name) > MAX_NAME or not name.isprintable()), None)
+    if bad is not None or not 1 < len(names) <= MAX_CLASSES:
+        what = f"the name {shown(bad, limit=40)}" if bad is not None else f"{len(names)} names"
+        raise UserError(f"--class-map {path} has {what}; expected 2 to {MAX_CLASSES} names of at most {MAX_NAME} characters")
+    return tuple(names)
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")

@@ -1,0 +1,171 @@
+"""Models of the Hugging Face hub and of folders in its layout: what timm downloads, and what to say where there is no network.
+
+Without a network the hub's client tries again for a minute before it looks into its own cache. So the hub is asked for once, by
+a connection; if there is none the client works offline: what is cached is found at once, and what is not is said at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+from huggingface_hub import constants
+from timm.models import parse_model_name
+from torch import nn
+
+from moee.errors import MissingDependency, UserError
+from moee.schema import parse_json, shown
+
+CONNECT_S = 5.0  # a hub that does not answer by then is out of reach
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors",
+           "open_clip_pytorch_model.bin")  # fmt: skip
+CONFIG = "config.json"
+
+
+def reachable() -> bool:
+    """Whether the hub answers. Behind a proxy nobody can tell without asking it."""
+    if constants.is_offline_mode():
+        return False
+    if urllib.request.getproxies():
+        return True
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), CONNECT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def one_try() -> Iterator[None]:
+    """A block in which the hub's client does not wait for a hub that is out of reach."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not reachable()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def pretrained_model(timm_name: str, **arguments: Any) -> nn.Module:
+    """`timm.create_model` with pretrained weights. Raises `MissingDependency` if they cannot be had, `UserError` if there are
+    none; what the model says to its arguments is passed on."""
+    config = timm.get_pretrained_cfg(timm_name)
+    if config is None or not (config.hf_hub_id or config.url or config.file):
+        raise UserError(f"timm has no pretrained weights of {timm_name}; give a file with --checkpoint")
+    try:
+        with one_try():
+            return timm.create_model(timm_name, pretrained=True, **arguments)
+    except (TypeError, AssertionError, ValueError):
+        raise
+    except Exception as error:  # the clients of the hub and of plain addresses raise many kinds
+        where = config.hf_hub_id or config.url
+        raise _out_of_reach(f"pretrained weights of {timm_name}", str(where), error) from error
+
+
+def _out_of_reach(what: str, where: str, error: Exception) -> MissingDependency:
+    command = f"hf download {where}" if "://" not in where else f"curl -LO {where}"
+    return MissingDependency(
+        f"{what} could not be fetched ({type(error).__name__}) and are not in the cache; where there is a network run "
+        f"`{command}`, then give the file with --checkpoint"
+    )
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model as timm saves it for the hub: `config` (the JSON of config.json) and the file of weights."""
+
+    config: dict[str, Any]
+    weights: Path
+
+    @property
+    def architecture(self) -> str:
+        name = self.config.get("architecture")
+        if not isinstance(name, str) or not timm.is_model(name.partition(".")[0]):
+            raise UserError(f"{self.weights.parent / CONFIG} names the architecture {shown(name)}; expected one of timm's")
+        return name
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the model was made with."""
+        given = self.config.get("model_args", {})
+        if not isinstance(given, dict):
+            raise UserError(f"{self.weights.parent / CONFIG} has no object in model_args; save the model with timm again")
+        return given
+
+    @property
+    def input(self) -> dict[str, Any]:
+        """How its images are prepared: `mean`, `std`, `input_size` and so on. Older files have them beside the architecture."""
+        given = self.config.get("pretrained_cfg", self.config)
+        return given if isinstance(given, dict) else {}
+
+
+def source_of(name: str) -> tuple[str, str] | None:
+    """("local-dir" or "hf-hub", folder or id) of a prefixed name; None for a plain one. Raises `UserError` for another prefix, or
+    a plain name that looks like a path or an id."""
+    try:
+        source, where = parse_model_name(name)
+    except ValueError as error:
+        raise UserError(shown(error, quoted=False)) from error
+    return (source, where) if source else None
+
+
+def find_folder(source: str, where: str) -> ModelFolder:
+    """The folder behind a `local-dir:` or `hf-hub:` name; the hub's files are fetched if need be.
+
+    Raises `UserError` for a folder without a readable configuration or weights, `MissingDependency` if the hub is out of reach.
+    """
+    if source == "local-dir":
+        folder = Path(where)
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{folder / CONFIG} not found; local-dir: expects a folder as timm saves it for the hub")
+        return ModelFolder(_config(folder / CONFIG), _weights(folder))
+    repository, _, revision = where.partition("@")
+    with one_try():
+        try:
+            config = Path(huggingface_hub.hf_hub_download(repository, CONFIG, revision=revision or None))
+            return ModelFolder(_config(config), _download(repository, revision or None))
+        except UserError:
+            raise
+        except Exception as error:
+            raise _out_of_reach(f"the files of hf-hub:{shown(where, quoted=False)}", repository, error) from error
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        body = parse_json(path)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({shown(error, quoted=False)}); save the model with timm again") from error
+    if not isinstance(body, dict):
+        raise UserError(f"{path} holds no JSON object; save the model with timm again")
+    return body
+
+
+def _weights(folder: Path) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} holds no weights; expected one of {', '.join(WEIGHTS[:4])}")
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    missing: Exception | None = None
+    for name in WEIGHTS:
+        try:
+            return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
+        except huggingface_hub.errors.LocalEntryNotFoundError as error:  # offline: another name may be cached
+            missing = error
+        except huggingface_hub.errors.EntryNotFoundError as error:
+            missing = error
+    assert missing is not None
+    raise missing

@@ -1,0 +1,119 @@
+"""From what a user names, a model and a file of weights, to the `ModelSpec` that every later command works by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from pydantic import ValidationError
+
+from moee.artifact import sha256_file
+from moee.errors import UserError
+from moee.fitting import Fit, best_fit, classes_of, image_size
+from moee.hub import find_folder, source_of
+from moee.models import (
+    InputConfig,
+    ModelSpec,
+    WeightsPart,
+    build_model,
+    check_arguments,
+    classifier_names,
+    load_model,
+    refuse_misfit,
+    state_sha256,
+)
+from moee.schema import shown
+from moee.weights_file import containers, read_checkpoint
+
+
+def named_spec(name: str, arguments: dict[str, Any]) -> tuple[ModelSpec, Path | None]:
+    """The model `name` without weights yet, and the file of weights that it brings: for `local-dir:FOLDER` and `hf-hub:ID`, whose
+    configuration is under `arguments`; None for a timm name.
+
+    Raises `UserError` for an unknown name, arguments that cannot be recorded, or a folder that is none of a model.
+    """
+    try:
+        arguments = json.loads(json.dumps(arguments, allow_nan=False))  # as later commands read them: lists, no tuples
+    except (TypeError, ValueError) as error:
+        raise UserError(f"model arguments {shown(arguments)}: expected numbers, texts, lists and None") from error
+    source = source_of(name)
+    if source is None:
+        spec = ModelSpec(name=name, timm_name=name, kwargs=arguments)
+        check_arguments(spec)
+        return spec, None
+    folder = find_folder(*source)
+    given = {key: folder.input.get(key) for key in InputConfig.model_fields}
+    try:
+        config = InputConfig(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{folder.weights.parent}: {where} of the model's configuration: {first['msg']}") from error
+    spec = ModelSpec(name=name, timm_name=folder.architecture, kwargs={**folder.arguments, **arguments}, input=config)
+    check_arguments(spec)
+    return spec, folder.weights
+
+
+def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
+    """`spec` with its weights from a checkpoint, and sentences for the user: what was taken, what was guessed.
+
+    The number of classes is the checkpoint's unless `spec.kwargs` has one. A checkpoint without a classifier makes a model of
+    features alone (`num_classes` 0): a classifier drawn at random would be none. Works on shapes: no model takes memory. Raises
+    `UserError` that says what differs and which flag mends it.
+    """
+    content = read_checkpoint(path)
+    found = containers(content, path)
+    with torch.device("meta"):
+        model = build_model(spec)
+    classifier = classifier_names(model)
+    fit = best_fit(found, model, classifier)
+    told, wanted = classes_of(fit.state, classifier), getattr(model, "num_classes", 0)
+    asked = spec.kwargs.get("num_classes")
+    notes: list[str] = []
+    if 2 * len(fit.fitting) > len(model.state_dict()) and classifier:
+        if asked is None and told != wanted:
+            spec = spec.model_copy(update={"kwargs": {**spec.kwargs, "num_classes": told}})
+            with torch.device("meta"):
+                model = build_model(spec)
+            fit = best_fit(found, model, classifier)
+        elif asked and told and asked != told:
+            raise UserError(
+                f"checkpoint {path} has {told} classes, --num-classes says {asked}: leave --num-classes out or give {told}"
+            )
+        if not told and wanted and asked is None:
+            notes.append(f"{path.name} has no classifier: features are compared, with a probe where images are labelled")
+        elif not asked and told and asked is not None:
+            notes.append(f"the classifier of {path.name} ({told} classes) is left out, as --num-classes 0 asks")
+        elif asked is None and told != wanted:
+            notes.append(f"{told} classes, as the classifier of {path.name} has")
+    refuse_misfit(fit, model, path, spec.timm_name, content)
+    notes.insert(0, f"{path.name}: {fit.sentence()}")
+    size = _trained_size(fit, model)
+    if size is not None and "img_size" not in spec.kwargs:
+        notes.append(f"{path.name} was trained on {size} x {size} pixels; --img-size {size} keeps them")
+    part = WeightsPart(container=fit.container, prefix=fit.prefix)
+    return spec.model_copy(update={"weights": str(path), "weights_sha256": sha256_file(path), "part": part}), notes
+
+
+def _trained_size(fit: Fit, model: torch.nn.Module) -> int | None:
+    before = fit.resized.get("pos_embed")
+    return image_size(before[0], model) if before else None
+
+
+def with_pretrained(spec: ModelSpec) -> ModelSpec:
+    """`spec` with timm's pretrained weights and their hash, so that another download under the same name is noticed.
+
+    Raises `UserError` for a number of classes that they do not have: timm would draw a classifier at random.
+    """
+    config = timm.get_pretrained_cfg(spec.timm_name)
+    asked = spec.kwargs.get("num_classes")
+    if asked and config is not None and config.num_classes != asked:
+        raise UserError(
+            f"the pretrained weights of {spec.timm_name} have {config.num_classes} classes, --num-classes says {asked}: leave it "
+            "out, or give 0 to compare features"
+        )
+    spec = spec.model_copy(update={"pretrained": True})
+    return spec.model_copy(update={"weights_sha256": state_sha256(load_model(spec))})

@@ -1,0 +1,375 @@
+"""Checkpoints as people have them: what is taken from them, and what is said about those that do not fit."""
+
+import argparse
+import pathlib
+import zipfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.utils import CheckpointSaver, ModelEmaV3
+from torch import nn
+
+from moee.errors import UserError
+from moee.fitting import prefixes
+from moee.model_source import named_spec, with_file
+from moee.models import ModelSpec, load_model
+from moee.weights_file import PICKLED, read_checkpoint
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+NAME = "vit_tiny_patch16_224"
+
+
+def model_of(classes=4, name=NAME, seed=1, **kwargs):
+    torch.manual_seed(seed)
+    return timm.create_model(name, num_classes=classes, **(SMALL if name == NAME else {}), **kwargs).eval()
+
+
+def taken(path, name=NAME, **kwargs):
+    """(model, spec, notes) of the command line's way with a checkpoint."""
+    spec, _ = named_spec(name, {**(SMALL if name == NAME else {}), **kwargs})
+    spec, notes = with_file(spec, path)
+    return load_model(spec), spec, notes
+
+
+def equal(model, state) -> bool:
+    ours = model.state_dict()
+    return ours.keys() == state.keys() and all(torch.equal(ours[key], state[key].float()) for key in ours)
+
+
+def train_timm(folder, model, namespace):
+    """`model_best.pth.tar` as timm's train.py writes it: its own saver, an averaged model, an optimiser that has stepped."""
+    ema = ModelEmaV3(model, decay=0.5)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.train()(torch.zeros(1, 3, 32, 32)).sum().backward()
+    optimiser.step()
+    ema.update(model)
+    saver = CheckpointSaver(
+        model, optimiser, args=namespace, model_ema=ema, checkpoint_dir=str(folder), recovery_dir=str(folder), max_history=1
+    )
+    saver.save_checkpoint(3, metric=71.25)
+    return folder / "model_best.pth.tar", ema.module.state_dict()
+
+
+def test_what_timms_train_script_writes(tmp_path):
+    """EMA before the plain weights, the Namespace is read, the number of classes is the checkpoint's."""
+    arguments = argparse.Namespace(
+        model=NAME, lr=5e-4, betas=[0.9, 0.999], opt_eps=None, aug_splits=0, model_kwargs={"a": (1, 2)}, amp=True, data_dir="x"
+    )
+    model = model_of()
+    path, averaged = train_timm(tmp_path, model, arguments)
+    assert isinstance(torch.load(path, weights_only=False)["args"], argparse.Namespace)
+    loaded, spec, notes = taken(path)
+    assert equal(loaded, averaged) and not equal(loaded, model.state_dict())
+    assert spec.kwargs["num_classes"] == 4 and spec.part.container == "state_dict_ema" and len(spec.weights_sha256) == 64
+    assert notes == [f"model_best.pth.tar: state_dict_ema, {len(averaged)} tensors",
+                     "4 classes, as the classifier of model_best.pth.tar has"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrap, container, prefix",
+    [
+        (lambda s: s, "", ""),
+        (lambda s: {"state_dict": s, "state_dict_ema": None}, "state_dict", ""),
+        (lambda s: {"model": s, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}, "model", ""),
+        (lambda s: {"model_ema": s, "model": {k: v + 1 for k, v in s.items()}}, "model_ema", ""),
+        (lambda s: {"model": {k: v + 1 for k, v in s.items()}, "model_ema": s}, "model_ema", ""),
+        (lambda s: {"module": s}, "module", ""),
+        (lambda s: {"model": {"state_dict": s}}, "model.state_dict", ""),
+        (lambda s: {"student": {k: v + 1 for k, v in s.items()}, "teacher": s}, "teacher", ""),
+        (lambda s: {f"module.{k}": v for k, v in s.items()}, "", "module."),
+        (lambda s: {f"_orig_mod.{k}": v for k, v in s.items()}, "", "_orig_mod."),
+        (lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()}, "", "module._orig_mod."),
+        (lambda s: {f"encoder.{k}": v for k, v in s.items()}, "", "encoder."),
+        (lambda s: {"state_dict": {f"net.{k}": v for k, v in s.items()}, "epoch": 3}, "state_dict", "net."),
+        (lambda s: {"state_dict": {f"model.backbone.{k}": v for k, v in s.items()}}, "state_dict", "model.backbone."),
+    ],
+)
+def test_containers_and_prefixes(tmp_path, wrap, container, prefix):
+    state = model_of().state_dict()
+    torch.save(wrap(state), tmp_path / "w.ckpt")
+    loaded, spec, notes = taken(tmp_path / "w.ckpt")
+    assert equal(loaded, state) and (spec.part.container, spec.part.prefix) == (container, prefix)
+    words = [*([container] if container else []), f"{len(state)} tensors", *([f"prefix {prefix} removed"] if prefix else [])]
+    assert notes[0] == f"w.ckpt: {', '.join(words)}"
+
+
+def test_averaged_weights_of_another_shape_are_not_preferred(tmp_path):
+    state = model_of().state_dict()
+    torch.save({"state_dict_ema": {"head.weight": torch.zeros(4, 32)}, "state_dict": state}, tmp_path / "w.pth")
+    loaded, spec, _ = taken(tmp_path / "w.pth")
+    assert equal(loaded, state) and spec.part.container == "state_dict"
+
+
+def test_lightning(tmp_path):
+    """The module's own tensors beside the network's, hyper-parameters, callbacks and optimiser states."""
+    state = model_of().state_dict()
+    body = {
+        "epoch": 2, "global_step": 10, "pytorch-lightning_version": "2.5.0",
+        "hyper_parameters": {"lr": 1e-3, "betas": (0.9, 0.99)},
+        "state_dict": {**{f"net.{k}": v for k, v in state.items()}, "loss.weight": torch.ones(4)}, "lr_schedulers": [],
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]}],
+        "callbacks": {"ModelCheckpoint{'monitor': 'loss'}": {"best_model_score": torch.tensor(0.5), "kth_value": None}},
+    }  # fmt: skip
+    torch.save(body, tmp_path / "epoch=2.ckpt")
+    loaded, _, notes = taken(tmp_path / "epoch=2.ckpt")
+    assert equal(loaded, state) and notes[0].endswith(f"{len(state)} tensors, prefix net. removed, loss.weight left out")
+
+
+def test_a_head_beside_a_backbone(tmp_path):
+    """`self.backbone` and `self.head` of a module of one's own: both are the model's."""
+    state = model_of().state_dict()
+    torch.save({(k if k.startswith("head.") else f"backbone.{k}"): v for k, v in state.items()}, tmp_path / "w.pth")
+    loaded, spec, _ = taken(tmp_path / "w.pth")
+    assert equal(loaded, state) and spec.kwargs["num_classes"] == 4 and spec.part.prefix == "backbone."
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", *(s for s in PICKLED if s != ".tar"), ".pth.tar"])
+def test_every_ending(tmp_path, suffix):
+    state, path = model_of().state_dict(), tmp_path / f"w{suffix}"
+    wrapped = {f"module.{k}": v for k, v in state.items()}
+    save_file(wrapped, path) if suffix == ".safetensors" else torch.save(wrapped, path)
+    assert equal(taken(path)[0], state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_become_float32(tmp_path, dtype):
+    state = {k: v.to(dtype) for k, v in model_of().state_dict().items()}
+    torch.save(state, tmp_path / "w.pth")
+    loaded, _, _ = taken(tmp_path / "w.pth")
+    assert equal(loaded, state) and {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_the_format_of_before_2020_is_read(tmp_path):
+    state = model_of().state_dict()
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=1)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert equal(taken(tmp_path / "w.pth")[0], state)
+
+
+def dinov2(state):
+    return {**state, "mask_token": torch.zeros(1, 32)}
+
+
+def deit3(state):
+    return {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in state.items()}
+
+
+def dinov3(state):
+    """As Meta's files have it: storage tokens, LayerScale modules, masks and periods beside the weights."""
+    names = {"reg_token": "storage_tokens"}
+    out = {}
+    for key, value in state.items():
+        key = names.get(key, key)
+        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        out[key] = value
+    return {**out, "mask_token": torch.zeros(1, 8), "rope_embed.periods": torch.ones(4)}
+
+
+def convnext(state):
+    """As the authors' files have it."""
+    out = {}
+    for key, value in state.items():
+        key = key.replace("stem.", "downsample_layers.0.").replace("head.fc.", "head.").replace("head.norm.", "norm.")
+        if key.startswith("stages."):
+            parts = key.split(".")
+            if parts[2] == "downsample":
+                key = f"downsample_layers.{parts[1]}.{'.'.join(parts[3:])}"
+            else:
+                key = ".".join([parts[0], parts[1], *parts[3:]])
+        key = key.replace("conv_dw", "dwconv").replace("mlp.fc1", "pwconv1").replace("mlp.fc2", "pwconv2")
+        out[key] = value
+    return out
+
+
+ORIGINALS = {
+    "DeiT": (NAME, lambda s: {"model": s}, {}),
+    "DeiT III": ("deit3_small_patch16_224", deit3, {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}),
+    "DINOv2": ("vit_small_patch14_dinov2", dinov2, {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 56}),
+    "DINOv3": ("vit_small_patch16_dinov3", dinov3, {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}),
+    "Swin": ("test_swin" if timm.is_model("test_swin") else "swin_tiny_patch4_window7_224",
+             lambda s: {"model": {**s, "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49)}},
+             {"embed_dim": 24, "depths": [1, 1], "num_heads": [1, 2]}),
+    "ConvNeXt": ("convnext_atto", lambda s: {"model": convnext(s)}, {"depths": [1, 1, 1, 1], "dims": [8, 16, 16, 16]}),
+    "OpenCLIP": (NAME, lambda s: {f"visual.trunk.{k}": v for k, v in s.items()}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ORIGINALS)
+def test_original_files_go_through_timms_filter(tmp_path, case):
+    name, rename, kwargs = ORIGINALS[case]
+    model = model_of(name=name, **kwargs) if case not in ("DINOv2", "DINOv3") else model_of(0, name, **kwargs)
+    torch.save(rename(model.state_dict()), tmp_path / "w.pth")
+    loaded, _, _ = taken(tmp_path / "w.pth", name, **kwargs)
+    state, ours = model.state_dict(), loaded.state_dict()
+    assert state.keys() == ours.keys() and all(torch.equal(state[key], ours[key]) for key in state)
+
+
+def test_a_resized_position_embedding_is_said(tmp_path):
+    """A model tuned at 64 pixels runs at 32 when nobody says otherwise: that may cost accuracy."""
+    torch.save(model_of(**{}).state_dict(), tmp_path / "small.pth")
+    torch.manual_seed(1)
+    torch.save(timm.create_model(NAME, num_classes=4, **{**SMALL, "img_size": 64}).state_dict(), tmp_path / "w.pth")
+    _, _, notes = taken(tmp_path / "w.pth", img_size=32)
+    assert "pos_embed resized from [1, 65, 32] to [1, 17, 32]" in notes[0]
+    spec, _ = named_spec(NAME, {k: v for k, v in SMALL.items() if k != "img_size"})
+    _, notes = with_file(spec, tmp_path / "w.pth")
+    assert "w.pth was trained on 64 x 64 pixels; --img-size 64 keeps them" in notes
+
+
+def test_without_a_classifier_features_are_compared(tmp_path):
+    state = {k: v for k, v in model_of().state_dict().items() if not k.startswith("head.")}
+    torch.save(state, tmp_path / "w.pth")
+    loaded, spec, notes = taken(tmp_path / "w.pth")
+    assert spec.kwargs["num_classes"] == 0 and loaded.num_classes == 0 and "has no classifier" in notes[1]
+    with pytest.raises(UserError, match="no classifier, vit_tiny_patch16_224 has one: add --num-classes 0"):
+        taken(tmp_path / "w.pth", num_classes=4)
+
+
+def test_a_classifier_on_a_model_that_has_none_by_itself(tmp_path):
+    name, kwargs = "vit_small_patch14_dinov2", {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 56}
+    model = model_of(3, name, **kwargs)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded, spec, _ = taken(tmp_path / "w.pth", name, **kwargs)
+    assert spec.kwargs["num_classes"] == 3 and torch.equal(loaded.head.weight, model.head.weight)
+    loaded, spec, notes = taken(tmp_path / "w.pth", name, **kwargs, num_classes=0)
+    assert loaded.num_classes == 0 and "(3 classes) is left out" in notes[1]
+
+
+@pytest.mark.parametrize(
+    "saved, asked, words",
+    [
+        (dict(classes=6), dict(num_classes=5), "has 6 classes, --num-classes says 5: leave --num-classes out or give 6"),
+        (dict(in_chans=1), {}, "the file has 1 input channels, vit_tiny_patch16_224 has 3: add --in-chans 1"),
+        (dict(in_chans=3), dict(in_chans=4), "the file has 3 input channels, .* has 4: add --in-chans 3"),
+        (dict(depth=3), {}, "12 unexpected .blocks.2.norm1.weight, blocks.2.norm1.bias, .* and 9 more"),
+        (dict(depth=1), {}, "12 tensors missing .blocks.1.norm1.weight"),
+        (dict(embed_dim=48), {}, "belongs to another model; cls_token is .1, 1, 48., expected .1, 1, 32."),
+        (dict(global_pool="avg"), {}, "add --model-kwargs global_pool=avg"),
+        (dict(qkv_bias=False), {}, "2 tensors missing .blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias"),
+    ],
+)
+def test_a_mismatch_says_what_differs_and_which_flag_mends_it(tmp_path, saved, asked, words):
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=saved.pop("classes", 4), **{**SMALL, **saved})
+    torch.save({"state_dict": model.state_dict(), "arch": NAME}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words) as error:
+        taken(tmp_path / "w.pth", **asked)
+    assert str(tmp_path / "w.pth") in str(error.value) and len(str(error.value)) < 500
+
+
+def test_the_number_of_classes_in_python(tmp_path):
+    """A spec by hand takes nothing from the checkpoint by itself."""
+    torch.save(model_of().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match="the file has 4 classes, vit_tiny_patch16_224 has 1000: add --num-classes 4"):
+        load_model(ModelSpec(name="x", timm_name=NAME, kwargs=SMALL, weights=str(tmp_path / "w.pth")))
+
+
+def test_another_architecture_is_named(tmp_path):
+    torch.save({"state_dict": model_of(name="convnext_atto").state_dict(), "arch": "convnext_atto"}, tmp_path / "w.pth.tar")
+    with pytest.raises(UserError, match="the file says that it is convnext_atto; .* of vit_tiny_patch16_224: give that name"):
+        taken(tmp_path / "w.pth.tar")
+
+
+def test_integers_are_no_weights(tmp_path):
+    state = model_of().state_dict()
+    torch.save({**state, "norm.weight": state["norm.weight"].to(torch.int8)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="norm.weight is int8 .32., expected .32."):
+        taken(tmp_path / "w.pth")
+
+
+def torchscript(path):
+    torch.jit.script(nn.Linear(2, 2)).save(str(path))
+
+
+def compressed(path):
+    torch.save({"a": torch.zeros(1 << 16)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+
+
+def cut(path):
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def short_storage(path):
+    """A tensor that claims more numbers than its record in the archive has."""
+    torch.save({"a": torch.arange(4.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    pickled = next(name for name in parts if name.endswith("data.pkl"))
+    parts[pickled] = parts[pickled].replace(b"K\x04", b"J\x00\x00\x00\x10")  # 4 to 2**28, as its size and as its storage's
+    assert parts[pickled].count(b"J\x00\x00\x00\x10") >= 2
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data)
+
+
+BAD = {
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "text": (lambda p: p.write_text("weights"), "is no checkpoint that torch.save wrote"),
+    "zeros": (lambda p: p.write_bytes(bytes(1000)), "is no checkpoint that torch.save wrote|is damaged"),
+    "cut short": (cut, "is damaged or no checkpoint by torch.save"),
+    "compressed": (compressed, "is a compressed archive"),
+    "a storage too short": (short_storage, "is damaged|claims tensors"),
+    "a tensor larger than the file": (lambda p: torch.save({"a": torch.zeros(1).expand(1 << 40)}, p), "claims tensors of"),
+    "many views of one storage": (
+        lambda p: torch.save({f"a{i}": t for i, t in enumerate([torch.zeros(1 << 14)] * 40)}, p), "claims tensors of",
+    ),
+    "TorchScript": (torchscript, "is a TorchScript archive, which is code"),
+    "a whole module": (lambda p: torch.save(nn.Linear(2, 2), p), "wants torch.nn.modules.linear.Linear"),
+    "a NumPy number": (lambda p: torch.save({"metric": np.float64(1), "model": {"a": torch.zeros(1)}}, p), r"wants numpy[\w.]+"),
+    "a path in the arguments": (
+        lambda p: torch.save({"args": argparse.Namespace(out=pathlib.PurePosixPath("x")), "model": {"a": torch.zeros(1)}}, p),
+        "wants pathlib[.\\w]*PurePosixPath",
+    ),
+    "a list": (lambda p: torch.save([torch.zeros(1)], p), "holds a list"),
+    "a tensor": (lambda p: torch.save(torch.zeros(1), p), "holds a Tensor"),
+    "no tensors": (lambda p: torch.save({"epoch": 3, "args": argparse.Namespace()}, p), r"no tensors by name \(epoch, args\)"),
+    "an absent file": (lambda p: None, "not found"),
+    "a folder": (lambda p: p.mkdir(), "is no ordinary file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "before 2020"])
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files_are_refused_in_a_sentence(tmp_path, case, old, monkeypatch):
+    write, words = BAD[case]
+    if old:
+        real = torch.save
+        monkeypatch.setattr(torch, "save", lambda body, path: real(body, path, _use_new_zipfile_serialization=False))
+        if case in ("compressed", "a storage too short", "TorchScript"):
+            pytest.skip("an archive")
+    path = tmp_path / "w.pth"
+    write(path)
+    with pytest.raises(UserError, match=words) as error:
+        taken(path)
+    assert str(path) in str(error.value) and len(str(error.value)) < 500
+
+
+def test_other_endings_and_devices(tmp_path):
+    (tmp_path / "w.onnx").write_bytes(b"x")
+    for path, words in ((tmp_path / "w.onnx", "ends in .onnx; expected .safetensors, .pth"), ("/dev/zero", "no ordinary file")):
+        with pytest.raises(UserError, match=words):
+            read_checkpoint(pathlib.Path(path))
+
+
+def test_prefixes_are_those_that_names_have():
+    assert prefixes(["module.model.a", "head.b"]) == ["", "module.", "module.model."]
+    assert prefixes(["blocks.0"]) == [""]
+
+
+def test_an_artifact_takes_the_part_that_was_recorded(tmp_path):
+    """Though another would fit as well."""
+    state = model_of().state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "w.pth")
+    _, spec, _ = taken(tmp_path / "w.pth")
+    assert spec.part.container == "state_dict_ema"
+    plain = spec.model_copy(update={"part": spec.part.model_copy(update={"container": "state_dict"})})
+    assert equal(load_model(plain), state) and not equal(load_model(spec), state)
+    assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
