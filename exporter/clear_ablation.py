@@ -139,6 +139,7 @@ def ablate(
                 name, stored, ours = other
                 raise UserError(f"{path} was made with {name} {stored!r}, now {ours!r}; give another --out or remove it")
         else:
+            session.prove(config)
             probe = probe or session.probe()
             cell = run_cell(session, probe, config, setting)
             write_json(path, cell)

@@ -19,7 +19,8 @@ from moee.clear_moe import ClearFFN
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, tokens_per_image
-from moee.models import Shape, find_ffns
+from moee.mlps import find_ffns
+from moee.models import Shape
 from moee.pipeline import Session
 from moee.planning import Latency
 
@@ -90,7 +91,7 @@ def operation_ms(device: Device, macs: float, moved: float, launches: int = 1) -
 
 def modelled(device: Device, dense: nn.Module, model: nn.Module, shape: Shape, batch: int) -> dict[str, Any]:
     """Dense and candidate in milliseconds by the roofline; MLPs one by one, the rest (attention too) as a product a block."""
-    ffns = {f.name: f for f in find_ffns(dense)}
+    ffns = {f.name: f for f in find_ffns(dense).ffns}
     tokens = tokens_per_image(dense, list(ffns), shape)
     routed = routed_layers(model)
     dense_ffn = {n: _dense_ffn_ms(device, f.dim, f.hidden, tokens[n] * batch) for n, f in ffns.items()}

@@ -32,7 +32,7 @@ INTACT = "earlier results are as they were"
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence of an exception that ended a command."""
     code, text = _explain(error)
-    return code, one_line(text)
+    return code, one_line("; ".join([text, *getattr(error, "__notes__", ())]))
 
 
 def one_line(text: str) -> str:

@@ -87,7 +87,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def stage_table(info: dict[str, Any], title: str) -> Table:
     """One column for the dense model and one a stage: accuracy, cosines, MACs, parameters."""
-    stages: dict[str, Any] = info["stages"]
+    stages: dict[str, Any] = {name: stage for name, stage in info["stages"].items() if "retention" in stage}  # what was measured
     first = next(iter(stages.values()))
     table = Table(min_width=76, title=title)
     for column in ("", "dense", *stages):

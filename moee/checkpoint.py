@@ -21,8 +21,9 @@ from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
+from moee.mlp_structure import read_mlp
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
-from moee.models import FFN, ModelSpec, build_model, find_ffns, load_model, replace_module
+from moee.models import FFN, ModelSpec, build_model, load_model, names_of, replace_module
 from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
 from moee.result_kinds import MODEL
@@ -100,14 +101,16 @@ def layer_records(model: nn.Module) -> list[dict[str, Any]]:
     return [_record(name, layer) for name, layer in routed_layers(model).items()]
 
 
-def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[str, Tensor], exclude: tuple[str, ...]) -> None:
+def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[str, Tensor]) -> None:
     """Replace MLPs of the dense `model` by the layers of `records` (see `layer_records`) with the tensors of `state`."""
-    ffns = {f.name: f for f in find_ffns(model, exclude)}
     for item in records:
-        record = _layer_record(item, Path("what rank 0 sent"))
-        ffn = ffns[record.name]
-        made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
-        replace_module(model, record.name, made)
+        _rebuild_at(model, _layer_record(item, Path("what rank 0 sent")), state)
+
+
+def _rebuild_at(model: nn.Module, record: LayerRecord | ClearRecord, state: dict[str, Tensor]) -> None:
+    ffn = read_mlp(model, record.name)
+    made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
+    replace_module(model, record.name, made)
 
 
 def attention_records(model: nn.Module) -> list[dict[str, Any]]:
@@ -193,13 +196,8 @@ def load(path: Path | str) -> MoeeModel:
     state = read_safetensors(path / WEIGHTS)
     _check_size(spec, state, {record.name for record in records}, body.attention, path)
     model = build_model(spec)
-    ffns = {f.name: f for f in find_ffns(model, config.exclude if config else ())}
     for record in records:
-        if record.name not in ffns:
-            raise UserError(f"{path / MANIFEST} names layer {record.name}, which {spec.timm_name} does not have")
-        ffn = ffns[record.name]
-        rebuilt = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
-        replace_module(model, record.name, rebuilt)
+        _rebuild_at(model, record, state)
     rebuild_attention(model, body.attention, state, path / MANIFEST)
     try:
         model.load_state_dict(state)
@@ -273,11 +271,9 @@ def _check_size(
     laid_out = model.state_dict()
     known = _narrowed(model, attention, state, path / MANIFEST)
     narrowed = tuple(f"{name}.{part}." for name in known for part in ("qkv", "proj"))
-    owners = {key: key.rpartition(".")[0].rpartition(".")[0] for key in laid_out}
-    for name in sorted(routed - set(owners.values())):
-        raise UserError(f"{path / MANIFEST} names layer {name}, which {spec.timm_name} does not have")
+    inside = tuple(f"{each}." for name in sorted(routed) for each in _names_of_mlp(model, name, path / MANIFEST))
     for key, tensor in laid_out.items():
-        if owners[key] in routed:
+        if inside and key.startswith(inside):
             if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
                 raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
         elif narrowed and key.startswith(narrowed):
@@ -285,6 +281,18 @@ def _check_size(
         elif key not in state or state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
             wanted, came = _described(tensor), _described(state[key]) if key in state else "nothing"
             raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")
+
+
+def _names_of_mlp(model: nn.Module, name: str, path: Path) -> list[str]:
+    """Every name of the MLP `name`. Raises `UserError` if `model` has none there: an artifact of before MLPs were proved may have
+    cut what is none."""
+    if name not in (modules := dict(model.named_modules(remove_duplicate=False))):
+        raise UserError(f"{path} names layer {name}, which {type(model).__name__} does not have")
+    try:
+        read_mlp(model, name)
+    except UserError as error:
+        raise UserError(f"{path} has a cut layer that cannot be right: {error}; extract again") from error
+    return names_of(model, modules[name])
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from moee.grouping import GroupedLayer, find_routes
 from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
 from moee.metrics import original_macs, tokens_per_image
-from moee.models import FFN, find_ffns, replace_module
+from moee.mlps import find_ffns, reports_of
+from moee.models import FFN, replace_module
 from moee.moefication import find_moefication
 from moee.progress import Reporter, silent
 from moee.refit import refit
@@ -37,12 +38,13 @@ SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
 
 @dataclass(frozen=True)
 class Prepared:
-    """An extraction up to the choice of neurons: the grouped layers and, for the criterion sensitivity, the error [K, H] that
-    dropping each neuron of each expert makes. Different budgets can be applied to it."""
+    """An extraction up to the choice of neurons: the grouped layers, reports of what is no MLP to cut and, for the criterion
+    sensitivity, the error [K, H] that dropping each neuron of each expert makes. Different budgets can be applied to it."""
 
     ffns: list[FFN]
     found: list[Finding]
     error: dict[str, Tensor]
+    dense: list[LayerReport] = field(default_factory=list)
 
     @property
     def routed(self) -> dict[str, GroupedLayer]:
@@ -68,7 +70,7 @@ def extract(
     with group.agreed():
         if group.leader:
             reports = apply(model, prepared, data, config, report)
-    share_layers(model, config.exclude, group)
+    share_layers(model, group)
     return reports
 
 
@@ -81,7 +83,8 @@ def prepare(
     In a `group` only rank 0's result is whole; the others' holds the layers that they worked on.
     """
     refuse_wide(model, config)
-    ffns = find_ffns(model, config.exclude)
+    mlps = find_ffns(model, config.exclude)
+    ffns, dense = mlps.ffns, reports_of(mlps)
     found: list[Finding] = []
     with temporary_folder(scratch) as folder:
         sampled = sampled or calibrate(model, ffns, data, Path(folder), config, report, group)
@@ -98,7 +101,7 @@ def prepare(
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # an interrupt need not wait for a clustering
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
-    prepared = Prepared(ffns, found if group.alone else _collected(ffns, found, group), {})
+    prepared = Prepared(ffns, found if group.alone else _collected(ffns, found, group), {}, dense)
     with group.agreed():
         if group.leader and config.criterion == "sensitivity" and prepared.routed:
             # sums over tokens depend on their order, and a few thousand are enough: one rank's work
@@ -162,7 +165,7 @@ def apply(
         ffns = {f.name: f for f in prepared.ffns}
         done = refit(model, layers, ffns, seen, config.refit_tokens, config.refit_lambda, report)
         reports = [replace(r, refit=done.get(r.name)) for r in reports]
-    return reports
+    return [*reports, *prepared.dense]
 
 
 def _find(ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter) -> Any:

@@ -96,7 +96,7 @@ def share_attention(model: nn.Module, group: Group) -> None:
         model.eval()
 
 
-def share_layers(model: nn.Module, exclude: tuple[str, ...], group: Group) -> None:
+def share_layers(model: nn.Module, group: Group) -> None:
     """Put rank 0's routed layers into the dense `model` of every other rank."""
     if group.alone:
         return
@@ -106,5 +106,5 @@ def share_layers(model: nn.Module, exclude: tuple[str, ...], group: Group) -> No
     own = {key: value for key, value in state.items() if key.startswith(names)} if names else {}
     parcel = group.broadcast(Parcel(records, own) if group.leader else None)
     if not group.leader:
-        rebuild_layers(model, parcel.body, dict(parcel.tensors), exclude)
+        rebuild_layers(model, parcel.body, dict(parcel.tensors))
         model.eval()

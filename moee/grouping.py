@@ -12,7 +12,7 @@ from moee.calibration import CHUNK, LayerTokens, hidden_activations
 from moee.clustering import NOISE, cluster_tokens
 from moee.config import ExtractConfig
 from moee.errors import chosen
-from moee.layer_report import LayerReport
+from moee.layer_report import LayerReport, left_dense
 from moee.models import FFN
 from moee.progress import Reporter, silent
 from moee.routing import make_router, route
@@ -62,7 +62,7 @@ def find_routes(
 
 def stays_dense(ffn: FFN, reason: str, noise: float = 0.0) -> LayerReport:
     """The report of a layer that was left as it was."""
-    return LayerReport(ffn.name, reason, ffn.hidden, 0, ffn.hidden, [], [], noise)
+    return left_dense(ffn.name, reason, ffn.hidden, noise)
 
 
 def _labels(ffn: FFN, tokens: Tensor, config: ExtractConfig, report: Reporter) -> Tensor:

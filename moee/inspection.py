@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +15,8 @@ from moee.checkpoint import MoeeModel
 from moee.data import model_transform
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
-from moee.models import FFN, ModelSpec, Shape, build_model, find_ffns, plain_size
+from moee.mlps import find_ffns
+from moee.models import FFN, ModelSpec, Shape, build_model, plain_size
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class AttentionFigures:
 
 @dataclass(frozen=True)
 class Inspection:
-    """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model. `attention` lists what was narrowed."""
+    """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model. `attention` lists what was narrowed,
+    `uncut` what looks like an MLP but cannot be cut, with the reason."""
 
     model: str
     shape: Shape
@@ -61,6 +64,7 @@ class Inspection:
     moee: dict[str, int] | None
     layers: list[LayerFigures]
     attention: list[AttentionFigures] = field(default_factory=list)
+    uncut: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         body = asdict(self)
@@ -69,7 +73,7 @@ class Inspection:
 
 
 def _ffn_cost(ffn: FFN, tokens: int) -> tuple[int, int]:
-    return 2 * tokens * ffn.dim * ffn.hidden, ffn.w_up.numel() + ffn.b_up.numel() + ffn.w_down.numel() + ffn.b_down.numel()
+    return 2 * tokens * ffn.dim * ffn.hidden, ffn.params
 
 
 def inspect_dense(spec: ModelSpec) -> Inspection:
@@ -77,17 +81,17 @@ def inspect_dense(spec: ModelSpec) -> Inspection:
     with torch.device("meta"):
         model = build_model(spec)
     shape = model_transform(model).shape
-    layers = [
-        LayerFigures(f.name, tokens, f.hidden, *_ffn_cost(f, tokens), *_ffn_cost(f, tokens))
-        for f, tokens in _with_tokens(model, shape)
-    ]
-    return Inspection(spec.name, shape, {"macs": dense_macs(model, shape), "params": dense_params(model)}, None, layers)
+    ffns, uncut = _mlps(model, shape)
+    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n)) for f, n in ffns]
+    cost = {"macs": dense_macs(model, shape), "params": dense_params(model)}
+    return Inspection(spec.name, shape, cost, None, layers, uncut=uncut)
 
 
-def _with_tokens(model: nn.Module, shape: Shape) -> list[tuple[FFN, int]]:
-    ffns = find_ffns(model)
-    tokens = tokens_per_image(model, [f.name for f in ffns], shape)
-    return [(f, tokens[f.name]) for f in ffns]
+def _mlps(model: nn.Module, shape: Shape) -> tuple[list[tuple[FFN, int]], dict[str, str]]:
+    """The MLPs of a model with their tokens an image, and the reasons of what is none, by shapes alone."""
+    found = find_ffns(copy.deepcopy(model).to("meta"), shape=shape)
+    tokens = tokens_per_image(model, [f.name for f in found.ffns], shape)
+    return [(f, tokens[f.name]) for f in found.ffns], {name: part.reason for name, part in found.dense.items()}
 
 
 def routing_entropy(share: list[float]) -> float:
@@ -107,7 +111,8 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
     for name, layer in routed.items():
         shares.setdefault(name, [1 / layer.num_experts] * layer.num_experts)
     layers = []
-    for ffn, tokens in _with_tokens(dense, shape):
+    ffns, uncut = _mlps(dense, shape)
+    for ffn, tokens in ffns:
         macs, params = _ffn_cost(ffn, tokens)
         if ffn.name not in routed:
             layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params))
@@ -124,7 +129,8 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
             )  # fmt: skip
         )
     cost = model_cost(dense, moee.model, shares, shape)
-    return Inspection(moee.spec.name, shape, cost["dense"], cost["moee"], layers, attention_figures(moee.model, dense, shape))
+    attention = attention_figures(moee.model, dense, shape)
+    return Inspection(moee.spec.name, shape, cost["dense"], cost["moee"], layers, attention, uncut)
 
 
 def attention_figures(model: nn.Module, dense: nn.Module, shape: Shape) -> list[AttentionFigures]:

@@ -54,3 +54,8 @@ class LayerReport:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "mean_width": self.mean_width, "notes": self.notes}
+
+
+def left_dense(name: str, reason: str, hidden: int, noise: float = 0.0) -> LayerReport:
+    """The report of an MLP of `hidden` neurons that stays as it is."""
+    return LayerReport(name, reason, hidden, 0, hidden, [], [], noise)

@@ -12,12 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moee.attention import macs_saved, narrow_attentions
 from moee.layer import RoutedLayer, routed_layers
-from moee.models import Shape, find_ffns
+from moee.mlp_structure import read_mlp
+from moee.models import Shape
 
 
 def dense_macs(model: nn.Module, shape: Shape) -> int:
     """Multiply-accumulates of one image of `shape`, attention products included. Works on shapes alone."""
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # else the counter expects gradients of parameters
     for module in shadow.modules():
         if hasattr(module, "fused_attn"):  # fused attention hides its two products from the counter
             module.fused_attn = False  # type: ignore[assignment]
@@ -67,16 +68,14 @@ def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]]
     """
     macs, params = dense_macs(dense, shape), dense_params(dense)
     layers = routed_layers(moee)
-    ffns = {f.name: f for f in find_ffns(dense)}
     tokens = tokens_per_image(dense, layers, shape)
     moee_macs, moee_params = float(macs - macs_saved(moee, shape, dense)), params
     for name, attention in narrow_attentions(moee).items():
         moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
     for name, layer in layers.items():
-        ffn = ffns[name]
+        ffn = read_mlp(dense, name)
         moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - 2.0 * ffn.dim * ffn.hidden)
-        moee_params += layer.stored_numbers()
-        moee_params -= ffn.w_up.numel() + ffn.b_up.numel() + ffn.w_down.numel() + ffn.b_down.numel()
+        moee_params += layer.stored_numbers() - ffn.params
     return {"dense": {"macs": macs, "params": params}, "moee": {"macs": round(moee_macs), "params": moee_params}}
 
 

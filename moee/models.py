@@ -1,4 +1,4 @@
-"""Load a timm model by name, with its weights, and find its fc1-act-fc2 MLPs."""
+"""Load a timm model by name, with its weights; what an MLP of one is."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import Annotated, Any, Literal
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from timm.layers import ConvMlp, GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from moee.activations import KNOWN, activation_name
 from moee.artifact import sha256_file
 from moee.cache import tensor_hash
 from moee.errors import UserError
@@ -100,6 +98,7 @@ class FFN:
     """One MLP of a model. Weights are views: `w_up` [H, D], `b_up` [H], `w_down` [D, H], `b_down` [D].
 
     `scale` [D] is the LayerScale that follows the MLP, or None. `channels_first` marks 1x1-convolution MLPs on [B, D, H, W].
+    `biases`: whether the model has `b_up` and `b_down`, or they are zeros that stand for nothing.
     """
 
     name: str
@@ -110,6 +109,7 @@ class FFN:
     b_down: Tensor
     scale: Tensor | None
     channels_first: bool
+    biases: tuple[bool, bool] = (True, True)
 
     @property
     def dim(self) -> int:
@@ -118,6 +118,11 @@ class FFN:
     @property
     def hidden(self) -> int:
         return self.w_up.shape[0]
+
+    @property
+    def params(self) -> int:
+        """Trainable numbers of the MLP."""
+        return 2 * self.dim * self.hidden + self.biases[0] * self.hidden + self.biases[1] * self.dim
 
 
 def plain_size(shape: Shape) -> int | list[int]:
@@ -268,86 +273,14 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) else tuple(name)
 
 
-def _activation_name(name: str, act: nn.Module) -> str:
-    found = activation_name(act)
-    if found is None:
-        raise UserError(f"`{name}` uses {type(act).__name__}; MoEE knows {KNOWN}. Skip it with --exclude {name}")
-    return found
 
-
-def _is_gated(module: nn.Module) -> bool:
-    if isinstance(module, (GluMlp, SwiGLU, GlobalResponseNormMlp)):
-        return True
-    up, down = getattr(module, "fc1", None), getattr(module, "fc2", None)
-    if hasattr(module, "fc1_g") or hasattr(module, "w12") or hasattr(module, "w3"):
-        return True
-    return isinstance(up, nn.Linear) and isinstance(down, nn.Linear) and up.out_features != down.in_features
-
-
-def _is_mlp(module: nn.Module) -> bool:
-    return isinstance(module, (Mlp, ConvMlp, GluMlp, SwiGLU, GlobalResponseNormMlp)) or (
-        all(isinstance(getattr(module, part, None), (nn.Linear, nn.Conv2d)) for part in ("fc1", "fc2"))
-        and isinstance(getattr(module, "act", None), nn.Module)
-    )
-
-
-def _following_scale(model: nn.Module, name: str) -> Tensor | None:
-    """Weight [D] of the LayerScale behind an MLP: `ls2.gamma` in ViT blocks, `gamma` in ConvNeXt blocks."""
-    block = model.get_submodule(name.rpartition(".")[0])
-    gamma = getattr(getattr(block, "ls2", None), "gamma", None)
-    if gamma is None:
-        gamma = getattr(block, "gamma", None)
-    return gamma.detach().flatten() if isinstance(gamma, Tensor) else None
-
-
-def _describe(model: nn.Module, name: str, module: Any) -> FFN:
-    if _is_gated(module):
-        raise UserError(
-            f"`{name}` is a gated or normalised MLP ({type(module).__name__}); MoEE needs fc1-act-fc2. "
-            f"Skip it with --exclude {name}"
-        )
-    if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
-        raise UserError(f"`{name}` has a norm inside its MLP; MoEE needs fc1-act-fc2. Skip it with --exclude {name}")
-    up, down = module.fc1, module.fc2
-    conv = isinstance(up, nn.Conv2d)
-    if conv and (up.kernel_size != (1, 1) or down.kernel_size != (1, 1) or up.groups * down.groups != 1):
-        raise UserError(f"`{name}` uses spatial convolutions; MoEE needs fc1-act-fc2. Skip it with --exclude {name}")
-    w_up, w_down = up.weight.detach().flatten(1), down.weight.detach().flatten(1)
-    return FFN(
-        name=name,
-        activation=_activation_name(name, module.act),
-        w_up=w_up,
-        b_up=up.bias.detach() if up.bias is not None else w_up.new_zeros(w_up.shape[0]),
-        w_down=w_down,
-        b_down=down.bias.detach() if down.bias is not None else w_down.new_zeros(w_down.shape[0]),
-        scale=_following_scale(model, name),
-        channels_first=conv,
-    )
-
-
-def find_ffns(model: nn.Module, exclude: tuple[str, ...] = ()) -> list[FFN]:
-    """Every MLP of the model in execution order of its definition.
-
-    `exclude` names modules, or prefixes of them (`blocks.3`), that stay dense. Raises `UserError` for a block that is not
-    fc1-act-fc2, for an exclusion that matches nothing, and for a model with no MLP at all.
-    """
-    names = [name for name, module in model.named_modules() if name and _is_mlp(module)]
-    names = [n for n in names if not _is_head(model, n)]
-    for pattern in exclude:
-        if not any(n == pattern or n.startswith(f"{pattern}.") for n in names):
-            raise UserError(f"--exclude {pattern} matches no MLP; this model's MLPs are {', '.join(names) or 'none'}")
-    kept = [n for n in names if not any(n == p or n.startswith(f"{p}.") for p in exclude)]
-    if not kept:
-        raise UserError(f"{type(model).__name__} has no fc1-act-fc2 MLP to take experts from; choose a Vision Transformer")
-    return [_describe(model, name, model.get_submodule(name)) for name in kept]
-
-
-def _is_head(model: nn.Module, name: str) -> bool:
-    """MLPs of pooling or classification heads run on one token an image: no experts there."""
-    return name.split(".")[0] in ("head", "attn_pool", "fc_norm", *classifier_names(model))
+def names_of(model: nn.Module, module: nn.Module) -> list[str]:
+    """Every name under which `module` is part of the model: shared modules have several."""
+    return [name for name, part in model.named_modules(remove_duplicate=False) if part is module]
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` where `name` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
+    """Put `new` where `name` is, and wherever else the model holds the same module."""
+    for each in names_of(model, model.get_submodule(name)):
+        parent, _, leaf = each.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, new)

@@ -8,39 +8,45 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moee import checkpoint
 from moee.accuracy import Comparison, class_count, comparison
-from moee.attention import Widths
+from moee.attention import Widths, find_attentions
 from moee.checkpoint import MoeeModel
 from moee.class_names import listed
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract
-from moee.data import ImageSet, load_splits, model_transform, say_read
+from moee.data import ImageSet, batches, load_splits, model_transform, say_read
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention, run
 from moee.exchange import check_same_data, share_attention, share_dense, share_layers
 from moee.finetune import finetune
+from moee.identity import IMAGES, check_attentions, check_ffns
 from moee.inspection import attention_figures
 from moee.layer_report import LayerReport
-from moee.metrics import model_cost
+from moee.metrics import dense_macs, model_cost, tokens_per_image
+from moee.mlps import find_ffns, grouped, random_images
 from moee.models import ModelSpec, load_model
 from moee.narrowing import check_share, narrow, width_losses
 from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.probe import Probe, classes_told, fit_probe
 from moee.progress import Reporter, silent
 from moee.result_kinds import FINETUNE_STATE, MODEL
+from moee.schema import shown
 from moee.views import widened
 
 log = logging.getLogger("moee")
+FIRST = 16  # training images among which those of the identity check are looked for
 
 
 def peak_memory_bytes() -> int:
@@ -81,6 +87,7 @@ class Session:
         self._reference: Outputs | None = None
         self._train_outputs: Outputs | None = None
         self._narrowed: dict[tuple[Any, ...], nn.Module] = {}
+        self._proved: set[tuple[Any, ...]] = set()
         self._width_losses: dict[tuple[Any, ...], dict[tuple[str, Widths], float]] = {}
 
     @property
@@ -96,6 +103,45 @@ class Session:
         if self._train_outputs is None:
             self._train_outputs = self._run(self.dense, self.train, "dense on training images")
         return self._train_outputs
+
+    def prove(self, config: ExtractConfig | ClearConfig) -> None:
+        """See that the model was read rightly, and that its costs can be counted, before hours are spent on it.
+
+        Raises `UserError` that names the layer whose replacement, with everything kept, does not give the dense output.
+        """
+        mlps, attention = ("mlps", *config.exclude), ("attention",)
+        with self.group.agreed():
+            if not self.group.leader:
+                return
+            if mlps not in self._proved:
+                found = find_ffns(self.dense, config.exclude, self.transform.shape)
+                self._count_costs([ffn.name for ffn in found.ffns])
+                check_ffns(self.dense, found.ffns, self._few_images(), self.report)
+                if found.unscaled:
+                    log.warning(
+                        "what scales the output of %s could not be proved; neurons are chosen as if nothing did",
+                        grouped(found.unscaled),
+                    )
+                self._proved.add(mlps)
+            if config.narrows is not None and attention not in self._proved:
+                check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
+                self._proved.add(attention)
+
+    def _count_costs(self, mlps: list[str]) -> None:
+        """Count what the reports will need; what fails must fail now. Raises `UserError`."""
+        try:
+            dense_macs(self.dense, self.transform.shape)
+            tokens_per_image(self.dense, mlps, self.transform.shape)
+        except Exception as error:  # the counter runs a stranger's model on shapes alone
+            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+            raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
+
+    def _few_images(self) -> Tensor:
+        """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""
+        order = torch.arange(min(len(self.train), FIRST))
+        images = [batch.images for batch in batches(self.train, IMAGES, order=order, strict=False)]
+        found = torch.cat(images) if images else random_images(self.transform.shape, next(self.dense.parameters()))
+        return found[:IMAGES]
 
     def start(self, config: ExtractConfig | ClearConfig) -> nn.Module:
         """The model that extraction starts from: the dense one, its attention narrowed if `config` says so. Not to be changed."""
@@ -167,10 +213,11 @@ class Session:
     def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:
         """Retention on held-out images, and cost weighted by the routing measured on them; empty on ranks other than 0."""
         reference, outputs = self.reference, self._run(model, self.held_out, message)
-        if not self.group.leader:
-            return {}
-        kept = retention(reference, outputs, probe, classes_told(self.dense, probe), self.comparison(probe))
-        cost = model_cost(self.dense, model, outputs.shares, self.transform.shape)
+        with self.group.agreed():
+            if not self.group.leader:
+                return {}
+            kept = retention(reference, outputs, probe, classes_told(self.dense, probe), self.comparison(probe))
+            cost = model_cost(self.dense, model, outputs.shares, self.transform.shape)
         return {"retention": kept.to_json(), "cost": cost, "shares": outputs.shares}
 
 
@@ -182,13 +229,15 @@ def run_extract(
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
     In a `group` the ranks share the work and rank 0 writes; the experts do not depend on the number of ranks. Probe and
-    measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then.
+    measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where measuring the model fails or
+    is interrupted, the artifact is written without measurements, and the error has a note that says so.
     """
     inputs = source_paths(source, spec.weights)
     with group.agreed():
         if group.leader:
             OutputFolder(out, MODEL, force, inputs).check()
     session = session or Session(spec, source, config.seed, report, group, workers, classes)
+    session.prove(config)
     probe = session.probe()
     started = time.perf_counter()
     model = copy.deepcopy(session.start(config))
@@ -198,22 +247,41 @@ def run_extract(
         with group.agreed():
             if group.leader:  # built front to back on 200 images: there is little to share
                 layers = convert(model, session.train, config, report)
-        share_layers(model, config.exclude, group)
+        share_layers(model, group)
     else:
         layers = extract(model, session.train, config, report, jobs=jobs, group=group)
     seconds = time.perf_counter() - started
-    measured = session.measure(model, probe, "extracted on held-out images")
-    info = {
-        "stages": {"extracted": {**measured, "seconds": seconds}},
+    info: dict[str, Any] = {
+        "stages": {"extracted": {"seconds": seconds}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
-    narrowed = attention_figures(model, session.dense, session.transform.shape)
-    if narrowed:
-        info["attention"] = [asdict(layer) for layer in narrowed]
     moee = MoeeModel(model.eval(), spec, config, source, probe, info, session.classes(probe))
+    with _kept(moee, "extracted", out, force, group, inputs):
+        measured = session.measure(model, probe, "extracted on held-out images")
+        info["stages"]["extracted"] = {**measured, "seconds": seconds}
+        info["data_read"] = session.data_facts()
+        narrowed = attention_figures(model, session.dense, session.transform.shape)
+        if narrowed:
+            info["attention"] = [asdict(layer) for layer in narrowed]
     _save(moee, out, force, group, inputs)
     return moee
+
+
+@contextmanager
+def _kept(moee: MoeeModel, stage: str, out: Path | str, force: bool, group: Group, inputs: tuple[Path, ...]) -> Iterator[None]:
+    """A block that measures the finished model of a stage: if it fails or is interrupted, rank 0 writes the model without."""
+    try:
+        yield
+    except BaseException as error:
+        if group.leader:
+            moee.info["stages"][stage]["unmeasured"] = type(error).__name__
+            try:
+                checkpoint.save(moee, out, force, inputs)
+                error.add_note(f"the {stage} model is written to {out}, but its measurements are missing")
+            except (OSError, UserError) as refusal:
+                error.add_note(f"the {stage} model could not be written to {out}: {refusal}")
+        raise
 
 
 def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group, inputs: tuple[Path, ...]) -> None:
@@ -235,7 +303,8 @@ def run_finetune(
     """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
 
     An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
-    divided over the ranks; rank 0 keeps the state, measures and writes.
+    divided over the ranks; rank 0 keeps the state, measures and writes. Where measuring fails or is interrupted, the artifact is
+    written without measurements, as `run_extract` does; the state stays, so that the same call with `force` only measures again.
     """
     inputs = source_paths(path, source, weights)
     state = resume_folder(out, FINETUNE_STATE, inputs)
@@ -257,12 +326,14 @@ def run_finetune(
     teacher = session.train_outputs.features
     result = finetune(moee.model, session.dense, session.train, config, report, state.place, teacher, group)
     seconds = time.perf_counter() - started
-    measured = session.measure(moee.model, moee.probe, "tuned on held-out images")
     used = {**config.model_dump(), "amp": result.amp}
-    tuned = {**measured, "seconds": seconds, "config": used, "best_epoch": result.best_epoch}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
-    moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
+    tuned = {"seconds": seconds, "config": used, "best_epoch": result.best_epoch, "losses": losses}
+    moee.info["stages"]["tuned"] = tuned
     moee.info["data_read"] = session.data_facts()
+    with _kept(moee, "tuned", out, force, group, inputs):
+        moee.info["stages"]["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
+        moee.info["data_read"] = session.data_facts()
     _save(moee, out, force, group, inputs)
     if group.leader:
         state.remove()

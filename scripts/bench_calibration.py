@@ -12,7 +12,8 @@ from exporter.pretrained import resolve
 from moee.calibration import BATCH_SIZE, collect_tokens
 from moee.config import PAPER_TOKENS
 from moee.data import batches, load_data, model_transform
-from moee.models import find_ffns, load_model
+from moee.mlps import find_ffns
+from moee.models import load_model
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     model = load_model(resolve("dinov2-s", "photos"))
     data = load_data("photos:8", model_transform(model))
-    ffns = find_ffns(model)
+    ffns = find_ffns(model).ffns
     times = np.zeros((2, rounds))
     for i in range(rounds):
         for which in (0, 1) if i % 2 == 0 else (1, 0):

@@ -170,13 +170,14 @@ def collect(folder: Path, rows: int) -> Path:
     from moee.built_in import CALIBRATION_PHOTOS
     from moee.calibration import collect_tokens, hidden_activations
     from moee.data import load_data, model_transform
-    from moee.models import find_ffns, load_model
+    from moee.mlps import find_ffns
+    from moee.models import load_model
 
     model = load_model(resolve("dinov2-s", "photos"))
     transform = model_transform(model)
     tokens = transform.shape[1] // 14 * (transform.shape[2] // 14) + 1  # an image, at patch size 14
     crops = -(-rows // (tokens * len(CALIBRATION_PHOTOS)))
-    ffns = find_ffns(model)
+    ffns = find_ffns(model).ffns
     ffn = ffns[len(ffns) // 2]
     sampled = collect_tokens(model, [ffn], load_data(f"photos:{crops}", transform), folder, rows)[0]
     out = folder / "activations.npy"

@@ -17,7 +17,8 @@ from moee.data import TensorSet, load_data, model_transform
 from moee.evaluate import run
 from moee.finetune import finetune
 from moee.joining import joined
-from moee.models import find_ffns, load_model
+from moee.mlps import find_ffns
+from moee.models import load_model
 from moee.pipeline import peak_memory_bytes
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         whole = load_data("digits", model_transform(dense))
         data = TensorSet("digits", whole.images[: args.images].contiguous(), whole.labels[: args.images], 10)  # type: ignore[attr-defined]
         del whole
-        ffns, seconds = find_ffns(dense), {}
+        ffns, seconds = find_ffns(dense).ffns, {}
         moee = copy.deepcopy(dense)
         config = make_extract_config(
             clustering="random", clusters=8, tokens=2000, cluster_tokens=2000, compensation="mean", keep=0.9

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee import checkpoint
     from moee.errors import UserError
     from moee.inspection import inspect_artifact, inspect_dense
+    from moee.mlps import described
 
     if Path(args.model).is_dir():
         given = model_flags(args)
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print(table)
     if result.attention:
         console.print(attention_table([asdict(a) for a in result.attention]))
+    if result.uncut:
+        console.print(f"stays dense: {described(result.uncut)}", markup=False)
     for name, figures in (("dense", result.dense), ("MoEE", result.moee)):
         if figures:
             console.print(f"{name}: {figures['macs'] / 1e9:.3f} GMACs an image, {figures['params'] / 1e6:.3f} M parameters")

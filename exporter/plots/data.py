@@ -14,7 +14,8 @@ from moee.calibration import CHUNK, collect_tokens, hidden_activations
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches, model_transform
 from moee.layer import routed_layers
-from moee.models import Shape, find_ffns, plain_size
+from moee.mlps import find_ffns
+from moee.models import Shape, plain_size
 from moee.progress import Reporter, silent, track
 
 BATCH = 32
@@ -123,7 +124,7 @@ def router_similarity(model: nn.Module) -> dict[str, Any]:
 def neuron_curves(dense: nn.Module, data: ImageSet, tokens: int = CURVE_TOKENS, report: Reporter = silent) -> dict[str, Any]:
     """Variance and mean of every hidden neuron of the dense MLPs on calibration images, each sorted from high to low (paper,
     Figure 9): {"tokens": N, "layers": {name: {"variance": [H], "mean": [H]}}}."""
-    ffns = find_ffns(dense)
+    ffns = find_ffns(dense).ffns
     layers = {}
     with temporary_folder() as folder:
         sampled = collect_tokens(dense, ffns, data, folder, tokens, 0, report)

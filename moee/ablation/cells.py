@@ -17,7 +17,7 @@ from moee.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
 from moee.convert import extract
 from moee.errors import NothingRouted, UserError
-from moee.models import find_ffns
+from moee.mlps import find_ffns
 from moee.pipeline import Session
 from moee.placement import OutputFolder
 from moee.probe import Probe
@@ -111,11 +111,12 @@ def run_cells(
     finished = read_cells(out)
     missing = {key: cell for cell in cells if (key := cell_key(cell.config)) not in finished}
     if missing:
+        session.prove(next(iter(missing.values())).config)
         probe, _ = session.probe(), session.reference
         quiet = copy.copy(session)  # shares the dense outputs; a cell's own steps are not reported
         quiet.report = silent
         with temporary_folder() as folder:
-            ffns = find_ffns(session.dense)
+            ffns = find_ffns(session.dense).ffns
             sampled = collect_tokens(session.dense, ffns, session.train, folder, ablation.tokens, 0, report)
             report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
             for done, (key, cell) in enumerate(missing.items(), 1):

@@ -23,7 +23,7 @@ from moee.clear_moe.scoring import LayerScore
 from moee.data import ImageSet, image_shape
 from moee.errors import NothingRouted, UserError
 from moee.layer_report import LayerReport
-from moee.models import find_ffns
+from moee.mlps import find_ffns, reports_of
 from moee.progress import Reporter, silent
 
 
@@ -45,7 +45,8 @@ def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Repor
     `UserError` for input that it cannot work with; the model is then unchanged.
     """
     refuse_wide(model, config)
-    ffns = find_ffns(model, config.exclude)
+    mlps = find_ffns(model, config.exclude)
+    ffns = mlps.ffns
     if config.layers is not None and config.layers > len(ffns):
         raise UserError(f"--layers {config.layers} is more than the {len(ffns)} MLPs of this model; give at most {len(ffns)}")
     if config.rank is not None:
@@ -60,7 +61,8 @@ def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Repor
     if not selected:
         raise NothingRouted("no layer gets cheaper at these ranks, so the model would stay dense; lower --rank or --energy")
     layers = build_layers(model, selected, chosen.images, config, report)
-    return [_report(a, layers.get(a.ffn.name)) for a in found]
+    dense = [ClearLayerReport(**vars(report)) for report in reports_of(mlps)]
+    return [*(_report(a, layers.get(a.ffn.name)) for a in found), *dense]
 
 
 def _report(a: Analysis, built: Built | None) -> ClearLayerReport:

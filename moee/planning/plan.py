@@ -68,6 +68,7 @@ def make_plan(
         common = make_extract_config(**{**(base or {}), "attention_macs": None if attention == (1.0,) else share})
         if common.narrows is not None:
             check_share(session.dense, session.transform.shape, share)
+        session.prove(common)
     fresh = not store.place.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}

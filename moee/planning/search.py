@@ -25,7 +25,7 @@ from moee.convert import Prepared, apply, calibrate, extract, ffn_budget, prepar
 from moee.errors import NothingRouted, OutOfReach, UserError
 from moee.layer_report import LayerReport
 from moee.metrics import original_macs, tokens_per_image
-from moee.models import find_ffns
+from moee.mlps import find_ffns
 from moee.pipeline import Session
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.progress import Reporter
@@ -143,7 +143,7 @@ class Planner:
         self._turn_to(config)
         if not self.sampled:
             model, folder = self.session.start(config), self.scratch.enter_context(temporary_folder())
-            ffns = find_ffns(model, config.exclude)
+            ffns = find_ffns(model, config.exclude).ffns
             self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report)
         return self.sampled
 
@@ -158,7 +158,7 @@ class Planner:
 
     def _top_k(self, config: ExtractConfig, target: float) -> int:
         """The most experts a token whose MACs, router included, meet `target`."""
-        ffns = {f.name: f for f in find_ffns(self.session.dense, config.exclude)}
+        ffns = {f.name: f for f in find_ffns(self.session.dense, config.exclude).ffns}
         tokens = tokens_per_image(self.session.dense, ffns, self.session.transform.shape)
         assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
         whole = sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())

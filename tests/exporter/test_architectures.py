@@ -21,7 +21,8 @@ from moee.config import make_extract_config
 from moee.convert import extract
 from moee.data import load_data, model_transform
 from moee.layer import routed_layers
-from moee.models import ModelSpec, find_ffns, load_model
+from moee.mlps import find_ffns
+from moee.models import ModelSpec, load_model
 from tests.plugins import built
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
@@ -83,7 +84,7 @@ def extracted(name: str, kwargs: dict, folder: Path, images: int, tokens: int):
 def check_export(moee: MoeeModel, held_out, folder: Path) -> int:
     """Every MLP is routed, the artifact survives its folder, and ONNX Runtime agrees; returns the routed layers."""
     layers = routed_layers(moee.model)
-    assert len(layers) == len(find_ffns(moee.dense())) and all(layer.num_experts > 1 for layer in layers.values())
+    assert len(layers) == len(find_ffns(moee.dense()).ffns) and all(layer.num_experts > 1 for layer in layers.values())
     save(moee, folder / "artifact")
     export(load(folder / "artifact"), folder / "export")
     result = check_parity(folder / "export", moee, held_out)

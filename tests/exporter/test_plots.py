@@ -14,7 +14,7 @@ from moee import checkpoint
 from moee.checkpoint import MoeeModel
 from moee.data import batches, model_transform
 from moee.layer import routed_layers
-from moee.models import find_ffns
+from moee.mlps import find_ffns
 from tests.conftest import tiny_spec
 
 
@@ -73,7 +73,7 @@ def test_curves_are_sorted_moments_of_the_dense_activations(artifact):
     dense = moee.dense()
     numbers = plot_data.neuron_curves(dense, data)
     assert numbers["tokens"] == 48 * 17
-    ffn = find_ffns(dense)[0]
+    ffn = find_ffns(dense).ffns[0]
     seen = {}
     dense.get_submodule(ffn.name).act.register_forward_hook(lambda module, args, out: seen.update(hidden=out.flatten(0, 1)))
     with torch.no_grad():

@@ -28,7 +28,8 @@ from moee.evaluate import run
 from moee.exchange import share_layers
 from moee.finetune import finetune
 from moee.joining import joined
-from moee.models import find_ffns, load_model
+from moee.mlps import find_ffns
+from moee.models import load_model
 from moee.pipeline import run_extract, run_finetune
 from tests.conftest import tiny_images, tiny_spec
 
@@ -91,7 +92,7 @@ def keep(group: Group, model: torch.nn.Module, path: Path) -> None:
 
 def sample(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
     """The token sample of a set with unreadable images, one whole batch of them, put together on each layer's rank."""
-    data, ffns = Broken(tiny_images(100), {3, *range(32, 64)}), find_ffns(dense)
+    data, ffns = Broken(tiny_images(100), {3, *range(32, 64)}), find_ffns(dense).ffns
     tokens = {}
     for budget in (300, 1):  # the one token falls on one rank
         own = collect_tokens(dense, ffns, data, folder / f"tokens-{group.rank}", budget, group=group)

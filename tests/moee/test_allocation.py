@@ -15,7 +15,8 @@ from moee.data import TensorSet, image_shape
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import mean_cosine, model_cost
-from moee.models import find_ffns, load_model
+from moee.mlps import find_ffns
+from moee.models import load_model
 from moee.sensitivity import RoutedStats, measure_sensitivity, output_projection
 from tests.conftest import tiny_images, tiny_spec
 
@@ -81,7 +82,7 @@ def test_sensitivity_equals_the_exact_jacobian():
     """Sum over tokens of (a - m)^2 |P J w2|^2 / |f|^2 with the Jacobian J of the features, against the sampled estimate."""
     torch.manual_seed(0)
     model = load_model(tiny_spec(num_classes=0))
-    data, ffn = tiny_images(6), find_ffns(model)[1]
+    data, ffn = tiny_images(6), find_ffns(model).ffns[1]
     mean = torch.full((1, ffn.hidden), 0.1, dtype=torch.float64)
     kept = {}
     handle = model.get_submodule(ffn.name).register_forward_hook(lambda m, a, y: kept.update(x=a[0], y=y) or y)
@@ -177,7 +178,7 @@ def test_contradictory_options_are_refused(bad, match):
 
 
 def test_token_objective_needs_only_a_feature_map(tiny_model):
-    data, ffns = tiny_images(4), {f.name: f for f in find_ffns(tiny_model)}
+    data, ffns = tiny_images(4), {f.name: f for f in find_ffns(tiny_model).ffns}
     stats = {n: RoutedStats(torch.ones(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden).double()) for n, f in ffns.items()}
     found = measure_sensitivity(tiny_model, ffns, stats, TensorSet("t", data.images, [-1] * 4, 0), 10**6, "tokens")
     assert all(bool((s > 0).any()) for s in found.values())

@@ -66,6 +66,10 @@ def _wrong_layer(manifest, state):
     manifest["layers"][0]["name"] = "blocks.9.mlp"
 
 
+def _no_mlp(manifest, state):
+    manifest["layers"][0]["name"] = "blocks.0.attn"
+
+
 def _wrong_count(manifest, state):
     manifest["layers"][0]["experts"] = 7
 
@@ -86,6 +90,7 @@ def _schema(manifest, state):
         (_offsets, "offsets do not rise"),
         (_missing, "blocks.1.mlp.router should have shape"),
         (_wrong_layer, "names layer blocks.9.mlp"),
+        (_no_mlp, "cannot be right: `blocks.0.attn` is no plain MLP: .*; extract again"),
         (_wrong_count, "should have shape"),
         (_unknown_field, "Extra inputs"),
         (_schema, "expected 'moee.model/1'"),

@@ -13,7 +13,7 @@ from moee.data import TensorSet, batches
 from moee.errors import UserError
 from moee.grouping import find_routes
 from moee.layer import RoutedFFN, routed_layers
-from moee.models import find_ffns
+from moee.mlps import find_ffns
 from moee.refit import refit_layer
 from tests.conftest import tiny_images
 
@@ -31,7 +31,7 @@ def first_inputs(model, name, images):
 
 
 def test_calibration_keeps_every_token_when_the_budget_allows(tiny_model, tmp_path):
-    data, ffns = tiny_images(40), find_ffns(tiny_model)
+    data, ffns = tiny_images(40), find_ffns(tiny_model).ffns
     sampled = collect_tokens(tiny_model, ffns, data, tmp_path, budget=10**6)
     expected = first_inputs(tiny_model, ffns[1].name, data.images)
     assert sampled[1].count == 40 * 17
@@ -39,7 +39,7 @@ def test_calibration_keeps_every_token_when_the_budget_allows(tiny_model, tmp_pa
 
 
 def test_calibration_sample_is_uniform_and_within_budget(tiny_model, tmp_path):
-    data, ffns = tiny_images(64), find_ffns(tiny_model)
+    data, ffns = tiny_images(64), find_ffns(tiny_model).ffns
     sampled = collect_tokens(tiny_model, ffns, data, tmp_path, budget=300, seed=3)
     assert [s.count for s in sampled] == [300] * 3
     assert sampled[0].path.stat().st_size == 300 * 32 * 2
@@ -72,7 +72,7 @@ def test_each_step_of_compensation_brings_the_output_closer(tiny_model):
 
 
 def test_refit_leaves_no_mean_error_and_solves_the_ridge_problem(tiny_model):
-    data, ffn = tiny_images(64), find_ffns(tiny_model)[0]
+    data, ffn = tiny_images(64), find_ffns(tiny_model).ffns[0]
     tokens = first_inputs(tiny_model, ffn.name, data.images)
     model = copy.deepcopy(tiny_model)
     extract(model, data, make_extract_config(keep=0.6, compensation="mean", **KMEANS))
@@ -164,7 +164,7 @@ def test_nan_activations_name_the_layer(tiny_model):
 
 
 def test_cluster_statistics_use_the_members_only(tiny_model, tmp_path):
-    data, ffns = tiny_images(), find_ffns(tiny_model)
+    data, ffns = tiny_images(), find_ffns(tiny_model).ffns
     sampled = collect_tokens(tiny_model, ffns, data, tmp_path, 10**6)
     routed, cluster = (
         build_layer(found, kept[ffns[0].name], config)[0]

@@ -17,7 +17,8 @@ from moee.errors import UserError
 from moee.evaluate import retention, run
 from moee.image_budget import image_groups, spread, tokens_an_image
 from moee.layer import routed_layers
-from moee.models import ModelSpec, find_ffns, load_model
+from moee.mlps import find_ffns
+from moee.models import ModelSpec, load_model
 from moee.refit import refit, refit_layer
 from moee.sensitivity import RoutedStats, measure_sensitivity
 from tests.conftest import tiny_images
@@ -42,13 +43,13 @@ def hierarchical(name):
 
 def mean_compensated(model, data):
     """The model with static layers that are not refitted yet, and its dense MLPs."""
-    ffns = {f.name: f for f in find_ffns(model)}
+    ffns = {f.name: f for f in find_ffns(model).ffns}
     extract(model, data, make_extract_config(compensation="mean", **STATIC))
     return ffns, routed_layers(model)
 
 
 def counts_of(model, data):
-    return tokens_an_image(model, {f.name: f.dim for f in find_ffns(model)}, data.images[:1])
+    return tokens_an_image(model, {f.name: f.dim for f in find_ffns(model).ffns}, data.images[:1])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -233,7 +234,7 @@ def test_sensitivity_sees_as_many_tokens_in_every_layer(monkeypatch):
         return combine(layers, objectives)
 
     monkeypatch.setattr(moee.sensitivity, "_combine", spy)
-    ffns = {f.name: f for f in find_ffns(model)}
+    ffns = {f.name: f for f in find_ffns(model).ffns}
     stats = {n: RoutedStats(torch.zeros(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden)) for n, f in ffns.items()}
     error = measure_sensitivity(model, ffns, stats, data, 512)
     counts = counts_of(model, data)
@@ -250,7 +251,7 @@ def test_sensitivity_sees_as_many_tokens_in_every_layer(monkeypatch):
 
 def test_an_objective_that_the_model_cannot_have_is_refused(tiny_model):
     data = tiny_images(8)
-    ffns = {f.name: f for f in find_ffns(tiny_model)}
+    ffns = {f.name: f for f in find_ffns(tiny_model).ffns}
     stats = {n: RoutedStats(torch.zeros(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden)) for n, f in ffns.items()}
     forward = tiny_model.forward_features
     tiny_model.forward_features = lambda images, **kwargs: [forward(images, **kwargs)]
@@ -297,7 +298,7 @@ def test_what_the_stage_hands_to_all_its_blocks_makes_the_stage_the_entry():
     """GCViT's blocks get queries of the whole image as a second argument: the second block too, past the first."""
     torch.manual_seed(0)
     model = load_model(ModelSpec(name="gcvit", timm_name="gcvit_xxtiny", kwargs={"img_size": 64}, random_seed=0))
-    names = [f.name for f in find_ffns(model) if f.name.endswith(".mlp")]
+    names = [f.name for f in find_ffns(model).ffns if f.name.endswith(".mlp")]
     late = [name for name in names if name.startswith("stages.3")]
     with torch.inference_mode():
         entry = find_entry(model, late, names[: -len(late)], torch.randn(1, 3, 64, 64))

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from moee.data import batches, load_data, model_transform
 from moee.errors import UserError
-from moee.models import ModelSpec, find_ffns, load_model
+from moee.mlps import find_ffns
+from moee.models import ModelSpec, load_model
 from tests.conftest import TINY, tiny_spec
 
 
@@ -29,7 +30,7 @@ def spec(name, **kwargs):
 )
 def test_finds_the_mlps_of_many_architectures(name, kwargs, count, activation):
     model = load_model(spec(name, **kwargs))
-    ffns = find_ffns(model)
+    ffns = find_ffns(model).ffns
     assert len(ffns) == count and {f.activation for f in ffns} == {activation}
     for ffn in ffns:
         assert ffn.w_up.shape == (ffn.hidden, ffn.dim) and ffn.w_down.shape == (ffn.dim, ffn.hidden)
@@ -37,20 +38,14 @@ def test_finds_the_mlps_of_many_architectures(name, kwargs, count, activation):
 
 
 def test_layer_scale_is_found():
-    assert find_ffns(load_model(spec("vit_small_patch14_dinov2", depth=2, img_size=28)))[0].scale.shape == (384,)
-    assert find_ffns(load_model(spec("convnext_atto")))[0].scale.shape == (40,)
-    assert find_ffns(load_model(tiny_spec()))[0].scale is None
-
-
-def test_gated_mlps_are_refused_by_name():
-    model = load_model(spec("vit_giant_patch14_dinov2", img_size=28, depth=2, embed_dim=48, num_heads=2))
-    with pytest.raises(UserError, match=r"`blocks.0.mlp` is a gated .*--exclude blocks.0.mlp"):
-        find_ffns(model)
+    assert find_ffns(load_model(spec("vit_small_patch14_dinov2", depth=2, img_size=28))).ffns[0].scale.shape == (384,)
+    assert find_ffns(load_model(spec("convnext_atto"))).ffns[0].scale.shape == (40,)
+    assert find_ffns(load_model(tiny_spec())).ffns[0].scale is None
 
 
 def test_exclude():
     model = load_model(tiny_spec())
-    assert [f.name for f in find_ffns(model, ("blocks.1",))] == ["blocks.0.mlp", "blocks.2.mlp"]
+    assert [f.name for f in find_ffns(model, ("blocks.1",)).ffns] == ["blocks.0.mlp", "blocks.2.mlp"]
     with pytest.raises(UserError, match="--exclude blocks.7 matches no MLP"):
         find_ffns(model, ("blocks.7",))
     with pytest.raises(UserError, match="no fc1-act-fc2 MLP"):

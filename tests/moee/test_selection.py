@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moee.models import find_ffns
+from moee.mlps import find_ffns
 from moee.selection import MomentAccumulator, keep_by_share, output_weight, select_neurons
 
 
@@ -36,7 +36,7 @@ def test_moments_do_not_depend_on_the_chunks(chunks):
 
 
 def test_output_variance_weighs_by_the_down_projection(tiny_model):
-    ffn = find_ffns(tiny_model)[0]
+    ffn = find_ffns(tiny_model).ffns[0]
     ffn.w_down[:, 0] = 0  # a neuron that cannot be seen in the output is never worth keeping
     accumulator = MomentAccumulator(1, ffn.hidden)
     accumulator.add(torch.randn(100, ffn.hidden), torch.zeros(100, dtype=torch.int64))

@@ -1,0 +1,262 @@
+"""Which modules of a model are MLPs that experts can be taken from: found by what they hold, proved by running them.
+
+`moee.mlp_structure` lists the candidates. `find_ffns` runs the model once and holds what each of them returned against the
+formula down(act(up(x))). What differs stays dense, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moee.activations import activate
+from moee.data import model_transform
+from moee.errors import UserError
+from moee.layer_report import LayerReport, left_dense
+from moee.mlp_structure import Dense, candidates, read_module
+from moee.models import FFN, Shape
+from moee.scales import following_scales
+from moee.schema import shown
+
+IMAGES = 3  # of the proof's batch: one image, another, and the first again
+PROOF_TOKENS = 1024  # of an MLP's input, evenly spaced, that are held against the formula
+ROUNDING = 64  # units in the last place of the summands' absolute sum; float32 sums of a few thousand stay below ten
+UNALIKE = 1e-2  # of the difference between two images' tokens: what one image's may differ by from place to place in a batch
+LISTED = 2  # names of a group in a sentence
+
+
+@dataclass(frozen=True)
+class Found:
+    """The MLPs `ffns` of a model in its order, and the candidates that stay `dense`, by name. `unscaled` are MLPs with a weight
+    beside them that may scale their output, which could not be proved: their `scale` is None."""
+
+    ffns: list[FFN]
+    dense: dict[str, Dense] = field(default_factory=dict)
+    unscaled: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a candidate's run showed: how often it ran, its tokens an image, and what speaks against it ("": nothing)."""
+
+    count: int = 0
+    tokens: int = 0
+    obstacle: str = ""
+
+
+def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | None = None) -> Found:
+    """Every MLP of the model in execution order of its definition, proved on a batch of random images of `shape` (default: what
+    the model was built for). A model without memory (on the meta device) is judged by its shapes and its MLPs on random weights.
+
+    `exclude` names modules, or prefixes of them (`blocks.3`), that stay dense. Raises `UserError` for an exclusion that matches
+    nothing, for a model that cannot run, and for one with nothing to cut: the sentence lists what stays dense and why.
+    """
+    listed = candidates(model)
+    names = list(listed)
+    for pattern in exclude:
+        if not any(_matches(name, pattern) for name in names):
+            raise UserError(f"--exclude {pattern} matches no MLP; this model's MLPs are {', '.join(names) or 'none'}")
+    dense: dict[str, Dense] = {}
+    plain: dict[str, FFN] = {}
+    for name, found in listed.items():
+        if any(_matches(name, pattern) for pattern in exclude):
+            dense[name] = Dense("excluded", found.hidden)
+        elif isinstance(found, Dense):
+            dense[name] = found
+        else:
+            plain[name] = found
+    shape = shape or model_transform(model).shape
+    calls = _without_summaries(plain, _run(model, plain, shape)) if plain else {}
+    dense |= {name: Dense(call.obstacle, plain[name].hidden) for name, call in calls.items() if call.obstacle}
+    ffns, unscaled = _scaled(model, [ffn for name, ffn in plain.items() if name not in dense], shape)
+    if not ffns:
+        reasons = {name: part.reason for name, part in dense.items()}
+        what = f"; it holds {described(reasons)}" if dense else ""
+        raise UserError(f"{type(model).__name__} has no fc1-act-fc2 MLP to take experts from{what}; choose a Vision Transformer")
+    return Found(ffns, {name: dense[name] for name in names if name in dense}, unscaled)
+
+
+def _without_summaries(ffns: dict[str, FFN], calls: dict[str, _Call]) -> dict[str, _Call]:
+    """Speak against MLPs that read one token an image, a pooled or class token, where others of their width read many: there is
+    next to nothing to save, and an image gives one token to learn from. The last stage of a hierarchical model on small images is
+    none of these."""
+    most: dict[int, int] = {}
+    for name, call in calls.items():
+        most[ffns[name].dim] = max(most.get(ffns[name].dim, 0), call.tokens)
+    summaries = {name for name, call in calls.items() if call.tokens == 1 < most[ffns[name].dim] and not call.obstacle}
+    return {n: replace(call, obstacle="sees one token an image") if n in summaries else call for n, call in calls.items()}
+
+
+def _scaled(model: nn.Module, ffns: list[FFN], shape: Shape) -> tuple[list[FFN], list[str]]:
+    """The MLPs with the LayerScale behind each, and the names of those where there may be one that could not be proved."""
+    images = random_images(shape, next(model.parameters()))
+    if images.is_meta or not ffns:
+        return ffns, []
+    outputs = {ffn.name: (ffn.dim, 1 if ffn.channels_first else -1) for ffn in ffns}
+    scales = following_scales(model, outputs, images[:1])
+    unscaled = [name for name, scale in scales.items() if not scale.verified]
+    return [replace(ffn, scale=scales[ffn.name].weight) for ffn in ffns], unscaled
+
+
+def reports_of(found: Found) -> list[LayerReport]:
+    """What the artifact records of the candidates that stay dense."""
+    return [left_dense(name, f"dense: {part.reason}", part.hidden) for name, part in found.dense.items()]
+
+
+def described(reasons: dict[str, str]) -> str:
+    """A clause about what stays dense: names with the reason, alike ones together."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    return ", ".join(f"{grouped(names)} ({reason})" for reason, names in groups.items())
+
+
+def grouped(names: list[str]) -> str:
+    """The first names of a list and the number of the others."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(f"`{name}`" for name in names[:LISTED]) + more
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f"{pattern}.")
+
+
+@torch.no_grad()
+def _run(model: nn.Module, ffns: dict[str, FFN], shape: Shape) -> dict[str, _Call]:
+    """One forward pass on a few random images that watches the modules of `ffns`; without memory a second one, on one image."""
+    images = random_images(shape, next(model.parameters()))
+    calls = _watched(model, ffns, images)
+    if not images.is_meta:
+        return calls
+    alone = _watched(model, ffns, torch.empty(1, *shape, device="meta"))
+    for name, call in calls.items():
+        if not call.obstacle and call.tokens != alone[name].tokens:
+            calls[name] = replace(call, obstacle=ELSEWHERE)
+        elif not call.obstacle:
+            calls[name] = replace(call, obstacle=_prove_alone(model.get_submodule(name), ffns[name]))
+    return calls
+
+
+ELSEWHERE = "its input does not depend on the image"
+
+
+def random_images(shape: Shape, like: Tensor) -> Tensor:
+    """Smooth noise [IMAGES, C, H, W] at the scale of normalised images; the last is the first again."""
+    if like.is_meta:
+        return torch.empty(IMAGES, *shape, device="meta")
+    generator = torch.Generator().manual_seed(0)
+    channels, height, width = shape
+    coarse = torch.randn(2, channels, -(-height // 16), -(-width // 16), generator=generator)
+    smooth = nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    images = smooth + 0.3 * torch.randn(2, *shape, generator=generator)
+    return images[[0, 1, 0]].to(like.device, like.dtype)
+
+
+def _watched(model: nn.Module, ffns: dict[str, FFN], images: Tensor) -> dict[str, _Call]:
+    calls = {name: _Call() for name in ffns}
+
+    def hook(name: str) -> Any:
+        def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            call = calls[name]
+            if not call.count:
+                obstacle, tokens = _judge(ffns[name], args, kwargs, output, len(images))
+                call = _Call(0, tokens, obstacle)
+            calls[name] = replace(call, count=call.count + 1)
+
+        return see
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in ffns]
+    try:
+        model(images)
+    except UserError:
+        raise
+    except Exception as error:  # any code may stand behind a model
+        reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+        size = " x ".join(map(str, images.shape[1:]))
+        raise UserError(f"{type(model).__name__} does not run on images of {size}: {reason}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, call in calls.items():
+        if not call.count:
+            calls[name] = replace(call, obstacle="takes no part in a forward pass")
+        elif call.count > 1:
+            calls[name] = replace(call, obstacle=f"runs {call.count} times an image")
+    return calls
+
+
+def _judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> tuple[str, int]:
+    """What a call shows against an MLP ("": nothing), and its tokens an image."""
+    given = [value for value in (*args, *kwargs.values()) if value is not None]
+    if len(given) != 1 or kwargs or not isinstance(given[0], Tensor):
+        return f"is called with {len(given)} arguments, expected one tensor", 0
+    x = given[0]
+    axis = 1 if ffn.channels_first else -1
+    if x.ndim < 2 or x.shape[axis] != ffn.dim or (ffn.channels_first and x.ndim != 4):
+        return f"reads a tensor of the shape {list(x.shape[1:])} an image, expected tokens of width {ffn.dim}", 0
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        came = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+        return f"turns {list(x.shape[1:])} an image into {came}", 0
+    tokens, rest = divmod(x.numel() // ffn.dim, images)
+    if rest:
+        return ELSEWHERE, 0
+    if x.is_meta:
+        return "", tokens
+    for what, tensor in (("receives", x), ("gives", output)):
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"`{ffn.name}` {what} NaN or infinite activations on random images; check the weights and the input normalisation"
+            )
+    if images == IMAGES:
+        first, other, again = x.reshape(IMAGES, -1).float()
+        apart = float((first - other).norm())
+        if not float((first - again).norm()) <= UNALIKE * apart:
+            return ELSEWHERE if apart == 0 else "its tokens do not lie image by image", tokens
+        if apart == 0:
+            return ELSEWHERE, tokens
+    worst = disagreement(ffn, x, output)
+    return ("" if worst <= 1 else "computes something else than fc2(act(fc1(x)))"), tokens
+
+
+def disagreement(ffn: FFN, x: Tensor, output: Tensor, other: Tensor | None = None) -> float:
+    """Largest difference between `output` and down(act(up(x))) in float32, or `other`, in units of what rounding may make of it:
+    up to 1 it is the same function. `x` and `output` are what a module read and gave; evenly spaced tokens of them are judged.
+    NaN counts as infinitely far.
+    """
+    count = x.numel() // ffn.dim
+    rows = torch.arange(0, count, max(1, count // PROOF_TOKENS), device=x.device)
+
+    def some(values: Tensor) -> Tensor:
+        values = values.movedim(1, -1) if ffn.channels_first else values
+        return values.reshape(-1, ffn.dim)[rows].float()
+
+    tokens, given = some(x), some(output)
+    w_up, w_down, b_up, b_down = (t.float() for t in (ffn.w_up, ffn.w_down, ffn.b_up, ffn.b_down))
+    hidden = activate(torch.addmm(b_up, tokens, w_up.T), ffn.activation)
+    expected = torch.addmm(b_down, hidden, w_down.T) if other is None else some(other)
+    before = torch.addmm(b_up.abs(), tokens.abs(), w_up.abs().T)  # activations stretch differences by 1.13 at most
+    summands = torch.addmm(b_down.abs(), before + hidden.abs(), w_down.abs().T)
+    bound = ROUNDING * torch.finfo(output.dtype).eps * summands + torch.finfo(torch.float32).tiny
+    worst = float(((given - expected).abs() / bound).max())
+    return worst if worst == worst else float("inf")
+
+
+def _prove_alone(module: nn.Module, ffn: FFN) -> str:
+    """The proof for a module without memory, on random weights and tokens."""
+    own = copy.deepcopy(module).to_empty(device="cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in own.parameters():
+        parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+    read = read_module(ffn.name, own)
+    assert isinstance(read, FFN), "its structure is that of `ffn`"
+    shape = (2, ffn.dim, 2, 2) if ffn.channels_first else (2, 5, ffn.dim)
+    x = torch.randn(shape, generator=generator)
+    try:
+        output = own(x)
+    except Exception as error:  # any code may stand behind a module
+        return f"does not run on tokens: {shown(' '.join(str(error).split()), quoted=False)}"
+    return _judge(read, (x,), {}, output, len(x))[0]

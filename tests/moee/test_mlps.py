@@ -1,0 +1,275 @@
+"""MLPs are what they compute: proofs that refuse, structures by any name, shared modules, missing biases."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from moee.errors import UserError
+from moee.identity import check_ffns
+from moee.layer import routed_layers
+from moee.metrics import dense_params, model_cost
+from moee.mlp_structure import read_mlp
+from moee.mlps import find_ffns, random_images
+from moee.models import ModelSpec, load_model, names_of, replace_module
+from tests.conftest import tiny_spec
+
+SHAPE = (3, 32, 32)
+
+
+class Plain(nn.Module):
+    """An MLP whose parts have names of their own; `forward` is what tests replace."""
+
+    def __init__(self, dim=32, hidden=64, act=None):
+        super().__init__()
+        self.widen, self.bend, self.narrow = nn.Linear(dim, hidden), act or nn.GELU(), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.narrow(self.bend(self.widen(x)))
+
+
+class ScaledInside(Plain):
+    def forward(self, x):
+        return 1.001 * super().forward(x)
+
+
+class Shortcut(Plain):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class ShiftedTokens(Plain):
+    def forward(self, x):
+        return super().forward(x.roll(1, -2))
+
+
+class Masked(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+class OwnParameter(Plain):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+
+class MaskedMaps(Plain):
+    def __init__(self):
+        super().__init__()
+        self.widen = Masked(32, 64)
+
+
+class TwoArguments(nn.Module):
+    """A block's sub-layer that calls its MLP with a size beside the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Sized()
+
+    def forward(self, x):
+        return self.inner(x, (1, x.shape[1]))
+
+
+class Sized(Plain):
+    def forward(self, x, size):
+        return super().forward(x)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Plain()
+
+    def forward(self, x):
+        return self.inner(self.inner(x))
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Plain()
+
+    def forward(self, x):
+        return x
+
+
+class Mixing(nn.Module):
+    """Tokens of all images side by side: [N, B, D]."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Plain()
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+
+def with_mlp(mlp, at=1):
+    model = load_model(tiny_spec())
+    model.blocks[at].mlp = mlp
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("mlp", "name", "reason"),
+    [
+        (ScaledInside, "blocks.1.mlp", "computes something else"),
+        (Shortcut, "blocks.1.mlp", "computes something else"),
+        (ShiftedTokens, "blocks.1.mlp", "computes something else"),
+        (MaskedMaps, "blocks.1.mlp", "`widen` is Masked, no plain linear map"),
+        (OwnParameter, "blocks.1.mlp", "holds parameters of its own"),
+        (lambda: Plain(act=nn.Mish()), "blocks.1.mlp", "uses Mish; known are gelu"),
+        (lambda: Plain(act=nn.PReLU()), "blocks.1.mlp", "holds `bend` (PReLU)"),
+        (TwoArguments, "blocks.1.mlp.inner", "called with 2 arguments"),
+        (Twice, "blocks.1.mlp.inner", "runs 2 times an image"),
+        (Unused, "blocks.1.mlp.inner", "takes no part in a forward pass"),
+        (Mixing, "blocks.1.mlp.inner", "do not lie image by image"),
+    ],
+)
+def test_what_is_no_mlp_stays_dense_with_the_reason(mlp, name, reason):
+    found = find_ffns(with_mlp(mlp()))
+    assert [ffn.name for ffn in found.ffns] == ["blocks.0.mlp", "blocks.2.mlp"]
+    assert list(found.dense) == [name] and reason in found.dense[name].reason
+    assert found.dense[name].hidden == 64
+
+
+def test_a_method_replaced_on_one_instance_is_noticed():
+    model = with_mlp(Plain())
+    model.blocks[1].mlp.forward = lambda x: x * 0
+    assert "computes something else" in find_ffns(model).dense["blocks.1.mlp"].reason
+
+
+@pytest.mark.parametrize(
+    "mlp",
+    [
+        Plain,
+        lambda: nn.Sequential(nn.Linear(32, 64), nn.SiLU(), nn.Dropout(0.5), nn.Linear(64, 32), nn.Dropout(0.5)),
+        lambda: nn.Sequential(nn.Sequential(nn.Linear(32, 64, bias=False), nn.ReLU(inplace=True)), nn.Linear(64, 32)),
+    ],
+)
+def test_names_and_classes_do_not_matter(mlp):
+    model = with_mlp(mlp())
+    found = find_ffns(model)
+    assert [ffn.name for ffn in found.ffns] == ["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp"] and not found.dense
+    assert found.ffns[1].params == dense_params(model.blocks[1].mlp)
+    check_ffns(model, found.ffns, random_images(SHAPE, found.ffns[0].w_up))
+
+
+def test_weights_that_two_modules_share_stay_dense():
+    model = with_mlp(Plain())
+    other = Plain()
+    other.widen.weight = model.blocks[1].mlp.widen.weight
+    model.blocks[2].mlp = other
+    dense = find_ffns(model).dense
+    assert {name: part.reason for name, part in dense.items()} == dict.fromkeys(
+        ("blocks.1.mlp", "blocks.2.mlp"), "shares weights with another module"
+    )
+
+
+def test_a_module_under_two_names_is_replaced_under_both():
+    model = load_model(tiny_spec())
+    model.again = model.blocks[1].mlp
+    found = find_ffns(model)
+    assert len(found.ffns) == 3
+    assert names_of(model, model.again) == ["blocks.1.mlp", "again"]
+    new = Plain()
+    replace_module(model, "blocks.1.mlp", new)
+    assert model.again is new and model.blocks[1].mlp is new
+
+
+def test_nan_is_not_the_mlps_fault():
+    model = load_model(tiny_spec())
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="`blocks.1.mlp` gives NaN or infinite activations"):
+        find_ffns(model)
+
+
+def test_nothing_left_to_cut_is_one_sentence():
+    with pytest.raises(UserError, match=r"no fc1-act-fc2 MLP .*`blocks.0.mlp`, `blocks.1.mlp` and 1 more \(excluded\)"):
+        find_ffns(load_model(tiny_spec()), ("blocks",))
+
+
+def test_a_model_that_does_not_run_says_so():
+    with pytest.raises(UserError, match="VisionTransformer does not run on images of 3 x 48 x 48"):
+        find_ffns(load_model(tiny_spec()), shape=(3, 48, 48))
+
+
+def test_reading_by_name():
+    model = load_model(tiny_spec())
+    assert read_mlp(model, "blocks.0.mlp").hidden == 128
+    for name, message in (("blocks.0.attn", "no plain MLP"), ("blocks.9.mlp", "has no module")):
+        with pytest.raises(UserError, match=message):
+            read_mlp(model, name)
+
+
+def test_mlps_without_biases_are_counted_exactly():
+    dense = load_model(tiny_spec())
+    for block in dense.blocks:
+        block.mlp.fc1.bias = block.mlp.fc2.bias = None
+    model, total = copy.deepcopy(dense), dense_params(dense)
+    from moee.identity import whole_ffn
+
+    for ffn in find_ffns(dense).ffns:
+        assert ffn.params == 2 * 32 * 128
+        replace_module(model, ffn.name, whole_ffn(ffn))
+    layers = routed_layers(model)
+    cost = model_cost(dense, model, dict.fromkeys(layers, [0.5, 0.5]), SHAPE)
+    assert cost["dense"]["params"] == total
+    assert cost["moee"]["params"] == sum(p.numel() for p in model.parameters()) + 3 * 2  # each router's biases are a buffer
+
+
+@pytest.mark.parametrize("attribute", ["gamma_2", "weird_name"])
+def test_layer_scale_by_any_name(attribute):
+    """A bare parameter of the block that its forward multiplies the MLP's output with; a decoy of the same shape is not taken."""
+
+    class Block(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+            self.decoy = nn.Parameter(torch.linspace(1, 2, 32))
+            setattr(self, attribute, nn.Parameter(torch.linspace(-1e-5, 2, 32)))
+            self.decoy_2 = nn.Parameter(torch.linspace(2, 3, 32))
+
+        def forward(self, x, *args, **kwargs):
+            x = x + self.decoy * self.attn(self.norm1(x))
+            return x + getattr(self, attribute) * self.mlp(self.norm2(x)) + 0 * self.decoy_2
+
+    model = load_model(tiny_spec())
+    model.blocks[1] = Block(model.blocks[1])
+    found = find_ffns(model)
+    assert torch.equal(found.ffns[1].scale, getattr(model.blocks[1], attribute).detach()) and not found.unscaled
+    assert found.ffns[0].scale is None
+
+
+def test_a_scale_that_cannot_be_proved_is_said(tmp_path, caplog):
+    class Block(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block, self.mlp = block, block.mlp
+            self.gamma = nn.Parameter(torch.full((32,), 0.5))
+
+        def forward(self, x, *args, **kwargs):
+            return torch.tanh(self.gamma * self.mlp(x)) + x
+
+    from moee.config import make_extract_config
+    from moee.pipeline import Session
+
+    session = Session(tiny_spec(), "digits")
+    session.dense.blocks[1] = Block(session.dense.blocks[1])
+    found = find_ffns(session.dense)
+    name = found.ffns[1].name
+    assert found.unscaled == [name] and found.ffns[1].scale is None
+    with caplog.at_level(logging.WARNING, "moee"):
+        session.prove(make_extract_config())
+    assert f"what scales the output of `{name}` could not be proved" in caplog.text
+
+
+def test_attention_pooling_is_counted():
+    from moee.metrics import dense_macs
+
+    spec = ModelSpec(name="p", timm_name="test_vit3", kwargs=dict(img_size=64), random_seed=0)
+    assert dense_macs(load_model(spec), (3, 64, 64)) > 0
