@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import resource
 import sys
 import time
@@ -200,7 +201,7 @@ def run_extract(
     seconds = time.perf_counter() - started
     measured = session.measure(model, probe, "extracted on held-out images")
     info = {
-        "stages": {"extracted": {**measured, "seconds": seconds}},
+        "stages": {"extracted": {**measured, "data": source, "seconds": seconds}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
@@ -223,6 +224,11 @@ def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group, inputs: t
             checkpoint.save(moee, out, force, inputs)
 
 
+def _same_data(source: str, other: str) -> bool:
+    """Whether two names are of the same data; a folder may be spelled in many ways."""
+    return source == other or (os.path.exists(source) and os.path.exists(other) and os.path.samefile(source, other))
+
+
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
@@ -230,7 +236,8 @@ def run_finetune(
     """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
 
     An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
-    divided over the ranks; rank 0 keeps the state, measures and writes.
+    divided over the ranks; rank 0 keeps the state, measures and writes. `source`, or the artifact's data without it, becomes the
+    artifact's data: what later commands take by default. What it was extracted on stays with that stage.
     """
     inputs = source_paths(path, source)
     state = resume_folder(out, FINETUNE_STATE, inputs)
@@ -239,7 +246,7 @@ def run_finetune(
             check_all([OutputFolder(out, MODEL, force, inputs), state])
         moee = checkpoint.load(path)
         spec = moee.dense_spec if session is None else session.spec
-        if source is not None and session is None and source != moee.data and moee.probe is not None:
+        if source is not None and session is None and moee.probe is not None and not _same_data(source, moee.data):
             raise UserError(
                 f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
             )
@@ -252,10 +259,14 @@ def run_finetune(
     seconds = time.perf_counter() - started
     measured = session.measure(moee.model, moee.probe, "tuned on held-out images")
     used = {**config.model_dump(), "amp": result.amp}
-    tuned = {**measured, "seconds": seconds, "config": used, "best_epoch": result.best_epoch}
+    tuned = {**measured, "data": session.source, "seconds": seconds, "config": used, "best_epoch": result.best_epoch}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
-    moee.info["stages"]["tuned"] = {**tuned, "losses": losses}
-    moee.info["data_read"] = session.data_facts()
+    stages = moee.info["stages"]
+    if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on
+        read = {"data_read": moee.info["data_read"]} if "data_read" in moee.info else {}
+        stages["extracted"] = {"data": moee.data, **read, **stages["extracted"]}
+    stages["tuned"] = {**tuned, "losses": losses}
+    moee.info["data_read"], moee.data = session.data_facts(), session.source
     _save(moee, out, force, group, inputs)
     if group.leader:
         state.remove()
