@@ -171,12 +171,12 @@ def _copy_models(export_dir: Path, models: Path) -> None:
 
 
 def ends_in_classes(export: dict[str, Any]) -> bool:
-    """Whether the exported graph gives class scores, and not features."""
+    """Whether the exported graph gives class scores, and not features or a single logit, whose largest says nothing."""
     import timm
 
     name, kwargs = str(export["model"]["timm_name"]), export["model"].get("kwargs", {})
     pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return bool(kwargs.get("num_classes", pretrained.num_classes if pretrained else 1000))
+    return int(kwargs.get("num_classes", pretrained.num_classes if pretrained else 1000)) > 1
 
 
 def _write_head(export_dir: Path, export: dict[str, Any], output: Tensor, path: Path) -> int | None:
@@ -189,7 +189,9 @@ def _write_head(export_dir: Path, export: dict[str, Any], output: Tensor, path: 
         return None
     probe = read_safetensors(source)
     weight, bias = (probe[key].float().numpy().astype("<f4") for key in ("weight", "bias"))
-    if weight.shape != (len(bias), output.shape[-1]) or not np.isfinite(weight).all():
+    if len(bias) < 2:
+        raise UserError(f"{source} has one row, by which every image is of class 0; extract the model again")
+    if weight.shape != (len(bias), output.shape[-1]) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise UserError(f"{source} does not fit the graph's {output.shape[-1]} features; extract the model again")
     path.write_bytes(struct.pack("<ii", *weight.shape) + weight.tobytes() + bias.tobytes())
     return len(bias)

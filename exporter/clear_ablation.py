@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from moee.accuracy import seeds_interval
 from moee.artifact import read_json, write_json
 from moee.clear_moe import ClearConfig, convert
 from moee.config import validated
@@ -47,6 +48,8 @@ class StoredCell(Body):
     macs_share: float
     router_accuracy: float
     seconds: float
+    labelled: int | None = None
+    no_accuracy: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def run_cell(session: Session, probe: Any, config: ClearConfig, setting: dict[st
         "schema": SCHEMA,
         "setting": setting,
         "config": config.model_dump(mode="json"),
-        **{name: kept[name] for name in ("dense_accuracy", *METRICS)},
+        **{name: kept[name] for name in ("dense_accuracy", *METRICS, "labelled", "no_accuracy")},
         "macs_share": cost["moee"]["macs"] / cost["dense"]["macs"],
         "router_accuracy": statistics.fmean(accuracy),
         "seconds": seconds,
@@ -161,7 +164,10 @@ def summarise(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows.setdefault(json.dumps(cell["setting"]), []).append(cell)
     names = (*METRICS, "router_accuracy", "macs_share", "dense_accuracy")
     return [
-        {"setting": group[0]["setting"], "seeds": len(group), **{n: spread(c[n] for c in group) for n in names}}
+        {
+            "setting": group[0]["setting"], "seeds": len(group), **{n: spread(c[n] for c in group) for n in names},
+            "accuracy_interval": seeds_interval(group, "accuracy"), "no_accuracy": group[0].get("no_accuracy", ""),
+        }  # fmt: skip
         for group in rows.values()
     ]
 
@@ -172,19 +178,21 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     def cell(value: tuple[float, float] | None, scale: float, digits: int) -> str:
         return "–" if value is None else f"{value[0] * scale:.{digits}f} ± {value[1] * scale:.{digits}f}"
 
-    lines = [
+    lines = [  # after an accuracy its 95 % interval
         "| router | rank | experts | images | seeds | MACs | accuracy % | class cosine | token cosine | router accuracy % |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        s = row["setting"]
+        s, interval = row["setting"], row["accuracy_interval"]
+        within = f" ({interval[0] * 100:.1f} to {interval[1] * 100:.1f})" if interval else ""
         share = row["macs_share"]
         lines.append(
             f"| {s['router']} | {s['rank']} | {s['experts']} | {s['calibration_images']} | {row['seeds']} | "
-            f"{(share[0] - 1) * 100:+.1f} % | {cell(row['accuracy'], 100, 2)} | {cell(row['class_cosine'], 1, 5)} | "
-            f"{cell(row['token_cosine'], 1, 5)} | {cell(row['router_accuracy'], 100, 1)} |"
+            f"{(share[0] - 1) * 100:+.1f} % | {cell(row['accuracy'], 100, 2)}{within} | "
+            f"{cell(row['class_cosine'], 1, 5)} | {cell(row['token_cosine'], 1, 5)} | {cell(row['router_accuracy'], 100, 1)} |"
         )
-    return "\n".join(lines) + "\n"
+    why = next((row["no_accuracy"] for row in rows if row["no_accuracy"]), "")
+    return "\n".join([*lines, *(["", f"Accuracy is not compared: {why}."] if why else [])]) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], grid: Grid, place: OutputFile) -> bool:

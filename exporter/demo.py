@@ -119,10 +119,17 @@ def _summary(
         "schema": SCHEMA,
         "model": moee.spec.name,
         "dataset": data,
-        "dense": {"accuracy": extracted["retention"]["dense_accuracy"], **tuned["cost"]["dense"]},
+        "dense": {
+            "accuracy": extracted["retention"]["dense_accuracy"],
+            "accuracy_interval": extracted["retention"]["dense_accuracy_interval"],
+            "accuracy_images": extracted["retention"]["labelled"],
+            **tuned["cost"]["dense"],
+        },
         "moee": {
             "accuracy_extracted": extracted["retention"]["accuracy"],
+            "accuracy_extracted_interval": extracted["retention"]["accuracy_interval"],
             "accuracy_finetuned": tuned["retention"]["accuracy"],
+            "accuracy_finetuned_interval": tuned["retention"]["accuracy_interval"],
             **tuned["cost"]["moee"],
             "layers": layers,
         },

@@ -170,7 +170,7 @@ def export(
 
     `source`, the artifact that `moee` was loaded from, is recorded so that `verify` finds it again. `precision` is fp32, fp16
     or bf16, the type of all three graphs (see `exporter.precision`), or int8 or int8-fp32: then both models are calibrated on
-    `calibration_images` images of `calibration` (default: training images of the data that the model was extracted on), and
+    `calibration_images` images of `calibration` (default: training images of the data that the model was last made on), and
     `reference.onnx`, the dense model in float32, is written too. Raises `UserError` if `path` exists and `force` is off, if the
     model has no routed layer, for an unknown precision or data that cannot be read.
     """

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from moee.accuracy import counted, recorded_interval
 
 LINE_INTERVAL_S = 10.0
 
@@ -78,32 +81,69 @@ def percent(value: float | None) -> str:
 
 def within(value: float | None, interval: Sequence[float] | None) -> str:
     """An accuracy with its 95 % interval."""
-    return percent(value) if interval is None else f"{percent(value)} ({interval[0]:.1%} to {interval[1]:.1%})"
+    return percent(value) if interval is None else f"{percent(value)} ({span(interval)})"
+
+
+def span(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 
 def number(value: float | None, digits: int = 4) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def title_of(info: dict[str, Any], model: str, data: str) -> str:
+    """A model and its data, with those that it was extracted on if they are others."""
+    first = info["stages"].get("extracted", {}).get("data") or data
+    return escape(f"{model} on {data}" + (f" (extracted on {first})" if first != data else ""))
+
+
 def stage_table(info: dict[str, Any], title: str) -> Table:
-    """One column for the dense model and one a stage: accuracy, cosines, MACs, parameters."""
+    """One column for the dense model and one a stage: accuracy with its 95 % interval, cosines, MACs, parameters. Where stages
+    were measured on different images, each has the dense model's accuracy on the same in its own column."""
     stages: dict[str, Any] = {name: stage for name, stage in info["stages"].items() if "retention" in stage}  # what was measured
     first = next(iter(stages.values()))
     table = Table(min_width=76, title=title)
     for column in ("", "dense", *stages):
         table.add_column(column, justify="left" if not column else "right")
     kept = [stage["retention"] for stage in stages.values()]
-    table.add_row("accuracy", percent(first["retention"]["dense_accuracy"]), *[percent(r["accuracy"]) for r in kept])
+    apart = len({stage.get("data") for stage in stages.values()}) > 1
+
+    def figures(key: str) -> list[tuple[str, str]]:
+        intervals = [recorded_interval(r, key) for r in kept]
+        return [(percent(r.get(key)), "" if i is None else span(i)) for r, i in zip(kept, intervals, strict=True)]
+
+    dense, ours = figures("dense_accuracy"), figures("accuracy")
+    if apart:
+        for label, found in (("accuracy", ours), ("dense, same images", dense)):
+            table.add_row(label, "", *[figure for figure, _ in found])
+            table.add_row("  95 % interval", "", *[interval for _, interval in found])
+    else:
+        table.add_row("accuracy", dense[0][0], *[figure for figure, _ in ours])
+        if dense[0][1]:
+            table.add_row("  95 % interval", dense[0][1], *[interval for _, interval in ours])
     table.add_row("top-1 agreement", "", *[percent(r["top1_agreement"]) for r in kept])
     table.add_row("class cosine", "", *[number(r["class_cosine"]) for r in kept])
     table.add_row("token cosine", "", *[number(r["token_cosine"]) for r in kept])
     for label, key, unit in (("MACs (G)", "macs", 1e9), ("parameters (M)", "params", 1e6)):
-        dense = first["cost"]["dense"][key]
-        cells = [f"{s['cost']['moee'][key] / unit:.3f} ({s['cost']['moee'][key] / dense - 1:+.1%})" for s in stages.values()]
-        table.add_row(label, f"{dense / unit:.3f}", *cells)
-    missing = next((r["no_tokens"] for r in kept if r.get("no_tokens")), "")
-    table.caption = f"no token cosine: {missing}" if missing else None
+        before = first["cost"]["dense"][key]
+        cells = [f"{s['cost']['moee'][key] / unit:.3f} ({s['cost']['moee'][key] / before - 1:+.1%})" for s in stages.values()]
+        table.add_row(label, f"{before / unit:.3f}", *cells)
+    table.caption = escape("\n".join(retention_notes(kept))) or None
     return table
+
+
+def retention_notes(kept: list[dict[str, Any]]) -> list[str]:
+    """What qualifies the figures of a table: of how many images accuracies are, and why one lacks."""
+    found = []
+    for r in kept:
+        if r.get("no_accuracy"):
+            found.append(f"accuracy is not compared: {r['no_accuracy']}")
+        elif r.get("labelled") is not None and r["labelled"] != r["images"]:
+            found.append(f"accuracy on {counted(r['labelled'], r['images'])}")
+        if r.get("no_tokens"):
+            found.append(f"no token cosine: {r['no_tokens']}")
+    return list(dict.fromkeys(found))
 
 
 def layer_notes(layers: list[dict[str, Any]]) -> list[str]:

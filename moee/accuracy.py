@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moee.schema import shown
+
 if TYPE_CHECKING:  # a report reads intervals, and importing torch takes seconds
     from torch import Tensor
 
 Z = 1.959963984540054  # 95 %, two-sided
 RESAMPLES = 2000
 CHANCE_P = 0.01  # of as many hits or more by the best constant answer: below it the dense model is better than that
+MAX_NAME = 200  # characters of a data set's name in a reason
 NO_ANSWER = -2  # the class of an output that is not a number; -1 is the label of an image without one
 Interval = tuple[float, float]
 
@@ -109,7 +112,7 @@ def comparison(
     `logits` [N, told] are the dense model's; without them the answer is what is known before anything has run, and a comparison
     that is not refused yet may still be.
     """
-    given = np.asarray(labels, np.int64)
+    given, name = np.asarray(labels, np.int64), shown(name, quoted=False, limit=MAX_NAME)
     known = given[given >= 0]
     classes = class_count(given, classes)
     shares = np.bincount(known) / max(len(known), 1)
@@ -152,8 +155,18 @@ def recorded_interval(figures: Any, key: str) -> Interval | None:
     intervals were kept. None without an accuracy."""
     value, images = figures.get(key), figures.get("images")
     found = figures.get(f"{key}_interval")
-    if isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(v, (int, float)) for v in found):
+    if isinstance(found, (list, tuple)) and len(found) == 2 and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in found):
         return float(found[0]), float(found[1])
     if not isinstance(value, (int, float)) or not isinstance(images, int) or images < 1 or not 0 <= value <= 1:
         return None
     return wilson(value * images, images).interval
+
+
+def seeds_interval(results: Sequence[dict[str, Any]], name: str) -> Interval | None:
+    """95 % interval of an accuracy's mean over seeds, by the images alone: the seeds share them, so they make it no narrower.
+    None for results of before the number of `labelled` images was kept."""
+    known = [(r[name], r["labelled"]) for r in results if r.get(name) is not None and r.get("labelled")]
+    if not known:
+        return None
+    count = known[0][1]
+    return wilson(min(sum(value for value, _ in known) / len(known), 1.0) * count, count).interval

@@ -93,7 +93,7 @@ def finetune(
             made = Joined(views, collages)
             teacher = torch.cat([teacher, run(dense, made, report, "teacher on views", group=group).features])
             _refuse_unreadable(made, group)
-    identity = _identity(model, data, config)
+    identity = _identity(model, dense, data, config)
     with group.placed(model), group.placed(dense), _chosen(model, config) as trainable:
         trainer = Trainer(model, dense, teacher, config, group)
         try:
@@ -211,11 +211,14 @@ def _train(
     return result
 
 
-def _identity(model: nn.Module, data: ImageSet, config: FinetuneConfig) -> dict:
-    """What a resumed run must share with the one that was interrupted."""
-    checksum = sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+def _identity(model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig) -> dict:
+    """What a resumed run must share with the one that was interrupted: the teacher too, which may have been drawn at random."""
     shared = {"config": config.model_dump(), "data": data.name, "images": len(data), "content": fingerprint(data)}
-    return {**shared, "weights": f"{checksum:.6f}"}
+    return {**shared, "weights": _checksum(model), "teacher": _checksum(dense)}
+
+
+def _checksum(model: nn.Module) -> str:
+    return f"{sum(float(p.detach().double().abs().sum()) for p in model.parameters()):.6f}"
 
 
 def share_state(

@@ -13,8 +13,11 @@ from moee.schema import Body, Text
 MAX_HEAD = 1 << 14  # dimensions of a head
 
 
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
 class Retention(Body):
-    """A stage's figures; any may lack, or be no number where the model is broken."""
+    """A stage's figures; any may lack, or be no number where the model is broken. Accuracies are of `labelled` images."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
@@ -23,6 +26,12 @@ class Retention(Body):
     top1_agreement: float | None = None
     class_cosine: float | None = None
     token_cosine: float | None = None
+    images: int | None = Field(None, ge=0)
+    labelled: int | None = Field(None, ge=0)
+    dense_accuracy_interval: Interval | None = None
+    accuracy_interval: Interval | None = None
+    drop_interval_pp: Interval | None = None
+    no_accuracy: Text = ""
 
 
 class Cost(Body):
@@ -36,8 +45,10 @@ class Costs(Body):
 
 
 class Stage(Body):
-    """What a command measured: `shares` are those of each layer's tokens that each expert got."""
+    """What a command measured, on the held-out images of `data`: `shares` are those of each layer's tokens that each expert
+    got. `data` is empty where the stage did not record it: then it is the artifact's."""
 
+    data: Text = ""
     retention: Retention = Retention()
     cost: Costs | None = None
     shares: dict[str, list[Annotated[float, Field(ge=0, le=1.001)]]] = {}

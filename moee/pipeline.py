@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import resource
 import sys
 import time
@@ -252,14 +253,14 @@ def run_extract(
         layers = extract(model, session.train, config, report, jobs=jobs, group=group)
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
-        "stages": {"extracted": {"seconds": seconds}},
+        "stages": {"extracted": {"data": source, "seconds": seconds}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
     moee = MoeeModel(model.eval(), spec, config, source, probe, info, session.classes(probe))
     with _kept(moee, "extracted", out, force, group, inputs):
         measured = session.measure(model, probe, "extracted on held-out images")
-        info["stages"]["extracted"] = {**measured, "seconds": seconds}
+        info["stages"]["extracted"] = {**measured, "data": source, "seconds": seconds}
         info["data_read"] = session.data_facts()
         narrowed = attention_figures(model, session.dense, session.transform.shape)
         if narrowed:
@@ -295,6 +296,11 @@ def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group, inputs: t
             checkpoint.save(moee, out, force, inputs)
 
 
+def _same_data(source: str, other: str) -> bool:
+    """Whether two names are of the same data; a folder may be spelled in many ways."""
+    return source == other or (os.path.exists(source) and os.path.exists(other) and os.path.samefile(source, other))
+
+
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
@@ -305,6 +311,8 @@ def run_finetune(
     An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
     divided over the ranks; rank 0 keeps the state, measures and writes. Where measuring fails or is interrupted, the artifact is
     written without measurements, as `run_extract` does; the state stays, so that the same call with `force` only measures again.
+    `source`, or the artifact's data without it, becomes the artifact's data: what later commands take by default. What it was
+    extracted on stays with that stage.
     """
     inputs = source_paths(path, source, weights)
     state = resume_folder(out, FINETUNE_STATE, inputs)
@@ -315,7 +323,7 @@ def run_finetune(
         if weights is not None:
             moee.take_weights(weights)
         spec = moee.dense_spec if session is None else session.spec
-        if source is not None and session is None and source != moee.data and moee.probe is not None:
+        if source is not None and session is None and moee.probe is not None and not _same_data(source, moee.data):
             raise UserError(
                 f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
             )
@@ -328,11 +336,15 @@ def run_finetune(
     seconds = time.perf_counter() - started
     used = {**config.model_dump(), "amp": result.amp}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
-    tuned = {"seconds": seconds, "config": used, "best_epoch": result.best_epoch, "losses": losses}
-    moee.info["stages"]["tuned"] = tuned
-    moee.info["data_read"] = session.data_facts()
+    tuned = {"data": session.source, "seconds": seconds, "config": used, "best_epoch": result.best_epoch, "losses": losses}
+    stages = moee.info["stages"]
+    if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on
+        read = {"data_read": moee.info["data_read"]} if "data_read" in moee.info else {}
+        stages["extracted"] = {"data": moee.data, **read, **stages["extracted"]}
+    stages["tuned"] = tuned
+    moee.info["data_read"], moee.data = session.data_facts(), session.source
     with _kept(moee, "tuned", out, force, group, inputs):
-        moee.info["stages"]["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
+        stages["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
         moee.info["data_read"] = session.data_facts()
     _save(moee, out, force, group, inputs)
     if group.leader:

@@ -73,8 +73,11 @@ class _Accumulator:
 
 def output_projection(output: Tensor, classifier: bool, generator: torch.Generator) -> Tensor:
     """Random vectors v like `output` [B, C] whose mean outer product is the metric of the output's error: that of the KL
-    divergence (diag p - p p') for logits, that of one minus cosine for features."""
+    divergence (diag p - p p', or p (1 - p) of a single logit) for logits, that of one minus cosine for features."""
     noise = torch.randn(output.shape, generator=generator)
+    if classifier and output.shape[1] == 1:
+        yes = torch.sigmoid(output)
+        return noise * (yes * (1 - yes)).sqrt()
     if classifier:
         root = torch.softmax(output, -1).sqrt()
         return root * noise - root.square() * (root * noise).sum(-1, keepdim=True)

@@ -26,7 +26,10 @@ AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, classifier: bool, temperature: float = 1.0) -> Tensor:
-    """Scalar loss of outputs [B, C]: KL(teacher || student) for logits, relative error plus 1 - cosine for features."""
+    """Scalar loss of outputs [B, C]: KL(teacher || student) for logits, relative error plus 1 - cosine for features. A classifier
+    of one output gives the logit of a yes, whose softmax alone would always be 1."""
+    if classifier and student.shape[1] == 1:
+        student, teacher = (torch.cat([torch.zeros_like(logit), logit], 1) for logit in (student, teacher))
     if classifier:
         log_student = torch.log_softmax(student / temperature, -1)
         soft = torch.softmax(teacher / temperature, -1)

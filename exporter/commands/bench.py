@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--throughput", type=float, default=3.0, metavar="S", help="seconds for throughput, 0 for none (3)")
     sub.add_argument("--cuda-graph", "--useCudaGraph", action="store_true", help="replay engines as CUDA graphs")
     sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
-    sub.add_argument("--data", help="images to run on: routing depends on them (default: what the model was extracted on)")
+    sub.add_argument("--data", help="images to run on: routing depends on them (default: those of its tuning, else extraction)")
     sub.add_argument("--threads", type=int)
     sub.add_argument("--out", metavar="FILE", help="write latency.json here; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _data(given: str | None, manifest: dict[str, Any]) -> ImageSet | None:
-    """Held-out images of --data, which must be readable, or of what the model was extracted on, which may be elsewhere."""
+    """Held-out images of --data, which must be readable, or of what the model was last made on, which may be elsewhere."""
     from exporter.manifests import input_shape
     from moee.checkpoint import recorded_data
     from moee.data import Transform, load_data, say_read

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         "in float32 (fp32)",
     )  # fmt: skip
     sub.add_argument("--calibration-images", type=int, metavar="N", help="for int8 (128)")
-    sub.add_argument("--data", help="calibration images for int8 (default: what the model was extracted on)")
+    sub.add_argument("--data", help="calibration images for int8 (default: what the model was tuned on, else extracted on)")
     add_checkpoint(sub, MOVED)
     add_out(sub, "the graphs")
     add_outputs(sub, _outputs)

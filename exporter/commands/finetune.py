@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from exporter.commands import MOVED, OK, add_checkpoint, add_out, add_outputs, add_ranks, rank_display, show_skipped
-from exporter.ui import stage_table
+from exporter.ui import stage_table, title_of
 from moee.placement import Output, OutputFolder, resume_folder, source_paths
 from moee.result_kinds import FINETUNE_STATE, MODEL
 
@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("finetune", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee extract wrote")
-    sub.add_argument("--data", help="default: the data it was extracted on")
+    sub.add_argument("--data", help="images to tune on, which become its data (default: what it was last made on)")
     sub.add_argument("--epochs", type=int)
     sub.add_argument("--batch-size", type=int)
     sub.add_argument("--lr", type=float)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )  # fmt: skip
     if not group.leader:
         return OK
-    console.print(stage_table(moee.info, f"{moee.spec.name} on {moee.data}"))
+    console.print(stage_table(moee.info, title_of(moee.info, moee.spec.name, moee.data)))
     show_skipped(console, moee.info["data_read"])
     console.print(f"written to {args.out}; best epoch {moee.info['stages']['tuned']['best_epoch']}")
     return OK

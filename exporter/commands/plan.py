@@ -21,7 +21,8 @@ from exporter.commands import (
     model_of,
     show_skipped,
 )
-from exporter.ui import ProgressDisplay, number, percent
+from exporter.ui import ProgressDisplay, number, percent, span
+from moee.accuracy import counted
 from moee.errors import UserError
 from moee.placement import Output, OutputFolder, resume_folder
 from moee.result_kinds import PLAN, PLAN_STATE
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )  # fmt: skip
     console.print(points_table(plan))
     for line in verdict(plan):
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=True, markup=False)
     show_skipped(console, plan["data_read"])
     command = ["moee", "extract", args.model, "--data", args.data, *model_flags(args), "--plan", args.out, "--out", "DIR"]
     console.print(f"written to {args.out}; to apply it: {shlex.join(command)}", soft_wrap=True, markup=False, highlight=False)
@@ -116,7 +117,7 @@ def points_table(plan: dict[str, Any]) -> Table:
         timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x ({ms['kind']})" if ms else ""
         table.add_row(
             mark, p["method"], p["allocation"], *[percent(_attention(p))] * narrowed, percent(p["macs"]), percent(p["params"]),
-            number(p["cosine"], 4), percent(p["accuracy"]), timing,
+            number(p["cosine"], 4), _accuracy(p), timing,
         )  # fmt: skip
     return table
 
@@ -126,6 +127,12 @@ def _attention(point: dict[str, Any]) -> float:
     return (point["config"] or {}).get("attention_macs") or 1.0
 
 
+def _accuracy(point: dict[str, Any]) -> str:
+    """A point's accuracy, and its 95 % interval on a line of its own."""
+    interval = point.get("accuracy_interval")
+    return percent(point["accuracy"]) + (f"\n{span(interval)}" if interval else "")
+
+
 def verdict(plan: dict[str, Any]) -> list[str]:
     """The winner and its margins as sentences."""
     winner = plan["winner"]
@@ -133,6 +140,11 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     if _attention(winner) < 1:
         name += f" beside {percent(_attention(winner))} of the attention"
     lines = [f"winner: {name} at {percent(winner['macs'])} of the MACs, cosine {number(winner['cosine'], 4)}"]
+    measured = plan.get("accuracy", {})
+    if measured.get("no_accuracy"):
+        lines.append(f"accuracy is not compared: {measured['no_accuracy']}")
+    elif measured:
+        lines.append(f"accuracies are of {counted(measured['labelled'], measured['images'])}, with 95 % intervals")
     for other, margin in plan["margins"].items():
         if margin is None:
             lines.append(f"no {other} model meets the budget")

@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plots", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that extract or finetune wrote")
-    sub.add_argument("--data", help="default: the data it was extracted on")
+    sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
     sub.add_argument("--images", type=int, default=256, help="held-out images that are routed (256)")
     add_checkpoint(sub, MOVED)
     add_out(sub, "the plots")

@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--model", help="artifact it was exported from (default: the one its manifest names)")
-    sub.add_argument("--data", help="default: the data it was extracted on")
+    sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
     sub.add_argument("--images", type=int, default=1000, help="labelled images for accuracy, 0 for none (1000)")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
     sub.add_argument("--max-drop", type=finite, metavar="POINTS", help="fail if top-1 falls by more percentage points")

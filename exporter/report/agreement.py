@@ -9,6 +9,7 @@ from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
 from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.values import DASH, dig, fixed, numbers, percent, real, scientific
+from moee.accuracy import counted, recorded_interval
 
 
 def retention(sources: Sources) -> tuple[str | None, list[Html]]:
@@ -18,9 +19,16 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
         return None, [not_there("A model's manifest (moee.json) was", "moee extract")]
     kept = {name: dig(stage, "retention") or {} for name, stage in found.items()}
     first = next(iter(kept.values()))
-    rows: list[list[object]] = [
-        ["accuracy", percent(dig(first, "dense_accuracy")), *[percent(dig(r, "accuracy")) for r in kept.values()]]
-    ]
+    model_data = dig(sources.body("moee.model"), "data")
+    data = {name: dig(stage, "data") or model_data for name, stage in found.items()}
+    ours: list[object] = [accuracy_of(r, "accuracy") for r in kept.values()]
+    rows: list[list[object]] = [["accuracy (95 % interval)", accuracy_of(first, "dense_accuracy"), *ours]]
+    if len(set(map(str, data.values()))) > 1:  # no one figure of the dense model is that of all stages
+        rows = [
+            ["accuracy (95 % interval)", DASH, *ours],
+            ["dense, on the same images", DASH, *[accuracy_of(r, "dense_accuracy") for r in kept.values()]],
+            ["held-out images of", DASH, *map(str, data.values())],
+        ]
     for label, key, show in (
         ("same class as dense", "top1_agreement", percent),
         ("class feature, cosine to dense", "class_cosine", fixed),
@@ -28,11 +36,12 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
     ):
         rows.append([label, DASH, *[show(dig(r, key)) for r in kept.values()]])
     names = [STAGE_NAMES.get(name, name) for name in found]
-    images, data = dig(first, "images"), dig(sources.body("moee.model"), "data")
-    parts = [table(["", "dense", *names], rows, f"{fixed(images, 0)} held-out images of {data}")]
+    caption = f"{fixed(dig(first, 'images'), 0)} held-out images of {next(iter(data.values()))}"
+    parts = [table(["", "dense", *names], rows, caption)]
+    parts += [tag("p", note, class_="missing") for note in _accuracy_notes(kept)]
     missing = next((str(dig(r, "no_tokens")) for r in kept.values() if dig(r, "no_tokens")), "")
     parts += [tag("p", f"No cosine of token features: {missing}.")] if missing else []
-    parts += _intervals(dig(sources.body("moee.parity"), "accuracy"))
+    parts += _intervals(sources.body("moee.parity"))
     losses = dig(found.get("tuned"), "losses")
     series = [(name, numbers(dig(losses, name)), kind) for name, kind in (("train", "moee"), ("validation", "dense"))]
     series = [s for s in series if len(s[1]) > 1]
@@ -41,10 +50,30 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
     return None, parts
 
 
-def _intervals(accuracy: Any) -> list[Html]:
-    """Accuracy of the exported graphs with 95 % intervals, as `moee verify` measured it."""
+def accuracy_of(kept: Any, key: str) -> str:
+    """A stage's accuracy with its 95 % interval."""
+    interval = recorded_interval(kept, key) if isinstance(kept, dict) else None
+    return percent(dig(kept, key)) + (f" ({percent(interval[0], 1)} to {percent(interval[1], 1)})" if interval else "")
+
+
+def _accuracy_notes(kept: dict[str, Any]) -> list[str]:
+    """Why an accuracy lacks, and that some images have no label."""
+    found = []
+    for r in kept.values():
+        labelled, images = dig(r, "labelled"), dig(r, "images")
+        if why := dig(r, "no_accuracy"):
+            found.append(f"Accuracy is not compared: {why}.")
+        elif isinstance(labelled, int) and isinstance(images, int) and labelled != images:
+            found.append(f"Accuracy on {counted(labelled, images)}.")
+    return list(dict.fromkeys(found))
+
+
+def _intervals(parity: Any) -> list[Html]:
+    """Accuracy of the exported graphs with 95 % intervals, as `moee verify` measured it, or why it did not."""
+    accuracy = dig(parity, "accuracy")
     if not isinstance(accuracy, dict):
-        return []
+        why = dig(parity, "no_accuracy")
+        return [tag("p", f"Accuracy of the exported graphs was not measured: {why}.", class_="missing")] if why else []
     rows: list[list[object]] = []
     for label, key in (("top-1", "top1"), ("top-5", "top5")):
         pair = [dig(accuracy, f"{who}_{key}") for who in ("dense", "moee")]
@@ -54,7 +83,9 @@ def _intervals(accuracy: Any) -> list[Html]:
     low, high = (fixed(dig(accuracy, "drop_interval_pp", i), 2) for i in (0, 1))
     facts = f"Top-1 drop {fixed(accuracy.get('drop_pp'), 2)} points ({low} to {high}); "
     facts += f"same class {_proportion(accuracy.get('agreement'))}; KL divergence {fixed(accuracy.get('kl'), 5)} nats."
-    caption = f"Against dense on {fixed(accuracy.get('images'), 0)} images, with 95 % intervals"
+    labelled, images = accuracy.get("images"), accuracy.get("of_images")
+    of = counted(labelled, images) if isinstance(labelled, int) and isinstance(images, int) else f"{fixed(labelled, 0)} images"
+    caption = f"Against dense on {of}, with 95 % intervals"
     return [table(["", "dense", "MoEE"], rows, caption), tag("p", facts)]
 
 
@@ -114,10 +145,12 @@ def _int8(sources: Sources) -> list[Html]:
 
 
 def _failures(body: dict[str, Any]) -> list[Html]:
-    """The checks that failed, and the first layer that deviates."""
+    """The checks that failed or did not run, and the first layer that deviates."""
     cases = body.get("cases")
     failed = [c for c in cases if dig(c, "failure")] if isinstance(cases, list) else []
     items = [tag("li", f"{dig(c, 'group')} {dig(c, 'name')}: {dig(c, 'failure')}") for c in failed]
+    skipped = [c for c in cases if dig(c, "skipped")] if isinstance(cases, list) else []
+    items += [tag("li", f"not checked, {dig(c, 'group')} {dig(c, 'name')}: {dig(c, 'skipped')}") for c in skipped]
     first = body.get("first_deviation")
     if isinstance(first, dict):
         items.insert(0, tag("li", "first deviation: ", ", ".join(f"{k} {v}" for k, v in first.items() if v is not None)))

@@ -24,8 +24,9 @@ def commands(sources: Sources) -> list[str]:
         lines.append(_extract(model))
         tuned = dig(model, "info", "stages", "tuned", "config")
         if isinstance(tuned, dict):
+            other = ["--data", str(model["data"])] if model.get("data") and str(model["data"]) != _extracted_on(model) else []
             lines.append(
-                _line("moee", "finetune", "extracted", *_flags(tuned, FinetuneConfig), "--out", "tuned")
+                _line("moee", "finetune", "extracted", *other, *_flags(tuned, FinetuneConfig), "--out", "tuned")
                 + _python_only(tuned, FinetuneConfig)
             )
     source = "tuned" if len(lines) > 1 else "extracted"
@@ -56,9 +57,14 @@ def _line(*words: Any) -> str:
     return shlex.join(str(word) for word in words)
 
 
+def _extracted_on(body: dict[str, Any]) -> str:
+    """The data of the extraction; the artifact's own are those of the last stage."""
+    return str(dig(body, "info", "stages", "extracted", "data") or body.get("data", "DATA"))
+
+
 def _extract(body: dict[str, Any]) -> str:
     spec, config = body["model"], body.get("config")
-    words = ["moee", "extract", spec.get("name", "MODEL"), "--data", body.get("data", "DATA")]
+    words = ["moee", "extract", spec.get("name", "MODEL"), "--data", _extracted_on(body)]
     if spec.get("pretrained"):
         words.append("--pretrained")
     elif spec.get("weights") and spec.get("name") == spec.get("timm_name"):

@@ -13,6 +13,7 @@ from exporter.report.collect import Sources, collect
 from exporter.report.markup import Html, join, raw_text_element, tag
 from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
+from moee.accuracy import recorded_interval
 from moee.placement import OutputFile, source_paths
 from moee.result_kinds import REPORT
 
@@ -49,6 +50,9 @@ def render(sources: Sources) -> str:
     name = dig(model, "model", "name") or dig(sources.body("moee.summary"), "model") or "a model"
     data = model.get("data") or dig(sources.body("moee.summary"), "dataset")
     title = f"{name} on {data}" if data else str(name)
+    first = dig(sections.stages(sources).get("extracted"), "data")
+    if data and first and first != data:
+        title += f" (extracted on {first})"
     timm_name = dig(model, "model", "timm_name")
     sub = " ".join(filter(None, [f"timm model {timm_name}." if timm_name and timm_name != name else "", _method(model)]))
     links = [tag("li", tag("a", heading, href=f"#{id_}")) for id_, heading, _, _ in built]
@@ -97,11 +101,12 @@ def _cards(sources: Sources) -> Html:
     accuracy, before = real(dig(kept, "accuracy")), real(dig(kept, "dense_accuracy"))
     if accuracy is not None and before is not None:
         points = f"{100 * (accuracy - before):+.2f}".replace("-", "−")
-        cards.append(("accuracy", percent(accuracy), f"dense {percent(before)}, {points} points"))
+        interval = recorded_interval(kept, "accuracy")
+        within = f"{percent(interval[0], 1)} to {percent(interval[1], 1)}; " if interval else ""
+        cards.append(("accuracy", percent(accuracy), f"{within}dense {percent(before)}, {points} points"))
     else:
-        cards.append(
-            ("class feature", fixed(dig(kept, "class_cosine")), "cosine to dense; no labels" if kept else "no model found")
-        )
+        detail = "cosine to dense; accuracy is not compared" if kept else "no model found"
+        cards.append(("class feature", fixed(dig(kept, "class_cosine")), detail))
     for label, key in (("MACs", "macs"), ("parameters", "params")):
         cards.append((label, change(dig(cost, key), dig(dense, key)), "against dense"))
     speed = _either(sources, "moee.latency", "latency")

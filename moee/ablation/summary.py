@@ -8,7 +8,7 @@ from typing import Any
 
 from moee.ablation.grid import TABLES, AblationConfig
 from moee.ablation.verdict import METRICS, Result, Verdict, judge
-from moee.accuracy import Interval, wilson
+from moee.accuracy import Interval, seeds_interval
 
 SCHEMA = "moee.ablation/1"
 FIGURES = ("accuracy", "class_cosine", "token_cosine", "macs_change", "params_change")
@@ -38,7 +38,7 @@ def summarise(setup: dict[str, Any], ablation: AblationConfig, results: list[Res
                     "row": row, "compensation": compensation, "point": point,
                     "dense_cells": sum(result["status"] == "dense" for _, result in group),
                     **{name: _spread(result.get(name) for _, result in group) for name in FIGURES},
-                    "accuracy_interval": _interval([result for _, result in group], "accuracy"),
+                    "accuracy_interval": seeds_interval([result for _, result in group], "accuracy"),
                     "experts": _spread(_mean_experts(result) for _, result in group),
                 }
                 for (row, compensation, point), group in groups.items()
@@ -50,18 +50,9 @@ def summarise(setup: dict[str, Any], ablation: AblationConfig, results: list[Res
     verdicts = [v.to_json() for metric in metrics for v in judge(results, metric)]
     return {
         "schema": SCHEMA, "setup": setup, "ablation": ablation.model_dump(mode="json"), "dense_accuracy": dense,
-        "dense_accuracy_interval": _interval([result for _, result in results], "dense_accuracy"), "no_accuracy": why,
+        "dense_accuracy_interval": seeds_interval([result for _, result in results], "dense_accuracy"), "no_accuracy": why,
         "tables": tables, "verdicts": verdicts,
     }  # fmt: skip
-
-
-def _interval(results: list[dict[str, Any]], name: str) -> Interval | None:
-    """95 % interval of an accuracy's mean over seeds, by the images alone: the seeds share them, so they make it no narrower.
-    None for cells of before the number of images was kept."""
-    known = [(r[name], r["labelled"]) for r in results if r.get(name) is not None and r.get("labelled")]
-    if not known:
-        return None
-    return wilson(statistics.fmean(value for value, _ in known) * known[0][1], known[0][1]).interval
 
 
 def _point(config: Any) -> str:

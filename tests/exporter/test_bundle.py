@@ -19,7 +19,7 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 from exporter import bundle, bundle_configs, cli, plugin_cache
-from exporter.bundle import DEPLOYMENT_SCHEMA, Recipe, Tensor, make_recipe, write_deployment
+from exporter.bundle import DEPLOYMENT_SCHEMA, Recipe, Tensor, _write_head, ends_in_classes, make_recipe, write_deployment
 from exporter.onnx_export import SCHEMA, export
 from exporter.passes.raw_pixels import take_raw_pixels
 from moee import checkpoint
@@ -30,6 +30,7 @@ from moee.convert import extract
 from moee.errors import UserError
 from moee.models import load_model
 from moee.probe import Probe
+from moee.tensor_file import write_tensors
 from plugins.build import select_headers
 from tests.conftest import tiny_images, tiny_spec
 from tests.exporter.textproto import parse
@@ -299,6 +300,16 @@ def test_the_head_travels_with_a_backbone(tmp_path):
     np.testing.assert_array_equal(values[7 * 32 :], probe.bias.numpy())
     assert "--head models/head.bin" in (out / "README.md").read_text()
     assert read_manifest(out, "deployment.json", DEPLOYMENT_SCHEMA)["classes"] == 7
+
+
+def test_a_head_of_one_row_is_refused(tmp_path):
+    """Probes of two classes had one row once: the runner would have said class 0 for every image."""
+    write_tensors(Probe(torch.randn(1, 32), torch.randn(1)).state(), tmp_path / "probe.safetensors")
+    with pytest.raises(UserError, match="has one row, by which every image is of class 0; extract the model again"):
+        _write_head(tmp_path, {"source": "."}, Tensor("output", "float32", (32,)), tmp_path / "head.bin")
+    assert not (tmp_path / "head.bin").exists()
+    heads = [{"model": {"timm_name": "test_vit", "kwargs": {"num_classes": n}}} for n in (0, 1, 2)]
+    assert [ends_in_classes(head) for head in heads] == [False, False, True]
 
 
 def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch):

@@ -115,6 +115,14 @@ def test_logit_projection_has_the_metric_of_the_kl_divergence():
     torch.testing.assert_close(v.T @ v / len(v), torch.diag(p) - p[:, None] * p, rtol=0.05, atol=0.002)
 
 
+def test_a_single_logit_has_the_metric_of_its_two_classes():
+    """The softmax of one logit is 1, and its metric 0: every neuron would have been worth nothing."""
+    logit = torch.full((200_000, 1), 1.5)
+    v = output_projection(logit, True, torch.Generator().manual_seed(1))
+    yes = logit[0].sigmoid()
+    torch.testing.assert_close((v.T @ v / len(v))[0], yes * (1 - yes), rtol=0.05, atol=0.002)
+
+
 def test_target_macs_is_met_and_weights_are_untouched(tiny_model):
     dense, data = copy.deepcopy(tiny_model), tiny_images(48)
     extract(tiny_model, data, make_extract_config(target_macs=0.8, **MODEL))

@@ -14,6 +14,7 @@ from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, vali
 from moee.errors import UserError
 from moee.finetune import finetune, rate
 from moee.layer import routed_layers
+from moee.training import distillation_loss
 from tests.conftest import tiny_spec
 
 
@@ -176,6 +177,15 @@ def test_finetuning_approaches_the_dense_model(lossy, classes):
     assert all(torch.equal(routers[n], layer.router) for n, layer in routed_layers(model).items())
 
 
+def test_a_single_logit_is_distilled_as_the_two_classes_that_it_stands_for():
+    """The softmax of one number is 1: its loss was 0 whatever the student said."""
+    student, teacher = torch.tensor([[0.3], [-2.0]]), torch.tensor([[1.5], [0.2]])
+    pair = [torch.cat([torch.zeros(2, 1), logit], 1) for logit in (student, teacher)]
+    loss = distillation_loss(student, teacher, True)
+    assert loss > 0.1 and torch.equal(loss, distillation_loss(*pair, True))
+    assert float(distillation_loss(teacher, teacher, True)) == pytest.approx(0, abs=1e-7)
+
+
 def test_token_distillation_brings_the_last_feature_map_closer(lossy):
     model, dense, data = lossy
 
@@ -225,3 +235,7 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(lossy, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
     with pytest.raises(UserError, match="another config"):
         finetune(copy.deepcopy(model), dense, data, TUNE.model_copy(update={"lr": 1e-4}), resume=tmp_path)
+    other = copy.deepcopy(dense)
+    torch.nn.init.normal_(other.blocks[0].mlp.fc1.weight)
+    with pytest.raises(UserError, match="another teacher"):
+        finetune(copy.deepcopy(model), other, data, TUNE, resume=tmp_path)

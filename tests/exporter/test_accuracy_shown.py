@@ -1,0 +1,154 @@
+"""Every accuracy is shown with its interval, or with the reason why there is none; stages on other data are not mixed."""
+
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from exporter.clear_ablation import Grid, markdown, summarise
+from exporter.commands.plan import points_table, verdict
+from exporter.demo import _summary
+from exporter.report import write_report
+from exporter.ui import retention_notes, stage_table, title_of
+from moee.accuracy import wilson
+from tests.exporter.report_data import write_run
+
+COST = {"dense": {"macs": 2e9, "params": 2e7}, "moee": {"macs": 1e9, "params": 1.5e7}}
+
+
+def stage(accuracy, dense=0.95, data="digits", images=40, **more):
+    kept = {
+        "images": images, "labelled": images, "no_accuracy": "", "dense_accuracy": dense, "accuracy": accuracy,
+        "top1_agreement": 0.9, "class_cosine": 0.99, "token_cosine": None,
+    }  # fmt: skip
+    for key in ("dense_accuracy", "accuracy"):
+        value = kept[key]
+        kept[f"{key}_interval"] = None if value is None else list(wilson(value * images, images).interval)
+    return {"retention": {**kept, **more}, "cost": COST, "data": data}
+
+
+def text_of(table):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    return " ".join(console.export_text().replace("│", " ").split())
+
+
+def test_a_stage_table_has_the_intervals():
+    text = text_of(stage_table({"stages": {"extracted": stage(0.9), "tuned": stage(0.925)}}, "t"))
+    assert "accuracy 95.00% 90.00% 92.50%" in text
+    assert "95 % interval 83.5% to 98.6% 76.9% to 96.0% 80.1% to 97.4%" in text
+
+
+def test_a_manifest_of_before_intervals_shows_them_too():
+    old = stage(0.9)
+    for key in ("dense_accuracy_interval", "accuracy_interval", "labelled", "no_accuracy"):
+        del old["retention"][key]
+    del old["data"]
+    assert "95 % interval 83.5% to 98.6% 76.9% to 96.0%" in text_of(stage_table({"stages": {"extracted": old}}, "t"))
+
+
+def test_stages_on_other_images_have_the_dense_accuracy_on_the_same():
+    info = {"stages": {"extracted": stage(0.9), "tuned": stage(0.5, 0.6, "other")}}
+    text = text_of(stage_table(info, title_of(info, "m", "other")))
+    assert "m on other (extracted on digits)" in text
+    assert "accuracy 90.00% 50.00%" in text and "dense, same images 95.00% 60.00%" in text
+    same = {"stages": {"extracted": stage(0.9), "tuned": stage(0.9)}}
+    assert title_of(same, "m", "digits") == title_of({"stages": {}}, "m", "digits") == "m on digits"
+
+
+def test_a_table_says_why_there_is_no_accuracy_and_of_how_many_images_one_is():
+    lacking = stage(None, None, no_accuracy="[x] has no labels")
+    assert "accuracy is not compared: [x] has no labels" in text_of(stage_table({"stages": {"extracted": lacking}}, "t"))
+    assert retention_notes([stage(0.9, labelled=30)["retention"]]) == ["accuracy on 30 of 40 images that have a label"]
+    assert retention_notes([stage(0.9)["retention"]]) == []
+
+
+def test_a_plan_shows_them():
+    point = {
+        "method": "static", "allocation": "share", "macs": 0.6, "params": 0.7, "cosine": 0.98, "accuracy": 0.9,
+        "accuracy_interval": [0.769, 0.96], "latency": None, "config": {},
+    }  # fmt: skip
+    plan = {"model": {"name": "m"}, "data": "d", "points": [point], "front": [], "winner": point, "margins": {}}
+    table = text_of(points_table(plan))
+    assert "90.00%" in table and "76.9% to 96.0%" in table
+    measured = {"images": 40, "labelled": 30, "no_accuracy": ""}
+    assert "accuracies are of 30 of 40 images that have a label, with 95 % intervals" in verdict({**plan, "accuracy": measured})
+    lacking = {**measured, "no_accuracy": "d has no labels"}
+    assert "accuracy is not compared: d has no labels" in verdict({**plan, "accuracy": lacking})
+
+
+def test_the_demos_summary_keeps_its_keys_and_has_the_intervals_beside_them():
+    info = {"stages": {"extracted": stage(0.9), "tuned": stage(0.925)}, "layers": [], "peak_memory_bytes": 1}
+    moee = SimpleNamespace(info=info, spec=SimpleNamespace(name="m"))
+    parity = SimpleNamespace(runtime="", max_abs_error=0, mean_route_agreement=1, top1_agreement=1, passed=True)
+    latency = SimpleNamespace(runtime="", batch=8, dense_ms={}, moee_ms={}, speedup=1, ideal_speedup=1)
+    summary = _summary(moee, "digits", parity, latency, None)
+    assert summary["dense"]["accuracy"] == 0.95 and summary["dense"]["accuracy_images"] == 40
+    assert {"macs", "params"} <= summary["dense"].keys() and summary["moee"]["accuracy_finetuned"] == 0.925
+    for part, key in (("dense", "accuracy"), ("moee", "accuracy_extracted"), ("moee", "accuracy_finetuned")):
+        assert summary[part][f"{key}_interval"] == list(wilson(summary[part][key] * 40, 40).interval)
+
+
+def test_an_ablation_of_clear_moe_has_them():
+    setting = dict(Grid().centre)
+    cell = {
+        "setting": setting, "dense_accuracy": 0.95, "class_cosine": 0.9, "token_cosine": 0.9, "router_accuracy": 0.9,
+        "macs_share": 0.7,
+    }  # fmt: skip
+    cells = [{**cell, "accuracy": value, "labelled": 40, "no_accuracy": ""} for value in (0.85, 0.95)]
+    assert "90.00 ± 7.07 (76.9 to 96.0)" in markdown(summarise(cells))
+    assert "90.00 ± 0.00 |" in markdown(summarise([{**cell, "accuracy": 0.9}])), "cells of before"
+    lacking = {**cell, "accuracy": None, "labelled": 0, "no_accuracy": "d has no labels"}
+    assert "Accuracy is not compared: d has no labels." in markdown(summarise([lacking]))
+
+
+def edited(path, change):
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+@pytest.fixture
+def page(tmp_path):
+    write_run(tmp_path / "run")
+
+    def make():
+        write_report([tmp_path / "run"], tmp_path / "r.html", force=True)
+        return (tmp_path / "r.html").read_text()
+
+    return make
+
+
+def test_a_report_has_the_intervals_of_older_artifacts_too(page):
+    text = page()
+    low, high = wilson(0.94 * 40, 40).interval
+    assert f"94.00% ({low:.1%} to {high:.1%})" in text and f"{low:.1%} to {high:.1%}; dense 95.00%, −1.00 points" in text
+
+
+def test_a_report_says_why_nothing_was_measured(page, tmp_path):
+    def lack(body):
+        for stage in body["info"]["stages"].values():
+            stage["retention"] |= {"accuracy": None, "dense_accuracy": None, "no_accuracy": "digits has no labels"}
+
+    for name in ("extracted", "tuned"):
+        edited(tmp_path / "run" / name / "moee.json", lack)
+    skipped = {"group": "accuracy", "name": "drop", "skipped": "too few"}
+    edited(tmp_path / "run" / "parity.json", lambda b: b.update(accuracy=None, no_accuracy="too few", cases=[skipped]))
+    text = page()
+    assert "Accuracy is not compared: digits has no labels." in text and "accuracy is not compared" in text
+    assert "Accuracy of the exported graphs was not measured: too few." in text and "not checked, accuracy drop: too few" in text
+
+
+def test_a_report_names_the_data_of_each_stage(page, tmp_path):
+    def tune(body):
+        body["data"] = "other"
+        stages = body["info"]["stages"]
+        stages["extracted"]["data"], stages["tuned"]["data"] = "digits", "other"
+        stages["tuned"]["retention"] |= {"dense_accuracy": 0.6, "accuracy": 0.5}
+
+    edited(tmp_path / "run" / "tuned" / "moee.json", tune)
+    text = page()
+    assert "tiny on other (extracted on digits)" in text and "dense, on the same images" in text
+    assert "moee extract tiny --data digits" in text and "moee finetune extracted --data other" in text
