@@ -163,7 +163,7 @@ def _show(console: Console, result: Any, layers: bool) -> None:
         console.print(_layer_table(parity.layers))
     worst = min(parity.route_agreement, key=lambda name: parity.route_agreement[name], default=None)
     console.print(
-        f"route agreement: lowest {percent(parity.route_agreement.get(worst))} ({worst or 'no layer was compared'}); "
+        f"route agreement: lowest {percent(parity.route_agreement.get(worst))} ({worst or 'no layer has more than one expert'}); "
         f"top-1 agreement with torch: {percent(parity.top1_agreement)} of {parity.images} images"
     )
     a = result.accuracy

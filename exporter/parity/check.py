@@ -65,8 +65,9 @@ class ParityResult:
         return max((b.max_abs_error for b in self.batches), default=math.inf)
 
     @property
-    def mean_route_agreement(self) -> float:
-        return sum(self.route_agreement.values()) / max(len(self.route_agreement), 1)
+    def mean_route_agreement(self) -> float | None:
+        """None where no layer chooses between experts."""
+        return sum(self.route_agreement.values()) / len(self.route_agreement) if self.route_agreement else None
 
     @property
     def routes_passed(self) -> bool:
@@ -111,11 +112,11 @@ class ParityResult:
         return json_safe(body)
 
 
-def image_pool(data: ImageSet, count: int) -> Tensor:
-    """`count` images [count, 3, H, W] of `data`, drawn once; repeated where the set holds fewer."""
+def image_pool(data: ImageSet, count: int) -> tuple[Tensor, int]:
+    """`count` images [count, C, H, W] of `data`, drawn once, and how many differ: they repeat where there are fewer."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
     pool = torch.cat([b.images for b in batches(data, 8, order=order)])
-    return pool.repeat(-(-count // len(pool)), 1, 1, 1)[:count]
+    return pool.repeat(-(-count // len(pool)), 1, 1, 1)[:count], min(count, len(pool))
 
 
 @torch.inference_mode()
@@ -155,14 +156,16 @@ def check_parity(
     manifest = read_export(folder, verify=False)
     precision, int8 = manifest.get("precision", "fp32"), read_quantization(manifest, "moee")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
+    if min_route_agreement is not None and all(layer.num_experts < 2 for layer in routed_layers(moee.model).values()):
+        raise UserError("--min-route-agreement has nothing to check: no layer has more than one expert; leave it out")
     yard = yardsticks(moee.model, precision, widened, int8)
     sizes = sorted(set(sizes))
-    pool = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
+    pool, distinct = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
         plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(OnnxRunner(plain, threads, provider))
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
-        agreement, images = _class_agreement(runner, yard, moee, pool, sizes[-1])
+        agreement, images = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1])
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
     floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
@@ -180,7 +183,7 @@ def check_parity(
     return ParityResult(
         runtime=name,
         batches=errors,
-        route_agreement={layer.name: layer.agreement for layer in judged},
+        route_agreement={layer.name: layer.agreement for layer in judged if layer.routes},
         top1_agreement=agreement,
         images=images,
         precision=precision,
@@ -255,15 +258,18 @@ def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]
         return {name: taps[inner] for name, inner in zip(names, routed_layers(model), strict=True)}
 
 
-def _class_agreement(runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, size: int) -> tuple[float | None, int]:
-    """Share of images with the class that torch in the runtime's type gives, and how many images."""
+def _class_agreement(
+    runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, images: int, size: int
+) -> tuple[float | None, int]:
+    """Share of the pool's first `images` (behind them they repeat) with the class that torch in the runtime's type gives, and how
+    many they are."""
     if classes_told(moee.model, moee.probe) < 2:
-        return None, len(pool)
+        return None, images
     same = 0
-    for part in pool.split(size):
+    for part in pool[:images].split(size):
         x = part.contiguous()
         same += int(agreement(logits(moee, yard.own(x)), logits(moee, torch.from_numpy(runner.run(x.numpy())[0]))).sum())
-    return same / len(pool), len(pool)
+    return same / images, images
 
 
 def logits(moee: MoeeModel, outputs: Tensor) -> Tensor:

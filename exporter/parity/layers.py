@@ -37,7 +37,7 @@ class LayerParity:
     up to `local_tolerance`; `probe`: the same where every expert gets tokens, up to `probe_tolerance`. `equal`, `flipped`:
     cumulative errors of tokens with equal and with other routes. `input_drift`: mean error of the layer's input, allowed up to
     `input_tolerance`. `kind`: moee (a plugin node in `tensorrt.onnx`), plain (a plain MLP there, of one expert) or clear-moe
-    (standard operators there too).
+    (standard operators there too). `experts`: how many it has.
     """
 
     name: str
@@ -57,6 +57,12 @@ class LayerParity:
     input_drift: float
     input_tolerance: float
     kind: str = "moee"
+    experts: int = 0
+
+    @property
+    def routes(self) -> bool:
+        """Whether there is a choice between experts."""
+        return self.experts > 1
 
     @property
     def output_passed(self) -> bool:
@@ -141,6 +147,7 @@ def layer_parity(
         input_drift=drift.mean_abs_error,
         input_tolerance=SAFETY * max(usual.mean_abs_error, torch.finfo(dtype).eps * usual.rms),
         kind="clear-moe" if isinstance(exact, ClearFFN) else "plain" if plain else "moee",
+        experts=exact.num_experts,
     )
 
 

@@ -30,7 +30,11 @@ def to_markdown(result: VerifyResult) -> str:
         for label, b in rows
     ]
     flips = sum(layer.flips for layer in parity.layers)
-    lines += ["", f"Routes: {parity.mean_route_agreement:.4%} equal to float64 over {len(parity.layers)} layers, {flips} flips."]
+    equal, routed = parity.mean_route_agreement, len(parity.route_agreement)
+    said = "no layer has more than one expert"
+    if equal is not None:
+        said = f"{equal:.4%} equal to float64 over {routed} layers, {flips} flips"
+    lines += ["", f"Routes: {said}."]
     if parity.only_ties:
         lines[-1] += " They are near ties: with the runtime's experts the float64 run agrees."
     if accuracy is None:

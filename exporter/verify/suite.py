@@ -96,7 +96,8 @@ class VerifyResult:
             found.append(Case("weights", layer.name, held, damaged.pop(layer.name, None)))
             off = layer.output_message
             found.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
-            found.append(self._route_case(layer))
+            if layer.routes:
+                found.append(self._route_case(layer))
         found += [Case("weights", name, "", message) for name, message in damaged.items()]
         return found + [self._accuracy_case()] + self._engine_cases()
 
@@ -338,6 +339,6 @@ def run_engine(
 ) -> list[BatchError]:  # fmt: skip
     """Output errors of an engine that is open already; `quantization` of an int8 one."""
     yard = yardsticks(moee.model, precision, quantization=quantization)
-    return output_errors(runner, yard, image_pool(data, sizes[-1]), sizes, rtol, atol, report, "engine")
+    return output_errors(runner, yard, image_pool(data, sizes[-1])[0], sizes, rtol, atol, report, "engine")
 
 

@@ -61,7 +61,9 @@ def classifier(tmp_path_factory):
 
 def spec(folder, **kwargs):
     weights = None if kwargs.get("num_classes") == 0 else str(folder / "weights.safetensors")
-    return tiny_spec(num_classes=4, **{**kwargs}).model_copy(update={"weights": weights}) if weights else tiny_spec(**kwargs)
+    if not weights:
+        return tiny_spec(**kwargs)
+    return tiny_spec(num_classes=4, **kwargs).model_copy(update={"weights": weights, "random_seed": None})
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def compared(got=ONES, reference=ONES, torch_error=0.0):
 
 def layer(**changes):
     stats = error_stats(ONES, ONES)
-    found = LayerParity("mlp", 4, 1.0, 0, None, None, 0, 0.0, stats, 0.1, stats, 0.1, stats, None, 0.0, 0.1)
+    found = LayerParity("mlp", 4, 1.0, 0, None, None, 0, 0.0, stats, 0.1, stats, 0.1, stats, None, 0.0, 0.1, experts=2)
     return replace(found, **changes)
 
 

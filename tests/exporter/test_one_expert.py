@@ -95,7 +95,11 @@ def test_static_exports_hold_plain_products_and_pass(static, precision):
         assert kinds == ["MatMul", "Add", "Gelu", "MatMul", "Add"], kinds
     result = check_parity(folder, moee, data, sizes=(1, 4))
     assert result.passed, (result.first_deviation, result.weight_problems)
-    assert set(result.route_agreement.values()) == {1.0} and {layer.kind for layer in result.layers} == {"plain"}
+    assert {layer.kind for layer in result.layers} == {"plain"}
+    assert result.route_agreement == {} and result.mean_route_agreement is None, "one expert leaves no route to compare"
+    assert result.images == len(data), "images that repeat are counted once"
+    with pytest.raises(UserError, match="--min-route-agreement has nothing to check"):
+        check_parity(folder, moee, data, sizes=(1, 4), min_route_agreement=0.9)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
@@ -106,7 +110,7 @@ def test_mixed_models(mixed, precision):
     assert [n.name for n in nodes(folder / "tensorrt.onnx") if n.op_type == "MoeeFfn"] == ["blocks.0.mlp"]
     result = check_parity(folder, moee, data, sizes=(1, 4))
     assert result.passed, (result.first_deviation, result.weight_problems)
-    assert [layer.kind for layer in result.layers] == ["moee", "plain"]
+    assert [layer.kind for layer in result.layers] == ["moee", "plain"] and list(result.route_agreement) == ["blocks.0.mlp"]
 
 
 def edited(case, tmp_path, name, change):

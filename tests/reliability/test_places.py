@@ -425,12 +425,15 @@ def test_a_read_only_file_system(work, capsys):
 SPEC = ModelSpec(name="test_vit", timm_name="test_vit", weights="WEIGHTS")
 
 
+def weights_in(path):
+    return SPEC.model_copy(update={"weights": str(path), "random_seed": None})
+
+
 @pytest.mark.parametrize(
     "function",
     [
         lambda w: run_extract(SPEC, str(w / "images"), make_extract_config(), w / "images", True),
-        lambda w: run_extract(SPEC.model_copy(update={"weights": str(w / "model/model.safetensors")}), "digits",
-                              make_extract_config(), w / "model", True),
+        lambda w: run_extract(weights_in(w / "model/model.safetensors"), "digits", make_extract_config(), w / "model", True),
         lambda w: run_finetune(w / "model", FinetuneConfig(), w / "model", force=True),
         lambda w: run_finetune(w / "model", FinetuneConfig(), w / "photos", force=True),
         lambda w: build_engines(w / "export", w / "export", plugin=None, force=True),
