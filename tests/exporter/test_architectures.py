@@ -70,7 +70,7 @@ def extracted(name: str, kwargs: dict, folder: Path, images: int, tokens: int):
                 parameter.fill_(0.5)
     weights = folder / "dense.safetensors"  # the artifact's dense model is built from a weight file, as a user's would be
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights)
-    spec = spec.model_copy(update={"weights": str(weights)})
+    spec = spec.model_copy(update={"weights": str(weights), "random_seed": None})
     transform = model_transform(model)
     source = str(write_images(folder / "images", images, transform.shape[1]))
     config = make_extract_config(
