@@ -1,7 +1,8 @@
 """Typed models: float16 or bfloat16 where it is safe, float32 where sums and exponentials need it.
 
 The types are set in PyTorch, so that the traced graph, the torch model that it is compared with and a strongly typed TensorRT
-network all hold the same casts. Kept in float32: normalisation layers, softmax, routing scores, and the graph's input and output.
+network all hold the same casts. Kept in float32: normalisation layers, softmax, routing scores, quick_gelu, and the graph's input
+and output.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from timm.layers import RmsNorm, SimpleNorm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from moee.activations import activation_name
 from moee.errors import UserError
 from moee.layer import RoutedLayer
 
@@ -78,14 +80,19 @@ class TypedModel(nn.Module):
         self.model = copy.deepcopy(model)
         for tensor in _lowered_tensors(self.model):
             tensor.data = tensor.data.to(dtype)
-        for module in self.model.modules():
-            if isinstance(module, NORMS):
+        for module in list(self.model.modules()):
+            if isinstance(module, NORMS) or _has_a_slope(module):
                 module.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
                 module.register_forward_hook(lambda _, args, y: y.to(self.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         with _Float32Softmax():
             return self.model(images.to(self.dtype)).float()
+
+
+def _has_a_slope(module: nn.Module) -> bool:
+    """Whether this is quick_gelu, whose slope of 1.702 would be rounded to the type: 1.703 in bfloat16."""
+    return next(module.children(), None) is None and activation_name(module) == "quick_gelu"
 
 
 def typed(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -24,7 +24,7 @@ from moee.atomic import temporary_folder
 from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
 from moee.input_size import sized
-from moee.model_source import named_spec, with_file, with_pretrained
+from moee.model_source import named_spec, with_file, with_pretrained, with_random
 from moee.models import ModelSpec
 from moee.progress import Reporter, silent
 from moee.schema import shown
@@ -88,7 +88,7 @@ def resolve(
         raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
     spec, own = _named(name, options)
     if options.random_weights is not None:
-        return spec.model_copy(update={"random_seed": options.random_weights})
+        return with_random(spec, options.random_weights)
     if options.pretrained and own is None:
         return with_pretrained(spec)
     path = options.checkpoint if options.checkpoint is not None else own

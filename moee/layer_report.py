@@ -42,7 +42,7 @@ class LayerReport:
         """What makes the layer's figures doubtful, one sentence each."""
         found = []
         if self.tokens is not None and self.tokens < self.hidden and self.status == "routed":
-            found.append(f"experts from {self.tokens} calibration tokens for {self.hidden} neurons; add images")
+            found.append(f"experts from {self.tokens} calibration tokens for {self.hidden} neurons: give more images or --tokens")
         if self.refit is not None and self.refit.note:
             found.append(self.refit.note)
         return found

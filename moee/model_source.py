@@ -115,5 +115,13 @@ def with_pretrained(spec: ModelSpec) -> ModelSpec:
             f"the pretrained weights of {spec.timm_name} have {config.num_classes} classes, --num-classes says {asked}: leave it "
             "out, or give 0 to compare features"
         )
-    spec = spec.model_copy(update={"pretrained": True})
-    return spec.model_copy(update={"weights_sha256": state_sha256(load_model(spec))})
+    return _with_hash(spec.model_copy(update={"pretrained": True}))
+
+
+def with_random(spec: ModelSpec, seed: int) -> ModelSpec:
+    """`spec` with weights drawn under `seed`, and their hash, so that a machine that draws others is noticed."""
+    return _with_hash(spec.model_copy(update={"random_seed": seed}))
+
+
+def _with_hash(spec: ModelSpec) -> ModelSpec:
+    return spec.model_copy(update={"weights_sha256": state_sha256(load_model(spec), spec)})

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from moee.artifact import sha256_file
 from moee.cache import tensor_hash
 from moee.errors import UserError
-from moee.fitting import Fit, best_fit, difference
+from moee.fitting import Fit, best_fit, difference, listed
 from moee.hub import pretrained_model
 from moee.schema import shown
 from moee.weights_file import containers, read_checkpoint
 
 MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
+RESIZES = {"img_size", "patch_size", "in_chans"}  # arguments to which timm fits pretrained weights
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
 FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained"}
 
@@ -59,7 +60,7 @@ class ModelSpec(BaseModel):
 
     `input_size` is the height and width of the images for a model that takes any; others take it as the argument `img_size`.
     Its weights come from one place: the file `weights`, timm's `pretrained` ones, or a draw under `random_seed`.
-    `weights_sha256` is the hash of the file, or of the state that timm's pretrained weights gave; `part` is the part of the file
+    `weights_sha256` is the hash of the file, or of the state that was fetched or drawn; `part` is the part of the file
     that was taken, so that later commands take the same. `input` is set for models that bring their own configuration.
     """
 
@@ -181,29 +182,44 @@ def load_model(spec: ModelSpec) -> nn.Module:
     if spec.weights is not None:
         _check_hash(Path(spec.weights), spec.weights_sha256)
         load_weights(model, Path(spec.weights), spec.part)
+    elif spec.weights_sha256 is not None and not any(p.is_meta for p in model.parameters()):
+        if state_sha256(model, spec) != spec.weights_sha256:
+            raise UserError(_drifted(spec))
     return model
 
 
+def _drifted(spec: ModelSpec) -> str:
+    if spec.pretrained:
+        return (
+            f"timm's pretrained weights of {spec.timm_name} are not those that the artifact was made from; install the timm "
+            "version of then, or extract again"
+        )
+    return (
+        f"the weights of {spec.timm_name} that --random-weights {spec.random_seed} draws here are not those that the artifact "
+        "was made from: another version of PyTorch or another processor draws others; extract again"
+    )
+
+
 def _pretrained(spec: ModelSpec) -> nn.Module:
-    """The model with timm's weights. Raises `MissingDependency` if they cannot be had, `UserError` if they are not those whose
-    hash `spec` holds."""
+    """The model with timm's weights. Raises `MissingDependency` if they cannot be had."""
     check_arguments(spec)
     try:
         model = _created(spec, pretrained_model)
     except (TypeError, AssertionError, ValueError):
         build_model(spec)  # refuses the arguments, if it was they
         raise
-    if spec.weights_sha256 is not None and state_sha256(model) != spec.weights_sha256:
-        raise UserError(
-            f"timm's pretrained weights of {spec.timm_name} are not those that the artifact was made from; install the timm "
-            "version of then, or extract again"
-        )
     return model
 
 
-def state_sha256(model: nn.Module) -> str:
-    """SHA-256 over names, types, shapes and bytes of a model's state."""
+def state_sha256(model: nn.Module, spec: ModelSpec) -> str:
+    """SHA-256 over names, types, shapes and bytes of the state of `spec`'s model, but for tensors that timm resizes when it loads
+    pretrained weights: the last bit of an interpolation is the machine's."""
     state = model.state_dict()
+    if spec.pretrained and not RESIZES.isdisjoint(spec.kwargs):
+        own = {name: value for name, value in spec.kwargs.items() if name not in RESIZES}
+        with torch.device("meta"):
+            usual = build_model(spec.model_copy(update={"kwargs": own})).state_dict()
+        state = {name: t for name, t in state.items() if name in usual and usual[name].shape == t.shape}
     return tensor_hash(*state.values(), extra=" ".join(state))
 
 
@@ -260,11 +276,18 @@ def load_weights(model: nn.Module, path: Path, part: WeightsPart | None = None) 
 
 
 def refuse_misfit(fit: Fit, model: nn.Module, path: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Raise `UserError` if a checkpoint's best part is not the whole of the model called `name`."""
+    """Raise `UserError` if a checkpoint's best part is not the whole of the model called `name`, or holds NaN."""
     if not fit.complete:
         says = content.get("arch")  # timm's train.py writes it
         reason = difference(fit, model, name, classifier_names(model), says if isinstance(says, str) else None)
         raise UserError(f"checkpoint {path} does not fit: {reason}")
+    given = {name: fit.state[name] for name, _ in model.named_parameters()}
+    broken = [name for name, tensor in given.items() if not tensor.is_meta and not tensor.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"checkpoint {path} has numbers that are not finite in {listed(broken)}: its training diverged, or it is damaged; "
+            "take an earlier one"
+        )
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:

@@ -72,7 +72,6 @@ def test_onnx_forms(name, dtype):
         import onnx
 
         assert onnx.shape_inference.infer_shapes(proto, strict_mode=True, check_type=True).graph.output[0].name == "y"
-        assert all(v.dtype == kind for v in graph.initializers.values())
         return
     values = np.linspace(-6, 6, 97).astype(dtype)
     (got,) = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": values})

@@ -16,8 +16,12 @@ def _silu(tape: Tape, x: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 
 def _quick_gelu(tape: Tape, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    slope = tape.constant(np.array(QUICK, dtype.numpy()), "quick")
-    return tape.op("Mul", [x, tape.op("Sigmoid", [tape.op("Mul", [x, slope])[0]])[0]])[0]
+    """In float32 whatever the type: rounded to bfloat16 the slope would be 1.703."""
+    typed = dtype != ir.DataType.FLOAT
+    x = tape.op("Cast", [x], to=int(ir.DataType.FLOAT))[0] if typed else x
+    slope = tape.constant(np.array(QUICK, np.float32), "quick")
+    y = tape.op("Mul", [x, tape.op("Sigmoid", [tape.op("Mul", [x, slope])[0]])[0]])[0]
+    return tape.op("Cast", [y], to=int(dtype))[0] if typed else y
 
 
 FORMS: dict[str, Callable[[Tape, ir.Value, ir.DataType], ir.Value]] = {

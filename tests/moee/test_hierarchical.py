@@ -16,9 +16,10 @@ from moee.entry import find_entry, gather, run_until_reached, taken_up
 from moee.errors import UserError
 from moee.evaluate import retention, run
 from moee.image_budget import image_groups, spread, tokens_an_image
-from moee.layer import routed_layers
+from moee.layer import Experts, RoutedFFN, routed_layers
+from moee.mlp_structure import read_mlp
 from moee.mlps import find_ffns
-from moee.models import ModelSpec, load_model
+from moee.models import ModelSpec, load_model, replace_module
 from moee.refit import refit, refit_layer
 from moee.sensitivity import RoutedStats, measure_sensitivity
 from tests.conftest import tiny_images
@@ -185,10 +186,24 @@ def test_without_an_entry_the_layers_get_what_fits_and_the_report_says_so(monkey
 def test_layers_that_share_what_goes_past_them_get_a_pass_each():
     """Both of CaiT's class attentions read the patches, the second past the first. What is kept of them bounds the images."""
     model = load_model(ModelSpec(name="cait", timm_name="cait_xxs24_224", kwargs=CAIT, random_seed=0))
-    reports = extract(model, tiny_images(64), make_extract_config(refit_tokens=640, **STATIC))
-    assert {r.name: r.refit.tokens for r in reports} == {
-        "blocks.0.mlp": 640, "blocks.1.mlp": 640, "blocks_token_only.0.mlp": 39, "blocks_token_only.1.mlp": 39,
-    }  # fmt: skip
+    names = ["blocks.0.mlp", "blocks.1.mlp", "blocks_token_only.0.mlp", "blocks_token_only.1.mlp"]
+    ffns = {name: read_mlp(model, name) for name in names}
+    layers = {name: halved(ffn) for name, ffn in ffns.items()}
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    done = refit(model, layers, ffns, tiny_images(64), 640, None)
+    assert {name: report.tokens for name, report in done.items()} == dict(zip(names, (640, 640, 39, 39), strict=True))
+
+
+def halved(ffn):
+    """One expert of the first half of an MLP's neurons."""
+    kept = ffn.hidden // 2
+    experts = Experts(
+        router=torch.zeros(1, ffn.dim), router_bias=torch.zeros(1), w_up=ffn.w_up[:kept], b_up=ffn.b_up[:kept],
+        w_down=ffn.w_down.T[:kept], b_out=ffn.b_down[None], neurons=torch.arange(kept), offsets=torch.tensor([0, kept]),
+        activation=ffn.activation,
+    )  # fmt: skip
+    return RoutedFFN(experts)
 
 
 def test_memory_bounds_the_images_whose_inputs_are_kept(monkeypatch):
@@ -311,7 +326,8 @@ def test_starved_layers_are_named_in_report_and_notes():
     model = hierarchical("swin")
     reports = extract(model, tiny_images(12), make_extract_config(**STATIC))
     last = reports[-1].to_json()
-    assert last["tokens"] == 12 and last["notes"][0] == "experts from 12 calibration tokens for 512 neurons; add images"
+    assert last["tokens"] == 12
+    assert last["notes"][0] == "experts from 12 calibration tokens for 512 neurons: give more images or --tokens"
     assert reports[0].tokens == 12 * 64 and not reports[0].notes
     lines = layer_notes([r.to_json() for r in reports])
     assert f"{last['name']}: {last['refit']['note']}" in lines

@@ -188,6 +188,43 @@ def test_pretrained_weights_are_those_that_were_recorded(monkeypatch):
         load_model(spec)
 
 
+def test_another_machine_that_draws_other_weights_is_noticed(monkeypatch):
+    """Not every version and processor makes the same numbers of a seed."""
+    spec = pretrained.resolve("test_vit", options=pretrained.ModelOptions(random_weights=3, img_size=[32]))
+    assert spec.random_seed == 3
+    load_model(spec)
+    real = timm.create_model
+
+    def create(name, **kwargs):
+        model = real(name, **kwargs)
+        with torch.no_grad():
+            next(model.parameters()).flatten()[0].add_(1e-3)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    with pytest.raises(UserError, match="--random-weights 3 draws here are not those"):
+        load_model(spec)
+
+
+def test_the_hash_of_pretrained_weights_leaves_out_what_is_interpolated(monkeypatch):
+    """Position embeddings that fit another size differ in the last bit from machine to machine."""
+    real = timm.create_model
+
+    def create(name, pretrained=False, **kwargs):
+        torch.manual_seed(0)
+        model = real(name, **kwargs)
+        if pretrained and "img_size" in kwargs:
+            with torch.no_grad():
+                model.pos_embed += torch.rand(1) * 1e-6
+        return model
+
+    monkeypatch.setattr(timm, "create_model", create)
+    torch.manual_seed(1)
+    spec = pretrained.resolve("test_vit", options=pretrained.ModelOptions(pretrained=True, img_size=[32]))
+    torch.manual_seed(2)
+    load_model(spec)
+
+
 def test_shapes_alone_draw_nothing_that_is_used():
     spec = tiny_spec().model_copy(update=NO_SOURCE)
     with torch.device("meta"):

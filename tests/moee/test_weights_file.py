@@ -279,6 +279,15 @@ def test_integers_are_no_weights(tmp_path):
         taken(tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_training_is_refused(tmp_path, value):
+    state = model_of().state_dict()
+    state["blocks.1.mlp.fc2.weight"].view(-1)[5] = value
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="not finite in blocks.1.mlp.fc2.weight"):
+        taken(tmp_path / "w.pth")
+
+
 def torchscript(path):
     torch.jit.script(nn.Linear(2, 2)).save(str(path))
 

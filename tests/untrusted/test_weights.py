@@ -1,5 +1,6 @@
 """Checkpoints from someone else: safetensors files that lie, and expert tables out of order."""
 
+import argparse
 import json
 import random
 import shutil
@@ -15,7 +16,7 @@ from moee import checkpoint
 from moee.artifact import sha256_file
 from moee.errors import UserError
 from moee.models import load_model, load_weights
-from moee.weights_file import read_safetensors
+from moee.weights_file import containers, read_checkpoint, read_safetensors
 from tests.conftest import tiny_spec
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
 from tests.untrusted.tables import TABLE_DAMAGE
@@ -36,6 +37,31 @@ def test_safetensors_with_any_bytes_changed(made, tmp_path, count):
             damaged[position] = value
         path.write_bytes(damaged[:length])
         accepts_or_refuses(read_safetensors, path)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["archive", "before 2020"])
+@pytest.mark.parametrize("count", COUNTS)
+def test_checkpoints_by_torch_save_with_any_bytes_changed(tmp_path, count, old):
+    """The restricted reader builds what the pickle asks for; whatever it makes of damage is one sentence."""
+    path = tmp_path / "w.pth"
+    body = {"state_dict": {"a.w": torch.randn(3, 4), "b": torch.ones(5).half()}, "args": argparse.Namespace(betas=[0.9], x=None)}
+    torch.save(body, path, _use_new_zipfile_serialization=not old)
+    data = path.read_bytes()
+
+    def read():
+        for _, tensors in containers(read_checkpoint(path), path):
+            assert all(t.float().sum() is not None for t in tensors.values())
+
+    read()
+    changed = st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=4)
+
+    @fuzz(count, changed, st.integers(0, len(data)) | st.none())
+    def check(changes, length):
+        damaged = bytearray(data)
+        for position, value in changes:
+            damaged[position] = value
+        path.write_bytes(damaged[:length])
+        accepts_or_refuses(read)
 
 
 def header_of(entries: dict, payload: bytes = bytes(16)) -> bytes:
