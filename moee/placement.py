@@ -38,6 +38,7 @@ from moee.result_kinds import (
     is_litter,
     is_signed,
     kind_of,
+    made_from,
     matches,
     read_object,
 )
@@ -107,11 +108,12 @@ class Output:
             if any(_same(place, parent) for parent in Path(os.path.realpath(given)).parents):
                 raise UserError(f"{self.said} holds the input {given}; choose another place, an input is never replaced")
 
-    def _surrounding_input(self, place: Path) -> Path | None:
-        """The input folder that `place` lies in."""
+    def _surrounding_input(self, place: Path, artifact: bool = False) -> Path | None:
+        """The input folder that `place` lies in; with `artifact` only one that holds an artifact of ours."""
         for given in self.inputs:
             if os.path.isdir(given) and any(_same(parent, given) for parent in place.parents if parent.exists()):
-                return given
+                if not artifact or kind_of(given) is not None:
+                    return given
         return None
 
     @property
@@ -154,10 +156,10 @@ class OutputFolder(Output):
         if not self.force and not self.grows:
             raise UserError(f"output folder {self.path} exists; choose another {self.option} or pass --force to replace it")
         self._refuse_input(place)
-        begun = self.grows and not self.force and self._manifest(place, sorted(os.listdir(place))) is not None
-        if begun:
+        ours = self._manifest(place, sorted(os.listdir(place))) is not None
+        if ours and self.grows and not self.force:
             return
-        surrounding = self._surrounding_input(place)
+        surrounding = self._surrounding_input(place, artifact=ours)  # an earlier result below a data folder is no part of it
         if surrounding is not None:
             raise UserError(f"{self.said} lies in the input {surrounding}; choose another place, an input is never changed")
         if _same(place, Path.cwd()) or any(_same(place, parent) for parent in Path.cwd().parents):
@@ -237,7 +239,7 @@ class OutputFile(Output):
             raise UserError(f"{self.said} is a folder's name; name a file")
         super().check()
         place = self.place
-        surrounding = None if os.path.lexists(place) else self._surrounding_input(place)
+        surrounding = None if os.path.lexists(place) else self._surrounding_input(place, artifact=True)
         if surrounding is None or (place.suffix in self.kind.endings and not self.kind.sealed):
             return
         endings = " or ".join(self.kind.endings)
@@ -326,13 +328,20 @@ def check_all(outputs: Sequence[Output]) -> None:
 
 
 def source_paths(*sources: str | Path | None) -> tuple[Path, ...]:
-    """What data sources, weights and artifacts name on disk: a source such as `wds/FOLDER` names a folder behind its kind."""
-    found: list[Path] = []
-    for source in sources:
-        text = os.fspath(source) if source else ""
+    """What data sources, weights and artifacts name on disk, and what those artifacts say that they were made from.
+
+    A source such as `wds/FOLDER` names a folder behind its kind.
+    """
+    found: dict[Path, None] = {}
+    waiting = [os.fspath(source) for source in sources if source]
+    while waiting:
+        text = waiting.pop(0)
         if text.partition(":")[0] in ("digits", "photos"):  # built in, whatever lies around under these names
             continue
-        found += [Path(name) for name in dict.fromkeys((text, text.partition("/")[2])) if name and os.path.exists(name)]
+        path = next((Path(name) for name in (text, text.partition("/")[2]) if name and os.path.lexists(name)), None)
+        if path is not None and path not in found:
+            found[path] = None
+            waiting += made_from(path)
     return tuple(found)
 
 

@@ -129,6 +129,18 @@ def kind_of(folder: Path) -> FolderKind | None:
     return None
 
 
+def made_from(path: Path) -> list[str]:
+    """Weights, data and the artifact that an artifact, or its manifest, says it was made from."""
+    kind = kind_of(path) if path.is_dir() else None
+    body = read_object(path / kind.manifest) if kind is not None else read_object(path) if path.suffix == ".json" else None
+    if body is None or not family(body).startswith("moee."):
+        return []
+    folder, model, source = path if path.is_dir() else path.parent, body.get("model"), body.get("source")
+    named = [model.get("weights") if isinstance(model, dict) else None, body.get("data")]
+    named += [os.path.join(folder, source)] if isinstance(source, str) else []
+    return [name for name in named if isinstance(name, str) and "\0" not in name]
+
+
 def artifact_of(file: Path) -> tuple[Path, FolderKind] | None:
     """The folder, and what it is, whose manifest lists `file` or is it."""
     for folder in file.parents:

@@ -100,6 +100,17 @@ def test_extract_and_verify_under_torchrun_give_what_one_process_gives(weights, 
     assert figures[0] == figures[1] and figures[0]["accuracy"]["images"] == 40
 
 
+def test_a_place_that_must_not_be_written_is_refused_by_all_ranks_in_one_sentence(weights, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "photo.jpg").write_bytes(b"mine")
+    command = [str(data) if word == "digits" else word for word in extraction(weights, data, "--force")]
+    running = torchrun(2, command, tmp_path / "cache")
+    text, _ = running.communicate(timeout=120)
+    assert running.returncode != 0 and text.count("moee: --out") == 1 and "is the input" in text, text
+    assert [path.name for path in data.iterdir()] == ["photo.jpg"]
+
+
 def test_other_commands_and_half_an_environment_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

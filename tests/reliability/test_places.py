@@ -35,10 +35,10 @@ from tests.untrusted.test_pickle_commands import PATHS, TEXT, WRITTEN, options
 READS_ONLY = {"inspect", "doctor"}
 # Each command's line without what it writes. Capitals are inputs in the workspace.
 LINES = {
-    "plan": ["test_vit", "--weights", "WEIGHTS", "--data", "DATA", "--target-macs", "0.7"],
-    "extract": ["test_vit", "--weights", "WEIGHTS", "--data", "DATA", "--plan", "PLAN"],
-    "finetune": ["MODEL", "--data", "DATA"],
-    "export": ["MODEL", "--data", "DATA", "--precision", "int8"],
+    "plan": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA", "--target-macs", "0.7", "--class-map", "CLASSES"],
+    "extract": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA", "--plan", "PLAN", "--class-map", "CLASSES"],
+    "finetune": ["MODEL", "--data", "DATA", "--checkpoint", "WEIGHTS"],
+    "export": ["MODEL", "--data", "DATA", "--precision", "int8", "--checkpoint", "WEIGHTS"],
     "verify": ["EXPORT", "--engine", "ENGINE", "--model", "MODEL", "--data", "DATA"],
     "bench": ["EXPORT", "--engine", "ENGINE", "--data", "DATA"],
     "bench-dispatch": ["MODEL"],
@@ -46,10 +46,10 @@ LINES = {
     "bundle": ["EXPORT", "--sm", "87"],
     "plugin build": [],
     "plugin bundle": ["--sm", "87"],
-    "plots": ["MODEL", "--data", "DATA"],
+    "plots": ["MODEL", "--data", "DATA", "--checkpoint", "WEIGHTS"],
     "report": ["MODEL", "EXPORT"],
-    "ablate": ["--model", "test_vit", "--weights", "WEIGHTS", "--data", "DATA"],
-    "ablate-clear": ["test_vit", "--weights", "WEIGHTS", "--data", "DATA"],
+    "ablate": ["--model", "test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA"],
+    "ablate-clear": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA"],
     "demo": [],
 }
 FOLDER, FILE = "folder", "file"
@@ -62,7 +62,7 @@ WRITERS = {
     "ablate-clear --out": (FOLDER, []), "ablate-clear --table": (FILE, ["--out", "NEW"]), "demo --out": (FOLDER, []),
 }  # fmt: skip
 INPUTS = {"WEIGHTS": "w.safetensors", "DATA": "images", "PLAN": "plan/plan.json", "MODEL": "model", "EXPORT": "export",
-          "ENGINE": "engine", "LIBRARY": "plugin.so", "NEW": "new"}  # fmt: skip
+          "ENGINE": "engine", "LIBRARY": "plugin.so", "NEW": "new", "CLASSES": "classes.txt"}  # fmt: skip
 OWN = {  # what the command wrote before, and may replace
     "plan --out": "plan", "extract --out": "model", "finetune --out": "model", "export --out": "export", "verify --out": "verify",
     "bench --out": "latency.json", "bench-dispatch --out": "dispatch.json", "build --out": "engine",
@@ -107,6 +107,7 @@ def earlier_results(root: Path) -> None:
     (root / "report.html").write_text("<!doctype html>\n<html><head><title>MoEE report: x</title>")
     (root / "table.md").write_text("| router | rank | experts | images | seeds | MACs | accuracy % |\n")
     (root / "w.safetensors").write_bytes(b"weights")
+    (root / "classes.txt").write_text("cat\n")
     for part in ("train/cat", "val/cat"):
         (root / "images" / part).mkdir(parents=True)
         (root / "images" / part / "1.png").write_bytes(b"png")
@@ -271,12 +272,10 @@ def test_inputs_are_never_replaced(work, writer, capsys):
         (folder / "nothing").rmdir()
 
 
-@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("writer", [*(w for w, (kind, _) in WRITERS.items() if kind == FILE), "verify --out"])
 def test_parts_of_any_artifact_are_never_overwritten(work, writer, capsys):
     """Not those of an artifact that this command does not read either."""
-    if WRITERS[writer][0] == FOLDER:
-        writer = "verify --out"  # a file, if its name ends so
-        shutil.copy(work / "model" / "moee.json", work / "model" / "also.json")
+    if writer == "verify --out":  # a file, if its name ends so
         places = ["plan/plan.json", "verify/parity.json", "model/moee.json", "export/export.json"]
     else:
         places = ["model/moee.json", "model/model.safetensors", "export/moee.data", "engine/moee.plan", "engine/engine.json",
@@ -394,6 +393,28 @@ def test_places_of_one_command_do_not_lie_in_one_another(work, capsys):
     assert "lies in --out" in refused(work, capsys, "build --timing-cache", inside)
     assert "lies in" in refused(work, capsys, "ablate-clear --table", str(work / "x.svg"))  # the plot's name too
     assert accepted(work, "ablate-clear --table", str(work / "new" / "table.md"))
+
+
+def test_what_an_input_was_made_from_is_an_input(work, capsys):
+    """An export names its model, that its weights and data."""
+    for folder, more in (("model", {"model": {"weights": "WEIGHTS"}, "data": "DATA"}), ("export", {"source": "../model"})):
+        path = work / folder / ("moee.json" if folder == "model" else "export.json")
+        text = json.dumps({**json.loads(path.read_text()), **more})
+        path.write_text(text.replace("WEIGHTS", str(work / "w.safetensors")).replace("DATA", str(work / "images")))
+    for writer in ("bench --out", "report --out"):
+        assert "is the input" in refused(work, capsys, writer, str(work / "w.safetensors"), "--force")
+        assert "lies in the input" in refused(work, capsys, writer, str(work / "images" / "train" / "cat" / "1.png"), "--force")
+    (work / "images" / "empty").mkdir()
+    assert "lies in the input" in refused(work, capsys, "bundle --out", str(work / "images" / "empty"), "--force")
+
+
+def test_earlier_results_below_a_data_folder_may_be_replaced(work, monkeypatch, capsys):
+    """`--data . --out runs/x` is no danger to the data."""
+    earlier = shutil.copytree(work / "model", work / "images" / "runs" / "x")
+    assert accepted(work, "extract --out", str(earlier), "--force")
+    assert accepted(work, "extract --out", str(work / "images" / "runs" / "y"))
+    assert accepted(work, "bench --out", str(work / "images" / "latency"))
+    assert "lies in the input" in refused(work, capsys, "bench --out", str(work / "export" / "reference.onnx"))
 
 
 def test_the_folder_that_one_is_in_is_not_replaced(work, capsys, monkeypatch):
