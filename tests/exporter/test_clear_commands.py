@@ -35,6 +35,7 @@ class TinySession(Session):
         self.transform = model_transform(self.dense)
         self.train, self.held_out = tiny_images(40), tiny_images(24)
         self._reference = self._train_outputs = None
+        self._proved, self._narrowed, self._width_losses = set(), {}, {}
 
 
 @pytest.fixture
