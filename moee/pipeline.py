@@ -260,7 +260,7 @@ def run_extract(
     moee = MoeeModel(model.eval(), spec, config, source, probe, info, session.classes(probe))
     with _kept(moee, "extracted", out, force, group, inputs):
         measured = session.measure(model, probe, "extracted on held-out images")
-        info["stages"]["extracted"] = {**measured, "data": source, "seconds": seconds}
+        info["stages"]["extracted"] = {**measured, **info["stages"]["extracted"]}
         info["data_read"] = session.data_facts()
         narrowed = attention_figures(model, session.dense, session.transform.shape)
         if narrowed:
@@ -311,6 +311,7 @@ def run_finetune(
     An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
     divided over the ranks; rank 0 keeps the state, measures and writes. Where measuring fails or is interrupted, the artifact is
     written without measurements, as `run_extract` does; the state stays, so that the same call with `force` only measures again.
+
     `source`, or the artifact's data without it, becomes the artifact's data: what later commands take by default. What it was
     extracted on stays with that stage.
     """

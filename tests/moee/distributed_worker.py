@@ -75,7 +75,7 @@ def experts(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
     model = copy.deepcopy(dense)
     if group.leader:
         convert(model, data, ClearConfig(experts=2, rank=12, residual_rank=2, calibration_images=40))
-    share_layers(model, (), group)
+    share_layers(model, group)
     keep(group, model, folder / "clear.safetensors")
     return found
 
