@@ -25,7 +25,9 @@ from moee.errors import UserError
 from moee.progress import Reporter, silent
 
 TYPES = {*IMG_EXTENSIONS, *get_img_extensions()}
-VALIDATION_FOLDERS = ("val", "validation", "test")
+TRAIN_FOLDERS = ("train", "training")  # in any case; the first that is there counts
+VALIDATION_FOLDERS = ("val", "valid", "validation", "dev", "test", "testing")
+MOST_WRAPPERS = 4  # folders around the splits
 NO_CLASSES = {"__MACOSX"}  # beside hidden ones: what archives leave
 LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg, of which a fifth is held out"
 STEP = 10_000  # files between two reports
@@ -192,17 +194,17 @@ class FolderSet(ImageSet):
 
 
 def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
-    """Both splits of an image folder: `train/` and `val/` (or `validation/`, `test/`) below it, or a fifth of it held out, drawn
+    """Both splits of an image folder: `train/` and `val/` (see `split_folders`) below it, or a fifth of it held out, drawn
     with `seed`. Raises `UserError` where one of the wanted `splits` has no images, and for what is no folder."""
     root = Path(source)
     if not root.is_dir():
         came = "it is a file" if root.exists() else "there is no such folder"
         expected = "expected digits, photos, an image folder or a timm.data dataset string"
         raise UserError(f"data {source!r}: {came}; {expected}; {LAYOUT}")
-    held_out = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-    divided = (root / "train").is_dir() and held_out is not None
-    places = {"train": root / "train", "val": held_out} if divided and held_out is not None else {"all": root}
-    listings, notes = list_folder(source, places, splits if divided else ("all",), report)
+    places, said = split_folders(source, root)
+    divided = bool(places)
+    listings, notes = list_folder(source, places or {"all": root}, splits if divided else ("all",), report)
+    notes = said + notes
     samples = {split: list(listing.paths()) for split, listing in listings.items()}
     if not divided:
         notes.append("there is no train and val, so a fifth of the images is held out")
@@ -211,6 +213,42 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
     empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
     sets: dict[str, ImageSet] = {split: FolderSet(source, part, transform) for split, part in samples.items()}
     return Source(sets, divided, empty, notes=notes)
+
+
+def split_folders(source: str, root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folders of `train` and `val` below `root`, under any of their usual names in any case, and what was taken
+    for them; nothing where `root` is not divided.
+
+    Raises `UserError` where all folders are named as splits are and none can be taken for one of both: they are no classes.
+    """
+    notes: list[str] = []
+    for _ in range(MOST_WRAPPERS):
+        folders = _visible_folders(root)
+        train = [f for word in TRAIN_FOLDERS for f in folders if f.lower() == word]
+        held_out = [f for word in VALIDATION_FOLDERS for f in folders if f.lower() == word]
+        came = f"data {source!r}: {root} holds the folders {', '.join(folders)}"
+        if train and held_out:
+            if len(train) > 1 or len({f.lower() for f in held_out[:2]}) < len(held_out[:2]):
+                raise UserError(f"{came}; which of them are train and val cannot be told, so leave one of each; {LAYOUT}")
+            others = [f for f in held_out[1:] if f.lower() not in ("test", "testing")]
+            if others:
+                notes.append(f"{held_out[0]} is held out; {', '.join(others)} is not read")
+            return {"train": root / train[0], "val": root / held_out[0]}, notes
+        if len(folders) > 1 and len(train) + len(held_out) == len(folders):
+            raise UserError(f"{came}, which are no classes, and train or val is not among them; {LAYOUT}")
+        if len(folders) != 1 or train or held_out:
+            break
+        root = root / folders[0]
+        notes.append(f"the splits lie in the folder {folders[0]!r}")
+    return {}, []
+
+
+def _visible_folders(root: Path) -> list[str]:
+    try:
+        names = (entry.name for entry in os.scandir(root) if _leads_to_folder(entry))
+        return sorted(name for name in names if not name.startswith(".") and name not in NO_CLASSES)
+    except OSError:
+        return []
 
 
 def list_folder(
@@ -239,6 +277,8 @@ def list_folder(
     if wrapper is not None:
         listings = {split: listing.below(wrapper) for split, listing in listings.items()}
         notes.append(f"all images lie in the folder {wrapper!r}, so the folders below it are the classes")
+    else:
+        notes += _unwrapped(listings)
     for split, listing in listings.items():
         strays = listing.strays()
         if strays and len(strays) < len(listing.images):
@@ -297,10 +337,24 @@ def _apart(source: str, listings: dict[str, Listing]) -> list[str]:
 def _wrapper(listings: Mapping[str, Listing]) -> str | None:
     """The folder that all images lie in, if it lies below the root and several of its folders have images."""
     folders = {path.rpartition("/")[0] for listing in listings.values() for path, _ in listing.images}
-    common = os.path.commonpath(folders) if "" not in folders else ""
+    common = os.path.commonpath(folders) if folders and "" not in folders else ""
     start = len(common) + 1
     classes = {folder[start:].partition("/")[0] for folder in folders if len(folder) > start}
     return common if common and len(classes) > 1 else None
+
+
+def _unwrapped(listings: dict[str, Listing]) -> list[str]:
+    """Take a folder away that one split alone has around its classes, which are the other split's; sentences if there was one."""
+    notes = []
+    for split, listing in listings.items():
+        wrapper = _wrapper({split: listing})
+        others = {name for other, one in listings.items() if other != split for name in one.counts()}
+        if wrapper is not None and class_name(wrapper.partition("/")[0]) not in others:
+            inner = listing.below(wrapper)
+            if others & inner.counts().keys():
+                listings[split] = inner
+                notes.append(f"all images of {split} lie in the folder {wrapper!r}, so the folders below it are its classes")
+    return notes
 
 
 def _images(count: int) -> str:

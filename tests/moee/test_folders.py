@@ -289,3 +289,61 @@ def test_what_was_read_is_said(tmp_path, caplog):
     assert skipped_line(val.facts()) == f"skipped 1 unreadable image: {root / 'val' / 'cat' / '0.png'}"
     names = [str(root / "val" / "cat" / "0.png")]
     assert val.facts() == {"images": 6, "classes": 3, "unlabelled": 0, "skipped": 1, "first_skipped": names}
+
+
+def moved(root, **names):
+    """The splits of a tree under other names."""
+    for split, name in names.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / split).rename(root / name)
+    return root
+
+
+SPLIT_NAMES = (
+    ("train", "valid"), ("Train", "Val"), ("training", "validation"), ("TRAIN", "test"), ("images/train", "images/val"),
+    ("train", "dev"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "val"), SPLIT_NAMES)
+def test_splits_have_many_names_and_are_never_classes(tmp_path, train, val):
+    root = moved(tree(tmp_path / "d"), train=train, val=val)
+    one, other = load_splits(str(root), SMALL, head_classes=4)
+    assert one.classes == other.classes == NAMES and len(one) == 14 and len(other) == 8
+    assert {path.split("/d/")[1].startswith(f"{train}/") for path in one.paths} == {True}
+    said = any("the splits lie in the folder 'images'" in note for note in (*one.notes, *other.notes))
+    assert said == train.startswith("images/")
+
+
+def test_the_folder_that_is_held_out_is_said_where_there_are_several(tmp_path):
+    root = moved(tree(tmp_path / "d"), val="valid")
+    add(root / "dev" / "ant")
+    one, other = load_splits(str(root), SMALL, head_classes=4)
+    assert len(other) == 8 and any("valid is held out; dev is not read" in note for note in (*one.notes, *other.notes))
+
+
+@pytest.mark.parametrize("folders", [("val", "test"), ("train", "training"), ("valid", "Test"), ("Train", "train", "val")])
+def test_split_folders_that_cannot_be_told_apart_are_refused(tmp_path, folders):
+    for name in folders:
+        add(tmp_path / "d" / name / "ant")
+        add(tmp_path / "d" / name / "bee")
+    with pytest.raises(UserError, match="an image folder holds train/CLASS"):
+        load_splits(str(tmp_path / "d"), SMALL)
+
+
+def test_classes_that_are_named_like_a_split_are_classes(tmp_path):
+    for name in ("train", "bus", "car"):
+        add(tmp_path / "d" / name)
+    train, val = load_splits(str(tmp_path / "d"), SMALL)
+    assert train.classes == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_folder_around_the_classes_of_one_split_is_taken_away_and_said(tmp_path, split):
+    root = tree(tmp_path / "d")
+    (root / split).rename(root / "inner")
+    (root / split).mkdir()
+    (root / "inner").rename(root / split / "images")
+    train, val = load_splits(str(root), SMALL)
+    assert train.classes == val.classes == NAMES and min(train.labels + val.labels) == 0
+    assert any(f"all images of {split} lie in the folder 'images'" in note for note in (*train.notes, *val.notes))
