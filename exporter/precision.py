@@ -1,8 +1,8 @@
 """Typed models: float16 or bfloat16 where it is safe, float32 where sums and exponentials need it.
 
 The types are set in PyTorch, so that the traced graph, the torch model that it is compared with and a strongly typed TensorRT
-network all hold the same casts. Kept in float32: normalisation layers, softmax, routing scores, quick_gelu, and the graph's input
-and output.
+network all hold the same casts. Kept in float32: normalisation layers, softmax, routing scores, quick_gelu, arithmetic with
+numbers that the type cannot hold, and the graph's input and output.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ INT8 = {"int8": torch.float16, "int8-fp32": torch.float32}
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, SimpleNorm)
 ROUTER_BIASES = ("router_bias", "router_hidden_bias")  # of routed layers: they belong to scores, which are float32
 SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
+HALVES = (torch.float16, torch.bfloat16)
+# Elementwise arithmetic of a tensor and a Python number
+ARITHMETIC = {
+    f"{prefix}{name}{suffix}"
+    for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "multiply", "divide", "subtract", "pow")
+    for prefix, suffix in (("", ""), ("__", "__"), ("__r", "__"))
+} | {"rsub"}  # fmt: skip
 
 
 def dtype_of(precision: str) -> torch.dtype:
@@ -46,15 +53,38 @@ def _lowered_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield tensor
 
 
-class _Float32Softmax(TorchFunctionMode):
-    """Softmax of half-precision tensors in float32, and attention spelt out so that it has such a softmax."""
+def _rounds_a_number(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether this is arithmetic of half-precision tensors with a Python number that their type cannot hold."""
+    if getattr(func, "__name__", "") not in ARITHMETIC or "out" in kwargs:
+        return False
+    values = [*args, *kwargs.values()]
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor)}
+    if len(dtypes) != 1 or not dtypes <= set(HALVES):
+        return False
+    return any(isinstance(v, (int, float)) and float(torch.tensor(float(v), dtype=next(iter(dtypes)))) != v for v in values)
+
+
+class _Float32Parts(TorchFunctionMode):
+    """What half-precision tensors are given to in float32: softmax, and attention spelt out so that it has such a softmax;
+    arithmetic with a number that their type cannot hold.
+
+    For the number a traced graph has a constant of the tensors' type, while torch multiplies in float32 and rounds the product:
+    attention's scale of 32 ** -0.5, rounded to bfloat16, is off by 1e-4, and with it every score. Powers of two, such as the
+    scale of heads 64 wide, are exact, and no cast is added for them.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SOFTMAX and args[0].dtype in (torch.float16, torch.bfloat16):
+        if func in SOFTMAX and args[0].dtype in HALVES:
             return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
-        if func is nn.functional.scaled_dot_product_attention and args[0].dtype in (torch.float16, torch.bfloat16):
-            return self._attention(*args, **kwargs)
+        if func is nn.functional.scaled_dot_product_attention and args[0].dtype in HALVES:
+            with self:  # its arithmetic too
+                return self._attention(*args, **kwargs)
+        if _rounds_a_number(func, args, kwargs):
+            dtype = next(v.dtype for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+            exact = [v.float() if isinstance(v, Tensor) else v for v in args]
+            named = {k: v.float() if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+            return func(*exact, **named).to(dtype)
         return func(*args, **kwargs)
 
     @staticmethod
@@ -86,7 +116,7 @@ class TypedModel(nn.Module):
                 module.register_forward_hook(lambda _, args, y: y.to(self.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
-        with _Float32Softmax():
+        with _Float32Parts():
             return self.model(images.to(self.dtype)).float()
 
 

@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.onnx_export import export
+from exporter.onnx_export import export, to_onnx
 from exporter.passes.widen import widen_bfloat16
 from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
 from moee.errors import UserError
@@ -42,11 +42,11 @@ def test_typed_model_is_close_and_keeps_norms_and_router_bias(tiny_export, preci
 
 def test_softmax_runs_in_float32(tiny_export):
     """Scores that overflow float16's exponential, and a mask; against float64."""
-    from exporter.precision import _Float32Softmax
+    from exporter.precision import _Float32Parts
 
     q, k, v = (torch.randn(1, 2, 5, 16, dtype=torch.float16) * s for s in (8, 8, 1))
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
-    with _Float32Softmax():
+    with _Float32Parts():
         plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         masked = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         soft = (q[0, 0] * 60).softmax(-1)
@@ -111,3 +111,42 @@ def test_widening_keeps_values_and_makes_the_graph_run():
     x = np.random.default_rng(1).standard_normal((2, 4), np.float32)
     rounded = (bits.astype(np.uint32) << 16).view(np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], x @ rounded, rtol=1e-6)
+
+
+class Numbers(torch.nn.Module):
+    """Attention with heads 32 wide, whose scale bfloat16 cannot hold, and arithmetic with such numbers, from both sides."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.flatten(2)  # [B, 3, 32]
+        y = torch.nn.functional.scaled_dot_product_attention(x, 3.3 * x, x)
+        return torch.div(1.1 - torch.add(y * 0.17, 0.3), 0.7)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_numbers_are_not_rounded_in_a_widened_graph(width):
+    """Against float64: rounded to bfloat16 they are off by up to 4e-3. A scale that is exact has no cast."""
+    graph = to_onnx(TypedModel(Numbers(), torch.bfloat16), (3, 4, width // 4))
+    scales = [v for v in graph.graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
+    assert all(float(v.const_value.numpy().astype(np.float32)) == width**-0.5 for v in scales) and len(scales) == (width == 64)
+    widen_bfloat16(graph)
+    session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    x = torch.randn(2, 3, 4, width // 4, generator=torch.Generator().manual_seed(0))
+    exact = Numbers()(x.double())
+    np.testing.assert_allclose(session.run(None, {"input": x.numpy()})[0], exact.numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_arithmetic_with_numbers_rounds_the_result_alone(dtype):
+    """Against float64: off by half a unit in the last place at most, as if the number itself had not been rounded."""
+    from exporter.precision import _Float32Parts
+
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def results(x: torch.Tensor) -> list[torch.Tensor]:
+        return [x * 0.17, 0.17 * x, x / 0.7, x + 0.3, 0.3 - x, torch.mul(x, other=0.17), x.sub(0.3)]
+
+    with _Float32Parts():
+        rounded = results(x)
+    for value, exact in zip(rounded, results(x.double()), strict=True):
+        assert value.dtype == dtype
+        assert ((value.double() - exact).abs() <= 0.5001 * torch.finfo(dtype).eps * exact.abs()).all()
