@@ -59,7 +59,8 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     names = list(listed)
     for pattern in exclude:
         if not any(_matches(name, pattern) for name in names):
-            raise UserError(f"--exclude {pattern} matches no MLP; this model's MLPs are {', '.join(names) or 'none'}")
+            mlps = [name for name, found in listed.items() if isinstance(found, FFN)]
+            raise UserError(f"--exclude {pattern} matches no MLP; this model's MLPs are {', '.join(mlps) or 'none'}")
     dense: dict[str, Dense] = {}
     plain: dict[str, FFN] = {}
     for name, found in listed.items():
