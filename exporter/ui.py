@@ -107,7 +107,8 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
     for column in ("", "dense", *stages):
         table.add_column(column, justify="left" if not column else "right")
     kept = [stage["retention"] for stage in stages.values()]
-    apart = len({stage.get("data") for stage in stages.values()}) > 1
+    measured = any(r.get("accuracy") is not None for r in kept)
+    apart = measured and len({stage.get("data") for stage in stages.values()}) > 1
 
     def figures(key: str) -> list[tuple[str, str]]:
         intervals = [recorded_interval(r, key) for r in kept]

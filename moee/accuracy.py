@@ -119,7 +119,7 @@ def comparison(
     guess = float(shares.max()) if len(known) else 1.0
     reason = ""
     if classes < 2 or not len(known):
-        reason = f"{name} has no labels"
+        reason = f"{name} has no labels of two classes or more"
     elif told == 0:
         reason = "the model has neither a classifier nor a probe"
     elif told == 1:
@@ -127,7 +127,7 @@ def comparison(
     elif told != classes:
         reason = f"the model tells {told} classes apart, {name} has {classes}"
     elif guess == 1.0:
-        reason = f"the labelled images of {name} are all of one class ({len(known)}), so that a constant answer is always right"
+        reason = f"the {len(known)} labelled images from {name} are all of one class, so that a constant answer is always right"
     elif guess ** len(known) >= CHANCE_P:
         reason = f"{name} has {len(known)} labelled images, too few to tell any model from a guess"
     if reason or logits is None:

@@ -80,5 +80,8 @@ def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]]
 
 
 def mean_cosine(a: Tensor, b: Tensor) -> float:
-    """Mean cosine similarity of the rows of two feature matrices [N, D]."""
+    """Mean cosine similarity of the rows of two feature matrices [N, D]. With D = 1 a row's cosine is a sign alone, so that of
+    the two columns is taken."""
+    if a.shape[1] == 1:
+        a, b = a.T, b.T
     return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=1).mean())

@@ -54,6 +54,8 @@ def test_stages_on_other_images_have_the_dense_accuracy_on_the_same():
     text = text_of(stage_table(info, title_of(info, "m", "other")))
     assert "m on other (extracted on digits)" in text
     assert "accuracy 90.00% 50.00%" in text and "dense, same images 95.00% 60.00%" in text
+    none = {"stages": {"extracted": stage(None, None), "tuned": stage(None, None, "other")}}
+    assert "same images" not in text_of(stage_table(none, "t"))
     same = {"stages": {"extracted": stage(0.9), "tuned": stage(0.9)}}
     assert title_of(same, "m", "digits") == title_of({"stages": {}}, "m", "digits") == "m on digits"
 

@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from moee.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, recorded_interval, top1, wilson
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention
+from moee.metrics import mean_cosine
 from moee.models import ModelSpec
 from moee.pipeline import Session
 from moee.planning import Budget, Point, choose, make_plan, pareto
@@ -41,7 +42,7 @@ def test_a_comparison_is_allowed_only_above_chance(case):
     known = [(label, answer) for label, answer in rows if label >= 0]
     assert (found.images, found.labelled) == (len(rows), len(known))
     if not known:
-        assert found.reason == "data has no labels"
+        assert found.reason == "data has no labels of two classes or more"
         return
     hits = sum(label == answer for label, answer in known)
     guess = max(np.bincount([label for label, _ in known])) / len(known)
@@ -86,13 +87,13 @@ def test_wilson_holds_the_share_and_stays_a_share(case):
 @pytest.mark.parametrize(
     "labels, classes, told, reason",
     [
-        ([-1] * 40, 0, 10, "data has no labels"),
-        ([-1] * 40, 4, 4, "data has no labels"),
+        ([-1] * 40, 0, 10, "data has no labels of two classes or more"),
+        ([-1] * 40, 4, 4, "data has no labels of two classes or more"),
         ([0, 1] * 20, 2, 0, "the model has neither a classifier nor a probe"),
         ([0, 1] * 20, 2, 1, "the model's head gives one number an image, which names no class"),
         ([0, 1] * 20, 2, 1000, "the model tells 1000 classes apart, data has 2"),
         ([3, 7] * 20, 2, 2, "the model tells 2 classes apart, data has 8"),
-        ([1] * 40, 2, 2, "the labelled images of data are all of one class (40), so that a constant answer is always right"),
+        ([1] * 40, 2, 2, "the 40 labelled images from data are all of one class, so that a constant answer is always right"),
         ([0, 1, 0], 2, 2, "data has 3 labelled images, too few to tell any model from a guess"),
     ],
 )  # fmt: skip
@@ -210,6 +211,13 @@ def test_a_head_of_one_logit_has_neither_accuracy_nor_agreement(monkeypatch):
     session = Session(tiny_spec(num_classes=1), "tiny")
     kept = session.measure(session.dense, session.probe(), "")["retention"]
     assert kept["accuracy"] is None and kept["top1_agreement"] is None and "names no class" in kept["no_accuracy"]
+
+
+def test_the_cosine_of_single_outputs_is_more_than_their_sign():
+    """A budget of cosine 0.99 was met by any model whose logits had the dense one's signs."""
+    dense = torch.tensor([[1.0], [2.0], [3.0], [-1.0]])
+    assert mean_cosine(dense, dense * 2) == pytest.approx(1.0)
+    assert mean_cosine(dense, torch.tensor([[9.0], [0.1], [0.1], [-0.1]])) < 0.7
 
 
 @pytest.mark.parametrize(
