@@ -38,19 +38,17 @@ def activate(value, activation):
     """
     if activation == 0:
         result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
-    elif activation == 1:
-        # tanh(z) = 2 sigmoid(2z) - 1, so 0.5 (1 + tanh z) = sigmoid(2z).
-        inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
-        result = value * tl.sigmoid(inner)
     elif activation == 2:
         # Not maximum(value, 0): that would turn a NaN into 0.
         result = tl.where(value < 0.0, 0.0, value)
-    elif activation == 3:
-        result = value * tl.sigmoid(value)
-    elif activation == 4:
-        result = value * tl.sigmoid(1.702 * value)
     else:
-        result = value * float("nan")
+        # x sigmoid(s x) for all others. Their code is shared: one more function of its own cost registers.
+        slope = tl.where(activation == 3, 1.0, tl.where(activation == 4, 1.702, float("nan")))
+        inner = slope * value
+        if activation == 1:
+            # tanh(z) = 2 sigmoid(2z) - 1, so 0.5 (1 + tanh z) = sigmoid(2z).
+            inner = 1.5957691216057308 * (value + 0.044715 * value * value * value)
+        result = value * tl.sigmoid(inner)
     return result
 
 

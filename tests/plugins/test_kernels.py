@@ -95,6 +95,13 @@ def test_activations(name, activation):
     close(y, inputs, buffers, activation=activation)
 
 
+def test_a_code_that_the_contract_lacks_is_no_other_function(monkeypatch):
+    monkeypatch.setattr(dispatch, "ACTIVATIONS", (*ACTIVATIONS, "unheard"))
+    for name in ("tile16", "masked16", "fused_d192"):
+        y, _ = dispatch.run(NAMES[name], operator(8, 32, (20, 18), 24, "float32", seed=2), activation=len(ACTIVATIONS))
+        assert y.isnan().all(), name
+
+
 @pytest.mark.parametrize("name", ["tile16", "tile128", "masked16", "fused_d384"])
 def test_program_order_does_not_matter(name):
     """Buckets fill in another order, the result is the same to the bit."""
