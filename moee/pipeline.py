@@ -279,7 +279,7 @@ def _kept(moee: MoeeModel, stage: str, out: Path | str, force: bool, group: Grou
             moee.info["stages"][stage]["unmeasured"] = type(error).__name__
             try:
                 checkpoint.save(moee, out, force, inputs)
-                error.add_note(f"the {stage} model is written to {out}, but its measurements are missing")
+                error.add_note(f"the {stage} model is in {out}, without measurements; the same command with --force makes them")
             except (OSError, UserError) as refusal:
                 error.add_note(f"the {stage} model could not be written to {out}: {refusal}")
         raise

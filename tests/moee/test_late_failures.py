@@ -44,7 +44,7 @@ def test_an_extracted_model_is_written_without_its_measurements(session, tmp_pat
         run_extract(session.spec, "digits", STATIC, out, session=session)
     told = explain(raised.value)
     assert told[0] == code and told[1].startswith(sentence)
-    assert told[1].endswith(f"the extracted model is written to {out}, but its measurements are missing")
+    assert told[1].endswith(f"the extracted model is in {out}, without measurements; the same command with --force makes them")
     moee = checkpoint.load(out)
     assert len(routed_layers(moee.model)) == 3 and moee.info["stages"]["extracted"]["unmeasured"] == type(error).__name__
     assert inspect_artifact(moee).moee["macs"] > 0
@@ -57,7 +57,7 @@ def test_a_tuned_model_is_written_and_measured_by_the_next_call(session, tmp_pat
         patch.setattr(session, "measure", failing(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt) as raised:
             run_finetune(tmp_path / "extracted", config, tmp_path / "tuned", session=session)
-    assert "the tuned model is written to" in explain(raised.value)[1]
+    assert "the tuned model is in" in explain(raised.value)[1]
     kept = checkpoint.load(tmp_path / "tuned")
     assert "retention" not in kept.info["stages"]["tuned"] and kept.info["stages"]["tuned"]["best_epoch"] in (0, 1)
     monkeypatch.setattr("moee.finetune.Trainer.backward", failing(AssertionError("no step is taken again")))
