@@ -39,25 +39,34 @@ def number_classes(
     folders. Without a head, which leaves the numbers free, those of train. Names of ImageNet synsets are numbered as in the
     ImageNet that has so many classes, and plain numbers from 0 stand for themselves, where some of them lack; with `indices` all
     names are numbers already, and 0 may lack. `order`: all names as the source itself numbers them, instead of natural order.
+    Two spellings of one text in Unicode are one class, which has the name of the first.
     """
-    positions = {name: position for position, name in enumerate(order)}
+    positions = {_normal(name): position for position, name in enumerate(order)}
 
     def ordered(names: Iterable[str]) -> tuple[str, ...]:
-        return tuple(sorted(names, key=lambda name: (positions.get(name, len(positions)), natural_key(name))))
+        once: dict[str, str] = {}
+        for name in names:
+            once.setdefault(_normal(name), name)
+        return tuple(sorted(once.values(), key=lambda name: (positions.get(_normal(name), len(positions)), natural_key(name))))
 
-    both = ordered({*train, *val})
+    both = ordered([*train, *val])
     if len(both) > MAX_CLASSES:
         return Numbering((), (f"{len(both)} classes are more than {MAX_CLASSES}, so the images count as unlabelled",))
-    everything = ordered({*both, *empty, *order})
+    everything = ordered([*both, *empty, *order])
     candidates = [(ordered(train), ""), (both, "train and val together"), (everything, "those without images included")]
     synsets = _synsets(both, head_classes)
     if synsets is not None and all(name in synsets.classes for name in both):
         return synsets
     for classes, where in candidates:
         if head_classes is not None and len(classes) == head_classes > 1:
-            guess = f"classes are numbered over {where}, since the model has {head_classes} and train {len(train)}"
+            guess = f"classes are numbered over {where}, since the model has {head_classes} and train {len(candidates[0][0])}"
             notes = [guess] if where else []
-            if not order and classes != tuple(sorted(classes)):
+            if indices and classes != tuple(map(str, range(head_classes))):
+                notes.append(
+                    f"class numbers {listed(classes)} are not 0 to {head_classes - 1}: in this order they are taken as "
+                    f"the model's {head_classes} classes"
+                )
+            elif not order and classes != tuple(sorted(classes)):
                 notes.append(f"classes are numbered in natural order, as timm does: {listed(classes)}")
             return Numbering(classes, tuple(notes))
     if synsets is not None:

@@ -397,7 +397,8 @@ def _numbered(source: Source, classes: Sequence[str] | None, head_classes: int |
             which = f"none of the model's {len(numbering.classes)} classes" if classes is not None else f"in {split} alone"
             plural, images = len(unknown) > 1, sum(unknown.values())
             notes.append(f"{listed(list(unknown))} {'are' if plural else 'is'} {which}: {images} images of {split} have no label")
-    known = [name for name in val if name not in train and number(name) >= 0] if classes is None and train else []
+    trained = {-1, *map(number, train)}
+    known = [name for name in val if number(name) not in trained] if classes is None and train else []
     if known:
         notes.append(f"only val has images of {listed(known)} ({sum(val[name] for name in known)})")
     for data in source.splits.values():

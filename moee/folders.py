@@ -12,24 +12,18 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moee.class_names import class_name, in_order, listed, natural_key
 from moee.data import ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import UserError
 from moee.progress import Reporter, silent
+from moee.split_folders import LAYOUT, TYPES, find_splits, is_image, leads_to_folder, skipped
 
-TYPES = {*IMG_EXTENSIONS, *get_img_extensions()}
-TRAIN_FOLDERS = ("train", "training")  # in any case; the first that is there counts
-VALIDATION_FOLDERS = ("val", "valid", "validation", "dev", "test", "testing")
-MOST_WRAPPERS = 4  # folders around the splits
-NO_CLASSES = {"__MACOSX"}  # beside hidden ones: what archives leave
-LAYOUT = "an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg, of which a fifth is held out"
 STEP = 10_000  # files between two reports
 
 Inode = tuple[int, int]  # device and number: what a file or folder really is
@@ -118,9 +112,9 @@ class Walk:
                 continue
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name.startswith(".") or entry.name in NO_CLASSES:
+                if skipped(entry.name):
                     continue
-                if _leads_to_folder(entry):
+                if leads_to_folder(entry):
                     listing.folders.append(name)
                     if entry.is_symlink():
                         self._links.append((listing, name))
@@ -137,8 +131,8 @@ class Walk:
         self.files += 1
         if self.files % STEP == 0:
             self.report("list images", self.files, 0)
-        kind = os.path.splitext(entry.name)[1].lower()
-        if kind not in TYPES:
+        if not is_image(entry.name):
+            kind = os.path.splitext(entry.name)[1].lower()
             self.others[kind] += 1
         elif not entry.is_symlink():
             if entry.is_file(follow_symlinks=False):
@@ -159,13 +153,6 @@ class Walk:
 
 def _inode(facts: os.stat_result) -> Inode:
     return facts.st_dev, facts.st_ino
-
-
-def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 class FolderSet(ImageSet):
@@ -194,14 +181,14 @@ class FolderSet(ImageSet):
 
 
 def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
-    """Both splits of an image folder: `train/` and `val/` (see `split_folders`) below it, or a fifth of it held out, drawn
+    """Both splits of an image folder: `train/` and `val/` (see `moee.split_folders`) below it, or a fifth of it held out, drawn
     with `seed`. Raises `UserError` where one of the wanted `splits` has no images, and for what is no folder."""
     root = Path(source)
     if not root.is_dir():
         came = "it is a file" if root.exists() else "there is no such folder"
         expected = "expected digits, photos, an image folder or a timm.data dataset string"
         raise UserError(f"data {source!r}: {came}; {expected}; {LAYOUT}")
-    places, said = split_folders(source, root)
+    places, said = find_splits(source, root, splits)
     divided = bool(places)
     listings, notes = list_folder(source, places or {"all": root}, splits if divided else ("all",), report)
     notes = said + notes
@@ -213,42 +200,6 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
     empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
     sets: dict[str, ImageSet] = {split: FolderSet(source, part, transform) for split, part in samples.items()}
     return Source(sets, divided, empty, notes=notes)
-
-
-def split_folders(source: str, root: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folders of `train` and `val` below `root`, under any of their usual names in any case, and what was taken
-    for them; nothing where `root` is not divided.
-
-    Raises `UserError` where all folders are named as splits are and none can be taken for one of both: they are no classes.
-    """
-    notes: list[str] = []
-    for _ in range(MOST_WRAPPERS):
-        folders = _visible_folders(root)
-        train = [f for word in TRAIN_FOLDERS for f in folders if f.lower() == word]
-        held_out = [f for word in VALIDATION_FOLDERS for f in folders if f.lower() == word]
-        came = f"data {source!r}: {root} holds the folders {', '.join(folders)}"
-        if train and held_out:
-            if len(train) > 1 or len({f.lower() for f in held_out[:2]}) < len(held_out[:2]):
-                raise UserError(f"{came}; which of them are train and val cannot be told, so leave one of each; {LAYOUT}")
-            others = [f for f in held_out[1:] if f.lower() not in ("test", "testing")]
-            if others:
-                notes.append(f"{held_out[0]} is held out; {', '.join(others)} is not read")
-            return {"train": root / train[0], "val": root / held_out[0]}, notes
-        if len(folders) > 1 and len(train) + len(held_out) == len(folders):
-            raise UserError(f"{came}, which are no classes, and train or val is not among them; {LAYOUT}")
-        if len(folders) != 1 or train or held_out:
-            break
-        root = root / folders[0]
-        notes.append(f"the splits lie in the folder {folders[0]!r}")
-    return {}, []
-
-
-def _visible_folders(root: Path) -> list[str]:
-    try:
-        names = (entry.name for entry in os.scandir(root) if _leads_to_folder(entry))
-        return sorted(name for name in names if not name.startswith(".") and name not in NO_CLASSES)
-    except OSError:
-        return []
 
 
 def list_folder(
@@ -344,17 +295,19 @@ def _wrapper(listings: Mapping[str, Listing]) -> str | None:
 
 
 def _unwrapped(listings: dict[str, Listing]) -> list[str]:
-    """Take a folder away that one split alone has around its classes, which are the other split's; sentences if there was one."""
-    notes = []
-    for split, listing in listings.items():
-        wrapper = _wrapper({split: listing})
-        others = {name for other, one in listings.items() if other != split for name in one.counts()}
-        if wrapper is not None and class_name(wrapper.partition("/")[0]) not in others:
-            inner = listing.below(wrapper)
-            if others & inner.counts().keys():
-                listings[split] = inner
-                notes.append(f"all images of {split} lie in the folder {wrapper!r}, so the folders below it are its classes")
-    return notes
+    """Take the folder away that a split has around its classes, where only without it the splits have classes of the same names;
+    sentences if there was one."""
+    wrappers = {split: _wrapper({split: listing}) for split, listing in listings.items()}
+    choices = [((split, None), *([(split, folder)] if folder else [])) for split, folder in wrappers.items()]
+    for choice in sorted(product(*choices), key=lambda taken: sum(folder is not None for _, folder in taken)):
+        found = {split: listings[split].below(folder) if folder else listings[split] for split, folder in choice}
+        if set.intersection(*(set(listing.counts()) for listing in found.values())):
+            listings.update(found)
+            return [
+                f"all images of {split} lie in the folder {class_name(folder)!r}, so the folders below it are its classes"
+                for split, folder in choice if folder
+            ]  # fmt: skip
+    return []
 
 
 def _images(count: int) -> str:

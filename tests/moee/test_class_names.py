@@ -60,6 +60,21 @@ def test_numbers_stand_for_themselves_where_some_lack():
     assert number_classes({"1": 3, "2": 3}, {"3": 1}, (), 3, indices=True).classes == ("1", "2", "3")
 
 
+def test_numbers_that_are_given_others_are_said():
+    found = number_classes({"1": 3, "2": 3, "5": 3}, {}, (), 3, indices=True)
+    assert found.classes == ("1", "2", "5")
+    assert found.notes == ("class numbers '1', '2', '5' are not 0 to 2: in this order they are taken as the model's 3 classes",)
+    assert not number_classes({"0": 3, "1": 3, "2": 3}, {}, (), 3, indices=True).notes
+
+
+def test_two_spellings_of_one_name_count_once():
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for train, val, empty in (({composed: 2, "tea": 2}, {apart: 1}, ()), ({composed: 2, apart: 1, "tea": 2}, {}, (apart,))):
+        assert number_classes(train, val, empty, 2).classes == (composed, "tea")
+        assert number_classes(train, val, empty, 3).classes == (composed, "tea")
+    assert number_classes({apart: 2, "tea": 2}, {}, (), 2, order=("tea", composed)).classes == ("tea", apart)
+
+
 def test_a_source_with_an_order_of_its_own_keeps_it():
     order = ("trouser", "bag", "ankle boot")
     assert number_classes({"bag": 1, "trouser": 1}, {"bag": 1}, (), 3, order=order).classes == order

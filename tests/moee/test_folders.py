@@ -248,6 +248,14 @@ def test_layouts_are_explained(tmp_path):
             load_data(str(source), SMALL)
 
 
+@pytest.mark.parametrize("head", [None, 2, 3])
+def test_two_spellings_of_one_name_are_one_class(tmp_path, head):
+    for split, name in (("train", "caf\u00e9"), ("val", "cafe\u0301"), ("train", "tea"), ("val", "tea")):
+        add(tmp_path / "d" / split / name, 2)
+    train, val = load_splits(str(tmp_path / "d"), SMALL, head_classes=head)
+    assert train.classes == val.classes == ("caf\u00e9", "tea") and val.labels == [0, 0, 1, 1] and not val.notes
+
+
 # --- monstrous images ---
 
 
@@ -291,59 +299,110 @@ def test_what_was_read_is_said(tmp_path, caplog):
     assert val.facts() == {"images": 6, "classes": 3, "unlabelled": 0, "skipped": 1, "first_skipped": names}
 
 
-def moved(root, **names):
-    """The splits of a tree under other names."""
-    for split, name in names.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / split).rename(root / name)
-    return root
+# --- splits by other names ---
 
 
-SPLIT_NAMES = (
-    ("train", "valid"), ("Train", "Val"), ("training", "validation"), ("TRAIN", "test"), ("images/train", "images/val"),
-    ("train", "dev"),
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("train", "valid"), ("Train", "Val"), ("training", "validation"), ("TRAIN", "dev"), ("train", "Test"),
+        ("train2017", "val2017"), ("train_images", "test_images"), ("images/train", "images/val"),
+        ("archive/data/Train", "archive/data/valid"),
+    ],
 )  # fmt: skip
+@pytest.mark.parametrize("head", [None, 4])
+def test_splits_by_the_usual_names_are_held_apart(tmp_path, train, val, head):
+    root = tmp_path / "d"
+    for name in NAMES:
+        add(root / train / name, 4)
+        add(root / val / name, 2)
+    (root / "labels" / "train").mkdir(parents=True)
+    (root / "labels" / "train" / "0.txt").write_text("0 .5 .5 1 1")
+    found = load_splits(str(root), SMALL, head_classes=head)
+    assert [len(data) for data in found] == [16, 8] and all(data.classes == NAMES for data in found)
+    assert all(os.path.relpath(path, root).startswith(val + os.sep) for path in found[1].paths)
+    names = f"{os.path.basename(train)!r} is trained on and {os.path.basename(val)!r} is held out"
+    assert (names in found[0].notes) == (os.path.basename(train) != "train" or os.path.basename(val) != "val")
+    assert any("the splits lie in the folder" in note for note in found[0].notes) == ("/" in train)
+    assert not any("a fifth" in note for note in found[0].notes)
 
 
-@pytest.mark.parametrize(("train", "val"), SPLIT_NAMES)
-def test_splits_have_many_names_and_are_never_classes(tmp_path, train, val):
-    root = moved(tree(tmp_path / "d"), train=train, val=val)
-    one, other = load_splits(str(root), SMALL, head_classes=4)
-    assert one.classes == other.classes == NAMES and len(one) == 14 and len(other) == 8
-    assert {path.split("/d/")[1].startswith(f"{train}/") for path in one.paths} == {True}
-    said = any("the splits lie in the folder 'images'" in note for note in (*one.notes, *other.notes))
-    assert said == train.startswith("images/")
+def test_splits_without_classes(tmp_path):
+    """As detection data sets have them: images/train/*.jpg."""
+    add(tmp_path / "d" / "images" / "train", 5)
+    add(tmp_path / "d" / "images" / "val", 3, 5)
+    train, val = load_splits(str(tmp_path / "d"), SMALL, head_classes=2)
+    assert (len(train), len(val)) == (5, 3) and not train.labelled and set(val.labels) == {-1}
 
 
-def test_the_folder_that_is_held_out_is_said_where_there_are_several(tmp_path):
-    root = moved(tree(tmp_path / "d"), val="valid")
-    add(root / "dev" / "ant")
-    one, other = load_splits(str(root), SMALL, head_classes=4)
-    assert len(other) == 8 and any("valid is held out; dev is not read" in note for note in (*one.notes, *other.notes))
+def test_val_is_held_out_before_test_and_what_is_not_read_is_said(tmp_path):
+    root = tree(tmp_path / "d")
+    add(root / "test" / "ant", 2)
+    add(root / "extra", 2)
+    train, val = load_splits(str(root), SMALL)
+    assert (len(train), len(val)) == (14, 8)
+    assert "images beside 'train' and 'val' are not read ('extra', 'test')" in val.notes
 
 
-@pytest.mark.parametrize("folders", [("val", "test"), ("train", "training"), ("valid", "Test"), ("Train", "train", "val")])
-def test_split_folders_that_cannot_be_told_apart_are_refused(tmp_path, folders):
-    for name in folders:
-        add(tmp_path / "d" / name / "ant")
-        add(tmp_path / "d" / name / "bee")
-    with pytest.raises(UserError, match="an image folder holds train/CLASS"):
+@pytest.mark.parametrize(
+    ("splits", "said"),
+    [
+        (("val", "test"), "holds 'test', 'val' and no train"),
+        (("images/val", "images/test"), "holds 'test', 'val' and no train"),
+        (("train", "val", "valid"), "'val', 'valid', which may each be the same split"),
+        (("train", "Train", "val"), "'Train', 'train', which may each be the same split"),
+        (("train", "training"), "holds 'train', 'training' and no val"),
+        (("Valid",), "holds 'Valid' and no train; give .*Valid itself to divide it"),
+        (("x/test",), "x holds 'test' and no train"),
+    ],
+)
+def test_splits_that_cannot_be_told_are_refused(tmp_path, splits, said):
+    for split in splits:
+        for name in NAMES[:2]:
+            add(tmp_path / "d" / split / name, 2)
+    with pytest.raises(UserError, match=f"{said}.*train/CLASS/.*val/CLASS/"):
         load_splits(str(tmp_path / "d"), SMALL)
 
 
-def test_classes_that_are_named_like_a_split_are_classes(tmp_path):
-    for name in ("train", "bus", "car"):
-        add(tmp_path / "d" / name)
-    train, val = load_splits(str(tmp_path / "d"), SMALL)
-    assert train.classes == ("bus", "car", "train")
+@pytest.mark.parametrize("splits", [("val", "test"), ("valid",)])
+def test_held_out_images_alone_are_read_where_nothing_is_trained(tmp_path, splits):
+    for split in splits:
+        for name in NAMES:
+            add(tmp_path / "d" / split / name, 2)
+    val = load_data(str(tmp_path / "d"), SMALL, "val", classes=NAMES)
+    assert len(val) == 8 and val.classes == NAMES and f"{splits[0]!r} is held out, and there is no train" in val.notes
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_folder_around_the_classes_of_one_split_is_taken_away_and_said(tmp_path, split):
-    root = tree(tmp_path / "d")
-    (root / split).rename(root / "inner")
-    (root / split).mkdir()
-    (root / "inner").rename(root / split / "images")
-    train, val = load_splits(str(root), SMALL)
-    assert train.classes == val.classes == NAMES and min(train.labels + val.labels) == 0
-    assert any(f"all images of {split} lie in the folder 'images'" in note for note in (*train.notes, *val.notes))
+def test_a_class_with_splits_inside_is_refused(tmp_path):
+    for name in NAMES:
+        add(tmp_path / "d" / name / "train", 3)
+        add(tmp_path / "d" / name / "val", 2)
+    with pytest.raises(UserError, match="holds 'ant', which holds splits of its own.*train/CLASS/"):
+        load_splits(str(tmp_path / "d"), SMALL)
+
+
+def test_classes_beside_a_split_name_stay_classes(tmp_path):
+    for name in ("bus", "dev", "test"):
+        add(tmp_path / "d" / name, 4)
+    assert load_data(str(tmp_path / "d"), SMALL).classes == ("bus", "dev", "test")
+
+
+@pytest.mark.parametrize("head", [None, 4, 1000])
+@pytest.mark.parametrize(
+    ("train", "val", "wrapped"),
+    [("images/", "", "train"), ("", "images/", "val"), ("train/", "val/", "train"), ("a/b/", "c/", "val")],
+)
+def test_a_folder_around_the_classes_of_one_split(tmp_path, train, val, wrapped, head):
+    for name in NAMES:
+        add(tmp_path / "d" / "train" / f"{train}{name}", 4)
+        add(tmp_path / "d" / "val" / f"{val}{name}", 2)
+    found = load_splits(str(tmp_path / "d"), SMALL, head_classes=head)
+    assert [data.classes for data in found] == [NAMES, NAMES] and -1 not in found[0].labels + found[1].labels
+    assert any(f"all images of {wrapped} lie in the folder" in note for note in found[0].notes)
+
+
+def test_one_class_in_a_split_is_no_wrapper(tmp_path):
+    for deep in ("train/cat/persian", "train/cat/siamese", "val/cat/persian", "val/dog/boxer"):
+        add(tmp_path / "d" / deep, 2)
+    train, _ = load_splits(str(tmp_path / "d"), SMALL, head_classes=2)
+    assert train.classes == ("cat", "dog") and set(train.labels) == {0}
