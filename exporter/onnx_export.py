@@ -34,7 +34,7 @@ from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from moee.artifact import write_manifest
 from moee.checkpoint import MoeeModel, recorded_data
 from moee.clear_moe import ClearFFN
-from moee.data import ImageSet, Transform, load_data, model_transform, say_read
+from moee.data import ImageSet, Transform, model_transform, say_read
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import tokens_per_image
@@ -42,6 +42,7 @@ from moee.models import Shape
 from moee.placement import OutputFolder, source_paths
 from moee.progress import Reporter, silent
 from moee.result_kinds import EXPORT
+from moee.sources import load_data
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20

@@ -1,4 +1,4 @@
-"""Images for calibration, fine-tuning and accuracy: two built-in sets, image folders, any `timm.data` dataset.
+"""Image sets: what a model sees of them, reading in batches, and the pictures behind them. `moee.sources` opens them by name.
 
 Every dataset yields `(index, image [C, H, W] float32 or why it cannot be read, label)`; label -1 is no label.
 """
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
-from moee.class_names import MAX_NAMED, Labels, Numbering, class_name, listed, number_classes
+from moee.class_names import MAX_NAMED, class_name, listed
 from moee.distributed import Group
 from moee.errors import UserError
 from moee.models import Shape
-from moee.progress import Reporter, silent
 from moee.schema import shown
 
 log = logging.getLogger("moee")
@@ -329,78 +328,3 @@ class Source:
     indices: bool = False
     order: Sequence[str] = ()
     notes: Sequence[str] = ()
-
-
-def load_splits(
-    source: str, transform: Transform, seed: int = 0, classes: Sequence[str] | None = None, head_classes: int | None = None,
-    report: Reporter = silent,
-) -> tuple[ImageSet, ImageSet]:  # fmt: skip
-    """The training and the held-out images of a source, as `load_data`, their classes numbered alike."""
-    found = _numbered(_opened(source, transform, ("train", "val"), seed, report), classes, head_classes)
-    return found["train"], found["val"]
-
-
-def load_data(
-    source: str, transform: Transform, split: str = "train", seed: int = 0, classes: Sequence[str] | None = None,
-    head_classes: int | None = None, report: Reporter = silent,
-) -> ImageSet:  # fmt: skip
-    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string;
-    `wds/FOLDER` is a folder of tar shards.
-
-    `split` is `train` (calibration, fine-tuning) or `val` (held out). A folder is read as `train/` and `val/` below it
-    where they exist; otherwise a fifth of it, drawn with `seed`, is held out. Classes are numbered by `classes`, those of an
-    artifact, or alike in both splits, to fit the `head_classes` that a model tells apart (`class_names.number_classes`). Raises
-    `UserError` for a source that is none of these, an empty folder, or one whose images cannot be listed.
-    """
-    if split not in ("train", "val"):
-        raise UserError(f"unknown split {split!r}; expected train or val")
-    return _numbered(_opened(source, transform, (split,), seed, report), classes, head_classes)[split]
-
-
-def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:
-    """A source with at least these splits."""
-    mode_of(transform.shape)  # refuses channels that no file has
-    if source == "digits" or source.partition(":")[0] == "photos":
-        from moee import built_in
-
-        if source == "digits":
-            return Source({split: built_in.digits(transform, split) for split in splits})
-        return Source({split: built_in.photos(source, transform, split, seed) for split in splits})
-    if source.startswith("wds/"):
-        from moee.shards import open_shards
-
-        return open_shards(source, transform, seed)
-    from moee import folders, timm_sets
-
-    if timm_sets.named(source):
-        return timm_sets.open_timm(source, transform)
-    return folders.open_folder(source, transform, splits, seed, report)
-
-
-def _numbered(source: Source, classes: Sequence[str] | None, head_classes: int | None) -> dict[str, ImageSet]:
-    """The splits with one numbering; what was guessed or has no number is in their notes."""
-    counts = {split: data.counts() for split, data in source.splits.items()}
-    train, val = counts.get("train", {}), counts.get("val", {})
-    if not source.divided:
-        train = val = {**val, **train}
-    if classes is not None:
-        numbering, number, notes = Numbering(tuple(classes)), Labels(classes).number, list(source.notes)
-        if source.indices and not any(name.isdecimal() for name in classes):
-            number = lambda name: int(name) if int(name) < len(classes) else -1  # noqa: E731
-            notes.append(f"class numbers are taken as positions in the model's {len(classes)} classes")
-    else:
-        numbering = number_classes(train, val, source.empty, head_classes, source.indices, source.order)
-        number, notes = Labels(numbering.classes).number, [*source.notes, *numbering.notes]
-    for split, data in source.splits.items():
-        unknown = data.renumber(numbering.classes, number)
-        if unknown and numbering.classes:
-            which = f"none of the model's {len(numbering.classes)} classes" if classes is not None else f"in {split} alone"
-            plural, images = len(unknown) > 1, sum(unknown.values())
-            notes.append(f"{listed(list(unknown))} {'are' if plural else 'is'} {which}: {images} images of {split} have no label")
-    trained = {-1, *map(number, train)}
-    known = [name for name in val if number(name) not in trained] if classes is None and train else []
-    if known:
-        notes.append(f"only val has images of {listed(known)} ({sum(val[name] for name in known)})")
-    for data in source.splits.values():
-        data.notes = tuple(notes)
-    return source.splits

@@ -26,7 +26,7 @@ from moee.class_names import listed
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract
-from moee.data import ImageSet, batches, load_splits, model_transform, say_read
+from moee.data import ImageSet, batches, model_transform, say_read
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention, run
@@ -44,6 +44,7 @@ from moee.probe import Probe, classes_told, fit_probe
 from moee.progress import Reporter, silent
 from moee.result_kinds import FINETUNE_STATE, MODEL
 from moee.schema import shown
+from moee.sources import load_splits
 from moee.views import widened
 
 log = logging.getLogger("moee")

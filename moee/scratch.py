@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from moee.artifact import sha256_file
 from moee.cache import cache_dir, cache_lock, tensor_hash
-from moee.data import ImageSet, batches, load_data, model_transform
+from moee.data import ImageSet, batches, model_transform
 from moee.models import ModelSpec, build_model
 from moee.progress import Reporter, silent
+from moee.sources import load_data
 from moee.tensor_file import write_tensors
 
 NAME, DATA = "vit-scratch", "digits"

@@ -11,9 +11,10 @@ import torch
 from exporter.pretrained import resolve
 from moee.calibration import BATCH_SIZE, collect_tokens
 from moee.config import PAPER_TOKENS
-from moee.data import batches, load_data, model_transform
+from moee.data import batches, model_transform
 from moee.mlps import find_ffns
 from moee.models import load_model
+from moee.sources import load_data
 
 
 def main() -> None:

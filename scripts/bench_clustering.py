@@ -169,9 +169,10 @@ def collect(folder: Path, rows: int) -> Path:
     from exporter.pretrained import resolve
     from moee.built_in import CALIBRATION_PHOTOS
     from moee.calibration import collect_tokens, hidden_activations
-    from moee.data import load_data, model_transform
+    from moee.data import model_transform
     from moee.mlps import find_ffns
     from moee.models import load_model
+    from moee.sources import load_data
 
     model = load_model(resolve("dinov2-s", "photos"))
     transform = model_transform(model)

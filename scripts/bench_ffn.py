@@ -7,7 +7,8 @@ import argparse
 
 from exporter.ffn_bench import ffn_speeds, overall
 from moee import checkpoint
-from moee.data import load_data, model_transform
+from moee.data import model_transform
+from moee.sources import load_data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("artifact")

@@ -13,13 +13,14 @@ from exporter.pretrained import resolve
 from moee.calibration import collect_tokens, gather_tokens
 from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
-from moee.data import TensorSet, load_data, model_transform
+from moee.data import TensorSet, model_transform
 from moee.evaluate import run
 from moee.finetune import finetune
 from moee.joining import joined
 from moee.mlps import find_ffns
 from moee.models import load_model
 from moee.pipeline import peak_memory_bytes
+from moee.sources import load_data
 
 
 def main() -> None:

@@ -39,3 +39,29 @@ def test_no_pickle_and_only_weights_only_torch_load():
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                     keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
                     assert keywords.get("weights_only") == "True", f"{path}:{node.lineno} torch.load without weights_only"
+
+
+def modules_imported(path: Path, known: set[str]) -> set[str]:
+    """Modules of this project, out of `known`, that a file imports at any depth of nesting."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            inner = (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {name if name in known else node.module for name in inner}
+    return names & known
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("package", ["moee", "plugins"])
+def test_no_circle_of_files(package):
+    files = {module_of(path): path for path in (ROOT / package).rglob("*.py")}
+    left = {name: modules_imported(path, set(files)) - {name} for name, path in files.items()}
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these import one another in a circle, or lead into one: {sorted(left)}"

@@ -10,7 +10,6 @@ from moee.clear_moe.dispatch import backend
 from moee.clear_moe.routers import fit_router
 from moee.clustering import make_clusterer
 from moee.config import ExtractConfig
-from moee.data import load_data
 from moee.distributed import Parcel
 from moee.errors import chosen
 from moee.exchange import pack_finding, unpack_finding
@@ -20,6 +19,7 @@ from moee.moefication import find_moefication
 from moee.routing import make_router
 from moee.selection import Moments, select_neurons
 from moee.sensitivity import measure_sensitivity
+from moee.sources import load_data
 from moee.training import AMP
 from plugins.targets import target
 from plugins.workspace import Sizes, layout

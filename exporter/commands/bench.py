@@ -91,8 +91,9 @@ def _data(given: str | None, manifest: dict[str, Any]) -> ImageSet | None:
     """Held-out images of --data, which must be readable, or of what the model was last made on, which may be elsewhere."""
     from exporter.manifests import input_shape
     from moee.checkpoint import recorded_data
-    from moee.data import Transform, load_data, say_read
+    from moee.data import Transform, say_read
     from moee.errors import UserError
+    from moee.sources import load_data
 
     wanted = manifest["input"]
     config = {"mean": wanted["mean"], "std": wanted["std"]}

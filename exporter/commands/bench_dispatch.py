@@ -96,8 +96,9 @@ def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
 
     from moee import checkpoint
     from moee.clear_moe import ClearFFN
-    from moee.data import batches, load_data, model_transform, say_read
+    from moee.data import batches, model_transform, say_read
     from moee.layer import routed_layers
+    from moee.sources import load_data
 
     moee = checkpoint.load(path)
     layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}

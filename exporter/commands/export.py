@@ -42,7 +42,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.precision import INT8, dtype_of
     from exporter.quantization import CALIBRATION_IMAGES
     from moee import checkpoint
-    from moee.data import load_data, model_transform, say_read
+    from moee.data import model_transform, say_read
+    from moee.sources import load_data
 
     dtype_of(args.precision)
     if args.precision not in INT8 and (args.calibration_images is not None or args.data):

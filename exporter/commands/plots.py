@@ -33,8 +33,9 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots import write_plots
     from moee import checkpoint
-    from moee.data import load_splits, model_transform, say_read
+    from moee.data import model_transform, say_read
     from moee.errors import UserError
+    from moee.sources import load_splits
 
     if args.images < 1:
         raise UserError(f"--images must be at least 1, came {args.images}")

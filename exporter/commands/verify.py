@@ -87,9 +87,10 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     from exporter.verify.suite import verify_ranks
     from moee import checkpoint
     from moee.checkpoint import recorded_data
-    from moee.data import load_data, model_transform, say_read
+    from moee.data import model_transform, say_read
     from moee.exchange import check_same_data
     from moee.joining import launched
+    from moee.sources import load_data
 
     with group.agreed():
         manifest = read_export(args.path)

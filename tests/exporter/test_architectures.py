@@ -19,10 +19,11 @@ from exporter.parity import check_parity
 from moee.checkpoint import MoeeModel, load, save
 from moee.config import make_extract_config
 from moee.convert import extract
-from moee.data import load_data, model_transform
+from moee.data import model_transform
 from moee.layer import routed_layers
 from moee.mlps import find_ffns
 from moee.models import ModelSpec, load_model
+from moee.sources import load_data
 from tests.plugins import built
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)

@@ -15,10 +15,11 @@ from exporter import cli
 from moee import checkpoint
 from moee.artifact import write_manifest
 from moee.checkpoint import SCHEMA
-from moee.data import load_splits, model_transform
+from moee.data import model_transform
 from moee.errors import UserError
 from moee.models import load_model
 from moee.pipeline import Session
+from moee.sources import load_splits
 from tests.conftest import TINY, tiny_spec
 
 COLOURS = {"2 green": (20, 200, 30), "10 red": (220, 30, 20), "blue [x]": (20, 40, 230), "weiß": (240, 240, 240)}

@@ -249,7 +249,7 @@ def test_an_engine_without_plugin_runs_and_verifies(mixed, tmp_path):
 
 def test_commands_on_a_mixed_model(mixed, tmp_path, capsys, monkeypatch):
     """What `export` wrote goes through verify, inspect, plots and report without a traceback."""
-    monkeypatch.setattr("moee.data.load_data", lambda *args, **kwargs: mixed.data)
+    monkeypatch.setattr("moee.sources.load_data", lambda *args, **kwargs: mixed.data)
     mixed.folder()
     run, model = tmp_path / "verify", str(mixed.root / "model")
     assert cli.main(["verify", str(mixed.folder()), "--maxShapes", "8", "--images", "16", "--bisect", "--out", str(run)]) == 0

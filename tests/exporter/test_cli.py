@@ -35,8 +35,8 @@ def small_world(monkeypatch):
         return lambda source, *args, **kwargs: made() if source == "digits" else real(source, *args, **kwargs)
 
     images = functools.partial(tiny_images, 40, classes=10)
-    monkeypatch.setattr(moee.pipeline, "load_splits", tiny(moee.data.load_splits, lambda: (images(), images())))
-    monkeypatch.setattr("moee.data.load_data", tiny(moee.data.load_data, images))
+    monkeypatch.setattr(moee.pipeline, "load_splits", tiny(moee.sources.load_splits, lambda: (images(), images())))
+    monkeypatch.setattr("moee.sources.load_data", tiny(moee.sources.load_data, images))
 
 
 def run(*argv):

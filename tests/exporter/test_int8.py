@@ -167,7 +167,7 @@ def test_an_engine_is_held_against_the_quantised_model(exports, tiny_export):
 
 def test_the_command(tiny_export, tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr("moee.data.load_data", lambda source, *a, **k: asked.append(source) or tiny_export.data)
+    monkeypatch.setattr("moee.sources.load_data", lambda source, *a, **k: asked.append(source) or tiny_export.data)
     model = str(tiny_export.root / "model")
 
     def run(*words):
@@ -213,8 +213,9 @@ def test_dinov2_small(tmp_path, precision):
     from moee.checkpoint import MoeeModel
     from moee.config import make_extract_config
     from moee.convert import extract
-    from moee.data import load_data, model_transform
+    from moee.data import model_transform
     from moee.models import load_model
+    from moee.sources import load_data
 
     spec = resolve("dinov2-s", "digits")
     model = load_model(spec)

@@ -176,7 +176,7 @@ def run(*arguments):
 
 
 def test_commands_take_a_static_export(static, tmp_path, monkeypatch):
-    monkeypatch.setattr("moee.data.load_data", lambda *args, **kwargs: static[1])
+    monkeypatch.setattr("moee.sources.load_data", lambda *args, **kwargs: static[1])
     folder = exported(static)
     times = ["--runs", 3, "--duration", 0.1, "--throughput", 0, "--batch", 2, "--profile", "--out", tmp_path / "latency.json"]
     assert run("bench", folder, *times) == 0

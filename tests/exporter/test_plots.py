@@ -117,7 +117,7 @@ def test_every_figure_is_drawn_the_same_twice(artifact):
 def test_command_writes_everything_and_refuses_what_exists(artifact, tmp_path, capsys, monkeypatch):
     moee, data = artifact
     checkpoint.save(moee, tmp_path / "model")
-    monkeypatch.setattr("moee.data.load_splits", lambda *args, **kwargs: (data, data))
+    monkeypatch.setattr("moee.sources.load_splits", lambda *args, **kwargs: (data, data))
     argv = ["plots", str(tmp_path / "model"), "--out", str(tmp_path / "plots")]
     assert cli.main([*argv, "--images", "0"]) == 2
     assert cli.main(argv) == 0

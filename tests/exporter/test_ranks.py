@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 
 from exporter.cli import main
 from moee.class_names import natural_key
-from moee.data import load_data, model_transform
+from moee.data import model_transform
 from moee.errors import UserError
 from moee.evaluate import run
+from moee.sources import load_data
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_S = 30  # a killed rank: the others are gone after this, torchrun included; docs/scale.md states 10 without its start-up

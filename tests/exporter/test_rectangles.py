@@ -23,10 +23,11 @@ from moee import checkpoint
 from moee.checkpoint import MoeeModel
 from moee.config import make_extract_config
 from moee.convert import extract
-from moee.data import TensorSet, load_data, model_transform
+from moee.data import TensorSet, model_transform
 from moee.errors import UserError
 from moee.models import load_model
 from moee.schema import checked
+from moee.sources import load_data
 from tests.conftest import tiny_spec
 from tests.exporter.test_bundle_runner import ours
 from tests.plugins import built

@@ -8,11 +8,12 @@ from PIL import Image
 from moee.collage import Collages
 from moee.config import make_extract_config
 from moee.convert import extract
-from moee.data import TensorSet, batches, load_data, model_transform
+from moee.data import TensorSet, batches, model_transform
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import dense_macs
 from moee.models import load_model
+from moee.sources import load_data
 from moee.views import Views
 from tests.conftest import tiny_spec
 

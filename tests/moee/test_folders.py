@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from moee.data import Transform, batches, load_data, load_splits, say_read, skipped_line
+from moee.data import Transform, batches, say_read, skipped_line
 from moee.errors import UserError
+from moee.sources import load_data, load_splits
 from moee.views import widened
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

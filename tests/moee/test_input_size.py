@@ -14,11 +14,12 @@ from moee.checkpoint import MoeeModel
 from moee.collage import Collages
 from moee.config import make_extract_config
 from moee.convert import extract
-from moee.data import TensorSet, load_data, model_transform
+from moee.data import TensorSet, model_transform
 from moee.errors import UserError
 from moee.input_size import sized
 from moee.metrics import dense_macs, tokens_per_image
 from moee.models import ModelSpec, build_model, load_model
+from moee.sources import load_data
 from moee.views import Views
 from tests.conftest import tiny_spec
 

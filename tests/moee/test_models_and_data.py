@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from moee.data import batches, load_data, model_transform
+from moee.data import batches, model_transform
 from moee.errors import UserError
 from moee.mlps import find_ffns
 from moee.models import ModelSpec, load_model
+from moee.sources import load_data
 from tests.conftest import TINY, tiny_spec
 
 

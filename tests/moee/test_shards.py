@@ -10,10 +10,11 @@ import timm.data
 import torch
 from PIL import Image
 
-from moee.data import batches, load_data, load_splits, model_transform
+from moee.data import batches, model_transform
 from moee.distributed import Group
 from moee.errors import MissingDependency, UserError
 from moee.models import load_model
+from moee.sources import load_data, load_splits
 from tests.conftest import tiny_spec
 
 LENGTHS = {"train": (5, 3, 4), "validation": (2, 3)}
