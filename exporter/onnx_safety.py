@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from moee.artifact import stays_inside
 from moee.errors import UserError
-from moee.schema import shown
+from moee.schema import reason_of
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
@@ -70,7 +70,7 @@ def load_ir(path: Path | str) -> ir.Model:
 
 def _reason(error: Exception) -> str:
     """It quotes names from the file, which may hold anything."""
-    return shown(" ".join(str(error).split()) or type(error).__name__, quoted=False, limit=MAX_REASON)
+    return reason_of(error, MAX_REASON)
 
 
 def _check(model: onnx.ModelProto, folder: Path) -> None:

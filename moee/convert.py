@@ -18,7 +18,7 @@ from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches, image_shape, model_transform, refuse_all_skipped
 from moee.distributed import SOLO, Group
-from moee.errors import NothingRouted, OutOfReach
+from moee.errors import NothingRouted, OutOfReach, StepFailed
 from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
 from moee.grouping import GroupedLayer, find_routes
 from moee.layer import Experts, RoutedFFN
@@ -82,8 +82,12 @@ def prepare(
 
     In a `group` only rank 0's result is whole; the others' holds the layers that they worked on.
     """
-    refuse_wide(model, config)
-    mlps = find_ffns(model, config.exclude)
+    with group.agreed():
+        refuse_wide(model, config)
+        mlps = find_ffns(model, config.exclude)
+    names = [ffn.name for ffn in mlps.ffns]
+    if any(theirs != names for theirs in group.all_json(names)):  # they are proved by running them, on machines of many kinds
+        raise StepFailed("the ranks do not find the same MLPs in the model; start them on machines of one kind")
     ffns, dense = mlps.ffns, reports_of(mlps)
     found: list[Finding] = []
     with temporary_folder(scratch) as folder:

@@ -24,7 +24,7 @@ from moee.class_names import MAX_NAMED, class_name, listed
 from moee.distributed import Group
 from moee.errors import UserError
 from moee.models import Shape
-from moee.schema import shown
+from moee.schema import reason_of
 
 log = logging.getLogger("moee")
 
@@ -200,7 +200,7 @@ class ImageSet(Dataset):
         try:
             return index, self.load(index), self.labels[index]
         except UNREADABLE as error:
-            return index, shown(" ".join(str(error).split()) or type(error).__name__, quoted=False), self.labels[index]
+            return index, reason_of(error), self.labels[index]
 
 
 class TensorSet(ImageSet):

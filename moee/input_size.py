@@ -10,7 +10,7 @@ from torch import nn
 
 from moee.errors import UserError
 from moee.models import MAX_SIDE, ModelSpec, build_model, plain_size
-from moee.schema import shown
+from moee.schema import reason_of
 
 
 def sized(spec: ModelSpec, size: Sequence[int]) -> ModelSpec:
@@ -57,5 +57,5 @@ def _check(model: nn.Module, said: str, height: int, width: int) -> None:
         with torch.no_grad():
             model(torch.empty(1, described["input_size"][0], height, width, device="meta"))
     except Exception as error:  # each model has its own
-        reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+        reason = reason_of(error)
         raise UserError(f"{said} cannot take images of {height} x {width} pixels ({reason}); give another size") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+FROM_THE_START = "dense: "
+
 
 @dataclass(frozen=True)
 class RefitReport:
@@ -36,6 +38,11 @@ class LayerReport:
     noise: float
     tokens: int | None = None
     refit: RefitReport | None = None
+
+    @property
+    def candidate(self) -> bool:
+        """Whether experts were looked for: what is no MLP, or was excluded, stays dense from the start."""
+        return not self.status.startswith(FROM_THE_START)
 
     @property
     def notes(self) -> list[str]:

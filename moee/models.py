@@ -18,7 +18,7 @@ from moee.cache import tensor_hash
 from moee.errors import UserError
 from moee.fitting import Fit, best_fit, difference, listed
 from moee.hub import pretrained_model
-from moee.schema import shown
+from moee.schema import reason_of, shown
 from moee.weights_file import containers, read_checkpoint
 
 MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
@@ -146,7 +146,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     try:
         return _created(spec)
     except Exception as error:  # models refuse arguments in many ways
-        reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+        reason = reason_of(error)
         raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
 
 

@@ -43,7 +43,7 @@ from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.probe import Probe, classes_told, fit_probe
 from moee.progress import Reporter, silent
 from moee.result_kinds import FINETUNE_STATE, MODEL
-from moee.schema import shown
+from moee.schema import reason_of
 from moee.sources import load_splits
 from moee.views import widened
 
@@ -135,7 +135,7 @@ class Session:
             dense_macs(self.dense, self.transform.shape)
             tokens_per_image(self.dense, mlps, self.transform.shape)
         except Exception as error:  # the counter runs a stranger's model on shapes alone
-            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+            reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
 
     def _few_images(self) -> Tensor:

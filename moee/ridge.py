@@ -37,7 +37,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, ridge: float, least: float = 1e-30)
 def held_out_runs(tokens: int) -> Tensor:
     """Which of `tokens` tokens in reading order [N] are held out to judge a fit: runs, so that an image's tokens mostly stay
     together."""
-    run = RUN if tokens > RUN * (FOLDS - 1) else max(1, tokens // FOLDS)
+    run = RUN if tokens >= RUN * FOLDS else max(1, tokens // FOLDS)
     return torch.arange(tokens) // run % FOLDS == FOLDS - 1
 
 

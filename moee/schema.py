@@ -111,3 +111,9 @@ def parse_json(path: Path) -> Any:
     if level:
         raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels")
     return body
+
+
+def reason_of(error: BaseException, limit: int | None = None) -> str:
+    """What an exception of someone else's code says, on one line; its kind where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return shown(text, quoted=False) if limit is None else shown(text, quoted=False, limit=limit)

@@ -15,7 +15,7 @@ from torch import Tensor
 from moee.class_names import class_name
 from moee.data import ImageSet, Source, Transform, converted, decoded, evaluation
 from moee.errors import MissingDependency, UserError
-from moee.schema import shown
+from moee.schema import reason_of
 
 INDEXED, STREAMS = ("torch", "hfds"), ("tfds", "hfids")
 SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
@@ -76,7 +76,7 @@ def _opened(source: str, splits: Sequence[str]) -> Any:
                 return dataset
             reasons.append(f"its split {split} is empty")
         except Exception as error:  # readers of many libraries, each with errors of its own
-            reasons.append(shown(" ".join(str(error).split()) or type(error).__name__, quoted=False))
+            reasons.append(reason_of(error))
     raise UserError(f"data {source!r}: no images found ({reasons[0]})")
 
 

@@ -21,7 +21,7 @@ from exporter.passes.widen import widen_bfloat16
 from moee.atomic import temporary_folder
 from moee.errors import UserError
 from moee.layer import RoutedLayer, routed_layers
-from moee.schema import shown
+from moee.schema import reason_of
 
 ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PARTS = ("tokens", "route", "result")
@@ -145,7 +145,7 @@ def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
         try:
             ir.save(model, folder / graph.name)
         except Exception as error:  # onnx_ir finds only now what it cannot write
-            reason = shown(" ".join(str(error).split()) or type(error).__name__, quoted=False)
+            reason = reason_of(error)
             raise UserError(f"{graph} cannot be taken apart ({reason}); export it again") from error
         yield folder / graph.name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from moee.resume import check_identity, fingerprint
 
 CELLS, SETUP = "cells", "setup.json"
 SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/1"
+WORST = -1.0  # of a cosine
 RETAINED = ("dense_accuracy", "accuracy", "top1_agreement", "class_cosine", "token_cosine", "labelled", "no_accuracy")
 
 
@@ -139,12 +141,16 @@ def run_cell(session: Session, config: ExtractConfig, sampled: list[LayerTokens]
     measured = session.measure(model, probe, "")
     dense, ours = measured["cost"]["dense"], measured["cost"]["moee"]
     kept = measured["retention"]
+    for key in ("class_cosine", "token_cosine"):
+        if kept[key] is not None and not math.isfinite(kept[key]):
+            kept[key] = WORST  # a model that gives no numbers loses its comparisons, and is not left out of them
+    cut = [layer for layer in layers if layer.candidate]
     return CellResult(
         status="routed",
         seconds=seconds,
         **{name: kept[name] for name in RETAINED},
         macs_change=ours["macs"] / dense["macs"] - 1,
         params_change=ours["params"] / dense["params"] - 1,
-        experts=[layer.experts for layer in layers],
-        noise=sum(layer.noise for layer in layers) / len(layers),
+        experts=[layer.experts for layer in cut],
+        noise=sum(layer.noise for layer in cut) / len(cut),
     ).model_dump()

@@ -13,7 +13,6 @@ curves, and averaged over those costs. An ordering is
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -84,7 +83,7 @@ def _pair(results: list[Result], table: Table, better: str, worse: str, compensa
         ours, theirs = (curve_of(results, row, compensation, seed, metric) for row in (better, worse))
         values = [(interpolate(ours, x), interpolate(theirs, x)) for x in costs]
         shared = [a - b for a, b in values if a is not None and b is not None]
-        if shared and all(map(math.isfinite, shared)):
+        if shared:
             differences.append(statistics.fmean(shared))
     return PairVerdict(better, worse, differences, _decide(differences))
 

@@ -88,7 +88,7 @@ def make_plan(
     points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
     points += planner.refine(points, targets)
     points = list({json.dumps(p.config, sort_keys=True): p for p in points}.values())
-    dense = planner.dense(points)
+    dense = planner.dense(points, compared)
     everything = [*points, dense]
     winner = choose(everything, budget)
     if winner is None:
@@ -118,8 +118,9 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:
     path = Path(path)
     plan = read_manifest(path, PLAN, SCHEMA) if path.is_dir() else read_manifest(path.parent, path.name, SCHEMA)
     made_for = checked(Plan, plan, path).model
-    for key in ("timm_name", "kwargs", "input_size", "pretrained", "weights_sha256", "random_seed"):
-        ours, theirs = getattr(spec, key), getattr(made_for, key)
+    ours_all, theirs_all = ({"timm_name": s.timm_name, "pretrained": s.pretrained, **s.identity()} for s in (spec, made_for))
+    for key in {**ours_all, **theirs_all}:
+        ours, theirs = ours_all.get(key), theirs_all.get(key)
         if ours != theirs:
             came = f"made for {shown(made_for.name, quoted=False)} with {key} {shown(theirs)}"
             raise UserError(f"{path} was {came}, but this model has {shown(ours)}; plan again")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from moee.accuracy import Comparison
 from moee.artifact import read_json, write_json
 from moee.atomic import temporary_folder
 from moee.attention import macs_saved
@@ -217,17 +218,16 @@ class Planner:
             return self.best[1:]
         return self.make(point.method, validated(kind_of(point.config), point.config))
 
-    def dense(self, points: list[Point]) -> Point:
+    def dense(self, points: list[Point], compared: Comparison) -> Point:
         """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""
         known = [p.latency for p in points if p.latency]
         latency = None
         if known:
             middle = statistics.median(k["dense_ms"] for k in known)
             latency = {**known[0], "dense_ms": middle, "moee_ms": middle, "speedup": 1.0}
-        kept = self.session.measure(self.session.dense, self.probe, "dense on held-out images")["retention"]
-        accuracy = kept["accuracy"]
-        drop = None if accuracy is None else 0.0
-        return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, drop, latency, None, kept["accuracy_interval"])
+        right = compared.dense if compared else None
+        accuracy, drop, interval = (None, None, None) if right is None else (right.value, 0.0, list(right.interval))
+        return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, drop, latency, None, interval)
 
     def refine(self, points: list[Point], targets: tuple[float, ...]) -> list[Point]:
         """More points between the one that meets the budget most tightly and its cheaper (or dearer) neighbour."""
