@@ -71,11 +71,11 @@ def photo(name: str) -> Image.Image:
 def photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
     """Random crops at native resolution (small photographs are enlarged first). Unlabelled."""
     names, count = (CALIBRATION_PHOTOS, CALIBRATION_CROPS) if split == "train" else (HELD_OUT_PHOTOS, HELD_OUT_CROPS)
-    if ":" in source and split == "train":
+    if ":" in source:
         text = source.partition(":")[2]
-        if not text.isdigit() or int(text) < 1:
+        if not (text.isascii() and text.isdecimal()) or int(text) < 1:
             raise UserError(f"data {source!r}: expected photos:N with N crops a photograph, for example photos:64")
-        count = int(text)
+        count = int(text) if split == "train" else count
     _, height, width = transform.shape
     crops = []
     for position, name in enumerate(names):

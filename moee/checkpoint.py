@@ -29,11 +29,11 @@ from moee.probe import Probe, classes_told
 from moee.result_kinds import MODEL
 from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
+from moee.timm_sets import named
 from moee.weights_file import read_safetensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
-FETCHED = ("torch", "tfds", "hfds", "hfids")  # prefixes of timm.data readers that may reach out
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
 MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
@@ -218,7 +218,7 @@ def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path
 def recorded_data(source: str) -> str:
     """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a
     network: that takes the user's own word."""
-    if source.partition("/")[0] in FETCHED and not Path(source).exists():
+    if named(source):
         raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
     return source
 

@@ -28,6 +28,7 @@ from moee.schema import reason_of
 
 log = logging.getLogger("moee")
 
+SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}  # what sets of images call them
 HELD_OUT = 0.2  # of a source that is not divided
 DEEPEST = (1 << 16) - 1  # level of a 16-bit image
 MODES = {1: "L", 3: "RGB"}  # of pictures, by the channels that a model takes
@@ -283,8 +284,13 @@ def refuse_all_skipped(data: ImageSet) -> None:
 
 def decoded(file: str | BinaryIO, transform: Transform) -> Image.Image:
     """The picture in an image file, `converted`. Raises one of `UNREADABLE`, before it takes memory where the header tells."""
-    with Image.open(file) as picture:
-        return converted(picture, transform)
+    try:
+        with Image.open(file) as picture:
+            return converted(picture, transform)
+    except (*UNREADABLE, MemoryError):
+        raise
+    except Exception as error:  # damaged TIFF files raise TypeError, OverflowError and more
+        raise ValueError(reason_of(error)) from error
 
 
 def converted(picture: Image.Image, transform: Transform) -> Image.Image:

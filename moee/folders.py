@@ -55,9 +55,9 @@ class Listing:
         return [path for path, _ in self.images if "/" not in path]
 
     def below(self, folder: str) -> Listing:
-        """The same with one of its folders as the root."""
+        """What lies in one of its folders, which becomes the root."""
         start = f"{folder}/"
-        images = [(path.removeprefix(start), inode) for path, inode in self.images]
+        images = [(path.removeprefix(start), inode) for path, inode in self.images if path.startswith(start)]
         folders = [path.removeprefix(start) for path in self.folders if path.startswith(start)]
         return Listing(os.path.join(self.root, folder), images, folders)
 
@@ -226,8 +226,12 @@ def list_folder(
             raise UserError(f"data {source!r}: no images found in {listing.root}{came}; {LAYOUT}")
     wrapper = _wrapper(listings)
     if wrapper is not None:
+        beside = [path for listing in listings.values() for path in listing.strays()]
         listings = {split: listing.below(wrapper) for split, listing in listings.items()}
-        notes.append(f"all images lie in the folder {wrapper!r}, so the folders below it are the classes")
+        notes.append(f"all images lie in the folder {class_name(wrapper)!r}, so the folders below it are the classes")
+        if beside:
+            are = "is" if len(beside) == 1 else "are"
+            notes.append(f"{_images(len(beside))} beside it {are} left out ({listed(beside, False)})")
     else:
         notes += _unwrapped(listings)
     for split, listing in listings.items():
@@ -286,9 +290,9 @@ def _apart(source: str, listings: dict[str, Listing]) -> list[str]:
 
 
 def _wrapper(listings: Mapping[str, Listing]) -> str | None:
-    """The folder that all images lie in, if it lies below the root and several of its folders have images."""
-    folders = {path.rpartition("/")[0] for listing in listings.values() for path, _ in listing.images}
-    common = os.path.commonpath(folders) if folders and "" not in folders else ""
+    """The folder that all images lie in, but for some right below the root, if several of its folders have images."""
+    folders = {path.rpartition("/")[0] for listing in listings.values() for path, _ in listing.images} - {""}
+    common = os.path.commonpath(folders) if folders else ""
     start = len(common) + 1
     classes = {folder[start:].partition("/")[0] for folder in folders if len(folder) > start}
     return common if common and len(classes) > 1 else None
@@ -302,11 +306,15 @@ def _unwrapped(listings: dict[str, Listing]) -> list[str]:
     for choice in sorted(product(*choices), key=lambda taken: sum(folder is not None for _, folder in taken)):
         found = {split: listings[split].below(folder) if folder else listings[split] for split, folder in choice}
         if set.intersection(*(set(listing.counts()) for listing in found.values())):
+            notes = []
+            for split, folder in choice:
+                if folder:
+                    beside = len(listings[split].strays())
+                    but = f" but {_images(beside)}, which {'is' if beside == 1 else 'are'} left out" if beside else ""
+                    said = f"all images of {split} lie in the folder {class_name(folder)!r}{but}"
+                    notes.append(f"{said}, so the folders below it are its classes")
             listings.update(found)
-            return [
-                f"all images of {split} lie in the folder {class_name(folder)!r}, so the folders below it are its classes"
-                for split, folder in choice if folder
-            ]  # fmt: skip
+            return notes
     return []
 
 

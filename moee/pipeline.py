@@ -25,7 +25,7 @@ from moee.checkpoint import MoeeModel
 from moee.class_names import listed
 from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
-from moee.convert import extract
+from moee.convert import extract, ffn_budget
 from moee.data import ImageSet, batches, model_transform, say_read
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
@@ -37,7 +37,7 @@ from moee.inspection import attention_figures
 from moee.layer_report import LayerReport
 from moee.metrics import dense_macs, model_cost, tokens_per_image
 from moee.mlps import find_ffns, grouped, random_images
-from moee.models import ModelSpec, load_model
+from moee.models import FFN, ModelSpec, load_model
 from moee.narrowing import check_share, narrow, width_losses
 from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.probe import Probe, classes_told, fit_probe
@@ -117,7 +117,7 @@ class Session:
                 return
             if mlps not in self._proved:
                 found = find_ffns(self.dense, config.exclude, self.transform.shape)
-                self._count_costs([ffn.name for ffn in found.ffns])
+                self._count_costs(found.ffns, config)
                 check_ffns(self.dense, found.ffns, self._few_images(), self.report)
                 if found.unscaled:
                     log.warning(
@@ -129,14 +129,17 @@ class Session:
                 check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
                 self._proved.add(attention)
 
-    def _count_costs(self, mlps: list[str]) -> None:
-        """Count what the reports will need; what fails must fail now. Raises `UserError`."""
+    def _count_costs(self, ffns: Sequence[FFN], config: ExtractConfig | ClearConfig) -> None:
+        """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Raises
+        `UserError`."""
         try:
-            dense_macs(self.dense, self.transform.shape)
-            tokens_per_image(self.dense, mlps, self.transform.shape)
+            whole = dense_macs(self.dense, self.transform.shape)
+            tokens = tokens_per_image(self.dense, [ffn.name for ffn in ffns], self.transform.shape)
         except Exception as error:  # the counter runs a stranger's model on shapes alone
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
+        if isinstance(config, ExtractConfig) and config.target_macs is not None and config.narrows is None:
+            ffn_budget(whole, sum(2 * tokens[ffn.name] * ffn.dim * ffn.hidden for ffn in ffns), config.target_macs)
 
     def _few_images(self) -> Tensor:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""

@@ -22,12 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from moee.artifact import read_json, stays_inside
-from moee.data import ImageSet, Source, Transform, decoded, divide, evaluation
+from moee.data import SPLITS, ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import MissingDependency, UserError
 
 PREFIX = "wds/"
 INFO = ("_info.json", "info.json")
-SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
 MAX_LABEL_BYTES, MAX_LABEL = 32, (1 << 31) - 1
 OPEN_FILES = 8
 

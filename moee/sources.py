@@ -44,7 +44,7 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
         if source == "digits":
             return Source({split: built_in.digits(transform, split) for split in splits})
         return Source({split: built_in.photos(source, transform, split, seed) for split in splits})
-    if source.startswith("wds/"):
+    if source.startswith(shards.PREFIX):
         return shards.open_shards(source, transform, seed)
     if timm_sets.named(source):
         return timm_sets.open_timm(source, transform)

@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from moee.class_names import class_name
-from moee.data import ImageSet, Source, Transform, converted, decoded, evaluation
+from moee.data import SPLITS, ImageSet, Source, Transform, converted, decoded, evaluation
 from moee.errors import MissingDependency, UserError
 from moee.schema import reason_of
 
 INDEXED, STREAMS = ("torch", "hfds"), ("tfds", "hfids")
-SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}
 PACKAGES = {"hfds": "datasets"}
 
 
@@ -56,14 +55,16 @@ def open_timm(source: str, transform: Transform) -> Source:
     opened = {split: _opened(source, names) for split, names in SPLITS.items()}
     names = _names(opened["train"])
     targets = {split: _targets(dataset) for split, dataset in opened.items()}
+    unnamed = names is None
     if names is None:
-        names = tuple(map(str, sorted({target for part in targets.values() for target in part if target >= 0})))
-        targets = {split: [names.index(str(t)) if t >= 0 else -1 for t in part] for split, part in targets.items()}
+        numbers = sorted({target for part in targets.values() for target in part if target >= 0})
+        names, places = tuple(map(str, numbers)), {number: place for place, number in enumerate(numbers)}
+        targets = {split: [places.get(target, -1) for target in part] for split, part in targets.items()}
     sets: dict[str, ImageSet] = {}
     for split, dataset in opened.items():
         labels = [target if target < len(names) else -1 for target in targets[split]]
         sets[split] = TimmSet(source, dataset, labels, names, transform)
-    return Source(sets, order=names)
+    return Source(sets, order=() if unnamed else names, indices=unnamed)
 
 
 def _opened(source: str, splits: Sequence[str]) -> Any:

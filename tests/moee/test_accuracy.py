@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from moee.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, recorded_interval, top1, wilson
+from moee.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, paired_drop, recorded_interval, top1, wilson
 from moee.errors import UserError
 from moee.evaluate import Outputs, retention
 from moee.metrics import mean_cosine
@@ -266,3 +266,13 @@ def test_an_unknown_figure_meets_no_budget(figures, budget, name):
     assert choose([broken, fine], limits) is fine and fine.shortfalls(limits) == {}
     if name == "cosine":
         assert pareto([broken, fine]) == [fine]
+
+
+@pytest.mark.parametrize(
+    ("dense", "ours", "drop", "low", "high"),
+    [([1] * 40, [0] * 40, 100, 100, 100), ([0] * 40, [1] * 40, -100, -100, -100), ([1, 0] * 20, [1, 0] * 20, 0, 0, 0),
+     ([1] * 40, [1] * 30 + [0] * 10, 25, 12.5, 40)],
+)  # fmt: skip
+def test_the_drop_and_its_interval_have_the_right_sign(dense, ours, drop, low, high):
+    found, interval = paired_drop(np.array(dense, bool), np.array(ours, bool))
+    assert found == drop and interval == pytest.approx((low, high), abs=2.6)

@@ -127,7 +127,8 @@ def test_flat_folders_are_numbered_over_everything(tmp_path):
         add(tmp_path / "d" / hidden, 2)
     train, val = load_splits(str(tmp_path / "d"), SMALL, head_classes=4)
     assert len(train) + len(val) == 17 and train.classes == NAMES and not set(train.paths) & set(val.paths)
-    assert all(folder == name or name is None for data in (train, val) for folder, name in named(data))
+    labelled = [(folder, name) for data in (train, val) for folder, name in named(data) if name is not None]
+    assert len(labelled) == 16 and all(folder == name for folder, name in labelled)
 
 
 def test_the_class_is_the_folder_below_the_split(tmp_path):
@@ -145,6 +146,19 @@ def test_one_folder_around_everything_is_no_class(tmp_path, wrapper):
         add(tmp_path / "d" / wrapper / name, 4)
     train, val = load_splits(str(tmp_path / "d"), SMALL)
     assert train.classes == NAMES and any("the folders below it are the classes" in note for note in val.notes)
+    assert all(folder == name for data in (train, val) for folder, name in named(data))
+
+
+@pytest.mark.parametrize("split", ["", "val"])
+def test_an_image_beside_that_folder_takes_no_labels_away(tmp_path, split):
+    for name in NAMES:
+        add(tmp_path / "d" / split / "images" / name, 4)
+        if split:
+            add(tmp_path / "d" / "train" / name, 4)
+    add(tmp_path / "d" / split, 1)
+    train, val = load_splits(str(tmp_path / "d"), SMALL, classes=NAMES)
+    assert -1 not in train.labels + val.labels and len(val) == (16 if split else 3)
+    assert any("1 image beside it is left out" in n or "but 1 image, which is left out" in n for n in val.notes)
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -258,6 +272,18 @@ def test_two_spellings_of_one_name_are_one_class(tmp_path, head):
 
 
 # --- monstrous images ---
+
+
+def test_whatever_a_decoder_raises_the_image_is_skipped(tmp_path, monkeypatch):
+    add(tmp_path / "d" / "ant", 3)
+    add(tmp_path / "d" / "bee", 3)
+
+    def broken(*args, **kwargs):
+        raise OverflowError("signed integer is greater than maximum")
+
+    monkeypatch.setattr("moee.data.converted", broken)
+    train = load_data(str(tmp_path / "d"), SMALL)
+    assert "signed integer" in train[0][1]
 
 
 @pytest.mark.parametrize("size", [(200_000, 1), (1, 200_000)])

@@ -19,7 +19,7 @@ from moee.image_budget import image_groups, spread, tokens_an_image
 from moee.layer import Experts, RoutedFFN, routed_layers
 from moee.mlp_structure import read_mlp
 from moee.mlps import find_ffns
-from moee.models import ModelSpec, load_model, replace_module
+from moee.models import FFN, ModelSpec, load_model, replace_module
 from moee.refit import refit, refit_layer
 from moee.sensitivity import RoutedStats, measure_sensitivity
 from tests.conftest import tiny_images
@@ -262,6 +262,19 @@ def test_sensitivity_sees_as_many_tokens_in_every_layer(monkeypatch):
             sum(e.sum() for e in error.values()) / sum(e.sum() for e in whole.values())
         )
         assert 0.5 < ratio < 2, name
+
+
+def test_objectives_are_weighed_as_if_every_layer_had_seen_as_many_images():
+    """The first objective lies in the layer that saw few images, the second in the other; both are to weigh the same."""
+    ffn = FFN("a", "gelu", torch.zeros(3, 2), torch.zeros(3), torch.zeros(2, 3), torch.zeros(2), None, False)
+    layers = {}
+    for position, images in enumerate((2, 8)):
+        layer = moee.sensitivity._Accumulator(ffn, RoutedStats(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3)), 2)
+        layer.images, layer.count = images, torch.tensor([float(images)], dtype=torch.float64)
+        layer.sums[position] += images  # one an image
+        layers[str(position)] = layer
+    few, many = moee.sensitivity._combine(layers, 2).values()
+    assert torch.allclose(few, many) and float(few[0, 0]) == pytest.approx(1 / 48)
 
 
 def test_an_objective_that_the_model_cannot_have_is_refused(tiny_model):

@@ -4,13 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from timm.layers import Attention
 from torch import nn
 
 from moee import identity
 from moee.attention import find_attentions
 from moee.config import make_extract_config
 from moee.errors import UserError
-from moee.identity import check_attentions, check_ffns
+from moee.identity import _attention_distance, check_attentions, check_ffns, whole_attention
 from moee.layer import routed_layers
 from moee.mlps import find_ffns, random_images
 from moee.models import load_model
@@ -159,3 +160,24 @@ def test_random_images_do_not_touch_the_callers_random_state():
     state = torch.get_rng_state()
     random_images(SHAPE, torch.zeros(1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(32, 2), (384, 6)])
+@pytest.mark.parametrize("sharp", [1, 4])
+def test_the_bound_of_attention_holds_a_hundredth_at_any_width(dim, heads, sharp):
+    torch.manual_seed(0)
+    attention = Attention(dim, num_heads=heads, qkv_bias=True).eval()
+    with torch.no_grad():
+        attention.qkv.weight[: 2 * dim] *= sharp
+        x = torch.randn(2, 50, dim)
+        made, output = whole_attention(attention), attention(x)
+        assert _attention_distance(made, x, made(x), output) < 0.5
+        assert _attention_distance(made, x, made(x), output * 1.01) > 1
+
+
+def test_a_model_that_is_no_number_on_rounded_images_has_no_yardstick(tiny_model, images):
+    """Its noise would be NaN, and nothing is larger than a bound of NaN."""
+    ffns, forward = find_ffns(tiny_model).ffns, tiny_model.forward
+    tiny_model.forward = lambda x: forward(x).where(torch.arange(len(x))[:, None] < len(images), torch.nan)
+    with pytest.raises(UserError, match="NaN or infinite"):
+        check_ffns(tiny_model, ffns, images)

@@ -94,6 +94,13 @@ def test_costs_are_counted_before_the_work(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cost_out_of_reach_is_said_before_the_work(tmp_path, monkeypatch):
+    session = Session(tiny_spec(), "digits")
+    monkeypatch.setattr("moee.pipeline.extract", failing(AssertionError("too late")))
+    with pytest.raises(UserError, match="--target-macs 0.05: the routed MLPs hold .* stays above"):
+        run_extract(session.spec, "digits", make_extract_config("static", target_macs=0.05), tmp_path / "out", session=session)
+
+
 def test_a_model_with_attention_pooling_is_extracted(tmp_path):
     kwargs = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
     spec = ModelSpec(name="siglip", timm_name="vit_base_patch16_siglip_224", kwargs=kwargs, random_seed=0)

@@ -12,8 +12,8 @@ from moee.identity import check_ffns
 from moee.layer import routed_layers
 from moee.metrics import dense_params, model_cost
 from moee.mlp_structure import read_mlp
-from moee.mlps import find_ffns, random_images
-from moee.models import ModelSpec, load_model, names_of, replace_module
+from moee.mlps import disagreement, find_ffns, random_images
+from moee.models import FFN, ModelSpec, load_model, names_of, replace_module
 from tests.conftest import tiny_spec
 
 SHAPE = (3, 32, 32)
@@ -273,3 +273,19 @@ def test_attention_pooling_is_counted():
 
     spec = ModelSpec(name="p", timm_name="test_vit3", kwargs=dict(img_size=64), random_seed=0)
     assert dense_macs(load_model(spec), (3, 64, 64)) > 0
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(32, 128), (384, 1536), (1024, 4096)])
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_the_bound_of_the_proof_holds_a_thousandth_at_any_width(dim, hidden, channels_first):
+    """What float32 sums differ by is far below it, a factor of 1.001 above."""
+    torch.manual_seed(0)
+    kind = (lambda *sizes: nn.Conv2d(*sizes, 1)) if channels_first else nn.Linear
+    up, down = kind(dim, hidden), kind(hidden, dim)
+    x = torch.randn(3, dim, 7, 7) if channels_first else torch.randn(3, 50, dim)
+    ffn = FFN("mlp", "gelu", up.weight.flatten(1), up.bias, down.weight.flatten(1), down.bias, None, channels_first)
+    with torch.no_grad():
+        output = down(nn.functional.gelu(up(x)))
+        assert disagreement(ffn, x, output) < 0.5
+        assert disagreement(ffn, x, output * 1.001) > 1
+        assert disagreement(ffn, x, output * torch.nan) == torch.inf

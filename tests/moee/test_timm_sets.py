@@ -104,3 +104,12 @@ def test_what_cannot_be_read_is_said(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(UserError, match="torch/nothing.*no images found"):
         load_data("torch/nothing", SMALL)
+
+
+def test_numbers_without_names_are_said_to_be_numbers(monkeypatch):
+    serve(monkeypatch, Pictures([1, 2, 5, 5]), Pictures([5, 1]))
+    train, val = load_splits("torch/made_up", SMALL, head_classes=3)
+    assert (train.labels, val.labels) == ([0, 1, 2, 2], [2, 0])
+    assert any("are not 0 to 2" in note for note in train.notes)
+    train, val = load_splits("torch/made_up", SMALL, classes=[f"class {i}" for i in range(6)])
+    assert (train.labels, val.labels) == ([1, 2, 5, 5], [5, 1]) and any("taken as positions" in note for note in val.notes)
