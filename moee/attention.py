@@ -6,7 +6,6 @@ can be written with fewer dimensions without another change to the model. `moee.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from moee.config import AttentionOptions
 from moee.errors import UserError
-from moee.models import Shape
+from moee.models import Shape, on_meta
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def attention_macs(dim: int, heads: int, widths: Widths, images: int, tokens: in
 def input_shapes(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, tuple[int, int]]:
     """(images, tokens) that each named attention sees of one image of `shape`. Works on shapes alone."""
     found: dict[str, tuple[int, int]] = {}
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = on_meta(model)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args: found.__setitem__(name, tuple(args[0].shape[:2]))

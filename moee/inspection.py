@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ from moee.data import model_transform
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
 from moee.mlps import find_ffns
-from moee.models import FFN, ModelSpec, Shape, build_model, plain_size
+from moee.models import FFN, ModelSpec, Shape, build_model, on_meta, plain_size
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def inspect_dense(spec: ModelSpec) -> Inspection:
 
 def _mlps(model: nn.Module, shape: Shape) -> tuple[list[tuple[FFN, int]], dict[str, str]]:
     """The MLPs of a model with their tokens an image, and the reasons of what is none, by shapes alone."""
-    found = find_ffns(copy.deepcopy(model).to("meta"), shape=shape)
+    found = find_ffns(on_meta(model), shape=shape)
     tokens = tokens_per_image(model, [f.name for f in found.ffns], shape)
     return [(f, tokens[f.name]) for f in found.ffns], {name: part.reason for name, part in found.dense.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from moee.attention import macs_saved, narrow_attentions
 from moee.layer import RoutedLayer, routed_layers
 from moee.mlp_structure import read_mlp
-from moee.models import Shape
+from moee.models import Shape, on_meta
 
 
 def dense_macs(model: nn.Module, shape: Shape) -> int:
     """Multiply-accumulates of one image of `shape`, attention products included. Works on shapes alone."""
-    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)  # else the counter expects gradients of parameters
+    shadow = on_meta(model)  # the counter expects gradients of parameters that need one
     for module in shadow.modules():
         if hasattr(module, "fused_attn"):  # fused attention hides its two products from the counter
             module.fused_attn = False  # type: ignore[assignment]
@@ -35,7 +34,7 @@ def original_macs(model: nn.Module, shape: Shape) -> int:
 def tokens_per_image(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, int]:
     """Tokens an image that each named MLP sees."""
     found: dict[str, int] = {}
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = on_meta(model)
 
     def hook(name: str):
         def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:

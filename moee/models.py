@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -300,6 +301,13 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:
     """Every name under which `module` is part of the model: shared modules have several."""
     return [name for name, part in model.named_modules(remove_duplicate=False) if part is module]
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy of a model by its shapes alone, in eval mode: no weight is copied, none needs a gradient."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo).eval()
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
