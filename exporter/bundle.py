@@ -5,22 +5,25 @@ from __future__ import annotations
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from torch import nn
 
 from exporter import bundle_configs as configs
 from exporter.deploy import DEPLOY
 from exporter.engine import count_plugin_nodes
-from exporter.manifests import input_shape, read_export
+from exporter.manifests import exported_model, read_export
 from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, TENSORRT
 from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
 from moee.artifact import read_json, sha256_file, write_json, write_manifest
 from moee.checkpoint import PROBE
+from moee.data import Transform
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import DEPLOYMENT
@@ -31,6 +34,7 @@ from plugins.bundle import write_bundle
 
 DEPLOYMENT_SCHEMA = "moee.deployment/1"
 PIXELS = "tensorrt_pixels.onnx"
+MODELS = (DENSE, PORTABLE, TENSORRT, DENSE_DATA, MOEE_DATA, MANIFEST)  # of an export, what a device gets
 TYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}
 
 
@@ -56,47 +60,64 @@ class Recipe:
     std: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Head:
+    """`head.bin`: int32 classes, int32 features, float32 weights [classes, features], float32 bias [classes], little-endian."""
+
+    classes: int
+    content: bytes
+
+
 def write_deployment(
     export_dir: Path | str,
     out: Path | str,
     sm: int,
-    kernels: Path | None,
+    kernels: Callable[[], Path],
     batch: tuple[int, int, int] = (1, 8, 32),
     force: bool = False,
 ) -> Path:
-    """Write the folder for one SM from an export and compiled kernels, and return its path. An export without plugin nodes gets
-    no plugin and takes None for the kernels.
+    """Write the folder for one SM from an export, and return its path.
 
-    `batch` is the profile's (min, opt, max). Raises `UserError` for a foreign or damaged export, an SM that `kernels`
-    lacks, or a pre-processing that the runner cannot do; the output appears whole or not at all.
+    `kernels` gives the folder of the compiled kernels, and may take minutes for it: it is called after everything else was
+    checked, and not for an export without plugin nodes, which gets no plugin. `batch` is the profile's (min, opt, max). Raises
+    `UserError` for a foreign or damaged export, an SM that the kernels lack, or a pre-processing that the runner cannot do; the
+    output appears whole or not at all.
     """
     export_dir, out = Path(export_dir), Path(out)
     low, opt, high = batch
     if not 1 <= low <= opt <= high:
         raise UserError(f"batch profile {low}/{opt}/{high} must satisfy 1 <= min <= opt <= max")
+    target = OutputFolder(out, DEPLOYMENT, force, source_paths(export_dir))
+    target.check()
     export = read_export(export_dir)
     given, output = graph_tensors(export_dir / TENSORRT)
+    _check_models(export_dir)
     nodes = count_plugin_nodes(export_dir / TENSORRT)
-    if nodes and kernels is None:
-        raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says 0; export again")
-    recipe = make_recipe(export)
+    if export.get("plugin_nodes") not in (nodes, None):
+        says = export["plugin_nodes"]
+        raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says {says}; export again")
+    model, transform = exported_model(export, export_dir)
+    recipe = make_recipe(transform, str(export["model"]["timm_name"]))
     if given.shape != (3, *recipe.size):
         says = " x ".join(map(str, recipe.size))
         raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {says}; export again")
-    with OutputFolder(out, DEPLOYMENT, force, source_paths(export_dir)).write() as folder:
+    classifies = ends_in_classes(model)
+    head = None if classifies else read_head(export_dir, export, output)
+    classes = output.shape[-1] if classifies else head.classes if head is not None else None
+    names, title = _names(export, classes, export_dir), shown(export["model"]["name"], quoted=False)
+    compiled = kernels() if nodes else None
+    with target.write() as folder:
         _copy_models(export_dir, folder / "models")
-        classifies = ends_in_classes(export)
         take_raw_pixels(folder / "models" / TENSORRT, folder / "models" / PIXELS, recipe.mean, recipe.std, classifies)
-        head = folder / "models" / "head.bin"
-        classes = output.shape[-1] if classifies else _write_head(export_dir, export, output, head)
-        if nodes and kernels is not None:
-            write_bundle(folder / "plugin", sm, kernels)
+        if head is not None:
+            (folder / "models" / "head.bin").write_bytes(head.content)
+        if compiled is not None:
+            write_bundle(folder / "plugin", sm, compiled)
         shutil.copytree(DEPLOY / "runner", folder / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(SOURCE / "csrc" / "compat", folder / "runner" / "compat")
         shutil.copy2(DEPLOY / "build.sh", folder / "build.sh")
         (folder / "build.sh").chmod(0o755)
-        names, model = _names(export, classes, export_dir), shown(export["model"]["name"], quoted=False)
-        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, model, names, plugin=nodes > 0)
+        facts = configs.Facts(given, output, recipe, batch, classes, classifies, sm, title, names, plugin=nodes > 0)
         for name, text in configs.files(facts).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
@@ -131,37 +152,35 @@ def _tensor(path: Path, value: onnx.ValueInfoProto) -> Tensor:
     return Tensor(value.name, TYPES[kind.elem_type], shape)
 
 
-def make_recipe(export: dict[str, Any]) -> Recipe:
-    """The transform of the exported model: size, mean and deviation from the export, the rest from timm's configuration.
+def make_recipe(transform: Transform, name: str) -> Recipe:
+    """timm's evaluation transform of the model called `name` as the runner does it.
 
     Raises `UserError` for a filter, crop mode or number of channels that the runner does not know.
     """
-    import timm
-    from timm.data import resolve_data_config
-
-    given, name = export["input"], str(export["model"]["timm_name"])
-    pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    config = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
-    channels, *size = input_shape(given)
-    crop, kind = str(config["crop_mode"]), str(config["interpolation"])
+    channels, height, width = transform.shape
+    crop, kind = str(transform.config["crop_mode"]), str(transform.config["interpolation"])
     if channels != 3:
         counted = "1 channel" if channels == 1 else f"{channels} channels"
         raise UserError(f"{name} takes images of {counted}; the bundle knows RGB alone")
     if crop not in ("center", "squash") or kind not in ("bicubic", "bilinear"):
         raise UserError(f"{name} is evaluated with {kind} resizing and crop mode {crop}; the runner knows bicubic and "
                         "bilinear, center and squash")  # fmt: skip
-    height, width = size
-    tall, wide = (max(side, int(side / float(config["crop_pct"]))) for side in (height, width))
-    return Recipe((height, width), (tall, wide), crop, kind, tuple(map(float, given["mean"])), tuple(map(float, given["std"])))
+    tall, wide = (max(side, int(side / float(transform.config["crop_pct"]))) for side in (height, width))
+    return Recipe((height, width), (tall, wide), crop, kind, transform.mean, transform.std)
 
 
-def _copy_models(export_dir: Path, models: Path) -> None:
-    models.mkdir()
-    for name in (DENSE, PORTABLE, TENSORRT, DENSE_DATA, MOEE_DATA, MANIFEST):
+def _check_models(export_dir: Path) -> None:
+    """Raise `UserError` for a file of the export that lacks, or a graph that must not be copied."""
+    for name in MODELS:
         if not (export_dir / name).is_file():
             raise UserError(f"{export_dir / name} is missing; export again")
         if name.endswith(".onnx"):
             check_onnx(export_dir / name)
+
+
+def _copy_models(export_dir: Path, models: Path) -> None:
+    models.mkdir()
+    for name in MODELS:
         shutil.copy2(export_dir / name, models / name)
     manifest = read_json(models / MANIFEST)  # without what a device does not need, such as the reference of an int8 export
     manifest["files"] = {name: digest for name, digest in manifest["files"].items() if (models / name).is_file()}
@@ -170,31 +189,25 @@ def _copy_models(export_dir: Path, models: Path) -> None:
     write_json(models / MANIFEST, manifest)
 
 
-def ends_in_classes(export: dict[str, Any]) -> bool:
-    """Whether the exported graph gives class scores, and not features or a single logit, whose largest says nothing."""
-    import timm
-
-    name, kwargs = str(export["model"]["timm_name"]), export["model"].get("kwargs", {})
-    pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return int(kwargs.get("num_classes", pretrained.num_classes if pretrained else 1000)) > 1
+def ends_in_classes(model: nn.Module) -> bool:
+    """Whether the model gives class scores, and not features or a single logit, whose largest says nothing."""
+    return int(getattr(model, "num_classes", 0)) > 1
 
 
-def _write_head(export_dir: Path, export: dict[str, Any], output: Tensor, path: Path) -> int | None:
-    """The classifier that lies beside the exported model, for a graph that ends in features; the number of its classes.
-
-    Format: int32 classes, int32 features, float32 weights [classes, features], float32 bias [classes], little-endian.
-    """
+def read_head(export_dir: Path, export: dict[str, Any], output: Tensor) -> Head | None:
+    """The classifier that lies beside the exported model, for a graph that ends in features; None without one."""
     source = export_dir / export["source"] / PROBE if export.get("source") else None
     if source is None or not source.is_file():
         return None
     probe = read_safetensors(source)
+    if not {"weight", "bias"} <= probe.keys():
+        raise UserError(f"{source} should hold weight and bias; extract the model again")
     weight, bias = (probe[key].float().numpy().astype("<f4") for key in ("weight", "bias"))
     if len(bias) < 2:
         raise UserError(f"{source} has one row, by which every image is of class 0; extract the model again")
     if weight.shape != (len(bias), output.shape[-1]) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise UserError(f"{source} does not fit the graph's {output.shape[-1]} features; extract the model again")
-    path.write_bytes(struct.pack("<ii", *weight.shape) + weight.tobytes() + bias.tobytes())
-    return len(bias)
+    return Head(len(bias), struct.pack("<ii", *weight.shape) + weight.tobytes() + bias.tobytes())
 
 
 def _names(export: dict[str, Any], classes: int | None, export_dir: Path) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,9 @@ from moee.models import MAX_SIDE, ModelSpec, Shape, plain_size
 from moee.schema import Body, Text, checked, shown
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from moee.checkpoint import ImageRecord
     from moee.data import Transform
 
 log = logging.getLogger("moee")
@@ -76,6 +80,7 @@ class Export(Body):
     plugin_nodes: int | None = Field(None, ge=0)
     graphs: dict[str, Text] = {}
     quantization: dict[str, Quantization] | None = None
+    seed: int = Field(0, ge=0, lt=2**63)
 
     @field_validator("graphs")
     @classmethod
@@ -158,6 +163,37 @@ def input_shape(given: dict[str, Any]) -> Shape:
     size = given["size"]
     height, width = (size, size) if isinstance(size, int) else size
     return given.get("channels", 3), height, width
+
+
+def exported_model(manifest: dict[str, Any], folder: Path | str) -> tuple[nn.Module, Transform]:
+    """The model of a checked `export.json` on the device meta, and how its images are prepared: as the model that was exported
+    says it, whether in timm's table or in its own files.
+
+    Raises `UserError` for a model that timm does not make here, or that takes other images than the manifest's graphs.
+    """
+    from moee.checkpoint import laid_out
+    from moee.data import model_transform
+
+    path, given = Path(folder) / EXPORT, manifest["input"]
+    model = laid_out(ModelSpec(**manifest["model"]), path)
+    transform = model_transform(model)
+    size, wanted = (" x ".join(map(str, shape)) for shape in (input_shape(given), transform.shape))
+    if size != wanted:
+        raise UserError(f"{path} says images of {size}, its model takes {wanted} (channels, height, width); export again")
+    for name in ("mean", "std"):
+        said, own = given[name], getattr(transform, name)
+        if not all(math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) for a, b in zip(said, own, strict=True)):
+            raise UserError(f"{path} says {name} {said}, its model is prepared with {list(own)}; export again")
+    return model, transform
+
+
+def image_record(manifest: dict[str, Any], folder: Path | str) -> ImageRecord:
+    """How the images of the exported artifact are read again. Raises `UserError` as `exported_model`."""
+    from moee.checkpoint import ImageRecord, head_classes
+
+    model, transform = exported_model(manifest, folder)
+    classes = tuple(manifest.get("classes", ()))
+    return ImageRecord(manifest["data"], transform, manifest.get("seed", 0), classes, head_classes(model))
 
 
 def plain_name(name: str) -> str:

@@ -32,9 +32,9 @@ from exporter.precision import INT8, dtype_of, typed
 from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
 from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from moee.artifact import write_manifest
-from moee.checkpoint import MoeeModel, recorded_data
+from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearFFN
-from moee.data import ImageSet, Transform, model_transform, say_read
+from moee.data import ImageSet, model_transform, say_read
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import tokens_per_image
@@ -42,7 +42,6 @@ from moee.models import Shape
 from moee.placement import OutputFolder, source_paths
 from moee.progress import Reporter, silent
 from moee.result_kinds import EXPORT
-from moee.sources import load_data
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20
@@ -186,7 +185,7 @@ def export(
     dense, model, quantization = moee.dense().eval(), moee.model.eval(), {}
     reference = None
     if precision in INT8:
-        given = calibration or _calibration_data(moee, transform)
+        given = calibration or _calibration_data(moee, report)
         quantization = {n: calibrate(m, given, dtype, calibration_images, report) for n, m in (("dense", dense), ("moee", model))}
         reference, graphs["reference"] = dense, REFERENCE
         dense, model = (quantized(m, quantization[n].input_scales, dtype) for n, m in (("dense", dense), ("moee", model)))
@@ -223,6 +222,7 @@ def export(
             "precision": precision,
             "model": moee.spec.model_dump(),
             "data": moee.data,
+            "seed": moee.record.seed,
             "classes": list(moee.classes),
             "cost": _latest_cost(moee),
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
@@ -236,9 +236,9 @@ def export(
     report("export", 3, 3)
 
 
-def _calibration_data(moee: MoeeModel, transform: Transform) -> ImageSet:
+def _calibration_data(moee: MoeeModel, report: Reporter) -> ImageSet:
     try:
-        data = load_data(recorded_data(moee.data), transform, "train", classes=moee.classes or None)
+        data = moee.record.images("train", report=report)
     except UserError as error:
         raise UserError(f"int8 needs calibration images: {error}; give them with --data") from error
     say_read(train=data)

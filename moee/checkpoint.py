@@ -12,6 +12,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from moee import sources
 from moee.artifact import read_manifest, write_manifest
 from moee.attention import NarrowAttention, Widths, find_attentions, narrow_attentions
 from moee.clear_moe.config import ClearConfig
@@ -19,6 +20,7 @@ from moee.clear_moe.dispatch import Factors
 from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig
+from moee.data import ImageSet, Transform, model_transform
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.mlp_structure import read_mlp
@@ -26,6 +28,7 @@ from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord,
 from moee.models import FFN, ModelSpec, build_model, load_model, names_of, replace_module
 from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
+from moee.progress import Reporter, silent
 from moee.result_kinds import MODEL
 from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
@@ -37,6 +40,29 @@ SCHEMA = "moee.model/1"
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
 MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """How the images of an artifact are read again: `source` divided with the `seed` that it was made with, numbered by its
+    `classes`, or, where it records none, to fit the `head_classes` that the model tells apart."""
+
+    source: str
+    transform: Transform
+    seed: int
+    classes: tuple[str, ...]
+    head_classes: int | None
+
+    def images(self, split: str, given: str | None = None, report: Reporter = silent) -> ImageSet:
+        """The `train` or `val` images of what the artifact was made on, or in its stead of the source `given`. Raises `UserError`
+        for one that cannot be read, and as `recorded_data`."""
+        source = given or recorded_data(self.source)
+        return sources.load_data(source, self.transform, split, self.seed, self.classes or None, self.head_classes, report)
+
+    def splits(self, given: str | None = None, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+        """The training and the held-out images, as `images`."""
+        source = given or recorded_data(self.source)
+        return sources.load_splits(source, self.transform, self.seed, self.classes or None, self.head_classes, report)
 
 
 @dataclass
@@ -64,6 +90,12 @@ class MoeeModel:
                 "extract again with --pretrained, --checkpoint FILE or --random-weights SEED"
             )
         return self.spec
+
+    @property
+    def record(self) -> ImageRecord:
+        """How its images are read again."""
+        seed = self.config.seed if self.config else 0
+        return ImageRecord(self.data, model_transform(self.model), seed, self.classes, head_classes(self.model))
 
     def take_weights(self, path: Path | str) -> None:
         """The dense model's weights have moved to `path`; their hash is compared when they are loaded. Raises `UserError` if they
@@ -215,6 +247,11 @@ def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path
     return tuple(names)
 
 
+def head_classes(model: nn.Module) -> int | None:
+    """How many classes the model's own head tells apart; None for one that ends in features."""
+    return getattr(model, "num_classes", 0) or None
+
+
 def recorded_data(source: str) -> str:
     """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a
     network: that takes the user's own word."""
@@ -261,18 +298,12 @@ def _check_size(
     """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
     model is first laid out without memory: every tensor outside the routed MLPs and narrowed attentions must be in the
     file, in that shape, and no MLP may be absurdly wide. Raises `UserError` otherwise."""
-    for key, value in spec.kwargs.items():
-        most = min(MAX_DEPTH, len(state)) if re.search("depth|layers|blocks", key) else MAX_ARGUMENT
-        for number in _numbers(value):
-            if not abs(number) <= most:  # NaN as well
-                raise UserError(f"{path / MANIFEST} asks for {shown(key)} {shown(number)}; expected at most {most}")
-    with torch.device("meta"):
-        model = build_model(spec)
-    laid_out = model.state_dict()
+    model = laid_out(spec, path / MANIFEST, min(MAX_DEPTH, len(state)))
+    expected = model.state_dict()
     known = _narrowed(model, attention, state, path / MANIFEST)
     narrowed = tuple(f"{name}.{part}." for name in known for part in ("qkv", "proj"))
     inside = tuple(f"{each}." for name in sorted(routed) for each in _names_of_mlp(model, name, path / MANIFEST))
-    for key, tensor in laid_out.items():
+    for key, tensor in expected.items():
         if inside and key.startswith(inside):
             if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
                 raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
@@ -293,6 +324,18 @@ def _names_of_mlp(model: nn.Module, name: str, path: Path) -> list[str]:
     except UserError as error:
         raise UserError(f"{path} has a cut layer that cannot be right: {error}; extract again") from error
     return names_of(model, modules[name])
+
+
+def laid_out(spec: ModelSpec, path: Path, most_blocks: int = MAX_DEPTH) -> nn.Module:
+    """The model of `spec`, which the manifest `path` names, on the device meta: its shapes and its input, without weights. Raises
+    `UserError` for arguments whose construction alone would take the machine, and for a model that timm does not make."""
+    for key, value in spec.kwargs.items():
+        most = most_blocks if re.search("depth|layers|blocks", key) else MAX_ARGUMENT
+        for number in _numbers(value):
+            if not abs(number) <= most:  # NaN as well
+                raise UserError(f"{path} asks for {shown(key)} {shown(number)}; expected at most {most}")
+    with torch.device("meta"):
+        return build_model(spec)
 
 
 def _numbers(value: Any) -> Iterator[float]:

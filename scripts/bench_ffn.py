@@ -7,8 +7,6 @@ import argparse
 
 from exporter.ffn_bench import ffn_speeds, overall
 from moee import checkpoint
-from moee.data import model_transform
-from moee.sources import load_data
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("artifact")
@@ -17,7 +15,7 @@ parser.add_argument("--runs", type=int, default=40)
 parser.add_argument("--threads", type=int)
 args = parser.parse_args()
 moee = checkpoint.load(args.artifact)
-data = load_data(checkpoint.recorded_data(moee.data), model_transform(moee.model), "val")
+data = moee.record.images("val")
 rows = ffn_speeds(moee, data, args.tokens, args.runs, args.threads)
 for r in rows:
     share = r.speedup / r.ideal

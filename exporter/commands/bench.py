@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.table import Table
 from exporter.commands import GATE_FAILED, OK, add_outputs
 from exporter.ui import ProgressDisplay
 from moee.placement import OutputFile, source_paths
+from moee.progress import Reporter, silent
 from moee.result_kinds import LATENCY
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:
-        data = _data(args.data, manifest)
+        data = _data(args.data, manifest, args.path, report)
         images = next(batches(data, args.batch)).images.numpy() if data is not None else None
         result = bench(
             args.path, args.batch, args.runs, args.threads, images, report, duration_s=args.duration, provider=args.provider,
@@ -87,19 +89,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
-def _data(given: str | None, manifest: dict[str, Any]) -> ImageSet | None:
+def _data(given: str | None, manifest: dict[str, Any], folder: Path | str, report: Reporter = silent) -> ImageSet | None:
     """Held-out images of --data, which must be readable, or of what the model was last made on, which may be elsewhere."""
-    from exporter.manifests import input_shape
-    from moee.checkpoint import recorded_data
-    from moee.data import Transform, say_read
+    from exporter.manifests import image_record
+    from moee.data import say_read
     from moee.errors import UserError
-    from moee.sources import load_data
 
-    wanted = manifest["input"]
-    config = {"mean": wanted["mean"], "std": wanted["std"]}
-    transform = Transform(input_shape(wanted), tuple(wanted["mean"]), tuple(wanted["std"]), config)
+    record = image_record(manifest, folder)
     try:
-        data = load_data(given or recorded_data(manifest["data"]), transform, "val", classes=manifest.get("classes") or None)
+        data = record.images("val", given, report)
     except UserError:
         if given:
             raise

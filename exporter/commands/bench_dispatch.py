@@ -96,9 +96,8 @@ def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
 
     from moee import checkpoint
     from moee.clear_moe import ClearFFN
-    from moee.data import batches, model_transform, say_read
+    from moee.data import batches, say_read
     from moee.layer import routed_layers
-    from moee.sources import load_data
 
     moee = checkpoint.load(path)
     layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
@@ -109,8 +108,7 @@ def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
         raise UserError(f"--layer {name}: expected one of {', '.join(layers)}")
     seen: list[torch.Tensor] = []
     handle = layers[name].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
-    source, classes = checkpoint.recorded_data(moee.data), moee.classes or None
-    data = load_data(source, model_transform(moee.model), "val", classes=classes)
+    data = moee.record.images("val")
     say_read(val=data)
     images = next(batches(data, batch)).images
     with torch.no_grad():

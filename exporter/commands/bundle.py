@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.bundle import make_recipe, write_deployment
-    from exporter.engine import needs_plugin
-    from exporter.manifests import read_export
+    from exporter.bundle import write_deployment
     from exporter.plugin_cache import ensure_kernels
     from exporter.profile import batch_profile
 
@@ -41,9 +40,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if sms is None or len(sms) != 1:
         raise UserError(f"--sm {args.sm}: a bundle is for one SM, for example --sm 87")
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
-    make_recipe(read_export(args.path))  # refuses before minutes of compiling
     with ProgressDisplay() as report:
-        kernels = ensure_kernels(sms, report) if needs_plugin(args.path) else None
+        kernels = partial(ensure_kernels, sms, report)
         folder = write_deployment(args.path, args.out, sms[0], kernels, batch, args.force)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
     console.print(

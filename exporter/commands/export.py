@@ -42,8 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.precision import INT8, dtype_of
     from exporter.quantization import CALIBRATION_IMAGES
     from moee import checkpoint
-    from moee.data import model_transform, say_read
-    from moee.sources import load_data
+    from moee.data import say_read
 
     dtype_of(args.precision)
     if args.precision not in INT8 and (args.calibration_images is not None or args.data):
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             moee.take_weights(args.checkpoint)
         given = None
         if args.data:
-            given = load_data(args.data, model_transform(moee.model), "train", classes=moee.classes or None)
+            given = moee.record.images("train", args.data, report)
             say_read(train=given)
         export(
             moee, args.out, args.force, report, source=args.path, precision=args.precision, calibration=given,

@@ -33,9 +33,8 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots import write_plots
     from moee import checkpoint
-    from moee.data import model_transform, say_read
+    from moee.data import say_read
     from moee.errors import UserError
-    from moee.sources import load_splits
 
     if args.images < 1:
         raise UserError(f"--images must be at least 1, came {args.images}")
@@ -43,10 +42,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         moee = checkpoint.load(args.path)
         if args.checkpoint is not None:
             moee.take_weights(args.checkpoint)
-        transform = model_transform(moee.model)
-        source = args.data or checkpoint.recorded_data(moee.data)
-        seed, head = moee.config.seed if moee.config else 0, getattr(moee.model, "num_classes", 0) or None
-        calibration, held_out = load_splits(source, transform, seed, moee.classes or None, head, report)
+        calibration, held_out = moee.record.splits(args.data, report)
         say_read(train=calibration, val=held_out)
         names = write_plots(moee, calibration, held_out, args.out, args.images, args.force, report)
     console.print(f"written to {args.out}: {', '.join(names)}", highlight=False)

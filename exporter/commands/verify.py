@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,9 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     from exporter.profile import batch_profile
     from exporter.verify.suite import verify_ranks
     from moee import checkpoint
-    from moee.checkpoint import recorded_data
-    from moee.data import model_transform, say_read
+    from moee.data import say_read
     from moee.exchange import check_same_data
     from moee.joining import launched
-    from moee.sources import load_data
 
     with group.agreed():
         manifest = read_export(args.path)
@@ -104,9 +103,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
             raise UserError(f"--images {args.images}: expected 0 or more")
         sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
         moee = checkpoint.load(source)
-        seed, head = moee.config.seed if moee.config else 0, getattr(moee.model, "num_classes", 0) or None
-        wanted = args.data or recorded_data(manifest["data"])
-        data = load_data(wanted, model_transform(moee.model), "val", seed, moee.classes or None, head, report)
+        data = replace(moee.record, source=manifest["data"]).images("val", args.data, report)
         data.workers = args.workers
         if group.leader:
             say_read(val=data)

@@ -19,16 +19,18 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 
 from exporter import bundle, bundle_configs, cli, plugin_cache
-from exporter.bundle import DEPLOYMENT_SCHEMA, Recipe, Tensor, _write_head, ends_in_classes, make_recipe, write_deployment
+from exporter.bundle import DEPLOYMENT_SCHEMA, Recipe, Tensor, ends_in_classes, make_recipe, read_head, write_deployment
+from exporter.manifests import exported_model, read_export
 from exporter.onnx_export import SCHEMA, export
 from exporter.passes.raw_pixels import take_raw_pixels
 from moee import checkpoint
-from moee.artifact import read_manifest, write_manifest
-from moee.checkpoint import MoeeModel
+from moee.artifact import read_manifest, sha256_file, write_manifest
+from moee.checkpoint import MoeeModel, laid_out
 from moee.config import make_extract_config
 from moee.convert import extract
+from moee.data import model_transform
 from moee.errors import UserError
-from moee.models import load_model
+from moee.models import ModelSpec, load_model
 from moee.probe import Probe
 from moee.tensor_file import write_tensors
 from plugins.build import select_headers
@@ -49,7 +51,7 @@ def shared(tmp_path_factory):
         config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
         extract(model, tiny_images(), config)
     export(MoeeModel(model.eval(), tiny_spec(), config, "tiny"), folder / "export")
-    write_deployment(folder / "export", folder / "bundle", 87, built.kernels(), (1, 4, 16))
+    write_deployment(folder / "export", folder / "bundle", 87, built.kernels, (1, 4, 16))
     return folder
 
 
@@ -181,15 +183,15 @@ def test_names_travel_from_the_export_and_must_fit(exported, tmp_path):
     kept = {key: value for key, value in body.items() if key not in ("schema", "files", "tools")}
     names = [f"class of {i}" for i in range(10)]
     write_manifest(exported, "export.json", SCHEMA, {**kept, "classes": names})
-    out = write_deployment(exported, tmp_path / "bundle", 87, built.kernels())
+    out = write_deployment(exported, tmp_path / "bundle", 87, built.kernels)
     assert (out / "models" / "labels.txt").read_text().splitlines() == names
     assert read_manifest(out, "deployment.json", DEPLOYMENT_SCHEMA)["class_names"] == names
     write_manifest(exported, "export.json", SCHEMA, {**kept, "classes": names[:9]})
     with pytest.raises(UserError, match="names 9 classes, the model tells 10 apart"):
-        write_deployment(exported, tmp_path / "other", 87, built.kernels())
+        write_deployment(exported, tmp_path / "other", 87, built.kernels)
     write_manifest(exported, "export.json", SCHEMA, {**kept, "classes": [*names[:9], "a\nb"]})
     with pytest.raises(UserError, match="control characters"):
-        write_deployment(exported, tmp_path / "other", 87, built.kernels())
+        write_deployment(exported, tmp_path / "other", 87, built.kernels)
 
 
 # Keys of nvinfer's group [property] as DeepStream's manual lists them (Gst-nvinfer, "File Configuration Specifications"), those
@@ -275,8 +277,8 @@ def test_the_recipe_is_that_of_timm(name, size):
     config = resolve_model_data_config(timm.create_model(name))
     size = size or config["input_size"][-1]
     config["input_size"] = (3, *size) if isinstance(size, list) else (3, size, size)
-    given = {"name": "input", "size": size, "mean": config["mean"], "std": config["std"]}
-    recipe = make_recipe({"input": given, "model": {"timm_name": name}})
+    spec = ModelSpec(name=name, timm_name=name, kwargs={"img_size": size})
+    recipe = make_recipe(model_transform(laid_out(spec, Path("export.json"))), name)
     steps = create_transform(**config, is_training=False).transforms
     assert recipe.resize == ((steps[0].size,) * 2 if isinstance(steps[0].size, int) else steps[0].size)
     assert recipe.size == tuple(steps[1].size) and recipe.filter == steps[0].interpolation.value == config["interpolation"]
@@ -292,7 +294,7 @@ def test_the_head_travels_with_a_backbone(tmp_path):
     moee = MoeeModel(model.eval(), spec, config, "tiny", probe, {})
     checkpoint.save(moee, tmp_path / "model")
     export(moee, tmp_path / "export", source=tmp_path / "model")
-    out = write_deployment(tmp_path / "export", tmp_path / "bundle", 87, built.kernels())
+    out = write_deployment(tmp_path / "export", tmp_path / "bundle", 87, built.kernels)
     data = (out / "models" / "head.bin").read_bytes()
     assert struct.unpack("<ii", data[:8]) == (7, 32)
     values = np.frombuffer(data[8:], "<f4")
@@ -306,15 +308,86 @@ def test_a_head_of_one_row_is_refused(tmp_path):
     """Probes of two classes had one row once: the runner would have said class 0 for every image."""
     write_tensors(Probe(torch.randn(1, 32), torch.randn(1)).state(), tmp_path / "probe.safetensors")
     with pytest.raises(UserError, match="has one row, by which every image is of class 0; extract the model again"):
-        _write_head(tmp_path, {"source": "."}, Tensor("output", "float32", (32,)), tmp_path / "head.bin")
-    assert not (tmp_path / "head.bin").exists()
-    heads = [{"model": {"timm_name": "test_vit", "kwargs": {"num_classes": n}}} for n in (0, 1, 2)]
-    assert [ends_in_classes(head) for head in heads] == [False, False, True]
+        read_head(tmp_path, {"source": "."}, Tensor("output", "float32", (32,)))
+    models = [timm.create_model("test_vit", num_classes=count) for count in (0, 1, 2)]
+    assert [ends_in_classes(model) for model in models] == [False, False, True]
+
+
+# What a model's own files say, where timm's table says center, 0.875 or 0.95 and bicubic of test_vit.
+OWN = {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear", "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+
+@pytest.fixture
+def own_export(exported):
+    """The export of a model whose own files say how its images are prepared."""
+
+    def write(**changes):
+        manifest = json.loads((exported / "export.json").read_text())
+        own = {**OWN, **changes}
+        manifest["model"]["input"] = own
+        manifest["input"] |= {"mean": own["mean"], "std": own["std"]}
+        (exported / "export.json").write_text(json.dumps(manifest))
+        return exported
+
+    return write
+
+
+def test_the_bundle_prepares_images_as_the_models_own_files_say(own_export, tmp_path):
+    folder = own_export()
+    preprocess = json.loads((write_deployment(folder, tmp_path / "bundle", 87, built.kernels) / "deployment.json").read_text())
+    recipe = preprocess["preprocess"]
+    assert (recipe["crop"], recipe["filter"], recipe["resize"]) == ("squash", "bilinear", [32, 32])
+    assert (recipe["mean"], recipe["std"]) == ([0.5] * 3, [0.25] * 3)
+    text = (tmp_path / "bundle" / "models" / "preprocess.txt").read_text()
+    assert "crop squash" in text and "filter bilinear" in text
+    spec = ModelSpec(**json.loads((folder / "export.json").read_text())["model"])
+    measured = model_transform(load_model(spec))  # what verify measures with
+    transform = exported_model(read_export(folder), folder)[1]
+    assert transform == measured and transform.config == measured.config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"crop_mode": "border"}, "crop mode border"), ({"interpolation": "lanczos"}, "lanczos resizing")],
+)
+def test_what_the_runner_cannot_do_is_refused_before_the_kernels(own_export, tmp_path, monkeypatch, capsys, changes, said):
+    folder = own_export(**changes)
+
+    def never(sms, report):
+        raise AssertionError("minutes of compiling")
+
+    monkeypatch.setattr(plugin_cache, "ensure_kernels", never)
+    assert cli.main(["bundle", str(folder), "--sm", "87", "--out", str(tmp_path / "bundle")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "bundle").exists()
+
+
+def test_everything_is_refused_before_the_kernels_and_hashed_once(exported, tmp_path, monkeypatch):
+    def never():
+        raise AssertionError("minutes of compiling")
+
+    def refused(match):
+        with pytest.raises(UserError, match=match):
+            write_deployment(exported, tmp_path / "bundle", 87, never)
+
+    manifest = json.loads((exported / "export.json").read_text())
+    for change, said in (
+        ({"classes": ["ant", "bee"]}, "names 2 classes, the model tells 10 apart"),
+        ({"plugin_nodes": 0}, "has 3 plugin nodes, its manifest says 0"),
+        ({"input": {**manifest["input"], "mean": [0.1] * 3}}, "says mean .*, its model is prepared with"),
+    ):
+        (exported / "export.json").write_text(json.dumps({**manifest, **change}))
+        refused(said)
+    (exported / "export.json").write_text(json.dumps(manifest))
+    hashed = []
+    monkeypatch.setattr("moee.artifact.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    monkeypatch.setattr(plugin_cache, "ensure_kernels", lambda sms, report: built.kernels())
+    assert cli.main(["bundle", str(exported), "--sm", "87", "--out", str(tmp_path / "bundle")]) == 0
+    assert hashed.count(exported / "moee.data") == 1
 
 
 def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch):
     def refused(**changes):
-        given = {"export_dir": exported, "out": tmp_path / "x", "sm": 87, "kernels": built.kernels(), **changes}
+        given = {"export_dir": exported, "out": tmp_path / "x", "sm": 87, "kernels": built.kernels, **changes}
         with pytest.raises(UserError) as error:
             write_deployment(**given)
         assert not (tmp_path / "x").exists()
@@ -322,7 +395,7 @@ def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch
 
     assert "min <= opt <= max" in refused(batch=(4, 2, 8))
     assert "expected" in refused(sm=75) or "75" in refused(sm=75)
-    monkeypatch.setattr(bundle, "make_recipe", lambda export: Recipe((64, 64), (64, 64), "center", "bicubic", MEAN, STD))
+    monkeypatch.setattr(bundle, "make_recipe", lambda transform, name: Recipe((64, 64), (64, 64), "center", "bicubic", MEAN, STD))
     assert "its manifest says size 64 x 64" in refused()
     monkeypatch.undo()
     (exported / "moee.data").write_bytes(b"changed")

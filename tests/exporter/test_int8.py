@@ -184,7 +184,7 @@ def test_the_command(tiny_export, tmp_path, capsys, monkeypatch):
 
 
 def test_a_bundle_leaves_the_reference_out(exports, tmp_path):
-    models = write_deployment(exports("int8"), tmp_path / "bundle", 87, built.kernels(), (1, 4, 16)) / "models"
+    models = write_deployment(exports("int8"), tmp_path / "bundle", 87, built.kernels, (1, 4, 16)) / "models"
     assert not list(models.glob("reference*"))
     manifest = read_manifest(models, "export.json", "moee.export/1")  # its files are there, with their hashes
     assert set(manifest["graphs"]) == {"dense", "portable", "tensorrt"} and manifest["precision"] == "int8"

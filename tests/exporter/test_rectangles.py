@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from exporter import cli
 from exporter.bundle import make_recipe, write_deployment
-from exporter.manifests import Input, input_shape
+from exporter.manifests import Input, exported_model, input_shape, read_export
 from exporter.onnx_export import export
 from exporter.parity import check_parity
 from exporter.plots import data as plot_data
@@ -106,11 +106,11 @@ def test_patches_of_a_rectangle_lie_on_its_grid(chain, pictures):
 
 def test_the_bundle_prepares_pictures_as_the_accuracy_saw_them(chain, pictures, tmp_path):
     root, (height, width), _ = chain
-    out = write_deployment(root / "export", tmp_path / "bundle", 87, built.kernels())
+    out = write_deployment(root / "export", tmp_path / "bundle", 87, built.kernels)
     assert f"x{height}x{width}" in (out / "bundle.env").read_text()
     assert f"infer-dims=3;{height};{width}" in (out / "deepstream" / "config_infer_moee.txt").read_text()
     data = load_data(str(pictures), model_transform(checkpoint.load(root / "tuned").model), "val")
-    recipe = make_recipe(json.loads((root / "export" / "export.json").read_text()))
+    recipe = make_recipe(exported_model(read_export(root / "export"), root / "export")[1], "model")
     for i in range(3):
         np.testing.assert_allclose(ours(data.picture(i), recipe, tmp_path), data.load(i).numpy(), rtol=0, atol=1e-6)
 
@@ -123,7 +123,7 @@ def test_a_plan_is_for_one_size_and_says_how_to_apply_it(pictures, tmp_path, cap
     assert run("plan", *argv("plan", 64, 96), "--target-macs", 0.9, *scale) == 0
     assert "--img-size 64 96 " in " ".join(capsys.readouterr().out.split())
     assert run("extract", *argv("other", 96, 64), "--plan", tmp_path / "plan") == 2
-    assert "with input_size (64, 96), but this model has (96, 64); plan again" in capsys.readouterr().err
+    assert "with input_size [64, 96], but this model has [96, 64]; plan again" in capsys.readouterr().err
     assert run("extract", *argv("same", 64, 96), "--plan", tmp_path / "plan") == 0
 
 

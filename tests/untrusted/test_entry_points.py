@@ -140,7 +140,7 @@ ENTRIES = {
     "verify": lambda f, made, out: verify(f, checkpoint.load(made / "model"), tiny_images(8), sizes=(1,)),
     "count_plugin_nodes": lambda f, made, out: count_plugin_nodes(f / "tensorrt.onnx"),
     "build_engines": lambda f, made, out: build_engines(f, out, plugin=built.plugin()),
-    "write_deployment": lambda f, made, out: write_deployment(f, out, 87, built.kernels()),
+    "write_deployment": lambda f, made, out: write_deployment(f, out, 87, built.kernels),
     "moee bench": by_command("bench", "EXPORT", "--runs", "1"),
     "moee verify": by_command("verify", "EXPORT", "--model", "MODEL", *DATA),
 }

@@ -266,7 +266,7 @@ def test_engines_are_built_from_checked_graphs_alone(made, tmp_path, graph):
     with pytest.raises(UserError, match="no name in the file's own folder"):
         build_engines(folder, tmp_path / "engine", plugin=built.plugin())
     with pytest.raises(UserError, match="no name in the file's own folder"):
-        write_deployment(folder, tmp_path / "bundle", 87, built.kernels())
+        write_deployment(folder, tmp_path / "bundle", 87, built.kernels)
     assert not (tmp_path / "engine").exists() and not (tmp_path / "bundle").exists()
 
 

@@ -159,10 +159,9 @@ def test_no_command_fetches_data_that_a_file_names(made, tmp_path, monkeypatch):
     def opened(source, *args):
         raise AssertionError(f"{source} was opened")
 
-    for module in ("moee.data", "exporter.onnx_export"):
-        monkeypatch.setattr(f"{module}.load_data", opened)
+    monkeypatch.setattr("moee.sources.load_data", opened)
     manifest = json.loads((made / "export" / "export.json").read_text())
-    assert bench._data(None, {**manifest, "data": "hfds/someone/dataset"}) is None
+    assert bench._data(None, {**manifest, "data": "hfds/someone/dataset"}, made / "export") is None
     moee = checkpoint.load(made / "model")
     moee.data = "hfds/someone/dataset"
     with pytest.raises(UserError, match="int8 needs calibration images.*may be fetched"):
