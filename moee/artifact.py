@@ -61,7 +61,7 @@ def write_manifest(folder: Path, name: str, schema: str, body: dict[str, Any]) -
     files = {
         str(item.relative_to(folder)): sha256_file(item)
         for item in sorted(folder.rglob("*"))
-        if item.is_file() and item.name != name
+        if item.is_file() and item != folder / name
     }
     write_json(folder / name, {"schema": schema, "tools": tool_versions(), "files": files, **body})
 

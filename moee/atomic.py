@@ -17,14 +17,14 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moee.errors import UserError
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
-_IMMOVABLE = {errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR}
+_UNFOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # to lock whatever is there: no link's target, and no pipe waited for
 SCRATCH = "moee-tmp-"
 
 Accept = Callable[[Path], None]
@@ -38,10 +38,10 @@ def whatever(path: Path) -> None:
 def atomic_folder(path: Path | str, force: bool = False, accept: Accept = whatever) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it raises.
 
-    With `force`, what is at `path` is replaced if `accept` lets it: that is called with the path of what was taken away, before
-    it is deleted, and puts it back by raising `UserError`. Raises `UserError` if `path` exists and `force` is off, also when it
-    appears while the block runs, or if its parent cannot be written. A finished folder that its place refuses is not lost: it
-    stays beside `path`, and the message says where.
+    With `force`, what is at `path` is replaced if `accept` lets it: that is called with `path`, and again with the path of what
+    was taken away, before it is deleted. If it raises anything, that is put back. Raises `UserError` if `path` exists and `force`
+    is off, also when it appears while the block runs, or if its parent cannot be written. A finished folder that its place
+    refuses is not lost: it stays beside `path`, and the message says where.
     """
     path = Path(path)
     recover(path)
@@ -101,6 +101,12 @@ def probe(path: Path) -> None:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another output folder") from error
 
 
+def free_name(path: Path, folder: bool) -> Path:
+    """A name beside `path` that nothing has, for a finished result that its place refuses."""
+    mark = uuid.uuid4().hex[:8]
+    return path.with_name(f"{path.name}-{mark}" if folder else f"{path.stem}-{mark}{path.suffix}")
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file atomically, as UTF-8."""
     with atomic_file(path) as temporary:
@@ -138,8 +144,13 @@ def recover(path: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
     for name in sorted(os.listdir(path.parent)):
         if pattern.fullmatch(name):
-            os.rename(path.parent / name, path)
-            return
+            with _locked(path.parent / name) as alone:
+                if not alone:  # its writer lives, and is between the two
+                    continue
+                with suppress(FileNotFoundError):  # that writer, or another reader, was faster
+                    if not os.path.lexists(path):
+                        os.rename(path.parent / name, path)
+                    return
 
 
 def sweep_scratch(base: Path | None = None) -> None:
@@ -238,22 +249,76 @@ def _publish(temporary: Path, path: Path, accept: Accept | None) -> None:
         return
     if not os.path.lexists(path):
         os.rename(temporary, path)
-    elif _renameat2(temporary, path, _EXCHANGE):
+        return
+    accept(path)
+    with _locked(path):
+        if _exchange(temporary, path, accept):
+            return
+        ours, former = os.lstat(temporary), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         try:
-            accept(temporary)
-        except UserError:
-            _renameat2(temporary, path, _EXCHANGE)
-            raise
-    else:
-        former = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
-        os.rename(path, former)
-        try:
+            os.rename(path, former)
             accept(former)
             os.rename(temporary, path)
-        except (OSError, UserError):
-            os.rename(former, path)
+        except BaseException:
+            if os.path.lexists(former) and os.path.lexists(temporary):
+                _put_back(former, path, ours)
             raise
         _remove(former)
+
+
+def _exchange(temporary: Path, path: Path, accept: Accept) -> bool:
+    """Exchange two names and let `accept` look at what was taken away; whatever that raises, an interrupt too, puts it back.
+
+    False, with nothing done, where names cannot be exchanged.
+    """
+    ours = os.lstat(temporary)
+    try:
+        if not _renameat2(temporary, path, _EXCHANGE):
+            return False
+        accept(temporary)
+    except BaseException:
+        if not os.path.samestat(os.lstat(temporary), ours):
+            _put_back(temporary, path, ours)
+        raise
+    return True
+
+
+def _put_back(taken: Path, path: Path, ours: os.stat_result) -> None:
+    """Give what was taken away its name again, which the result, `ours`, may have meanwhile.
+
+    If that fails, it gets a free name and `UserError` tells which: under a temporary one it would be removed.
+    """
+    with suppress(OSError):
+        if not os.path.lexists(path):
+            os.rename(taken, path)
+            return
+        if os.path.samestat(os.lstat(path), ours) and _renameat2(taken, path, _EXCHANGE):
+            return
+    free = free_name(path, taken.is_dir())
+    os.rename(taken, free)
+    raise UserError(f"{path} was taken by another process; what was there before is now {free}")
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Lock what is at `path`, whatever name it has meanwhile, so that no `sweep` or `recover` takes it; False if another has it.
+
+    What cannot be locked, such as a link, counts as free.
+    """
+    try:
+        lock = os.open(path, _UNFOLLOWED)
+    except OSError:
+        yield True
+        return
+    try:
+        free = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            free = not isinstance(error, BlockingIOError)
+        yield free
+    finally:
+        os.close(lock)
 
 
 def _publish_file(temporary: Path, path: Path, accept: Accept) -> None:
@@ -266,14 +331,8 @@ def _publish_file(temporary: Path, path: Path, accept: Accept) -> None:
     except _Appeared:
         pass
     accept(path)
-    if not _renameat2(temporary, path, _EXCHANGE):
+    if not _exchange(temporary, path, accept):
         os.replace(temporary, path)
-        return
-    try:
-        accept(temporary)
-    except UserError:
-        _renameat2(temporary, path, _EXCHANGE)
-        raise
 
 
 @contextmanager
@@ -282,15 +341,12 @@ def _kept(temporary: Path, path: Path) -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _IMMOVABLE:
-            raise
-        mark = uuid.uuid4().hex[:8]
-        free = path.with_name(f"{path.name}-{mark}" if temporary.is_dir() else f"{path.stem}-{mark}{path.suffix}")
+        free = free_name(path, temporary.is_dir())
         try:
             os.rename(temporary, free)
         except OSError:
             raise error from None
-        reason = str(error) if isinstance(error, UserError) else f"{path} cannot be replaced: {error.strerror}"
+        reason = str(error) if isinstance(error, UserError) else f"{path} cannot be written: {error.strerror or error}"
         raise UserError(f"{reason}; the result is kept as {free}") from error
 
 

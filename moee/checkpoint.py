@@ -191,8 +191,8 @@ def _narrowed(
 
 def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[Path, ...] = ()) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off, or must not be replaced, as one of
-    the `inputs` must not."""
-    with OutputFolder(path, MODEL, force, inputs).write() as folder:
+    the `inputs` must not; the artifact is written beside it then, since it may have taken hours, and the message says where."""
+    with OutputFolder(path, MODEL, force, inputs).write(late=True) as folder:
         write_tensors(moee.model.state_dict(), folder / WEIGHTS)
         if moee.probe is not None:
             write_tensors(moee.probe.state(), folder / PROBE)

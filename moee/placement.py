@@ -3,7 +3,8 @@
 Two rules. A result never costs a file that is not an earlier result of the same command: a folder is replaced only if it is empty
 or holds an artifact of ours of the same kind and no other file; a file is overwritten only if the same command wrote it, or with
 `--force`, and never if it is an input, lies in one, or belongs to an artifact. What can refuse a place does so before the work:
-`check` tries out whether something can be written there. `write` looks again when the result is put in its place.
+`check` tries out whether something can be written there. `write` looks again when the result is put in its place. After long
+work it is called with `late`: a place that refuses by then does not cost the result, which is written beside it.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import json
 import os
 import re
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moee.atomic import atomic_file, atomic_folder, probe, recover, remove_folder
+from moee.atomic import atomic_file, atomic_folder, free_name, probe, recover, remove_folder
 from moee.errors import UserError
 from moee.result_kinds import (
+    BUILT_IN_DATA,
     DEMO,
     ENGINE,
     EXPORT,
@@ -47,7 +50,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True)
-class Output:
+class Output(ABC):
     """A place that a command writes to, as its user named it with `option`, and what the command reads: `inputs`.
 
     `path` is a file's or a folder's; relative ones are of the folder that the process works in. Raises `UserError`, exit code 2,
@@ -71,9 +74,13 @@ class Output:
         return f"{self.option} {self.path}"
 
     def check(self) -> None:
-        """Refuse a place that must not be written, or cannot be. Call it before any long work."""
+        """Refuse a place that must not be written, or cannot be. Call it before any long work.
+
+        What a killed replacement had moved aside is put back first.
+        """
         try:
             self._refuse_names()
+            recover(self.place)
             if os.path.lexists(self.place):
                 self._refuse_existing(self.place)
             self._refuse_above(self.place)
@@ -89,7 +96,6 @@ class Output:
         if place.is_symlink():
             target = os.readlink(place)
             raise UserError(f"{self.said} is a link to {target}; name the place itself, a link is never replaced")
-        recover(place)
 
     def _refuse_above(self, place: Path) -> None:
         for parent in place.parents:
@@ -116,12 +122,24 @@ class Output:
                     return given
         return None
 
-    @property
-    def _wanted(self) -> str:
-        raise NotImplementedError
+    def _late_refusal(self, late: bool) -> UserError | None:
+        """What `check` says; without `late` that is raised."""
+        try:
+            self.check()
+        except UserError as refusal:
+            if not late:
+                raise
+            return refusal
+        return None
 
+    @property
+    @abstractmethod
+    def _wanted(self) -> str:
+        """What to name, for a message."""
+
+    @abstractmethod
     def _refuse_existing(self, place: Path) -> None:
-        raise NotImplementedError
+        """Raise `UserError` if what is at `place` must not be lost."""
 
 
 @dataclass(frozen=True)
@@ -137,11 +155,20 @@ class OutputFolder(Output):
         return "a folder"
 
     @contextmanager
-    def write(self) -> Iterator[Path]:
-        """A temporary folder that takes the place at the end, as `moee.atomic.atomic_folder`."""
-        self.check()
-        with atomic_folder(self.place, self.force, self._refuse_loss) as folder:
+    def write(self, late: bool = False) -> Iterator[Path]:
+        """A temporary folder that takes the place at the end, as `moee.atomic.atomic_folder`.
+
+        `late`: if the place refuses, the folder is written beside it, and the `UserError` at the end says where.
+        """
+        refusal = self._late_refusal(late)
+        if refusal is None:
+            with atomic_folder(self.place, self.force, self._refuse_loss) as folder:
+                yield folder
+            return
+        kept = free_name(self.place, folder=True)
+        with atomic_folder(kept) as folder:
             yield folder
+        raise UserError(f"{refusal}; the result is kept as {kept}") from refusal
 
     def remove(self) -> None:
         """Remove the folder with all that it holds, which is nothing but ours."""
@@ -219,15 +246,25 @@ class OutputFile(Output):
         return "a file"
 
     @contextmanager
-    def write(self) -> Iterator[Path]:
-        """The name of a temporary file that takes the place at the end, as `moee.atomic.atomic_file`."""
-        self.check()
-        with atomic_file(self.place, self._refuse_existing) as temporary:
+    def write(self, late: bool = False) -> Iterator[Path]:
+        """The name of a temporary file that takes the place at the end, as `moee.atomic.atomic_file`.
+
+        `late`: if the place refuses, the file is written beside it, and the `UserError` at the end says where.
+        """
+        refusal = self._late_refusal(late)
+        if refusal is None:
+            with atomic_file(self.place, self._refuse_existing) as temporary:
+                yield temporary
+            return
+        kept = free_name(self.place, folder=False)
+        with atomic_file(kept) as temporary:
             yield temporary
+        raise UserError(f"{refusal}; the result is kept as {kept}") from refusal
 
     def write_json(self, body: Any) -> None:
-        """Write JSON, as `moee.artifact.write_json`."""
-        self.write_text(json.dumps(body, indent=2) + "\n")
+        """Write JSON, as `moee.artifact.write_json`. It is what was measured, so `late` holds."""
+        with self.write(late=True) as temporary:
+            temporary.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
 
     def write_text(self, text: str) -> None:
         """Write a text as UTF-8."""
@@ -330,19 +367,21 @@ def check_all(outputs: Sequence[Output]) -> None:
 def source_paths(*sources: str | Path | None) -> tuple[Path, ...]:
     """What data sources, weights and artifacts name on disk, and what those artifacts say that they were made from.
 
-    A source such as `wds/FOLDER` names a folder behind its kind.
+    A source such as `wds/FOLDER` names a folder behind its kind. The name of built-in data names a file or an artifact too, if
+    one lies under it; any other folder of that name is read by no command, and no result ever replaces it.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by real path, so that artifacts that name each other come to an end
     waiting = [os.fspath(source) for source in sources if source]
     while waiting:
         text = waiting.pop(0)
-        if text.partition(":")[0] in ("digits", "photos"):  # built in, whatever lies around under these names
-            continue
         path = next((Path(name) for name in (text, text.partition("/")[2]) if name and os.path.lexists(name)), None)
-        if path is not None and path not in found:
-            found[path] = None
-            waiting += made_from(path)
-    return tuple(found)
+        if path is None or os.path.realpath(path) in found:
+            continue
+        if text.partition(":")[0] in BUILT_IN_DATA and path.is_dir() and kind_of(path) is None:
+            continue
+        found[os.path.realpath(path)] = path
+        waiting += made_from(path)
+    return tuple(found.values())
 
 
 def _same(path: Path, other: Path) -> bool:

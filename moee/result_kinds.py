@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moee.schema import parse_json, split
 
 OURS_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # what moee.atomic leaves when it is killed
 LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of file managers, which nobody misses
-HEAD_BYTES = 4096
+HEAD_BYTES, BLOCK_BYTES = 4096, 1 << 20
+BUILT_IN_DATA = ("digits", "photos")  # names of data that lie in no file
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,21 @@ class FileKind:
         if not self.schema:
             with open(path, "rb") as file:
                 head = file.read(HEAD_BYTES)
-                if self.mark and not self.early:
-                    head += file.read()
-            return not head or (head.startswith(self.magic) and self.mark in head)
+                if not head.startswith(self.magic):
+                    return not head
+                return self.mark in head or not head or (not self.early and self._marked(file, head))
         if path.stat().st_size == 0:
             return True
         body = read_object(path)
         return body is not None and family(body) == self.schema and "files" not in body
+
+    def _marked(self, file: BinaryIO, read: bytes) -> bool:
+        """Whether the mark stands in the rest of a file, of which `read` came last; block by block, for files of any size."""
+        while block := file.read(BLOCK_BYTES):
+            read = read[-len(self.mark):] + block
+            if self.mark in read:
+                return True
+        return False
 
 
 LATENCY = FileKind("a result of moee bench", (".json",), schema="moee.latency")
@@ -136,7 +145,10 @@ def made_from(path: Path) -> list[str]:
     if body is None or not family(body).startswith("moee."):
         return []
     folder, model, source = path if path.is_dir() else path.parent, body.get("model"), body.get("source")
-    named = [model.get("weights") if isinstance(model, dict) else None, body.get("data")]
+    data = body.get("data")
+    if isinstance(data, str) and data.partition(":")[0] in BUILT_IN_DATA:
+        data = None
+    named = [model.get("weights") if isinstance(model, dict) else None, data]
     named += [os.path.join(folder, source)] if isinstance(source, str) else []
     return [name for name in named if isinstance(name, str) and "\0" not in name]
 
@@ -172,7 +184,14 @@ def is_litter(name: str) -> bool:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a relative name is one of the patterns', part by part; a pattern that ends in `/*` holds at any depth below."""
+    return any(_matches(name.split("/"), pattern.split("/")) for pattern in patterns)
+
+
+def _matches(parts: list[str], pattern: list[str]) -> bool:
+    deep = len(pattern) > 1 and pattern[-1] == "*"
+    fits = len(parts) >= len(pattern) if deep else len(parts) == len(pattern)
+    return fits and all(map(fnmatch.fnmatchcase, parts, pattern))
 
 
 def is_signed(path: Path, signs: Iterable[tuple[str, bytes]]) -> bool:

@@ -50,6 +50,26 @@ def test_an_extracted_model_is_written_without_its_measurements(session, tmp_pat
     assert inspect_artifact(moee).moee["macs"] > 0
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_place_that_is_taken_during_the_work_does_not_cost_the_model(session, tmp_path, monkeypatch, fails):
+    out, measure = tmp_path / "out", session.measure
+
+    def measuring(*args):
+        out.mkdir()
+        (out / "mine").write_text("x")
+        if fails:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(session, "measure", measuring)
+    with pytest.raises(KeyboardInterrupt if fails else UserError) as raised:
+        run_extract(session.spec, "digits", STATIC, out, session=session)
+    (kept,) = [path for path in tmp_path.iterdir() if path != out]
+    assert f"output folder {out} exists;" in explain(raised.value)[1]
+    assert explain(raised.value)[1].endswith(f"; the result is kept as {kept}")
+    assert len(routed_layers(checkpoint.load(kept).model)) == 3 and [path.name for path in out.iterdir()] == ["mine"]
+
+
 def test_a_tuned_model_is_written_and_measured_by_the_next_call(session, tmp_path, monkeypatch, caplog):
     run_extract(session.spec, "digits", STATIC, tmp_path / "extracted", session=session)
     config = FinetuneConfig(epochs=1, batch_size=256)

@@ -130,6 +130,52 @@ def test_a_kill_between_two_renames_is_mended(tmp_path):
     assert (tmp_path / "out" / "file").read_text() == "former" and hidden(tmp_path) == []
 
 
+def test_a_reader_does_not_take_what_a_living_writer_has_moved_aside(tmp_path, monkeypatch):
+    """Between the two renames the place is empty; a reader then waits for nothing and changes nothing."""
+    monkeypatch.setattr(atomic, "_libc_renameat2", lambda: None)
+    with atomic_folder(tmp_path / "out") as folder:
+        write_manifest(folder, "m.json", "moee.model/1", {"text": "former"})
+    seen = []
+
+    def accept(path):
+        seen.append(path.name)
+        if path != tmp_path / "out":
+            with pytest.raises(UserError, match="is not a folder"):
+                read_manifest(tmp_path / "out", "m.json", "moee.model/1")
+            assert path.is_dir()
+
+    with atomic_folder(tmp_path / "out", force=True, accept=accept) as folder:
+        write_manifest(folder, "m.json", "moee.model/1", {"text": "new"})
+    assert read_manifest(tmp_path / "out", "m.json", "moee.model/1")["text"] == "new"
+    assert len(seen) == 2 and seen[1].endswith(".old") and hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ENOSPC, errno.EIO])
+def test_a_finished_folder_is_kept_whatever_the_system_says(tmp_path, names, number):
+    (tmp_path / "out").mkdir()
+
+    def accept(path):
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(UserError, match=f"{os.strerror(number)}; the result is kept as") as raised:
+        with atomic_folder(tmp_path / "out", force=True, accept=accept) as folder:
+            (folder / "file").write_text("hours")
+    kept = next(path for path in tmp_path.iterdir() if path.name != "out")
+    assert (kept / "file").read_text() == "hours" and list((tmp_path / "out").iterdir()) == []
+    assert explain(raised.value)[0] == (2 if number == errno.ENOENT else 3)
+
+
+def test_a_nested_file_of_the_manifests_name_is_listed(tmp_path):
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "m.json").write_text("{}")
+        write_manifest(folder, "m.json", "moee.model/1", {})
+    assert list(read_manifest(tmp_path / "out", "m.json", "moee.model/1")["files"]) == ["part/m.json"]
+    (tmp_path / "out" / "part" / "m.json").write_text("changed")
+    with pytest.raises(UserError, match="does not match"):
+        read_manifest(tmp_path / "out", "m.json", "moee.model/1")
+
+
 def test_remove_folder(tmp_path):
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "file").write_text("x")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from contextlib import contextmanager
@@ -49,6 +50,17 @@ def whole(run, command, before, reference):
     return output in (before, under(reference, command.out))
 
 
+def remove_kept(said, run, command, reference):
+    """A finished result that its place refused lies beside it, whole."""
+    kept = re.search(r"the result is kept as (\S+?)(;|$)", said)
+    if kept is None:
+        return
+    path = run / kept[1]
+    files = {command.out + name.removeprefix(path.name): text for name, text in under(tree(run), path.name).items()}
+    assert files == under(reference, command.out), said
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def fail_at_points(zygote, name, count, place, record=None):
     command = COMMANDS[name]
     work = prepare(zygote, place, command, built.plugin() if name == "build" else None, compiled(name))
@@ -68,6 +80,7 @@ def fail_at_points(zygote, name, count, place, record=None):
                 said = sentence(outcome)
                 assert os.strerror(number) in said or "disk full" in said, where
                 tally["refused"] += 1
+                remove_kept(said, run, command, reference)
             assert whole(run, command, before, reference), where
             again = zygote.run(command.forced(), run)
             assert again.code == 0 and tree(run) == reference, f"{where}\nthen: {again.text}"

@@ -6,7 +6,9 @@ A new command or option fails here until it declares what it writes (`add_output
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -22,14 +24,17 @@ from exporter.commands import check_outputs
 from exporter.engine import build_engines
 from exporter.plots import write_plots
 from exporter.report import write_report
-from moee import atomic, placement, result_kinds
+from moee import atomic, checkpoint, placement, result_kinds
+from moee.artifact import read_manifest
 from moee.atomic import atomic_file, atomic_folder
+from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
-from moee.models import ModelSpec
+from moee.models import ModelSpec, build_model
 from moee.pipeline import run_extract, run_finetune
 from moee.placement import OutputFile, OutputFolder
 from plugins import aot
+from tests.conftest import tiny_spec
 from tests.untrusted.test_pickle_commands import PATHS, TEXT, WRITTEN, options
 
 READS_ONLY = {"inspect", "doctor"}
@@ -295,7 +300,7 @@ def test_another_kind_of_artifact_is_not_replaced(work, writer, capsys):
             assert not more or "choose another place" in said or writer in GROWS, said
 
 
-@pytest.mark.parametrize("writer", [w for w, (kind, _) in WRITERS.items() if kind == FOLDER and w != "ablate-clear --out"])
+@pytest.mark.parametrize("writer", [w for w, (kind, _) in WRITERS.items() if kind == FOLDER])
 def test_a_file_of_the_user_in_an_earlier_result_is_named(work, writer, capsys):
     """The earlier result lies elsewhere, so that it is no input."""
     place = shutil.copytree(work / OWN[writer], work / "earlier" / "result")
@@ -306,13 +311,23 @@ def test_a_file_of_the_user_in_an_earlier_result_is_named(work, writer, capsys):
         (place / "notes.txt").write_text("mine")
         assert "notes.txt" in refused(work, capsys, writer, str(place.parent), "--force")
         return
-    for name in ("notes.txt", "sub/model.pth", ".hidden"):
-        (place / name).parent.mkdir(exist_ok=True)
+
+    def named() -> str:
+        if writer != "ablate-clear --out":
+            return refused(work, capsys, writer, str(place), "--force")
+        assert accepted(work, writer, str(place), "--force")  # which keeps the folder whatever the flags, and so what is in it
+        with pytest.raises(UserError) as raised:
+            OutputFolder(place, result_kinds.CLEAR_ABLATION, force=True, grows=True).check()
+        return str(raised.value)
+
+    like_ours = ("sub/x-s1.json", "sub/fig1.svg", "sub/table.svg", "sub/a.cubin", "sub/a.ptx", "cells/sub/x.json", "x/build/y")
+    for name in ("notes.txt", "sub/model.pth", ".hidden", *like_ours):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text("mine")
-        assert name in refused(work, capsys, writer, str(place), "--force")
+        assert name in named()
         (place / name).unlink()
     (place / "link").symlink_to(work / "photos")
-    assert "link" in refused(work, capsys, writer, str(place), "--force")
+    assert "link" in named()
 
 
 def accepted(root: Path, writer: str, place: str, *more: str) -> bool:
@@ -408,6 +423,63 @@ def test_what_an_input_was_made_from_is_an_input(work, capsys):
     assert "lies in the input" in refused(work, capsys, "bundle --out", str(work / "images" / "empty"), "--force")
 
 
+def test_an_artifact_under_the_name_of_built_in_data_is_an_input(work, capsys, monkeypatch):
+    """The name means the data for `--data` alone."""
+    monkeypatch.chdir(work)
+    os.rename(work / "photos", work / "wedding")
+    shutil.copytree(work / "model", work / "photos")
+    shutil.copy(work / "w.safetensors", work / "digits")
+    with pytest.raises(UserError, match="is the input photos"):
+        check_outputs(cli.build_parser().parse_args(["finetune", "photos", "--out", "photos", "--force"]))
+    with pytest.raises(UserError, match="is the input digits"):
+        OutputFile("digits", result_kinds.LATENCY, True, placement.source_paths("digits")).check()
+
+
+def test_built_in_data_is_no_folder_that_lies_around_under_its_name(work, monkeypatch):
+    """Neither as a flag's value nor as what a manifest says."""
+    monkeypatch.chdir(work)
+    assert placement.source_paths("photos", "photos:5") == ()
+    body = json.loads((work / "model" / "moee.json").read_text())
+    (work / "model" / "moee.json").write_text(json.dumps({**body, "data": "digits"}))
+    artifact(work / "digits", result_kinds.MODEL)
+    assert placement.source_paths("model") == (Path("model"),)
+
+
+def test_artifacts_that_name_each_other_are_walked_once(work):
+    for name, other in (("export", "../engine"), ("engine", "../export")):
+        path = work / name / f"{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "source": other}))
+    found = placement.source_paths(work / "export")
+    assert sorted(os.path.realpath(path) for path in found) == [str(work / "engine"), str(work / "export")]
+    assert len(found) == 2
+
+
+def test_a_foreign_file_is_told_by_its_head(work, monkeypatch):
+    """And one of ours in blocks: a file of many gigabytes is never read into memory."""
+    monkeypatch.setattr(result_kinds, "BLOCK_BYTES", 16)
+    plugin = work / "plugin.so"
+    for shift in range(40):  # the mark lies across the blocks in every way
+        plugin.write_bytes(b"\x7fELF" + bytes(5000 + shift) + b"moee-plugin-headers=10.14")
+        assert result_kinds.PLUGIN.wrote(plugin)
+    plugin.write_bytes(b"\x7fELF" + bytes(9000))
+    assert not result_kinds.PLUGIN.wrote(plugin)
+    read = []
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            read.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr(result_kinds, "open", Counted, raising=False)
+    (work / "film.mkv").write_bytes(bytes(1 << 16))
+    assert not result_kinds.PLUGIN.wrote(work / "film.mkv") and read == [result_kinds.HEAD_BYTES]
+
+
+def test_a_place_without_its_rules_cannot_be_made(work):
+    with pytest.raises(TypeError, match="abstract"):
+        placement.Output(work / "new", result_kinds.MODEL)  # type: ignore[abstract]
+
+
 def test_earlier_results_below_a_data_folder_may_be_replaced(work, monkeypatch, capsys):
     """`--data . --out runs/x` is no danger to the data."""
     earlier = shutil.copytree(work / "model", work / "images" / "runs" / "x")
@@ -492,6 +564,101 @@ def test_what_appears_meanwhile_is_put_back_and_the_result_kept(work, names):
     assert [p.name for p in (work / "new").iterdir()] == ["wedding.jpg"]
     (kept,) = beside(work, "new")
     assert (kept / "moee.json").read_text() == "result" and not [p for p in work.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), PermissionError(errno.EACCES, "Permission denied"), RuntimeError("bug")])
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_was_taken_away_is_put_back_whatever_happens(work, names, error, folder):
+    """Not for a refusal alone: it would be deleted with what is temporary."""
+    place = work / ("photos" if folder else "notes.txt")
+    before = {name: content for name, (*_, content) in snapshot(work).items()}
+
+    def accept(path):
+        if path != place:
+            raise error
+
+    def write():
+        if folder:
+            with atomic_folder(place, force=True, accept=accept) as temporary:
+                (temporary / "moee.json").write_text("result")
+        else:
+            with atomic_file(place, accept) as temporary:
+                temporary.write_text("result")
+
+    if not folder and atomic._libc_renameat2() is None:
+        return write()  # never taken away there
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as raised:
+        write()
+    kept = beside(work, place.stem)
+    after = {name: content for name, (*_, content) in snapshot(work).items() if not any(name.startswith(k.name) for k in kept)}
+    assert after == before
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"{place} cannot be written: Permission denied; the result is kept as {kept[0]}"
+        assert (kept[0] / "moee.json" if folder else kept[0]).read_text() == "result"
+    else:
+        assert not kept
+
+
+def test_what_was_taken_away_is_never_swept(work):
+    """Another writer of the same place sweeps while ours looks at what it took."""
+
+    def accept(path):
+        atomic.sweep(work / "photos")
+        if path != work / "photos":
+            raise UserError("not ours")
+
+    with pytest.raises(UserError, match="not ours; the result is kept"), atomic_folder(work / "photos", True, accept):
+        pass
+    assert (work / "photos" / "wedding.jpg").read_bytes() == b"jpg"
+
+
+def test_what_cannot_be_put_back_gets_a_free_name(work, names):
+    """Its name was taken meanwhile, and under a temporary one it would be deleted."""
+
+    def accept(path):
+        if path == work / "photos":
+            return
+        if (work / "photos").exists():
+            os.rename(work / "photos", work / "elsewhere")
+        (work / "photos").mkdir()
+        raise UserError("not ours")
+
+    with pytest.raises(UserError, match="what was there before is now .*/photos-"):
+        with atomic_folder(work / "photos", True, accept) as folder:
+            (folder / "moee.json").write_text("result")
+    names_of = [sorted(p.name for p in path.iterdir()) for path in beside(work, "photos")]
+    assert ["wedding.jpg"] in names_of and list((work / "photos").iterdir()) == []
+    assert ["moee.json"] in names_of or (work / "elsewhere" / "moee.json").exists()
+
+
+def late_model():
+    return MoeeModel(build_model(tiny_spec()), tiny_spec(), make_extract_config(), "tiny")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_model_is_written_beside_a_place_that_appears_during_the_work(work, force):
+    """`check` came hours before: what refuses the place at the end must not cost the model."""
+    OutputFolder(work / "new", result_kinds.MODEL, force).check()
+    os.rename(work / "photos", work / "new")
+    with pytest.raises(UserError, match="new.*; the result is kept as .*/new-"):
+        checkpoint.save(late_model(), work / "new", force)
+    assert [p.name for p in (work / "new").iterdir()] == ["wedding.jpg"]
+    (kept,) = beside(work, "new")
+    assert read_manifest(kept, "moee.json", "moee.model/1")["data"] == "tiny"
+    assert not [p for p in work.iterdir() if p.name.startswith(".")]
+
+
+def test_a_measurement_is_written_beside_a_place_that_refuses(work):
+    output = OutputFile(work / "new.json", result_kinds.LATENCY)
+    output.check()
+    (work / "new.json").symlink_to(work / "notes.txt")
+    with pytest.raises(UserError, match="is a link.*; the result is kept as .*/new-.*json"):
+        output.write_json({"schema": "moee.latency/1"})
+    assert json.loads(beside(work, "new")[0].read_text()) == {"schema": "moee.latency/1"}
+    assert (work / "notes.txt").read_text() == "notes"
+    with pytest.raises(UserError, match="is a link"):
+        output.write_text("cheap")
+    assert len(beside(work, "new")) == 1
 
 
 @pytest.mark.parametrize("existed", [True, False])
