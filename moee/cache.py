@@ -55,7 +55,7 @@ def tensor_hash(*tensors: Tensor, extra: str = "") -> str:
     digest = hashlib.sha256(extra.encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee import sources
-from moee.artifact import read_manifest, write_manifest
+from moee.artifact import read_manifest, sha256_file, write_manifest
 from moee.attention import NarrowAttention, Widths, find_attentions, narrow_attentions
 from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.dispatch import Factors
@@ -25,7 +23,7 @@ from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.mlp_structure import read_mlp
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
-from moee.models import FFN, ModelSpec, build_model, load_model, names_of, replace_module
+from moee.models import FFN, MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of, replace_module
 from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
 from moee.progress import Reporter, silent
@@ -37,8 +35,6 @@ from moee.weights_file import read_safetensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
-MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
-MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
 
 
@@ -191,13 +187,17 @@ def _narrowed(
 
 def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[Path, ...] = ()) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off, or must not be replaced, as one of
-    the `inputs` must not; the artifact is written beside it then, since it may have taken hours, and the message says where."""
+    the `inputs` must not; the artifact is written beside it then, since it may have taken hours, and the message says where. A
+    file of weights whose hash nobody took yet gets it here: `load` wants one."""
+    spec = moee.spec
+    if spec.weights is not None and spec.weights_sha256 is None and Path(spec.weights).is_file():
+        spec = spec.model_copy(update={"weights_sha256": sha256_file(Path(spec.weights))})
     with OutputFolder(path, MODEL, force, inputs).write(late=True) as folder:
         write_tensors(moee.model.state_dict(), folder / WEIGHTS)
         if moee.probe is not None:
             write_tensors(moee.probe.state(), folder / PROBE)
         body = {
-            "model": moee.spec.model_dump(),
+            "model": spec.model_dump(),
             "config": moee.config.model_dump(mode="json") if moee.config else None,
             "data": moee.data,
             "classes": list(moee.classes),
@@ -209,7 +209,8 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
 
 
 def load(path: Path | str) -> MoeeModel:
-    """Read an artifact. Raises `UserError` for a damaged, foreign or inconsistent one."""
+    """Read an artifact; the caller's random state is left as it was. Raises `UserError` for a damaged, foreign or inconsistent
+    one."""
     path = Path(path)
     manifest = read_manifest(path, MANIFEST, SCHEMA)
     body = checked(Manifest, manifest, path / MANIFEST)
@@ -219,6 +220,9 @@ def load(path: Path | str) -> MoeeModel:
     if len({record.name for record in body.attention}) != len(body.attention):
         raise UserError(f"{path / MANIFEST} lists an attention twice; make the artifact again")
     spec, data = body.model, body.data
+    if spec.weights is not None and spec.weights_sha256 is None:
+        named = shown(spec.weights)
+        raise UserError(f"{path / MANIFEST} has no hash of the weights {named} that it names; make the artifact again")
     config = _config(body.config, path / MANIFEST) if body.config else None
     info = {"stages": {}, "layers": [], **manifest["info"]}
     _check_shares(body.info, records, path)
@@ -227,10 +231,11 @@ def load(path: Path | str) -> MoeeModel:
             raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)
     _check_size(spec, state, {record.name for record in records}, body.attention, path)
-    model = build_model(spec)
-    for record in records:
-        _rebuild_at(model, record, state)
-    rebuild_attention(model, body.attention, state, path / MANIFEST)
+    with torch.random.fork_rng(devices=[]):  # modules draw weights, which are then replaced
+        model = build_model(spec)
+        for record in records:
+            _rebuild_at(model, record, state)
+        rebuild_attention(model, body.attention, state, path / MANIFEST)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -329,22 +334,9 @@ def _names_of_mlp(model: nn.Module, name: str, path: Path) -> list[str]:
 def laid_out(spec: ModelSpec, path: Path, most_blocks: int = MAX_DEPTH) -> nn.Module:
     """The model of `spec`, which the manifest `path` names, on the device meta: its shapes and its input, without weights. Raises
     `UserError` for arguments whose construction alone would take the machine, and for a model that timm does not make."""
-    for key, value in spec.kwargs.items():
-        most = most_blocks if re.search("depth|layers|blocks", key) else MAX_ARGUMENT
-        for number in _numbers(value):
-            if not abs(number) <= most:  # NaN as well
-                raise UserError(f"{path} asks for {shown(key)} {shown(number)}; expected at most {most}")
+    check_numbers(spec.kwargs, path, most_blocks)
     with torch.device("meta"):
         return build_model(spec)
-
-
-def _numbers(value: Any) -> Iterator[float]:
-    """Every number in a model's argument."""
-    if isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(item)
-    elif isinstance(value, (int, float)):
-        yield value
 
 
 def _described(tensor: Tensor) -> str:

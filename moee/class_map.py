@@ -32,13 +32,15 @@ def read_class_map(path: Path | str) -> tuple[str, ...]:
         names = [name for _, (name, _) in sorted(zip(numbers, pairs, strict=True))]
     else:
         names = lines
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) != len(names) else None
-    if twice is not None:
-        raise UserError(f"--class-map {path} names {shown(twice)} twice; each class has one line")
     bad = next((name for name in names if len(name) > MAX_NAME or not name.isprintable()), None)
     if bad is not None or not 1 < len(names) <= MAX_CLASSES:
         what = f"the name {shown(bad, limit=40)}" if bad is not None else f"{len(names)} names"
         raise UserError(f"--class-map {path} has {what}; expected 2 to {MAX_CLASSES} names of at most {MAX_NAME} characters")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"--class-map {path} names {shown(name)} twice; each class has one line")
+        seen.add(name)
     return tuple(names)
 
 

@@ -22,6 +22,8 @@ from moee.schema import shown
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
 MAX_WRAPPERS = 4  # around one another: module._orig_mod.model.backbone.
+MAX_PREFIXES = 16  # tried of a container; files have two or three
+MAX_TRIED = 8  # containers that are tried, those with most tensors: an optimiser's states are small ones
 MAX_LISTED = 3
 COUNTERS = "num_batches_tracked"  # of a BatchNorm: older files lack it, and nothing in eval mode reads it
 Shape = tuple[int, ...]
@@ -81,9 +83,10 @@ def best_fit(
     (container, prefix) that an artifact recorded, which is then taken as it is.
     """
     best: Fit | None = None
-    for name, tensors in containers:
-        if only is not None and name != only[0]:
-            continue
+    if only is not None:
+        containers = [item for item in containers if item[0] == only[0]]
+    largest = sorted(range(len(containers)), key=lambda i: len(containers[i][1]), reverse=True)[:MAX_TRIED]
+    for name, tensors in (containers[i] for i in sorted(largest)):
         tensors = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
         for prefix in prefixes(tensors) if only is None else (only[1],):
             for fit in _fits(name, prefix, tensors, model, classifier):
@@ -95,13 +98,13 @@ def best_fit(
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
-    """The combinations of wrappers' prefixes that any of the names has; none first."""
+    """The combinations of wrappers' prefixes that any of the names has, at most `MAX_PREFIXES`; none first."""
     names = list(names)
     found = level = [""]
     for _ in range(MAX_WRAPPERS):
-        level = [p + w for p in level for w in PREFIXES if any(name.startswith(p + w) for name in names)]
+        level = [p + w for p in level for w in PREFIXES if any(name.startswith(p + w) for name in names)][:MAX_PREFIXES]
         found = found + level
-    return found
+    return found[:MAX_PREFIXES]
 
 
 def _fits(
@@ -138,7 +141,8 @@ def _compared(
     shapes = {key: (tuple(t.shape), tuple(expected[key].shape)) for key, t in found.items() if key in expected}
     fitting = frozenset(
         key for key, (came, wanted) in shapes.items()
-        if came == wanted and found[key].is_floating_point() == expected[key].is_floating_point()
+        if came == wanted
+        and (found[key].is_floating_point() == expected[key].is_floating_point() or key.endswith(COUNTERS))  # cast with the rest
     )  # fmt: skip
     unexpected = tuple(key for key in found if key not in expected)
     if not any(_is_head(key, classifier) for key in expected):  # asked for features: a head is no sign of another model

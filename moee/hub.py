@@ -18,7 +18,7 @@ from typing import Any
 
 import huggingface_hub
 import timm
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from timm.models import parse_model_name
 from torch import nn
 
@@ -29,6 +29,7 @@ CONNECT_S = 5.0  # a hub that does not answer by then is out of reach
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors",
            "open_clip_pytorch_model.bin")  # fmt: skip
 CONFIG = "config.json"
+HUB_ERRORS = (OSError, errors.EntryNotFoundError)  # of its first versions, some are a ValueError as well
 
 
 def reachable() -> bool:
@@ -66,9 +67,9 @@ def pretrained_model(timm_name: str, **arguments: Any) -> nn.Module:
     try:
         with one_try():
             return timm.create_model(timm_name, pretrained=True, **arguments)
-    except (TypeError, AssertionError, ValueError):
-        raise
     except Exception as error:  # the clients of the hub and of plain addresses raise many kinds
+        if isinstance(error, (TypeError, AssertionError, ValueError)) and not isinstance(error, HUB_ERRORS):
+            raise
         where = config.hf_hub_id or config.url
         raise _out_of_reach(f"pretrained weights of {timm_name}", str(where), error) from error
 
@@ -163,9 +164,7 @@ def _download(repository: str, revision: str | None) -> Path:
     for name in WEIGHTS:
         try:
             return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision))
-        except huggingface_hub.errors.LocalEntryNotFoundError as error:  # offline: another name may be cached
-            missing = error
-        except huggingface_hub.errors.EntryNotFoundError as error:
+        except errors.EntryNotFoundError as error:  # offline, another name may be cached
             missing = error
     assert missing is not None
     raise missing

@@ -13,13 +13,14 @@ from pydantic import ValidationError
 from moee.artifact import sha256_file
 from moee.errors import UserError
 from moee.fitting import Fit, best_fit, classes_of, image_size
-from moee.hub import find_folder, source_of
+from moee.hub import CONFIG, find_folder, source_of
 from moee.models import (
     InputConfig,
     ModelSpec,
     WeightsPart,
     build_model,
     check_arguments,
+    check_numbers,
     classifier_names,
     load_model,
     refuse_misfit,
@@ -52,6 +53,7 @@ def named_spec(name: str, arguments: dict[str, Any]) -> tuple[ModelSpec, Path | 
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{folder.weights.parent}: {where} of the model's configuration: {first['msg']}") from error
+    check_numbers(folder.arguments, folder.weights.parent / CONFIG)
     spec = ModelSpec(name=name, timm_name=folder.architecture, kwargs={**folder.arguments, **arguments}, input=config)
     check_arguments(spec)
     return spec, folder.weights

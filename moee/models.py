@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,9 @@ from moee.schema import reason_of, shown
 from moee.weights_file import containers, read_checkpoint
 
 MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
+MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
+MAX_OUTPUTS = 1 << 20  # classes; ImageNet-21k has 21,843
+MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 RESIZES = {"img_size", "patch_size", "in_chans"}  # arguments to which timm fits pretrained weights
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
@@ -30,6 +34,7 @@ FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay",
 
 
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class WeightsPart(BaseModel):
@@ -47,9 +52,9 @@ class InputConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    input_size: tuple[Annotated[int, Field(ge=1)], Side, Side] | None = None  # channels, height, width
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    input_size: tuple[Side, Side, Side] | None = None  # channels, height, width
+    mean: Annotated[tuple[Finite, ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], Field(min_length=1)] | None = None
     crop_pct: float | None = Field(None, gt=0, le=1)
     crop_mode: Literal["center", "squash", "border"] | None = None
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random"] | None = None
@@ -88,6 +93,8 @@ class ModelSpec(BaseModel):
         decisive: dict[str, Any] = {"kwargs": self.kwargs, "weights_sha256": self.weights_sha256}
         if self.random_seed is not None:
             decisive["random_seed"] = self.random_seed
+        if self.part is not None:  # one file may hold several models
+            decisive["part"] = self.part.model_dump()
         if self.input_size is not None:
             decisive["input_size"] = list(self.input_size)
         if self.input is not None:
@@ -152,7 +159,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 def check_arguments(spec: ModelSpec) -> None:
-    """Raises `UserError` for a name that timm does not know, and for arguments that would open files."""
+    """Raises `UserError` for a name that timm does not know, and for arguments that would open files or are beyond any model."""
     if not timm.is_model(spec.timm_name):
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
@@ -161,6 +168,27 @@ def check_arguments(spec: ModelSpec) -> None:
     forbidden = sorted(spec.kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
         raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights with --checkpoint")
+    check_numbers(spec.kwargs, spec.timm_name)
+
+
+def check_numbers(arguments: Mapping[str, Any], who: Path | str, most_blocks: int = MAX_DEPTH) -> None:
+    """Raises `UserError`, which says `who` asks, for arguments of a model that no model has: it would be built for hours."""
+    for key, value in arguments.items():
+        depth = re.search("depth|layers|blocks", key) is not None
+        most = most_blocks if depth else MAX_OUTPUTS if key == "num_classes" else MAX_ARGUMENT
+        numbers = list(_numbers(value))
+        for number in [*numbers, sum(map(abs, numbers))] if depth else numbers:  # stages are built one after another
+            if not abs(number) <= most:  # NaN as well
+                raise UserError(f"{who} asks for {shown(key)} {shown(number)}; expected at most {most}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Every number in a model's argument."""
+    if isinstance(value, (list, tuple, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)):
+        yield value
 
 
 def load_model(spec: ModelSpec) -> nn.Module:

@@ -12,6 +12,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def containers(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[s
 
     Raises `UserError` if there is none, or if tensors are larger than the file that should hold them.
     """
-    found = list(_walk(content, "", MAX_DEPTH))[:MAX_CONTAINERS]
+    found = list(islice(_walk(content, "", MAX_DEPTH, set()), MAX_CONTAINERS))
     if not found:
         keys = ", ".join(shown(str(key), quoted=False, limit=40) for key in list(content)[:5])
         raise UserError(f"checkpoint {path} holds no tensors by name ({keys or 'nothing'}); expected a model's state dict")
@@ -134,13 +135,23 @@ def is_average(name: str) -> bool:
     return not {"ema", "teacher"}.isdisjoint(re.split(r"[._]", name.lower()))  # DINO's teacher is its student's average
 
 
-def _walk(content: Mapping[str, Any], name: str, depth: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _walk(
+    content: Mapping[str, Any], name: str, depth: int, barren: set[tuple[int, int]]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Dictionaries of tensors in `content`. `barren`: those without any, by identity and depth. A small file may hold one of them
+    under any number of names."""
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and _plain(value)}
     if tensors:
         yield name, tensors
     for key, value in content.items() if depth else ():
-        if isinstance(key, str) and isinstance(value, Mapping):
-            yield from _walk(value, f"{name}.{key}" if name else key, depth - 1)
+        if isinstance(key, str) and isinstance(value, Mapping) and (id(value), depth) not in barren:
+            inner = _walk(value, f"{name}.{key}" if name else key, depth - 1, barren)
+            first = next(inner, None)
+            if first is None:
+                barren.add((id(value), depth))
+            else:
+                yield first
+                yield from inner
 
 
 def _plain(value: Any) -> bool:

@@ -57,7 +57,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("package", ["moee", "plugins"])
+@pytest.mark.parametrize("package", ["exporter", "moee", "plugins"])
 def test_no_circle_of_files(package):
     files = {module_of(path): path for path in (ROOT / package).rglob("*.py")}
     left = {name: modules_imported(path, set(files)) - {name} for name, path in files.items()}

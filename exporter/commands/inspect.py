@@ -39,7 +39,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"{given[0]}: {args.model} has a size of its own, and weights and classes; leave it out")
         result = inspect_artifact(checkpoint.load(args.model))
     else:
-        result = inspect_dense(layout_of(args.model, options_of(args), speak(console, quiet=args.json)))
+        options = options_of(args)
+        if options.pretrained or options.random_weights is not None:
+            flag = next(flag for flag in options.sources if flag != "--checkpoint")
+            raise UserError(f"{flag}: inspect works by shapes alone, which no weights change; leave it out")
+        result = inspect_dense(layout_of(args.model, options, speak(console, quiet=args.json)))
     if args.json:
         print(json.dumps(result.to_json(), indent=2))
         return OK

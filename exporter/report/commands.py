@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from collections.abc import Iterator
 from functools import cache
@@ -9,11 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from exporter.commands import extract, finetune
 from exporter.report.collect import Sources
 from exporter.report.values import dig
 from moee.config import ExtractConfig, FinetuneConfig
 
-WRITES = {"moee.model": "model", "moee.export": "export", "moee.engine": "engine"}
+ALIASES = ("dinov2-s", "vit-scratch")  # models that bring their weights and arguments (exporter/pretrained.py)
 
 
 def commands(sources: Sources) -> list[str]:
@@ -64,15 +66,15 @@ def _extracted_on(body: dict[str, Any]) -> str:
 
 def _extract(body: dict[str, Any]) -> str:
     spec, config = body["model"], body.get("config")
+    alias = spec.get("name") in ALIASES
     words = ["moee", "extract", spec.get("name", "MODEL"), "--data", _extracted_on(body)]
     if spec.get("pretrained"):
         words.append("--pretrained")
-    elif spec.get("weights") and spec.get("name") == spec.get("timm_name"):
+    elif spec.get("weights") and not alias and not _brought(spec):
         words += ["--checkpoint", str(spec["weights"]).rpartition("/")[2]]
     elif isinstance(spec.get("random_seed"), int):
         words += ["--random-weights", spec["random_seed"]]
-    if spec.get("name") == spec.get("timm_name"):
-        words += _model_arguments(spec)
+    words += _image_size(spec) if spec.get("name") == ALIASES[0] else [] if alias else _model_arguments(spec)
     config = config if isinstance(config, dict) else {}
     if config.get("method") != "clear-moe":
         return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
@@ -85,16 +87,29 @@ def _extract(body: dict[str, Any]) -> str:
     return _line(*words, "--out", "extracted") + _python_only(config, ClearConfig)
 
 
+def _brought(spec: dict[str, Any]) -> bool:
+    """Whether the weights are those that a `local-dir:` or `hf-hub:` name brings."""
+    source, _, where = str(spec.get("name")).partition(":")
+    folder = str(spec["weights"]).rpartition("/")[0]
+    if source == "local-dir":
+        return folder == where.rstrip("/")
+    return source == "hf-hub" and f"models--{where.partition('@')[0].replace('/', '--')}" in folder.split("/")
+
+
 def _model_arguments(spec: dict[str, Any]) -> list[Any]:
     """timm's own flags for a model's arguments."""
     given = spec["kwargs"] if isinstance(spec.get("kwargs"), dict) else {}
     own = [name for name in ("num_classes", "in_chans") if isinstance(given.get(name), int)]
     words: list[Any] = [word for name in own for word in (f"--{name.replace('_', '-')}", given[name])]
-    size = spec.get("input_size") or given.get("img_size")
-    if size:
-        words += ["--img-size", *(size if isinstance(size, (list, tuple)) else [size])]
+    words += _image_size(spec)
     rest = [f"{name}={value}" for name, value in given.items() if name not in (*own, "img_size")]
     return words + (["--model-kwargs", *rest] if rest else [])
+
+
+def _image_size(spec: dict[str, Any]) -> list[Any]:
+    given = spec["kwargs"] if isinstance(spec.get("kwargs"), dict) else {}
+    size = spec.get("input_size") or given.get("img_size")
+    return ["--img-size", *(size if isinstance(size, (list, tuple)) else [size])] if size else []
 
 
 def _flags(values: dict[str, Any], kind: type[BaseModel]) -> list[Any]:
@@ -130,10 +145,9 @@ def _changed(values: dict[str, Any], kind: type[BaseModel]) -> Iterator[tuple[st
 
 @cache
 def _known_flags(command: str) -> frozenset[str]:
-    from exporter.cli import build_parser
-
-    actions = build_parser()._subparsers._group_actions[0].choices[command]._option_string_actions  # type: ignore[union-attr,index,call-overload]
-    return frozenset(actions)
+    parsers = argparse.ArgumentParser().add_subparsers()
+    (finetune if command == "finetune" else extract).add_parser(parsers)
+    return frozenset(parsers.choices[command]._option_string_actions)
 
 
 def _build(engine: dict[str, Any]) -> str:

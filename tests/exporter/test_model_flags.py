@@ -146,6 +146,39 @@ def test_inspect_takes_the_classes_of_a_checkpoint(folder, capsys):
     assert figures["dense"]["params"] == sum(p.numel() for p in folder[1].parameters())
 
 
+@pytest.mark.parametrize("source", [["--pretrained"], ["--random-weights", "0"], ["--checkpoint", "w", "--random-weights", "0"]])
+def test_inspect_refuses_weights_that_it_would_not_read(capsys, source):
+    assert run("inspect", "test_vit", *source) == 2
+    assert f"{source[-2:][0]}: inspect works by shapes alone" in capsys.readouterr().err
+
+
+def test_a_class_map_with_very_many_lines_is_refused_at_once(tmp_path):
+    (tmp_path / "map.txt").write_text("".join(f"{i}\n" for i in range(400_000)) + "399999\n")
+    started = time.perf_counter()
+    with pytest.raises(UserError, match="400001 names"):
+        read_class_map(tmp_path / "map.txt")
+    assert time.perf_counter() - started < 5, "seconds"
+
+
+@pytest.mark.parametrize(
+    "name, weights, shown",
+    [
+        ("vit", "/a/w.pth", "--checkpoint w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("local-dir:/m", "/m/model.safetensors", "--num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("local-dir:/m", "/a/w.pth", "--checkpoint w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("hf-hub:a/b", "/h/models--a--b/snapshots/1/model.safetensors", "--num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("hf-hub:a/b@v1", "/a/w.pth", "--checkpoint w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("dinov2-s", "/c/w.safetensors", "--img-size 32"),
+        ("vit-scratch", "/c/w.safetensors", ""),
+    ],
+)
+def test_the_printed_command_has_the_models_flags(name, weights, shown):
+    spec = {"name": name, "timm_name": "vit", "weights": weights, "kwargs": {"num_classes": 4, "img_size": 32, "depth": 2}}
+    line = _extract({"model": spec, "data": "x"})
+    assert line == " ".join(f"moee extract {name} --data x {shown} --out extracted".split())
+    cli.build_parser().parse_args(line.split()[1:])
+
+
 @pytest.mark.parametrize(
     "text, names",
     [
@@ -166,7 +199,7 @@ def test_class_maps(tmp_path, text, names):
     "data, words",
     [
         (b"a\nb\na\n", "names 'a' twice"), (b"a 0\nb 2\n", "numbers its classes 0, 2; expected 0 to 1"), (b"", "0 names"),
-        (b"\xff\xfe", "is no text"),
+        (b"\xff\xfe", "is no text"), (b"a\n" * 40000, "40000 names"),
         (b"a\nb\x1b[2J\n", "has the name"), (b"one\n", "1 names"), (b"x" * 300 + b"\ny", "has the name"),
     ],
 )  # fmt: skip
@@ -208,6 +241,13 @@ def test_a_folder_as_timm_saves_it_for_the_hub(tmp_path, file):
         ('{"architecture": "test_vit", "model_args": [1]}', "no object in model_args"),
         ('{"architecture": "test_vit", "pretrained_cfg": {"crop_pct": -1}}', "crop_pct of the model's configuration"),
         ('{"architecture": "test_vit", "model_args": {"checkpoint_path": "x"}}', "would open files"),
+        ('{"architecture": "test_vit", "model_args": {"depth": 1000000}}', "config.json asks for 'depth' 1000000"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"std": [0.5, 0, 0.5]}}', "std.1 of the model's configuration"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"std": [NaN]}}', "std.0 of the model's configuration"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": [0.5, Infinity]}}', "mean.1 of the model's configuration"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"mean": []}}', "mean of the model's configuration"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"std": []}}', "std of the model's configuration"),
+        ('{"architecture": "test_vit", "pretrained_cfg": {"input_size": [9999999, 8, 8]}}', "input_size.0 of the model's conf"),
     ],
 )  # fmt: skip
 def test_bad_folders(tmp_path, config, words):
@@ -267,6 +307,20 @@ def test_a_hub_that_fails_says_its_kind(monkeypatch):
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(MissingDependency, match="could not be fetched .OSError."):
         hub.pretrained_model("test_vit")
+
+
+def test_an_old_hub_client_whose_error_is_a_value_error(monkeypatch):
+    """Of huggingface_hub 0.x: a file that is not cached is missing, and no argument is wrong."""
+
+    class LocalEntryNotFoundError(FileNotFoundError, ValueError):
+        pass
+
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(MissingDependency, match="could not be fetched .LocalEntryNotFoundError."):
+        with_pretrained(named_spec("test_vit", {})[0])
 
 
 def test_grey_checkpoints_need_their_flag(tmp_path):

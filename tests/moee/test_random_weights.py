@@ -6,14 +6,18 @@ import shutil
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from exporter import cli, pretrained
 from exporter.onnx_export import export
 from exporter.runners import OnnxRunner
 from moee import checkpoint
+from moee.cache import tensor_hash
+from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
 from moee.inspection import inspect_artifact
+from moee.model_source import named_spec, with_random
 from moee.models import ModelSpec, build_model, load_model
 from moee.pipeline import Session, run_extract, run_finetune
 from moee.planning.plan import read_plan
@@ -229,3 +233,57 @@ def test_shapes_alone_draw_nothing_that_is_used():
     spec = tiny_spec().model_copy(update=NO_SOURCE)
     with torch.device("meta"):
         assert build_model(spec).head.weight.is_meta
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "levit_128s", "fastvit_t8"])
+def test_models_with_batch_norms_have_a_hash(name):
+    """Their counters are scalars."""
+    spec = with_random(named_spec(name, {})[0], 3)
+    assert len(spec.weights_sha256) == 64
+    load_model(spec)
+
+
+def test_hashes_of_other_tensors_are_those_of_earlier_versions():
+    tensors = torch.arange(6.0).reshape(2, 3), torch.tensor([1, 2]), torch.zeros(0), torch.ones(2, 2).bfloat16().t()
+    assert tensor_hash(*tensors, extra="x") == "dd22f30ac786076541e929c1865bd0372e399d67a6875a9743374ff00870094e"
+    assert tensor_hash(torch.tensor(1)) != tensor_hash(torch.tensor([1])) != tensor_hash(torch.tensor(2))
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"depth": 10**6}, {"depth": float("nan")}, {"embed_dim": 10**9}, {"block": {"layers": [[10**6]]}}, {"depths": (600, 600)}],
+)
+def test_arguments_beyond_any_model_are_refused_before_it_is_built(kwargs, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("built"))
+    for make in (build_model, load_model):
+        with pytest.raises(UserError, match="test_vit asks for .*; expected at most"):
+            make(ModelSpec(name="test_vit", timm_name="test_vit", kwargs=kwargs, random_seed=0))
+
+
+def test_a_classifier_of_imagenet_21k_is_no_size_beyond_any_model():
+    with torch.device("meta"):
+        assert build_model(ModelSpec(name="x", timm_name="test_vit", kwargs={"num_classes": 21843})).num_classes == 21843
+
+
+def test_loading_an_artifact_leaves_the_random_state(tmp_path, tiny_moee):
+    model, _, _, config, _ = tiny_moee
+    checkpoint.save(MoeeModel(model, tiny_spec(), config, "tiny"), tmp_path / "model")
+    before = torch.get_rng_state()
+    checkpoint.load(tmp_path / "model").layout()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_weights_that_a_manifest_names_need_a_hash(tmp_path, tiny_moee):
+    """A spec by hand may lack it; saving takes it."""
+    model, dense, _, config, _ = tiny_moee
+    save_file(dense.state_dict(), tmp_path / "w.safetensors")
+    spec = tiny_spec().model_copy(update={"random_seed": None, "weights": str(tmp_path / "w.safetensors")})
+    assert equal(load_model(spec), dense)
+    checkpoint.save(MoeeModel(model, spec, config, "tiny"), tmp_path / "model")
+    loaded = checkpoint.load(tmp_path / "model")
+    assert len(loaded.spec.weights_sha256) == 64 and equal(loaded.dense(), dense)
+    body = json.loads((tmp_path / "model" / "moee.json").read_text())
+    body["model"]["weights_sha256"] = None
+    (tmp_path / "model" / "moee.json").write_text(json.dumps(body))
+    with pytest.raises(UserError, match="moee.json has no hash of the weights '.*w.safetensors' that it names"):
+        checkpoint.load(tmp_path / "model")

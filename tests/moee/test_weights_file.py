@@ -13,18 +13,28 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 from moee.errors import UserError
-from moee.fitting import prefixes
+from moee.fitting import MAX_PREFIXES, MAX_TRIED, best_fit, prefixes
 from moee.model_source import named_spec, with_file
 from moee.models import ModelSpec, load_model
-from moee.weights_file import PICKLED, read_checkpoint
+from moee.weights_file import MAX_CONTAINERS, PICKLED, containers, read_checkpoint
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
 
 
 def model_of(classes=4, name=NAME, seed=1, **kwargs):
+    """Every tensor is random: zeros and ones of one shape could be swapped unseen."""
     torch.manual_seed(seed)
-    return timm.create_model(name, num_classes=classes, **(SMALL if name == NAME else {}), **kwargs).eval()
+    model = timm.create_model(name, num_classes=classes, **(SMALL if name == NAME else {}), **kwargs).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    return model
+
+
+def test_models_of_these_tests_have_no_two_equal_tensors():
+    tensors = list(model_of().state_dict().values())
+    assert not any(torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i])
 
 
 def taken(path, name=NAME, **kwargs):
@@ -208,7 +218,6 @@ def test_original_files_go_through_timms_filter(tmp_path, case):
 
 def test_a_resized_position_embedding_is_said(tmp_path):
     """A model tuned at 64 pixels runs at 32 when nobody says otherwise: that may cost accuracy."""
-    torch.save(model_of(**{}).state_dict(), tmp_path / "small.pth")
     torch.manual_seed(1)
     torch.save(timm.create_model(NAME, num_classes=4, **{**SMALL, "img_size": 64}).state_dict(), tmp_path / "w.pth")
     _, _, notes = taken(tmp_path / "w.pth", img_size=32)
@@ -382,3 +391,65 @@ def test_an_artifact_takes_the_part_that_was_recorded(tmp_path):
     plain = spec.model_copy(update={"part": spec.part.model_copy(update={"container": "state_dict"})})
     assert equal(load_model(plain), state) and not equal(load_model(spec), state)
     assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+class Counted(dict):
+    """A dictionary that counts how often it is walked."""
+
+    walks = 0
+
+    def items(self):
+        self.walks += 1
+        return super().items()
+
+
+@pytest.mark.parametrize("leaf", [{}, {"a": torch.zeros(1)}], ids=["no tensors", "tensors"])
+def test_one_dictionary_under_very_many_names_is_walked_a_few_times(tmp_path, leaf):
+    """A file of a few kilobytes can hold 60 x 60 x 60 of them."""
+    counted = Counted(leaf)
+    third = {f"c{i}": counted for i in range(60)}
+    second = {f"b{i}": third for i in range(60)}
+    torch.save({"a": torch.zeros(99)}, path := tmp_path / "w.pth")
+    found = containers({"model": {"a": torch.zeros(1)}, **{f"a{i}": second for i in range(60)}}, path)
+    assert len(found) == (MAX_CONTAINERS if leaf else 1) and counted.walks < 4 * MAX_CONTAINERS
+
+
+def test_a_state_under_two_names_has_both(tmp_path):
+    """An artifact may have recorded either."""
+    state = model_of().state_dict()
+    torch.save({"model": state, "model_ema": state}, tmp_path / "w.pth")
+    assert taken(tmp_path / "w.pth")[1].part.container == "model_ema"
+    assert [name for name, _ in containers(read_checkpoint(tmp_path / "w.pth"), tmp_path / "w.pth")] == ["model_ema", "model"]
+
+
+def test_only_a_few_prefixes_and_containers_are_tried(monkeypatch):
+    words = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
+    names = [a + b + c + "x" for a in words for b in words for c in words]
+    assert len(prefixes(names)) == MAX_PREFIXES and prefixes(names)[0] == ""
+    model, tried = model_of(), []
+    monkeypatch.setattr("moee.fitting._fits", lambda name, *rest: tried.append(name) or iter(()))
+    small = [(f"states.{i}", {"exp_avg": torch.zeros(1)}) for i in range(60)]
+    best_fit([*small, ("model", model.state_dict())], model, ("head",))
+    assert len(tried) == MAX_TRIED and tried[-1] == "model", "the largest is among them"
+    tried.clear()
+    best_fit([*small, ("model", model.state_dict())], model, ("head",), ("states.59", ""))
+    assert tried == ["states.59"], "what an artifact recorded is tried wherever it stands"
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "levit_128s"])
+def test_counters_of_batch_norms_in_half_precision(tmp_path, name):
+    """Scalars: a cast of the whole state casts them too."""
+    model = timm.create_model(name, num_classes=4).eval()
+    assert any(t.ndim == 0 for t in model.state_dict().values())
+    torch.save({k: v.half() for k, v in model.state_dict().items()}, tmp_path / "w.pth")
+    loaded, spec, _ = taken(tmp_path / "w.pth", name)
+    assert spec.kwargs["num_classes"] == 4
+    assert all(torch.equal(loaded.state_dict()[k], v.half().to(v.dtype)) for k, v in model.state_dict().items())
+
+
+def test_two_models_in_one_file_are_two(tmp_path):
+    state = model_of().state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": {k: v + 1 for k, v in state.items()}}, tmp_path / "w.pth")
+    _, spec, _ = taken(tmp_path / "w.pth")
+    plain = spec.model_copy(update={"part": spec.part.model_copy(update={"container": "state_dict"})})
+    assert plain.weights_sha256 == spec.weights_sha256 and plain.identity() != spec.identity()
