@@ -11,8 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from exporter import ranks
 from exporter.commands import (
     GATE_FAILED,
@@ -36,6 +34,7 @@ from exporter.commands import (
     verify,
 )
 from exporter.failures import explain
+from exporter.ui import plain_console
 from moee import __version__
 
 COMMANDS = (
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
     args = build_parser().parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
+    console = plain_console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     try:
         ranks.prepare(args)
         if not ranks.several():  # ranks do so together

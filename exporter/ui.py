@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,18 +24,24 @@ from moee.accuracy import counted, recorded_interval
 LINE_INTERVAL_S = 10.0
 
 
+def plain_console(**settings: Any) -> Console:
+    """A console that shows text as it is: names of the user's may hold brackets or colons, which rich would read as its markup
+    or as the names of pictures."""
+    return Console(markup=False, emoji=False, **settings)
+
+
 class ProgressDisplay:
     """A progress reporter for the library. On a terminal a bar a task; otherwise a line at start, end and every 10 s."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(stderr=True)
+        self.console = console or plain_console(stderr=True)
         self.live = self.console.is_terminal
         self.started: dict[str, float] = {}
         self.printed: dict[str, float] = {}
         self.tasks: dict[str, TaskID] = {}
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=self.console,
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=self.console,
         )  # fmt: skip
 
     def __enter__(self) -> ProgressDisplay:
@@ -50,7 +55,7 @@ class ProgressDisplay:
 
     def line(self, text: str) -> None:
         """A message of a step whose length nobody knows."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False)
 
     def __call__(self, message: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -95,7 +100,7 @@ def number(value: float | None, digits: int = 4) -> str:
 def title_of(info: dict[str, Any], model: str, data: str) -> str:
     """A model and its data, with those that it was extracted on if they are others."""
     first = info["stages"].get("extracted", {}).get("data") or data
-    return escape(f"{model} on {data}" + (f" (extracted on {first})" if first != data else ""))
+    return f"{model} on {data}" + (f" (extracted on {first})" if first != data else "")
 
 
 def stage_table(info: dict[str, Any], title: str) -> Table:
@@ -130,7 +135,7 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
         before = first["cost"]["dense"][key]
         cells = [f"{s['cost']['moee'][key] / unit:.3f} ({s['cost']['moee'][key] / before - 1:+.1%})" for s in stages.values()]
         table.add_row(label, f"{before / unit:.3f}", *cells)
-    table.caption = escape("\n".join(retention_notes(kept))) or None
+    table.caption = "\n".join(retention_notes(kept)) or None
     return table
 
 

@@ -160,7 +160,7 @@ def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
 
     line = skipped_line(*[data_read[split] for split in ("train", "val") if split in data_read])
     if line:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> ModelSpec:
@@ -181,7 +181,7 @@ def options_of(args: argparse.Namespace) -> ModelOptions:
 
 def speak(console: Console, quiet: bool = False) -> Callable[[str], None]:
     """Sentences that may hold what came from a file, printed as they are; none if standard output is for a program."""
-    return partial(console.print, highlight=False, markup=False, soft_wrap=True) if not quiet else lambda text: None
+    return partial(console.print, highlight=False, soft_wrap=True) if not quiet else lambda text: None
 
 
 def classes_of(args: argparse.Namespace) -> tuple[str, ...]:

@@ -80,9 +80,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         summary = run_ablation(session, ablation, args.out, report)
         drawn = draw_ablation(summary, Path(args.out))
     for line in verdict_lines(summary["verdicts"]):
-        console.print(line.replace("**", ""), highlight=False, markup=False)
+        console.print(line.replace("**", ""), highlight=False)
     show_skipped(console, summary["data_read"])
     if summary["no_accuracy"]:
-        console.print(f"accuracy is not compared: {summary['no_accuracy']}", highlight=False, markup=False)
+        console.print(f"accuracy is not compared: {summary['no_accuracy']}", highlight=False)
     console.print(f"written to {args.out}: ablation.json, table.md, {len(drawn)} plots")
     return OK

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         cells = ablate(session, grid, args.design, args.out, report)
     rows = summarise(cells)
     text = markdown(rows)
-    console.print(text, markup=False)
+    console.print(text)
     show_skipped(console, session.data_facts())
     if args.table is not None:
         table, picture = _table(args)

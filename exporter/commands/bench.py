@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )  # fmt: skip
     if data is None:
         said = f"on noise: the data {manifest['data']!r} cannot be read here"
-        console.print(f"{said}. Routing depends on the images; give some with --data", markup=False, highlight=False)
+        console.print(f"{said}. Routing depends on the images; give some with --data", highlight=False)
     console.print(latency_table(result))
     if result.throughput:
         rate = result.throughput

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 progress=lambda text: report.line(text),
             )  # fmt: skip
         except BuildFailed as error:
-            console.print(f"build FAILED: {error}", markup=False)
+            console.print(f"build FAILED: {error}")
             return GATE_FAILED
     table = Table(min_width=76, title=f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
     for column in ("", "file", "MiB", "build s"):

@@ -40,6 +40,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if engine:
         console.print(f"engine built on CPU by {engine['builder']}: {engine['plugin_layers']} plugin layers, {engine['path']}")
     if result.engine_error:
-        console.print(f"no engines: {result.engine_error}", markup=False, highlight=False)
+        console.print(f"no engines: {result.engine_error}", highlight=False)
     console.print(f"summary written to {Path(args.out) / 'summary.json'}, report to {Path(args.out) / 'report.html'}")
     return OK if parity and not result.engine_error else GATE_FAILED

@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from exporter.commands import ENVIRONMENT, OK
@@ -27,6 +26,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         table.add_column(column)
     found = checks()
     for check in found:
-        table.add_row(check.name, check.found or "missing", "" if check.found else escape(check.fix))
+        table.add_row(check.name, check.found or "missing", "" if check.found else check.fix)
     console.print(table)
     return ENVIRONMENT if any(c.required and not c.found for c in found) else OK

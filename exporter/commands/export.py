@@ -70,5 +70,5 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 f"noise on {q.images} images of {q.data}"
             )
             for layer, why in q.kept.items():
-                console.print(f"{name}: {layer} kept in floating point: {why}", markup=False, highlight=False)
+                console.print(f"{name}: {layer} kept in floating point: {why}", highlight=False)
     return OK

@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(clear_table(moee.info["layers"]))
     console.print(layer_table(moee.info["layers"]))
     for note in layer_notes(moee.info["layers"]):
-        console.print(note, highlight=False, markup=False)
+        console.print(note, highlight=False)
     if "attention" in moee.info:
         console.print(attention_table(moee.info["attention"]))
     what = "clear-moe" if isinstance(config, ClearConfig) else f"preset {args.preset}"

@@ -97,10 +97,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )  # fmt: skip
     console.print(points_table(plan))
     for line in verdict(plan):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
     show_skipped(console, plan["data_read"])
     command = ["moee", "extract", args.model, "--data", args.data, *model_flags(args), "--plan", args.out, "--out", "DIR"]
-    console.print(f"written to {args.out}; to apply it: {shlex.join(command)}", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"written to {args.out}; to apply it: {shlex.join(command)}", soft_wrap=True, highlight=False)
     return OK
 
 

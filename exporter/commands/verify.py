@@ -176,13 +176,13 @@ def _show(console: Console, result: Any, layers: bool) -> None:
         console.print(f"accuracy: not measured, {result.no_accuracy}")
     for case in result.cases():
         if case.failure:
-            console.print(f"FAILED {case.group}, {case.name}: {case.failure}", markup=False, highlight=False)
+            console.print(f"FAILED {case.group}, {case.name}: {case.failure}", highlight=False)
     if result.data_read:
         show_skipped(console, result.data_read)
     deviation = parity.first_deviation
     if deviation:
         text = f"first deviation: {deviation.layer} ({deviation.where}): {deviation.message}"
-        console.print(text, markup=False, highlight=False)
+        console.print(text, highlight=False)
     elif layers:
         console.print("no layer deviates")
 

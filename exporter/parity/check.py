@@ -112,6 +112,12 @@ class ParityResult:
         return json_safe(body)
 
 
+def refuse_unrouted(moee: MoeeModel, min_route_agreement: float | None) -> None:
+    """Raise `UserError` for a share of equal routes that is wanted of a model which chooses no routes."""
+    if min_route_agreement is not None and all(layer.num_experts < 2 for layer in routed_layers(moee.model).values()):
+        raise UserError("--min-route-agreement has nothing to check: no layer has more than one expert; leave it out")
+
+
 def image_pool(data: ImageSet, count: int) -> tuple[Tensor, int]:
     """`count` images [count, C, H, W] of `data`, drawn once, and how many differ: they repeat where there are fewer."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
@@ -156,8 +162,7 @@ def check_parity(
     manifest = read_export(folder, verify=False)
     precision, int8 = manifest.get("precision", "fp32"), read_quantization(manifest, "moee")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
-    if min_route_agreement is not None and all(layer.num_experts < 2 for layer in routed_layers(moee.model).values()):
-        raise UserError("--min-route-agreement has nothing to check: no layer has more than one expert; leave it out")
+    refuse_unrouted(moee, min_route_agreement)
     yard = yardsticks(moee.model, precision, widened, int8)
     sizes = sorted(set(sizes))
     pool, distinct = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))

@@ -78,6 +78,8 @@ class LayerParity:
         """The worse of the two errors of the layer alone, and what is allowed."""
         if not (self.tokens and self.local.count and self.probe.count):
             return "something unknown: none of its values is a number"
+        if not all(math.isfinite(error) for error, _ in self._pairs):
+            return "something unknown: some of its values are no numbers"
         error, allowed = max(self._pairs, key=lambda pair: pair[0] / max(pair[1], 1e-300) if math.isfinite(pair[1]) else math.inf)
         return f"{error:.2e} of {allowed:.2e} allowed"
 

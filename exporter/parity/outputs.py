@@ -18,7 +18,7 @@ INT8_SAFETY = 3.0  # there the error is the sum of many rounding decisions, whic
 class BatchError:
     """Errors at one batch size against the float64 run of the same weights, and what torch in the graph's type loses there.
 
-    `values` of its outputs are numbers and were compared.
+    `values` of its outputs are numbers in both; with one that is none, the largest error is infinite.
     `tie_images` of its images hold a near tie between experts and are held against the float64 run with the runtime's routes.
     """
 
@@ -51,6 +51,8 @@ class BatchError:
             return "no output is a number, so nothing was compared"
         if not math.isfinite(self.tolerance_abs):
             return "torch in the graph's type overflows where float64 does not, so that no error could be too large"
+        if not math.isfinite(self.max_abs_error):
+            return "some outputs are no numbers, in the graph or in the model, and cannot be compared"
         allowed = f"{self.tolerance_abs:.3g} allowed (outputs have rms {self.output_rms:.3g})"
         return f"largest error {self.max_abs_error:.3g} of {allowed}"
 

@@ -13,7 +13,7 @@ RELATIVE_FLOOR = 1e-3  # of the reference's rms: below it a relative error says 
 
 @dataclass(frozen=True)
 class ErrorStats:
-    """Elementwise errors of `count` values that are numbers in either array.
+    """Elementwise errors; `count` of the values are numbers in both arrays.
 
     Relative ones divide by |reference|, at least `RELATIVE_FLOOR` of its rms."""
 
@@ -28,20 +28,18 @@ class ErrorStats:
 
 
 def error_stats(got: np.ndarray, reference: np.ndarray) -> ErrorStats:
-    """`got` and `reference` of equal shape, compared in float64. A value that is finite in one alone is an infinite error;
-    one that is NaN in both is no error, but nothing that was compared either."""
+    """`got` and `reference` of equal shape, compared in float64. A value that is not finite, in one or in both, is an
+    infinite error: it cannot be compared."""
     got, reference = np.asarray(got, np.float64).ravel(), np.asarray(reference, np.float64).ravel()
     if got.size == 0:
         return ErrorStats(0, *([0.0] * 7))
     with np.errstate(invalid="ignore"):
         error = np.abs(got - reference)
-        neither = np.isnan(got) & np.isnan(reference)
-        error[neither] = 0.0
         error[~np.isfinite(error)] = np.inf
         rms = float(np.sqrt(np.mean(np.square(reference[np.isfinite(reference)])))) if np.isfinite(reference).any() else 0.0
         relative = error / np.maximum(np.abs(reference), max(RELATIVE_FLOOR * rms, np.finfo(np.float64).tiny))
     relative[np.isnan(relative)] = np.inf
-    return ErrorStats(got.size - int(neither.sum()), *_three(error), *_three(relative), rms)
+    return ErrorStats(int((np.isfinite(got) & np.isfinite(reference)).sum()), *_three(error), *_three(relative), rms)
 
 
 def within(error: float, allowed: float) -> bool:

@@ -16,7 +16,7 @@ from exporter.manifests import read_engine, read_export
 from exporter.onnx_export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quantization
 from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
-from exporter.parity.check import image_pool, logits, output_errors
+from exporter.parity.check import image_pool, logits, output_errors, refuse_unrouted
 from exporter.parity.stats import json_safe
 from exporter.parity.taps import copied
 from exporter.parity.yardsticks import yardsticks
@@ -189,6 +189,7 @@ def verify_ranks(
     check = _AccuracyCheck(folder, moee, data, images, provider, threads, report, group)
     plugin = None
     with group.agreed():
+        refuse_unrouted(moee, min_route_agreement)
         reason = check.obstacle()
         _refuse_unchecked(reason, max_drop_pp)
         if group.leader:
@@ -261,6 +262,13 @@ class _AccuracyCheck:
         if not self.group.alone:
             merge_skipped(self.data, self.group)
         parts = [part.tensors for part in self.group.gather(Parcel(None, answers)) if part.tensors]
+        with self.group.agreed():
+            if self.group.leader and not parts:
+                first = self.data.describe(int(self.chosen()[0]))
+                raise UserError(
+                    f"none of the {len(self.chosen())} labelled images of {self.data.name} that are looked at could be read "
+                    f"(first: {first}); check the files, or look at more with --images"
+                )
         whole = {key: torch.cat([part[key] for part in parts]) for key in ("outputs", "labels")} if parts else {}
         return {"logits": logits(self.moee, whole["outputs"]), "labels": whole["labels"]} if whole else {}
 
@@ -276,7 +284,7 @@ class _AccuracyCheck:
             total = -(-len(order) // ACCURACY_BATCH)
             message = f"accuracy, {name}"
             self.report(message, 0, total)
-            for done, batch in enumerate(batches(self.data, ACCURACY_BATCH, order=order, strict=self.group.alone), 1):
+            for done, batch in enumerate(batches(self.data, ACCURACY_BATCH, order=order, strict=False), 1):
                 found["outputs"].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
                 found["labels"].append(batch.labels)
                 self.report(message, done, total)

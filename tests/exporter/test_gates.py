@@ -21,6 +21,7 @@ from exporter.verify.suite import EngineParity, VerifyResult
 from moee.errors import UserError
 from tests.conftest import tiny_images
 
+HALF = np.array([[1.0, 1.0, 1.0], [np.nan, np.nan, np.nan]], np.float32)
 ONES, NANS = np.ones((2, 3), np.float32), np.full((2, 3), np.nan, np.float32)
 
 
@@ -54,17 +55,27 @@ def test_a_full_comparison_passes():
 
 @pytest.mark.parametrize(
     "batch",
-    [compared(NANS, NANS), compared(NANS), compared(ONES, NANS), compared(torch_error=math.inf), compared(NANS, ONES, math.inf)],
-    ids=["no number in either", "none from the runtime", "none from torch", "torch overflows", "both overflow"],
+    [
+        compared(NANS, NANS), compared(NANS), compared(ONES, NANS), compared(torch_error=math.inf),
+        compared(NANS, ONES, math.inf),
+        compared(HALF, HALF), compared(HALF), compared(ONES, HALF), compared(HALF * math.inf, HALF * math.inf),
+    ],
+    ids=[
+        "no number in either", "none from the runtime", "none from torch", "torch overflows", "both overflow", "half of both",
+        "half from the runtime", "half from torch", "infinite in both",
+    ],
 )  # fmt: skip
 def test_outputs_that_are_no_numbers_do_not_pass(batch):
     assert not batch.passed and not parity([batch]) and failures(result(parity([batch]))) == ["parity batch 2"]
     assert result(parity([batch])).to_json()["passed"] is False
 
 
-def test_one_value_that_is_no_number_in_both_is_not_an_error():
+def test_one_value_that_is_no_number_is_counted_and_said():
     got = np.array([[1.0, np.nan]])
-    assert compared(got, got).passed and error_stats(got, got).count == 1
+    stats = error_stats(got, got)
+    assert stats.count == 1 and stats.max_abs_error == math.inf
+    assert "some outputs are no numbers" in compared(got, got).message
+    assert "some of its values are no numbers" in layer(local=error_stats(HALF, HALF)).output_message
 
 
 def test_no_batches_or_layers_do_not_pass():
@@ -76,6 +87,7 @@ def test_no_batches_or_layers_do_not_pass():
 @pytest.mark.parametrize(
     "changes",
     [
+        {"local": error_stats(HALF, HALF)},
         {"tokens": 0}, {"local": error_stats(np.empty(0), np.empty(0))}, {"probe": error_stats(NANS, NANS)},
         {"local_tolerance": math.inf}, {"probe_tolerance": math.nan}, {"wrong_routes": 1},
     ],

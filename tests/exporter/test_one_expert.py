@@ -21,6 +21,7 @@ from exporter.parity import check_parity, check_weights
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
 from exporter.precision import typed
+from exporter.verify import verify
 from moee import checkpoint
 from moee.activations import ACTIVATIONS
 from moee.checkpoint import MoeeModel
@@ -173,6 +174,13 @@ def test_exports_of_older_versions_are_read(static, tmp_path, monkeypatch):
 
 def run(*arguments):
     return cli.main([str(a) for a in arguments])
+
+
+def test_routes_that_a_static_model_does_not_choose_are_refused_before_any_graph_runs(static, monkeypatch):
+    monkeypatch.setattr("exporter.verify.suite.opened", lambda *a: pytest.fail("a graph was run"))
+    moee, data, _ = static
+    with pytest.raises(UserError, match="--min-route-agreement has nothing to check"):
+        verify(exported(static), moee, data, sizes=(2,), min_route_agreement=0.9)
 
 
 def test_commands_take_a_static_export(static, tmp_path, monkeypatch):

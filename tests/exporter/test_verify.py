@@ -10,7 +10,9 @@ import torch
 from exporter import cli
 from exporter.parity import check_parity
 from exporter.verify import compare_accuracy, verify
+from exporter.verify.suite import verify_ranks
 from moee.data import TensorSet
+from moee.distributed import SOLO, Group, Parcel
 from moee.errors import MissingDependency, UserError
 from tests.exporter import damage
 from tests.exporter.engines import write_engine
@@ -242,6 +244,34 @@ def test_only_labelled_images_count(tiny_export, capsys):
     assert result and (result.accuracy.images, result.accuracy.of_images) == (36, 48)
     (case,) = [c for c in result.cases() if c.group == "accuracy"]
     assert "on 36 of 48 images that have a label" in case.detail
+
+
+class Unreadable(TensorSet):
+    """Labelled images that cannot be read, beside others that can and have no label."""
+
+    def load(self, index):
+        if self.labels[index] >= 0:
+            raise OSError("cut short")
+        return super().load(index)
+
+
+class FirstOfTwo(Group):
+    """Rank 0 of two ranks, of which the other has read nothing either."""
+
+    def all_json(self, value):
+        return [value]
+
+    def gather(self, parcel, to=0):
+        return [parcel, Parcel(None, {})]
+
+
+@pytest.mark.parametrize("group", [SOLO, FirstOfTwo(rank=0, world=2)], ids=["one process", "two ranks"])
+def test_labelled_images_that_cannot_be_read_are_one_sentence(tiny_export, group, monkeypatch):
+    monkeypatch.setattr("exporter.verify.suite.check_parity", lambda *a, **k: pytest.fail("minutes of parity"))
+    labels = [i % 10 if i < 20 else -1 for i in range(len(tiny_export.data))]
+    data = Unreadable("broken", tiny_export.data.images, labels, 10)
+    with pytest.raises(UserError, match=r"none of the 20 labelled images of broken that are looked at could be read \(first: "):
+        verify_ranks(group, tiny_export.folder(), tiny_export.moee, data, sizes=(2,))
 
 
 def test_logits_that_are_no_numbers_are_wrong():
