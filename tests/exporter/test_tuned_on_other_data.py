@@ -25,7 +25,6 @@ def sets(tiny_export):
 def world(tiny_export, monkeypatch):
     known = sets(tiny_export)
     monkeypatch.setattr("moee.sources.load_data", lambda source, *args, **kwargs: known[source])
-    monkeypatch.setattr("exporter.onnx_export.load_data", lambda source, *args, **kwargs: known[source])
     monkeypatch.setattr("moee.pipeline.load_splits", lambda source, *args: (known[source], known[source]))
 
 
