@@ -32,7 +32,7 @@ from moee.weights_file import read_safetensors
 from plugins.build import SOURCE
 from plugins.bundle import write_bundle
 
-DEPLOYMENT_SCHEMA = "moee.deployment/1"
+DEPLOYMENT_SCHEMA = "moee.deployment/2"
 PIXELS = "tensorrt_pixels.onnx"
 MODELS = (DENSE, PORTABLE, TENSORRT, DENSE_DATA, MOEE_DATA, MANIFEST)  # of an export, what a device gets
 TYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.FLOAT16: "float16"}

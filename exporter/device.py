@@ -20,7 +20,7 @@ from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, tokens_per_image
 from moee.mlps import find_ffns
-from moee.models import Shape
+from moee.models import FFN, Shape
 from moee.pipeline import Session
 from moee.planning import Latency
 
@@ -61,7 +61,8 @@ def latency_of(device: str, session: Session, batch: int) -> Latency:
         return Latency(label, lambda model: measure_on_cpu(model, session, batch))
     if device not in DEVICES:
         raise UserError(f"unknown device {device!r}; expected cpu, {', '.join(DEVICES)}")
-    return Latency(label, lambda model: modelled(DEVICES[device], session.dense, model, session.transform.shape, batch))
+    facts = dense_facts(session.dense, session.transform.shape)
+    return Latency(label, lambda model: modelled(DEVICES[device], session.dense, model, facts, batch))
 
 
 def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, Any]:
@@ -89,19 +90,33 @@ def operation_ms(device: Device, macs: float, moved: float, launches: int = 1) -
     return max(arithmetic, memory) * 1e3 + launches * device.launch_us * 1e-3
 
 
-def modelled(device: Device, dense: nn.Module, model: nn.Module, shape: Shape, batch: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DenseFacts:
+    """What the roofline needs of a dense model on images of `shape`: its MLPs, their tokens an image, all its MACs an image."""
+
+    shape: Shape
+    ffns: dict[str, FFN]
+    tokens: dict[str, int]
+    macs: int
+
+
+def dense_facts(dense: nn.Module, shape: Shape) -> DenseFacts:
+    """Counted once a plan: it runs the model."""
+    ffns = {f.name: f for f in find_ffns(dense, shape=shape).ffns}
+    return DenseFacts(shape, ffns, tokens_per_image(dense, list(ffns), shape), dense_macs(dense, shape))
+
+
+def modelled(device: Device, dense: nn.Module, model: nn.Module, facts: DenseFacts, batch: int) -> dict[str, Any]:
     """Dense and candidate in milliseconds by the roofline; MLPs one by one, the rest (attention too) as a product a block."""
-    ffns = {f.name: f for f in find_ffns(dense).ffns}
-    tokens = tokens_per_image(dense, list(ffns), shape)
-    routed = routed_layers(model)
+    ffns, tokens, routed = facts.ffns, facts.tokens, routed_layers(model)
     dense_ffn = {n: _dense_ffn_ms(device, f.dim, f.hidden, tokens[n] * batch) for n, f in ffns.items()}
-    rest_macs = dense_macs(dense, shape) - sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
+    rest_macs = facts.macs - sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
     weights = sum(p.numel() for p in dense.parameters()) - sum(2 * f.dim * f.hidden for f in ffns.values())
     activations = sum(12 * tokens[n] * batch * f.dim for n, f in ffns.items())  # about twelve passes a block
     narrowed = {n: sum(p.numel() for p in layer.parameters()) for n, layer in narrow_attentions(model).items()}
     lighter = sum(sum(p.numel() for p in dense.get_submodule(n).parameters()) - left for n, left in narrowed.items())
     rest = operation_ms(device, rest_macs * batch, BYTES * (weights + activations), 8 * len(ffns))
-    our_macs = rest_macs - macs_saved(model, shape, dense)
+    our_macs = rest_macs - macs_saved(model, facts.shape, dense)
     our_rest = operation_ms(device, our_macs * batch, BYTES * (weights - lighter + activations), 8 * len(ffns))
     ours = sum(_routed_ms(device, routed[n], tokens[n] * batch) if n in routed else dense_ffn[n] for n in ffns)
     return {

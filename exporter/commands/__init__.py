@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from exporter.pretrained import ModelOptions
     from moee.distributed import Group
     from moee.models import ModelSpec
+    from moee.pipeline import Session
     from moee.progress import Reporter
 
 MOVED = "where the dense model's file of weights lies now, if it was moved since extraction"
@@ -168,6 +169,14 @@ def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> Mo
     from exporter import pretrained
 
     return pretrained.resolve(args.model, args.data, options_of(args), report, speak(console))
+
+
+def session_of(args: argparse.Namespace, report: Reporter, console: Console) -> Session:
+    """The model and the data that the flags of `add_model` describe, loaded, under `--seed` where a command has it."""
+    from moee import pipeline
+
+    spec = model_of(args, report, console)
+    return pipeline.Session(spec, args.data, getattr(args, "seed", None) or 0, report, classes=classes_of(args))
 
 
 def options_of(args: argparse.Namespace) -> ModelOptions:

@@ -13,9 +13,8 @@ from exporter.commands import (
     add_class_map,
     add_outputs,
     add_weights,
-    classes_of,
     model_inputs,
-    model_of,
+    session_of,
     show_skipped,
 )
 from exporter.ui import ProgressDisplay
@@ -64,7 +63,6 @@ def _list(text: str | None, kind: type = str) -> tuple | None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots.ablation import draw_ablation
     from moee.ablation import make_ablation_config, run_ablation, verdict_lines
-    from moee.pipeline import Session
 
     tables = _list(args.tables)
     names = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")
@@ -73,8 +71,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         **{name: getattr(args, name) for name in names},
     )  # fmt: skip
     with ProgressDisplay() as report:
-        spec = model_of(args, report, console)
-        session = Session(spec, args.data, report=report, classes=classes_of(args))
+        session = session_of(args, report, console)
         if args.force:  # only now that the input is known to be good
             _output(args).remove()
         summary = run_ablation(session, ablation, args.out, report)

@@ -10,12 +10,10 @@ from rich.console import Console
 
 from exporter.commands import (
     OK,
-    add_class_map,
+    add_model,
     add_outputs,
-    add_weights,
-    classes_of,
     model_inputs,
-    model_of,
+    session_of,
     show_skipped,
 )
 from exporter.ui import ProgressDisplay
@@ -36,10 +34,7 @@ def _list(kind: type):
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("ablate-clear", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, or dinov2-s")
-    sub.add_argument("--data", required=True)
-    add_weights(sub)
-    add_class_map(sub)
+    add_model(sub)
     sub.add_argument("--design", default="star", help="star (one factor at a time) or full (every combination)")
     sub.add_argument("--routers", type=_list(str), help="comma-separated (random,linear,mlp,centroid)")
     sub.add_argument("--ranks", type=_list(int), help="shared plus residual rank (96,128,176)")
@@ -72,7 +67,6 @@ def _table(args: argparse.Namespace) -> list[OutputFile]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.clear_ablation import Grid, ablate, markdown, plot, summarise
-    from moee.pipeline import Session
 
     if args.seeds < 1:
         raise UserError(f"--seeds must be at least 1, came {args.seeds}")
@@ -82,8 +76,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     centre = tuple((n, v if n not in given or v in given[n] else given[n][len(given[n]) // 2]) for n, v in defaults.items())
     grid = Grid(**given, seeds=args.seeds, residual_rank=args.residual_rank, centre=centre)
     with ProgressDisplay() as report:
-        spec = model_of(args, report, console)
-        session = Session(spec, args.data, report=report, classes=classes_of(args))
+        session = session_of(args, report, console)
         cells = ablate(session, grid, args.design, args.out, report)
     rows = summarise(cells)
     text = markdown(rows)

@@ -15,10 +15,9 @@ from exporter.commands import (
     add_model,
     add_out,
     add_outputs,
-    classes_of,
     model_flags,
     model_inputs,
-    model_of,
+    session_of,
     show_skipped,
 )
 from exporter.ui import ProgressDisplay, number, percent, span
@@ -76,7 +75,6 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.device import latency_of
     from moee.config import validated
-    from moee.pipeline import Session
     from moee.planning import ALLOCATIONS, TARGETS, USUAL, Budget, make_plan
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
@@ -88,8 +86,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_heads", "seed")
     base = {name: getattr(args, name) for name in common}
     with ProgressDisplay() as report:
-        spec = model_of(args, report, console)
-        session = Session(spec, args.data, args.seed or 0, report, classes=classes_of(args))
+        session = session_of(args, report, console)
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
             session, budget, args.out, methods, targets, {k: v for k, v in base.items() if v is not None}, latency,

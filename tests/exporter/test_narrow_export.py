@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exporter.cli import main
-from exporter.device import DEVICES, modelled
+from exporter.device import DEVICES, dense_facts, modelled
 from exporter.onnx_export import export, to_onnx
 from exporter.parity import check_parity
 from moee import checkpoint
@@ -99,7 +99,7 @@ def test_modelled_latency_counts_the_narrower_heads(made):
     device = next(iter(DEVICES.values()))
     cut = copy.deepcopy(dense)
     narrow(cut, tiny_images(24), (3, 32, 32), 0.7)
-    result = modelled(device, dense, cut, (3, 32, 32), 4096)
+    result = modelled(device, dense, cut, dense_facts(dense, (3, 32, 32)), 4096)
     assert result["moee_ms"] < result["dense_ms"]
 
 

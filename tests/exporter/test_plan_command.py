@@ -10,7 +10,7 @@ from rich.console import Console
 
 from exporter import cli
 from exporter.commands.plan import parse_shares, points_table, verdict
-from exporter.device import DEVICES, latency_of, modelled, operation_ms
+from exporter.device import DEVICES, dense_facts, latency_of, modelled, operation_ms
 from moee.clear_moe import ClearConfig, convert
 from moee.data import image_shape
 from moee.errors import UserError
@@ -23,9 +23,9 @@ from tests.conftest import TINY, tiny_images
 def test_a_gpu_figure_is_labelled_modelled_and_falls_with_the_width(tiny_moee):
     model, dense, data, *_ = tiny_moee
     shape = image_shape(data.images)
-    whole = modelled(DEVICES["orin-agx"], dense, copy.deepcopy(dense), shape, 8)
+    whole = modelled(DEVICES["orin-agx"], dense, copy.deepcopy(dense), dense_facts(dense, shape), 8)
     assert whole["kind"] == "modelled" and whole["speedup"] == pytest.approx(1.0)
-    ours = modelled(DEVICES["orin-agx"], dense, model, shape, 8)
+    ours = modelled(DEVICES["orin-agx"], dense, model, dense_facts(dense, shape), 8)
     assert ours["dense_ms"] == whole["dense_ms"] and ours["moee_ms"] != whole["moee_ms"]
 
 
@@ -37,7 +37,7 @@ def test_clear_moe_is_modelled_by_the_products_that_tensorrt_gets(tiny_moee):
     def milliseconds(experts, rank):
         model = copy.deepcopy(dense)
         convert(model, data, ClearConfig(experts=experts, rank=rank, residual_rank=2, calibration_images=16, score=False))
-        return modelled(device, dense, model, shape, 4096)["moee_ms"]
+        return modelled(device, dense, model, dense_facts(dense, shape), 4096)["moee_ms"]
 
     few, many, wide = milliseconds(2, 4), milliseconds(8, 4), milliseconds(2, 8)
     assert few < many and few < wide
@@ -54,7 +54,8 @@ def test_small_batches_pay_for_tiles(tiny_moee):
     """At one image the experts' tiles are mostly empty: the modelled gain must shrink or turn into a loss."""
     model, dense, data, *_ = tiny_moee
     device, shape = DEVICES["orin-agx"], image_shape(data.images)
-    assert modelled(device, dense, model, shape, 1)["speedup"] < modelled(device, dense, model, shape, 512)["speedup"]
+    facts = dense_facts(dense, shape)
+    assert modelled(device, dense, model, facts, 1)["speedup"] < modelled(device, dense, model, facts, 512)["speedup"]
 
 
 def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
