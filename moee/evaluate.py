@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moee.accuracy import Comparison, Interval, agreement, paired_drop, top1, wilson
 from moee.data import ImageSet, batches, merge_skipped
 from moee.distributed import SOLO, Group, Parcel
+from moee.interface import run_model, title_of_model
 from moee.layer import RoutedLayer, routed_layers
 from moee.metrics import mean_cosine
 from moee.models import channels_last
@@ -84,8 +85,8 @@ def run(
         with group.agreed(), group.placed(model):
             own = batches(data, batch_size, order=torch.arange(mine.start, mine.stop), strict=group.alone)
             for batch in track(own, message, -(-len(mine) // batch_size), report):
-                last = model.forward_features(batch.images.to(group.device))  # type: ignore[operator]
-                features.append(model.forward_head(last).cpu())  # type: ignore[operator]
+                output, last = run_model(model, batch.images.to(group.device))
+                features.append(output.cpu())
                 labels.append(batch.labels)
                 no_tokens = no_tokens or _no_token_map(last, model, len(data))
                 if not no_tokens:
@@ -107,13 +108,14 @@ def run(
 
 def _no_token_map(features: Any, model: nn.Module, images: int) -> str:
     """Why features [B, ..., D] or [B, D, ...] cannot be compared token by token over all `images`; empty if they can."""
+    title = title_of_model(model)
     if not isinstance(features, Tensor):
-        return f"{type(model).__name__} has no single feature map"
+        return f"{title} has no single feature map"
     if features.dim() < 3:
-        return f"{type(model).__name__} has one feature vector an image"
+        return f"{title} has one feature vector an image"
     width = getattr(model, "num_features", 0)
     if width not in (features.shape[1], features.shape[-1]):
-        return f"{type(model).__name__}'s feature map has no dimension of {width}"
+        return f"{title}'s feature map has no dimension of {width}"
     if features[0].numel() * 2 * images > MAX_TOKEN_BYTES:
         return f"the token features of {images} images take more than {MAX_TOKEN_BYTES >> 30} GiB"
     return ""

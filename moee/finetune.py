@@ -27,6 +27,7 @@ from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.evaluate import run
 from moee.finetune_state import SCHEMA, read_state, read_tensors
+from moee.interface import can_checkpoint, has_feature_map, title_of_model
 from moee.layer import RoutedFFN, routed_layers
 from moee.machine import fast_on_cpu
 from moee.progress import Reporter, silent
@@ -72,8 +73,10 @@ def finetune(
     with group.agreed():
         if len(data) < 2:
             raise UserError(f"fine-tuning needs at least 2 images, came {len(data)}")
-        if config.checkpointing and not hasattr(model, "set_grad_checkpointing"):
-            raise UserError(f"{type(model).__name__} has no activation checkpointing in timm; leave --checkpointing out")
+        if config.checkpointing and not can_checkpoint(model):
+            raise UserError(f"{title_of_model(model)} has no activation checkpointing in its library; leave --checkpointing out")
+        if config.distil == "tokens" and not has_feature_map(model):
+            raise UserError(f"--distil tokens needs a model with one feature map; {title_of_model(model)} has none, use output")
     config = affordable(config, group)
     own = len(data)
     teacher = run(dense, data, report, "teacher", group=group).features if teacher is None else teacher

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from moee.artifact import sha256_file
@@ -20,10 +18,13 @@ from moee.cache import tensor_hash
 from moee.errors import UserError
 from moee.fitting import Fit, best_fit, difference, listed
 from moee.hub import pretrained_model
+from moee.interface import on_meta as on_meta
+from moee.model_spec import MAX_SIDE as MAX_SIDE
+from moee.model_spec import InputConfig as InputConfig
+from moee.model_spec import ModelSpec, WeightsPart
 from moee.schema import reason_of, shown
 from moee.weights_file import containers, read_checkpoint
 
-MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
 MAX_OUTPUTS = 1 << 20  # classes; ImageNet-21k has 21,843
 MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
@@ -31,75 +32,6 @@ Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 RESIZES = {"img_size", "patch_size", "in_chans"}  # arguments to which timm fits pretrained weights
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
 FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained"}
-
-
-Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class WeightsPart(BaseModel):
-    """Which part of a checkpoint is the model's: the container (`state_dict_ema`; "" for the whole file) and the prefix that its
-    names have there (`module.`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    container: str = ""
-    prefix: str = ""
-
-
-class InputConfig(BaseModel):
-    """How images are prepared for a model whose own files say so; what is None stands in timm's table."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    input_size: tuple[Side, Side, Side] | None = None  # channels, height, width
-    mean: Annotated[tuple[Finite, ...], Field(min_length=1)] | None = None
-    std: Annotated[tuple[Annotated[Finite, Field(gt=0)], ...], Field(min_length=1)] | None = None
-    crop_pct: float | None = Field(None, gt=0, le=1)
-    crop_mode: Literal["center", "squash", "border"] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "hamming", "box", "random"] | None = None
-    fixed_input_size: bool | None = None
-
-
-class ModelSpec(BaseModel):
-    """Which timm model: everything that `load_model` needs, and what an artifact records.
-
-    `input_size` is the height and width of the images for a model that takes any; others take it as the argument `img_size`.
-    Its weights come from one place: the file `weights`, timm's `pretrained` ones, or a draw under `random_seed`.
-    `weights_sha256` is the hash of the file, or of the state that was fetched or drawn; `part` is the part of the file
-    that was taken, so that later commands take the same. `input` is set for models that bring their own configuration.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    timm_name: str
-    kwargs: dict[str, Any] = {}
-    input_size: tuple[Side, Side] | None = None
-    pretrained: bool = False
-    weights: str | None = None
-    weights_sha256: str | None = None
-    part: WeightsPart | None = None
-    random_seed: int | None = Field(None, ge=0, lt=2**63)
-    input: InputConfig | None = None
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether it says where its weights come from. Artifacts of the first release may not."""
-        return self.pretrained or self.weights is not None or self.random_seed is not None
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the outputs of the model `name`, for whoever must know whether two runs worked on the same one."""
-        decisive: dict[str, Any] = {"kwargs": self.kwargs, "weights_sha256": self.weights_sha256}
-        if self.random_seed is not None:
-            decisive["random_seed"] = self.random_seed
-        if self.part is not None:  # one file may hold several models
-            decisive["part"] = self.part.model_dump()
-        if self.input_size is not None:
-            decisive["input_size"] = list(self.input_size)
-        if self.input is not None:
-            decisive["input"] = self.input.model_dump(mode="json", exclude_none=True)
-        return decisive
 
 
 @dataclass(frozen=True)
@@ -325,17 +257,9 @@ def classifier_names(model: nn.Module) -> tuple[str, ...]:
     return (name,) if isinstance(name, str) else tuple(name)
 
 
-
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:
     """Every name under which `module` is part of the model: shared modules have several."""
     return [name for name, part in model.named_modules(remove_duplicate=False) if part is module]
-
-
-def on_meta(model: nn.Module) -> nn.Module:
-    """A copy of a model by its shapes alone, in eval mode: no weight is copied, none needs a gradient."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
-    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
-    return copy.deepcopy(model, memo).eval()
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

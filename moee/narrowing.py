@@ -20,6 +20,7 @@ from moee.attention import NarrowAttention, Widths, attention_macs, find_attenti
 from moee.data import ImageSet, batches
 from moee.errors import UserError
 from moee.head_fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
+from moee.interface import run_model
 from moee.models import Shape, channels_last, replace_module
 from moee.progress import Reporter, silent, track
 from moee.training import distillation_loss, token_loss
@@ -205,8 +206,7 @@ def _losses(
     inputs: dict[str, Tensor] = {}
     first = {name.rpartition(".")[0]: name for name in attentions}  # the block of each attention
     with _watched(model, first, lambda block, x: inputs.__setitem__(first[block], x)):
-        features = model.forward_features(probes)  # type: ignore[operator]
-    reference = model.forward_head(features), channels_last(features, model)  # type: ignore[operator]
+        reference = _outputs(model, probes)
     classifier = bool(getattr(model, "num_classes", 0))
     tried = [(name, widths) for name, a in attentions.items() for widths in moves(a.head_dim, equal)]
     losses = {}
@@ -215,11 +215,18 @@ def _losses(
         if bases is None or bases[0] != name:
             bases = name, find_bases(moments[name], _scale(model, name))
         with _standing_in(model, name, narrowed(attentions[name], bases[1], widths, moments[name]), inputs[name]):
-            features = model.forward_features(probes)  # type: ignore[operator]
-        output, last = model.forward_head(features), channels_last(features, model)  # type: ignore[operator]
-        loss = distillation_loss(output, reference[0], classifier) + token_loss(last, reference[1])
+            output, last = _outputs(model, probes)
+        loss = distillation_loss(output, reference[0], classifier)
+        if last is not None and reference[1] is not None:
+            loss = loss + token_loss(last, reference[1])
         losses[name, widths] = float(loss)
     return losses
+
+
+def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Outputs [B, C] and the last feature map [B, ..., D], where there is one."""
+    output, features = run_model(model, images)
+    return output, channels_last(features, model) if isinstance(features, Tensor) else None
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from moee.calibration import CHUNK, as_tokens, hidden_activations
 from moee.data import Batch, ImageSet, batches
 from moee.errors import UserError, chosen
 from moee.image_budget import image_groups, spread, tokens_an_image
+from moee.interface import run_model, title_of_model
 from moee.models import FFN, channels_last
 from moee.progress import Reporter, silent, track
 from moee.routing import route
@@ -116,11 +116,11 @@ def measure_sensitivity(
 
     def see(batch: Batch, generator: torch.Generator) -> None:
         nonlocal current
-        features: Any = model.forward_features(batch.images)  # type: ignore[operator]
-        output = model.forward_head(features)  # type: ignore[operator]
+        output, features = run_model(model, batch.images)
         both = last and isinstance(features, Tensor) and features.dim() > 2
         if objective == "tokens" and not both:
-            raise UserError(f"--objective tokens needs a model with one feature map; {type(model).__name__} has none, use output")
+            title = title_of_model(model)
+            raise UserError(f"--objective tokens needs a model with one feature map; {title} has none, use output")
         if both:
             features = channels_last(features, model)
         for position, kind in enumerate(kinds):

@@ -20,6 +20,7 @@ from moee.config import FinetuneConfig
 from moee.data import Batch, ImageSet, listed_batches
 from moee.distributed import Group
 from moee.errors import UserError, chosen
+from moee.interface import run_model
 from moee.models import channels_last
 
 AMP: dict[str, torch.dtype | None] = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,8 +72,8 @@ class _Student(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if not self.features:
             return (self.model(images),)
-        features: Any = self.model.forward_features(images)  # type: ignore[operator]
-        return self.model.forward_head(features), channels_last(features, self.model)  # type: ignore[operator]
+        output, features = run_model(self.model, images)
+        return output, channels_last(features, self.model)
 
 
 class Trainer:
@@ -165,8 +166,7 @@ class Trainer:
         if not self.tokens:
             return Wanted(self.teacher[part.indices].to(self.group.device))
         with torch.no_grad():
-            features: Any = self.dense.forward_features(part.images.to(self.group.device))  # type: ignore[operator]
-            output: Tensor = self.dense.forward_head(features)  # type: ignore[operator]
+            output, features = run_model(self.dense, part.images.to(self.group.device))
         return Wanted(output, channels_last(features, self.dense))
 
     def _power(self, images: int, parts: list[Batch], wanted: list[Wanted]) -> Tensor | None:

@@ -1,0 +1,148 @@
+"""Models of other libraries behind timm's interface: what is found out about them, and that they serve every step."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from moee.adapt import adapt, library_of
+from moee.errors import UserError
+from moee.interface import AdaptedModel, has_feature_map, on_meta, run_model
+from moee.model_spec import InputConfig
+
+transformers = pytest.importorskip("transformers")
+SMALL = InputConfig(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+HF = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
+SWIN = dict(embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32, patch_size=4)
+
+
+def of(kind: str, **config) -> nn.Module:
+    """A tiny model of transformers."""
+    family = kind.removesuffix("ForImageClassification").removesuffix("Model").removesuffix("ModelWithProjection")
+    return getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**config))
+
+
+def torchvision_vit(**kwargs) -> nn.Module:
+    return torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=7, **kwargs)
+
+
+class Stranger(nn.Module):
+    """A user's own model; `names` of its layers as they come."""
+
+    def __init__(self, head="fc", image_size=32):
+        super().__init__()
+        self.cut = nn.Conv2d(3, 16, 8, 8)
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        setattr(self, head, nn.Linear(16, 5))
+        self.last, self.image_size = head, image_size
+
+    def forward(self, images):
+        tokens = self.block(self.cut(images).flatten(2).transpose(1, 2))
+        return getattr(self, self.last)(tokens.mean(1))
+
+
+# maker, last feature map, classes, width, width of the output, tokens that are no patches, head
+KNOWN = {
+    "torchvision vit": (torchvision_vit, "encoder", 7, 32, 7, 1, ("heads.head",)),
+    "torchvision swin": (lambda: torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [2, 4], [2, 2], num_classes=7),
+                         "permute", 7, 32, 7, 0, ("head",)),
+    "torchvision convnext": (lambda: torchvision.models.ConvNeXt(
+        [torchvision.models.convnext.CNBlockConfig(16, 24, 1), torchvision.models.convnext.CNBlockConfig(24, None, 1)],
+        num_classes=7), "features", 7, 24, 7, 0, ("classifier.2",)),
+    "hf vit": (lambda: of("ViTForImageClassification", **HF, num_labels=4), "vit.layernorm", 4, 32, 4, 1, ("classifier",)),
+    "hf vit features": (lambda: of("ViTModel", **HF), "layernorm", 0, 32, 32, 1, ()),
+    "hf deit": (lambda: of("DeiTForImageClassification", **HF), "deit.layernorm", 2, 32, 2, 2, ("classifier",)),
+    "hf dinov2": (lambda: of("Dinov2Model", **HF), "layernorm", 0, 32, 32, 1, ()),
+    "hf registers": (lambda: of("Dinov2WithRegistersModel", **HF, num_register_tokens=3), "layernorm", 0, 32, 32, 4, ()),
+    "hf beit": (lambda: of("BeitForImageClassification", **HF), "beit.layernorm", 2, 32, 2, 1, ("classifier",)),
+    "hf swin": (lambda: of("SwinForImageClassification", **SWIN), "swin.layernorm", 2, 32, 2, 0, ("classifier",)),
+    "hf clip": (lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF, projection_dim=24)),
+                "vision_model.encoder.layers.1", 0, 32, 24, 1, ()),
+    "hf siglip": (lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF)),
+                  "post_layernorm", 0, 32, 32, 0, ()),
+    "own": (Stranger, "block", 5, 16, 5, 0, ("fc",)),
+    "own embedding": (lambda: Stranger("proj"), "block", 0, 16, 5, 0, ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_a_model_gives_is_found_by_running_it(name):
+    make, *expected = KNOWN[name]
+    torch.manual_seed(0)
+    model = adapt(make(), SMALL)
+    d = model.description
+    found = [d.features, d.num_classes, d.num_features, d.output_width, d.num_prefix_tokens, d.classifier]
+    assert found == expected
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        output, features = run_model(model, images)
+        assert torch.equal(output, model(images)) and output.shape == (3, d.output_width)
+        assert d.num_features in (features.shape[-1], features.shape[1])
+        assert not any(part._forward_hooks for part in model.modules()), "the hook is temporary"
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(images), output)
+    assert on_meta(model)(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, d.output_width)
+    fresh = adapt(make(), SMALL)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(fresh(images), output)
+    assert not model.training and model.train().net.training
+
+
+def test_timm_models_are_taken_as_they_are():
+    model = timm.create_model("test_vit", pretrained=False)
+    assert adapt(model) is model and library_of(model) == "timm" and has_feature_map(model)
+    images = torch.randn(2, 3, 160, 160)
+    features = model.forward_features(images)
+    output, came = run_model(model, images)
+    assert torch.equal(came, features) and torch.equal(output, model.forward_head(features))
+    wrapped = adapt(Stranger())
+    assert adapt(wrapped) is wrapped and isinstance(wrapped, AdaptedModel)
+
+
+def test_a_model_without_a_map_says_so_once():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5))
+    model = adapt(net, InputConfig(input_size=(3, 8, 8)))
+    assert not has_feature_map(model) and run_model(model, torch.zeros(2, 3, 8, 8))[1] is None
+    assert [note for note in model.description.notes if "last feature map" in note]
+
+
+@pytest.mark.parametrize("output, says", [
+    (lambda x: [x], "a list of Tensor"), (lambda x: (x, x), "a tuple of Tensor, Tensor"), (lambda x: {"out": x}, "a dict of out"),
+    (lambda x: SimpleNamespace(a=x), "a SimpleNamespace"), (lambda x: x[:, :, None, None], r"a tensor \[2, 5, 1, 1\]"),
+    (lambda x: x[:1], "1 outputs for 2 images"), (lambda x: None, "a NoneType"),
+])  # fmt: skip
+def test_outputs_of_another_kind_are_refused_with_what_came(output, says):
+    class Odd(Stranger):
+        def forward(self, images):
+            return output(super().forward(images))
+
+    with pytest.raises(UserError, match=f"Odd gives {says}"):
+        adapt(Odd())
+
+
+def test_what_nobody_tells_is_asked_for_or_noted():
+    with pytest.raises(UserError, match="does not say which size of images it takes: give --img-size"):
+        adapt(Stranger(image_size=None))
+    notes = adapt(Stranger()).description.notes
+    assert any("ImageNet's are taken, a guess" in note for note in notes)
+    assert any("`fc` is its last layer; --num-classes 0" in note for note in notes)
+    assert adapt(Stranger(), SMALL, num_classes=5).description.notes == ()
+    with pytest.raises(UserError, match="gives 5 outputs, --num-classes says 3"):
+        adapt(Stranger(), num_classes=3)
+    with pytest.raises(UserError, match="expected a torch.nn.Module"):
+        adapt("vit")
+    with pytest.raises(UserError, match="does not run on images of 4 x 4 pixels and 3 channels"):
+        adapt(Stranger(image_size=4))
+
+
+def test_the_input_comes_from_where_it_is_said():
+    own = Stranger()
+    own.pretrained_cfg = {"input_size": (3, 64, 48), "mean": (0.1,) * 3, "std": (0.2,) * 3, "interpolation": "bilinear"}
+    config = adapt(own).pretrained_cfg
+    assert config["input_size"] == (3, 64, 48) and config["mean"] == (0.1,) * 3 and config["interpolation"] == "bilinear"
+    assert adapt(own, InputConfig(input_size=(3, 32, 32))).pretrained_cfg["input_size"] == (3, 32, 32)
