@@ -75,13 +75,14 @@ def write_deployment(
     kernels: Callable[[], Path],
     batch: tuple[int, int, int] = (1, 8, 32),
     force: bool = False,
+    word: str | None = None,
 ) -> Path:
     """Write the folder for one SM from an export, and return its path.
 
     `kernels` gives the folder of the compiled kernels, and may take minutes for it: it is called after everything else was
-    checked, and not for an export without plugin nodes, which gets no plugin. `batch` is the profile's (min, opt, max). Raises
-    `UserError` for a foreign or damaged export, an SM that the kernels lack, or a pre-processing that the runner cannot do; the
-    output appears whole or not at all.
+    checked, and not for an export without plugin nodes, which gets no plugin. `batch` is the profile's (min, opt, max), `word`
+    as in `exported_model`. Raises `UserError` for a foreign or damaged export, an SM that the kernels lack, or a pre-processing
+    that the runner cannot do; the output appears whole or not at all.
     """
     export_dir, out = Path(export_dir), Path(out)
     low, opt, high = batch
@@ -96,7 +97,7 @@ def write_deployment(
     if export.get("plugin_nodes") not in (nodes, None):
         says = export["plugin_nodes"]
         raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says {says}; export again")
-    model, transform = exported_model(export, export_dir)
+    model, transform = exported_model(export, export_dir, word)
     recipe = make_recipe(transform, str(export["model"]["timm_name"]))
     if given.shape != (3, *recipe.size):
         says = " x ".join(map(str, recipe.size))

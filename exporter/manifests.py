@@ -165,17 +165,17 @@ def input_shape(given: dict[str, Any]) -> Shape:
     return given.get("channels", 3), height, width
 
 
-def exported_model(manifest: dict[str, Any], folder: Path | str) -> tuple[nn.Module, Transform]:
+def exported_model(manifest: dict[str, Any], folder: Path | str, word: str | None = None) -> tuple[nn.Module, Transform]:
     """The model of a checked `export.json` on the device meta, and how its images are prepared: as the model that was exported
-    says it, whether in timm's table or in its own files.
+    says it, whether in timm's table or in its own files. `word`: the user's function that it comes from (`moee.checkpoint.load`).
 
     Raises `UserError` for a model that timm does not make here, or that takes other images than the manifest's graphs.
     """
-    from moee.checkpoint import laid_out
+    from moee.checkpoint import laid_out, vouched
     from moee.data import model_transform
 
     path, given = Path(folder) / EXPORT, manifest["input"]
-    model = laid_out(ModelSpec(**manifest["model"]), path)
+    model = laid_out(vouched(ModelSpec(**manifest["model"]), word), path)
     transform = model_transform(model)
     size, wanted = (" x ".join(map(str, shape)) for shape in (input_shape(given), transform.shape))
     if size != wanted:
@@ -187,11 +187,11 @@ def exported_model(manifest: dict[str, Any], folder: Path | str) -> tuple[nn.Mod
     return model, transform
 
 
-def image_record(manifest: dict[str, Any], folder: Path | str) -> ImageRecord:
+def image_record(manifest: dict[str, Any], folder: Path | str, word: str | None = None) -> ImageRecord:
     """How the images of the exported artifact are read again. Raises `UserError` as `exported_model`."""
     from moee.checkpoint import ImageRecord, head_classes
 
-    model, transform = exported_model(manifest, folder)
+    model, transform = exported_model(manifest, folder, word)
     classes = tuple(manifest.get("classes", ()))
     return ImageRecord(manifest["data"], transform, manifest.get("seed", 0), classes, head_classes(model))
 

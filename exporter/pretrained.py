@@ -24,7 +24,7 @@ from moee.atomic import temporary_folder
 from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
 from moee.input_size import sized
-from moee.model_source import named_spec, with_file, with_pretrained, with_random
+from moee.model_source import guesses, named_spec, with_file, with_pretrained, with_random
 from moee.models import ModelSpec
 from moee.progress import Reporter, silent
 from moee.schema import shown
@@ -75,8 +75,9 @@ def resolve(
     name: str, data: str = "", options: ModelOptions | None = None, report: Reporter = silent,
     say: Callable[[str], None] = log.info,
 ) -> ModelSpec:  # fmt: skip
-    """The `ModelSpec` of a model name on the command line: a timm name, `local-dir:FOLDER` or `hf-hub:ID`, or an alias:
-    `dinov2-s` (fetched if need be), `vit-scratch` (trained if need be). `say` gets sentences about what was taken and guessed.
+    """The `ModelSpec` of a model name on the command line: a timm name, `local-dir:FOLDER` or `hf-hub:ID`, `torchvision:NAME`,
+    `hf:FOLDER`, a function `package.module:function`, which brings its weights unless told otherwise, or an alias: `dinov2-s`
+    (fetched if need be), `vit-scratch` (trained if need be). `say` gets sentences about what was taken and guessed.
 
     Raises `UserError` unless exactly one source of weights is given for a timm name, and none for an alias.
     """
@@ -86,12 +87,12 @@ def resolve(
     given = options.sources
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
-    spec, own = _named(name, options)
+    spec, own = _named(name, options, say)
     if options.random_weights is not None:
         return with_random(spec, options.random_weights)
-    if options.pretrained and own is None:
-        return with_pretrained(spec)
     path = options.checkpoint if options.checkpoint is not None else own
+    if (options.pretrained and own is None) or (path is None and spec.library == "python"):
+        return with_pretrained(spec)
     if path is None:
         raise UserError(
             f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --checkpoint FILE for yours, or "
@@ -103,10 +104,14 @@ def resolve(
     return spec
 
 
-def _named(name: str, options: ModelOptions) -> tuple[ModelSpec, Path | None]:
+def _named(name: str, options: ModelOptions, say: Callable[[str], None]) -> tuple[ModelSpec, Path | None]:
     """The model without weights, at the size that is asked for; and the weights that its name brings."""
-    spec, own = named_spec(name, options.arguments())
-    return (spec if options.img_size is None else sized(spec, options.img_size)), own
+    spec, own = named_spec(name, options.arguments(), say)
+    if options.img_size is not None:
+        spec = sized(spec, options.img_size)
+    for note in guesses(spec):
+        say(note)
+    return spec, own
 
 
 def layout_of(name: str, options: ModelOptions, say: Callable[[str], None] = log.info) -> ModelSpec:
@@ -116,7 +121,7 @@ def layout_of(name: str, options: ModelOptions, say: Callable[[str], None] = log
         if name == SCRATCH:
             return ModelSpec(name=name, timm_name=SCRATCH_TIMM_NAME, kwargs=ScratchRecipe().model_kwargs())
         return sized(ModelSpec(name=name, timm_name=TIMM_NAME, kwargs={"num_classes": 0}), options.img_size or [224])
-    spec, own = _named(name, options)
+    spec, own = _named(name, options, say)
     path = options.checkpoint if options.checkpoint is not None else own
     if path is not None:
         spec, notes = with_file(spec, Path(path))

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from moee.errors import UserError
 from moee.interface import AdaptedModel, Description, on_meta, output_of, tensor_in
-from moee.model_spec import MAX_SIDE, InputConfig
+from moee.model_spec import MAX_SIDE, InputConfig, LibraryName
 from moee.schema import reason_of
 
-Library = Literal["timm", "torchvision", "hf", "python"]
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 USUAL = {  # how timm evaluates a model that says nothing else
     "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic", "crop_pct": 0.875,
@@ -40,7 +39,7 @@ class _Observed:
     is_logits: bool  # transformers says so
 
 
-def library_of(module: nn.Module) -> Library:
+def library_of(module: nn.Module) -> LibraryName:
     """The library that a model comes from; one that speaks as timm's do counts as timm's."""
     if all(hasattr(module, name) for name in ("forward_features", "forward_head", "num_features", "num_classes")) and (
         hasattr(module, "pretrained_cfg") or hasattr(module, "default_cfg")
@@ -60,9 +59,9 @@ def adapt(
     what was guessed.
 
     `given`: what is known of its input; the rest is looked for on the module. `num_classes`: what its outputs are, 0 for
-    features; looked for as well. `title`: its name in sentences. `head`: the submodules that are its classifier, where known. Raises
-    `UserError` for an object that is no module, a model whose input nobody tells, that does not run on it, or that gives anything
-    but one vector an image.
+    features; looked for as well. `title`: its name in sentences. `head`: the submodules that are its classifier, where known.
+    Raises `UserError` for an object that is no module, a model whose input nobody tells, that does not run on it, or that gives
+    anything but one vector an image.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"{title or 'the model'} is a {type(module).__name__}; expected a torch.nn.Module")
@@ -70,7 +69,7 @@ def adapt(
         return module
     library = library_of(module)
     if library == "timm":
-        return module.eval()
+        return _with_input(module, given).eval()
     title = title or type(module).__name__
     config, notes = _described_input(module, given or InputConfig(), title)
     module.eval()
@@ -93,6 +92,14 @@ def adapt(
     )).eval()  # fmt: skip
 
 
+def _with_input(module: Any, given: InputConfig | None) -> nn.Module:
+    """A model that speaks as timm's do, with what is known of its input beside what it says itself."""
+    if given is not None and (told := given.model_dump(exclude_none=True)):
+        own = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
+        module.pretrained_cfg = module.default_cfg = {**own, **told}
+    return module
+
+
 def _described_input(module: nn.Module, given: InputConfig, title: str) -> tuple[dict[str, Any], list[str]]:
     """The module's input as timm describes it, and what was guessed of it. What is `given` comes first."""
     own: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
@@ -106,7 +113,7 @@ def _described_input(module: nn.Module, given: InputConfig, title: str) -> tuple
         size = _own_size(module)
         if size is None:
             raise UserError(f"{title} does not say which size of images it takes: give --img-size H W, or one number for both")
-        known["input_size"] = (_channels(module), *size)
+        known["input_size"] = (channels_of(module), *size)
     return {**USUAL, **known}, notes
 
 
@@ -122,7 +129,8 @@ def _own_size(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _channels(module: nn.Module) -> int:
+def channels_of(module: nn.Module) -> int:
+    """How many channels the images of a model have."""
     for owner in (module, getattr(module, "config", None)):
         for name in ("in_chans", "num_channels", "in_channels"):
             if isinstance(count := getattr(owner, name, None), int):
@@ -194,7 +202,7 @@ def _heads(module: nn.Module, observed: _Observed) -> tuple[str, ...]:
 
 
 def _classes(
-    module: nn.Module, observed: _Observed, told: int | None, library: Library, head: tuple[str, ...], title: str
+    module: nn.Module, observed: _Observed, told: int | None, library: LibraryName, head: tuple[str, ...], title: str
 ) -> tuple[int, list[str]]:  # fmt: skip
     """How many classes the outputs are of, 0 for features; and what was guessed."""
     width = observed.output.shape[1]

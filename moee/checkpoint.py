@@ -11,7 +11,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee import sources
-from moee.artifact import read_manifest, sha256_file, write_manifest
+from moee.artifact import read_manifest, write_manifest
 from moee.attention import NarrowAttention, Widths, find_attentions, narrow_attentions
 from moee.clear_moe.config import ClearConfig
 from moee.clear_moe.dispatch import Factors
@@ -20,6 +20,7 @@ from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig
 from moee.data import ImageSet, Transform, model_transform
 from moee.errors import UserError
+from moee.from_python import is_function_name
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.mlp_structure import read_mlp
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
@@ -31,7 +32,7 @@ from moee.result_kinds import MODEL
 from moee.schema import checked, shown
 from moee.tensor_file import write_tensors
 from moee.timm_sets import named
-from moee.weights_file import read_safetensors
+from moee.weights_file import checkpoint_sha256, read_safetensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/1"
@@ -191,7 +192,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
     file of weights whose hash nobody took yet gets it here: `load` wants one."""
     spec = moee.spec
     if spec.weights is not None and spec.weights_sha256 is None and Path(spec.weights).is_file():
-        spec = spec.model_copy(update={"weights_sha256": sha256_file(Path(spec.weights))})
+        spec = spec.model_copy(update={"weights_sha256": checkpoint_sha256(Path(spec.weights))})
     with OutputFolder(path, MODEL, force, inputs).write(late=True) as folder:
         write_tensors(moee.model.state_dict(), folder / WEIGHTS)
         if moee.probe is not None:
@@ -208,9 +209,9 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
         write_manifest(folder, MANIFEST, SCHEMA, body)
 
 
-def load(path: Path | str) -> MoeeModel:
-    """Read an artifact; the caller's random state is left as it was. Raises `UserError` for a damaged, foreign or inconsistent
-    one."""
+def load(path: Path | str, model: str | None = None) -> MoeeModel:
+    """Read an artifact; the caller's random state is left as it was. `model`: the user's function `package.module:function` that
+    its model comes from, without which none is imported. Raises `UserError` for a damaged, foreign or inconsistent one."""
     path = Path(path)
     manifest = read_manifest(path, MANIFEST, SCHEMA)
     body = checked(Manifest, manifest, path / MANIFEST)
@@ -219,7 +220,7 @@ def load(path: Path | str) -> MoeeModel:
         raise UserError(f"{path / MANIFEST} lists a layer twice; make the artifact again")
     if len({record.name for record in body.attention}) != len(body.attention):
         raise UserError(f"{path / MANIFEST} lists an attention twice; make the artifact again")
-    spec, data = body.model, body.data
+    spec, data = vouched(body.model, model), body.data
     if spec.weights is not None and spec.weights_sha256 is None:
         named = shown(spec.weights)
         raise UserError(f"{path / MANIFEST} has no hash of the weights {named} that it names; make the artifact again")
@@ -232,16 +233,16 @@ def load(path: Path | str) -> MoeeModel:
     state = read_safetensors(path / WEIGHTS)
     _check_size(spec, state, {record.name for record in records}, body.attention, path)
     with torch.random.fork_rng(devices=[]):  # modules draw weights, which are then replaced
-        model = build_model(spec)
+        made = build_model(spec)
         for record in records:
-            _rebuild_at(model, record, state)
-        rebuild_attention(model, body.attention, state, path / MANIFEST)
+            _rebuild_at(made, record, state)
+        rebuild_attention(made, body.attention, state, path / MANIFEST)
     try:
-        model.load_state_dict(state)
+        made.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
-    probe = _probe(path / PROBE, model)
-    return MoeeModel(model.eval(), spec, config, data, probe, info, _classes(body.classes, model, probe, path))
+    probe = _probe(path / PROBE, made)
+    return MoeeModel(made.eval(), spec, config, data, probe, info, _classes(body.classes, made, probe, path))
 
 
 def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path) -> tuple[str, ...]:
@@ -250,6 +251,19 @@ def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path
     if names and len(names) != told:
         raise UserError(f"{path / MANIFEST} names {len(names)} classes, the model tells {told} apart; make the artifact again")
     return tuple(names)
+
+
+def vouched(spec: ModelSpec, word: str | None) -> ModelSpec:
+    """`spec`, which a file names, with the function that the user names for it. Raises `UserError` for a word that is no function,
+    and for one about a model that needs none."""
+    if word is None:
+        return spec
+    if spec.library != "python":
+        name = shown(spec.called, quoted=False)
+        raise UserError(f"--model {word}: the model is {name}, which needs no function; leave it out")
+    if not is_function_name(word):
+        raise UserError(f"--model {word}: expected package.module:function")
+    return spec.with_word(word)
 
 
 def head_classes(model: nn.Module) -> int | None:
@@ -334,7 +348,8 @@ def _names_of_mlp(model: nn.Module, name: str, path: Path) -> list[str]:
 def laid_out(spec: ModelSpec, path: Path, most_blocks: int = MAX_DEPTH) -> nn.Module:
     """The model of `spec`, which the manifest `path` names, on the device meta: its shapes and its input, without weights. Raises
     `UserError` for arguments whose construction alone would take the machine, and for a model that timm does not make."""
-    check_numbers(spec.kwargs, path, most_blocks)
+    if spec.library != "python":  # whose arguments mean what the user's own code makes of them
+        check_numbers({**(spec.config or {}), **spec.kwargs}, path, most_blocks)
     with torch.device("meta"):
         return build_model(spec)
 

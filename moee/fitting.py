@@ -14,10 +14,12 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from moee.interface import AdaptedModel, StateFilter, bare
 from moee.schema import shown
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
@@ -94,7 +96,7 @@ def best_fit(
                     best = fit
                 if fit.complete:
                     return best
-    return best or Fit("", "", {}, missing=tuple(model.state_dict()))
+    return best or Fit("", "", {}, missing=tuple(bare(model).state_dict()))
 
 
 def prefixes(names: Iterable[str]) -> list[str]:
@@ -110,7 +112,7 @@ def prefixes(names: Iterable[str]) -> list[str]:
 def _fits(
     container: str, prefix: str, tensors: dict[str, Tensor], model: nn.Module, classifier: tuple[str, ...]
 ) -> Iterator[Fit]:  # fmt: skip
-    expected = model.state_dict()
+    expected = bare(model).state_dict()
     inside = {key[len(prefix):]: t for key, t in tensors.items() if key.startswith(prefix)}  # fmt: skip
     beside = {key: t for key, t in tensors.items() if not key.startswith(prefix)}
     own = {key: t for key, t in beside.items() if key not in inside and _same(t, expected.get(key), _is_head(key, classifier))}
@@ -159,7 +161,9 @@ def _compared(
 
 
 def _filters(model: nn.Module) -> list[Callable[[dict[str, Tensor], nn.Module], Mapping[str, Any]]]:
-    """timm's filters for the architecture; where its original files come in two spellings, one a spelling."""
+    """The library's filters for the architecture; where its original files come in two spellings, one a spelling."""
+    if isinstance(model, AdaptedModel):
+        return [lambda state, model: state, *(partial(_bare_filter, each) for each in model.filters)]
     found = getattr(importlib.import_module(type(model).__module__), "checkpoint_filter_fn", None)
     if found is None:
         return [lambda state, model: state]
@@ -167,6 +171,10 @@ def _filters(model: nn.Module) -> list[Callable[[dict[str, Tensor], nn.Module], 
     if "adapt_layer_scale" not in inspect.signature(plain).parameters:
         return [plain]
     return [plain, lambda state, model: plain(state, model, adapt_layer_scale=True)]  # DeiT III
+
+
+def _bare_filter(convert: StateFilter, state: dict[str, Tensor], model: nn.Module) -> Mapping[str, Any]:
+    return convert(state, bare(model))
 
 
 def classes_of(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> int:
@@ -178,7 +186,7 @@ def classes_of(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> int:
 def difference(fit: Fit, model: nn.Module, name: str, classifier: tuple[str, ...], says: str | None) -> str:
     """What differs between a checkpoint and the model `name`, and the flag that mends it. `says` is the architecture that the
     file names for itself."""
-    expected = model.state_dict()
+    expected = bare(model).state_dict()
     heads = [key for key in fit.mismatched if _is_head(key, classifier)]
     if heads and len(fit.mismatched) == len(heads) and not fit.missing and not fit.unexpected:
         ours, theirs = getattr(model, "num_classes", 0), classes_of(fit.state, classifier)

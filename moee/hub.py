@@ -33,12 +33,15 @@ HUB_ERRORS = (OSError, errors.EntryNotFoundError)  # of its first versions, some
 
 
 def reachable() -> bool:
-    """Whether the hub answers. Behind a proxy nobody can tell without asking it."""
-    if constants.is_offline_mode():
-        return False
+    """Whether the hub answers."""
+    return not constants.is_offline_mode() and host_reachable(constants.ENDPOINT)
+
+
+def host_reachable(url: str) -> bool:
+    """Whether the host of an address answers. Behind a proxy nobody can tell without asking it."""
     if urllib.request.getproxies():
         return True
-    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    address = urllib.parse.urlsplit(url)
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname or "", port), CONNECT_S).close()

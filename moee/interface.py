@@ -7,6 +7,7 @@ and timm's description of its input (`pretrained_cfg`). timm's models have all o
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from moee.errors import UserError
 
+StateFilter = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Any]]  # tensors of a file in the names and sizes of a model
 OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of transformers, in this order
 
 
@@ -47,6 +49,7 @@ class AdaptedModel(nn.Module):
         self.num_classes, self.num_features = description.num_classes, description.num_features
         self.head_hidden_size = description.num_features if description.num_classes else description.output_width
         self.num_prefix_tokens = description.num_prefix_tokens
+        self.filters: tuple[StateFilter, ...] = ()  # of its library, by which files of weights are tried beside their own names
         self.pretrained_cfg = self.default_cfg = {**description.config, "classifier": description.classifier}
 
     def forward(self, images: Tensor) -> Tensor:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from pydantic import ValidationError
 
-from moee.artifact import sha256_file
+from moee import from_python, from_torchvision, from_transformers
 from moee.errors import UserError
 from moee.fitting import Fit, best_fit, classes_of, image_size
 from moee.hub import CONFIG, find_folder, source_of
+from moee.interface import AdaptedModel
+from moee.library import Named
 from moee.models import (
+    LIBRARIES,
     InputConfig,
     ModelSpec,
     WeightsPart,
@@ -27,12 +30,21 @@ from moee.models import (
     state_sha256,
 )
 from moee.schema import shown
-from moee.weights_file import containers, read_checkpoint
+from moee.weights_file import checkpoint_sha256, containers, read_checkpoint
+
+OTHERS: tuple[tuple[Callable[[str], bool], Callable[[str, dict[str, Any]], Named]], ...] = (
+    (lambda name: name.startswith(from_torchvision.PREFIX), from_torchvision.named),
+    (lambda name: name.startswith(from_transformers.PREFIX), from_transformers.named),
+    (from_python.is_function_name, from_python.named),
+)
 
 
-def named_spec(name: str, arguments: dict[str, Any]) -> tuple[ModelSpec, Path | None]:
-    """The model `name` without weights yet, and the file of weights that it brings: for `local-dir:FOLDER` and `hf-hub:ID`, whose
-    configuration is under `arguments`; None for a timm name.
+def named_spec(
+    name: str, arguments: dict[str, Any], say: Callable[[str], None] = lambda note: None
+) -> tuple[ModelSpec, Path | None]:
+    """The model `name` without weights yet, and the file of weights that it brings: for `local-dir:FOLDER`, `hf-hub:ID` and
+    `hf:FOLDER`, whose configuration is under `arguments`; None for a name of timm or torchvision, and a function of the user's.
+    `say` gets sentences about what was taken.
 
     Raises `UserError` for an unknown name, arguments that cannot be recorded, or a folder that is none of a model.
     """
@@ -40,6 +52,12 @@ def named_spec(name: str, arguments: dict[str, Any]) -> tuple[ModelSpec, Path | 
         arguments = json.loads(json.dumps(arguments, allow_nan=False))  # as later commands read them: lists, no tuples
     except (TypeError, ValueError) as error:
         raise UserError(f"model arguments {shown(arguments)}: expected numbers, texts, lists and None") from error
+    for fits, named in OTHERS:
+        if fits(name):
+            found = named(name, arguments)
+            for note in found.notes:
+                say(note)
+            return found.spec, found.weights
     source = source_of(name)
     if source is None:
         spec = ModelSpec(name=name, timm_name=name, kwargs=arguments)
@@ -59,6 +77,19 @@ def named_spec(name: str, arguments: dict[str, Any]) -> tuple[ModelSpec, Path | 
     return spec, folder.weights
 
 
+def guesses(spec: ModelSpec) -> tuple[str, ...]:
+    """Sentences about what was guessed of a model of another library than timm; it is laid out for them."""
+    if spec.library == "timm":
+        return ()
+    with torch.device("meta"):
+        model = build_model(spec)
+    return model.description.notes if isinstance(model, AdaptedModel) else ()
+
+
+def _with_classes(spec: ModelSpec, count: int) -> ModelSpec:
+    return spec.model_copy(update={"kwargs": {**spec.kwargs, "num_classes": count}, "labels": ()})
+
+
 def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
     """`spec` with its weights from a checkpoint, and sentences for the user: what was taken, what was guessed.
 
@@ -75,9 +106,9 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
     told, wanted = classes_of(fit.state, classifier), getattr(model, "num_classes", 0)
     asked = spec.kwargs.get("num_classes")
     notes: list[str] = []
-    if 2 * len(fit.fitting) > len(model.state_dict()) and classifier:
+    if 2 * len(fit.fitting) > len(model.state_dict()) and classifier and LIBRARIES[spec.library].takes_classes(spec):
         if asked is None and told != wanted:
-            spec = spec.model_copy(update={"kwargs": {**spec.kwargs, "num_classes": told}})
+            spec = _with_classes(spec, told)
             with torch.device("meta"):
                 model = build_model(spec)
             fit = best_fit(found, model, classifier)
@@ -91,13 +122,13 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
             notes.append(f"the classifier of {path.name} ({told} classes) is left out, as --num-classes 0 asks")
         elif asked is None and told != wanted:
             notes.append(f"{told} classes, as the classifier of {path.name} has")
-    refuse_misfit(fit, model, path, spec.timm_name, content)
+    refuse_misfit(fit, model, path, spec.called, content)
     notes.insert(0, f"{path.name}: {fit.sentence()}")
     size = _trained_size(fit, model)
     if size is not None and "img_size" not in spec.kwargs:
         notes.append(f"{path.name} was trained on {size} x {size} pixels; --img-size {size} keeps them")
     part = WeightsPart(container=fit.container, prefix=fit.prefix)
-    return spec.model_copy(update={"weights": str(path), "weights_sha256": sha256_file(path), "part": part}), notes
+    return spec.model_copy(update={"weights": str(path), "weights_sha256": checkpoint_sha256(path), "part": part}), notes
 
 
 def _trained_size(fit: Fit, model: torch.nn.Module) -> int | None:
@@ -106,15 +137,14 @@ def _trained_size(fit: Fit, model: torch.nn.Module) -> int | None:
 
 
 def with_pretrained(spec: ModelSpec) -> ModelSpec:
-    """`spec` with timm's pretrained weights and their hash, so that another download under the same name is noticed.
+    """`spec` with its library's pretrained weights and their hash, so that another download under the same name is noticed.
 
-    Raises `UserError` for a number of classes that they do not have: timm would draw a classifier at random.
+    Raises `UserError` for a number of classes that they do not have: a classifier would be drawn at random.
     """
-    config = timm.get_pretrained_cfg(spec.timm_name)
-    asked = spec.kwargs.get("num_classes")
-    if asked and config is not None and config.num_classes != asked:
+    told, asked = LIBRARIES[spec.library].pretrained_classes(spec), spec.kwargs.get("num_classes")
+    if asked and told is not None and told != asked:
         raise UserError(
-            f"the pretrained weights of {spec.timm_name} have {config.num_classes} classes, --num-classes says {asked}: leave it "
+            f"the pretrained weights of {spec.called} have {told} classes, --num-classes says {asked}: leave it "
             "out, or give 0 to compare features"
         )
     return _with_hash(spec.model_copy(update={"pretrained": True}))

@@ -1,4 +1,4 @@
-"""Load a timm model by name, with its weights; what an MLP of one is."""
+"""Load a model by name, with its weights; what an MLP of one is."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from moee.artifact import sha256_file
 from moee.cache import tensor_hash
-from moee.errors import UserError
-from moee.fitting import Fit, best_fit, difference, listed
+from moee.errors import MissingDependency, UserError
+from moee.from_python import PYTHON
+from moee.from_torchvision import TORCHVISION
+from moee.from_transformers import HF
 from moee.hub import pretrained_model
 from moee.interface import on_meta as on_meta
+from moee.library import Library
+from moee.loading import classifier_names as classifier_names
+from moee.loading import load_weights
+from moee.loading import refuse_misfit as refuse_misfit
 from moee.model_spec import MAX_SIDE as MAX_SIDE
 from moee.model_spec import InputConfig as InputConfig
-from moee.model_spec import ModelSpec, WeightsPart
+from moee.model_spec import ModelSpec
+from moee.model_spec import WeightsPart as WeightsPart
 from moee.schema import reason_of, shown
-from moee.weights_file import containers, read_checkpoint
+from moee.weights_file import checkpoint_sha256
 
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
 MAX_OUTPUTS = 1 << 20  # classes; ImageNet-21k has 21,843
@@ -78,20 +84,29 @@ def channels_last(features: Tensor, model: nn.Module) -> Tensor:
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
-    """The timm model of `spec` in eval mode, float32, with weights of no meaning: for its shapes, or to be filled.
+    """The model of `spec` in eval mode, float32, with weights of no meaning: for its shapes, or to be filled.
 
-    Raises `UserError` for an unknown name, or arguments that the model refuses.
+    Raises `UserError` for an unknown name, arguments that the model refuses, and a function that only a file names.
     """
     check_arguments(spec)
     try:
-        return _created(spec)
+        return LIBRARIES[spec.library].create(spec)
+    except (MissingDependency, UserError):
+        raise
     except Exception as error:  # models refuse arguments in many ways
         reason = reason_of(error)
-        raise UserError(f"{spec.timm_name} refused the arguments {shown(spec.kwargs)}: {reason}") from error
+        raise UserError(f"{spec.called} refused the arguments {shown(spec.kwargs)}: {reason}") from error
 
 
 def check_arguments(spec: ModelSpec) -> None:
-    """Raises `UserError` for a name that timm does not know, and for arguments that would open files or are beyond any model."""
+    """Raises `UserError` for a name that its library does not know, and for arguments that would open files or are beyond any
+    model."""
+    LIBRARIES[spec.library].check(spec)
+    if spec.library != "python":  # whose arguments mean what the user's own code makes of them
+        check_numbers({**(spec.config or {}), **spec.kwargs}, spec.called)
+
+
+def _check_timm(spec: ModelSpec) -> None:
     if not timm.is_model(spec.timm_name):
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
@@ -100,7 +115,6 @@ def check_arguments(spec: ModelSpec) -> None:
     forbidden = sorted(spec.kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
         raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights with --checkpoint")
-    check_numbers(spec.kwargs, spec.timm_name)
 
 
 def check_numbers(arguments: Mapping[str, Any], who: Path | str, most_blocks: int = MAX_DEPTH) -> None:
@@ -124,7 +138,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def load_model(spec: ModelSpec) -> nn.Module:
-    """The timm model of `spec` with its weights, in eval mode, float32. The same spec gives the same weights, bit by bit; the
+    """The model of `spec` with its weights, in eval mode, float32. The same spec gives the same weights, bit by bit; the
     caller's random state is left as it was.
 
     Raises `UserError` for an unknown name, arguments that the model refuses, weights that do not fit, and a spec that does not
@@ -151,21 +165,18 @@ def load_model(spec: ModelSpec) -> nn.Module:
 
 def _drifted(spec: ModelSpec) -> str:
     if spec.pretrained:
-        return (
-            f"timm's pretrained weights of {spec.timm_name} are not those that the artifact was made from; install the timm "
-            "version of then, or extract again"
-        )
+        return LIBRARIES[spec.library].drifted(spec)
     return (
-        f"the weights of {spec.timm_name} that --random-weights {spec.random_seed} draws here are not those that the artifact "
+        f"the weights of {spec.called} that --random-weights {spec.random_seed} draws here are not those that the artifact "
         "was made from: another version of PyTorch or another processor draws others; extract again"
     )
 
 
 def _pretrained(spec: ModelSpec) -> nn.Module:
-    """The model with timm's weights. Raises `MissingDependency` if they cannot be had."""
+    """The model with its library's weights. Raises `MissingDependency` if they cannot be had."""
     check_arguments(spec)
     try:
-        model = _created(spec, pretrained_model)
+        model = LIBRARIES[spec.library].pretrained(spec)
     except (TypeError, AssertionError, ValueError):
         build_model(spec)  # refuses the arguments, if it was they
         raise
@@ -176,7 +187,7 @@ def state_sha256(model: nn.Module, spec: ModelSpec) -> str:
     """SHA-256 over names, types, shapes and bytes of the state of `spec`'s model, but for tensors that timm resizes when it loads
     pretrained weights: the last bit of an interpolation is the machine's."""
     state = model.state_dict()
-    if spec.pretrained and not RESIZES.isdisjoint(spec.kwargs):
+    if spec.library == "timm" and spec.pretrained and not RESIZES.isdisjoint(spec.kwargs):
         own = {name: value for name, value in spec.kwargs.items() if name not in RESIZES}
         with torch.device("meta"):
             usual = build_model(spec.model_copy(update={"kwargs": own})).state_dict()
@@ -204,57 +215,36 @@ def _created(spec: ModelSpec, create: Callable[..., nn.Module] | None = None) ->
     return model
 
 
+def _drifted_timm(spec: ModelSpec) -> str:
+    return (
+        f"timm's pretrained weights of {spec.timm_name} are not those that the artifact was made from; install the timm "
+        "version of then, or extract again"
+    )
+
+
+def _timm_classes(spec: ModelSpec) -> int | None:
+    config = timm.get_pretrained_cfg(spec.timm_name)
+    return None if config is None else config.num_classes
+
+
+TIMM = Library(
+    _check_timm, _created, lambda spec: _created(spec, pretrained_model), lambda spec: "img_size", lambda spec: True,
+    _timm_classes, _drifted_timm,
+)  # fmt: skip
+LIBRARIES: Mapping[str, Library] = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "python": PYTHON}
+
+
 def _check_hash(path: Path, expected: str | None) -> None:
     """Raises `UserError` if the weights of an artifact's dense model are not there, or not those that it was made from."""
     if expected is None:
         return
     if not path.is_file():
         raise UserError(f"weights {path} not found: put the file back, or give its new place with --checkpoint")
-    if sha256_file(path) != expected:
+    if checkpoint_sha256(path) != expected:
         raise UserError(
             f"weights {path} have changed since the artifact was made; put the old file back, give it with --checkpoint, or "
             "extract again"
         )
-
-
-def load_weights(model: nn.Module, path: Path, part: WeightsPart | None = None) -> Fit:
-    """Load a checkpoint into a timm model: the part of it that fits best, or `part`, through timm's own filter.
-
-    Raises `UserError` that says what differs and which flag mends it; the model is as it was then.
-    """
-    content = read_checkpoint(path)
-    classifier = classifier_names(model)
-    only = None if part is None else (part.container, part.prefix)
-    fit = best_fit(containers(content, path), model, classifier, only)
-    refuse_misfit(fit, model, path, getattr(model, "pretrained_cfg", {}).get("architecture", ""), content)
-    wanted = model.state_dict().keys()
-    try:
-        model.load_state_dict({name: tensor for name, tensor in fit.state.items() if name in wanted}, strict=False)
-    except RuntimeError as error:  # a damaged file whose shapes are right all the same
-        reason = shown(next(reversed(str(error).strip().splitlines()), ""), quoted=False)
-        raise UserError(f"checkpoint {path} cannot be loaded: {reason}") from error
-    return fit
-
-
-def refuse_misfit(fit: Fit, model: nn.Module, path: Path, name: str, content: Mapping[str, Any]) -> None:
-    """Raise `UserError` if a checkpoint's best part is not the whole of the model called `name`, or holds NaN."""
-    if not fit.complete:
-        says = content.get("arch")  # timm's train.py writes it
-        reason = difference(fit, model, name, classifier_names(model), says if isinstance(says, str) else None)
-        raise UserError(f"checkpoint {path} does not fit: {reason}")
-    given = {name: fit.state[name] for name, _ in model.named_parameters()}
-    broken = [name for name, tensor in given.items() if not tensor.is_meta and not tensor.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"checkpoint {path} has numbers that are not finite in {listed(broken)}: its training diverged, or it is damaged; "
-            "take an earlier one"
-        )
-
-
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """The modules that are the model's classifier, as timm names them: two for a distilled one."""
-    name = getattr(model, "default_cfg", {}).get("classifier") or ()
-    return (name,) if isinstance(name, str) else tuple(name)
 
 
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:

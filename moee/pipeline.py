@@ -79,7 +79,9 @@ class Session:
             head = getattr(self.dense, "num_classes", 0) or None
             if classes and head is not None and len(classes) != head:
                 raise UserError(f"{len(classes)} classes are named, and {spec.name} tells {head} apart; name each of these")
-            self.train, self.held_out = load_splits(source, self.transform, seed, classes or None, head, report)
+            self.train, self.held_out = load_splits(
+                source, self.transform, seed, classes or None, head, report, spec.labels
+            )
             self.train.workers = self.held_out.workers = workers
         share_dense(self.dense, group)
         for data in (self.train, self.held_out):
@@ -308,7 +310,7 @@ def _same_data(source: str, other: str) -> bool:
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
-    weights: Path | str | None = None,
+    weights: Path | str | None = None, model: str | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
 
@@ -317,14 +319,14 @@ def run_finetune(
     written without measurements, as `run_extract` does; the state stays, so that the same call with `force` only measures again.
 
     `source`, or the artifact's data without it, becomes the artifact's data: what later commands take by default. What it was
-    extracted on stays with that stage.
+    extracted on stays with that stage. `model`: as in `checkpoint.load`.
     """
     inputs = source_paths(path, source, weights)
     state = resume_folder(out, FINETUNE_STATE, inputs)
     with group.agreed():
         if group.leader:
             check_all([OutputFolder(out, MODEL, force, inputs), state])
-        moee = checkpoint.load(path)
+        moee = checkpoint.load(path, model)
         if weights is not None:
             moee.take_weights(weights)
         spec = moee.dense_spec if session is None else session.spec

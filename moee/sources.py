@@ -13,10 +13,13 @@ from moee.progress import Reporter, silent
 
 def load_splits(
     source: str, transform: Transform, seed: int = 0, classes: Sequence[str] | None = None, head_classes: int | None = None,
-    report: Reporter = silent,
+    report: Reporter = silent, labels: Sequence[str] = (),
 ) -> tuple[ImageSet, ImageSet]:  # fmt: skip
-    """The training and the held-out images of a source, as `load_data`, their classes numbered alike."""
-    found = _numbered(_opened(source, transform, ("train", "val"), seed, report), classes, head_classes)
+    """The training and the held-out images of a source, as `load_data`, their classes numbered alike.
+
+    `labels` are the class names that the model itself brings: they number the classes where the source has the same names."""
+    opened = _opened(source, transform, ("train", "val"), seed, report)
+    found = _numbered(opened, classes, head_classes, labels)
     return found["train"], found["val"]
 
 
@@ -51,12 +54,22 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
     return folders.open_folder(source, transform, splits, seed, report)
 
 
-def _numbered(source: Source, classes: Sequence[str] | None, head_classes: int | None) -> dict[str, ImageSet]:
+def _numbered(
+    source: Source, classes: Sequence[str] | None, head_classes: int | None, labels: Sequence[str] = ()
+) -> dict[str, ImageSet]:
     """The splits with one numbering; what was guessed or has no number is in their notes."""
     counts = {split: data.counts() for split, data in source.splits.items()}
     train, val = counts.get("train", {}), counts.get("val", {})
     if not source.divided:
         train = val = {**val, **train}
+    brought = Labels(labels).number
+    names, said = [*train, *val], []
+    if classes is None and labels and names and len(labels) == head_classes and not source.indices:
+        if all(brought(name) >= 0 for name in names):
+            classes = labels
+        else:
+            strangers = listed([name for name in names if brought(name) < 0])
+            said.append(f"{strangers} are no class names of the model ({listed(labels)}): its class numbers are guessed")
     if classes is not None:
         numbering, number, notes = Numbering(tuple(classes)), Labels(classes).number, list(source.notes)
         if source.indices and not any(name.isdecimal() for name in classes):
@@ -76,5 +89,5 @@ def _numbered(source: Source, classes: Sequence[str] | None, head_classes: int |
     if known:
         notes.append(f"only val has images of {listed(known)} ({sum(val[name] for name in known)})")
     for data in source.splits.values():
-        data.notes = tuple(notes)
+        data.notes = (*notes, *said)
     return source.splits

@@ -7,6 +7,7 @@ arguments as one), and sizes that the file cannot hold are refused before memory
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import stat
 import warnings
@@ -21,13 +22,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moee.artifact import sha256_file
 from moee.errors import UserError
-from moee.schema import shown
+from moee.schema import parse_json, shown
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # by torch.save; timm's own end in .pth.tar
 READ = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
 ZIP_START = b"PK\x03\x04"
 ALONE = "save the state dict alone where it comes from: torch.save(model.state_dict(), FILE)"
+INDEX = ".index.json"  # of shards, as transformers writes it
+MAX_SHARDS = 1000
 MAX_DEPTH = 3  # of dictionaries in a checkpoint: {"model": {"state_dict": {...}}}
 MAX_CONTAINERS = 64
 MAX_SHARING = 4  # tensors may share memory, as tied weights do; more than this is no model
@@ -60,12 +64,52 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise UserError(f"checkpoint {path} is no ordinary file; give an existing {', '.join(READ)} file with --checkpoint")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
     if path.suffix not in PICKLED:
         raise UserError(f"checkpoint {path} ends in {path.suffix or 'nothing'}; expected {', '.join(READ)}")
     content = _read_pickled(path)
     if not isinstance(content, Mapping):
         raise UserError(f"checkpoint {path} holds a {type(content).__name__}; expected a state dict, or a dictionary with one")
     return content
+
+
+def shards_of(path: Path) -> list[Path]:
+    """The files of an index of shards as transformers writes it, in order. Raises `UserError` for an index that is none, and for
+    names that leave its folder."""
+    try:
+        body = parse_json(path)
+        names = sorted(set(body["weight_map"].values()))
+        fine = all(Path(name).name == name and name.endswith((".safetensors", *PICKLED)) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} is no index of shards ({shown(error, quoted=False)}); save it again") from error
+    if not names or not fine or len(names) > MAX_SHARDS:
+        raise UserError(f"checkpoint {path} names {shown(names[:3])} as its shards; expected files of its own folder")
+    shards = [path.parent / name for name in names]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"checkpoint {path} names the shard {shown(shard.name)}, which is not beside it; put it there")
+    return shards
+
+
+def _read_shards(path: Path) -> dict[str, Any]:
+    """All tensors of an index's shards."""
+    tensors: dict[str, Any] = {}
+    for shard in shards_of(path):
+        tensors |= read_checkpoint(shard)
+    return tensors
+
+
+def checkpoint_sha256(path: Path) -> str:
+    """Hash of a file of weights; of an index of shards, over it and each of them."""
+    if not path.name.endswith(INDEX):
+        return sha256_file(path)
+    return hashlib.sha256(" ".join(map(sha256_file, [path, *shards_of(path)])).encode()).hexdigest()
+
+
+def checkpoint_size(path: Path) -> int:
+    """Bytes of a file of weights, its shards included."""
+    return sum(each.stat().st_size for each in ([path, *shards_of(path)] if path.name.endswith(INDEX) else [path]))
 
 
 def _read_pickled(path: Path) -> Any:
@@ -122,7 +166,7 @@ def containers(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[s
     if not found:
         keys = ", ".join(shown(str(key), quoted=False, limit=40) for key in list(content)[:5])
         raise UserError(f"checkpoint {path} holds no tensors by name ({keys or 'nothing'}); expected a model's state dict")
-    size = path.stat().st_size
+    size = checkpoint_size(path)
     for _, tensors in found:
         sizes = [t.numel() * t.element_size() for t in tensors.values()]
         if max(sizes) > size or sum(sizes) > MAX_SHARING * size:

@@ -17,11 +17,13 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from rich.console import Console
 
     from exporter.pretrained import ModelOptions
+    from moee.checkpoint import MoeeModel
     from moee.distributed import Group
     from moee.models import ModelSpec
     from moee.pipeline import Session
     from moee.progress import Reporter
 
+NAMES = "timm model name, local-dir:FOLDER, hf-hub:ID, torchvision:NAME, hf:FOLDER, package.module:function"
 MOVED = "where the dense model's file of weights lies now, if it was moved since extraction"
 OK, GATE_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -45,7 +47,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 def model_inputs(args: argparse.Namespace) -> tuple[Path, ...]:
     """Paths among the flags of `add_model`; a plain name is timm's, whatever lies around under it."""
-    folder = (args.model or "").removeprefix("local-dir:")
+    folder = (args.model or "").removeprefix("local-dir:").removeprefix("hf:")
     return source_paths(args.data, args.checkpoint, args.class_map, folder if folder != args.model or "/" in folder else None)
 
 
@@ -95,7 +97,7 @@ def rank_display(group: Group) -> Iterator[Reporter]:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """A dense model, its weights, and the data to work on."""
-    parser.add_argument("model", help="timm model name, local-dir:FOLDER, hf-hub:ID, or dinov2-s")
+    parser.add_argument("model", help=f"{NAMES}, or dinov2-s")
     parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder, wds/FOLDER, or timm.data's")
     add_weights(parser)
     add_class_map(parser)
@@ -103,7 +105,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """Where a dense model's weights come from, and its arguments, by timm's own flags."""
-    parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+    parser.add_argument("--pretrained", action="store_true", help="the pretrained weights of timm or torchvision")
     add_checkpoint(parser, "weights of your own: .safetensors, or .pth, .pt, .bin, .ckpt, .pth.tar by torch.save")
     seed = "draw the weights at random under this seed, which is recorded: for trials without a trained model"
     parser.add_argument("--random-weights", type=at_least(0), metavar="SEED", help=seed)
@@ -112,13 +114,35 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--in-chans", type=at_least(1), metavar="N", help="input channels, for models that take it (3)")
     what = "height and width of the images in pixels, or one number for both (the model's own)"
     parser.add_argument("--img-size", type=int, nargs="+", metavar=("H", "W"), help=what)
-    others = "further arguments of the timm model, such as global_pool=avg; values as Python writes them"
+    others = "further arguments of the model or function, such as global_pool=avg; values as Python writes them"
     parser.add_argument("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="K=V", help=others)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
     """`--checkpoint`, also by its older name."""
     parser.add_argument("--checkpoint", "--weights", metavar="FILE", help=text)
+
+
+def add_word(parser: argparse.ArgumentParser) -> None:
+    """`--model`, of the commands that read an artifact: what only a manifest names is never imported."""
+    what = "function of your own that the artifact was made from, and which may be imported: package.module:function"
+    parser.add_argument("--model", dest="word", metavar="FUNCTION", help=what)
+
+
+def add_moved(parser: argparse.ArgumentParser) -> None:
+    """Where an artifact's dense model comes from now: `open_artifact` reads the flags."""
+    add_checkpoint(parser, MOVED)
+    add_word(parser)
+
+
+def open_artifact(args: argparse.Namespace) -> MoeeModel:
+    """The artifact at `args.path`, its dense model from where the flags of `add_moved` say."""
+    from moee import checkpoint
+
+    moee = checkpoint.load(args.path, args.word)
+    if args.checkpoint is not None:
+        moee.take_weights(args.checkpoint)
+    return moee
 
 
 def add_class_map(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_outputs
+from exporter.commands import GATE_FAILED, OK, add_outputs, add_word
 from exporter.ui import ProgressDisplay
 from moee.placement import OutputFile, source_paths
 from moee.progress import Reporter, silent
@@ -36,6 +36,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--cuda-graph", "--useCudaGraph", action="store_true", help="replay engines as CUDA graphs")
     sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
     sub.add_argument("--data", help="images to run on: routing depends on them (default: those of its tuning, else extraction)")
+    add_word(sub)
     sub.add_argument("--threads", type=int)
     sub.add_argument("--out", metavar="FILE", help="write latency.json here; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.batch < 1:
         raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:
-        data = _data(args.data, manifest, args.path, report)
+        data = _data(args.data, manifest, args.path, report, args.word)
         images = next(batches(data, args.batch)).images.numpy() if data is not None else None
         result = bench(
             args.path, args.batch, args.runs, args.threads, images, report, duration_s=args.duration, provider=args.provider,
@@ -89,13 +90,15 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
-def _data(given: str | None, manifest: dict[str, Any], folder: Path | str, report: Reporter = silent) -> ImageSet | None:
+def _data(
+    given: str | None, manifest: dict[str, Any], folder: Path | str, report: Reporter = silent, word: str | None = None
+) -> ImageSet | None:
     """Held-out images of --data, which must be readable, or of what the model was last made on, which may be elsewhere."""
     from exporter.manifests import image_record
     from moee.data import say_read
     from moee.errors import UserError
 
-    record = image_record(manifest, folder)
+    record = image_record(manifest, folder, word)
     try:
         data = record.images("val", given, report)
     except UserError:

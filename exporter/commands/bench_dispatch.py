@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_outputs
+from exporter.commands import OK, add_outputs, add_word
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.placement import OutputFile, source_paths
@@ -21,6 +21,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bench-dispatch", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", nargs="?", help="CLEAR-MoE model folder; its first layer on real tokens (default: random weights)")
+    add_word(sub)
     sub.add_argument("--layer", help="name of the layer, with a model folder")
     sub.add_argument("--batch", type=int, default=8, help="images, with a model folder (8)")
     sub.add_argument("--tokens", type=int, default=2056, help="tokens of the random input (2056: eight images of 257)")
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if value < 1:
             raise UserError(f"{name} must be at least 1, came {value}")
     if args.path:
-        layer, x = real_layer(args.path, args.layer, args.batch)
+        layer, x = real_layer(args.path, args.layer, args.batch, args.word)
     else:
         if args.rank < 1 or args.residual_rank < 0 or args.rank + args.residual_rank > min(args.dim, args.hidden):
             raise UserError(
@@ -90,7 +91,7 @@ def _available(name: str) -> bool:
     return name in BACKENDS
 
 
-def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
+def real_layer(path: str, name: str | None, batch: int, word: str | None = None) -> tuple[Any, Any]:
     """A layer of a saved model and its input tokens on the first held-out images."""
     import torch
 
@@ -99,7 +100,7 @@ def real_layer(path: str, name: str | None, batch: int) -> tuple[Any, Any]:
     from moee.data import batches, say_read
     from moee.layer import routed_layers
 
-    moee = checkpoint.load(path)
+    moee = checkpoint.load(path, word)
     layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
     if not layers:
         raise UserError(f"{path} has no CLEAR-MoE layer; make one with moee extract --method clear-moe")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out, add_outputs
+from exporter.commands import OK, add_out, add_outputs, add_word
 from exporter.sms import parse_sms
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
+    add_word(sub)
     add_out(sub, "the bundle")
     add_outputs(sub, lambda args: [OutputFolder(args.out, DEPLOYMENT, args.force, source_paths(args.path))])
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
         kernels = partial(ensure_kernels, sms, report)
-        folder = write_deployment(args.path, args.out, sms[0], kernels, batch, args.force)
+        folder = write_deployment(args.path, args.out, sms[0], kernels, batch, args.force, args.word)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
     console.print(
         f"bundle for sm_{sms[0]} written to {args.out} ({size:.0f} MiB); run build.sh in it on the device", soft_wrap=True

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import MOVED, OK, add_checkpoint, add_out, add_outputs
+from exporter.commands import OK, add_moved, add_out, add_outputs, open_artifact
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     sub.add_argument("--calibration-images", type=int, metavar="N", help="for int8 (128)")
     sub.add_argument("--data", help="calibration images for int8 (default: what the model was tuned on, else extracted on)")
-    add_checkpoint(sub, MOVED)
+    add_moved(sub)
     add_out(sub, "the graphs")
     add_outputs(sub, _outputs)
 
@@ -41,7 +41,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.onnx_export import export, read_quantization
     from exporter.precision import INT8, dtype_of
     from exporter.quantization import CALIBRATION_IMAGES
-    from moee import checkpoint
     from moee.data import say_read
 
     dtype_of(args.precision)
@@ -49,9 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise UserError(f"--calibration-images and --data are for int8; --precision {args.precision} is not calibrated")
     images = CALIBRATION_IMAGES if args.calibration_images is None else args.calibration_images
     with ProgressDisplay() as report:
-        moee = checkpoint.load(args.path)
-        if args.checkpoint is not None:
-            moee.take_weights(args.checkpoint)
+        moee = open_artifact(args)
         given = None
         if args.data:
             given = moee.record.images("train", args.data, report)

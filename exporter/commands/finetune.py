@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import MOVED, OK, add_checkpoint, add_out, add_outputs, add_ranks, rank_display, show_skipped
+from exporter.commands import OK, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
 from exporter.ui import stage_table, title_of
 from moee.placement import Output, OutputFolder, resume_folder, source_paths
 from moee.result_kinds import FINETUNE_STATE, MODEL
@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--amp", help="bf16 or fp16: the student's products in half precision (off)")
     sub.add_argument("--force-amp", action="store_true", default=None, help="keep --amp on a CPU without instructions for it")
     sub.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again: less memory")
-    add_checkpoint(sub, MOVED)
+    add_moved(sub)
     add_ranks(sub)
     add_out(sub, "the tuned model")
     add_outputs(sub, _outputs)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     config = validated(FinetuneConfig, values)
     with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
         moee = run_finetune(
-            args.path, config, args.out, args.data, args.force, report, None, group, args.workers, args.checkpoint
+            args.path, config, args.out, args.data, args.force, report, None, group, args.workers, args.checkpoint, args.word,
         )  # fmt: skip
     if not group.leader:
         return OK

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_weights, model_flags, options_of, speak
+from exporter.commands import NAMES, OK, add_weights, add_word, model_flags, options_of, speak
 from exporter.ui import attention_table, number
 
 TEXT = "MACs, parameters, experts and routing, layer by layer"
@@ -18,8 +18,9 @@ TEXT = "MACs, parameters, experts and routing, layer by layer"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("inspect", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("model", help="timm model name, dinov2-s, vit-scratch, or a folder that extract or finetune wrote")
+    sub.add_argument("model", help=f"{NAMES}, vit-scratch, or a folder that extract or finetune wrote")
     add_weights(sub)
+    add_word(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -37,8 +38,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         given = model_flags(args)
         if given:
             raise UserError(f"{given[0]}: {args.model} has a size of its own, and weights and classes; leave it out")
-        result = inspect_artifact(checkpoint.load(args.model))
+        result = inspect_artifact(checkpoint.load(args.model, args.word))
     else:
+        if args.word is not None:
+            raise UserError(f"--model {args.word} is for a folder that extract wrote; give it in the place of {args.model}")
         options = options_of(args)
         if options.pretrained or options.random_weights is not None:
             flag = next(flag for flag in options.sources if flag != "--checkpoint")

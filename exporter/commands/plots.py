@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import MOVED, OK, add_checkpoint, add_out, add_outputs
+from exporter.commands import OK, add_moved, add_out, add_outputs, open_artifact
 from exporter.ui import ProgressDisplay
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import PLOTS
@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("path", help="folder that extract or finetune wrote")
     sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
     sub.add_argument("--images", type=int, default=256, help="held-out images that are routed (256)")
-    add_checkpoint(sub, MOVED)
+    add_moved(sub)
     add_out(sub, "the plots")
     add_outputs(sub, _outputs)
 
@@ -32,16 +32,13 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots import write_plots
-    from moee import checkpoint
     from moee.data import say_read
     from moee.errors import UserError
 
     if args.images < 1:
         raise UserError(f"--images must be at least 1, came {args.images}")
     with ProgressDisplay() as report:
-        moee = checkpoint.load(args.path)
-        if args.checkpoint is not None:
-            moee.take_weights(args.checkpoint)
+        moee = open_artifact(args)
         calibration, held_out = moee.record.splits(args.data, report)
         say_read(train=calibration, val=held_out)
         names = write_plots(moee, calibration, held_out, args.out, args.images, args.force, report)

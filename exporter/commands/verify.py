@@ -28,7 +28,9 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
-    sub.add_argument("--model", help="artifact it was exported from (default: the one its manifest names)")
+    what = "artifact it was exported from (default: the one its manifest names), or package.module:function; repeatable"
+    sub.add_argument("--model", action=ArtifactOrFunction, metavar="MODEL", help=what)
+    sub.set_defaults(word=None)
     sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
     sub.add_argument("--images", type=int, default=1000, help="labelled images for accuracy, 0 for none (1000)")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
@@ -45,6 +47,14 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
     sub.add_argument("--force", action="store_true", help="replace an earlier result in --out, or FILE.json of another kind")
     add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
+
+
+class ArtifactOrFunction(argparse.Action):
+    """An artifact's folder, or the function of the user's own that its model comes from (`add_word`)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        function = ":" in values and "/" not in values and not Path(values).exists()
+        setattr(namespace, "word" if function else self.dest, values)
 
 
 def _output(args: argparse.Namespace) -> OutputFolder | OutputFile:
@@ -102,7 +112,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
         if args.images < 0:
             raise UserError(f"--images {args.images}: expected 0 or more")
         sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
-        moee = checkpoint.load(source)
+        moee = checkpoint.load(source, args.word)
         data = replace(moee.record, source=manifest["data"]).images("val", args.data, report)
         data.workers = args.workers
         if group.leader:

@@ -260,7 +260,8 @@ def test_bad_folders(tmp_path, config, words):
 
 
 def test_names_that_look_like_paths_are_explained():
-    names = {"timm/vit": "Use 'hf-hub:timm/vit'", "ftp:x": "Unknown model source 'ftp'", "hf-hub:": "no model id"}
+    names = {"timm/vit": "Use 'hf-hub:timm/vit'",
+             "ftp:x": "there is no module ftp", "ftp:/x": "Unknown model source 'ftp'", "hf-hub:": "no model id"}
     for name, words in names.items():
         with pytest.raises(UserError, match=words):
             named_spec(name, {})
