@@ -254,8 +254,8 @@ def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path
 
 
 def vouched(spec: ModelSpec, word: str | None) -> ModelSpec:
-    """`spec`, which a file names, with the function that the user names for it. Raises `UserError` for a word that is no function,
-    and for one about a model that needs none."""
+    """`spec`, which a file names, with the function that the user names for it. Raises `UserError` for a word that is no
+    function, and for one about a model that needs none."""
     if word is None:
         return spec
     if spec.library != "python":

@@ -9,13 +9,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from exporter import cli
-from exporter.pretrained import ModelOptions, layout_of, resolve
 from moee import checkpoint, from_torchvision
 from moee.data import evaluation, model_transform
-from moee.models import build_model, load_model
+from moee.models import build_model
 
 transformers = pytest.importorskip("transformers")
 KMEANS = ["--clusters", "2", "--cluster-tokens", "200", "--tokens", "400", "--keep", "0.9"]
