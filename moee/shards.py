@@ -22,8 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 from moee.artifact import read_json, stays_inside
+from moee.class_names import listed
 from moee.data import SPLITS, ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import MissingDependency, UserError
+from moee.split_names import Names
 
 PREFIX = "wds/"
 INFO = ("_info.json", "info.json")
@@ -77,9 +79,10 @@ class ShardSet(ImageSet):
 def open_shards(source: str, transform: Transform, seed: int) -> Source:
     """The splits of `wds/FOLDER`; the numbers in `.cls` members are the names of the classes.
 
-    The folder's `_info.json` names the shards of each split, as timm expects; without one, shards whose names start with the
-    split's do, and where none does, a fifth of all images, drawn with `seed`, is held out. Raises `UserError` for a folder
-    without shards, a damaged shard, or one whose count differs from `_info.json`; `MissingDependency` without webdataset.
+    The folder's `_info.json` names the shards of each split, as timm expects; without one their names do (`moee.split_names`),
+    and where none is a split's, a fifth of all images, drawn with `seed`, is held out. Raises `UserError` for a folder without
+    shards, names that cannot be told apart, a damaged shard, or one whose count differs from `_info.json`; `MissingDependency`
+    without webdataset.
     """
     root = Path(source.removeprefix(PREFIX))
     if not root.is_dir():
@@ -97,7 +100,7 @@ def open_shards(source: str, transform: Transform, seed: int) -> Source:
     numbers = sorted({label for _, members in parts.values() for label in members[:, 3].unique().tolist() if label >= 0})
     classes = [str(number) for number in numbers]
     sets: dict[str, ImageSet] = {s: ShardSet(source, *part, numbers, classes, transform) for s, part in parts.items()}
-    return Source(sets, divided, indices=True)
+    return Source(sets, divided, indices=True, notes=_unread(root, parts))
 
 
 def _members(root: Path, split: str, source: str) -> tuple[tuple[list[Path], Tensor], bool]:
@@ -151,10 +154,24 @@ def _split_of(root: Path, split: str, source: str) -> tuple[str, bool]:
     if not names or unsafe:
         came = f"{unsafe[0]!r}, a name with a character that timm reads as a pattern" if unsafe else "none"
         raise UserError(f"data {source!r}: expected *.tar shards in {root}, came {came}")
-    both = [[name for name in names if name.startswith(SPLITS[kind])] for kind in ("train", "val")]
-    divided = all(both)
-    chosen = both[split == "val"] if divided else names
+    read = Names([name.removesuffix(".tar") for name in names])
+    parts = {"train": read.trained(), "val": read.held_out()}
+    divided = bool(parts["train"] and parts["val"])
+    kinds = {each.kind for each in read.read.values()}
+    if not divided and len(kinds) > 1:
+        raise UserError(
+            f"data {source!r}: {root} holds {listed([*read.named, *read.others])}, of which it cannot be told what is trained on "
+            f"and what is held out; call the shards train-*.tar and val-*.tar, or write {INFO[0]}"
+        )
+    chosen = [f"{name}.tar" for name in parts[split]] if divided else names
     return (chosen[0] if len(chosen) == 1 else "{" + ",".join(chosen) + "}"), divided
+
+
+def _unread(root: Path, parts: dict[str, tuple[list[Path], Tensor]]) -> list[str]:
+    """A sentence about shards that are in neither split, if there are any."""
+    taken = {path.name for shards, _ in parts.values() for path in shards}
+    beside = sorted(path.name for path in root.glob("*.tar") if path.name not in taken)
+    return [f"shards of neither train nor val are not read ({listed(beside)})"] if beside else []
 
 
 def _scan(path: Path, number: int, keys: list[str]) -> Iterator[Member]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from pathlib import Path
 
 import pytest
 import timm.data
@@ -195,3 +196,32 @@ def test_a_missing_package_is_named(tmp_path, transform, monkeypatch):
         load_data(f"wds/{tmp_path / 'shards'}", transform)
     with pytest.raises(UserError, match="is not a folder"):
         load_data("wds/nowhere", transform)
+
+
+def renamed(source, *names):
+    root = Path(source.removeprefix("wds/"))
+    parts = [path.rename(root / f"{i}.part") for i, path in enumerate(sorted(root.glob("*.tar")))]
+    for path, name in zip(parts, names, strict=True):
+        path.rename(root / f"{name}.tar")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"), [("flowers-train-000", "flowers-val-000"), ("trn0", "eval0"), ("train-0", "holdout-0")]
+)
+def test_shards_are_told_apart_by_words_of_their_names(tmp_path, transform, train, held_out):
+    source = renamed(write_classes(tmp_path / "s", train=[0, 1, 2, 2], val=[0, 1]), train, held_out)
+    assert [len(data) for data in load_splits(source, transform)] == [4, 2]
+
+
+@pytest.mark.parametrize(("one", "other"), [("train-0", "more-0"), ("val-0", "test-0"), ("a", "holdout")])
+def test_shards_that_cannot_be_told_apart_are_refused(tmp_path, transform, one, other):
+    source = renamed(write_classes(tmp_path / "s", train=[0, 1, 2, 2], val=[0, 1]), one, other)
+    with pytest.raises(UserError, match=f"holds .*'{one}'.*call the shards train-.* and val-"):
+        load_splits(source, transform)
+
+
+def test_shards_of_neither_split_are_named(tmp_path, transform):
+    source = write_classes(tmp_path / "s", train=[0, 1, 2, 2], val=[0, 1], test=[0])
+    train, val = load_splits(source, transform)
+    assert (len(train), len(val)) == (4, 2) and any("not read ('test-" in note for note in val.notes)
