@@ -200,6 +200,8 @@ class ImageSet(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
         try:
             return index, self.load(index), self.labels[index]
+        except UserError:  # a `ValueError` that is about all images
+            raise
         except UNREADABLE as error:
             return index, reason_of(error), self.labels[index]
 

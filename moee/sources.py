@@ -19,7 +19,7 @@ def load_splits(
 
     `labels` are the class names that the model itself brings: they number the classes where the source has the same names."""
     opened = _opened(source, transform, ("train", "val"), seed, report)
-    found = _numbered(opened, classes, head_classes, labels)
+    found = numbered(opened, classes, head_classes, labels)
     return found["train"], found["val"]
 
 
@@ -37,7 +37,7 @@ def load_data(
     """
     if split not in ("train", "val"):
         raise UserError(f"unknown split {split!r}; expected train or val")
-    return _numbered(_opened(source, transform, (split,), seed, report), classes, head_classes)[split]
+    return numbered(_opened(source, transform, (split,), seed, report), classes, head_classes)[split]
 
 
 def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:
@@ -54,10 +54,10 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
     return folders.open_folder(source, transform, splits, seed, report)
 
 
-def _numbered(
+def numbered(
     source: Source, classes: Sequence[str] | None, head_classes: int | None, labels: Sequence[str] = ()
 ) -> dict[str, ImageSet]:
-    """The splits with one numbering; what was guessed or has no number is in their notes."""
+    """The splits of a source with one numbering, which they get in place; what was guessed or has no number is in their notes."""
     counts = {split: data.counts() for split, data in source.splits.items()}
     train, val = counts.get("train", {}), counts.get("val", {})
     if not source.divided:

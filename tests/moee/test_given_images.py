@@ -1,0 +1,171 @@
+"""Images from Python: loaders, datasets and iterables, with the labels that they mean."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, WeightedRandomSampler
+
+from moee.data import TensorSet, batches
+from moee.errors import UserError
+from moee.given_images import DatasetSet, given_splits
+
+SHAPE = (3, 8, 8)
+
+
+class Pairs(Dataset):
+    """Images whose first value is their position; classes by name if there are any."""
+
+    def __init__(self, labels, classes=None, size=8):
+        self.labels, self.size, self.reads = labels, size, 0
+        if classes is not None:
+            self.classes = classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return torch.full((3, self.size, self.size), float(index)), self.labels[index]
+
+
+class Stream(IterableDataset):
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __iter__(self):
+        return (self.pairs[i] for i in range(len(self.pairs)))
+
+
+def seen(data):
+    """Positions and labels of a set, by reading it."""
+    return [(int(image[0, 0, 0]), int(label)) for b in batches(data, 4) for image, label in zip(b.images, b.labels, strict=True)]
+
+
+def expected(labels):
+    return list(enumerate(labels))
+
+
+def batch(data, positions):
+    """Images and labels of some positions; none give a batch of nothing."""
+    images = [data[i][0] for i in positions]
+    labels = torch.tensor([data[i][1] for i in positions], dtype=torch.int64)
+    return torch.stack(images) if images else torch.empty(0, *SHAPE), labels
+
+
+LABELS = [0, 1, 2, 1, 0, 2, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "give",
+    [
+        lambda d: DataLoader(d, batch_size=3),
+        lambda d: DataLoader(d, batch_size=3, shuffle=True),
+        lambda d: d,
+        lambda d: [batch(d, range(3)), batch(d, range(3, len(d)))],
+        lambda d: batch(d, range(len(d))),
+        lambda d: (d[i] for i in range(len(d))),
+        lambda d: DataLoader(Stream(d), batch_size=3),
+        lambda d: DataLoader(d, batch_size=3, collate_fn=lambda items: {
+            "pixel_values": torch.stack([i for i, _ in items]), "labels": torch.tensor([t for _, t in items]),
+        }),
+    ],
+    ids=["loader", "shuffled", "dataset", "batches", "tensors", "generator of images", "iterable dataset", "own collate"],
+)  # fmt: skip
+def test_every_form_gives_the_same_images_and_labels(give):
+    train, val = given_splits(give(Pairs(LABELS)), give(Pairs(LABELS[:3])), shape=SHAPE, head_classes=3)
+    assert seen(train) == expected(LABELS) and seen(val) == expected(LABELS[:3])
+    assert train.classes == val.classes == ("0", "1", "2")
+
+
+def test_a_loader_neither_draws_from_the_callers_numbers_nor_ignores_its_sampler():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    whole = Pairs(LABELS)
+    some, others = (DataLoader(whole, sampler=SubsetRandomSampler(part)) for part in ([1, 3, 5, 0, 4], [2, 6]))
+    train, val = given_splits(some, others, shape=SHAPE)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert [p for p, _ in seen(train)] == [0, 1, 3, 4, 5] and [p for p, _ in seen(val)] == [2, 6]
+    weighted = WeightedRandomSampler([1.0, 0.0] * 4, 20)
+    odd, _ = given_splits(DataLoader(whole, sampler=weighted), whole, shape=SHAPE)
+    assert {p for p, _ in seen(odd)} <= {0, 2, 4, 6} and len(odd) == len({p for p, _ in seen(odd)})
+
+
+def test_without_held_out_images_a_fifth_is_held_out_and_none_is_in_both():
+    train, val = given_splits(Pairs([0, 1] * 10), shape=SHAPE, seed=3)
+    ours, theirs = ({p for p, _ in seen(part)} for part in (train, val))
+    assert len(ours) == 16 and len(theirs) == 4 and not ours & theirs
+    assert all(label == position % 2 for position, label in seen(train) + seen(val))
+
+
+def test_names_of_classes_number_both_splits_by_the_training_sets_order():
+    train = Pairs([0, 1, 2], ["zebra", "ant", "mole"])
+    val = Pairs([0, 1, 1], ["mole", "zebra"])
+    one, two = given_splits(Subset(train, [0, 1, 2]), DataLoader(val), shape=SHAPE, head_classes=3)
+    assert one.classes == two.classes == ("zebra", "ant", "mole")
+    assert [label for _, label in seen(one)] == [0, 1, 2] and [label for _, label in seen(two)] == [2, 0, 0]
+
+
+def test_labels_stand_for_their_numbers_in_a_larger_head():
+    train, val = given_splits(Pairs([1, 3, 3, 1]), Pairs([3]), shape=SHAPE, head_classes=6)
+    assert [label for _, label in seen(train)] == [1, 3, 3, 1] and seen(val) == [(0, 3)] and len(train.classes) == 6
+
+
+def test_targets_of_torchvision_save_reading_unless_something_transforms_them():
+    class Folder(Pairs):
+        targets, transforms, target_transform = LABELS, "as torchvision has it", None
+
+    quick = Folder(LABELS)
+    train, _ = given_splits(quick, Pairs(LABELS), shape=SHAPE)
+    assert isinstance(train, DatasetSet) and quick.reads == 1 and train.labels == LABELS
+    moved = Folder([2 - label for label in LABELS])
+    moved.target_transform = lambda label: 2 - label
+    train, _ = given_splits(moved, Pairs(LABELS), shape=SHAPE)
+    assert train.labels == [2 - label for label in LABELS]
+    lying = Folder([0] * 8)
+    train, _ = given_splits(lying, Pairs(LABELS), shape=SHAPE)
+    with pytest.raises(UserError, match=r"has the label 0, and had 1 before"):
+        seen(train)
+
+
+def test_images_without_labels_have_none():
+    train, val = given_splits([torch.zeros(4, *SHAPE)], (torch.zeros(*SHAPE) for _ in range(2)), shape=SHAPE)
+    assert train.labels == [-1] * 4 and val.labels == [-1] * 2 and not train.labelled
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("photos", "images came as 'photos'"),
+        (7, "images came as int"),
+        (Pairs(LABELS, size=9), "yields images of 3 x 9 x 9, the model takes 3 x 8 x 8"),
+        ([(torch.zeros(2, *SHAPE, dtype=torch.uint8), torch.zeros(2))], "torch.uint8 tensors; expected float tensors"),
+        ([(torch.zeros(2, *SHAPE), torch.zeros(2))], "yields the label"),
+        ([(torch.zeros(2, *SHAPE), torch.zeros(2, 3, dtype=torch.int64))], "yields the label"),
+        ([(torch.zeros(2, *SHAPE), torch.zeros(3, dtype=torch.int64))], "yields 2 images with 3 labels"),
+        ([(torch.zeros(2, *SHAPE), torch.zeros(2), "path")], "yields tuple of 3"),
+        ([{"pixels": torch.zeros(2, *SHAPE)}], "yields images as NoneType"),
+        ([], "has no images"),
+        (Pairs([]), "has no images"),
+    ],
+)  # fmt: skip
+def test_what_is_none_of_these_is_refused(given, said):
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        given_splits(given, Pairs(LABELS), shape=SHAPE)
+
+
+def test_more_than_memory_holds_is_refused(monkeypatch):
+    monkeypatch.setattr("moee.given_images.MAX_BYTES", 4 * 3 * 8 * 8 * 10)
+    with pytest.raises(UserError, match="kept in memory"):
+        given_splits((torch.zeros(4, *SHAPE) for _ in range(4)), Pairs(LABELS), shape=SHAPE)
+
+
+def test_the_training_images_are_no_held_out_images():
+    data = Pairs(LABELS)
+    for val in (data, DataLoader(data)):
+        with pytest.raises(UserError, match="are the training images"):
+            given_splits(data, val, shape=SHAPE)
+
+
+def test_a_set_of_ours_is_taken_as_it_is():
+    own = TensorSet("own", torch.zeros(4, *SHAPE), [0, 1, 0, 1], ["a", "b"])
+    train, _ = given_splits(own, TensorSet("other", torch.zeros(2, *SHAPE), [1, 0], ["b", "a"]), shape=SHAPE)
+    assert train.classes == ("a", "b") and train.labels == [0, 1, 0, 1]
