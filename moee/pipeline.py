@@ -29,9 +29,9 @@ from moee.convert import extract, ffn_budget
 from moee.data import ImageSet, batches, model_transform, say_read
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
-from moee.evaluate import Outputs, retention, run
+from moee.evaluation import Outputs, retention, run
 from moee.exchange import check_same_data, share_attention, share_dense, share_layers
-from moee.finetune import finetune
+from moee.finetuning import finetune
 from moee.identity import IMAGES, check_attentions, check_ffns
 from moee.inspection import attention_figures
 from moee.layer_report import LayerReport

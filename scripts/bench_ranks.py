@@ -14,8 +14,8 @@ from moee.calibration import collect_tokens, gather_tokens
 from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
 from moee.data import TensorSet, model_transform
-from moee.evaluate import run
-from moee.finetune import finetune
+from moee.evaluation import run
+from moee.finetuning import finetune
 from moee.joining import joined
 from moee.mlps import find_ffns
 from moee.models import load_model

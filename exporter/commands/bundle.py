@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.bundle import write_deployment
+    from exporter.deployment import write_deployment
     from exporter.plugin_cache import ensure_kernels
     from exporter.profile import batch_profile
 

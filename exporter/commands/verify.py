@@ -95,7 +95,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
 
     from exporter.manifests import read_export, refuse_lost_dense
     from exporter.profile import batch_profile
-    from exporter.verify.suite import verify_ranks
+    from exporter.verification.suite import verify_ranks
     from moee import checkpoint
     from moee.data import say_read
     from moee.exchange import check_same_data
@@ -129,7 +129,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
 @contextmanager
 def _error_report(args: argparse.Namespace) -> Iterator[None]:
     """A verification that breaks off leaves junit.xml with the error in the folder --out, as test runners do."""
-    from exporter.verify.junit import error_junit
+    from exporter.verification.junit import error_junit
 
     started = time.perf_counter()
     try:
@@ -144,8 +144,8 @@ def _error_report(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _write(output: OutputFolder | OutputFile, result: Any) -> None:
-    from exporter.verify.junit import to_junit
-    from exporter.verify.markdown import to_markdown
+    from exporter.verification.junit import to_junit
+    from exporter.verification.markdown import to_markdown
     from moee.artifact import write_manifest
 
     body = result.to_json()

@@ -18,8 +18,8 @@ import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from exporter import bundle, bundle_configs, cli, plugin_cache
-from exporter.bundle import DEPLOYMENT_SCHEMA, Recipe, Tensor, ends_in_classes, make_recipe, read_head, write_deployment
+from exporter import bundle_configs, cli, deployment, plugin_cache
+from exporter.deployment import DEPLOYMENT_SCHEMA, Recipe, Tensor, ends_in_classes, make_recipe, read_head, write_deployment
 from exporter.manifests import exported_model, read_export
 from exporter.onnx_export import SCHEMA, export
 from exporter.passes.raw_pixels import take_raw_pixels
@@ -395,7 +395,8 @@ def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch
 
     assert "min <= opt <= max" in refused(batch=(4, 2, 8))
     assert "expected" in refused(sm=75) or "75" in refused(sm=75)
-    monkeypatch.setattr(bundle, "make_recipe", lambda transform, name: Recipe((64, 64), (64, 64), "center", "bicubic", MEAN, STD))
+    other = Recipe((64, 64), (64, 64), "center", "bicubic", MEAN, STD)
+    monkeypatch.setattr(deployment, "make_recipe", lambda transform, name: other)
     assert "its manifest says size 64 x 64" in refused()
     monkeypatch.undo()
     (exported / "moee.data").write_bytes(b"changed")

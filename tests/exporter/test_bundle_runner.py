@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from exporter.bundle import Recipe
 from exporter.bundle_configs import preprocess as recipe_text
+from exporter.deployment import Recipe
 from moee.built_in import photo_path
 from tests.exporter import runner_doubles as doubles
 

@@ -178,7 +178,7 @@ def test_engine_without_a_plugin(exported):
 
 def test_distillation_trains_everything_but_the_router(exported):
     from moee.config import FinetuneConfig
-    from moee.finetune import finetune
+    from moee.finetuning import finetune
 
     loaded, data = copy.deepcopy(exported[1]), exported[2]
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from exporter.parity.kinds import apply_layer, scores_and_bound
 from exporter.parity.layers import wrong_routes
 from exporter.precision import typed
 from exporter.runners import EngineRunner, check_plugin
-from exporter.verify import verify
+from exporter.verification import verify
 from moee import checkpoint
 from moee.artifact import read_manifest, write_json
 from moee.checkpoint import MoeeModel

@@ -131,7 +131,7 @@ def test_latency_against_dense(deit, capsys):
 def test_verify_and_bench_run_the_engines(tiny_export, plugin, tmp_path, precision):
     """The commands' own path: hashes, plugin, parity at the profile's batches, timing with and without CUDA graphs."""
     from exporter.latency import bench
-    from exporter.verify import verify
+    from exporter.verification import verify
 
     export_dir = tiny_export.folder(precision)
     build_engines(export_dir, tmp_path / "engine", plugin=plugin, batch=(1, 4, 8))

@@ -17,7 +17,7 @@ from exporter.parity.ties import only_ties
 from exporter.quantization.calibrate import calibrate, sqnr_db
 from exporter.runners import PluginCheck
 from exporter.verdict import MIN_PAIRS, judge
-from exporter.verify.suite import EngineParity, VerifyResult
+from exporter.verification.suite import EngineParity, VerifyResult
 from moee.errors import UserError
 from tests.conftest import tiny_images
 

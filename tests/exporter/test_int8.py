@@ -12,12 +12,12 @@ import torch
 from onnx import numpy_helper
 
 from exporter import cli
-from exporter.bundle import write_deployment
+from exporter.deployment import write_deployment
 from exporter.engine import build_engines
 from exporter.onnx_export import export
 from exporter.report import write_report
-from exporter.verify import verify
-from exporter.verify.suite import run_engine
+from exporter.verification import verify
+from exporter.verification.suite import run_engine
 from moee.artifact import read_manifest, write_json
 from moee.errors import UserError
 from moee.models import replace_module

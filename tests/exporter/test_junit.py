@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from exporter.verify import Case, verify
-from exporter.verify.junit import _document, error_junit, to_junit
-from exporter.verify.markdown import to_markdown
+from exporter.verification import Case, verify
+from exporter.verification.junit import _document, error_junit, to_junit
+from exporter.verification.markdown import to_markdown
 from moee.errors import MissingDependency
 from tests.exporter import damage
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from exporter import cli, onnx_export
-from exporter.bundle import write_deployment
+from exporter.deployment import write_deployment
 from exporter.engine import needs_plugin
 from exporter.onnx_export import export, to_onnx
 from exporter.parity import check_parity, check_weights
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
 from exporter.precision import typed
-from exporter.verify import verify
+from exporter.verification import verify
 from moee import checkpoint
 from moee.activations import ACTIVATIONS
 from moee.checkpoint import MoeeModel
@@ -177,7 +177,7 @@ def run(*arguments):
 
 
 def test_routes_that_a_static_model_does_not_choose_are_refused_before_any_graph_runs(static, monkeypatch):
-    monkeypatch.setattr("exporter.verify.suite.opened", lambda *a: pytest.fail("a graph was run"))
+    monkeypatch.setattr("exporter.verification.suite.opened", lambda *a: pytest.fail("a graph was run"))
     moee, data, _ = static
     with pytest.raises(UserError, match="--min-route-agreement has nothing to check"):
         verify(exported(static), moee, data, sizes=(2,), min_route_agreement=0.9)

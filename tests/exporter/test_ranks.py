@@ -22,7 +22,7 @@ from exporter.cli import main
 from moee.class_names import natural_key
 from moee.data import model_transform
 from moee.errors import UserError
-from moee.evaluate import run
+from moee.evaluation import run
 from moee.sources import load_data
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from exporter import cli
-from exporter.bundle import make_recipe, write_deployment
+from exporter.deployment import make_recipe, write_deployment
 from exporter.manifests import Input, exported_model, input_shape, read_export
 from exporter.onnx_export import export
 from exporter.parity import check_parity

@@ -13,7 +13,7 @@ from exporter.parity.outputs import batch_error
 from exporter.parity.taps import hooked
 from exporter.parity.ties import dictated, excuse_ties
 from exporter.parity.yardsticks import yardsticks
-from exporter.verify import verify
+from exporter.verification import verify
 from moee.checkpoint import MoeeModel
 from moee.layer import routed_layers
 from tests.conftest import tiny_spec

@@ -9,8 +9,8 @@ import torch
 
 from exporter import cli
 from exporter.parity import check_parity
-from exporter.verify import compare_accuracy, verify
-from exporter.verify.suite import verify_ranks
+from exporter.verification import compare_accuracy, verify
+from exporter.verification.suite import verify_ranks
 from moee.data import TensorSet
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import MissingDependency, UserError
@@ -223,7 +223,7 @@ def test_a_gate_that_has_nothing_to_check_is_refused_before_parity(tiny_export, 
     assert "accuracy: not measured, the dense model is right on 0 of 10 images in tiny, no better than a guess" in text
     body = json.loads((tmp_path / "plain" / "parity.json").read_text())
     assert body["accuracy"] is None and body["no_accuracy"].startswith("the dense model is right on 0 of 10 images")
-    monkeypatch.setattr("exporter.verify.suite.check_parity", lambda *a, **k: pytest.fail("parity was checked first"))
+    monkeypatch.setattr("exporter.verification.suite.check_parity", lambda *a, **k: pytest.fail("parity was checked first"))
     assert run(*plain, "--max-drop", 0.5, "--out", tmp_path / "gated") == 2
     assert "--max-drop cannot be checked: the dense model is right on 0 of 10 images" in capsys.readouterr().err
     (case,) = ET.parse(tmp_path / "gated" / "junit.xml").getroot().iter("testcase")
@@ -232,7 +232,7 @@ def test_a_gate_that_has_nothing_to_check_is_refused_before_parity(tiny_export, 
 
 def test_a_head_of_another_size_is_refused_without_running_anything(tiny_export, monkeypatch, capsys):
     monkeypatch.setattr("moee.sources.load_data", lambda *a, **k: TensorSet("two", tiny_export.data.images, [0, 1] * 24, 2))
-    monkeypatch.setattr("exporter.verify.suite.opened", lambda *a: pytest.fail("a graph was run"))
+    monkeypatch.setattr("exporter.verification.suite.opened", lambda *a: pytest.fail("a graph was run"))
     assert run("verify", tiny_export.folder(), "--max-drop", 0.5) == 2
     assert "the model tells 10 classes apart, two has 2" in capsys.readouterr().err
 
@@ -267,7 +267,7 @@ class FirstOfTwo(Group):
 
 @pytest.mark.parametrize("group", [SOLO, FirstOfTwo(rank=0, world=2)], ids=["one process", "two ranks"])
 def test_labelled_images_that_cannot_be_read_are_one_sentence(tiny_export, group, monkeypatch):
-    monkeypatch.setattr("exporter.verify.suite.check_parity", lambda *a, **k: pytest.fail("minutes of parity"))
+    monkeypatch.setattr("exporter.verification.suite.check_parity", lambda *a, **k: pytest.fail("minutes of parity"))
     labels = [i % 10 if i < 20 else -1 for i in range(len(tiny_export.data))]
     data = Unreadable("broken", tiny_export.data.images, labels, 10)
     with pytest.raises(UserError, match=r"none of the 20 labelled images of broken that are looked at could be read \(first: "):

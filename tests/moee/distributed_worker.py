@@ -24,9 +24,9 @@ from moee.convert import extract
 from moee.data import TensorSet
 from moee.distributed import Group, Parcel
 from moee.errors import UserError
-from moee.evaluate import run
+from moee.evaluation import run
 from moee.exchange import share_layers
-from moee.finetune import finetune
+from moee.finetuning import finetune
 from moee.joining import joined
 from moee.mlps import find_ffns
 from moee.models import load_model

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from moee.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, paired_drop, recorded_interval, top1, wilson
 from moee.errors import UserError
-from moee.evaluate import Outputs, retention
+from moee.evaluation import Outputs, retention
 from moee.metrics import mean_cosine
 from moee.models import ModelSpec
 from moee.pipeline import Session

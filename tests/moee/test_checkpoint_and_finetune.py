@@ -12,7 +12,7 @@ from moee.artifact import atomic_folder, sha256_file
 from moee.checkpoint import MoeeModel
 from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
 from moee.errors import UserError
-from moee.finetune import finetune, rate
+from moee.finetuning import finetune, rate
 from moee.layer import routed_layers
 from moee.training import distillation_loss
 from tests.conftest import tiny_spec

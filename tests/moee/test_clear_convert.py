@@ -9,7 +9,7 @@ from moee.clear_moe import ClearConfig, ClearFFN, convert
 from moee.config import validated
 from moee.data import TensorSet
 from moee.errors import UserError
-from moee.evaluate import run
+from moee.evaluation import run
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, model_cost
 from tests.conftest import tiny_images

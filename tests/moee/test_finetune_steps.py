@@ -7,7 +7,7 @@ import torch
 
 from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
-from moee.finetune import LEAST_RMS, finetune, make_optimiser
+from moee.finetuning import LEAST_RMS, finetune, make_optimiser
 from moee.layer import routed_layers
 from moee.models import load_model
 from moee.training import Trainer

@@ -14,7 +14,7 @@ from moee.config import make_extract_config
 from moee.convert import extract
 from moee.entry import find_entry, gather, run_until_reached, taken_up
 from moee.errors import UserError
-from moee.evaluate import retention, run
+from moee.evaluation import retention, run
 from moee.image_budget import image_groups, spread, tokens_an_image
 from moee.layer import Experts, RoutedFFN, routed_layers
 from moee.mlp_structure import read_mlp
@@ -318,7 +318,7 @@ def test_features_that_are_no_token_map_say_so(tiny_model, kind, why):
 
 
 def test_too_many_token_features_say_so(tiny_model, monkeypatch):
-    monkeypatch.setattr("moee.evaluate.MAX_TOKEN_BYTES", 1000)
+    monkeypatch.setattr("moee.evaluation.MAX_TOKEN_BYTES", 1000)
     assert "8 images" in run(tiny_model, tiny_images(8)).no_tokens
 
 

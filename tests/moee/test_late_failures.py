@@ -80,7 +80,7 @@ def test_a_tuned_model_is_written_and_measured_by_the_next_call(session, tmp_pat
     assert "the tuned model is in" in explain(raised.value)[1]
     kept = checkpoint.load(tmp_path / "tuned")
     assert "retention" not in kept.info["stages"]["tuned"] and kept.info["stages"]["tuned"]["best_epoch"] in (0, 1)
-    monkeypatch.setattr("moee.finetune.Trainer.backward", failing(AssertionError("no step is taken again")))
+    monkeypatch.setattr("moee.finetuning.Trainer.backward", failing(AssertionError("no step is taken again")))
     again = run_finetune(tmp_path / "extracted", config, tmp_path / "tuned", force=True, session=session)
     assert again.info["stages"]["tuned"]["retention"]["images"] == 719
     assert not (tmp_path / "tuned.resume").exists()

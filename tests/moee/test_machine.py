@@ -5,8 +5,7 @@ import os
 import pytest
 import torch
 
-import moee.finetune as finetune
-from moee import machine
+from moee import finetuning, machine
 from moee.config import FinetuneConfig
 
 
@@ -52,9 +51,9 @@ def test_half_precision_is_fast_where_the_cpu_has_instructions_for_it(monkeypatc
 
 
 def test_training_takes_float32_where_half_precision_is_slow_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(finetune, "fast_on_cpu", lambda amp: False)
-    assert finetune.affordable(FinetuneConfig(amp="fp16")).amp == "off"
+    monkeypatch.setattr(finetuning, "fast_on_cpu", lambda amp: False)
+    assert finetuning.affordable(FinetuneConfig(amp="fp16")).amp == "off"
     assert "--force-amp" in caplog.text and "fp16" in caplog.text
-    assert finetune.affordable(FinetuneConfig(amp="fp16", force_amp=True)).amp == "fp16"
-    monkeypatch.setattr(finetune, "fast_on_cpu", lambda amp: True)
-    assert finetune.affordable(FinetuneConfig(amp="bf16")).amp == "bf16"
+    assert finetuning.affordable(FinetuneConfig(amp="fp16", force_amp=True)).amp == "fp16"
+    monkeypatch.setattr(finetuning, "fast_on_cpu", lambda amp: True)
+    assert finetuning.affordable(FinetuneConfig(amp="bf16")).amp == "bf16"

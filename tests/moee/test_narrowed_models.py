@@ -12,7 +12,7 @@ from moee.attention import narrow_attentions
 from moee.clear_moe import ClearConfig
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
-from moee.finetune import finetune
+from moee.finetuning import finetune
 from moee.models import build_model
 from moee.pipeline import Session, run_extract
 from moee.planning import PLAN, Budget, make_plan, read_plan

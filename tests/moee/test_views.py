@@ -13,7 +13,7 @@ from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
 from moee.data import Transform, model_transform
 from moee.errors import UserError
-from moee.finetune import finetune
+from moee.finetuning import finetune
 from moee.models import load_model
 from moee.sources import load_data
 from moee.views import Joined, Views, widened

@@ -721,8 +721,8 @@ def test_the_timing_cache_grows_and_outlives_a_failed_build(work, monkeypatch, f
 
 def test_kinds_agree_with_what_is_written():
     """The tables name schemas that the writers write."""
-    from exporter import bundle, clear_ablation, demo, dispatch_bench, manifests
-    from moee import checkpoint, finetune, finetune_state
+    from exporter import clear_ablation, demo, deployment, dispatch_bench, manifests
+    from moee import checkpoint, finetune_state, finetuning
     from moee.ablation import cells
     from moee.planning import plan
     from plugins import bundle as plugin_bundle
@@ -732,16 +732,16 @@ def test_kinds_agree_with_what_is_written():
         result_kinds.MODEL: (checkpoint.MANIFEST, checkpoint.SCHEMA),
         result_kinds.EXPORT: (manifests.EXPORT, manifests.EXPORT_SCHEMA),
         result_kinds.ENGINE: (manifests.ENGINE, manifests.ENGINE_SCHEMA), result_kinds.PLAN: (plan.PLAN, plan.SCHEMA),
-        result_kinds.DEPLOYMENT: ("deployment.json", bundle.DEPLOYMENT_SCHEMA),
+        result_kinds.DEPLOYMENT: ("deployment.json", deployment.DEPLOYMENT_SCHEMA),
         result_kinds.PLUGIN_BUNDLE: ("bundle.json", plugin_bundle.SCHEMA),
         result_kinds.KERNELS: (manifest.FILE_NAME, manifest.SCHEMA), result_kinds.ABLATION: (cells.SETUP, cells.SETUP_SCHEMA),
         result_kinds.CLEAR_ABLATION: (clear_ablation.SETUP, clear_ablation.SETUP_SCHEMA),
-        result_kinds.FINETUNE_STATE: (finetune.STATE, finetune_state.SCHEMA),
+        result_kinds.FINETUNE_STATE: (finetuning.STATE, finetune_state.SCHEMA),
         result_kinds.PLAN_STATE: ("identity.json", plan.STORE_SCHEMA),
     }  # fmt: skip
     for kind, (name, schema) in written.items():
         assert (kind.manifest, kind.schema) == (name, schema.partition("/")[0])
     assert result_kinds.SUMMARY.schema == demo.SCHEMA.partition("/")[0]
     assert result_kinds.DISPATCH.schema == dispatch_bench.SCHEMA.partition("/")[0]
-    state = finetune.TENSORS.format(epoch=12)
+    state = finetuning.TENSORS.format(epoch=12)
     assert result_kinds.matches(state, result_kinds.FINETUNE_STATE.beside)

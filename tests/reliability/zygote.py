@@ -46,7 +46,7 @@ def _warm_up(parts: list[str]) -> None:
     import exporter.cli
     import exporter.demo
     import exporter.plots
-    import exporter.verify  # noqa: F401
+    import exporter.verification  # noqa: F401
     import moee.ablation
     import moee.clear_moe
     import moee.planning  # noqa: F401

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from exporter import cli
-from exporter.bundle import write_deployment
+from exporter.deployment import write_deployment
 from exporter.engine import build_engines, count_plugin_nodes
 from exporter.latency import bench
 from exporter.layer_profile import profile_layers
@@ -21,8 +21,8 @@ from exporter.parity.taps import probe_graph, tapped_graph
 from exporter.parity.weights import check_weights
 from exporter.passes.raw_pixels import take_raw_pixels
 from exporter.runners import EngineRunner, OnnxRunner, check_plugin
-from exporter.verify import verify
-from exporter.verify.suite import opened
+from exporter.verification import verify
+from exporter.verification.suite import opened
 from moee import checkpoint
 from moee.errors import MissingDependency, UserError
 from moee.layer import routed_layers

@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.bundle import graph_tensors, write_deployment
+from exporter.deployment import graph_tensors, write_deployment
 from exporter.engine import build_engines
 from exporter.onnx_safety import check_onnx, load_ir
 from exporter.parity.taps import probe_graph, tapped_graph

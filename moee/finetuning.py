@@ -25,7 +25,7 @@ from moee.config import FinetuneConfig
 from moee.data import ImageSet, model_transform
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
-from moee.evaluate import run
+from moee.evaluation import run
 from moee.finetune_state import SCHEMA, read_state, read_tensors
 from moee.interface import can_checkpoint, has_feature_map, title_of_model
 from moee.layer import RoutedFFN, routed_layers

@@ -23,7 +23,7 @@ from exporter.parity.yardsticks import yardsticks
 from exporter.precision import INT8
 from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
-from exporter.verify.accuracy import AccuracyResult, compare_accuracy
+from exporter.verification.accuracy import AccuracyResult, compare_accuracy
 from moee.accuracy import comparison
 from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel

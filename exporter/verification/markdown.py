@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporter.verify.suite import VerifyResult
+from exporter.verification.suite import VerifyResult
 from moee.accuracy import Proportion
 
 

@@ -1,6 +1,6 @@
 """`moee verify`: parity, routes, accuracy and engines in one verdict, and the files that a CI job reads."""
 
-from exporter.verify.accuracy import AccuracyResult, compare_accuracy
-from exporter.verify.suite import Case, VerifyResult, verify
+from exporter.verification.accuracy import AccuracyResult, compare_accuracy
+from exporter.verification.suite import Case, VerifyResult, verify
 
 __all__ = ["AccuracyResult", "Case", "VerifyResult", "compare_accuracy", "verify"]
