@@ -20,6 +20,7 @@ from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
 from moee.layer import RoutedFFN, RoutedLayer, routed_layers
+from moee.mlp_sites import mlp_module
 from moee.progress import Reporter, silent
 
 ROWS = 8  # leading dimension of the input: as many images
@@ -63,7 +64,7 @@ def ffn_speeds(
     dense, rows = moee.dense().eval(), []
     for done, (name, layer) in enumerate(layers.items()):
         report("layers", done, len(layers))
-        rows.append(_speed(name, dense.get_submodule(name), layer, inputs[name], runs, threads))
+        rows.append(_speed(name, mlp_module(dense, name, layer.bypassed), layer, inputs[name], runs, threads))
     report("layers", len(layers), len(layers))
     return rows
 

@@ -22,6 +22,7 @@ from moee.data import ImageSet, Transform, model_transform
 from moee.errors import UserError
 from moee.from_python import is_function_name
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
+from moee.mlp_sites import put_mlp
 from moee.mlp_structure import read_mlp
 from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
 from moee.models import FFN, MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of, replace_module
@@ -112,17 +113,19 @@ class MoeeModel:
 
 
 def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
+    unsaid = None if layer.bypassed else {"bypassed"}  # manifests of MLPs that are one module stay as they were
     if isinstance(layer, ClearFFN):
         return ClearRecord(
             kind="clear-moe", name=name, activation=layer.activation, experts=layer.num_experts, ranks=layer.ranks,
             router_width=layer.router.shape[1], router_hidden=len(layer.router_hidden), dim=layer.dim, hidden=layer.hidden,
-            channels_first=layer.channels_first,
-        ).model_dump()  # fmt: skip
+            channels_first=layer.channels_first, bypassed=layer.bypassed,
+        ).model_dump(exclude=unsaid)  # fmt: skip
     assert isinstance(layer, RoutedFFN), f"no record for {type(layer).__name__}"
     return LayerRecord(
         name=name, activation=layer.activation, top_k=layer.top_k, experts=layer.num_experts, union=layer.union,
         neurons=len(layer.neurons), dim=layer.w_up.shape[1], load=layer.load, channels_first=layer.channels_first,
-    ).model_dump()  # fmt: skip
+        bypassed=layer.bypassed,
+    ).model_dump(exclude=unsaid)  # fmt: skip
 
 
 def layer_records(model: nn.Module) -> list[dict[str, Any]]:
@@ -137,9 +140,9 @@ def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[
 
 
 def _rebuild_at(model: nn.Module, record: LayerRecord | ClearRecord, state: dict[str, Tensor]) -> None:
-    ffn = read_mlp(model, record.name)
+    ffn = read_mlp(model, record.name, record.bypassed)
     made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
-    replace_module(model, record.name, made)
+    put_mlp(model, record.name, made, record.bypassed)
 
 
 def attention_records(model: nn.Module) -> list[dict[str, Any]]:
@@ -231,7 +234,7 @@ def load(path: Path | str, model: str | None = None) -> MoeeModel:
         if name not in manifest["files"] and (path / name).exists():
             raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)
-    _check_size(spec, state, {record.name for record in records}, body.attention, path)
+    _check_size(spec, state, records, body.attention, path)
     with torch.random.fork_rng(devices=[]):  # modules draw weights, which are then replaced
         made = build_model(spec)
         for record in records:
@@ -312,8 +315,9 @@ def _probe(path: Path, model: nn.Module) -> Probe | None:
 
 
 def _check_size(
-    spec: ModelSpec, state: dict[str, Tensor], routed: set[str], attention: list[AttentionRecord], path: Path
-) -> None:
+    spec: ModelSpec, state: dict[str, Tensor], routed: list[LayerRecord | ClearRecord], attention: list[AttentionRecord],
+    path: Path,
+) -> None:  # fmt: skip
     """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
     model is first laid out without memory: every tensor outside the routed MLPs and narrowed attentions must be in the
     file, in that shape, and no MLP may be absurdly wide. Raises `UserError` otherwise."""
@@ -321,7 +325,7 @@ def _check_size(
     expected = model.state_dict()
     known = _narrowed(model, attention, state, path / MANIFEST)
     narrowed = tuple(f"{name}.{part}." for name in known for part in ("qkv", "proj"))
-    inside = tuple(f"{each}." for name in sorted(routed) for each in _names_of_mlp(model, name, path / MANIFEST))
+    inside = tuple(f"{each}." for record in routed for each in _names_of_mlp(model, record, path / MANIFEST))
     for key, tensor in expected.items():
         if inside and key.startswith(inside):
             if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
@@ -333,16 +337,18 @@ def _check_size(
             raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")
 
 
-def _names_of_mlp(model: nn.Module, name: str, path: Path) -> list[str]:
-    """Every name of the MLP `name`. Raises `UserError` if `model` has none there: an artifact of before MLPs were proved may have
-    cut what is none."""
-    if name not in (modules := dict(model.named_modules(remove_duplicate=False))):
-        raise UserError(f"{path} names layer {name}, which {type(model).__name__} does not have")
+def _names_of_mlp(model: nn.Module, record: LayerRecord | ClearRecord, path: Path) -> list[str]:
+    """Every name of the record's MLP and its parts. Raises `UserError` if `model` has none there: an artifact of before MLPs were
+    proved may have cut what is none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in (record.name, *record.bypassed):
+        if name not in modules:
+            raise UserError(f"{path} names layer {name}, which {type(model).__name__} does not have")
     try:
-        read_mlp(model, name)
+        read_mlp(model, record.name, record.bypassed)
     except UserError as error:
         raise UserError(f"{path} has a cut layer that cannot be right: {error}; extract again") from error
-    return names_of(model, modules[name])
+    return [each for name in (record.name, *record.bypassed) for each in names_of(model, modules[name])]
 
 
 def laid_out(spec: ModelSpec, path: Path, most_blocks: int = MAX_DEPTH) -> nn.Module:

@@ -24,8 +24,9 @@ from moee.grouping import GroupedLayer, find_routes
 from moee.layer import Experts, RoutedFFN
 from moee.layer_report import LayerReport
 from moee.metrics import original_macs, tokens_per_image
+from moee.mlp_sites import put_mlp
 from moee.mlps import find_ffns, reports_of
-from moee.models import FFN, replace_module
+from moee.models import FFN
 from moee.moefication import find_moefication
 from moee.progress import Reporter, silent
 from moee.refit import refit
@@ -162,8 +163,9 @@ def apply(
         if prepared.routed:
             raise NothingRouted("experts would cost as much as the dense MLPs in every layer; lower --target-macs or --keep")
         raise NothingRouted("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
+    parts = {ffn.name: ffn.bypassed for ffn in prepared.ffns}
     for name, layer in layers.items():
-        replace_module(model, name, layer)
+        put_mlp(model, name, layer, parts[name])
     if config.compensation == "refit":
         seen = widened(data, model_transform(model), config.augment, config.collages, config.seed)
         ffns = {f.name: f for f in prepared.ffns}

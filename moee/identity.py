@@ -7,7 +7,7 @@ its place or its layout, shows here as another output.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from moee.attention import NarrowAttention, Widths
 from moee.errors import UserError
 from moee.layer import Experts, RoutedFFN
+from moee.mlp_sites import mlp_module, mlp_replaced
 from moee.mlps import disagreement
-from moee.models import FFN, replace_module
+from moee.models import FFN
 from moee.progress import Reporter, silent
 from moee.schema import reason_of
 
@@ -31,10 +32,12 @@ ROUNDING = 4  # units in the last place of an attention's summands; see `moee.ml
 
 @dataclass(frozen=True)
 class _StandIn:
-    """What takes the place of a module, and how far apart two outputs for an input are (1: as far as rounding may bring them)."""
+    """What takes the place of a module, and how far apart two outputs for an input are (1: as far as rounding may bring them).
+    `bypassed`: see `FFN`."""
 
     module: nn.Module
     distance: Callable[[Tensor, Tensor, Tensor], float]
+    bypassed: tuple[str, ...] = ()
 
 
 def whole_ffn(ffn: FFN) -> RoutedFFN:
@@ -72,7 +75,7 @@ def check_ffns(model: nn.Module, ffns: Sequence[FFN], images: Tensor, report: Re
     the dense output on `images` [B, C, H, W]. Two forward passes; takes memory for a second copy of the MLPs. `model` stays as
     it is.
     """
-    stand_ins = {ffn.name: _StandIn(whole_ffn(ffn), partial(disagreement, ffn)) for ffn in ffns}
+    stand_ins = {ffn.name: _StandIn(whole_ffn(ffn), partial(disagreement, ffn), ffn.bypassed) for ffn in ffns}
     _check(model, stand_ins, images, "experts that keep every neuron", "leave it dense with --exclude {}", report)
 
 
@@ -170,15 +173,13 @@ def _replaced(model: nn.Module, stand_ins: Mapping[str, _StandIn], wrong: dict[s
 
         return see
 
-    originals = {name: model.get_submodule(name) for name in stand_ins}
+    originals = {name: mlp_module(model, name, part.bypassed) for name, part in stand_ins.items()}
     handles = [part.module.register_forward_hook(hook(name), with_kwargs=True) for name, part in stand_ins.items()]
     try:
-        for name, stand_in in stand_ins.items():
-            replace_module(model, name, stand_in.module)
-        yield
+        with ExitStack() as stack:
+            for name, part in stand_ins.items():
+                stack.enter_context(mlp_replaced(model, name, part.module, part.bypassed))
+            yield
     finally:
-        for name, original in originals.items():
-            if model.get_submodule(name) is not original:
-                replace_module(model, name, original)
         for handle in handles:
             handle.remove()

@@ -54,13 +54,14 @@ class RoutedLayer(nn.Module, ABC):
     """What evaluation, cost, checkpoints, parity and export need of a layer that sends tokens to experts.
 
     `router` (a parameter, frozen unless told otherwise, of the type that the layer computes in), `top_k`, `num_experts`, and what
-    follows.
+    follows. `bypassed`: paths of the MLP's other parts, where it was no module of its own (see `moee.mlp_sites`).
     """
 
     router: nn.Parameter
     top_k: int
     channels_first: bool
     activation: str
+    bypassed: tuple[str, ...] = ()
 
     @property
     @abstractmethod

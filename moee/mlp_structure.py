@@ -1,13 +1,16 @@
 """What a module's parts say about whether it is an MLP, down(act(up(x))), without running it.
 
 A candidate is the innermost module that holds two linear maps (or 1x1 convolutions) and something without parameters that could
-be their activation, whatever these are called. `moee.mlps` proves by running them what this file takes for MLPs.
+be their activation, whatever these are called. Where the three lie among other parts or in several modules, only running the
+model shows which belong together: `moee.mlp_flow` finds them, `read_split` reads them. `moee.mlps` proves by running them what
+this file takes for MLPs.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,8 @@ from moee.schema import shown
 
 INERT = (nn.Identity, DropPath, nn.modules.dropout._DropoutNd)  # pass their input on in eval mode
 
+SHARED = "shares weights with another module"
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -30,13 +35,15 @@ class Dense:
     hidden: int
 
 
-def read_mlp(model: nn.Module, name: str) -> FFN:
-    """The module `name` as an MLP, by structure alone. Raises `UserError` with the reason if it is none."""
+def read_mlp(model: nn.Module, name: str, bypassed: Sequence[str] = ()) -> FFN:
+    """The module `name` as an MLP, by structure alone, or a split one, whose activation and down map are `bypassed`. Raises
+    `UserError` with the reason if it is none."""
     try:
-        module = model.get_submodule(name)
+        parts = [model.get_submodule(path) for path in (name, *bypassed)]
     except AttributeError:
-        raise UserError(f"{type(model).__name__} has no module {shown(name)}") from None
-    found = read_module(name, module)
+        missing = next(path for path in (name, *bypassed) if path not in dict(model.named_modules(remove_duplicate=False)))
+        raise UserError(f"{type(model).__name__} has no module {shown(missing)}") from None
+    found = read_split((name, *bypassed), *parts) if bypassed else read_module(name, parts[0])
     if isinstance(found, FFN):
         return found
     reason = found.reason if found else "it does not hold two linear maps and an activation"
@@ -46,20 +53,31 @@ def read_mlp(model: nn.Module, name: str) -> FFN:
 def candidates(model: nn.Module) -> dict[str, FFN | Dense]:
     """Every innermost module that holds two linear maps and an activation, as an MLP or with what speaks against it."""
     found: dict[str, FFN | Dense] = {}
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    shared = shared_parameters(model)
     for name, module in model.named_modules():
         if not name or not (read := read_module(name, module)):
             continue
-        if isinstance(read, FFN) and any(owners[id(p)] > 1 for p in module.parameters()):
-            read = Dense("shares weights with another module", read.hidden)
+        if isinstance(read, FFN) and any(id(p) in shared for p in module.parameters()):
+            read = Dense(SHARED, read.hidden)
         found[name] = read
     return found
 
 
-def _is_map(module: nn.Module) -> bool:
+def shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module holds."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    return {key for key, count in owners.items() if count > 1}
+
+
+def is_map(module: nn.Module) -> bool:
+    """Whether a module is a linear map or a 1x1 convolution."""
     if isinstance(module, nn.Conv2d):
         return set(module.kernel_size) == {1} and module.groups == 1
     return isinstance(module, nn.Linear)
+
+
+def _is_function(module: nn.Module) -> bool:
+    return not [*module.parameters(), *module.buffers()]
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -72,11 +90,10 @@ def _is_plain(module: nn.Module) -> bool:
 def read_module(name: str, module: nn.Module) -> FFN | Dense | None:
     """`module` as an MLP, with what speaks against it, or None if it is nothing like one."""
     leaves = {path: part for path, part in module.named_modules() if path and next(part.children(), None) is None}
-    maps = {path: part for path, part in leaves.items() if _is_map(part)}
+    maps = {path: part for path, part in leaves.items() if is_map(part)}
     functions = {
         path: part for path, part in leaves.items()
-        if path not in maps and not isinstance(part, INERT)
-        and (isinstance(part, nn.PReLU) or not [*part.parameters(), *part.buffers()])
+        if path not in maps and not isinstance(part, INERT) and (isinstance(part, nn.PReLU) or _is_function(part))
     }  # fmt: skip
     gated = len(maps) == 3 and sum("." not in path for path in maps) >= 2
     if not functions or (len(maps) != 2 and not gated) or _within_one_child(maps):
@@ -87,9 +104,31 @@ def read_module(name: str, module: nn.Module) -> FFN | Dense | None:
     if obstacle:
         looks_like_attention = re.search("attn|attention", type(module).__name__, re.IGNORECASE)
         return None if looks_like_attention else Dense(obstacle, hidden)
+    return _ffn((name,), up, next(iter(functions.values())), down)
+
+
+def read_split(paths: Sequence[str], up: Any, act: nn.Module, down: Any) -> FFN | Dense | None:
+    """An up map, an activation and a down map that lie apart, at `paths`, as an MLP; otherwise as `read_module`."""
+    if not is_map(up) or not is_map(down) or up is down:
+        return None
+    for path, part in ((paths[0], up), (paths[2], down)):
+        known = {id(part.weight), id(part.bias)}
+        if next(part.children(), None) or any(id(t) not in known for t in (*part.parameters(), *part.buffers())):
+            return Dense(f"`{path}` computes its weights from others", int(up.weight.shape[0]))
+    if {id(t) for t in up.parameters()} & {id(t) for t in down.parameters()}:
+        return Dense("its two maps share weights", int(up.weight.shape[0]))
+    reason = _map_obstacle({paths[0]: up, paths[2]: down})
+    if not reason and (not _is_function(act) or activation_name(act) is None):
+        reason = f"uses {type(act).__name__}; known are {KNOWN}"
+    return Dense(reason, int(up.weight.shape[0])) if reason else _ffn(paths, up, act, down)
+
+
+def _ffn(paths: Sequence[str], up: Any, act: nn.Module, down: Any) -> FFN:
+    """The MLP of parts in which nothing speaks against one."""
     w_up, w_down = up.weight.detach().flatten(1), down.weight.detach().flatten(1)
-    activation = activation_name(next(iter(functions.values())))
-    assert activation is not None, "_obstacle saw that it is known"
+    activation = activation_name(act)
+    assert activation is not None, "the caller saw that it is known"
+    name, *bypassed = paths
     return FFN(
         name=name,
         activation=activation,
@@ -100,6 +139,7 @@ def read_module(name: str, module: nn.Module) -> FFN | Dense | None:
         scale=None,
         channels_first=isinstance(up, nn.Conv2d),
         biases=(up.bias is not None, down.bias is not None),
+        bypassed=tuple(bypassed),
     )
 
 
@@ -116,17 +156,25 @@ def _obstacle(module: nn.Module, maps: dict[str, Any], functions: dict[str, nn.M
         if any(id(t) not in inside for t in (*part._parameters.values(), *part._buffers.values()) if t is not None):
             what = f"`{path}` ({type(part).__name__})" if path else "parameters of its own"
             return f"holds {what} beside its two linear maps"
+    others = ", ".join(f"`{path}` ({type(part).__name__})" for path, part in functions.items())
+    if reason := _map_obstacle(maps, f"holds {others} beside its two maps" if len(functions) > 1 else ""):
+        return reason
+    act = next(iter(functions.values()))
+    return "" if activation_name(act) else f"uses {type(act).__name__}; known are {KNOWN}"
+
+
+def _map_obstacle(maps: dict[str, Any], others: str = "") -> str:
+    """What keeps two maps from being an MLP's. `others` is said, if it is not empty, before their widths are."""
     (up_path, up), (down_path, down) = maps.items()
     for path, part in maps.items():
         if not _is_plain(part):
             return f"`{path}` is {type(part).__name__}, no plain linear map"
     if type(up.weight) is not type(down.weight) or up.weight.ndim != down.weight.ndim:
         return "mixes linear maps and convolutions"
-    if len(functions) > 1:
-        return f"holds {', '.join(f'`{path}` ({type(part).__name__})' for path, part in functions.items())} beside its two maps"
+    if others:
+        return others
     if up.weight.shape[0] != down.weight.shape[1]:
         return f"gated: `{up_path}` gives {up.weight.shape[0]} numbers and `{down_path}` takes {down.weight.shape[1]}"
     if up.weight.shape[1] != down.weight.shape[0]:
         return f"changes the width of its tokens from {up.weight.shape[1]} to {down.weight.shape[0]}"
-    act = next(iter(functions.values()))
-    return "" if activation_name(act) else f"uses {type(act).__name__}; known are {KNOWN}"
+    return ""

@@ -1,7 +1,7 @@
 """Which modules of a model are MLPs that experts can be taken from: found by what they hold, proved by running them.
 
-`moee.mlp_structure` lists the candidates. `find_ffns` runs the model once and holds what each of them returned against the
-formula down(act(up(x))). What differs stays dense, with the reason.
+`moee.mlp_structure` lists the modules that may be one, `moee.mlp_flow` those whose parts lie apart. `find_ffns` runs the model
+once and holds what each of them returned against the formula down(act(up(x))). What differs stays dense, with the reason.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from moee.activations import activate
 from moee.data import model_transform
 from moee.errors import UserError
+from moee.interface import title_of_model
 from moee.layer_report import FROM_THE_START, LayerReport, left_dense
-from moee.mlp_structure import Dense, candidates, read_module
+from moee.mlp_flow import Flow, Near, Site, has_weights
+from moee.mlp_sites import SplitMLP, inseparable, mlp_module
+from moee.mlp_structure import SHARED, Dense, candidates, read_module, read_split
 from moee.models import FFN, Shape
 from moee.scales import following_scales
 from moee.schema import reason_of
@@ -48,6 +51,17 @@ class _Call:
     obstacle: str = ""
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What one forward pass showed of the MLPs that are modules and of those whose parts lie apart; its images and its output."""
+
+    calls: dict[str, _Call] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    near: dict[str, Near] = field(default_factory=dict)
+    images: Tensor | None = None
+    output: Any = None
+
+
 def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | None = None) -> Found:
     """Every MLP of the model in execution order of its definition, proved on a batch of random images of `shape` (default: what
     the model was built for). A model without memory (on the meta device) is judged by its shapes and its MLPs on random weights.
@@ -55,7 +69,10 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     `exclude` names modules, or prefixes of them (`blocks.3`), that stay dense. Raises `UserError` for an exclusion that matches
     nothing, for a model that cannot run, and for one with nothing to cut: the sentence lists what stays dense and why.
     """
-    listed = candidates(model)
+    shape = shape or model_transform(model).shape
+    modules = candidates(model)
+    run = _run(model, modules, exclude, shape)
+    listed = _in_order(model, _with_sites(model, modules, run))
     names = list(listed)
     for pattern in exclude:
         if not any(_matches(name, pattern) for name in names):
@@ -64,32 +81,36 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     dense: dict[str, Dense] = {}
     plain: dict[str, FFN] = {}
     for name, found in listed.items():
-        if any(_matches(name, pattern) for pattern in exclude):
+        if _excluded(name, exclude):
             dense[name] = Dense("excluded", found.hidden)
         elif isinstance(found, Dense):
             dense[name] = found
         else:
             plain[name] = found
-    shape = shape or model_transform(model).shape
-    calls = _without_summaries(plain, _run(model, plain, shape)) if plain else {}
+    calls = _without_summaries(plain, {name: run.calls[name] for name in plain})
     dense |= {name: Dense(call.obstacle, plain[name].hidden) for name, call in calls.items() if call.obstacle}
+    split = [ffn for name, ffn in plain.items() if ffn.bypassed and name not in dense]
+    dense |= {name: Dense(why, plain[name].hidden) for name, why in inseparable(model, split, run.images, run.output).items()}
     ffns, unscaled = _scaled(model, [ffn for name, ffn in plain.items() if name not in dense], shape)
     if not ffns:
         reasons = {name: part.reason for name, part in dense.items()}
         what = f"; it holds {described(reasons)}" if dense else ""
-        raise UserError(f"{type(model).__name__} has no fc1-act-fc2 MLP to take experts from{what}; choose a Vision Transformer")
+        raise UserError(f"{title_of_model(model)} has no fc1-act-fc2 MLP to take experts from{what}; choose a Vision Transformer")
     return Found(ffns, {name: dense[name] for name in names if name in dense}, unscaled)
 
 
 def _without_summaries(ffns: dict[str, FFN], calls: dict[str, _Call]) -> dict[str, _Call]:
     """Speak against MLPs that read one token an image, a pooled or class token, where others of their width read many: there is
     next to nothing to save, and an image gives one token to learn from. The last stage of a hierarchical model on small images is
-    none of these."""
+    none of these. Split MLPs always: squeeze-and-excitation gates look like them."""
     most: dict[int, int] = {}
     for name, call in calls.items():
         most[ffns[name].dim] = max(most.get(ffns[name].dim, 0), call.tokens)
-    summaries = {name for name, call in calls.items() if call.tokens == 1 < most[ffns[name].dim] and not call.obstacle}
-    return {n: replace(call, obstacle="sees one token an image") if n in summaries else call for n, call in calls.items()}
+    summaries = {
+        name for name, call in calls.items()
+        if call.tokens == 1 and (most[ffns[name].dim] > 1 or ffns[name].bypassed) and not call.obstacle
+    }  # fmt: skip
+    return {n: replace(call, obstacle=SUMMARY) if n in summaries else call for n, call in calls.items()}
 
 
 def _scaled(model: nn.Module, ffns: list[FFN], shape: Shape) -> tuple[list[FFN], list[str]]:
@@ -97,10 +118,10 @@ def _scaled(model: nn.Module, ffns: list[FFN], shape: Shape) -> tuple[list[FFN],
     images = random_images(shape, next(model.parameters()))
     if images.is_meta or not ffns:
         return ffns, []
-    outputs = {ffn.name: (ffn.dim, 1 if ffn.channels_first else -1) for ffn in ffns}
+    outputs = {ffn.output_name: (ffn.dim, 1 if ffn.channels_first else -1) for ffn in ffns}
     scales = following_scales(model, outputs, images[:1])
-    unscaled = [name for name, scale in scales.items() if not scale.verified]
-    return [replace(ffn, scale=scales[ffn.name].weight) for ffn in ffns], unscaled
+    unscaled = [ffn.name for ffn in ffns if not scales[ffn.output_name].verified]
+    return [replace(ffn, scale=scales[ffn.output_name].weight) for ffn in ffns], unscaled
 
 
 def reports_of(found: Found) -> list[LayerReport]:
@@ -126,23 +147,61 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.")
 
 
+def _excluded(name: str, exclude: tuple[str, ...]) -> bool:
+    return any(_matches(name, pattern) for pattern in exclude)
+
+
 @torch.no_grad()
-def _run(model: nn.Module, ffns: dict[str, FFN], shape: Shape) -> dict[str, _Call]:
-    """One forward pass on a few random images that watches the modules of `ffns`; without memory a second one, on one image."""
-    images = random_images(shape, next(model.parameters()))
-    calls = _watched(model, ffns, images)
+def _run(model: nn.Module, listed: dict[str, FFN | Dense], exclude: tuple[str, ...], shape: Shape) -> _Run:
+    """One forward pass on a few random images that watches the MLPs among the `listed` modules, and what follows what outside of
+    them; without memory a second one, on one image."""
+    ffns = {name: found for name, found in listed.items() if isinstance(found, FFN)}
+    whole = {name for name, found in listed.items() if isinstance(found, FFN) or found.reason == SHARED}
+    like = next(model.parameters(), None)
+    if like is None or not (ffns or Flow(model, whole, lambda *_: ("", 0)).maps):
+        return _Run()
+    images = random_images(shape, like)
+    watched = {name: ffn for name, ffn in ffns.items() if not _excluded(name, exclude)}
+    run = _watched(model, watched, whole, images)
     if not images.is_meta:
-        return calls
-    alone = _watched(model, ffns, torch.empty(1, *shape, device="meta"))
-    for name, call in calls.items():
-        if not call.obstacle and call.tokens != alone[name].tokens:
-            calls[name] = replace(call, obstacle=ELSEWHERE)
-        elif not call.obstacle:
-            calls[name] = replace(call, obstacle=_prove_alone(model.get_submodule(name), ffns[name]))
-    return calls
+        return run
+    alone = _watched(model, watched, whole, torch.empty(1, *shape, device="meta"))
+    for name, call in run.calls.items():
+        ffn = watched.get(name) or run.sites[name].read
+        if call.obstacle or not isinstance(ffn, FFN):
+            continue
+        if name not in alone.calls or call.tokens != alone.calls[name].tokens:
+            run.calls[name] = replace(call, obstacle=ELSEWHERE)
+        else:
+            run.calls[name] = replace(call, obstacle=_prove_alone(mlp_module(model, name, ffn.bypassed), ffn))
+    return run
+
+
+def _with_sites(model: nn.Module, modules: dict[str, FFN | Dense], run: _Run) -> dict[str, FFN | Dense]:
+    """The candidates that are modules, and those whose parts lie apart. A module that is no MLP gives way to what is known of the
+    parts inside it, unless it holds nothing else and its own reason says as much."""
+    found: dict[str, FFN | Dense] = dict(modules)
+    for name, site in run.sites.items():
+        around = [module for module in modules if name.startswith(f"{module}.")]
+        own = {id(p) for path in site.parts for p in model.get_submodule(path).parameters()}
+        exact = any(all(id(p) in own for p in model.get_submodule(module).parameters()) for module in around)
+        if not exact or (site.proved and site.tokens > 1):
+            found = {n: read for n, read in found.items() if n not in around} | {name: site.read}
+    for name, near in run.near.items():
+        around = [module for module in modules if name.startswith(f"{module}.")]
+        others = [part for module in around for path, part in model.get_submodule(module).named_modules(prefix=module)
+                  if path not in near.parts and has_weights(part)]  # fmt: skip
+        if name not in found and (not around or near.kind == "function" or (near.kind == "more" and others)):
+            found = {n: read for n, read in found.items() if n not in around} | {name: near.read}
+    return found
+
+
+def _in_order(model: nn.Module, listed: dict[str, FFN | Dense]) -> dict[str, FFN | Dense]:
+    return {name: listed[name] for name, _ in model.named_modules() if name in listed}
 
 
 ELSEWHERE = "its input does not depend on the image"
+SUMMARY = "sees one token an image"
 
 
 def random_images(shape: Shape, like: Tensor) -> Tensor:
@@ -157,7 +216,7 @@ def random_images(shape: Shape, like: Tensor) -> Tensor:
     return images[[0, 1, 0]].to(like.device, like.dtype)
 
 
-def _watched(model: nn.Module, ffns: dict[str, FFN], images: Tensor) -> dict[str, _Call]:
+def _watched(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Tensor) -> _Run:
     calls = {name: _Call() for name in ffns}
 
     def hook(name: str) -> Any:
@@ -170,15 +229,17 @@ def _watched(model: nn.Module, ffns: dict[str, FFN], images: Tensor) -> dict[str
 
         return see
 
+    flow = Flow(model, whole, lambda ffn, args, kwargs, output: _judge(ffn, args, kwargs, output, len(images)))
     handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in ffns]
+    handles += flow.watch()
     try:
-        model(images)
+        output = model(images)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # any code may stand behind a model
         reason = reason_of(error)
         size = " x ".join(map(str, images.shape[1:]))
-        raise UserError(f"{type(model).__name__} does not run on images of {size}: {reason}") from error
+        raise UserError(f"{title_of_model(model)} does not run on images of {size}: {reason}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -187,7 +248,9 @@ def _watched(model: nn.Module, ffns: dict[str, FFN], images: Tensor) -> dict[str
             calls[name] = replace(call, obstacle="takes no part in a forward pass")
         elif call.count > 1:
             calls[name] = replace(call, obstacle=f"runs {call.count} times an image")
-    return calls
+    sites = flow.sites()
+    calls |= {name: _Call(1, site.tokens) for name, site in sites.items() if isinstance(site.read, FFN)}
+    return _Run(calls, sites, flow.near, images, output)
 
 
 def _judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> tuple[str, int]:
@@ -252,7 +315,7 @@ def _prove_alone(module: nn.Module, ffn: FFN) -> str:
     generator = torch.Generator().manual_seed(0)
     for parameter in own.parameters():
         parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
-    read = read_module(ffn.name, own)
+    read = read_split(("", *ffn.bypassed), own.up, own.act, own.down) if isinstance(own, SplitMLP) else read_module(ffn.name, own)
     assert isinstance(read, FFN), "its structure is that of `ffn`"
     shape = (2, ffn.dim, 2, 2) if ffn.channels_first else (2, 5, ffn.dim)
     x = torch.randn(shape, generator=generator)

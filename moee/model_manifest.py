@@ -91,6 +91,16 @@ class Manifest(Body):
     info: Info
 
 
+def _both_or_none(paths: tuple[str, ...]) -> tuple[str, ...]:
+    if len(paths) not in (0, 2):
+        raise ValueError("expected the paths of an activation and a down map, or none")
+    return paths
+
+
+# parts of a split MLP that pass their input on, since the layer takes the place of its up map; see `moee.models.FFN`
+Bypassed = Annotated[tuple[Text, ...], AfterValidator(_both_or_none)]
+
+
 class LayerRecord(BaseModel):
     """A routed layer as the manifest describes it: what rebuilds the module before its tensors are loaded."""
 
@@ -105,6 +115,7 @@ class LayerRecord(BaseModel):
     dim: int = Field(ge=1)
     load: tuple[int, ...]
     channels_first: bool = False
+    bypassed: Bypassed = ()
 
 
 class ClearRecord(BaseModel):
@@ -122,3 +133,4 @@ class ClearRecord(BaseModel):
     dim: int = Field(ge=1)
     hidden: int = Field(ge=1)
     channels_first: bool = False
+    bypassed: Bypassed = ()

@@ -46,6 +46,9 @@ class FFN:
 
     `scale` [D] is the LayerScale that follows the MLP, or None. `channels_first` marks 1x1-convolution MLPs on [B, D, H, W].
     `biases`: whether the model has `b_up` and `b_down`, or they are zeros that stand for nothing.
+
+    `name` is the path of the module that is the MLP. Where its parts lie apart, `name` is its up map's path, and `bypassed` are
+    those of its activation and its down map.
     """
 
     name: str
@@ -57,6 +60,12 @@ class FFN:
     scale: Tensor | None
     channels_first: bool
     biases: tuple[bool, bool] = (True, True)
+    bypassed: tuple[str, ...] = ()
+
+    @property
+    def output_name(self) -> str:
+        """Path of the module that gives the MLP's output in the dense model; `name` is the one that reads its input."""
+        return self.bypassed[-1] if self.bypassed else self.name
 
     @property
     def dim(self) -> int:

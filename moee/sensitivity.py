@@ -105,9 +105,11 @@ def measure_sensitivity(
         p.requires_grad_(False)
     current = 0
 
-    def hook(layer: _Accumulator):
+    def before(layer: _Accumulator):
+        return lambda module, args: layer.see(args[0].detach())
+
+    def after(layer: _Accumulator):
         def on_forward(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            layer.see(args[0].detach())
             y = y if y.requires_grad else y.detach().requires_grad_()
             y.register_hook(lambda gradient: layer.add(gradient, current))
             return y
@@ -137,7 +139,10 @@ def measure_sensitivity(
             own = max(counts[name] for name in group.names)
             size = max(1, min(BATCH_TOKENS // own, EARLY_TOKENS // max(counts.values())))
             order = spread(len(data), group.images)
-            handles = [model.get_submodule(name).register_forward_hook(hook(layers[name])) for name in group.names]
+            handles = [model.get_submodule(name).register_forward_pre_hook(before(layers[name])) for name in group.names]
+            handles += [
+                model.get_submodule(ffns[name].output_name).register_forward_hook(after(layers[name])) for name in group.names
+            ]
             generator = torch.Generator().manual_seed(seed)
             what = "sensitivity" if group.names[0] == next(iter(counts)) else f"sensitivity from {group.names[0]}"
             with torch.enable_grad():

@@ -21,7 +21,7 @@ from moee.clear_moe.decompose import (
 from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.errors import UserError
 from moee.layer_report import RefitReport
-from moee.models import replace_module
+from moee.mlp_sites import put_mlp, restore_mlp
 from moee.progress import Reporter
 
 
@@ -89,7 +89,7 @@ def build_layers(
     model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearConfig, report: Reporter
 ) -> dict[str, Built]:
     """Put the layers in place, front to back, in one forward pass; an error puts the dense ones back."""
-    dense = {a.ffn.name: model.get_submodule(a.ffn.name) for a in selected}
+    dense: dict[str, nn.Module] = {}
     done = 0
 
     def count() -> None:
@@ -98,18 +98,17 @@ def build_layers(
         report("decompose", done, len(selected))
 
     steps = {a.ffn.name: _BuildStep(a, config, count) for a in selected}
-    for name, step in steps.items():
-        replace_module(model, name, step)
+    for a in selected:
+        dense |= put_mlp(model, a.ffn.name, steps[a.ffn.name], a.ffn.bypassed)
     try:
         report("decompose", 0, len(selected))
         model(images)
     except BaseException:
-        for name, module in dense.items():
-            replace_module(model, name, module)
+        restore_mlp(model, dense)
         raise
     built = {}
     for name, step in steps.items():
         assert step.built is not None, f"the forward pass does not run `{name}`"
-        replace_module(model, name, step.built.layer)
+        put_mlp(model, name, step.built.layer, step.analysis.ffn.bypassed)
         built[name] = step.built
     return built

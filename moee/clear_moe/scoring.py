@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from moee.clear_moe.decompose import decompose_down, decompose_up, dense_hidden, up_metric
 from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.clear_moe.routers import linear_parts
-from moee.models import FFN, replace_module
+from moee.mlp_sites import mlp_replaced
+from moee.models import FFN
 
 NEAR_ZERO = 0.01  # of the layer's root mean square activation
 SILHOUETTE_TOKENS = 1000
@@ -72,12 +73,9 @@ def score_layer(
     """Figures of one layer from its input tokens [N, D]; sensitivity is the relative change of the model's output
     `reference` on `images` when this layer alone runs at `rank`."""
     hidden = dense_hidden(ffn, tokens[:: max(1, len(tokens) // SPARSITY_TOKENS)])
-    dense = model.get_submodule(ffn.name)
-    replace_module(model, ffn.name, low_rank_layer(ffn, tokens[:: max(1, len(tokens) // SENSITIVITY_TOKENS)], rank, metric))
-    try:
+    layer = low_rank_layer(ffn, tokens[:: max(1, len(tokens) // SENSITIVITY_TOKENS)], rank, metric)
+    with mlp_replaced(model, ffn.name, layer, ffn.bypassed):
         changed = model(images)
-    finally:
-        replace_module(model, ffn.name, dense)
     sensitivity = float((changed - reference).norm() / reference.norm().clamp(min=1e-12))
     return LayerScore(near_zero_share(hidden), silhouette(hidden, clusters, seed), sensitivity, rank)
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from moee.config import validated
 from moee.data import batches
-from moee.layer import routed_layers
+from moee.layer import RoutedLayer, routed_layers
 from moee.metrics import mean_cosine
-from moee.models import replace_module
+from moee.mlp_sites import mlp_replaced
 from moee.pipeline import Session
 from moee.planning.budget import Point
 from moee.planning.search import Planner, kind_of
@@ -40,11 +40,6 @@ def layer_table(session: Session, planner: Planner, winner: Point, report: Repor
     return rows
 
 
-def _alone(dense: nn.Module, name: str, layer: nn.Module, images: Tensor, reference: Tensor) -> float:
-    original = dense.get_submodule(name)
-    replace_module(dense, name, layer)
-    try:
-        with torch.inference_mode():
-            return mean_cosine(dense(images), reference)
-    finally:
-        replace_module(dense, name, original)
+def _alone(dense: nn.Module, name: str, layer: RoutedLayer, images: Tensor, reference: Tensor) -> float:
+    with mlp_replaced(dense, name, layer, layer.bypassed), torch.inference_mode():
+        return mean_cosine(dense(images), reference)

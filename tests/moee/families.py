@@ -42,11 +42,11 @@ class Family:
 SE = "`gate` \\(Sigmoid\\)"
 FAST = {
     "repvit": Family("repvit_m1", dense=(SE, "`conv1.bn` \\(BatchNorm2d\\)")),
-    "fastvit": Family("fastvit_t8", dense=(SE, "`conv.conv` \\(Conv2d\\)")),
+    "fastvit": Family("fastvit_t8", cut=10, scaled=10, dense=(SE,)),
     "regnet": Family("regnety_002", dense=(SE,)),
     "coatnet": Family("coatnet_pico_rw_224", dict(img_size=64), cut=7, dense=(SE,)),
     "gcvit": Family("gcvit_xxtiny", dict(img_size=64), cut=12, dense=(SE,)),
-    "swiftformer": Family("swiftformer_xs", dense=("`norm1` \\(BatchNorm2d\\)", "`dwconv` \\(Conv2d\\)")),
+    "swiftformer": Family("swiftformer_xs", cut=20, scaled=20),
     "pvt_v2": Family("pvt_v2_b0", dense=("`dwconv` \\(Conv2d\\)",)),
     "vit_relpos": Family(
         "vit_relpos_small_patch16_224", dict(img_size=64, depth=2, embed_dim=96, num_heads=3), cut=2, scaled=2,

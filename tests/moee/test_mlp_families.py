@@ -8,6 +8,7 @@ import pytest
 from moee.errors import UserError
 from moee.identity import check_ffns
 from moee.metrics import dense_macs, dense_params, tokens_per_image
+from moee.mlp_sites import mlp_module
 from moee.mlps import Found, find_ffns, random_images
 from tests.moee.families import FAST, SLOW, Family
 
@@ -37,7 +38,7 @@ def check(family: Family) -> None:
     for reason in family.dense:
         assert any(re.search(reason, part.reason) for part in found.dense.values()), (reason, found.dense)
     for ffn in found.ffns:
-        assert ffn.params == dense_params(model.get_submodule(ffn.name)), ffn.name
+        assert ffn.params == dense_params(mlp_module(model, ffn.name, ffn.bypassed)), ffn.name
     tokens = tokens_per_image(model, [ffn.name for ffn in found.ffns], family.shape)
     assert min(tokens.values()) > 1
     check_ffns(model, found.ffns, random_images(family.shape, found.ffns[0].w_up)[:2])

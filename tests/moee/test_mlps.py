@@ -50,12 +50,6 @@ class Masked(nn.Linear):
         return super().forward(x) * 0.5
 
 
-class OwnParameter(Plain):
-    def __init__(self):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(1))
-
-
 class MaskedMaps(Plain):
     def __init__(self):
         super().__init__()
@@ -120,7 +114,6 @@ def with_mlp(mlp, at=1):
         (Shortcut, "blocks.1.mlp", "computes something else"),
         (ShiftedTokens, "blocks.1.mlp", "computes something else"),
         (MaskedMaps, "blocks.1.mlp", "`widen` is Masked, no plain linear map"),
-        (OwnParameter, "blocks.1.mlp", "holds parameters of its own"),
         (lambda: Plain(act=nn.Mish()), "blocks.1.mlp", "uses Mish; known are gelu"),
         (lambda: Plain(act=nn.PReLU()), "blocks.1.mlp", "holds `bend` (PReLU)"),
         (TwoArguments, "blocks.1.mlp.inner", "called with 2 arguments"),

@@ -1,0 +1,319 @@
+"""MLPs whose three parts are not one module: found by what follows what, proved, taken out and put back."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moee.checkpoint import layer_records, rebuild_layers
+from moee.identity import check_ffns, whole_ffn
+from moee.interface import on_meta
+from moee.layer import routed_layers
+from moee.metrics import dense_params, model_cost, tokens_per_image
+from moee.mlp_sites import mlp_module, put_mlp
+from moee.mlps import find_ffns, random_images
+
+SHAPE = (3, 16, 16)
+DIM, HIDDEN = 8, 24
+
+
+class Block(nn.Module):
+    """A block of a stranger's model, with attention, norms and the three parts of its MLP side by side; tests replace `mlp`."""
+
+    def __init__(self, act=None, dim=DIM, hidden=HIDDEN):
+        super().__init__()
+        self.fc2 = nn.Linear(hidden, dim)  # not in the order in which they run
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim), nn.MultiheadAttention(dim, 2, batch_first=True), nn.LayerNorm(dim)
+        self.fc1, self.gelu, self.drop = nn.Linear(dim, hidden), act or nn.GELU(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.attn(y, y, y)[0]
+        return x + self.mlp(self.norm2(x))
+
+    def mlp(self, x):
+        return self.fc2(self.drop(self.gelu(self.fc1(x))))
+
+
+class Model(nn.Module):
+    """Images [B, 3, 16, 16] in 16 tokens through blocks to 5 outputs."""
+
+    def __init__(self, *blocks, dim=DIM):
+        super().__init__()
+        self.cut, self.blocks, self.head = nn.Conv2d(3, dim, 4, 4), nn.Sequential(*blocks), nn.Linear(dim, 5)
+
+    def forward(self, images):
+        return self.head(self.blocks(self.cut(images).flatten(2).mT).mean(1))
+
+
+def model_of(*blocks, **kwargs):
+    model = Model(*blocks, **kwargs).eval()
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * p[0].numel() ** -0.5
+    return model
+
+
+class Inside(Block):
+    """(a) the parts in a longer sequence, with a depthwise convolution and a norm, behind a LayerScale: as in ConvNeXt."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = self.norm1 = self.norm2 = None
+        self.block = nn.Sequential(
+            nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM), nn.Flatten(2), Turned(), nn.LayerNorm(DIM),
+            self.fc1, self.gelu, self.drop, self.fc2, nn.Dropout(0.5),
+        )  # fmt: skip
+        del self.fc1, self.gelu, self.fc2, self.drop
+        self.scale = nn.Parameter(torch.ones(DIM))
+
+    def forward(self, x):
+        return x + self.scale * self.block(x.mT.unflatten(-1, (4, 4)))
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.transpose(1, 2)
+
+
+class Output(nn.Module):
+    """(b) the second of two modules, which adds the residual."""
+
+    def __init__(self, down):
+        super().__init__()
+        self.dense, self.dropout = down, nn.Dropout(0.5)
+
+    def forward(self, hidden, tokens):
+        return self.dropout(self.dense(hidden)) + tokens
+
+
+class Intermediate(nn.Module):
+    def __init__(self, up, act):
+        super().__init__()
+        self.dense, self.act = up, act
+
+    def forward(self, x):
+        return self.act(self.dense(x))
+
+
+class TwoModules(Block):
+    def __init__(self):
+        super().__init__()
+        self.intermediate, self.output = Intermediate(self.fc1, self.gelu), Output(self.fc2)
+        del self.fc1, self.gelu, self.fc2
+
+    def forward(self, x):
+        return self.output(self.intermediate(self.norm2(x)), x)
+
+
+class Convolutions(Block):
+    """(c) 1x1 convolutions on a map."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2, self.norm2 = nn.Conv2d(DIM, HIDDEN, 1), nn.Conv2d(HIDDEN, DIM, 1), nn.BatchNorm2d(DIM)
+
+    def forward(self, x):
+        return x + self.mlp(self.norm2(x.mT.unflatten(-1, (4, 4)))).flatten(2).mT
+
+
+class InPlace(Block):
+    def __init__(self):
+        super().__init__(nn.ReLU(inplace=True))
+
+
+class OwnParameter(Block):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+
+class Parallel(Block):
+    """Attention between the two maps."""
+
+    def forward(self, x):
+        y = self.norm1(x)
+        hidden = self.gelu(self.fc1(y))
+        return x + self.attn(y, y, y)[0] + self.fc2(hidden)
+
+
+class FeedForward(Block):
+    """A norm in front of the maps, in one sequence, as many Vision Transformers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(self.norm2, self.fc1, self.gelu, self.drop, self.fc2)
+        del self.norm2, self.fc1, self.gelu, self.drop, self.fc2
+
+    def forward(self, x):
+        return x + self.net(x)
+
+
+PARTS = ("blocks.0.fc1", "blocks.0.gelu", "blocks.0.fc2")
+KINDS = {
+    "a, inside a sequence": (Inside, ("blocks.0.block.4", "blocks.0.block.5", "blocks.0.block.7"), True),
+    "a, behind a norm": (FeedForward, ("blocks.0.net.1", "blocks.0.net.2", "blocks.0.net.4"), False),
+    "b, two modules": (TwoModules, ("blocks.0.intermediate.dense", "blocks.0.intermediate.act", "blocks.0.output.dense"), False),
+    "c, in the block": (Block, PARTS, False),
+    "c, convolutions": (Convolutions, PARTS, False),
+    "c, in place": (InPlace, PARTS, False),
+    "c, beside a parameter": (OwnParameter, PARTS, False),
+    "c, around attention": (Parallel, PARTS, False),
+    "c, SiLU": (lambda: Block(nn.SiLU()), PARTS, False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_found_proved_replaced_and_put_back(kind):
+    make, parts, scaled = KINDS[kind]
+    model = model_of(make(), make())
+    images = random_images(SHAPE, model.head.weight)
+    before = model(images)
+    found = find_ffns(model, shape=SHAPE)
+    ffn = found.ffns[0]
+    assert len(found.ffns) == 2 and not found.dense and not found.unscaled
+    assert (ffn.name, *ffn.bypassed) == parts and ffn.output_name == parts[2] and (ffn.scale is not None) == scaled
+    assert ffn.params == dense_params(mlp_module(model, ffn.name, ffn.bypassed))
+    by_shapes = find_ffns(on_meta(model), shape=SHAPE)
+    assert [(f.name, f.bypassed) for f in by_shapes.ffns] == [(f.name, f.bypassed) for f in found.ffns] and not by_shapes.dense
+    check_ffns(model, found.ffns, images)
+    assert torch.equal(model(images), before)
+    replaced = copy.deepcopy(model)
+    for each in found.ffns:
+        put_mlp(replaced, each.name, whole_ffn(each), each.bypassed)
+    assert torch.allclose(replaced(images), before, atol=1e-5)
+    rebuilt = copy.deepcopy(model)
+    rebuild_layers(rebuilt, layer_records(replaced), replaced.state_dict())
+    assert torch.equal(rebuilt(images), replaced(images)) and rebuilt.state_dict().keys() == replaced.state_dict().keys()
+    cost = model_cost(model, replaced, dict.fromkeys(routed_layers(replaced), [0.5, 0.5]), SHAPE)
+    assert cost["dense"]["params"] == dense_params(model)
+    assert tokens_per_image(model, [ffn.name], SHAPE) == {ffn.name: 16}
+
+
+class Functional(Block):
+    def mlp(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class UnknownFunction(Block):
+    def mlp(self, x):
+        return self.fc2(F.mish(self.fc1(x)))
+
+
+class NormBetween(Block):
+    """As it is drawn the norm's parts change nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = Gained()
+
+    def mlp(self, x):
+        return self.fc2(self.norm(self.gelu(self.fc1(x))))
+
+
+class Gained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(1, HIDDEN))
+
+    def forward(self, x):
+        return x + 0 * self.gain * x
+
+
+class Twice(Block):
+    def mlp(self, x):
+        return super().mlp(super().mlp(x))
+
+
+class ReadsWeight(Block):
+    def mlp(self, x):
+        return super().mlp(x.to(self.fc1.weight.dtype))
+
+
+class ReadsWidth(Block):
+    def mlp(self, x):
+        hidden = self.gelu(self.fc1(x))
+        return self.fc2(hidden.reshape(len(x), -1, self.fc2.in_features))
+
+
+class ReadsHidden(Block):
+    """Nothing fails without the hidden layer: the output is another."""
+
+    def mlp(self, x):
+        hidden = self.gelu(self.fc1(x))
+        return self.fc2(hidden) + hidden.mean(-1, keepdim=True)
+
+
+class ComputedWeights(Block):
+    """As the older `nn.utils.weight_norm` does it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1.raw, self.fc1.weight = self.fc1.weight, None
+        del self.fc1._parameters["weight"]
+        self.fc1.weight = self.fc1.raw.detach().clone()
+
+
+class Parametrized(Block):
+    def __init__(self):
+        super().__init__()
+        nn.utils.parametrizations.weight_norm(self.fc1)
+
+
+class Gated(Block):
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(DIM, HIDDEN)
+
+    def mlp(self, x):
+        return self.fc2(self.gelu(self.gate(x)) * self.fc1(x))
+
+
+class OneToken(Block):
+    """A gate of the channels."""
+
+    def mlp(self, x):
+        return x * self.fc2(self.gelu(self.fc1(x.mean(1, keepdim=True))))
+
+
+class Hooked(Block):
+    def __init__(self):
+        super().__init__()
+        self.gelu.register_forward_hook(lambda module, args, output: None)
+
+
+TRAPS = {
+    "d": (Functional, "its activation is a function, not a module: use nn.GELU()", None),
+    "an unknown function": (UnknownFunction, "what lies between .* is none of gelu", "its activation is a function"),
+    "an unknown module": (lambda: Block(nn.Mish()), "uses Mish; known are gelu", None),
+    "parameters between": (NormBetween, "more than an activation lies between", None),
+    "maps used twice": (Twice, "`blocks.0.fc1` runs 2 times an image", None),
+    "a weight is read": (ReadsWeight, "something else in the model uses its parts: .*weight", None),
+    "the width is read": (ReadsWidth, "something else in the model uses its parts: .*in_features", None),
+    "the hidden layer is read": (ReadsHidden, "something else in the model reads its hidden layer", ""),
+    "weight norm": (Parametrized, "", None),
+    "a computed weight": (ComputedWeights, "computes its weights from others", None),
+    "gated": (Gated, "gated|three linear maps", None),
+    "a gate of channels": (OneToken, "sees one token an image", None),
+    "hooks": (Hooked, "`blocks.0.gelu` carries hooks of its own", None),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_what_cannot_be_taken_out_stays_dense_with_the_reason(trap):
+    """`by_shapes`: the reason where the model has no memory, if it is another; empty where only values show it."""
+    make, reason, by_shapes = TRAPS[trap]
+    model = model_of(make(), Block())
+    images = random_images(SHAPE, model.head.weight)
+    before = model(images)
+    for each, wanted in ((model, reason), (on_meta(model), reason if by_shapes is None else by_shapes)):
+        found = find_ffns(each, shape=SHAPE)
+        if each is model or wanted:
+            assert [ffn.name for ffn in found.ffns] == ["blocks.1.fc1"]
+        if wanted:
+            (part,) = found.dense.values()
+            assert re.search(wanted, part.reason), part
+    assert torch.equal(model(images), before)
