@@ -20,7 +20,9 @@ import onnxscript
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.onnx import OnnxExporterError
 
+from exporter.fused_attention import TRANSLATIONS as ATTENTION_TRANSLATIONS
 from exporter.manifests import input_body
 from exporter.operator_schema import VERSION, register
 from exporter.passes.attention import rewrite_attention
@@ -42,6 +44,7 @@ from moee.models import Shape
 from moee.placement import OutputFolder, source_paths
 from moee.progress import Reporter, silent
 from moee.result_kinds import EXPORT
+from moee.schema import shown
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20
@@ -104,6 +107,7 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
     `moee::MoeeFfn` or `moee::ClearFfn` nodes.
 
     Every node is named after the module that it came from (`blocks.0.mlp.fc1/node_linear_2`), as profiles and viewers show it.
+    Raises `UserError` with the reason for a model that PyTorch's exporter cannot express.
     """
     import moee.clear_moe.ops
     import moee.ops  # noqa: F401  registers the operators
@@ -111,9 +115,10 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.moee.ffn.default: _routed_ffn,
         torch.ops.moee.clear_ffn.default: _clear_ffn,
+        **ATTENTION_TRANSLATIONS,
         **INT8_TRANSLATIONS,
     }
-    with _quiet():
+    with _quiet(), _explained(), _frozen(model):
         given = example if isinstance(example, torch.Tensor) else torch.zeros(2, *example)
         program = torch.onnx.export(
             model.eval(), (given,), dynamo=True, opset_version=_opset(model), verbose=False,
@@ -135,6 +140,36 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
         if shape is not None:
             shape[0] = ir.SymbolicDim("batch")
     return graph
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Nothing needs a gradient meanwhile. A learned mask of attention that does (BEiT's positions) makes torch trace another
+    attention than it runs, whose output lies otherwise in memory: the reshape after it then fails."""
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Errors of PyTorch's exporter as a `UserError` that gives the first cause: what it raises is about itself."""
+    try:
+        yield
+    except OnnxExporterError as error:
+        first: BaseException = error
+        while first.__cause__ is not None:
+            first = first.__cause__
+        if isinstance(first, (MemoryError, OSError, KeyboardInterrupt)):
+            raise first from error
+        lines = [line for line in str(first).splitlines() if line.strip()]
+        reason = shown(lines[0].strip(), quoted=False) if lines else type(first).__name__
+        raise UserError(f"PyTorch's exporter cannot express this model in ONNX ({reason})") from error
 
 
 def _forget_shapes() -> None:

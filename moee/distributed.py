@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moee import errors
-from moee.devices import computing_on
 from moee.errors import RankLost, StepFailed
 from moee.lifeline import Lifeline
 
@@ -159,12 +158,11 @@ class Group:
         if self.device.type == "cpu":
             yield
             return
-        with computing_on(self.device):
-            try:
-                model.to(self.device)  # of which half is there if the memory does not suffice
-                yield
-            finally:
-                model.to("cpu")
+        model.to(self.device)
+        try:
+            yield
+        finally:
+            model.to("cpu")
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

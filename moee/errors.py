@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
+ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")  # a terminal's: colours, titles, links
+
+
+def plain(text: str) -> str:
+    """Text that may come from someone else, fit to be shown on one line: line ends become spaces, terminals' escape sequences
+    nothing, other control characters "?"."""
+    return "".join(c if c.isprintable() else " " if c == "\n" else "?" for c in ESCAPES.sub("", text))
 
 
 class UserError(ValueError):
     """Bad input: what was expected, what came, what to do, in one sentence. Exit code 2.
 
-    Messages quote what came, and that may be a file from someone else: characters that would control a terminal become "?".
+    Messages quote what came, and that may be a file from someone else: nothing in them controls a terminal (`plain`).
     """
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else " " if c == "\n" else "?" for c in message))
+        super().__init__(plain(message))
 
 
 class MissingDependency(RuntimeError):

@@ -302,8 +302,10 @@ def disagreement(ffn: FFN, x: Tensor, output: Tensor, other: Tensor | None = Non
     w_up, w_down, b_up, b_down = (t.float() for t in (ffn.w_up, ffn.w_down, ffn.b_up, ffn.b_down))
     hidden = activate(torch.addmm(b_up, tokens, w_up.T), ffn.activation)
     expected = torch.addmm(b_down, hidden, w_down.T) if other is None else some(other)
-    before = torch.addmm(b_up.abs(), tokens.abs(), w_up.abs().T)  # activations stretch differences by 1.13 at most
-    summands = torch.addmm(b_down.abs(), before + hidden.abs(), w_down.abs().T)
+    # a bias may be in every partial sum and so in each rounding; these are like a random walk
+    first, last = b_up.abs() * ffn.dim**0.5, b_down.abs() * ffn.hidden**0.5
+    before = torch.addmm(first, tokens.abs(), w_up.abs().T)  # activations stretch differences by 1.13 at most
+    summands = torch.addmm(last, before + hidden.abs(), w_down.abs().T)
     bound = ROUNDING * torch.finfo(output.dtype).eps * summands + torch.finfo(torch.float32).tiny
     worst = float(((given - expected).abs() / bound).max())
     return worst if worst == worst else float("inf")

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +27,6 @@ from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract, ffn_budget
 from moee.data import ImageSet, batches, model_transform, say_read
-from moee.devices import title_of
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluation import Outputs, retention, run
@@ -38,7 +37,7 @@ from moee.inspection import attention_figures
 from moee.layer_report import LayerReport
 from moee.metrics import dense_macs, model_cost, tokens_per_image
 from moee.mlps import find_ffns, grouped, random_images
-from moee.models import FFN, ModelSpec, load_model
+from moee.models import FFN, ModelSpec, Shape, load_model
 from moee.narrowing import check_share, narrow, width_losses
 from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.probe import Probe, classes_told, fit_probe
@@ -50,6 +49,8 @@ from moee.views import widened
 
 log = logging.getLogger("moee")
 FIRST = 16  # training images among which those of the identity check are looked for
+# A trial of what is to be done with the result, with the model, its MLPs and the shape of an image; raises `UserError`
+Trial = Callable[[ModelSpec, nn.Module, Sequence[FFN], Shape, Reporter], None]
 
 
 def peak_memory_bytes() -> int:
@@ -66,14 +67,14 @@ class Session:
     """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once.
 
     `classes`: those of an artifact or of a class map, by which the images are labelled; else the folders' own. Raises `UserError`
-    unless a classifier tells as many apart.
+    unless a classifier tells as many apart. `trial` is run once the model is proved, before the work.
     """
 
     def __init__(
         self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
-        classes: Sequence[str] = (),
+        classes: Sequence[str] = (), trial: Trial | None = None,
     ):  # fmt: skip
-        self.spec, self.source, self.report, self.group = spec, source, report, group
+        self.spec, self.source, self.report, self.group, self.trial = spec, source, report, group, trial
         with group.agreed():
             self.dense = load_model(spec)
             self.transform = model_transform(self.dense)
@@ -122,6 +123,8 @@ class Session:
                 found = find_ffns(self.dense, config.exclude, self.transform.shape)
                 self._count_costs(found.ffns, config)
                 check_ffns(self.dense, found.ffns, self._few_images(), self.report)
+                if self.trial is not None:
+                    self.trial(self.spec, self.dense, found.ffns, self.transform.shape, self.report)
                 if found.unscaled:
                     log.warning(
                         "what scales the output of %s could not be proved; neurons are chosen as if nothing did",
@@ -232,20 +235,19 @@ class Session:
 def run_extract(
     spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] = (), trial: Trial | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
-    In a `group` (a `session` has its own) the ranks share the work and rank 0 writes; the experts do not depend on the number of
-    ranks. Probe and measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where measuring
-    the model fails or is interrupted, the artifact is written without measurements, and the error has a note that says so.
+    In a `group` the ranks share the work and rank 0 writes; the experts do not depend on the number of ranks. Probe and
+    measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where measuring the model fails or
+    is interrupted, the artifact is written without measurements, and the error has a note that says so.
     """
     inputs = source_paths(source, spec.weights)
-    group = group if session is None else session.group
     with group.agreed():
         if group.leader:
             OutputFolder(out, MODEL, force, inputs).check()
-    session = session or Session(spec, source, config.seed, report, group, workers, classes)
+    session = session or Session(spec, source, config.seed, report, group, workers, classes, trial)
     session.prove(config)
     probe = session.probe()
     started = time.perf_counter()
@@ -261,7 +263,7 @@ def run_extract(
         layers = extract(model, session.train, config, report, jobs=jobs, group=group)
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
-        "stages": {"extracted": {"data": source, "seconds": seconds, "device": title_of(group.device)}},
+        "stages": {"extracted": {"data": source, "seconds": seconds}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
@@ -323,7 +325,6 @@ def run_finetune(
     `source`, or the artifact's data without it, becomes the artifact's data: what later commands take by default. What it was
     extracted on stays with that stage. `model`: as in `checkpoint.load`.
     """
-    group = group if session is None else session.group
     inputs = source_paths(path, source, weights)
     state = resume_folder(out, FINETUNE_STATE, inputs)
     with group.agreed():
@@ -346,10 +347,7 @@ def run_finetune(
     seconds = time.perf_counter() - started
     used = {**config.model_dump(), "amp": result.amp}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
-    tuned = {
-        "data": session.source, "seconds": seconds, "device": title_of(group.device), "config": used,
-        "best_epoch": result.best_epoch, "losses": losses,
-    }  # fmt: skip
+    tuned = {"data": session.source, "seconds": seconds, "config": used, "best_epoch": result.best_epoch, "losses": losses}
     stages = moee.info["stages"]
     if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on
         read = {"data_read": moee.info["data_read"]} if "data_read" in moee.info else {}

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from moee.errors import UserError
+from moee.errors import UserError, plain
 
 MAX_JSON_BYTES = 32 << 20  # the manifests of the largest timm ViTs are below 1 MiB
 MAX_JSON_DEPTH = 64
@@ -89,7 +89,7 @@ def checked(kind: type[Model], body: Any, path: Path | str) -> Model:
 
 def shown(value: Any, quoted: bool = True, limit: int = MAX_SHOWN) -> str:
     """A value from a file as a message may show it: short, on one line, without control characters."""
-    text = repr(value) if quoted else "".join(c if c.isprintable() else "?" for c in str(value))
+    text = repr(value) if quoted else plain(str(value))
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

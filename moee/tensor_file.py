@@ -14,15 +14,29 @@ from torch import Tensor
 from moee.atomic import atomic_file
 
 
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, no two of which share memory: safetensors refuses others."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        if whole.untyped_storage().data_ptr() in taken:
+            whole = whole.clone()
+        taken.add(whole.untyped_storage().data_ptr())
+        apart[name] = whole
+    return apart
+
+
 def write_tensors(tensors: Mapping[str, Tensor], path: Path | str, metadata: dict[str, str] | None = None) -> None:
-    """Write `tensors` to `path`; contiguous copies are made of those that are not.
+    """Write `tensors` to `path`; contiguous copies are made of those that are not, and of those that share memory (CoaT's modules
+    do): under each of its names a tensor is in the file.
 
     Raises `OSError` if the disk is full, read-only or failing: safetensors itself hides the reason in its own error's text.
     """
     path = Path(path)
     with atomic_file(path) as temporary:
         try:
-            save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata=metadata)
+            save_file(_apart(tensors), temporary, metadata=metadata)
         except SafetensorError as error:
             code = re.search(r"\(os error (\d+)\)", str(error))
             if code is None:

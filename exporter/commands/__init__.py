@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from moee.checkpoint import MoeeModel
     from moee.distributed import Group
     from moee.models import ModelSpec
-    from moee.pipeline import Session
+    from moee.pipeline import Session, Trial
     from moee.progress import Reporter
 
 NAMES = "timm model name, local-dir:FOLDER, hf-hub:ID, torchvision:NAME, hf:FOLDER, package.module:function"
@@ -82,13 +82,6 @@ def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
     parser.add_argument("--rank-timeout", type=at_least(1), default=3600, metavar="S", help=waits)
 
 
-def add_device(parser: argparse.ArgumentParser, *, target: bool = False, what: str = "where torch computes") -> None:
-    """`--device`, also called `--torch-device`; that alone where the command has a `target` device of that name."""
-    names = ["--torch-device"] if target else ["--device", "--torch-device"]
-    text = f"{what}: cpu, cuda, cuda:1 or auto, a GPU if there is one (auto)"
-    parser.add_argument(*names, dest="torch_device", default="auto", metavar="DEVICE", help=text)
-
-
 @contextmanager
 def rank_display(group: Group) -> Iterator[Reporter]:
     """Progress on rank 0; the others say nothing."""
@@ -108,6 +101,19 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder, wds/FOLDER, or timm.data's")
     add_weights(parser)
     add_class_map(parser)
+
+
+def add_trial(parser: argparse.ArgumentParser) -> None:
+    """`--no-trial-export`, of the commands that work for long on a model which is to be exported."""
+    text = "begin without exporting one layer of experts to ONNX first, for models that ONNX cannot express"
+    parser.add_argument("--no-trial-export", action="store_true", help=text)
+
+
+def trial_of(args: argparse.Namespace) -> Trial | None:
+    """What the flag of `add_trial` leaves to be tried."""
+    from exporter.trial_export import try_export
+
+    return None if args.no_trial_export else try_export
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
@@ -202,15 +208,13 @@ def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> Mo
     return pretrained.resolve(args.model, args.data, options_of(args), report, speak(console))
 
 
-def session_of(args: argparse.Namespace, report: Reporter, console: Console, device_option: str = "--device") -> Session:
-    """The model and the data that the flags of `add_model` describe, loaded, under `--seed` where a command has it; on the
-    device of `add_device`, whose flag may have another name."""
+def session_of(args: argparse.Namespace, report: Reporter, console: Console) -> Session:
+    """The model and the data that the flags of `add_model` describe, loaded, under `--seed` where a command has it."""
     from moee import pipeline
-    from moee.joining import alone
 
-    group = alone(args.torch_device, device_option)
     spec = model_of(args, report, console)
-    return pipeline.Session(spec, args.data, getattr(args, "seed", None) or 0, report, group, classes=classes_of(args))
+    trial = trial_of(args) if "no_trial_export" in args else None
+    return pipeline.Session(spec, args.data, getattr(args, "seed", None) or 0, report, classes=classes_of(args), trial=trial)
 
 
 def options_of(args: argparse.Namespace) -> ModelOptions:

@@ -11,17 +11,18 @@ from rich.table import Table
 from exporter.commands import (
     OK,
     add_attention,
-    add_device,
     add_model,
     add_out,
     add_outputs,
     add_ranks,
+    add_trial,
     check_outputs,
     classes_of,
     model_inputs,
     model_of,
     rank_display,
     show_skipped,
+    trial_of,
 )
 from exporter.ui import attention_table, layer_notes, layer_table, number, percent, stage_table
 from moee.config import PRESETS
@@ -73,7 +74,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
     add_attention(sub)
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
-    add_device(sub)
+    add_trial(sub)
     add_ranks(sub)
     add_out(sub, "the extracted model")
     add_outputs(sub, lambda args: [OutputFolder(args.out, MODEL, args.force, (*model_inputs(args), *source_paths(args.plan)))])
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
         config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
     classes = classes_of(args)
-    with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
+    with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
         with group.agreed():
             if group.leader:
                 check_outputs(args)
@@ -119,7 +120,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             with group.agreed():
                 config = read_plan(args.plan, spec)
         moee = run_extract(
-            spec, args.data, config, args.out, args.force, report, None, args.jobs, group, args.workers, classes
+            spec, args.data, config, args.out, args.force, report, None, args.jobs, group, args.workers, classes, trial_of(args)
         )  # fmt: skip
     if not group.leader:
         return OK

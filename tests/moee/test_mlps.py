@@ -282,3 +282,22 @@ def test_the_bound_of_the_proof_holds_a_thousandth_at_any_width(dim, hidden, cha
         assert disagreement(ffn, x, output) < 0.5
         assert disagreement(ffn, x, output * 1.001) > 1
         assert disagreement(ffn, x, output * torch.nan) == torch.inf
+
+
+@pytest.mark.parametrize(("dim", "hidden"), [(8, 32), (32, 128)])
+def test_the_bound_of_the_proof_knows_of_biases_that_outweigh_the_products(dim, hidden):
+    """A bias is part of every partial sum: ConvNeXt's narrow first stage came to 1.3 of a bound that did not say so."""
+    torch.manual_seed(0)
+    up, down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    x = torch.randn(20, 200, dim)
+    with torch.no_grad():
+        for part in (up, down):
+            part.weight.mul_(0.05)
+            part.bias.normal_()
+        ffn = FFN("mlp", "gelu", up.weight, up.bias, down.weight, down.bias, None, False)
+        hidden_values = nn.functional.gelu(up(x))
+        one_by_one = down.bias.expand(20, 200, dim)
+        for neuron in range(hidden):
+            one_by_one = one_by_one + hidden_values[..., neuron, None] * down.weight[:, neuron]
+        assert disagreement(ffn, x, one_by_one) < 1
+        assert disagreement(ffn, x, one_by_one + 1e-4) > 1
