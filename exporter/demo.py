@@ -20,6 +20,7 @@ from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.data import batches
 from moee.errors import MissingDependency, StepFailed
+from moee.joining import alone
 from moee.pipeline import Session, run_extract, run_finetune
 from moee.placement import DemoFolder
 from moee.progress import Reporter, silent
@@ -49,13 +50,15 @@ class DemoResult:
 
 def run_demo(
     out: Path | str, force: bool = False, report: Reporter = silent, model: str = MODEL, data: str = DATA,
-    epochs: int = EPOCHS, tokens: int | None = None,
+    epochs: int = EPOCHS, tokens: int | None = None, device: str = "auto",
 ) -> DemoResult:  # fmt: skip
     """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}`, the
     results as JSON and `report.html`.
 
-    With `force`, an earlier demo in `out` is replaced, and nothing else that lies there.
+    `device`: where torch computes (`moee.devices.chosen_device`). With `force`, an earlier demo in `out` is replaced, and nothing
+    else that lies there.
     """
+    group = alone(device)
     place = DemoFolder(out, force=force)
     place.check()
     out = Path(out)
@@ -63,7 +66,7 @@ def run_demo(
     write_json(out / DEMO.manifest, {"schema": f"{DEMO.schema}/1"})  # a later demo replaces what it finds beside this
     for name in place.files:
         (out / name).unlink(missing_ok=True)
-    session = Session(resolve(model, data, report=report), data, report=report)
+    session = Session(resolve(model, data, report=report), data, report=report, group=group)
     config = make_extract_config(
         "compensated", keep=KEEP, tokens=tokens, cluster_tokens=CLUSTER_TOKENS, refit_tokens=REFIT_TOKENS
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 
 from exporter.commands import BAD_INPUT, ENVIRONMENT, GATE_FAILED, INTERRUPTED
 from moee.errors import MissingDependency, StepFailed, UserError, plain
@@ -26,6 +27,9 @@ PATH_CURES = {
     errno.EPERM: "change its permissions or choose another",
 }
 MAX_SENTENCE = 2000  # characters
+GPU_CURES = (
+    "use --device cpu (plan: --torch-device cpu), fewer --refit-tokens or a smaller --batch-size, or close what else uses the GPU"
+)
 INTACT = "earlier results are as they were"
 
 
@@ -50,6 +54,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return ENVIRONMENT, str(error)
     if isinstance(error, StepFailed):
         return GATE_FAILED, " ".join(str(error).split())
+    if isinstance(error, torch_memory_error()):
+        return ENVIRONMENT, f"the GPU is out of memory; {GPU_CURES}; {INTACT}"
     if isinstance(error, MemoryError) or _out_of_memory(error):
         return ENVIRONMENT, f"out of memory; free some, or use fewer tokens or a smaller batch; {INTACT}"
     if isinstance(error, OSError):
@@ -82,6 +88,12 @@ def _code_of_cause(error: UserError) -> int:
     """A full disk stays the machine's fault when a sentence was made of it."""
     cause = error.__cause__
     return ENVIRONMENT if isinstance(cause, OSError) and cause.errno in LACKS else BAD_INPUT
+
+
+def torch_memory_error() -> tuple[type[BaseException], ...]:
+    """What torch raises when a GPU's memory is full; nothing where torch was not imported, and so raised nothing."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moee import errors
+from moee.devices import computing_on
 from moee.errors import RankLost, StepFailed
 from moee.lifeline import Lifeline
 
@@ -158,11 +159,12 @@ class Group:
         if self.device.type == "cpu":
             yield
             return
-        model.to(self.device)
-        try:
-            yield
-        finally:
-            model.to("cpu")
+        with computing_on(self.device):
+            try:
+                model.to(self.device)  # of which half is there if the memory does not suffice
+                yield
+            finally:
+                model.to("cpu")
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

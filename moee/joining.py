@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,13 +12,15 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from moee.distributed import SOLO, Group, Parcel
+from moee.devices import AUTO, Rank, chosen_device, local_ranks, say_device
+from moee.distributed import Group, Parcel
 from moee.errors import RankLost, StepFailed, UserError
 from moee.lifeline import Lifeline, Offer, connect
 
 TIMEOUT_S = 3600.0  # a rank may wait as long as another one clusters a layer
 JOIN_S = 300.0  # all ranks have to be there by then
 LEADER_SPEAKS_S = 5.0
+SPOKEN_S = 2.0  # before the ranks have met
 
 
 def launched() -> tuple[int, int, int] | None:
@@ -37,33 +40,45 @@ def launched() -> tuple[int, int, int] | None:
     return rank, world, local
 
 
-@contextmanager
-def joined(timeout_s: float = TIMEOUT_S, threads: int | None = None) -> Iterator[Group]:
-    """The group of the ranks that torchrun started, `SOLO` in a process of its own.
+def alone(device: str = AUTO, option: str = "--device") -> Group:
+    """The group of one process, on the device of that name (`moee.devices.chosen_device`); logs which one it is."""
+    group = Group(device=chosen_device(device, option=option))
+    say_device(group.device, device)
+    return group
 
-    `threads` a rank: the last bits of a matrix product depend on their number, so it does not depend on the number of ranks
-    (default under torchrun: OMP_NUM_THREADS, else 1). Raises `RankLost` or `StepFailed` when the group falls apart.
+
+@contextmanager
+def joined(timeout_s: float = TIMEOUT_S, threads: int | None = None, device: str = AUTO) -> Iterator[Group]:
+    """The group of the ranks that torchrun started, or of a process of its own; the first rank logs its device.
+
+    `device` by name, of each rank (`moee.devices.chosen_device`). `threads` a rank: the last bits of a matrix product depend on
+    their number, so it does not depend on the number of ranks (default under torchrun: OMP_NUM_THREADS, else 1). Raises
+    `UserError` for a device that is not there, `RankLost` or `StepFailed` when the group falls apart.
     """
-    place = launched()
+    environment = launched()
     before = torch.get_num_threads()
-    if threads is not None or place is not None:
+    if threads is not None or environment is not None:
         torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or 1))
     try:
-        if place is None:
-            yield SOLO
+        if environment is None:
+            yield alone(device)
         else:
-            with _ranked(place, timeout_s) as group:
+            with _ranked(environment, timeout_s, device) as group:
                 yield group
     finally:
         torch.set_num_threads(before)
 
 
 @contextmanager
-def _ranked(place: tuple[int, int, int], timeout_s: float) -> Iterator[Group]:
-    rank, world, local = place
-    device = torch.device("cuda", local) if torch.cuda.is_available() and dist.is_nccl_available() else torch.device("cpu")
+def _ranked(environment: tuple[int, int, int], timeout_s: float, name: str) -> Iterator[Group]:
+    rank, world, local = environment
+    place = Rank(world, local, local_ranks())
+    with _said_once(speaks=local == 0 or place.neighbours is None):
+        device = chosen_device(name, place)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)  # nccl takes the current one
+    if rank == 0:
+        say_device(device, name, place)
     if world == 1:
         yield Group(device=device)
         return
@@ -91,6 +106,26 @@ def _ranked(place: tuple[int, int, int], timeout_s: float) -> Iterator[Group]:
     dist.destroy_process_group()
 
 
+@contextmanager
+def _said_once(speaks: bool) -> Iterator[None]:
+    """What all ranks of a machine refuse before they have met is said by one: the others wait, for torchrun ends all with the
+    first."""
+    try:
+        yield
+    except UserError as error:
+        setattr(error, "speaks", speaks)  # noqa: B010
+        if not speaks:
+            time.sleep(SPOKEN_S)
+        raise
+
+
+def refuse_mixed(kinds: list[str]) -> None:
+    """Raise `UserError`, on every rank, unless all compute on devices of one kind: `kinds` in rank order."""
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise UserError(f"rank 0 computes on {kinds[0]}, rank {rank} on {kind}; give --device cpu, or a GPU to every rank")
+
+
 def _assembled(rank: int, world: int, local: int, device: torch.device, timeout_s: float) -> Group:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
@@ -101,6 +136,8 @@ def _assembled(rank: int, world: int, local: int, device: torch.device, timeout_
     except (RuntimeError, ValueError) as error:
         raise StepFailed(f"rank {rank} of {world} could not join the others: {str(error).splitlines()[0]}") from error
     bare = Group(rank, world, local, device, ranks=ranks)
+    with _said_once(speaks=rank == 0):
+        refuse_mixed(bare.all_json(device.type))
     offer = Offer() if bare.leader else None
     told = bare.broadcast(Parcel({"port": offer.port, "token": offer.token}) if offer is not None else None).body
     peers = offer.accept(world) if offer is not None else connect(os.environ["MASTER_ADDR"], rank=rank, **told)

@@ -27,6 +27,7 @@ from moee.clear_moe import ClearConfig, convert
 from moee.config import ExtractConfig, FinetuneConfig
 from moee.convert import extract, ffn_budget
 from moee.data import ImageSet, batches, model_transform, say_read
+from moee.devices import title_of
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluation import Outputs, retention, run
@@ -239,11 +240,12 @@ def run_extract(
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
-    In a `group` the ranks share the work and rank 0 writes; the experts do not depend on the number of ranks. Probe and
-    measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where measuring the model fails or
-    is interrupted, the artifact is written without measurements, and the error has a note that says so.
+    In a `group` (a `session` has its own) the ranks share the work and rank 0 writes; the experts do not depend on the number of
+    ranks. Probe and measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where measuring
+    the model fails or is interrupted, the artifact is written without measurements, and the error has a note that says so.
     """
     inputs = source_paths(source, spec.weights)
+    group = group if session is None else session.group
     with group.agreed():
         if group.leader:
             OutputFolder(out, MODEL, force, inputs).check()
@@ -263,7 +265,7 @@ def run_extract(
         layers = extract(model, session.train, config, report, jobs=jobs, group=group)
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
-        "stages": {"extracted": {"data": source, "seconds": seconds}},
+        "stages": {"extracted": {"data": source, "seconds": seconds, "device": title_of(group.device)}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
@@ -325,6 +327,7 @@ def run_finetune(
     `source`, or the artifact's data without it, becomes the artifact's data: what later commands take by default. What it was
     extracted on stays with that stage. `model`: as in `checkpoint.load`.
     """
+    group = group if session is None else session.group
     inputs = source_paths(path, source, weights)
     state = resume_folder(out, FINETUNE_STATE, inputs)
     with group.agreed():
@@ -347,7 +350,10 @@ def run_finetune(
     seconds = time.perf_counter() - started
     used = {**config.model_dump(), "amp": result.amp}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
-    tuned = {"data": session.source, "seconds": seconds, "config": used, "best_epoch": result.best_epoch, "losses": losses}
+    tuned = {
+        "data": session.source, "seconds": seconds, "device": title_of(group.device), "config": used,
+        "best_epoch": result.best_epoch, "losses": losses,
+    }  # fmt: skip
     stages = moee.info["stages"]
     if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on
         read = {"data_read": moee.info["data_read"]} if "data_read" in moee.info else {}

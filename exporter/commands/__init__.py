@@ -82,6 +82,13 @@ def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
     parser.add_argument("--rank-timeout", type=at_least(1), default=3600, metavar="S", help=waits)
 
 
+def add_device(parser: argparse.ArgumentParser, *, target: bool = False, what: str = "where torch computes") -> None:
+    """`--device`, also called `--torch-device`; that alone where the command has a `target` device of that name."""
+    names = ["--torch-device"] if target else ["--device", "--torch-device"]
+    text = f"{what}: cpu, cuda, cuda:1 or auto, a GPU if there is one (auto)"
+    parser.add_argument(*names, dest="torch_device", default="auto", metavar="DEVICE", help=text)
+
+
 @contextmanager
 def rank_display(group: Group) -> Iterator[Reporter]:
     """Progress on rank 0; the others say nothing."""
@@ -208,13 +215,17 @@ def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> Mo
     return pretrained.resolve(args.model, args.data, options_of(args), report, speak(console))
 
 
-def session_of(args: argparse.Namespace, report: Reporter, console: Console) -> Session:
-    """The model and the data that the flags of `add_model` describe, loaded, under `--seed` where a command has it."""
+def session_of(args: argparse.Namespace, report: Reporter, console: Console, device_option: str = "--device") -> Session:
+    """The model and the data that the flags of `add_model` describe, loaded, under `--seed` where a command has it; on the
+    device of `add_device`, whose flag may have another name."""
     from moee import pipeline
+    from moee.joining import alone
 
+    group = alone(args.torch_device, device_option)
     spec = model_of(args, report, console)
     trial = trial_of(args) if "no_trial_export" in args else None
-    return pipeline.Session(spec, args.data, getattr(args, "seed", None) or 0, report, classes=classes_of(args), trial=trial)
+    seed, classes = getattr(args, "seed", None) or 0, classes_of(args)
+    return pipeline.Session(spec, args.data, seed, report, group, classes=classes, trial=trial)
 
 
 def options_of(args: argparse.Namespace) -> ModelOptions:

@@ -11,6 +11,7 @@ from rich.console import Console
 from exporter.commands import (
     OK,
     add_class_map,
+    add_device,
     add_outputs,
     add_weights,
     model_inputs,
@@ -42,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--min-cluster-size", type=float, help="share of the clustered tokens (0.006)")
     sub.add_argument("--statistics", help="cluster (the paper's, default) or routed")
     sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (41600)")
+    add_device(sub)
     sub.add_argument("--out", required=True, help="folder; finished cells in it are not run again")
     sub.add_argument("--force", action="store_true", help="delete the ablation in the output folder first")
     add_outputs(sub, lambda args: [_output(args)])

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from exporter.commands import (
     OK,
+    add_device,
     add_model,
     add_outputs,
     model_inputs,
@@ -42,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--calibration-images", type=_list(int), help="(50,200,500)")
     sub.add_argument("--residual-rank", type=int, default=16)
     sub.add_argument("--seeds", type=int, default=3)
+    add_device(sub)
     sub.add_argument("--out", required=True, help="folder of the cells; what it holds is not computed again")
     table = "write the Markdown table here, and beside it a plot as SVG if matplotlib is installed"
     sub.add_argument("--table", metavar="FILE", help=table)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import GATE_FAILED, OK, add_out, add_outputs
+from exporter.commands import GATE_FAILED, OK, add_device, add_out, add_outputs
 from exporter.commands.bench import latency_table
 from exporter.ui import ProgressDisplay, number, percent, stage_table
 from moee.placement import DemoFolder
@@ -20,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("demo", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("--epochs", type=int, default=3, help="epochs of fine-tuning")
+    add_device(sub)
     add_out(sub, "all results")
     add_outputs(sub, lambda args: [DemoFolder(args.out, force=args.force)])
 
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.demo import run_demo
 
     with ProgressDisplay() as report:
-        result = run_demo(args.out, args.force, report, epochs=args.epochs)
+        result = run_demo(args.out, args.force, report, epochs=args.epochs, device=args.torch_device)
     console.print(stage_table(result.moee.info, f"{result.summary['model']} on {result.summary['dataset']}"))
     console.print(latency_table(result.latency))
     parity = result.parity

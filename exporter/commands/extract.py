@@ -11,6 +11,7 @@ from rich.table import Table
 from exporter.commands import (
     OK,
     add_attention,
+    add_device,
     add_model,
     add_out,
     add_outputs,
@@ -74,6 +75,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
     add_attention(sub)
     sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
+    add_device(sub)
     add_trial(sub)
     add_ranks(sub)
     add_out(sub, "the extracted model")
@@ -111,7 +113,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
         config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
     classes = classes_of(args)
-    with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
+    with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         with group.agreed():
             if group.leader:
                 check_outputs(args)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
+from exporter.commands import OK, add_device, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
 from exporter.ui import stage_table, title_of
 from moee.placement import Output, OutputFolder, resume_folder, source_paths
 from moee.result_kinds import FINETUNE_STATE, MODEL
@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--force-amp", action="store_true", default=None, help="keep --amp on a CPU without instructions for it")
     sub.add_argument("--checkpointing", action="store_true", default=None, help="compute activations again: less memory")
     add_moved(sub)
+    add_device(sub)
     add_ranks(sub)
     add_out(sub, "the tuned model")
     add_outputs(sub, _outputs)
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     )  # fmt: skip
     values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = validated(FinetuneConfig, values)
-    with joined(args.rank_timeout, args.threads) as group, rank_display(group) as report:
+    with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         moee = run_finetune(
             args.path, config, args.out, args.data, args.force, report, None, group, args.workers, args.checkpoint, args.word,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from rich.table import Table
 from exporter.commands import (
     OK,
     add_attention,
+    add_device,
     add_model,
     add_out,
     add_outputs,
@@ -40,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--target-params", type=float, help="parameters as a share of dense")
     sub.add_argument("--target-latency-ms", type=float, help="p50 of a batch on --device")
     sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
+    add_device(sub, target=True)
     sub.add_argument("--batch", type=int, default=8, help="batch size of latencies (8)")
     methods = "hdbscan, kmeans-8, kmeans-32, kmeans-64, static, moefication, clear-moe"
     sub.add_argument("--methods", help=f"comma-separated: {methods} (all but kmeans-64)")
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_heads", "seed")
     base = {name: getattr(args, name) for name in common}
     with ProgressDisplay() as report:
-        session = session_of(args, report, console)
+        session = session_of(args, report, console, "--torch-device")
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
             session, budget, args.out, methods, targets, {k: v for k, v in base.items() if v is not None}, latency,

@@ -13,7 +13,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_outputs, add_ranks, at_least, check_outputs, finite, rank_display, show_skipped
+from exporter.commands import (
+    GATE_FAILED,
+    OK,
+    add_device,
+    add_outputs,
+    add_ranks,
+    at_least,
+    check_outputs,
+    finite,
+    rank_display,
+    show_skipped,
+)
 from exporter.ui import percent, within
 from moee.errors import MissingDependency, UserError
 from moee.placement import OutputFile, OutputFolder, source_paths
@@ -43,6 +54,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
     sub.add_argument("--bisect", action="store_true", help="show every routed layer, and name the first that deviates")
     sub.add_argument("--threads", type=at_least(1), help="of ONNX Runtime and torch, a rank (all cores; under torchrun 1)")
+    what = "where torch's own classes are computed; its float64 run and what sets tolerances stay on the CPU"
+    add_device(sub, what=what)
     add_ranks(sub, threads=False)
     sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
     sub.add_argument("--force", action="store_true", help="replace an earlier result in --out, or FILE.json of another kind")
@@ -68,7 +81,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.distributed import Parcel
     from moee.joining import joined
 
-    with joined(args.rank_timeout, _rank_threads(args)) as group, rank_display(group) as report:
+    with joined(args.rank_timeout, _rank_threads(args), args.torch_device) as group, rank_display(group) as report:
         with _error_report(args) if group.leader else nullcontext():
             result = _verified(args, group, report)
         with group.agreed():

@@ -30,6 +30,7 @@ from exporter.runners import OnnxRunner, Runner
 from moee.accuracy import agreement
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
+from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.probe import classes_told
@@ -151,10 +152,13 @@ def output_errors(
 def check_parity(
     export_dir: Path | str, moee: MoeeModel, data: ImageSet, threads: int | None = None, report: Reporter = silent, *,
     sizes: Sequence[int] = DEFAULT_BATCHES, provider: str = "cpu", rtol: float | None = None, atol: float | None = None,
-    min_route_agreement: float | None = None,
+    min_route_agreement: float | None = None, group: Group = SOLO,
 ) -> ParityResult:  # fmt: skip
     """Compare torch and ONNX Runtime on images of `data`: outputs at the batch sizes, every routed layer on up to 8 images, and
     top-1 classes of up to 64 images. Weights in `tensorrt.onnx` must be the model's.
+
+    Torch's classes come from the device of `group`. The float64 run, and torch's error in the runtime's type that sets the
+    tolerances, are the CPU's: another device would judge the same export by other numbers.
 
     Raises `UserError` for a graph that does not belong to the model, `MissingDependency` for an absent provider.
     """
@@ -170,7 +174,7 @@ def check_parity(
         plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(OnnxRunner(plain, threads, provider))
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
-        agreement, images = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1])
+        agreement, images = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1], group)
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
     floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
@@ -264,16 +268,18 @@ def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]
 
 
 def _class_agreement(
-    runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, images: int, size: int
+    runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, images: int, size: int, group: Group
 ) -> tuple[float | None, int]:
     """Share of the pool's first `images` (behind them they repeat) with the class that torch in the runtime's type gives, and how
     many they are."""
     if classes_told(moee.model, moee.probe) < 2:
         return None, images
     same = 0
-    for part in pool[:images].split(size):
-        x = part.contiguous()
-        same += int(agreement(logits(moee, yard.own(x)), logits(moee, torch.from_numpy(runner.run(x.numpy())[0]))).sum())
+    with group.placed(yard.own):
+        for part in pool[:images].split(size):
+            x = part.contiguous()
+            by_torch = yard.own(x.to(group.device)).cpu()
+            same += int(agreement(logits(moee, by_torch), logits(moee, torch.from_numpy(runner.run(x.numpy())[0]))).sum())
     return same / images, images
 
 

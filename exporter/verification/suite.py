@@ -208,7 +208,7 @@ def verify_ranks(
         if group.leader:
             parity = check_parity(
                 folder, moee, data, threads, report, sizes=sizes, provider=provider, rtol=rtol, atol=atol,
-                min_route_agreement=min_route_agreement,
+                min_route_agreement=min_route_agreement, group=group,
             )  # fmt: skip
     accuracy = None if dense is None or reason else check.compare(dense, check.outputs("moee"), max_drop_pp)
     built, result = None, None

@@ -119,7 +119,7 @@ def run_cells(
         quiet.report = silent
         with temporary_folder() as folder:
             ffns = find_ffns(session.dense).ffns
-            sampled = collect_tokens(session.dense, ffns, session.train, folder, ablation.tokens, 0, report)
+            sampled = collect_tokens(session.dense, ffns, session.train, folder, ablation.tokens, 0, report, session.group)
             report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
             for done, (key, cell) in enumerate(missing.items(), 1):
                 finished[key] = run_cell(quiet, cell.config, sampled, probe)
@@ -134,7 +134,7 @@ def run_cell(session: Session, config: ExtractConfig, sampled: list[LayerTokens]
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
     try:
-        layers = extract(model, session.train, config, sampled=sampled)
+        layers = extract(model, session.train, config, sampled=sampled, group=session.group)
     except NothingRouted:
         return CellResult(status="dense", seconds=time.perf_counter() - started).model_dump()
     seconds = time.perf_counter() - started

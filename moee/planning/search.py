@@ -128,7 +128,9 @@ class Planner:
         if method not in self.prepared:
             config = config.model_copy(update={**ALLOCATIONS["share"], "target_macs": None})
             sampled = self.calibrate(config)
-            self.prepared[method] = prepare(self.session.start(config), self.session.train, config, self.report, sampled=sampled)
+            self.prepared[method] = prepare(
+                self.session.start(config), self.session.train, config, self.report, sampled=sampled, group=self.session.group
+            )
         return self.prepared[method]
 
     def _with_sensitivity(self, method: str, config: ExtractConfig) -> Prepared:
@@ -145,7 +147,7 @@ class Planner:
         if not self.sampled:
             model, folder = self.session.start(config), self.scratch.enter_context(temporary_folder())
             ffns = find_ffns(model, config.exclude).ffns
-            self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report)
+            self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report, self.session.group)
         return self.sampled
 
     def make(self, method: str, config: ExtractConfig | ClearConfig) -> tuple[nn.Module, Sequence[LayerReport]]:
@@ -154,7 +156,8 @@ class Planner:
         if isinstance(config, ClearConfig):
             return model, convert(model, self.session.train, config, self.report)
         if config.method == "moefication":
-            return model, extract(model, self.session.train, config, self.report, sampled=self.calibrate(config))
+            group = self.session.group
+            return model, extract(model, self.session.train, config, self.report, sampled=self.calibrate(config), group=group)
         return model, apply(model, self._with_sensitivity(method, config), self.session.train, config, self.report)
 
     def _top_k(self, config: ExtractConfig, target: float) -> int:
