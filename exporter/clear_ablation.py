@@ -121,10 +121,10 @@ def ablate(
     out.mkdir(parents=True, exist_ok=True)
     spec = session.spec
     model = {"model": spec.name, **spec.identity()}
-    images = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
+    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
     check_identity(
-        out / SETUP, SETUP_SCHEMA, {**model, "data": session.source, **images}, "an ablation",
-        "its cells do not go together, choose another --out or remove it",
+        out / SETUP, SETUP_SCHEMA, {**model, **images}, "an ablation",
+        "its cells do not go together, choose another --out or remove it", said={"data": session.source},
     )  # fmt: skip
     jobs = [(setting, seed) for seed in range(grid.seeds) for setting in grid.settings(design)]
     probe = None

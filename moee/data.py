@@ -23,7 +23,9 @@ from torchvision.transforms.functional import to_pil_image
 from moee.class_names import MAX_NAMED, class_name, listed
 from moee.distributed import Group
 from moee.errors import UserError
+from moee.file_content import COMPARED, spread
 from moee.models import Shape
+from moee.progress import Reporter, silent, track
 from moee.schema import reason_of
 
 log = logging.getLogger("moee")
@@ -33,6 +35,7 @@ HELD_OUT = 0.2  # of a source that is not divided
 DEEPEST = (1 << 16) - 1  # level of a 16-bit image
 MODES = {1: "L", 3: "RGB"}  # of pictures, by the channels that a model takes
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what decoders raise
+SAMPLED = 256  # images that tell a set from another one: about a second
 MAX_SKIPPED = 20  # names of unreadable images in a manifest
 MAX_RESIZED_PIXELS, MAX_RATIO = 1 << 26, 16  # of one picture after its resize: 200 MB; or so many times longer than wide
 
@@ -193,9 +196,16 @@ class ImageSet(Dataset):
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
 
-    def content(self) -> bytes:
-        """What tells this data set from another one of the same name and labels; a resumed run compares it."""
-        return b""
+    def content(self, report: Reporter = silent) -> bytes:
+        """What tells this data set from another one with the same labels, wherever it lies; a resumed run compares it. Here the
+        name and some images as they are loaded, since nobody says where they are from."""
+        digest = hashlib.sha256(self.name.encode(errors="surrogateescape"))
+        for index in track(spread(range(len(self)), SAMPLED), COMPARED, min(len(self), SAMPLED), report):
+            try:
+                digest.update(self.load(index).contiguous().numpy().tobytes())
+            except UNREADABLE:
+                digest.update(b"unreadable")
+        return digest.digest()
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str, int]:
         try:
@@ -216,7 +226,7 @@ class TensorSet(ImageSet):
     def load(self, index: int) -> Tensor:
         return self.images[index]
 
-    def content(self) -> bytes:
+    def content(self, report: Reporter = silent) -> bytes:
         return hashlib.sha256(self.images.contiguous().numpy().data).digest()
 
 

@@ -31,7 +31,7 @@ from moee.interface import can_checkpoint, has_feature_map, title_of_model
 from moee.layer import RoutedFFN, routed_layers
 from moee.machine import fast_on_cpu
 from moee.progress import Reporter, silent
-from moee.resume import difference, fingerprint
+from moee.resume import OUTDATED, difference, fingerprint, outdated
 from moee.tensor_file import write_tensors
 from moee.training import Trainer
 from moee.views import Joined, Views
@@ -96,7 +96,7 @@ def finetune(
             made = Joined(views, collages)
             teacher = torch.cat([teacher, run(dense, made, report, "teacher on views", group=group).features])
             _refuse_unreadable(made, group)
-    identity = _identity(model, dense, data, config)
+    identity = _identity(model, dense, data, config, report) if resume is not None and group.leader else {}
     with group.placed(model), group.placed(dense), _chosen(model, config) as trainable:
         trainer = Trainer(model, dense, teacher, config, group)
         try:
@@ -214,9 +214,11 @@ def _train(
     return result
 
 
-def _identity(model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig) -> dict:
+def _identity(
+    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent
+) -> dict:  # fmt: skip
     """What a resumed run must share with the one that was interrupted: the teacher too, which may have been drawn at random."""
-    shared = {"config": config.model_dump(), "data": data.name, "images": len(data), "content": fingerprint(data)}
+    shared = {"config": config.model_dump(), "images": len(data), "content": fingerprint(data, report)}
     return {**shared, "weights": _checksum(model), "teacher": _checksum(dense)}
 
 
@@ -301,6 +303,8 @@ def _restore(
     found = difference(state["identity"], identity)
     if found is not None:
         name, stored, ours = found
+        if outdated(stored, ours):
+            raise UserError(f"{folder} holds an interrupted run of an earlier version, {OUTDATED}; remove the folder")
         raise UserError(
             f"{folder} holds an interrupted run with another {name} ({stored!r}, now {ours!r}); "
             "finish that one or remove the folder"

@@ -21,6 +21,7 @@ from torch import Tensor
 from moee.class_names import class_name, in_order, listed, natural_key
 from moee.data import ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import UserError
+from moee.file_content import files_digest
 from moee.progress import Reporter, silent
 from moee.split_folders import LAYOUT, TYPES, find_splits, is_image, leads_to_folder, skipped
 
@@ -174,10 +175,8 @@ class FolderSet(ImageSet):
     def describe(self, index: int) -> str:
         return self.paths[index]
 
-    def content(self) -> bytes:
-        """Names and sizes of the files."""
-        facts = [f"{os.path.basename(path)} {os.stat(path).st_size if os.path.isfile(path) else -1}" for path in self.paths]
-        return "\n".join(facts).encode(errors="surrogateescape")
+    def content(self, report: Reporter = silent) -> bytes:
+        return files_digest(self.paths, self.name, report)
 
 
 def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:

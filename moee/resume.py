@@ -10,18 +10,23 @@ from moee.artifact import read_json, write_json
 from moee.atomic import sweep_all
 from moee.data import ImageSet
 from moee.errors import UserError
+from moee.progress import Reporter, silent
 
+CONTENT = "bytes:"  # of a fingerprint, before its digits
+OUTDATED = "which knew its images by names and sizes alone, so they may be others now"
 SHOWN = 60  # characters of a differing value in a message
 
 
-def check_identity(path: Path, schema: str, identity: dict[str, Any], what: str, cure: str) -> None:
-    """Write `identity` to `path`, or hold it against the one that is there.
+def check_identity(
+    path: Path, schema: str, identity: dict[str, Any], what: str, cure: str, said: dict[str, Any] | None = None
+) -> None:  # fmt: skip
+    """Write `identity` to `path`, or hold it against the one that is there. What is `said` is written too, and not compared.
 
     Raises `UserError` that names the first difference, with both values, `what` was interrupted and the `cure`.
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": schema, **identity})
+        write_json(path, {"schema": schema, **(said or {}), **identity})
         return
     before = read_json(path)
     if not isinstance(before, dict) or before.get("schema") != schema:
@@ -29,6 +34,8 @@ def check_identity(path: Path, schema: str, identity: dict[str, Any], what: str,
     found = difference({name: before.get(name) for name in identity}, identity)
     if found is not None:
         name, stored, ours = found
+        if outdated(stored, ours):
+            raise UserError(f"{path.parent} holds {what} of an earlier version, {OUTDATED}; {cure}")
         raise UserError(f"{path.parent} holds {what} with {name} {_short(stored)}, now {_short(ours)}; {cure}")
     sweep_all(path.parent)
 
@@ -46,11 +53,17 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, A
     return None
 
 
-def fingerprint(data: ImageSet) -> str:
-    """Hash of a data set's labels and content: its pixels where they are in memory, else names and sizes of its files."""
-    digest = hashlib.sha256(f"{data.name} {data.labels}".encode())
-    digest.update(data.content())
-    return digest.hexdigest()[:16]
+def fingerprint(data: ImageSet, report: Reporter = silent) -> str:
+    """Hash of a data set's labels, classes and content (`ImageSet.content`); not of its name, since folders are moved. Versions
+    before `CONTENT` took two sets whose files had the same names and sizes for one."""
+    digest = hashlib.sha256(f"{data.classes} {data.labels}".encode(errors="surrogateescape"))
+    digest.update(data.content(report))
+    return CONTENT + digest.hexdigest()[:16]
+
+
+def outdated(stored: Any, ours: Any) -> bool:
+    """Whether an entry that differs is a fingerprint of an earlier version, which cannot be compared."""
+    return isinstance(ours, str) and ours.startswith(CONTENT) and not str(stored).startswith(CONTENT)
 
 
 def _short(value: Any) -> str:

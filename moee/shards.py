@@ -8,6 +8,7 @@ front to back, as a stream. Members are never extracted, and nothing but images 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import os
@@ -25,6 +26,8 @@ from moee.artifact import read_json, stays_inside
 from moee.class_names import listed
 from moee.data import SPLITS, ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import MissingDependency, UserError
+from moee.file_content import files_digest
+from moee.progress import Reporter, silent
 from moee.split_names import Names
 
 PREFIX = "wds/"
@@ -56,9 +59,10 @@ class ShardSet(ImageSet):
         raw = os.pread(self._descriptor(shard), size, offset)
         return decoded(io.BytesIO(raw), self.transform)
 
-    def content(self) -> bytes:
-        """Names and sizes of the shards: what tells this set from another one of the same name."""
-        return "\n".join(f"{path.name} {path.stat().st_size}" for path in self.shards).encode()
+    def content(self, report: Reporter = silent) -> bytes:
+        """The shards, and which of their bytes are this split's."""
+        places = hashlib.sha256(self.places.numpy().data).digest()
+        return places + files_digest([str(path) for path in self.shards], self.name.removeprefix(PREFIX), report)
 
     def describe(self, index: int) -> str:
         shard, offset, _ = self.places[index].tolist()

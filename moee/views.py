@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moee.collage import Collages
 from moee.data import ImageSet, Transform
+from moee.progress import Reporter, silent
 
 
 class Views(ImageSet):
@@ -64,8 +65,8 @@ class Joined(ImageSet):
         part, position = self._at(index)
         return part.describe(position)
 
-    def content(self) -> bytes:
-        return self.parts[0].content()
+    def content(self, report: Reporter = silent) -> bytes:
+        return self.parts[0].content(report)
 
     def picture(self, index: int) -> Image.Image | Tensor:
         part, position = self._at(index)

@@ -78,21 +78,22 @@ def read_cells(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_setup(out: Path, setup: dict[str, Any]) -> None:
-    """Write `setup.json`, or hold it against the one that is there.
+    """Write `setup.json`, or hold it against the one that is there. Where the images lie may have changed.
 
     Raises `UserError` that names the first difference, or if `out` holds something else.
     """
     path = out / SETUP
     OutputFolder(out, ABLATION, grows=True).check()
     cure = "its cells do not go together, choose another --out or pass --force to replace it"
-    check_identity(path, SETUP_SCHEMA, setup, "an ablation", cure)
+    same = {name: value for name, value in setup.items() if name != "data"}
+    check_identity(path, SETUP_SCHEMA, same, "an ablation", cure, said={"data": setup["data"]})
 
 
-def setup_of(session: Session, ablation: AblationConfig) -> dict[str, Any]:
+def setup_of(session: Session, ablation: AblationConfig, report: Reporter = silent) -> dict[str, Any]:
     """What decides every cell besides its own configuration."""
     spec = session.spec
     model = {"model": spec.name, **spec.identity()}
-    images = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
+    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
     return {**model, "data": session.source, **images, **ablation.shared()}
 
 
@@ -105,7 +106,7 @@ def run_cells(
     is random. A cell whose layers all stay dense has status "dense" and no figures. Raises `UserError` when `out` holds
     another configuration.
     """
-    check_setup(out, setup_of(session, ablation))
+    check_setup(out, setup_of(session, ablation, report))
     sweep_scratch()  # a run that finds every cell finished makes no scratch folder of its own
     (out / CELLS).mkdir(exist_ok=True)
     sweep_all(out / CELLS)

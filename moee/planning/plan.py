@@ -28,7 +28,7 @@ from moee.result_kinds import PLAN_STATE
 from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
 
-SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/2"
+SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/3"
 PLAN = "plan.json"
 
 
@@ -71,10 +71,11 @@ def make_plan(
         session.prove(common)
     fresh = not store.place.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
-    content = {"images": fingerprint(session.train), "held_out_images": fingerprint(session.held_out)}
+    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
+    model = {"name": session.spec.name, **session.spec.identity()}  # not where its weights lie
     check_identity(
-        store.place / "identity.json", STORE_SCHEMA, {**identity, **content}, "an interrupted plan",
-        "finish that one or remove the folder",
+        store.place / "identity.json", STORE_SCHEMA, {"model": model, "base": base or {}, **images}, "an interrupted plan",
+        "finish that one or remove the folder", said={"data": session.source},
     )  # fmt: skip
     planner = Planner(session, budget, base or {}, store.place, latency, report)
     compared = session.comparison(planner.probe)

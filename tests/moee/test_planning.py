@@ -175,10 +175,12 @@ def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
 
 def test_interrupted_plan_of_other_options_is_refused(session, tmp_path):
     (tmp_path / "plan.resume").mkdir()
-    former = {"schema": "moee.plan-store/2", "model": session.spec.model_dump(mode="json"), "data": "other", "base": {}}
-    (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps(former))
-    with pytest.raises(UserError, match="an interrupted plan with data 'other', now 'tiny'"):
-        make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
+    model = {"name": session.spec.name, **session.spec.identity()}
+    former = {"schema": "moee.plan-store/3", "model": model, "base": {"seed": 7}, "data": "other"}
+    for schema, said in (("moee.plan-store/3", "base.cluster_tokens None, now 300"), ("moee.plan-store/2", "not an interrupted plan of this version")):
+        (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps({**former, "schema": schema}))
+        with pytest.raises(UserError, match=said):
+            make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
 
 
 def test_unreachable_budget_names_the_nearest(session, tmp_path):
