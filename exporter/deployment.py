@@ -22,7 +22,7 @@ from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABL
 from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
 from moee.artifact import read_json, sha256_file, write_json, write_manifest
-from moee.checkpoint import PROBE
+from moee.checkpoint import PROBE, Word
 from moee.data import Transform
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
@@ -75,7 +75,7 @@ def write_deployment(
     kernels: Callable[[], Path],
     batch: tuple[int, int, int] = (1, 8, 32),
     force: bool = False,
-    word: str | None = None,
+    word: Word | None = None,
 ) -> Path:
     """Write the folder for one SM from an export, and return its path.
 

@@ -20,7 +20,7 @@ from moee.schema import Body, Text, checked, shown
 if TYPE_CHECKING:
     from torch import nn
 
-    from moee.checkpoint import ImageRecord
+    from moee.checkpoint import ImageRecord, Word
     from moee.data import Transform
 
 log = logging.getLogger("moee")
@@ -165,7 +165,7 @@ def input_shape(given: dict[str, Any]) -> Shape:
     return given.get("channels", 3), height, width
 
 
-def exported_model(manifest: dict[str, Any], folder: Path | str, word: str | None = None) -> tuple[nn.Module, Transform]:
+def exported_model(manifest: dict[str, Any], folder: Path | str, word: Word | None = None) -> tuple[nn.Module, Transform]:
     """The model of a checked `export.json` on the device meta, and how its images are prepared: as the model that was exported
     says it, whether in timm's table or in its own files. `word`: the user's function that it comes from (`moee.checkpoint.load`).
 
@@ -187,7 +187,7 @@ def exported_model(manifest: dict[str, Any], folder: Path | str, word: str | Non
     return model, transform
 
 
-def image_record(manifest: dict[str, Any], folder: Path | str, word: str | None = None) -> ImageRecord:
+def image_record(manifest: dict[str, Any], folder: Path | str, word: Word | None = None) -> ImageRecord:
     """How the images of the exported artifact are read again. Raises `UserError` as `exported_model`."""
     from moee.checkpoint import ImageRecord, head_classes
 

@@ -11,8 +11,7 @@ import logging
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from moee.atomic import temporary_folder
 from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
 from moee.input_size import sized
-from moee.model_source import guesses, named_spec, with_file, with_pretrained, with_random
+from moee.model_source import ModelOptions as ModelOptions
+from moee.model_source import named_model, sized_model, with_file
 from moee.models import ModelSpec
 from moee.progress import Reporter, silent
-from moee.schema import shown
 from moee.scratch import NAME as SCRATCH
 from moee.scratch import TIMM_NAME as SCRATCH_TIMM_NAME
 from moee.scratch import ScratchRecipe, scratch_spec
@@ -44,33 +43,6 @@ BLOCKS, GRID = 12, 37
 DEFAULT_SIZE = {"digits": 112, "photos": 168}  # pixels; the sizes of the stated results
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """What the command line says of a model beside its name: where its weights come from, and its arguments as timm has them."""
-
-    pretrained: bool = False
-    checkpoint: str | None = None
-    random_weights: int | None = None
-    num_classes: int | None = None
-    in_chans: int | None = None
-    img_size: Sequence[int] | None = None  # height and width, or one number for both
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def sources(self) -> list[str]:
-        """The flags that were given of those that name weights."""
-        given = {"--pretrained": self.pretrained, "--checkpoint": self.checkpoint, "--random-weights": self.random_weights}
-        return [flag for flag, value in given.items() if value is not None and value is not False]
-
-    def arguments(self) -> dict[str, Any]:
-        """timm's arguments, without the size of the images. Raises `UserError` for one that is given twice."""
-        own = {"num_classes": self.num_classes, "in_chans": self.in_chans, "img_size": self.img_size}
-        own = {name: value for name, value in own.items() if value is not None}
-        for name in own.keys() & self.model_kwargs.keys():
-            raise UserError(f"--{name.replace('_', '-')} and --model-kwargs both give {name}; leave one out")
-        return {**self.model_kwargs, **{name: value for name, value in own.items() if name != "img_size"}}
-
-
 def resolve(
     name: str, data: str = "", options: ModelOptions | None = None, report: Reporter = silent,
     say: Callable[[str], None] = log.info,
@@ -84,34 +56,7 @@ def resolve(
     options = options or ModelOptions()
     if name in (ALIAS, SCRATCH):
         return _alias(name, data, options, report)
-    given = options.sources
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
-    spec, own = _named(name, options, say)
-    if options.random_weights is not None:
-        return with_random(spec, options.random_weights)
-    path = options.checkpoint if options.checkpoint is not None else own
-    if (options.pretrained and own is None) or (path is None and spec.library == "python"):
-        return with_pretrained(spec)
-    if path is None:
-        raise UserError(
-            f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --checkpoint FILE for yours, or "
-            "--random-weights SEED to draw them at random"
-        )
-    spec, notes = with_file(spec, Path(path))
-    for note in notes:
-        say(note)
-    return spec
-
-
-def _named(name: str, options: ModelOptions, say: Callable[[str], None]) -> tuple[ModelSpec, Path | None]:
-    """The model without weights, at the size that is asked for; and the weights that its name brings."""
-    spec, own = named_spec(name, options.arguments(), say)
-    if options.img_size is not None:
-        spec = sized(spec, options.img_size)
-    for note in guesses(spec):
-        say(note)
-    return spec, own
+    return named_model(name, options, say)
 
 
 def layout_of(name: str, options: ModelOptions, say: Callable[[str], None] = log.info) -> ModelSpec:
@@ -121,7 +66,7 @@ def layout_of(name: str, options: ModelOptions, say: Callable[[str], None] = log
         if name == SCRATCH:
             return ModelSpec(name=name, timm_name=SCRATCH_TIMM_NAME, kwargs=ScratchRecipe().model_kwargs())
         return sized(ModelSpec(name=name, timm_name=TIMM_NAME, kwargs={"num_classes": 0}), options.img_size or [224])
-    spec, own = _named(name, options, say)
+    spec, own = sized_model(name, options, say)
     path = options.checkpoint if options.checkpoint is not None else own
     if path is not None:
         spec, notes = with_file(spec, Path(path))

@@ -1,3 +1,31 @@
-"""Mixture of Extracted Experts: find, in a trained Vision Transformer, the experts its activations reveal."""
+"""Mixture of Extracted Experts: find, in a trained Vision Transformer, the experts its activations reveal.
+
+`load_model`, `extract`, `finetune`, `evaluate`, `save` and `load` are the Python interface (`moee.api`).
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+INTERFACE = ("load_model", "extract", "finetune", "evaluate", "save", "load")
+
+if TYPE_CHECKING:
+    from moee.api import evaluate as evaluate
+    from moee.api import extract as extract
+    from moee.api import finetune as finetune
+    from moee.api import load as load
+    from moee.api import load_model as load_model
+    from moee.api import save as save
+
+
+def __getattr__(name: str) -> Any:
+    """The interface is imported when it is used: importing torch takes seconds."""
+    if name not in INTERFACE:
+        raise AttributeError(f"module 'moee' has no attribute {name!r}")
+    from moee import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *INTERFACE])

@@ -21,6 +21,7 @@ from moee.config import ExtractConfig
 from moee.data import ImageSet, Transform, model_transform
 from moee.errors import UserError
 from moee.from_python import is_function_name
+from moee.given_images import PREFIX
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.mlp_sites import put_mlp
 from moee.mlp_structure import read_mlp
@@ -212,9 +213,10 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
         write_manifest(folder, MANIFEST, SCHEMA, body)
 
 
-def load(path: Path | str, model: str | None = None) -> MoeeModel:
-    """Read an artifact; the caller's random state is left as it was. `model`: the user's function `package.module:function` that
-    its model comes from, without which none is imported. Raises `UserError` for a damaged, foreign or inconsistent one."""
+def load(path: Path | str, model: Word | None = None) -> MoeeModel:
+    """Read an artifact; the caller's random state is left as it was. `model`: the user's function `package.module:function`, or
+    module, that its model comes from, without which none is imported. Raises `UserError` for a damaged, foreign or inconsistent
+    one."""
     path = Path(path)
     manifest = read_manifest(path, MANIFEST, SCHEMA)
     body = checked(Manifest, manifest, path / MANIFEST)
@@ -256,10 +258,20 @@ def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path
     return tuple(names)
 
 
-def vouched(spec: ModelSpec, word: str | None) -> ModelSpec:
-    """`spec`, which a file names, with the function that the user names for it. Raises `UserError` for a word that is no
-    function, and for one about a model that needs none."""
+Word = str | nn.Module  # by which a user vouches for a model that a file names: its function, or the module itself
+
+
+def vouched(spec: ModelSpec, word: Word | None) -> ModelSpec:
+    """`spec`, which a file names, with the function that the user names for it, or the module that the user gives. Raises
+    `UserError` for a word that is no function, for one about a model that needs none, and for a module with other weights."""
     if word is None:
+        return spec
+    if isinstance(word, nn.Module):
+        if spec.library != "module":
+            name = shown(spec.called, quoted=False)
+            raise UserError(f"the model is {name}, which needs no module; leave it out")
+        spec = spec.with_module(word)
+        load_model(spec)
         return spec
     if spec.library != "python":
         name = shown(spec.called, quoted=False)
@@ -276,7 +288,10 @@ def head_classes(model: nn.Module) -> int | None:
 
 def recorded_data(source: str) -> str:
     """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a
-    network: that takes the user's own word."""
+    network, which takes the user's own word, and for images that were given in Python."""
+    if source.startswith(PREFIX):
+        given = shown(source.removeprefix(PREFIX))
+        raise UserError(f"the artifact's images were given in Python ({given}); give some with --data")
     if named(source):
         raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
     return source

@@ -46,16 +46,16 @@ class DatasetSet(ImageSet):
 
 def given_splits(
     train: Any, val: Any = None, *, shape: Shape, classes: Sequence[str] | None = None, head_classes: int | None = None,
-    seed: int = 0, report: Reporter = silent,
+    seed: int = 0, report: Reporter = silent, labels: Sequence[str] = (),
 ) -> tuple[ImageSet, ImageSet]:  # fmt: skip
     """The training and the held-out images of a DataLoader, a dataset, an `ImageSet`, a pair of tensors (images [N, C, H, W] and
     labels [N]), or any iterable of batches (images [B, C, H, W], labels [B]). Without `val` a fifth of `train`, drawn with
     `seed`, is held out.
 
     A loader's sampler says which images are taken; their order and repetitions do not count. Label i is the i-th of the
-    dataset's `classes`, where it has such names; both splits are numbered alike, as `moee.sources` does. Raises `UserError` for
-    images that are not of `shape`, or not float; for labels that are no numbers; for images that fill the memory.
-    """
+    dataset's `classes`, where it has such names; both splits are numbered alike, as `moee.sources` does, `labels` included.
+    Raises `UserError` for images that are not of `shape`, or not float; for labels that are no numbers; for images that fill
+    the memory. """
     if val is not None and (val is train or getattr(val, "dataset", val) is train):
         raise UserError("the held-out images are the training images; give others, or leave them out to hold out a fifth")
     sets = {"train": _opened(train, shape, report)}
@@ -66,8 +66,17 @@ def given_splits(
         sets["val"] = _opened(val, shape, report)
     names = _names(train)
     source = Source(sets, divided=val is not None, indices=not names and not _names(val), order=names)
-    found = numbered(source, classes, head_classes)
+    found = numbered(source, classes, head_classes, labels)
     return found["train"], found["val"]
+
+
+def given_images(
+    data: Any, *, shape: Shape, classes: Sequence[str] | None = None, head_classes: int | None = None, report: Reporter = silent
+) -> ImageSet:
+    """Held-out images alone, as `given_splits`; `classes` are those of an artifact."""
+    names = _names(data)
+    source = Source({"val": _opened(data, shape, report)}, indices=not names, order=names)
+    return numbered(source, classes, head_classes)["val"]
 
 
 def _opened(given: Any, shape: Shape, report: Reporter) -> ImageSet:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from moee import from_python, from_torchvision, from_transformers
 from moee.errors import UserError
 from moee.fitting import Fit, best_fit, classes_of, image_size
 from moee.hub import CONFIG, find_folder, source_of
+from moee.input_size import sized
 from moee.interface import AdaptedModel
 from moee.library import Named
 from moee.models import (
@@ -37,6 +39,33 @@ OTHERS: tuple[tuple[Callable[[str], bool], Callable[[str, dict[str, Any]], Named
     (lambda name: name.startswith(from_transformers.PREFIX), from_transformers.named),
     (from_python.is_function_name, from_python.named),
 )
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a user says of a model beside its name: where its weights come from, and its arguments as timm has them."""
+
+    pretrained: bool = False
+    checkpoint: str | None = None
+    random_weights: int | None = None
+    num_classes: int | None = None
+    in_chans: int | None = None
+    img_size: Sequence[int] | None = None  # height and width, or one number for both
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[str]:
+        """The flags that were given of those that name weights."""
+        given = {"--pretrained": self.pretrained, "--checkpoint": self.checkpoint, "--random-weights": self.random_weights}
+        return [flag for flag, value in given.items() if value is not None and value is not False]
+
+    def arguments(self) -> dict[str, Any]:
+        """timm's arguments, without the size of the images. Raises `UserError` for one that is given twice."""
+        own = {"num_classes": self.num_classes, "in_chans": self.in_chans, "img_size": self.img_size}
+        own = {name: value for name, value in own.items() if value is not None}
+        for name in own.keys() & self.model_kwargs.keys():
+            raise UserError(f"--{name.replace('_', '-')} and --model-kwargs both give {name}; leave one out")
+        return {**self.model_kwargs, **{name: value for name, value in own.items() if name != "img_size"}}
 
 
 def named_spec(
@@ -157,3 +186,40 @@ def with_random(spec: ModelSpec, seed: int) -> ModelSpec:
 
 def _with_hash(spec: ModelSpec) -> ModelSpec:
     return spec.model_copy(update={"weights_sha256": state_sha256(load_model(spec), spec)})
+
+
+def named_model(name: str, options: ModelOptions, say: Callable[[str], None]) -> ModelSpec:
+    """The `ModelSpec` of a model name with its weights: a timm name, `local-dir:FOLDER` or `hf-hub:ID`, `torchvision:NAME`,
+    `hf:FOLDER`, or a function `package.module:function`, which brings its weights unless told otherwise. `say` gets sentences
+    about what was taken and guessed.
+
+    Raises `UserError` unless exactly one source of weights is given for a timm name.
+    """
+    given = options.sources
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
+    spec, own = sized_model(name, options, say)
+    if options.random_weights is not None:
+        return with_random(spec, options.random_weights)
+    path = options.checkpoint if options.checkpoint is not None else own
+    if (options.pretrained and own is None) or (path is None and spec.library == "python"):
+        return with_pretrained(spec)
+    if path is None:
+        raise UserError(
+            f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --checkpoint FILE for yours, or "
+            "--random-weights SEED to draw them at random"
+        )
+    spec, notes = with_file(spec, Path(path))
+    for note in notes:
+        say(note)
+    return spec
+
+
+def sized_model(name: str, options: ModelOptions, say: Callable[[str], None]) -> tuple[ModelSpec, Path | None]:
+    """The model without weights, at the size that is asked for; and the weights that its name brings."""
+    spec, own = named_spec(name, options.arguments(), say)
+    if options.img_size is not None:
+        spec = sized(spec, options.img_size)
+    for note in guesses(spec):
+        say(note)
+    return spec, own

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from torch import nn
 
 MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
 
-LibraryName = Literal["timm", "torchvision", "hf", "python"]
+LibraryName = Literal["timm", "torchvision", "hf", "python", "module"]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Label = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")]  # a class name, fit to be shown
@@ -42,15 +43,14 @@ class InputConfig(BaseModel):
 class ModelSpec(BaseModel):
     """Which model of which library: everything that `load_model` needs, and what an artifact records.
 
-    `name` is what the user wrote, `timm_name` what the library calls it: timm's or torchvision's name, a class of transformers, a
-    function `package.module:function`. `kwargs` are the user's arguments, `config` what a folder of transformers says beside
-    them. `input_size` is the height and width of the images for a model that takes any; others take it as an argument.
-    Its weights come from one place: the file `weights`, the library's `pretrained` ones (or those that the function brings), or a
-    draw under `random_seed`. `weights_sha256` is the hash of the file, or of the state that was fetched, brought or drawn; `part`
-    is the part of the file that was taken, so that later commands take the same. `input` is set for models that bring their own
-    configuration, `labels` where it names their classes. `outputs`: what a function's model gives where the user says it,
-    a number of classes, or 0 for features.
-    """
+    `name` is what the user wrote, `timm_name` what the library calls it: timm's or torchvision's name, a class of transformers,
+    a function `package.module:function`, the class of a module that Python gave. `kwargs` are the user's arguments, `config`
+    what a folder of transformers says beside them. `input_size` is the height and width of the images for a model that takes
+    any; others take it as an argument. Its weights come from one place: the file `weights`, the library's `pretrained` ones (or
+    those that the function brings), or a draw under `random_seed`. `weights_sha256` is the hash of the file, or of the state
+    that was fetched, brought or drawn; `part` is the part of the file that was taken, so that later commands take the same.
+    `input` is set for models that bring their own configuration, `labels` where it names their classes. `outputs`: what a
+    function's model gives where the user says it, a number of classes, or 0 for features. """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,6 +69,7 @@ class ModelSpec(BaseModel):
     labels: Labels = ()
     outputs: int | None = Field(None, ge=0, le=1 << 20)
     _named_by_user: bool = PrivateAttr(False)  # never read from a file
+    _module: nn.Module | None = PrivateAttr(None)
 
     @property
     def called(self) -> str:
@@ -85,6 +86,17 @@ class ModelSpec(BaseModel):
         word = self.model_copy(update={"name": name, "timm_name": name})
         word._named_by_user = True
         return word
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module that a "module" model is, where Python has given it."""
+        return self._module
+
+    def with_module(self, module: nn.Module) -> ModelSpec:
+        """The same model by the module itself."""
+        given = self.model_copy()
+        given._module = module
+        return given
 
     @property
     def has_weights(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moee.cache import tensor_hash
 from moee.errors import MissingDependency, UserError
+from moee.from_module import MODULE
 from moee.from_python import PYTHON
 from moee.from_torchvision import TORCHVISION
 from moee.from_transformers import HF
@@ -240,7 +241,7 @@ TIMM = Library(
     _check_timm, _created, lambda spec: _created(spec, pretrained_model), lambda spec: "img_size", lambda spec: True,
     _timm_classes, _drifted_timm,
 )  # fmt: skip
-LIBRARIES: Mapping[str, Library] = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "python": PYTHON}
+LIBRARIES: Mapping[str, Library] = {"timm": TIMM, "torchvision": TORCHVISION, "hf": HF, "python": PYTHON, "module": MODULE}
 
 
 def _check_hash(path: Path, expected: str | None) -> None:

@@ -33,6 +33,7 @@ from moee.errors import UserError
 from moee.evaluation import Outputs, retention, run
 from moee.exchange import check_same_data, share_attention, share_dense, share_layers
 from moee.finetuning import finetune
+from moee.given_images import given_splits
 from moee.identity import IMAGES, check_attentions, check_ffns
 from moee.inspection import attention_figures
 from moee.layer_report import LayerReport
@@ -49,6 +50,7 @@ from moee.sources import load_splits
 from moee.views import widened
 
 log = logging.getLogger("moee")
+Given = tuple[Any, Any]  # training images as Python has them, and held-out ones or None
 FIRST = 16  # training images among which those of the identity check are looked for
 # A trial of what is to be done with the result, with the model, its MLPs and the shape of an image; raises `UserError`
 Trial = Callable[[ModelSpec, nn.Module, Sequence[FFN], Shape, Reporter], None]
@@ -67,13 +69,15 @@ def is_classifier(model: nn.Module) -> bool:
 class Session:
     """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once.
 
+    The data are those of `source`, or training and held-out images `given` in Python (`moee.given_images`).
+
     `classes`: those of an artifact or of a class map, by which the images are labelled; else the folders' own. Raises `UserError`
     unless a classifier tells as many apart. `trial` is run once the model is proved, before the work.
     """
 
     def __init__(
         self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
-        classes: Sequence[str] = (), trial: Trial | None = None,
+        classes: Sequence[str] = (), trial: Trial | None = None, given: Given | None = None,
     ):  # fmt: skip
         self.spec, self.source, self.report, self.group, self.trial = spec, source, report, group, trial
         with group.agreed():
@@ -82,9 +86,16 @@ class Session:
             head = getattr(self.dense, "num_classes", 0) or None
             if classes and head is not None and len(classes) != head:
                 raise UserError(f"{len(classes)} classes are named, and {spec.name} tells {head} apart; name each of these")
-            self.train, self.held_out = load_splits(
-                source, self.transform, seed, classes or None, head, report, spec.labels
-            )
+            if given is None:
+                self.train, self.held_out = load_splits(
+                    source, self.transform, seed, classes or None, head, report, spec.labels
+                )
+            else:
+                self.train, self.held_out = given_splits(
+                    *given, shape=self.transform.shape, classes=classes or None, head_classes=head, seed=seed, report=report,
+                    labels=spec.labels,
+                )  # fmt: skip
+                self.source = self.train.name
             self.train.workers = self.held_out.workers = workers
         share_dense(self.dense, group)
         for data in (self.train, self.held_out):
@@ -234,20 +245,21 @@ class Session:
 
 
 def run_extract(
-    spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str, force: bool = False,
+    spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str | None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
     classes: Sequence[str] = (), trial: Trial | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
 
-    In a `group` (a `session` has its own) the ranks share the work and rank 0 writes; the experts do not depend on the number of
-    ranks. Probe and measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where measuring
-    the model fails or is interrupted, the artifact is written without measurements, and the error has a note that says so.
+    In a `group` (a `session` has its own) the ranks share the work and rank 0 writes; the experts do not depend on the number
+    of ranks. Probe and measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where
+    measuring the model fails or is interrupted, the artifact is written without measurements, and the error has a note that
+    says so. Without `out` nothing is written at all.
     """
     inputs = source_paths(source, spec.weights)
     group = group if session is None else session.group
     with group.agreed():
-        if group.leader:
+        if group.leader and out is not None:
             OutputFolder(out, MODEL, force, inputs).check()
     session = session or Session(spec, source, config.seed, report, group, workers, classes, trial)
     session.prove(config)
@@ -265,11 +277,11 @@ def run_extract(
         layers = extract(model, session.train, config, report, jobs=jobs, group=group)
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
-        "stages": {"extracted": {"data": source, "seconds": seconds, "device": title_of(group.device)}},
+        "stages": {"extracted": {"data": session.source, "seconds": seconds, "device": title_of(group.device)}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
-    moee = MoeeModel(model.eval(), spec, config, source, probe, info, session.classes(probe))
+    moee = MoeeModel(model.eval(), spec, config, session.source, probe, info, session.classes(probe))
     with _kept(moee, "extracted", out, force, group, inputs):
         measured = session.measure(model, probe, "extracted on held-out images")
         info["stages"]["extracted"] = {**measured, **info["stages"]["extracted"]}
@@ -282,13 +294,21 @@ def run_extract(
 
 
 @contextmanager
-def _kept(moee: MoeeModel, stage: str, out: Path | str, force: bool, group: Group, inputs: tuple[Path, ...]) -> Iterator[None]:
-    """A block that measures the finished model of a stage: if it fails or is interrupted, rank 0 writes the model without."""
+def _kept(
+    moee: MoeeModel, stage: str, out: Path | str | None, force: bool, group: Group, inputs: tuple[Path, ...]
+) -> Iterator[None]:
+    """A block that measures the finished model of a stage: if it fails or is interrupted, rank 0 writes the model without. Where
+    nothing is to be written, a failure other than an interrupt is logged, and the model has no measurements."""
     try:
         yield
     except BaseException as error:
+        moee.info["stages"][stage]["unmeasured"] = type(error).__name__
+        if out is None:
+            if not isinstance(error, Exception):
+                raise
+            log.warning("the %s model could not be measured: %s", stage, reason_of(error))
+            return
         if group.leader:
-            moee.info["stages"][stage]["unmeasured"] = type(error).__name__
             try:
                 checkpoint.save(moee, out, force, inputs)
                 error.add_note(f"the {stage} model is in {out}, without measurements; the same command with --force makes them")
@@ -297,14 +317,14 @@ def _kept(moee: MoeeModel, stage: str, out: Path | str, force: bool, group: Grou
         raise
 
 
-def _save(moee: MoeeModel, out: Path | str, force: bool, group: Group, inputs: tuple[Path, ...]) -> None:
-    """Rank 0 writes the artifact, with the number of ranks in it; the others wait for it."""
+def _save(moee: MoeeModel, out: Path | str | None, force: bool, group: Group, inputs: tuple[Path, ...]) -> None:
+    """Rank 0 writes the artifact, with the number of ranks in it; the others wait for it. Nothing is written without `out`."""
     peaks = group.all_json(peak_memory_bytes())
     moee.info["peak_memory_bytes"] = max(peaks)
     if not group.alone:
         moee.info["ranks"] = {"world": group.world, "peak_memory_bytes": peaks}
     with group.agreed():
-        if group.leader:
+        if group.leader and out is not None:
             checkpoint.save(moee, out, force, inputs)
 
 
@@ -344,9 +364,21 @@ def run_finetune(
         recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
     seed = moee.config.seed if moee.config else 0
     session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
-    started = time.perf_counter()
+    tune(moee, session, config, state.place, out, force, inputs)
+    if group.leader:
+        state.remove()
+    return moee
+
+
+def tune(
+    moee: MoeeModel, session: Session, config: FinetuneConfig, state: Path, out: Path | str | None, force: bool = False,
+    inputs: tuple[Path, ...] = (),
+) -> None:  # fmt: skip
+    """Distil the session's dense model into `moee`, in place, and save it at `out` unless that is None. `state`: the folder of
+    what an interrupted run leaves."""
+    started, group = time.perf_counter(), session.group
     teacher = session.train_outputs.features
-    result = finetune(moee.model, session.dense, session.train, config, report, state.place, teacher, group)
+    result = finetune(moee.model, session.dense, session.train, config, session.report, state, teacher, group)
     seconds = time.perf_counter() - started
     used = {**config.model_dump(), "amp": result.amp}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
@@ -364,6 +396,3 @@ def run_finetune(
         stages["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
         moee.info["data_read"] = session.data_facts()
     _save(moee, out, force, group, inputs)
-    if group.leader:
-        state.remove()
-    return moee

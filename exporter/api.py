@@ -1,0 +1,126 @@
+"""The Python interface: from a routed model to graphs, their verification, engines and a bundle, with timings.
+
+    import exporter
+    exporter.export(result, "runs/export", precision="fp16")
+    assert exporter.verify("runs/export", result, val_loader, max_drop=0.5)
+    print(exporter.bench("runs/export", val_loader).speedup)
+
+The functions that the command line calls, with images as Python has them (`moee.api`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from exporter import onnx_export
+from exporter.deployment import write_deployment
+from exporter.engine import EngineReport, build_engines, needs_plugin, require_backend
+from exporter.latency import LatencyResult
+from exporter.latency import bench as time_export
+from exporter.manifests import image_record, read_export, refuse_lost_dense
+from exporter.plugin_cache import ensure_kernels, ensure_plugin
+from exporter.quantization import CALIBRATION_IMAGES
+from exporter.verification import VerifyResult
+from exporter.verification import verify as verify_export
+from moee.api import Images, held_out_images
+from moee.checkpoint import MoeeModel
+from moee.data import batches
+from moee.errors import UserError
+from moee.progress import Reporter, silent
+
+BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
+
+
+def export(
+    model: MoeeModel, out: str | Path, *, precision: str = "fp32", calibration: Images = None,
+    calibration_images: int = CALIBRATION_IMAGES, source: str | Path | None = None, force: bool = False,
+    report: Reporter = silent,
+) -> Path:  # fmt: skip
+    """Write `dense.onnx`, `portable.onnx`, `tensorrt.onnx` and `export.json` into the folder `out`, which is returned.
+
+    `precision`: fp32, fp16, bf16, int8 or int8-fp32; for the last two `calibration` gives images (default: those that the model
+    was made on). `source`: the artifact that the model was saved in, by which the command line verifies the export. Raises
+    `UserError` for a place that must not be replaced, an unknown precision or images that cannot be read.
+    """
+    images = held_out_images(model, calibration, report) if calibration is not None else None
+    onnx_export.export(model, out, force, report, source, precision, images, calibration_images)
+    return Path(out)
+
+
+def verify(
+    export_dir: str | Path, model: MoeeModel, data: Images = None, *, max_drop: float | None = None,
+    sizes: Sequence[int] = BATCHES, min_route_agreement: float | None = None, images: int | None = 1000, provider: str = "cpu",
+    engine: str | Path | None = None, report: Reporter = silent,
+) -> VerifyResult:  # fmt: skip
+    """Compare an export with the `model` that it was made from, output by output and layer by layer, and both models' accuracy
+    on the held-out images `data` (default: those that the model was made on). The result is true if every gate passed.
+
+    `max_drop`: percentage points of accuracy that may be lost. `sizes`: batches. `images`: how many labelled images (None:
+    all). Raises `UserError` for a gate that has nothing to check.
+    """
+    refuse_lost_dense(read_export(export_dir), export_dir)
+    held_out = held_out_images(model, data, report)
+    return verify_export(
+        export_dir, model, held_out, sizes=sizes, provider=provider, max_drop_pp=max_drop,
+        min_route_agreement=min_route_agreement, images=images, engine=engine, report=report,
+    )  # fmt: skip
+
+
+def bench(
+    export_dir: str | Path, data: Images = None, *, model: MoeeModel | None = None, batch: int = 8, runs: int = 40,
+    duration_s: float = 3.0, threads: int | None = None, provider: str = "cpu", engine: str | Path | None = None,
+    report: Reporter = silent, **options: Any,
+) -> LatencyResult:  # fmt: skip
+    """Time the dense and the routed graph of an export, interleaved in this process, on the held-out images `data` (default:
+    those that the model was made on; routing depends on them). Images given in Python need the `model`, which says how they
+    look.
+
+    Latencies are in milliseconds, with the median ratio and its verdict. `options` are those of `exporter.latency.bench`.
+    """
+    manifest = read_export(export_dir)
+    refuse_lost_dense(manifest, export_dir)
+    if batch < 1:
+        raise UserError(f"batch {batch}: expected 1 or more")
+    if model is not None:
+        held_out = held_out_images(model, data, report)
+    elif data is None or isinstance(data, (str, Path)):
+        held_out = image_record(manifest, export_dir).images("val", None if data is None else str(data), report)
+    else:
+        raise UserError("images given in Python need the model that the export was made from: bench(..., model=MODEL)")
+    images = next(batches(held_out, batch)).images.numpy()
+    return time_export(
+        export_dir, batch, runs, threads, images, report, duration_s=duration_s, provider=provider, engine=engine,
+        named=held_out.name, **options,
+    )  # fmt: skip
+
+
+def build(
+    export_dir: str | Path, out: str | Path, *, backend: str = "tensorrt-rtx", batch: tuple[int, int, int] = BATCHES,
+    sms: Sequence[int] | None = None, plugin: str | Path | None = None, force: bool = False, report: Reporter = silent,
+) -> EngineReport:  # fmt: skip
+    """Build the dense and the routed engine of an export into the folder `out`.
+
+    `batch`: smallest, optimal and largest of the profile. `sms`: compute capabilities, such as 87, that the plugin's kernels
+    are compiled for (default: all); `plugin`: a library that was built before. Raises `BuildFailed` with the builder's words.
+    """
+    require_backend(backend)
+    library = Path(plugin) if plugin is not None else None
+    if library is None and needs_plugin(export_dir):
+        library = ensure_plugin(tuple(sms) if sms is not None else None, report)
+    return build_engines(Path(export_dir), Path(out), plugin=library, backend=backend, batch=batch, force=force)
+
+
+def bundle(
+    export_dir: str | Path, out: str | Path, *, sm: int, batch: tuple[int, int, int] = BATCHES,
+    model: nn.Module | str | None = None, force: bool = False, report: Reporter = silent,
+) -> Path:  # fmt: skip
+    """Write everything that a device of compute capability `sm` needs into the folder `out`: graphs, plugin, runner, build.sh.
+
+    `model`: the module, or the name `package.module:function`, of a dense model of your own.
+    """
+    return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model)

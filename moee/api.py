@@ -1,0 +1,205 @@
+"""The Python interface: extraction, fine-tuning and evaluation of any `nn.Module` on any loader of images.
+
+    import moee
+    model = moee.load_model("vit_small_patch16_224", pretrained=True)   # or a module of your own
+    result = moee.extract(model, train_loader, val_loader, preset="static", keep=0.7)
+    moee.save(result, "runs/extracted")
+
+These are the functions of the command line without its files: what they take and give is in memory. `exporter` has the others.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moee import checkpoint
+from moee.accuracy import comparison
+from moee.atomic import temporary_folder
+from moee.cache import tensor_hash
+from moee.checkpoint import MoeeModel, recorded_data
+from moee.clear_moe import ClearConfig
+from moee.config import FinetuneConfig, make_extract_config, validated
+from moee.data import ImageSet, model_transform
+from moee.errors import UserError
+from moee.evaluation import Retention, retention, run
+from moee.from_module import module_spec
+from moee.given_images import given_images
+from moee.joining import alone
+from moee.model_source import ModelOptions, named_model, with_pretrained
+from moee.model_spec import InputConfig, ModelSpec
+from moee.models import load_model as load_spec
+from moee.pipeline import Session, run_extract, tune
+from moee.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.probe import classes_told
+from moee.progress import Reporter, silent
+from moee.result_kinds import FINETUNE_STATE, MODEL
+
+log = logging.getLogger("moee")
+SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and the hash of its weights then
+Images = Any  # a DataLoader, a dataset, an iterable of (images, labels), an `ImageSet`, or a source as `--data` takes it
+
+
+def load_model(
+    name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, random_seed: int | None = None,
+    num_classes: int | None = None, in_chans: int | None = None, img_size: int | tuple[int, int] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:  # fmt: skip
+    """A dense model by its name: timm's, `torchvision:NAME`, `hf:FOLDER`, `local-dir:FOLDER`, `hf-hub:ID` or
+    `package.module:function`; in eval mode, float32, on the CPU.
+
+    The weights are those of the file `checkpoint`, timm's `pretrained` ones, or drawn under `random_seed`; the number of classes
+    is the file's by default. `img_size` is in pixels, height and width or one number for both. What was taken and guessed is
+    logged. Raises `UserError` for an unknown name, weights that do not fit, or none.
+    """
+    sides = [img_size] if isinstance(img_size, int) else list(img_size) if img_size is not None else None
+    path = None if checkpoint is None else os.fspath(checkpoint)
+    options = ModelOptions(pretrained, path, random_seed, num_classes, in_chans, sides, dict(model_kwargs or {}))
+    spec = named_model(name, options, log.info)
+    model = load_spec(spec)
+    setattr(model, SOURCE, (spec, _state_hash(model)))
+    return model
+
+
+def extract(
+    model: nn.Module | str, data: Images, val: Images = None, *, preset: str = "compensated", method: str | None = None,
+    classes: Sequence[str] = (), num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None,
+    out: str | Path | None = None, force: bool = False, device: str = "auto", jobs: int = 1, workers: int = 0,
+    report: Reporter = silent, **options: Any,
+) -> MoeeModel:  # fmt: skip
+    """Find experts in the MLPs of `model` on the images `data`, and measure the result on the held-out images `val`.
+
+    `model` is a `torch.nn.Module`, which stays as it is, or a name with pretrained weights. `data` and `val`: a DataLoader, a
+    dataset, or an iterable of (images [B, C, H, W] as the model takes them, labels [B]); or a source of the command line, such
+    as a folder of images. Without `val` a fifth of `data` is held out. `method`: `moee`, `moefication` or `clear-moe`;
+    `options` are the fields of `moee.config.ExtractConfig` or `moee.clear_moe.ClearConfig`, such as `keep` and `target_macs`.
+    `classes` orders the class names. `num_classes` says how many classes a module tells apart, 0 for features, where it does
+    not say it; `input` how its images are prepared. `out`: a folder to write the artifact to. `device`: `auto`, `cuda`,
+    `cuda:1` or `cpu`.
+
+    Raises `UserError` for bad input. Deterministic for the same model, images and options.
+    """
+    if method == "clear-moe":
+        if preset != "compensated":
+            raise UserError(f"preset {preset!r} is not for method clear-moe; leave it out")
+        config: Any = validated(ClearConfig, options)
+    else:
+        config = make_extract_config(preset, **({"method": method} if method is not None else {}), **_tuples(options))
+    group = alone(device)
+    spec = spec_of(model, num_classes, input)
+    source, given = _source(data, val)
+    session = Session(spec, source, config.seed, report, group, workers, classes, given=given)
+    return run_extract(spec, session.source, config, out, force, report, session, jobs, group, workers, classes)
+
+
+def finetune(
+    model: MoeeModel, data: Images = None, val: Images = None, *, out: str | Path | None = None, force: bool = False,
+    device: str = "auto", workers: int = 0, report: Reporter = silent, **options: Any,
+) -> MoeeModel:  # fmt: skip
+    """A copy of `model` into which its dense model was distilled on the images `data` (default: what it was made on).
+
+    `options` are the fields of `moee.config.FinetuneConfig`, such as `epochs`, `lr` and `distil`. `data` and `val` as for
+    `extract`. With `out` the artifact is written there, and an interrupted run leaves its state in `<out>.resume`, where the same
+    call goes on. Raises `UserError` for bad input, and for images whose probe was fitted on others.
+    """
+    config = validated(FinetuneConfig, options)
+    if data is None:
+        data = recorded_data(model.data)
+    source, given = _source(data, val)
+    if model.probe is not None and given is None and source != model.data:
+        raise UserError(f"the probe was fitted on {model.data}, so the model cannot be tuned on {source}; extract on {source}")
+    inputs = source_paths(source, model.spec.weights) if given is None else source_paths(model.spec.weights)
+    if out is not None:
+        state = resume_folder(out, FINETUNE_STATE, inputs)
+        check_all([OutputFolder(out, MODEL, force, inputs), state])
+    seed = model.config.seed if model.config else 0
+    session = Session(model.dense_spec, source, seed, report, alone(device), workers, model.classes, given=given)
+    tuned = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))
+    with nullcontext(state.place) if out is not None else temporary_folder() as place:
+        tune(tuned, session, config, Path(place), out, force, inputs)
+    if out is not None:
+        state.remove()
+    return tuned
+
+
+def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", report: Reporter = silent) -> Retention:
+    """How much of its dense model `model` retains on the held-out images `data` (default: those it was made on).
+
+    Accuracies with 95 % intervals where they can be compared, else the reason; cosines of the outputs and of single tokens.
+    """
+    dense = model.dense()
+    held_out = held_out_images(model, data, report)
+    group = alone(device)
+    reference = run(dense, held_out, report, "dense", group=group)
+    outputs = run(model.model, held_out, report, "MoEE", group=group)
+    logits = reference.features if model.probe is None else model.probe.logits(reference.features)
+    told = classes_told(dense, model.probe)
+    compared = comparison(reference.labels, held_out.num_classes, told, held_out.name, logits)
+    return retention(reference, outputs, model.probe, told, compared)
+
+
+def save(model: MoeeModel, path: str | Path, *, force: bool = False) -> None:
+    """Write `model` as an artifact, a folder, atomically. Raises `UserError` if `path` exists and `force` is off, or if it holds
+    anything but an earlier artifact."""
+    checkpoint.save(model, path, force, source_paths(model.spec.weights))
+
+
+def load(path: str | Path, model: nn.Module | str | None = None) -> MoeeModel:
+    """Read an artifact. `model`: the dense model that it was made from, where that was a module of your own, or the name
+    `package.module:function` of one; its weights are compared with the recorded hash.
+
+    Raises `UserError` for a damaged or foreign artifact, another model, and a module that is needed and missing.
+    """
+    return checkpoint.load(path, model)
+
+
+def spec_of(
+    model: nn.Module | str, num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None
+) -> ModelSpec:
+    """The `ModelSpec` of a model: what `load_model` loaded it by, while it still has those weights; else one that holds the
+    module itself, by which an artifact is opened with that module alone."""
+    if isinstance(model, str):
+        return named_model(model, ModelOptions(pretrained=True), log.info)
+    source = getattr(model, SOURCE, None)
+    if source is not None and num_classes is None and input is None and source[1] == _state_hash(model):
+        return source[0]
+    given = input if isinstance(input, InputConfig) or input is None else validated(InputConfig, dict(input))
+    return with_pretrained(module_spec(model, num_classes, given))
+
+
+def held_out_images(model: MoeeModel, data: Images = None, report: Reporter = silent) -> ImageSet:
+    """The held-out images that `data` means for `model`: a source of the command line, or images given in Python."""
+    if data is None or isinstance(data, (str, Path)):
+        return model.record.images("val", None if data is None else os.fspath(data), report)
+    transform = model_transform(model.model)
+    told = classes_told(model.model, model.probe) or None
+    return given_images(data, shape=transform.shape, classes=model.classes or None, head_classes=told, report=report)
+
+
+def _source(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:
+    """The name of a source, or what stands for one in Python."""
+    if isinstance(data, (str, Path)):
+        if val is not None:
+            raise UserError("held-out images go with training images given in Python; a folder or a named source has its own")
+        return os.fspath(data), None
+    return "", (data, val)
+
+
+def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options whose lists are tuples, as the command line gives them."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+
+
+def _state_hash(model: nn.Module) -> str:
+    state = model.state_dict()
+    return tensor_hash(*state.values(), extra=" ".join(state))
+
+

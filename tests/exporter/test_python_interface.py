@@ -1,0 +1,168 @@
+"""The Python interface on modules of other libraries and of one's own, from a loader to a verified export."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import exporter
+import moee
+from exporter import cli
+from moee.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+QUICK = {"preset": "static", "keep": 0.7, "tokens": 400, "refit_tokens": 400}
+
+
+def images(count=24, size=32, classes=3):
+    """Noise with a bright quarter that tells the class."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(count, 3, size, size, generator=generator) * 0.1
+    labels = torch.arange(count) % classes
+    for i, label in enumerate(labels.tolist()):
+        pixels[i, :, : size // 2, label * size // classes : (label + 1) * size // classes] += 2
+    return TensorDataset(pixels, labels)
+
+
+def torchvision_vit():
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=3)
+    nn.init.normal_(model.heads.head.weight)  # torchvision's is zero
+    return model
+
+
+class Stranger(nn.Module):
+    """A user's own encoder, whose outputs are features."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut = nn.Conv2d(3, 32, 8, 8)
+        self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+        self.mlps = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+        self.image_size = 32
+
+    def forward(self, x):
+        x = self.cut(x).flatten(2).transpose(1, 2)
+        for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            x = x + mlp(norm(x))
+        return x.mean(1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return images(), images(12)
+
+
+def test_a_torchvision_model_comes_to_a_verified_export(data, tmp_path):
+    train, val = data
+    model = torchvision_vit().train()
+    before = copy.deepcopy(model.state_dict())
+    result = moee.extract(model, DataLoader(train, batch_size=5, shuffle=True), DataLoader(val, batch_size=4), **QUICK)
+    assert model.training and all(torch.equal(before[name], t) for name, t in model.state_dict().items()), "it stays as it is"
+    assert result.info["stages"]["extracted"]["retention"]["images"] == 12
+    again = moee.extract(model, train, val, **QUICK)
+    assert all(torch.equal(t, again.model.state_dict()[name]) for name, t in result.model.state_dict().items())
+
+    tuned = moee.finetune(result, train, val, epochs=1, lr=1e-4, batch_size=8)
+    assert "tuned" in tuned.info["stages"] and "tuned" not in result.info["stages"], "a copy"
+    found = moee.evaluate(tuned, val)
+    assert found.images == 12 and found.class_cosine > 0.9
+    moee.save(tuned, tmp_path / "model")
+    with pytest.raises(UserError, match="model=MODULE"):
+        moee.load(tmp_path / "model")
+    other = torchvision_vit()
+    other.heads.head.bias.data += 1
+    with pytest.raises(UserError, match="not those that the artifact was made from"):
+        moee.load(tmp_path / "model", other)
+    opened = moee.load(tmp_path / "model", model)
+    with pytest.raises(UserError, match="given in Python"):
+        moee.evaluate(opened)
+    exporter.export(opened, tmp_path / "export")
+    assert exporter.verify(tmp_path / "export", opened, DataLoader(val, batch_size=4), sizes=(1, 2))
+    timed = exporter.bench(tmp_path / "export", val, model=opened, batch=2, runs=2, duration_s=0, throughput_s=0)
+    assert timed.speedup > 0
+
+
+def test_a_module_of_ones_own_is_cut_by_its_experts_and_verified(data, tmp_path):
+    train, val = data
+    options = {"clustering": "kmeans", "clusters": 2, "components": 4, "keep": 0.8, "tokens": 400, "cluster_tokens": 200}
+    result = moee.extract(Stranger(), train, val, num_classes=0, **options)
+    assert result.probe is not None and result.info["layers"]
+    exporter.export(result, tmp_path / "export", precision="fp16")
+    assert exporter.verify(tmp_path / "export", result, val, sizes=(2,))
+
+
+def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys):
+    model = moee.load_model("test_vit", random_seed=3, num_classes=3, img_size=32)
+    train, val = data
+    moee.extract(model, train, val, **QUICK, out=tmp_path / "named")
+    body = json.loads((tmp_path / "named" / "moee.json").read_text())
+    assert body["model"]["random_seed"] == 3 and body["model"]["library"] == "timm"
+    assert cli.main(["export", str(tmp_path / "named"), "--out", str(tmp_path / "export")]) == 0
+    assert exporter.verify(tmp_path / "export", moee.load(tmp_path / "named"), val, sizes=(2,))
+    with pytest.raises(UserError, match="exists"):
+        moee.save(moee.load(tmp_path / "named"), tmp_path / "named")
+
+    with torch.no_grad():
+        model.head.bias += 1  # the user tunes it: the name no longer says which model it is
+    changed = moee.extract(model, train, val, **QUICK, out=tmp_path / "changed")
+    assert changed.spec.library == "module"
+    assert cli.main(["export", str(tmp_path / "changed"), "--out", str(tmp_path / "other")]) == 2
+    assert "made from a module in Python" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m, t: moee.extract(7, t), "the model is a int"),
+        (lambda m, t: moee.extract(m, t, keep=2), "--keep"),
+        (lambda m, t: moee.extract(m, t, kep=0.9), "kep"),
+        (lambda m, t: moee.extract(m, images(8, size=40)), "images of 3 x 40 x 40"),
+        (lambda m, t: moee.extract(m, t, t), "are the training images"),
+        (lambda m, t: moee.extract(m, "digits", t), "held-out images go with"),
+        (lambda m, t: moee.extract(m, t, method="clear-moe", preset="static"), "clear-moe"),
+        (lambda m, t: moee.load_model("vit_nothing", pretrained=True), "unknown model"),
+        (lambda m, t: moee.load_model("test_vit"), "has no weights yet"),
+        (lambda m, t: moee.extract(m, t, device="tpu"), "tpu"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_before_the_work(call, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        call(torchvision_vit(), images(8))
+
+
+def test_importing_the_packages_loads_no_torch():
+    code = """
+import sys, moee, exporter
+assert "torch" not in sys.modules and "onnx" not in sys.modules
+assert all(map(callable, (moee.extract, moee.evaluate, moee.finetune, exporter.verify, exporter.bundle)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_timm_model_that_was_trained_here_needs_no_name(data):
+    train, val = data
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    result = moee.extract(model, train, val, **QUICK)
+    assert result.spec.library == "module" and result.dense().state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_page_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 32
+    (tmp_path / "example.py").write_text(code)
+    found = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, env=found)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "accuracy" in done.stdout
