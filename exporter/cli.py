@@ -35,7 +35,7 @@ from exporter.commands import (
 )
 from exporter.failures import explain
 from exporter.ui import plain_console
-from moee import __version__
+from moee.version import VERSION
 
 COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
@@ -46,7 +46,7 @@ COMMANDS = (
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="moee", description="Extract experts from Vision Transformers and ship them.")
-    parser.add_argument("--version", action="version", version=f"moee {__version__}")
+    parser.add_argument("--version", action="version", version=f"moee {VERSION}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:

@@ -5,7 +5,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from moee.version import VERSION
+
+__version__ = VERSION
 
 INTERFACE = ("load_model", "extract", "finetune", "evaluate", "save", "load")
 

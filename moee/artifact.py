@@ -51,9 +51,9 @@ def tool_versions() -> dict[str, str]:
     import timm
     import torch
 
-    from moee import __version__
+    from moee.version import VERSION
 
-    return {"moee": __version__, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
+    return {"moee": VERSION, "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()}
 
 
 def write_manifest(folder: Path, name: str, schema: str, body: dict[str, Any]) -> None:
