@@ -78,6 +78,11 @@ class Grid:
             found += [{**centre, name: value} for value in getattr(self, name) if value != centre[name]]
         return found
 
+    def check(self, design: str) -> None:
+        """Raise `UserError` for a setting that cannot be run."""
+        for setting in self.settings(design):
+            self.config(setting, 0)
+
     def config(self, setting: dict[str, Any], seed: int) -> ClearConfig:
         """The configuration of a cell."""
         values = {
@@ -117,6 +122,7 @@ def ablate(
     """Run what is missing of the grid into folder `out`; returns all cells. Seeds are the outer loop, so that an early stop
     leaves every setting measured once."""
     out = Path(out)
+    grid.check(design)
     OutputFolder(out, CLEAR_ABLATION, grows=True).check()
     out.mkdir(parents=True, exist_ok=True)
     spec = session.spec

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 from exporter.manifests import input_shape, read_export
+from moee.config import MOST_BATCH
 from moee.errors import UserError
 from moee.models import Shape
+from moee.schema import shown
 
 DEFAULT_BATCH = (1, 8, 32)
 
@@ -32,9 +34,9 @@ def _batch(text: str | None, name: str, shape: Shape) -> int | None:
     if text is None:
         return None
     wanted = f"{name}:Bx{'x'.join(map(str, shape))}"
-    match = re.fullmatch(rf"(?:'?{re.escape(name)}'?:)?(\d+)(?:x(\d+)x(\d+)x(\d+))?", text.strip())
-    if match is None or int(match[1]) < 1:
-        raise UserError(f"shape {text!r}: expected {wanted} or a batch size B of at least 1")
+    match = re.fullmatch(rf"(?:'?{re.escape(name)}'?:)?(\d{{1,9}})(?:x(\d+)x(\d+)x(\d+))?", text.strip())
+    if match is None or not 1 <= int(match[1]) <= MOST_BATCH:
+        raise UserError(f"shape {shown(text)}: expected {wanted} or a batch size B, from 1 to {MOST_BATCH}")
     rest = tuple(int(v) for v in match.groups()[1:] if v)
     if rest and rest != shape:
         raise UserError(f"shape {text!r} is outside the graph's range: it takes {wanted}, only B may vary")

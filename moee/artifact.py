@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from moee.atomic import atomic_file, atomic_folder, recover, write_text
 from moee.errors import UserError
-from moee.schema import parse_json, shown, upgraded
+from moee.schema import json_text, parse_json, shown, upgraded
 
 __all__ = [
     "atomic_file", "atomic_folder", "read_json", "read_manifest", "sha256_file", "stays_inside",
@@ -31,8 +30,8 @@ def sha256_file(path: Path) -> str:
 
 
 def write_json(path: Path | str, data: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(data, indent=2) + "\n")
+    """Write JSON atomically; numbers that it has no word for become null."""
+    write_text(path, json_text(data))
 
 
 def read_json(path: Path | str) -> Any:

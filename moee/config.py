@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -11,10 +11,23 @@ from moee.schema import shown
 
 PARTITIONS = ("kmeans", "birch", "random")  # clusterings that are told how many clusters to make
 PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
+MOST_COUNT = 2**31 - 1  # what any count may be: more than anyone has of anything, and whole in every library behind
+MOST_WORKERS = 4096  # threads or processes of one command
+MOST_BATCH = 1 << 16  # images of a batch
+MOST_EPOCHS = 1_000_000
+MOST_FACTOR = 1e6  # a ridge, rate, radius or norm beyond it is a slip
+MOST_SEEDS = 1000  # runs of an ablation's cell
+MOST_VIEWS = 1000  # of one training image
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's and scikit-learn's range
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
+Views = Annotated[int, Field(ge=0, le=MOST_VIEWS)]
 
 
 class AttentionOptions(BaseModel):
     """How much of the attention stays; part of every method's configuration."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     attention_macs: float | None = Field(None, gt=0, le=1, description="share of the attention's MACs that stays; None: all")
     attention_heads: Literal["separate", "equal"] = Field(
@@ -41,36 +54,40 @@ class ExtractConfig(AttentionOptions):
     meets a cost instead.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Literal["moee", "moefication"] = "moee"
-    seed: int = 0
-    tokens: int = Field(PAPER_TOKENS, ge=1, description="calibration tokens a layer")
+    seed: Seed = 0
+    tokens: Count = Field(PAPER_TOKENS, description="calibration tokens a layer")
     exclude: tuple[str, ...] = ()
     clustering: Literal["hdbscan", "dbscan", "optics", "kmeans", "birch", "random", "none"] = "hdbscan"
-    components: int | None = Field(None, ge=1, description="principal components before clustering; None clusters all features")
-    cluster_tokens: int = Field(PAPER_TOKENS, ge=2, description="tokens a layer that are clustered; the rest feeds statistics")
+    components: Count | None = Field(None, description="principal components before clustering; None clusters all features")
+    cluster_tokens: int = Field(
+        PAPER_TOKENS, ge=2, le=MOST_COUNT, description="tokens a layer that are clustered; the rest feeds statistics"
+    )
     min_cluster_size: float = Field(0.006, gt=0, lt=1, description="share of the clustered tokens")
-    min_samples: int | None = Field(None, ge=1)
-    clusters: int | None = Field(None, ge=2, description="of a partition method; None takes HDBSCAN's number")
-    eps: float | None = Field(None, gt=0, description="DBSCAN's radius; None takes the median core distance")
+    min_samples: Count | None = None
+    clusters: int | None = Field(None, ge=2, le=MOST_COUNT, description="of a partition method; None takes HDBSCAN's number")
+    eps: float | None = Field(None, gt=0, le=MOST_FACTOR, description="DBSCAN's radius; None takes the median core distance")
     criterion: Literal["sensitivity", "output_variance", "variance", "magnitude", "random"] = "output_variance"
     keep: float = Field(0.95, gt=0, le=1)
     allocation: Literal["expert", "model"] = "expert"
     target_macs: float | None = Field(None, gt=0, lt=1, description="MACs of the result as a share of the dense model's")
     objective: Literal["output", "tokens", "both"] = "both"
-    sensitivity_tokens: int = Field(32_768, ge=1, description="tokens a layer that the sensitivity is measured on")
+    sensitivity_tokens: Count = Field(32_768, description="tokens a layer that the sensitivity is measured on")
     statistics: Literal["cluster", "routed"] = "routed"
     compensation: Literal["none", "mean", "refit"] = "refit"
     routing: Literal["cosine", "euclidean", "hash", "random"] = "cosine"
-    experts: int | None = Field(None, ge=1, description="of MoEfication: equal shares of the neurons")
-    top_k: int = Field(1, ge=1, description="experts a token, MoEfication only")
+    experts: Count | None = Field(None, description="of MoEfication: equal shares of the neurons")
+    top_k: Count = Field(1, description="experts a token, MoEfication only")
     split: Literal["weights", "coactivation"] = "weights"
     selector: Literal["centre", "router"] = "centre"
-    refit_lambda: float | None = Field(None, gt=0, description="of the Gram matrix's mean diagonal; None: by held-out images")
-    refit_tokens: int = Field(PAPER_TOKENS, ge=1, description="tokens a layer that the refit may use")
-    augment: int = Field(0, ge=0, description="random views of each training image that the refit sees beside it")
-    collages: int = Field(0, ge=0, description="collages a training image that calibration and refit see beside it")
+    refit_lambda: float | None = Field(
+        None, gt=0, le=MOST_FACTOR, description="of the Gram matrix's mean diagonal; None: by held-out images"
+    )
+    refit_tokens: Count = Field(PAPER_TOKENS, description="tokens a layer that the refit may use")
+    augment: Views = Field(0, description="random views of each training image that the refit sees beside it")
+    collages: Views = Field(0, description="collages a training image that calibration and refit see beside it")
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractConfig:
@@ -103,28 +120,30 @@ class ExtractConfig(AttentionOptions):
 class FinetuneConfig(BaseModel):
     """Distillation from the dense model. Defaults are the paper's recipe; a last-feature match serves backbones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    seed: int = 0
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(32, ge=1)
-    lr: float = Field(1.5e-5, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    temperature: float = Field(1.0, gt=0, description="of the logits KL, classifiers only")
+    seed: Seed = 0
+    epochs: int = Field(30, ge=1, le=MOST_EPOCHS)
+    batch_size: int = Field(32, ge=1, le=MOST_BATCH)
+    lr: float = Field(1.5e-5, gt=0, le=MOST_FACTOR)
+    weight_decay: float = Field(0.01, ge=0, le=MOST_FACTOR)
+    temperature: float = Field(1.0, gt=0, le=MOST_FACTOR, description="of the logits KL, classifiers only")
     distil: Literal["output", "tokens"] = "output"
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero")
     train_router: bool = False
     validation: float = Field(0.1, gt=0, lt=1, description="share of the images that chooses the best epoch")
-    accumulate: int = Field(1, ge=1, description="parts that a rank computes its share of a batch in, one after another")
+    accumulate: int = Field(
+        1, ge=1, le=MOST_BATCH, description="parts that a rank computes its share of a batch in, one after another"
+    )
     amp: Literal["off", "bf16", "fp16"] = "off"
     force_amp: bool = Field(False, description="keep amp on a CPU without instructions for it, where it is many times slower")
     checkpointing: bool = False
-    augment: int = Field(0, ge=0, description="random views of each training image that an epoch has beside it")
-    collages: int = Field(0, ge=0, description="collages a training image that an epoch has beside it")
+    augment: Views = Field(0, description="random views of each training image that an epoch has beside it")
+    collages: Views = Field(0, description="collages a training image that an epoch has beside it")
     train: Literal["all", "experts"] = Field("all", description="all weights, or those of routed layers and narrowed attention")
     relative_lr: bool = Field(False, description="lr is a share of each tensor's root mean square instead of an absolute step")
     masked: bool = Field(False, description="compute every stored neuron under a mask while experts have few tokens of a batch")
-    clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient; 0: as it is")
+    clip_norm: float = Field(0.0, ge=0, le=MOST_FACTOR, description="largest norm of a step's gradient; 0: as it is")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

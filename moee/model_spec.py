@@ -20,7 +20,7 @@ class WeightsPart(BaseModel):
     """Which part of a checkpoint is the model's: the container (`state_dict_ema`; "" for the whole file) and the prefix that its
     names have there (`module.`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     container: str = ""
     prefix: str = ""
@@ -29,7 +29,7 @@ class WeightsPart(BaseModel):
 class InputConfig(BaseModel):
     """How images are prepared for a model whose own files say so; what is None stands in timm's table."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     input_size: tuple[Side, Side, Side] | None = None  # channels, height, width
     mean: Annotated[tuple[Finite, ...], Field(min_length=1)] | None = None
@@ -52,7 +52,7 @@ class ModelSpec(BaseModel):
     `input` is set for models that bring their own configuration, `labels` where it names their classes. `outputs`: what a
     function's model gives where the user says it, a number of classes, or 0 for features. """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     timm_name: str

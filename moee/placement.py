@@ -9,7 +9,6 @@ work it is called with `late`: a place that refuses by then does not cost the re
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -45,6 +44,7 @@ from moee.result_kinds import (
     matches,
     read_object,
 )
+from moee.schema import json_text
 
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -264,7 +264,7 @@ class OutputFile(Output):
     def write_json(self, body: Any) -> None:
         """Write JSON, as `moee.artifact.write_json`. It is what was measured, so `late` holds."""
         with self.write(late=True) as temporary:
-            temporary.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json_text(body), encoding="utf-8")
 
     def write_text(self, text: str) -> None:
         """Write a text as UTF-8."""

@@ -8,6 +8,7 @@ what it means. The fields are described as `Body` models beside the code that re
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -111,6 +112,20 @@ def parse_json(path: Path) -> Any:
     if level:
         raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels")
     return body
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with None for floats that JSON has no word for: an infinite error is one that could not be computed."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: json_safe(v) for k, v in value.items()}
+    return [json_safe(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def json_text(value: Any) -> str:
+    """`value` as the text of a JSON file, which any reader of JSON takes."""
+    return json.dumps(json_safe(value), indent=2, allow_nan=False) + "\n"
 
 
 def reason_of(error: BaseException, limit: int | None = None) -> str:

@@ -28,7 +28,7 @@ TIMM_NAME = "vit_tiny_patch16_224"
 class ScratchRecipe(BaseModel):
     """Architecture and training of the small ViT. Everything that decides its weights."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     img_size: int = 32
     patch_size: int = 4

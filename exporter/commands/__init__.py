@@ -11,7 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moee.config import MOST_COUNT, MOST_WORKERS
+from moee.model_spec import MAX_SIDE
 from moee.placement import Output, check_all, source_paths
+from moee.schema import shown
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from rich.console import Console
@@ -26,6 +29,8 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
 NAMES = "timm model name, local-dir:FOLDER, hf-hub:ID, torchvision:NAME, hf:FOLDER, package.module:function"
 MOVED = "where the dense model's file of weights lies now, if it was moved since extraction"
 OK, GATE_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
+DAY, WEEK = 86_400, 604_800  # seconds
+MOST_CLASSES = 1 << 20  # the largest ImageNet has 21,843
 
 
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -51,35 +56,51 @@ def model_inputs(args: argparse.Namespace) -> tuple[Path, ...]:
     return source_paths(args.data, args.checkpoint, args.class_map, folder if folder != args.model or "/" in folder else None)
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: a whole number that is not smaller."""
+def at_least(least: int, most: int = MOST_COUNT) -> Callable[[str], int]:
+    """A type for argparse: a whole number that is not smaller than `least`, nor larger than anything could hold."""
 
     def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, came {text!r}")
+        plain = text.isascii() and text.isdecimal() and len(text) < 40  # Python refuses to read thousands of digits
+        if not plain or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, came {shown(text, limit=40)}")
         return int(text)
 
     return number
 
 
-def finite(text: str) -> float:
-    """A type for argparse: a number, not NaN or infinite. A gate at such a value could not fail, or not pass."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a number, came {text!r}")
-    return value
+def finite(least: float, most: float) -> Callable[[str], float]:
+    """A type for argparse: a number from `least` to `most`, never NaN. A gate at such a value could not fail, or not pass."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}, came {shown(text, limit=40)}")
+        return value
+
+    return number
+
+
+def several(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """A type for argparse: values of a `kind`, separated by commas."""
+
+    def values(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part.strip()) for part in text.split(","))
+
+    return values
 
 
 def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
     """Flags of the commands that torchrun can start on several processes."""
     if threads:
-        parser.add_argument("--threads", type=at_least(1), help="of a rank (all cores; under torchrun OMP_NUM_THREADS or 1)")
-    parser.add_argument("--workers", type=at_least(0), default=0, help="processes a rank that read and decode images ahead (0)")
+        what = "of a rank (all cores; under torchrun OMP_NUM_THREADS or 1)"
+        parser.add_argument("--threads", type=at_least(1, MOST_WORKERS), help=what)
+    ahead = "processes a rank that read and decode images ahead (0)"
+    parser.add_argument("--workers", type=at_least(0, MOST_WORKERS), default=0, help=ahead)
     waits = "how long a rank waits for others (3600)"
-    parser.add_argument("--rank-timeout", type=at_least(1), default=3600, metavar="S", help=waits)
+    parser.add_argument("--rank-timeout", type=at_least(1, WEEK), default=3600, metavar="S", help=waits)
 
 
 def add_device(parser: argparse.ArgumentParser, *, target: bool = False, what: str = "where torch computes") -> None:
@@ -128,12 +149,12 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="the pretrained weights of timm or torchvision")
     add_checkpoint(parser, "weights of your own: .safetensors, or .pth, .pt, .bin, .ckpt, .pth.tar by torch.save")
     seed = "draw the weights at random under this seed, which is recorded: for trials without a trained model"
-    parser.add_argument("--random-weights", type=at_least(0), metavar="SEED", help=seed)
+    parser.add_argument("--random-weights", type=at_least(0, 2**63 - 1), metavar="SEED", help=seed)
     classes = "classes of the model, 0 for features alone (the checkpoint's)"
-    parser.add_argument("--num-classes", type=at_least(0), metavar="N", help=classes)
-    parser.add_argument("--in-chans", type=at_least(1), metavar="N", help="input channels, for models that take it (3)")
+    parser.add_argument("--num-classes", type=at_least(0, MOST_CLASSES), metavar="N", help=classes)
+    parser.add_argument("--in-chans", type=at_least(1, MAX_SIDE), metavar="N", help="input channels, for models that take it (3)")
     what = "height and width of the images in pixels, or one number for both (the model's own)"
-    parser.add_argument("--img-size", type=int, nargs="+", metavar=("H", "W"), help=what)
+    parser.add_argument("--img-size", type=at_least(1, MAX_SIDE), nargs="+", metavar=("H", "W"), help=what)
     others = "further arguments of the model or function, such as global_pool=avg; values as Python writes them"
     parser.add_argument("--model-kwargs", nargs="*", action=KeyValues, default={}, metavar="K=V", help=others)
 

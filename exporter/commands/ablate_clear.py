@@ -13,23 +13,18 @@ from exporter.commands import (
     add_device,
     add_model,
     add_outputs,
+    at_least,
     model_inputs,
     session_of,
+    several,
     show_skipped,
 )
 from exporter.ui import ProgressDisplay
-from moee.errors import UserError
+from moee.config import MOST_SEEDS
 from moee.placement import OutputFile, OutputFolder
 from moee.result_kinds import CLEAR_ABLATION, CLEAR_PLOT, CLEAR_TABLE
 
 TEXT = "CLEAR-MoE over routers, ranks, experts, calibration sizes and seeds; resumable"
-
-
-def _list(kind: type):
-    def parse(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(","))
-
-    return parse
 
 
 def add_parser(subparsers: Any) -> None:
@@ -37,12 +32,12 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     add_model(sub)
     sub.add_argument("--design", default="star", help="star (one factor at a time) or full (every combination)")
-    sub.add_argument("--routers", type=_list(str), help="comma-separated (random,linear,mlp,centroid)")
-    sub.add_argument("--ranks", type=_list(int), help="shared plus residual rank (96,128,176)")
-    sub.add_argument("--experts", type=_list(int), help="(2,4,8)")
-    sub.add_argument("--calibration-images", type=_list(int), help="(50,200,500)")
-    sub.add_argument("--residual-rank", type=int, default=16)
-    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--routers", type=several(str), help="comma-separated (random,linear,mlp,centroid)")
+    sub.add_argument("--ranks", type=several(at_least(1)), help="shared plus residual rank (96,128,176)")
+    sub.add_argument("--experts", type=several(at_least(1)), help="(2,4,8)")
+    sub.add_argument("--calibration-images", type=several(at_least(1)), help="(50,200,500)")
+    sub.add_argument("--residual-rank", type=at_least(0), default=16)
+    sub.add_argument("--seeds", type=at_least(1, MOST_SEEDS), default=3)
     add_device(sub)
     sub.add_argument("--out", required=True, help="folder of the cells; what it holds is not computed again")
     table = "write the Markdown table here, and beside it a plot as SVG if matplotlib is installed"
@@ -70,13 +65,12 @@ def _table(args: argparse.Namespace) -> list[OutputFile]:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.clear_ablation import Grid, ablate, markdown, plot, summarise
 
-    if args.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, came {args.seeds}")
     given = {"router": args.routers, "rank": args.ranks, "experts": args.experts, "calibration_images": args.calibration_images}
     given = {name: values for name, values in given.items() if values}
     defaults = dict(Grid().centre)
     centre = tuple((n, v if n not in given or v in given[n] else given[n][len(given[n]) // 2]) for n, v in defaults.items())
     grid = Grid(**given, seeds=args.seeds, residual_rank=args.residual_rank, centre=centre)
+    grid.check(args.design)  # before the model is read
     with ProgressDisplay() as report:
         session = session_of(args, report, console)
         cells = ablate(session, grid, args.design, args.out, report)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_outputs, add_word
+from exporter.commands import DAY, GATE_FAILED, OK, add_outputs, add_word, at_least, finite
 from exporter.ui import ProgressDisplay
+from moee.config import MOST_BATCH, MOST_WORKERS
 from moee.placement import OutputFile, source_paths
 from moee.progress import Reporter, silent
 from moee.result_kinds import LATENCY
@@ -18,6 +19,7 @@ from moee.result_kinds import LATENCY
 if TYPE_CHECKING:
     from moee.data import ImageSet
 
+MOST_RUNS = 1_000_000
 TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
 
 
@@ -28,16 +30,17 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
-    sub.add_argument("--batch", type=int, default=8)
-    sub.add_argument("--runs", "--iterations", type=int, default=40, help="pairs of runs, at least (40)")
-    sub.add_argument("--duration", type=float, default=3.0, metavar="S", help="seconds of pairs, at least (3)")
-    sub.add_argument("--streams", "--infStreams", type=int, default=2, help="requests in flight for throughput (2)")
-    sub.add_argument("--throughput", type=float, default=3.0, metavar="S", help="seconds for throughput, 0 for none (3)")
+    sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images of a batch (8)")
+    sub.add_argument("--runs", "--iterations", type=at_least(1, MOST_RUNS), default=40, help="pairs of runs, at least (40)")
+    sub.add_argument("--duration", type=finite(0, DAY), default=3.0, metavar="S", help="seconds of pairs, at least (3)")
+    flying = "requests in flight for throughput (2)"
+    sub.add_argument("--streams", "--infStreams", type=at_least(1, MOST_WORKERS), default=2, help=flying)
+    sub.add_argument("--throughput", type=finite(0, DAY), default=3.0, metavar="S", help="seconds for throughput, 0 for none (3)")
     sub.add_argument("--cuda-graph", "--useCudaGraph", action="store_true", help="replay engines as CUDA graphs")
     sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
     sub.add_argument("--data", help="images to run on: routing depends on them (default: those of its tuning, else extraction)")
     add_word(sub)
-    sub.add_argument("--threads", type=int)
+    sub.add_argument("--threads", type=at_least(1, MOST_WORKERS), help="of ONNX Runtime (all cores)")
     sub.add_argument("--out", metavar="FILE", help="write latency.json here; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
     add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
@@ -59,8 +62,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     refuse_lost_dense(manifest, args.path)
     if args.fail_if_slower and args.runs < MIN_PAIRS and args.duration <= 0:
         raise UserError(f"--fail-if-slower needs {MIN_PAIRS} pairs of runs or more, came --runs {args.runs}")
-    if args.batch < 1:
-        raise UserError(f"--batch {args.batch}: expected 1 or more")
     with ProgressDisplay() as report:
         data = _data(args.data, manifest, args.path, report, args.word)
         images = next(batches(data, args.batch)).images.numpy() if data is not None else None

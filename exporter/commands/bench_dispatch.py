@@ -8,12 +8,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_outputs, add_word
+from exporter.commands import OK, add_outputs, add_word, at_least
 from exporter.ui import ProgressDisplay
+from moee.config import MOST_BATCH, MOST_WORKERS
 from moee.errors import UserError
 from moee.placement import OutputFile, source_paths
 from moee.result_kinds import DISPATCH
 
+MOST_RUNS = 1_000_000
+MOST_WIDTH = 1 << 20  # of a layer
 TEXT = "stages of CLEAR-MoE dispatch: time, bytes, FLOPs, and which are memory-bound"
 
 
@@ -23,16 +26,17 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("path", nargs="?", help="CLEAR-MoE model folder; its first layer on real tokens (default: random weights)")
     add_word(sub)
     sub.add_argument("--layer", help="name of the layer, with a model folder")
-    sub.add_argument("--batch", type=int, default=8, help="images, with a model folder (8)")
-    sub.add_argument("--tokens", type=int, default=2056, help="tokens of the random input (2056: eight images of 257)")
-    sub.add_argument("--dim", type=int, default=384)
-    sub.add_argument("--hidden", type=int, default=1536)
-    sub.add_argument("--experts", type=int, default=4)
-    sub.add_argument("--rank", type=int, default=160)
-    sub.add_argument("--residual-rank", type=int, default=8)
+    sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images, with a model folder (8)")
+    sub.add_argument("--tokens", type=at_least(1), default=2056, help="tokens of the random input (2056: eight images of 257)")
+    sub.add_argument("--dim", type=at_least(1, MOST_WIDTH), default=384)
+    sub.add_argument("--hidden", type=at_least(1, MOST_WIDTH), default=1536)
+    sub.add_argument("--experts", type=at_least(1, MOST_WIDTH), default=4)
+    sub.add_argument("--rank", type=at_least(1, MOST_WIDTH), default=160)
+    sub.add_argument("--residual-rank", type=at_least(0, MOST_WIDTH), default=8)
     sub.add_argument("--backend", action="append", help="loop, sorted, grouped, masked, triton; repeatable (all but triton)")
-    sub.add_argument("--runs", type=int, default=30)
-    sub.add_argument("--threads", type=int, help="1 times CPU seconds, which other load does not disturb (all cores, wall time)")
+    sub.add_argument("--runs", type=at_least(1, MOST_RUNS), default=30)
+    clock = "1 times CPU seconds, which other load does not disturb (all cores, wall time)"
+    sub.add_argument("--threads", type=at_least(1, MOST_WORKERS), help=clock)
     sub.add_argument("--out", metavar="FILE", help="write dispatch.json here; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
     add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
@@ -49,17 +53,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.triton_dispatch import install
     from moee.clear_moe.dispatch import backend
 
-    counts = {
-        "--runs": args.runs, "--tokens": args.tokens, "--batch": args.batch, "--experts": args.experts,
-        "--threads": args.threads or 1,
-    }  # fmt: skip
-    for name, value in counts.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, came {value}")
     if args.path:
         layer, x = real_layer(args.path, args.layer, args.batch, args.word)
     else:
-        if args.rank < 1 or args.residual_rank < 0 or args.rank + args.residual_rank > min(args.dim, args.hidden):
+        if args.rank + args.residual_rank > min(args.dim, args.hidden):
             raise UserError(
                 f"--rank {args.rank} plus --residual-rank {args.residual_rank} must lie in 1..{min(args.dim, args.hidden)}, "
                 "the full rank"

@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import GATE_FAILED, OK, add_device, add_out, add_outputs
+from exporter.commands import GATE_FAILED, OK, add_device, add_out, add_outputs, at_least
 from exporter.commands.bench import latency_table
 from exporter.ui import ProgressDisplay, number, percent, stage_table
+from moee.config import MOST_EPOCHS
 from moee.placement import DemoFolder
 
 TEXT = "everything, on a real pretrained ViT-S and scikit-learn's digits"
@@ -19,7 +20,7 @@ TEXT = "everything, on a real pretrained ViT-S and scikit-learn's digits"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("demo", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("--epochs", type=int, default=3, help="epochs of fine-tuning")
+    sub.add_argument("--epochs", type=at_least(1, MOST_EPOCHS), default=3, help="epochs of fine-tuning")
     add_device(sub)
     add_out(sub, "all results")
     add_outputs(sub, lambda args: [DemoFolder(args.out, force=args.force)])

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_moved, add_out, add_outputs, open_artifact
+from exporter.commands import OK, add_moved, add_out, add_outputs, at_least, open_artifact
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         help="fp32, fp16, bf16, or int8 for the dense parts (int8: the rest in fp16; int8-fp32); norms, softmax and routing stay "
         "in float32 (fp32)",
     )  # fmt: skip
-    sub.add_argument("--calibration-images", type=int, metavar="N", help="for int8 (128)")
+    sub.add_argument("--calibration-images", type=at_least(1), metavar="N", help="for int8 (128)")
     sub.add_argument("--data", help="calibration images for int8 (default: what the model was tuned on, else extracted on)")
     add_moved(sub)
     add_out(sub, "the graphs")

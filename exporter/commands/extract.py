@@ -17,6 +17,7 @@ from exporter.commands import (
     add_outputs,
     add_ranks,
     add_trial,
+    at_least,
     check_outputs,
     classes_of,
     model_inputs,
@@ -26,7 +27,7 @@ from exporter.commands import (
     trial_of,
 )
 from exporter.ui import attention_table, layer_notes, layer_table, number, percent, stage_table
-from moee.config import PRESETS
+from moee.config import MOST_WORKERS, PRESETS
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import MODEL
@@ -74,7 +75,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--augment", type=int, metavar="N", help="random views of each training image for the refit beside it (0)")
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
     add_attention(sub)
-    sub.add_argument("--jobs", type=int, default=1, help="layers clustered side by side; each takes memory of its own")
+    side = "layers clustered side by side (1); each takes memory of its own"
+    sub.add_argument("--jobs", type=at_least(1, MOST_WORKERS), default=1, help=side)
     add_device(sub)
     add_trial(sub)
     add_ranks(sub)

@@ -17,6 +17,7 @@ from exporter.commands import (
     add_out,
     add_outputs,
     add_trial,
+    at_least,
     model_flags,
     model_inputs,
     session_of,
@@ -24,6 +25,7 @@ from exporter.commands import (
 )
 from exporter.ui import ProgressDisplay, number, percent, span
 from moee.accuracy import counted
+from moee.config import MOST_BATCH
 from moee.errors import UserError
 from moee.placement import Output, OutputFolder, resume_folder
 from moee.result_kinds import PLAN, PLAN_STATE
@@ -41,8 +43,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--target-params", type=float, help="parameters as a share of dense")
     sub.add_argument("--target-latency-ms", type=float, help="p50 of a batch on --device")
     sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
+    sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="batch size of latencies (8)")
     add_device(sub, target=True)
-    sub.add_argument("--batch", type=int, default=8, help="batch size of latencies (8)")
     methods = "hdbscan, kmeans-8, kmeans-32, kmeans-64, static, moefication, clear-moe"
     sub.add_argument("--methods", help=f"comma-separated: {methods} (all but kmeans-64)")
     sub.add_argument("--allocations", help="comma-separated: share, sensitivity (both)")
@@ -79,22 +81,22 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.device import latency_of
     from moee.config import validated
-    from moee.planning import ALLOCATIONS, TARGETS, USUAL, Budget, make_plan
+    from moee.planning import ALLOCATIONS, TARGETS, USUAL, Budget, check_ways, make_plan
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
     targets = parse_shares("--targets", args.targets) or TARGETS
     attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
     budget = validated(Budget, {name: getattr(args, name) for name in names})
-    methods = tuple(args.methods.split(",")) if args.methods else USUAL
-    allocations = tuple(args.allocations.split(",")) if args.allocations else tuple(ALLOCATIONS)
+    methods = tuple(args.methods.split(",")) if args.methods is not None else USUAL
+    allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
     common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_heads", "seed")
-    base = {name: getattr(args, name) for name in common}
+    base = {name: getattr(args, name) for name in common if getattr(args, name) is not None}
+    check_ways(methods, allocations, attention, base)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
-            session, budget, args.out, methods, targets, {k: v for k, v in base.items() if v is not None}, latency,
-            args.force, report, allocations, attention,
+            session, budget, args.out, methods, targets, base, latency, args.force, report, allocations, attention,
         )  # fmt: skip
     console.print(points_table(plan))
     for line in verdict(plan):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_moved, add_out, add_outputs, open_artifact
+from exporter.commands import OK, add_moved, add_out, add_outputs, at_least, open_artifact
 from exporter.ui import ProgressDisplay
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import PLOTS
@@ -20,7 +20,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that extract or finetune wrote")
     sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
-    sub.add_argument("--images", type=int, default=256, help="held-out images that are routed (256)")
+    sub.add_argument("--images", type=at_least(1), default=256, help="held-out images that are routed (256)")
     add_moved(sub)
     add_out(sub, "the plots")
     add_outputs(sub, _outputs)
@@ -33,10 +33,7 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots import write_plots
     from moee.data import say_read
-    from moee.errors import UserError
 
-    if args.images < 1:
-        raise UserError(f"--images must be at least 1, came {args.images}")
     with ProgressDisplay() as report:
         moee = open_artifact(args)
         calibration, held_out = moee.record.splits(args.data, report)

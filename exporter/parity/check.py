@@ -19,7 +19,6 @@ from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
 from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers, standard_layers
-from exporter.parity.stats import json_safe
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
 from exporter.parity.ties import dictated, excuse_ties, only_ties, with_own_error
 from exporter.parity.weights import WeightProblem, check_weights
@@ -35,6 +34,7 @@ from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.probe import classes_told
 from moee.progress import Reporter, silent
+from moee.schema import json_safe
 
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -50,12 +49,3 @@ def within(error: float, allowed: float) -> bool:
 def _three(error: np.ndarray) -> tuple[float, float, float]:
     p99 = float(np.percentile(error, 99, method="higher"))
     return float(error.max()), float(error.mean()), p99
-
-
-def json_safe(value: Any) -> Any:
-    """`value` with None for floats that JSON has no word for: an infinite error is one that could not be computed."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: json_safe(v) for k, v in value.items()}
-    return [json_safe(v) for v in value] if isinstance(value, (list, tuple)) else value

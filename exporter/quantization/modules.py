@@ -23,7 +23,7 @@ class Quantization(BaseModel):
     `kept`: layers that stay in floating point, and why. `method`: how the steps were set. `sqnr_db`: power of the model's output
     over that of the quantisation noise, in decibels, on calibration images (`images` of `data`)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     input_scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     kept: dict[str, str]

@@ -17,7 +17,6 @@ from exporter.onnx_export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quan
 from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors, refuse_unrouted
-from exporter.parity.stats import json_safe
 from exporter.parity.taps import copied
 from exporter.parity.yardsticks import yardsticks
 from exporter.precision import INT8
@@ -32,6 +31,7 @@ from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.probe import classes_told
 from moee.progress import Reporter, silent
+from moee.schema import json_safe
 
 ACCURACY_BATCH = 16
 

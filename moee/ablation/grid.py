@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moee.config import ExtractConfig, make_extract_config, validated
+from moee.config import MOST_COUNT, MOST_SEEDS, Count, ExtractConfig, make_extract_config, validated
 
 Compensation = Literal["none", "mean", "refit"]
 
@@ -132,18 +132,18 @@ class AblationConfig(BaseModel):
     """Which tables, at which scale. The fields of `shared` must not change between runs into one folder; the others only
     add cells."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tables: tuple[str, ...] = tuple(TABLES)
-    seeds: int = Field(3, ge=1)
+    seeds: int = Field(3, ge=1, le=MOST_SEEDS)
     compensation: tuple[Compensation, ...] = ("none", "refit")
     keeps: tuple[float, ...] = (0.50, 0.70, 0.90)
-    tokens: int = Field(20_000, ge=1)
-    cluster_tokens: int = Field(4000, ge=2)
-    components: int = Field(50, ge=1)
+    tokens: Count = 20_000
+    cluster_tokens: int = Field(4000, ge=2, le=MOST_COUNT)
+    components: Count = 50
     min_cluster_size: float = Field(0.006, gt=0, lt=1)
     statistics: Literal["cluster", "routed"] = "cluster"
-    refit_tokens: int = Field(41_600, ge=1)
+    refit_tokens: Count = 41_600
 
     @model_validator(mode="after")
     def _known(self) -> AblationConfig:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from moee.config import AttentionOptions
+from moee.config import MOST_COUNT, MOST_FACTOR, AttentionOptions, Count, Seed
 
 DEFAULT_ENERGY = 0.98  # of each map's output variance, when neither rank nor budget is given
 
@@ -17,24 +17,26 @@ class ClearConfig(AttentionOptions):
     `target_macs` together with `rank` selects layers: the best scored ones, until the model is within the budget.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Literal["clear-moe"] = "clear-moe"
-    seed: int = 0
+    seed: Seed = 0
     exclude: tuple[str, ...] = ()
-    experts: int = Field(4, ge=1, description="clusters of each layer's inputs")
-    rank: int | None = Field(None, ge=1, description="of the shared basis, both maps")
-    residual_rank: int | None = Field(None, ge=0, description="of each expert; None divides the rank by the least error")
+    experts: Count = Field(4, description="clusters of each layer's inputs")
+    rank: Count | None = Field(None, description="of the shared basis, both maps")
+    residual_rank: int | None = Field(
+        None, ge=0, le=MOST_COUNT, description="of each expert; None divides the rank by the least error"
+    )
     energy: float | None = Field(None, gt=0, le=1, description="share of each map's output variance that is kept")
     target_macs: float | None = Field(None, gt=0, lt=1, description="share of the dense model's MACs")
-    layers: int | None = Field(None, ge=1, description="how many layers, best scores first; None converts all that pay")
+    layers: Count | None = Field(None, description="how many layers, best scores first; None converts all that pay")
     router: Literal["linear", "mlp", "centroid", "random"] = "linear"
-    router_width: int = Field(32, ge=1, description="hidden units of the mlp router")
-    calibration_images: int = Field(200, ge=1)
-    tokens: int = Field(16_384, ge=2, description="calibration tokens a layer")
+    router_width: Count = Field(32, description="hidden units of the mlp router")
+    calibration_images: Count = 200
+    tokens: int = Field(16_384, ge=2, le=MOST_COUNT, description="calibration tokens a layer")
     metric: Literal["output", "plain"] = "output"
     refit: bool = True
-    refit_lambda: float = Field(0.01, gt=0, description="share of the Gram matrix's mean diagonal")
+    refit_lambda: float = Field(0.01, gt=0, le=MOST_FACTOR, description="share of the Gram matrix's mean diagonal")
     score: bool = Field(True, description="off: skip the layer scores, which a run over all layers does not need")
 
     @model_validator(mode="after")

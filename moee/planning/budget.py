@@ -15,19 +15,20 @@ from moee.schema import Body, checked
 
 COST_TOLERANCE = 0.005  # of the dense MACs: routing on held-out images differs a little from calibration
 
+MOST_MS = 1e6  # of a batch: a quarter of an hour
 ALIKE = 0.05  # of dense, half the distance between the usual targets
 
 
 class Budget(BaseModel):
     """What a plan must meet. Shares are of the dense model; `max_drop` is in percentage points of accuracy."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_drop: float | None = Field(None, ge=0, lt=100)
     min_cosine: float | None = Field(None, gt=0, le=1)
     target_macs: float | None = Field(None, gt=0, lt=1)
     target_params: float | None = Field(None, gt=0, lt=1)
-    target_latency_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    target_latency_ms: float | None = Field(None, gt=0, le=MOST_MS)
 
     @model_validator(mode="after")
     def _something(self) -> Budget:
@@ -100,7 +101,7 @@ class StoredLatency(Body):
 
 
 class StoredPoint(Body):
-    """A `Point` in a file. A broken model's cosine is no number."""
+    """A `Point` in a file. A broken model's cosine is null, or NaN in files of earlier versions."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
@@ -108,7 +109,7 @@ class StoredPoint(Body):
     allocation: str
     macs: float
     params: float
-    cosine: float
+    cosine: float | None
     token_cosine: float | None
     accuracy: float | None
     drop: float | None
@@ -120,7 +121,8 @@ class StoredPoint(Body):
 def checked_point(body: Any, path: Path) -> Point:
     """A point from a file. Raises `UserError` for one that lacks a figure or holds another thing in its place."""
     checked(StoredPoint, body, path)
-    return Point(**{field.name: body[field.name] for field in fields(Point) if field.name in body})
+    figures = {field.name: body[field.name] for field in fields(Point) if field.name in body}
+    return Point(**{**figures, "cosine": math.nan if body["cosine"] is None else body["cosine"]})
 
 
 def pareto(points: list[Point]) -> list[Point]:

@@ -54,18 +54,12 @@ def make_plan(
     inputs = source_paths(session.source, session.spec.weights)
     output, store = OutputFolder(out, PLAN_FOLDER, force, inputs), resume_folder(out, PLAN_STATE, inputs)
     check_all([output, store])
-    for kind, given, known in (("method", methods, METHODS), ("allocation", allocations, ALLOCATIONS)):
-        unknown = set(given) - known.keys()
-        if unknown:
-            raise UserError(f"unknown {kind} {', '.join(sorted(unknown))}; expected some of {', '.join(known)}")
+    configs = check_ways(methods, allocations, attention, base or {})
     if budget.max_drop is not None:
         _refuse_incomparable(session.obstacle())  # what is known before anything has run
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
-    if "attention_macs" in (base or {}):
-        raise ValueError("shares of the attention go into `attention`, not into `base`")
-    for share in attention:  # what is wrong with the options is said before a resumed plan is bound to them
-        common = make_extract_config(**{**(base or {}), "attention_macs": None if attention == (1.0,) else share})
+    for share, common in zip(attention, configs, strict=True):  # said before a resumed plan is bound to the options
         if common.narrows is not None:
             check_share(session.dense, session.transform.shape, share)
         session.prove(common)
@@ -106,6 +100,21 @@ def make_plan(
         write_manifest(folder, PLAN, SCHEMA, result)
     store.remove()
     return result
+
+
+def check_ways(
+    methods: tuple[str, ...], allocations: tuple[str, ...], attention: tuple[float, ...], base: dict[str, Any]
+) -> list[ExtractConfig]:
+    """What can be said of a plan's options without its model: the options `base` with each share of the attention. Raises
+    `UserError` for names that are unknown and for values that do not fit."""
+    for kind, given, known in (("method", methods, METHODS), ("allocation", allocations, ALLOCATIONS)):
+        unknown = sorted(set(given) - known.keys())
+        if unknown or not given:
+            came = ", ".join(shown(name, quoted=False) for name in unknown) or "(none)"
+            raise UserError(f"--{kind}s: unknown {kind} {came}; expected some of {', '.join(known)}")
+    if "attention_macs" in base:
+        raise ValueError("shares of the attention go into `attention`, not into `base`")
+    return [make_extract_config(**{**base, "attention_macs": None if attention == (1.0,) else share}) for share in attention]
 
 
 def _refuse_incomparable(reason: str) -> None:

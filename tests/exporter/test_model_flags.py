@@ -101,7 +101,7 @@ def test_from_a_checkpoint_to_a_tuned_model(folder, capsys):
         (["--random-weights", "0", "--model-kwargs", "checkpoint_path=x.pth"], "it would open files"),
         (["--random-weights", "0", "--model-kwargs", "depth=b'x'"], "expected numbers, texts, lists and None"),
         (["--random-weights", "0", "--model-kwargs", "depth"], "expected name=value, came 'depth'"),
-        (["--random-weights", "-1"], "expected a whole number of at least 0"),
+        (["--random-weights", "-1"], "expected a whole number from 0 to"),
         (["--pretrained", "--num-classes", "4"], "have 1000 classes, --num-classes says 4: leave it out, or give 0"),
     ],
 )
