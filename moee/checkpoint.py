@@ -18,7 +18,7 @@ from moee.clear_moe.dispatch import Factors
 from moee.clear_moe.layer import ClearFFN, ClearParts
 from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig
-from moee.data import ImageSet, Transform, model_transform
+from moee.data import Division, ImageSet, Transform, model_transform
 from moee.errors import UserError
 from moee.from_python import is_function_name
 from moee.given_images import PREFIX
@@ -44,24 +44,36 @@ MAX_MLP_RATIO = 64  # hidden over token width; models have 4
 @dataclass(frozen=True)
 class ImageRecord:
     """How the images of an artifact are read again: `source` divided with the `seed` that it was made with, numbered by its
-    `classes`, or, where it records none, to fit the `head_classes` that the model tells apart."""
+    `classes`, or, where it records none, to fit the `head_classes` that the model tells apart. `division` is what the source
+    `divided` was divided from when the artifact was made, None where it had splits or that is not known."""
 
     source: str
     transform: Transform
     seed: int
     classes: tuple[str, ...]
     head_classes: int | None
+    division: Division | None = None
+    divided: str = ""
 
     def images(self, split: str, given: str | None = None, report: Reporter = silent) -> ImageSet:
         """The `train` or `val` images of what the artifact was made on, or in its stead of the source `given`. Raises `UserError`
         for one that cannot be read, and as `recorded_data`."""
         source = given or recorded_data(self.source)
-        return sources.load_data(source, self.transform, split, self.seed, self.classes or None, self.head_classes, report)
+        data = sources.load_data(source, self.transform, split, self.seed, self.classes or None, self.head_classes, report)
+        self._check(source, data)
+        return data
 
     def splits(self, given: str | None = None, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
         """The training and the held-out images, as `images`."""
         source = given or recorded_data(self.source)
-        return sources.load_splits(source, self.transform, self.seed, self.classes or None, self.head_classes, report)
+        train, val = sources.load_splits(source, self.transform, self.seed, self.classes or None, self.head_classes, report)
+        self._check(source, val)
+        return train, val
+
+    def _check(self, source: str, data: ImageSet) -> None:
+        """Raise `UserError` where the source changed so that other images would be held out."""
+        if self.division is not None and sources.same_data(source, self.divided):
+            self.division.check(data)
 
 
 @dataclass
@@ -94,7 +106,13 @@ class MoeeModel:
     def record(self) -> ImageRecord:
         """How its images are read again."""
         seed = self.config.seed if self.config else 0
-        return ImageRecord(self.data, model_transform(self.model), seed, self.classes, head_classes(self.model))
+        transform, told = model_transform(self.model), head_classes(self.model)
+        return ImageRecord(self.data, transform, seed, self.classes, told, self.division, self.data)
+
+    @property
+    def division(self) -> Division | None:
+        """What its images were divided from, as far as it was recorded."""
+        return recorded_division(self.info.get("data_read"))
 
     def take_weights(self, path: Path | str) -> None:
         """The dense model's weights have moved to `path`; their hash is compared when they are loaded. Raises `UserError` if they
@@ -295,6 +313,20 @@ def recorded_data(source: str) -> str:
     if named(source):
         raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
     return source
+
+
+def recorded_division(data_read: Any) -> Division | None:
+    """What the images of an artifact were divided from, by the `data_read` of its manifest; None where nobody knows.
+    Artifacts of before recorded how many were read alone."""
+    if not isinstance(data_read, dict):
+        return None
+    if "division" in data_read:
+        found = data_read["division"]
+        known = isinstance(found, dict) and isinstance(found.get("images"), int) and isinstance(found.get("names"), str)
+        return Division(found["images"], found["names"]) if known else Division(0)
+    parts = [part for split in ("train", "val") if isinstance(part := data_read.get(split), dict)]
+    counts = [n for part in parts if isinstance(n := part.get("images"), int) and n > 0]
+    return Division(sum(counts)) if len(counts) == 2 else None
 
 
 def _layer_record(item: dict[str, Any], path: Path) -> LayerRecord | ClearRecord:

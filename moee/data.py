@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -130,10 +130,12 @@ class ImageSet(Dataset):
 
     Label i means `classes[i]`, -1 no class; `classes` are names, or how many there are where they have none but their numbers.
     `notes`: sentences about what was left out or guessed. `workers`: processes that read and decode ahead; 0 does it in between.
+    `division`: what it was divided from, None for a split of its own.
     """
 
     workers = 0
     notes: tuple[str, ...] = ()
+    division: Division | None = None
 
     def __init__(self, name: str, labels: list[int], classes: Sequence[str] | int = ()):
         self.name, self.labels = name, labels
@@ -322,6 +324,39 @@ def converted(picture: Image.Image, transform: Transform) -> Image.Image:
 def evaluation(transform: Transform) -> Callable[[Image.Image], Tensor]:
     """What makes a model's input of a picture: timm's evaluation transform."""
     return timm.data.create_transform(**{**transform.config, "input_size": transform.shape}, is_training=False)
+
+
+@dataclass(frozen=True)
+class Division:
+    """What a source without splits was divided from: how many `images` (0: it had splits), and a hash of their `names` in order
+    ("" in artifacts of before). One image more or less draws another fifth: images that were trained on would be held out.
+
+    A draw by each image's own name would stay when a folder grows, but would give every artifact of before another fifth than the
+    one that it was measured on. So the whole is compared, and a folder that changed is refused.
+    """
+
+    images: int
+    names: str = ""
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Division:
+        """The division of images with these names, which say where below the source each lies."""
+        listing, digest = list(names), hashlib.sha256()
+        for name in listing:
+            digest.update(name.encode(errors="surrogateescape") + b"\0")
+        return cls(len(listing), digest.hexdigest()[:16])
+
+    def check(self, data: ImageSet) -> None:
+        """Raise `UserError` unless `data` is divided from the same images, or has splits of its own by now."""
+        found = data.division
+        if found is None or found == self or (not self.names and found.images == self.images):
+            return
+        was = f"{self.images} images of it" if self.images else "splits of it"
+        now = f"{found.images} now" if found.images != self.images else "as many others now"
+        raise UserError(
+            f"data {data.name!r} has no splits: the artifact was made on {was}, there are {now}, so images that were trained on "
+            "would be held out; give held-out images in a folder val beside train, or extract again"
+        )
 
 
 def divide(total: int, seed: int) -> dict[str, list[int]]:

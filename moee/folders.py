@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from moee.class_names import class_name, in_order, listed, natural_key
-from moee.data import ImageSet, Source, Transform, decoded, divide, evaluation
+from moee.data import Division, ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import UserError
 from moee.file_content import files_digest
 from moee.progress import Reporter, silent
@@ -198,6 +198,10 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
         samples = {split: [whole[i] for i in part] for split, part in divide(len(whole), seed).items()}
     empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
     sets: dict[str, ImageSet] = {split: FolderSet(source, part, transform) for split, part in samples.items()}
+    if not divided:
+        division = Division.of(os.path.relpath(path, root) for path, _ in whole)
+        for data in sets.values():
+            data.division = division
     return Source(sets, divided, empty, notes=notes)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import resource
 import sys
 import time
@@ -46,7 +45,7 @@ from moee.probe import Probe, classes_told, fit_probe
 from moee.progress import Reporter, silent
 from moee.result_kinds import FINETUNE_STATE, MODEL
 from moee.schema import reason_of
-from moee.sources import load_splits
+from moee.sources import load_splits, same_data
 from moee.views import widened
 
 log = logging.getLogger("moee")
@@ -193,7 +192,9 @@ class Session:
 
     def data_facts(self) -> dict[str, Any]:
         """What was read, for a manifest."""
-        return {"train": self.train.facts(), "val": self.held_out.facts(), "notes": list(self.train.notes)}
+        division = self.train.division
+        facts = {"train": self.train.facts(), "val": self.held_out.facts(), "notes": list(self.train.notes)}
+        return {**facts, "division": asdict(division) if division is not None else None}
 
     def _run(self, model: nn.Module, data: ImageSet, message: str) -> Outputs:
         return run(model, data, self.report, message, group=self.group)
@@ -328,11 +329,6 @@ def _save(moee: MoeeModel, out: Path | str | None, force: bool, group: Group, in
             checkpoint.save(moee, out, force, inputs)
 
 
-def _same_data(source: str, other: str) -> bool:
-    """Whether two names are of the same data; a folder may be spelled in many ways."""
-    return source == other or (os.path.exists(source) and os.path.exists(other) and os.path.samefile(source, other))
-
-
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
@@ -357,13 +353,16 @@ def run_finetune(
         if weights is not None:
             moee.take_weights(weights)
         spec = moee.dense_spec if session is None else session.spec
-        if source is not None and session is None and moee.probe is not None and not _same_data(source, moee.data):
+        if source is not None and session is None and moee.probe is not None and not same_data(source, moee.data):
             raise UserError(
                 f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
             )
         recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
+        division = moee.division if same_data(recorded, moee.data) else None
     seed = moee.config.seed if moee.config else 0
     session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
+    if division is not None:
+        division.check(session.train)
     tune(moee, session, config, state.place, out, force, inputs)
     if group.leader:
         state.remove()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moee.artifact import read_json, stays_inside
 from moee.class_names import listed
-from moee.data import SPLITS, ImageSet, Source, Transform, decoded, divide, evaluation
+from moee.data import SPLITS, Division, ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import MissingDependency, UserError
 from moee.file_content import files_digest
 from moee.progress import Reporter, silent
@@ -104,6 +104,11 @@ def open_shards(source: str, transform: Transform, seed: int) -> Source:
     numbers = sorted({label for _, members in parts.values() for label in members[:, 3].unique().tolist() if label >= 0})
     classes = [str(number) for number in numbers]
     sets: dict[str, ImageSet] = {s: ShardSet(source, *part, numbers, classes, transform) for s, part in parts.items()}
+    if not divided:
+        names = (f"{shards[shard].name} {offset}" for shard, offset in members[:, :2].tolist())
+        division = Division.of(names)
+        for data in sets.values():
+            data.division = division
     return Source(sets, divided, indices=True, notes=_unread(root, parts))
 
 

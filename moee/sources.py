@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from moee import built_in, folders, shards, timm_sets
@@ -38,6 +39,12 @@ def load_data(
     if split not in ("train", "val"):
         raise UserError(f"unknown split {split!r}; expected train or val")
     return numbered(_opened(source, transform, (split,), seed, report), classes, head_classes)[split]
+
+
+def same_data(source: str, other: str) -> bool:
+    """Whether two names are of the same data; a folder may be spelled in many ways."""
+    one, two = source.removeprefix(shards.PREFIX), other.removeprefix(shards.PREFIX)
+    return source == other or (os.path.exists(one) and os.path.exists(two) and os.path.samefile(one, two))
 
 
 def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:

@@ -1,5 +1,8 @@
 """Every command reads the images of an artifact as it was made from them: the same division, the same classes."""
 
+import shutil
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,13 +10,19 @@ from PIL import Image
 from exporter import cli
 from exporter.onnx_export import export
 from moee import checkpoint
+from moee.artifact import read_json, write_json
 from moee.checkpoint import MoeeModel
 from moee.config import make_extract_config
 from moee.convert import extract
+from moee.data import model_transform
+from moee.errors import UserError
 from moee.models import load_model
+from moee.pipeline import Session
+from moee.sources import load_data
 from tests.conftest import tiny_images, tiny_spec
 
 SEED, CLASSES = 3, tuple("abcdefghij")
+TRANSFORM = model_transform(load_model(tiny_spec()))
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +91,83 @@ def test_int8_calibrates_on_no_held_out_image(made, tmp_path, monkeypatch):
         assert cli.main(["export", str(made / "model"), "--precision", "int8", "--out", str(tmp_path / "out"), *data]) == 1
     assert len(used) == 2 and all(used) and not used[0] & {held_out.describe(i) for i in range(len(held_out))}
     assert used[0] == used[1]
+
+
+def changed(root, how):
+    """The folder of pictures as it is later."""
+    first = root / "pictures" / "a" / "0.png"
+    if how == "grown":
+        shutil.copy(first, root / "pictures" / "b" / "new.png")
+    elif how == "renamed":
+        first.rename(first.with_name("00.png"))
+    elif how == "split":
+        (root / "pictures").rename(root / "train")
+        (root / "pictures" / "val" / "a").mkdir(parents=True)
+        (root / "train").rename(root / "pictures" / "train")
+        shutil.copy(root / "pictures" / "train" / "a" / "0.png", root / "pictures" / "val" / "a")
+
+
+def recorded(made, root, facts):
+    """The artifact and its export in `root`, with a copy of the pictures and these facts about them."""
+    shutil.copytree(made, root, dirs_exist_ok=True)
+    body = read_json(root / "model" / "moee.json")
+    body["data"], body["info"]["data_read"] = str(root / "pictures"), facts
+    write_json(root / "model" / "moee.json", body)
+    export_body = read_json(root / "export" / "export.json")
+    export_body["data"] = str(root / "pictures")
+    write_json(root / "export" / "export.json", export_body)
+    return root
+
+
+COUNTS = {"train": {"images": 32}, "val": {"images": 8}}
+LATER = {
+    "verify": ("verify", "EXPORT"),
+    "verify --data": ("verify", "EXPORT", "--data", "DATA"),
+    "plots": ("plots", "MODEL", "--out", "OUT"),
+    "export": ("export", "MODEL", "--precision", "int8", "--out", "OUT"),
+    "finetune": ("finetune", "MODEL", "--epochs", "1", "--out", "OUT"),
+    "finetune --data": ("finetune", "MODEL", "--data", "DATA", "--epochs", "1", "--out", "OUT"),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_folder_that_grew_is_not_divided_anew(made, tmp_path, capsys, name):
+    """Its division would hold out what was trained on."""
+    root = recorded(made, tmp_path / "r", COUNTS)
+    changed(root, "grown")
+    places = {"EXPORT": root / "export", "MODEL": root / "model", "DATA": f"{root}/./pictures", "OUT": root / "out"}
+    assert cli.main([str(places.get(word, word)) for word in LATER[name]]) == 2
+    said = capsys.readouterr().err
+    assert "has no splits: the artifact was made on 40 images of it, there are 41 now" in said and "extract again" in said
+    assert not (root / "out").exists()
+
+
+@pytest.mark.parametrize("facts", ["before", "recorded"])
+@pytest.mark.parametrize("how", ["same", "grown", "renamed", "split"])
+def test_what_was_recorded_of_a_division_is_compared(made, tmp_path, facts, how):
+    """Artifacts of before recorded counts alone; a folder with splits of its own needs no division."""
+    whole = load_data(str(made / "pictures"), TRANSFORM).division
+    assert whole.images == 40
+    root = recorded(made, tmp_path / "r", COUNTS if facts == "before" else {**COUNTS, "division": asdict(whole)})
+    changed(root, how)
+    record = checkpoint.load(root / "model").record
+    if how == "grown" or (how, facts) == ("renamed", "recorded"):
+        with pytest.raises(UserError, match="41 now" if how == "grown" else "as many others now"):
+            record.images("val")
+        with pytest.raises(UserError, match="would be held out"):
+            record.splits()
+    else:
+        assert len(record.images("val")) == (1 if how == "split" else 8)
+    shutil.copytree(made / "pictures", tmp_path / "others")
+    assert len(record.images("val", str(tmp_path / "others"))) == 8, "of other data nothing is known"
+
+
+def test_a_folder_that_lost_its_splits_is_not_divided(made, tmp_path):
+    root = recorded(made, tmp_path / "r", {**COUNTS, "division": None})
+    with pytest.raises(UserError, match="the artifact was made on splits of it, there are 40 now"):
+        checkpoint.load(root / "model").record.images("val")
+
+
+def test_extract_records_what_it_divided(made):
+    session = Session(tiny_spec(), str(made / "pictures"), SEED)
+    assert session.data_facts()["division"] == asdict(session.train.division) and session.train.division.images == 40

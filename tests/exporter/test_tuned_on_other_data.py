@@ -10,7 +10,7 @@ from exporter.onnx_export import _calibration_data
 from moee import checkpoint
 from moee.artifact import read_json, write_json
 from moee.data import TensorSet, model_transform
-from moee.pipeline import _same_data
+from moee.sources import same_data
 
 
 def sets(tiny_export):
@@ -92,5 +92,5 @@ def test_a_gate_on_data_of_another_head_is_refused_from_the_manifests_alone(arti
 def test_a_probe_goes_with_its_data_however_they_are_spelled(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    assert _same_data(str(folder), f"{tmp_path}/./photos/") and _same_data("digits", "digits")
-    assert not _same_data(str(folder), "digits") and not _same_data("a", "b")
+    assert same_data(str(folder), f"{tmp_path}/./photos/") and same_data("digits", "digits")
+    assert not same_data(str(folder), "digits") and not same_data("a", "b")

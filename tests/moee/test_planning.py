@@ -177,7 +177,9 @@ def test_interrupted_plan_of_other_options_is_refused(session, tmp_path):
     (tmp_path / "plan.resume").mkdir()
     model = {"name": session.spec.name, **session.spec.identity()}
     former = {"schema": "moee.plan-store/3", "model": model, "base": {"seed": 7}, "data": "other"}
-    for schema, said in (("moee.plan-store/3", "base.cluster_tokens None, now 300"), ("moee.plan-store/2", "not an interrupted plan of this version")):
+    cases = {"3": "base.cluster_tokens None, now 300", "2": "not an interrupted plan of this version"}
+    for version, said in cases.items():
+        schema = f"moee.plan-store/{version}"
         (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps({**former, "schema": schema}))
         with pytest.raises(UserError, match=said):
             make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
