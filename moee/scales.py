@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moee.interface import tensor_in
+
 CLOSE = 1e-3  # of r; what rounding leaves of it is 1e-6, another weight's answer is of the order of 1
 LEVELS = 2  # modules above that may hold the weight: the block, or the block around a sequence
 
@@ -30,28 +32,41 @@ class Scale:
 def following_scales(model: nn.Module, outputs: Mapping[str, tuple[int, int]], images: Tensor) -> dict[str, Scale]:
     """The scale behind each named module; `outputs` says how wide its output is, and along which axis (-1, or 1 of a map).
 
-    `images` [B, C, H, W]: one forward pass, and per module one run of its block for each weight that could be the one. Where none
-    of them fits, and the block does not pass the module's output on as it is either, the result is not verified.
+    `images` [B, C, H, W]: one forward pass, and per module one run of a block around it for each weight that could be the one,
+    from the inside out. Where none of them fits, and the innermost block with such weights does not pass the module's output on
+    as it is either, the result is not verified.
     """
     blocks: dict[str, list[str]] = {}
-    choices: dict[str, list[Tensor]] = {}
+    found = {name: Scale() for name in outputs}
     for name, (width, _) in outputs.items():
-        block = next((b for b in _above(name) if _weights(model.get_submodule(b), width)), None)
-        if block is not None:
-            blocks.setdefault(block, []).append(name)
-            choices[name] = _weights(model.get_submodule(block), width)
+        for block in _above(name):
+            if _weights(model.get_submodule(block), width):
+                blocks.setdefault(block, []).append(name)
+                found[name] = Scale(verified=False)
+    judged: set[str] = set()
+    running = False  # a block again, for an answer: the blocks in it are not judged then
 
     def hook(names: list[str]) -> Any:
         def see(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if isinstance(output, Tensor):
-                for name in names:
-                    run = _Run(model.get_submodule(name), outputs[name][1], block, args, kwargs, output)
-                    found[name] = _find(run, choices[name])
+            nonlocal running
+            given = tensor_in(output)
+            if given is None or running:
+                return
+            running = True
+            for name in names:
+                if found[name].weight is None:
+                    width, axis = outputs[name]
+                    scale = _find(_Run(model.get_submodule(name), axis, block, args, kwargs, given), _weights(block, width))
+                    if scale.weight is not None or name not in judged:  # the innermost says whether there is none
+                        found[name] = scale
+                    judged.add(name)
+            running = False
 
         return see
 
-    found = {name: Scale(verified=name not in choices) for name in outputs}
-    handles = [model.get_submodule(b).register_forward_hook(hook(names), with_kwargs=True) for b, names in blocks.items()]
+    handles = [
+        model.get_submodule(block).register_forward_hook(hook(names), with_kwargs=True) for block, names in blocks.items()
+    ]
     try:
         model(images)
     finally:
@@ -112,12 +127,12 @@ def _answers(run: _Run, weight: Tensor) -> bool:
 
     handle = run.module.register_forward_hook(move)
     try:
-        answer = run.block.forward(*run.args, **run.kwargs)
+        answer = tensor_in(run.block.forward(*run.args, **run.kwargs))
     except Exception:  # a block that cannot be run a second time shows nothing
         return False
     finally:
         handle.remove()
-    if len(moved) != 1 or not isinstance(answer, Tensor) or answer.shape != run.output.shape:
+    if len(moved) != 1 or answer is None or answer.shape != run.output.shape:
         return False
     difference = (answer - run.output).float()
     return any(float((difference - form).abs().max()) <= CLOSE * size for form in _forms(moved[0], answer.shape))

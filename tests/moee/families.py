@@ -103,7 +103,7 @@ SLOW = {
     "poolformer": Family("poolformer_s12", cut=12, scaled=12),
     "caformer": Family("caformer_s18", dense=("StarReLU",)),
     "mobilevit": Family("mobilevit_xxs", cut=9, dense=("`conv1_1x1.bn`",)),
-    "tiny_vit": Family("tiny_vit_5m_224", {}, 224, dense=("`norm` \\(LayerNorm\\)",)),
+    "tiny_vit": Family("tiny_vit_5m_224", {}, 224, cut=10),
     "edgenext": Family("edgenext_xx_small", cut=12, scaled=12),
     "focalnet": Family("focalnet_tiny_srf", cut=12, dense=("three linear maps",)),
     "nest": Family("nest_tiny", {}, 224, cut=12),

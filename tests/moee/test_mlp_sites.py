@@ -5,15 +5,17 @@ import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
 from moee.checkpoint import layer_records, rebuild_layers
+from moee.errors import UserError
 from moee.identity import check_ffns, whole_ffn
 from moee.interface import on_meta
 from moee.layer import routed_layers
 from moee.metrics import dense_params, model_cost, tokens_per_image
-from moee.mlp_sites import mlp_module, put_mlp
+from moee.mlp_sites import mlp_module, mlp_replaced, put_mlp
 from moee.mlps import find_ffns, random_images
 
 SHAPE = (3, 16, 16)
@@ -317,3 +319,154 @@ def test_what_cannot_be_taken_out_stays_dense_with_the_reason(trap):
             (part,) = found.dense.values()
             assert re.search(wanted, part.reason), part
     assert torch.equal(model(images), before)
+
+
+class Bias(nn.Module):
+    """Adds a vector of the MLP's width: no scale, but a weight that could be one."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(DIM))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+class ScaledOutside(FeedForward):
+    """A weight that could be the scale lies beside the maps, the scale itself one module further out."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.append(Bias())
+        self.scale = nn.Parameter(torch.zeros(DIM))
+
+    def forward(self, x):
+        return x + self.scale * self.net(x)
+
+
+def test_the_scale_is_looked_for_further_out_than_the_first_weight_of_its_size():
+    model = model_of(ScaledOutside())
+    (ffn,) = find_ffns(model, shape=SHAPE).ffns
+    assert torch.equal(ffn.scale, model.blocks[0].scale)
+
+
+def test_an_activation_that_blocks_share_stays():
+    act = nn.GELU()
+    model = model_of(Block(act), Block(act), Block())
+    for each in (model, on_meta(model)):
+        found = find_ffns(each, shape=SHAPE)
+        assert [ffn.name for ffn in found.ffns] == ["blocks.2.fc1"]
+        reasons = {name: part.reason for name, part in found.dense.items()}
+        alike = "its activation `blocks.0.gelu` runs 2 times an image: give each MLP one of its own"
+        assert reasons == {"blocks.0.fc1": alike, "blocks.1.fc1": alike}
+
+
+def test_weights_that_two_blocks_share_stay():
+    model = model_of(Block(), Block(), Block())
+    model.blocks[1].fc2.weight = model.blocks[0].fc2.weight
+    found = find_ffns(model, shape=SHAPE)
+    assert [ffn.name for ffn in found.ffns] == ["blocks.2.fc1"]
+    assert {part.reason for part in found.dense.values()} == {"shares weights with another module"}
+
+
+@pytest.mark.parametrize("pattern", ["blocks.0", "blocks.0.fc1"])
+def test_excluded_by_a_prefix_or_the_name(pattern):
+    found = find_ffns(model_of(Block(), Block()), (pattern,), SHAPE)
+    assert [ffn.name for ffn in found.ffns] == ["blocks.1.fc1"] and found.dense["blocks.0.fc1"].reason == "excluded"
+    with pytest.raises(UserError, match="--exclude blocks.2 matches no MLP; this model's MLPs are blocks.0.fc1, blocks.1.fc1"):
+        find_ffns(model_of(Block(), Block()), ("blocks.2",), SHAPE)
+
+
+def test_a_stack_of_maps_is_taken_in_pairs():
+    """Any two neighbours of maps that widen and narrow in turn would do; those that widen first are meant, and none twice."""
+    widths = (DIM, HIDDEN, DIM, HIDDEN, DIM)
+    maps = [nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:], strict=False)]
+    model = model_of(nn.Sequential(*[part for pair in maps for part in pair]))
+    found = find_ffns(model, shape=SHAPE)
+    assert [(f.name, f.output_name) for f in found.ffns] == [("blocks.0.0", "blocks.0.2"), ("blocks.0.4", "blocks.0.6")]
+    check_ffns(model, found.ffns, random_images(SHAPE, model.head.weight))
+
+
+def test_an_error_puts_the_parts_back():
+    model = model_of(Block())
+    (ffn,) = find_ffns(model, shape=SHAPE).ffns
+    parts = [model.get_submodule(path) for path in (ffn.name, *ffn.bypassed)]
+    with pytest.raises(KeyError), mlp_replaced(model, ffn.name, nn.Identity(), ffn.bypassed):
+        assert not isinstance(model.blocks[0].fc2, nn.Linear)
+        raise KeyError
+    assert [model.get_submodule(path) for path in (ffn.name, *ffn.bypassed)] == parts
+
+
+def test_a_block_under_two_names_is_replaced_under_both():
+    model = model_of(Block())
+    model.again = model.blocks[0]
+    (ffn,) = find_ffns(model, shape=SHAPE).ffns
+    put_mlp(model, ffn.name, whole_ffn(ffn), ffn.bypassed)
+    assert model.again.fc1 is model.blocks[0].fc1 and isinstance(model.again.fc2, nn.Identity)
+
+
+CONVNEXT = [torchvision.models.convnext.CNBlockConfig(16, 24, 1), torchvision.models.convnext.CNBlockConfig(24, None, 1)]
+VISION = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8)
+CONV = dict(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=32)
+SWINV2 = dict(embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32, patch_size=4)
+
+
+def hf(name, **config):
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, f"{name}Config")(**config)
+    return getattr(transformers, f"{name}Model")(kind)
+
+
+# maker, activation, split or one module, behind a LayerScale
+LIBRARIES = {
+    "torchvision vit": (lambda: torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 48), "gelu", False, False),
+    "torchvision swin": (lambda: torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [2, 4], [2, 2]), "gelu", False, False),
+    "torchvision convnext": (lambda: torchvision.models.ConvNeXt(CONVNEXT), "gelu", True, True),
+    "ViT": (lambda: hf("ViT", **VISION), "gelu", None, False),
+    "ViT, tanh": (lambda: hf("ViT", **VISION, hidden_act="gelu_pytorch_tanh"), "gelu_tanh", None, False),
+    "ViT, the older tanh": (lambda: hf("ViT", **VISION, hidden_act="gelu_new"), "gelu_tanh", None, False),
+    "ViT, quick": (lambda: hf("ViT", **VISION, hidden_act="quick_gelu"), "quick_gelu", None, False),
+    "ViT, swish": (lambda: hf("ViT", **VISION, hidden_act="swish"), "silu", None, False),
+    "ViT, relu": (lambda: hf("ViT", **VISION, hidden_act="relu"), "relu", None, False),
+    "DeiT": (lambda: hf("DeiT", **VISION), "gelu", None, False),
+    "DINOv2": (lambda: hf("Dinov2", **VISION, mlp_ratio=3), "gelu", None, True),
+    "BEiT": (lambda: hf("Beit", **VISION), "gelu", None, True),
+    "data2vec": (lambda: hf("Data2VecVision", **VISION), "gelu", None, True),
+    "MSN": (lambda: hf("ViTMSN", **VISION), "gelu", None, False),
+    "YOLOS": (lambda: hf("Yolos", **{**VISION, "image_size": [32, 32]}, num_detection_tokens=3), "gelu", None, False),
+    "Swin": (lambda: hf("Swin", **SWINV2), "gelu", None, False),
+    "Swin v2": (lambda: hf("Swinv2", **SWINV2), "gelu", None, False),
+    "ConvNeXt": (lambda: hf("ConvNext", **CONV), "gelu", True, True),
+    "CLIP": (lambda: hf("CLIPVision", **VISION), "quick_gelu", False, False),
+    "SigLIP": (lambda: hf("SiglipVision", **VISION), "gelu_tanh", False, False),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_models_of_other_libraries(name):
+    """`split` None: which of both depends on the version of the library."""
+    make, activation, split, scaled = LIBRARIES[name]
+    torch.manual_seed(0)
+    model = Tensors(make()).eval()
+    for parameter, value in model.named_parameters():
+        if "scale" in parameter or "lambda" in parameter:
+            value.data = torch.rand(value.shape) + 0.5
+    found = find_ffns(model, shape=(3, 32, 32))
+    assert len(found.ffns) == 2 and not found.unscaled, found.dense
+    for ffn in found.ffns:
+        assert ffn.activation == activation and (ffn.scale is not None) == scaled
+        assert split is None or bool(ffn.bypassed) == split
+    assert [f.name for f in find_ffns(on_meta(model), shape=(3, 32, 32)).ffns] == [f.name for f in found.ffns]
+    check_ffns(model, found.ffns, random_images((3, 32, 32), found.ffns[0].w_up))
+
+
+class Tensors(nn.Module):
+    """A model that gives one tensor."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        output = self.net(images)
+        return output if isinstance(output, torch.Tensor) else output[0]
