@@ -17,6 +17,7 @@ from moee.atomic import temporary_folder
 from moee.attention import macs_saved, narrow_attentions
 from moee.clear_moe import ClearFFN
 from moee.errors import UserError
+from moee.gated import GatedFFN
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, tokens_per_image
 from moee.mlps import find_ffns
@@ -102,16 +103,18 @@ class DenseFacts:
 
 def dense_facts(dense: nn.Module, shape: Shape) -> DenseFacts:
     """Counted once a plan: it runs the model."""
-    ffns = {f.name: f for f in find_ffns(dense, shape=shape).ffns}
+    ffns = {f.name: f for f in find_ffns(dense, shape=shape, gated=True).ffns}
     return DenseFacts(shape, ffns, tokens_per_image(dense, list(ffns), shape), dense_macs(dense, shape))
 
 
 def modelled(device: Device, dense: nn.Module, model: nn.Module, facts: DenseFacts, batch: int) -> dict[str, Any]:
     """Dense and candidate in milliseconds by the roofline; MLPs one by one, the rest (attention too) as a product a block."""
     ffns, tokens, routed = facts.ffns, facts.tokens, routed_layers(model)
-    dense_ffn = {n: _dense_ffn_ms(device, f.dim, f.hidden, tokens[n] * batch) for n, f in ffns.items()}
-    rest_macs = facts.macs - sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
-    weights = sum(p.numel() for p in dense.parameters()) - sum(2 * f.dim * f.hidden for f in ffns.values())
+    dense_ffn = {
+        n: _dense_ffn_ms(device, f.dim, f.hidden, tokens[n] * batch, f.neuron_macs // f.dim) for n, f in ffns.items()
+    }
+    rest_macs = facts.macs - sum(tokens[n] * f.macs for n, f in ffns.items())
+    weights = sum(p.numel() for p in dense.parameters()) - sum(f.macs for f in ffns.values())
     activations = sum(12 * tokens[n] * batch * f.dim for n, f in ffns.items())  # about twelve passes a block
     narrowed = {n: sum(p.numel() for p in layer.parameters()) for n, layer in narrow_attentions(model).items()}
     lighter = sum(sum(p.numel() for p in dense.get_submodule(n).parameters()) - left for n, left in narrowed.items())
@@ -125,10 +128,11 @@ def modelled(device: Device, dense: nn.Module, model: nn.Module, facts: DenseFac
     }  # fmt: skip
 
 
-def _dense_ffn_ms(device: Device, dim: int, hidden: int, tokens: int) -> float:
+def _dense_ffn_ms(device: Device, dim: int, hidden: int, tokens: int, maps: int = 2) -> float:
+    """An MLP of `maps` linear maps: a gated one has three, of which the first two are one product."""
     rows = math.ceil(tokens / TILE_TOKENS) * TILE_TOKENS
-    moved = BYTES * (2 * dim * hidden + 2 * tokens * dim + 2 * tokens * hidden)
-    return operation_ms(device, 2 * rows * dim * hidden, moved, 2)
+    moved = BYTES * (maps * dim * hidden + 2 * tokens * dim + maps * tokens * hidden)
+    return operation_ms(device, maps * rows * dim * hidden, moved, 2)
 
 
 def _routed_ms(device: Device, layer: Any, tokens: int) -> float:
@@ -141,7 +145,7 @@ def _routed_ms(device: Device, layer: Any, tokens: int) -> float:
         return operation_ms(device, rows * layer.macs_per_token(masked=True), moved, 8)
     dim, widths = layer.w_up.shape[1], layer.widths
     if len(widths) == 1:
-        return _dense_ffn_ms(device, dim, widths[0], tokens)
+        return _dense_ffn_ms(device, dim, widths[0], tokens, 3 if isinstance(layer, GatedFFN) else 2)
     load = [part / sum(layer.load) for part in layer.load] if layer.load else [1 / len(widths)] * len(widths)
     macs, moved = 0.0, float(BYTES * (2 * tokens * dim))
     for width, share in zip(widths, load, strict=True):

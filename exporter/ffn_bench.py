@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exporter.latency import time_pairs
 from exporter.onnx_export import to_onnx
+from exporter.passes.gated import lower_gated
 from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
 from moee.atomic import temporary_folder
@@ -19,7 +20,7 @@ from moee.calibration import as_tokens
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import RoutedFFN, RoutedLayer, routed_layers
+from moee.layer import NeuronLayer, RoutedLayer, routed_layers
 from moee.mlp_sites import mlp_module
 from moee.progress import Reporter, silent
 
@@ -52,11 +53,12 @@ class _Residual(nn.Module):
 def ffn_speeds(
     moee: MoeeModel, data: ImageSet, tokens: int, runs: int = 40, threads: int | None = None, report: Reporter = silent
 ) -> list[FFNSpeed]:
-    """Time every `RoutedFFN` and its dense MLP in turn on at most `tokens` tokens of `data`, a multiple of eight.
+    """Time every layer of neurons (`RoutedFFN`, `GatedFFN`) and its dense MLP in turn on at most `tokens` tokens of `data`, a
+    multiple of eight.
 
     Raises `UserError` if the model has none, or the images give no eight tokens.
     """
-    routed = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, RoutedFFN)}
+    routed = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, NeuronLayer)}
     layers = {n: layer for n, layer in routed.items() if not layer.channels_first}
     if not layers:
         raise UserError("the model has no routed MLP on [..., D]; extract one with --method moee or moefication")
@@ -69,7 +71,7 @@ def ffn_speeds(
     return rows
 
 
-def layer_inputs(model: nn.Module, layers: dict[str, RoutedFFN], data: ImageSet, tokens: int) -> dict[str, Tensor]:
+def layer_inputs(model: nn.Module, layers: dict[str, NeuronLayer], data: ImageSet, tokens: int) -> dict[str, Tensor]:
     """The first `tokens` input tokens [tokens, D] of each layer."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
 
@@ -95,7 +97,7 @@ def ideal_speedup(dense_macs_per_token: float, layer: RoutedLayer, x: Tensor) ->
     return dense_macs_per_token / layer.macs_per_token((counts / counts.sum()).tolist())
 
 
-def _speed(name: str, dense: nn.Module, layer: RoutedFFN, tokens: Tensor, runs: int, threads: int | None) -> FFNSpeed:
+def _speed(name: str, dense: nn.Module, layer: NeuronLayer, tokens: Tensor, runs: int, threads: int | None) -> FFNSpeed:
     count = len(tokens) // ROWS * ROWS
     if not count:
         raise UserError(f"`{name}` sees {len(tokens)} tokens; expected at least {ROWS}, give more images")
@@ -104,6 +106,7 @@ def _speed(name: str, dense: nn.Module, layer: RoutedFFN, tokens: Tensor, runs: 
         runners = []
         for file, module in (("dense", dense), ("moee", layer)):
             graph = to_onnx(_Residual(module), x[:2])
+            lower_gated(graph)
             lower_routed_ffn(graph)
             ir.save(graph, folder / f"{file}.onnx")
             runners.append(stack.enter_context(OnnxRunner(folder / f"{file}.onnx", threads)))

@@ -1,5 +1,5 @@
 """ONNX export: one traced graph with `MoeeFfn` nodes, and the portable form that a pass makes of it. A layer of one expert is a
-plain MLP in both.
+plain MLP in both, gated or not.
 
 `dense.onnx` has a weight file of its own; `tensorrt.onnx` and `portable.onnx` share `moee.data`.
 """
@@ -27,6 +27,7 @@ from exporter.manifests import input_body
 from exporter.operator_schema import VERSION, register
 from exporter.passes.attention import rewrite_attention
 from exporter.passes.clear import Form, lower_clear_ffn
+from exporter.passes.gated import lower_gated
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
 from exporter.passes.portable import lower_routed_ffn
@@ -86,6 +87,10 @@ def _clear_ffn(
     )  # fmt: skip
 
 
+def _gated_ffn(x, w_gate, b_gate, w_up, b_up, w_down, b_out, activation: str):
+    return _moee.GatedFfn(x, w_gate, b_gate, w_up, b_up, w_down, b_out, activation=activation)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch's exporter and onnxscript log and warn about themselves; errors still raise."""
@@ -104,17 +109,19 @@ def _quiet() -> Iterator[None]:
 
 def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
     """Trace `model` on images of a shape, or on inputs like a tensor, with a dynamic first dimension; routed layers become
-    `moee::MoeeFfn` or `moee::ClearFfn` nodes.
+    `moee::MoeeFfn`, `moee::ClearFfn` or `moee::GatedFfn` nodes.
 
     Every node is named after the module that it came from (`blocks.0.mlp.fc1/node_linear_2`), as profiles and viewers show it.
     Raises `UserError` with the reason for a model that PyTorch's exporter cannot express.
     """
     import moee.clear_moe.ops
+    import moee.gated
     import moee.ops  # noqa: F401  registers the operators
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.moee.ffn.default: _routed_ffn,
         torch.ops.moee.clear_ffn.default: _clear_ffn,
+        torch.ops.moee.gated_ffn.default: _gated_ffn,
         **ATTENTION_TRANSLATIONS,
         **INT8_TRANSLATIONS,
     }
@@ -233,7 +240,7 @@ def export(
         graph = to_onnx(typed(model, dtype), transform.shape)
         forms = clear_forms(moee, transform.shape)
         name_routed_nodes(graph, list(layers))
-        plain = lower_single_experts(graph)
+        plain = lower_single_experts(graph) + lower_gated(graph)
         traced = folder / TRACED
         ir.save(graph, traced, external_data=MOEE_DATA)
         tensorrt = ir.load(traced)

@@ -7,6 +7,8 @@ from onnx.defs import OpSchema
 
 from exporter.passes.clear import INPUT_NAMES as CLEAR_INPUTS
 from exporter.passes.clear import OP_TYPE as CLEAR
+from exporter.passes.gated import OP_TYPE as GATED
+from moee.gated import NAMES as GATED_INPUTS
 from plugins.contract import ACTIVATIONS, ATTRIBUTES, DOMAIN, DTYPES, INPUTS, OP_TYPE
 
 VERSION = 1
@@ -55,8 +57,23 @@ def clear_schema() -> OpSchema:
     )
 
 
+def gated_schema() -> OpSchema:
+    """The node that a pruned gated MLP is while it is being exported; `passes.gated` lowers it, no file holds it."""
+    text = OpSchema.Attribute("activation", OpSchema.AttrType.STRING, description="of the gate", required=True)
+    return OpSchema(
+        GATED,
+        DOMAIN,
+        VERSION,
+        doc="Gated MLP, down(act(gate(x)) * up(x)).",
+        inputs=[OpSchema.FormalParameter(name, "T", "") for name in ("x", *GATED_INPUTS)],
+        outputs=[OpSchema.FormalParameter("y", "T", "same shape as x")],
+        type_constraints=[("T", [ONNX_TYPES[d] for d in DTYPES], "token type")],
+        attributes=[text],
+    )
+
+
 def register() -> None:
     """Register the schemas once, so that onnx's checker and onnxscript know the operators."""
-    for name, make in ((OP_TYPE, schema), (CLEAR, clear_schema)):
+    for name, make in ((OP_TYPE, schema), (CLEAR, clear_schema), (GATED, gated_schema)):
         if not onnx.defs.has(name, VERSION, DOMAIN):
             onnx.defs.register_schema(make())

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import exporter
 import moee
 from exporter.onnx_export import to_onnx
+from exporter.passes.gated import lower_gated
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
@@ -89,6 +90,7 @@ def _deviation(model: nn.Module, layers: list[str], images: Tensor) -> float:
     counts as infinite. Raises `UserError` if the model cannot be exported, or the graph cannot be run."""
     graph = to_onnx(model, images[:2])
     name_routed_nodes(graph, layers)
+    lower_gated(graph)
     lower_routed_ffn(graph)
     graph.opset_imports.pop(DOMAIN, None)
     worst = 0.0

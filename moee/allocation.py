@@ -1,8 +1,8 @@
 """Which neurons the experts of a whole model keep: one price for every neuron's error, under a budget of MACs.
 
-A neuron that expert e of a layer keeps costs 2 D MACs on each of the expert's tokens and removes its own part of the error
-there. Errors of different neurons are taken to add up, so the best choice under a budget keeps every (layer, expert,
-neuron) whose error a MAC exceeds one threshold: a sort.
+A neuron that expert e of a layer keeps costs 2 D MACs (3 D in a gated MLP) on each of the expert's tokens and removes its own
+part of the error there. Errors of different neurons are taken to add up, so the best choice under a budget keeps every (layer,
+expert, neuron) whose error a MAC exceeds one threshold: a sort.
 """
 
 from __future__ import annotations
@@ -17,17 +17,13 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Candidate:
     """A layer to allocate neurons in: error a token `error` [K, H] of dropping each neuron, `share` [K] of the tokens that
-    each expert gets, `tokens` an image, `dim` D."""
+    each expert gets, `tokens` an image; MACs a token of one neuron (`neuron_macs`) and of the routing (`routing_macs`)."""
 
     error: Tensor
     share: Tensor
     tokens: int
-    dim: int
-
-    @property
-    def router_macs(self) -> int:
-        """MACs an image of the routing scores."""
-        return self.tokens * self.dim * len(self.error)
+    neuron_macs: int
+    routing_macs: int
 
 
 @dataclass(frozen=True)
@@ -48,16 +44,16 @@ def allocate(candidates: Mapping[str, Candidate], macs: float | None = None, kee
     ratios, costs, errors = [], [], []
     for c in candidates.values():
         tokens = (c.share * c.tokens)[:, None].expand_as(c.error)
-        ratio = c.error / c.dim
+        ratio = c.error / c.neuron_macs
         best = c.error.argmax(1)
         ratio = ratio.scatter(1, best[:, None], torch.inf)
         ratios.append(ratio.flatten())
-        costs.append((tokens * 2 * c.dim).flatten())
+        costs.append((tokens * c.neuron_macs).flatten())
         errors.append((tokens * c.error).flatten())
     order = torch.cat(ratios).sort(descending=True, stable=True).indices
     error = torch.cat(errors)[order].cumsum(0)
     cost = torch.cat(costs)[order].cumsum(0)
-    fixed = sum(c.router_macs for c in candidates.values())
+    fixed = sum(c.tokens * c.routing_macs for c in candidates.values())
     least = sum(len(c.error) for c in candidates.values())
     if macs is not None:
         count = int((cost + fixed <= macs).sum())

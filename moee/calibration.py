@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moee.activations import activate
 from moee.data import ImageSet, batches, merge_skipped
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
@@ -45,7 +44,7 @@ class LayerTokens:
 
 def hidden_activations(ffn: FFN, tokens: Tensor) -> Tensor:
     """Activations [n, H] behind the first linear map, for input tokens [n, D]."""
-    return activate(torch.addmm(ffn.b_up, tokens, ffn.w_up.T), ffn.activation)
+    return ffn.activations(tokens)
 
 
 def as_tokens(x: Tensor, channels_first: bool) -> Tensor:

@@ -21,11 +21,12 @@ from moee.config import ExtractConfig
 from moee.data import Division, ImageSet, Transform, model_transform
 from moee.errors import UserError
 from moee.from_python import is_function_name
+from moee.gated import GATES, GatedFFN, GatedMLP, GatedWeights, weight_shapes
 from moee.given_images import PREFIX
 from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.mlp_sites import put_mlp
 from moee.mlp_structure import read_mlp
-from moee.model_manifest import AttentionRecord, ClearRecord, Info, LayerRecord, Manifest
+from moee.model_manifest import KINDS, AnyRecord, AttentionRecord, ClearRecord, GatedRecord, Info, LayerRecord, Manifest
 from moee.models import FFN, MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of, replace_module
 from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
@@ -139,6 +140,11 @@ def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
             router_width=layer.router.shape[1], router_hidden=len(layer.router_hidden), dim=layer.dim, hidden=layer.hidden,
             channels_first=layer.channels_first, bypassed=layer.bypassed,
         ).model_dump(exclude=unsaid)  # fmt: skip
+    if isinstance(layer, GatedFFN):
+        return GatedRecord(
+            kind="gated", name=name, activation=layer.activation, width=layer.union, dim=layer.w_up.shape[1],
+            channels_first=layer.channels_first,
+        ).model_dump()  # fmt: skip
     assert isinstance(layer, RoutedFFN), f"no record for {type(layer).__name__}"
     return LayerRecord(
         name=name, activation=layer.activation, top_k=layer.top_k, experts=layer.num_experts, union=layer.union,
@@ -158,9 +164,15 @@ def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[
         _rebuild_at(model, _layer_record(item, Path("what rank 0 sent")), state)
 
 
-def _rebuild_at(model: nn.Module, record: LayerRecord | ClearRecord, state: dict[str, Tensor]) -> None:
+def _rebuild_at(model: nn.Module, record: AnyRecord, state: dict[str, Tensor]) -> None:
     ffn = read_mlp(model, record.name, record.bypassed)
-    made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
+    made: RoutedLayer
+    if isinstance(record, GatedRecord):
+        made = _rebuild_gated(record, state, ffn)
+    elif isinstance(ffn, GatedMLP):
+        raise UserError(f"layer {record.name}: the manifest has experts there; the model has a gated MLP, which has none")
+    else:
+        made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
     put_mlp(model, record.name, made, record.bypassed)
 
 
@@ -329,11 +341,16 @@ def recorded_division(data_read: Any) -> Division | None:
     return Division(sum(counts)) if len(counts) == 2 else None
 
 
-def _layer_record(item: dict[str, Any], path: Path) -> LayerRecord | ClearRecord:
-    return checked(ClearRecord, item, path) if "kind" in item else checked(LayerRecord, item, path)
+def _layer_record(item: dict[str, Any], path: Path) -> AnyRecord:
+    if "kind" not in item:
+        return checked(LayerRecord, item, path)
+    kind = item["kind"]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{path} has a layer of the kind {shown(kind)}; expected one of {', '.join(KINDS)}")
+    return checked(KINDS[kind], item, path)
 
 
-def _check_shares(info: Info, records: list[LayerRecord | ClearRecord], path: Path) -> None:
+def _check_shares(info: Info, records: list[AnyRecord], path: Path) -> None:
     experts = {record.name: record.experts for record in records}
     for stage, body in info.stages.items():
         for name, shares in body.shares.items():
@@ -362,7 +379,7 @@ def _probe(path: Path, model: nn.Module) -> Probe | None:
 
 
 def _check_size(
-    spec: ModelSpec, state: dict[str, Tensor], routed: list[LayerRecord | ClearRecord], attention: list[AttentionRecord],
+    spec: ModelSpec, state: dict[str, Tensor], routed: list[AnyRecord], attention: list[AttentionRecord],
     path: Path,
 ) -> None:  # fmt: skip
     """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
@@ -384,7 +401,7 @@ def _check_size(
             raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")
 
 
-def _names_of_mlp(model: nn.Module, record: LayerRecord | ClearRecord, path: Path) -> list[str]:
+def _names_of_mlp(model: nn.Module, record: AnyRecord, path: Path) -> list[str]:
     """Every name of the record's MLP and its parts. Raises `UserError` if `model` has none there: an artifact of before MLPs were
     proved may have cut what is none."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -454,6 +471,20 @@ def _rebuild_clear(record: ClearRecord, state: dict[str, Tensor], ffn: FFN) -> C
         record.activation,
     )
     return ClearFFN(parts, record.channels_first)
+
+
+def _rebuild_gated(record: GatedRecord, state: dict[str, Tensor], ffn: FFN) -> GatedFFN:
+    """The pruned gated MLP of a record, from the tensors of `state`; shapes are checked before use."""
+    if not isinstance(ffn, GatedMLP):
+        raise UserError(f"layer {record.name}: the manifest says that it is gated; the model's MLP is not")
+    if record.dim != ffn.dim or record.width > ffn.hidden or record.channels_first != ffn.channels_first:
+        raise UserError(
+            f"layer {record.name}: manifest says dim {record.dim}, width {record.width}; the model has {ffn.dim} and {ffn.hidden}"
+        )
+    if record.activation not in GATES:
+        raise UserError(f"layer {record.name}: unknown activation {shown(record.activation)}; expected one of {', '.join(GATES)}")
+    tensors = _tensors(record.name, weight_shapes(record.dim, record.width), state)
+    return GatedFFN(GatedWeights(**tensors), record.activation, record.channels_first)
 
 
 def _rebuild(record: LayerRecord, state: dict[str, Tensor], ffn: FFN) -> RoutedFFN:

@@ -89,6 +89,11 @@ class ExtractConfig(AttentionOptions):
     augment: Views = Field(0, description="random views of each training image that the refit sees beside it")
     collages: Views = Field(0, description="collages a training image that calibration and refit see beside it")
 
+    @property
+    def static(self) -> bool:
+        """Whether every token keeps the same neurons: static pruning, which takes gated MLPs too."""
+        return self.method == "moee" and self.clustering == "none"
+
     @model_validator(mode="after")
     def _consistent(self) -> ExtractConfig:
         if self.method == "moefication":

@@ -20,8 +20,10 @@ from moee.data import ImageSet, batches, image_shape, model_transform, refuse_al
 from moee.distributed import SOLO, Group
 from moee.errors import NothingRouted, OutOfReach, StepFailed
 from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
+from moee.gated import GatedMLP
+from moee.gated_pruning import prune_gated
 from moee.grouping import GroupedLayer, find_routes
-from moee.layer import Experts, RoutedFFN
+from moee.layer import Experts, NeuronLayer, RoutedFFN
 from moee.layer_report import LayerReport
 from moee.metrics import original_macs, tokens_per_image
 from moee.mlp_sites import put_mlp
@@ -62,7 +64,7 @@ def extract(
     Calibration tokens lie on disk under `scratch` (a temporary folder by default) while it runs. Deterministic for one
     configuration, data set and thread count. Cluster labels are cached, so an interrupted run does not cluster a
     finished layer again; `jobs` layers are clustered side by side. `sampled`, the tokens of an earlier calibration of the
-    same dense model (one entry an MLP), saves collecting them again. In a `group` the ranks share the images of the
+    same dense model (every MLP among its entries), saves collecting them again. In a `group` the ranks share the images of the
     calibration and then the layers; rank 0 chooses the neurons and refits, and every rank gets its layers (the reports are
     rank 0's alone). Raises `UserError` for input it cannot work with; the model is then unchanged.
     """
@@ -85,14 +87,18 @@ def prepare(
     """
     with group.agreed():
         refuse_wide(model, config)
-        mlps = find_ffns(model, config.exclude)
+        mlps = find_ffns(model, config.exclude, gated=config.static)
     names = [ffn.name for ffn in mlps.ffns]
     if any(theirs != names for theirs in group.all_json(names)):  # they are proved by running them, on machines of many kinds
         raise StepFailed("the ranks do not find the same MLPs in the model; start them on machines of one kind")
     ffns, dense = mlps.ffns, reports_of(mlps)
     found: list[Finding] = []
     with temporary_folder(scratch) as folder:
-        sampled = sampled or calibrate(model, ffns, data, Path(folder), config, report, group)
+        if sampled:  # perhaps of more layers than this configuration cuts
+            by_name = {tokens.name: tokens for tokens in sampled}
+            sampled = [by_name[ffn.name] for ffn in ffns]
+        else:
+            sampled = calibrate(model, ffns, data, Path(folder), config, report, group)
         mine = list(zip(ffns, sampled if group.alone else gather_tokens(sampled, group), strict=True))
         own = [(ffn, tokens) for ffn, tokens in mine if tokens is not None]
         threads = torch.get_num_threads()
@@ -147,10 +153,15 @@ def apply(
 ) -> list[LayerReport]:
     """The second half of `extract`: choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit."""
     kept = choose_neurons(model, prepared.routed, prepared.error, data, config)
-    reports, layers = [], {}
+    reports: list[LayerReport] = []
+    layers: dict[str, NeuronLayer] = {}
     for ffn, result in zip(prepared.ffns, prepared.found, strict=True):
         experts: Experts | None = None
-        if isinstance(result, GroupedLayer):
+        if isinstance(result, GroupedLayer) and isinstance(ffn, GatedMLP):
+            gated, layer_report = prune_gated(ffn, result, kept.get(ffn.name), config)
+            if gated is not None:
+                layers[ffn.name] = gated
+        elif isinstance(result, GroupedLayer):
             experts, layer_report = build_layer(result, kept.get(ffn.name), config)
         elif isinstance(result, tuple):
             experts, layer_report = result
@@ -191,7 +202,7 @@ def choose_neurons(
         return {name: _by_expert(r, error.get(name), config, config.keep) for name, r in routed.items()}
     shape = image_shape(next(batches(data, 1)).images)
     tokens = tokens_per_image(model, routed, shape)
-    dense = {n: 2 * tokens[n] * r.ffn.dim * r.ffn.hidden for n, r in routed.items()}
+    dense = {n: tokens[n] * r.ffn.macs for n, r in routed.items()}
     budget = None
     if config.target_macs is not None:
         budget = ffn_budget(original_macs(model, shape), sum(dense.values()), config.target_macs, macs_saved(model, shape))
@@ -199,7 +210,10 @@ def choose_neurons(
         assert budget is not None
         kept = _share_for(budget, routed, error, tokens, config)
     else:
-        candidates = {n: Candidate(error[n], r.share, tokens[n], r.ffn.dim) for n, r in routed.items()}
+        candidates = {
+            n: Candidate(error[n], r.share, tokens[n], r.ffn.neuron_macs, r.ffn.routing_macs(len(error[n])))
+            for n, r in routed.items()
+        }
         kept = allocate(candidates, budget, config.keep).kept
     return {n: k for n, k in kept.items() if _macs(routed[n], k, tokens[n]) < dense[n]}
 
@@ -215,7 +229,7 @@ def _by_expert(routed: GroupedLayer, error: Tensor | None, config: ExtractConfig
 def _macs(routed: GroupedLayer, kept: list[Tensor], tokens: int) -> float:
     """MACs an image of a layer with the given neurons, router included."""
     widths = torch.tensor([len(k) for k in kept], dtype=torch.float64)
-    return tokens * routed.ffn.dim * (len(kept) + 2 * float(widths @ routed.share))
+    return tokens * (routed.ffn.routing_macs(len(kept)) + routed.ffn.neuron_macs * float(widths @ routed.share))
 
 
 def _share_for(

@@ -125,7 +125,8 @@ def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.P
     """The parameters to train; the others have no gradient meanwhile."""
     layers = routed_layers(model)
     for layer in layers.values():
-        layer.router.requires_grad_(config.train_router)
+        if layer.router is not None:
+            layer.router.requires_grad_(config.train_router)
         if isinstance(layer, RoutedFFN):
             layer.masked = config.masked
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from moee.attention import NarrowAttention, Widths
 from moee.errors import UserError
-from moee.layer import Experts, RoutedFFN
+from moee.gated import GatedMLP
+from moee.gated_pruning import whole as whole_gated
+from moee.layer import Experts, NeuronLayer, RoutedFFN
 from moee.mlp_sites import mlp_module, mlp_replaced
 from moee.mlps import disagreement
 from moee.models import FFN
@@ -40,8 +42,10 @@ class _StandIn:
     bypassed: tuple[str, ...] = ()
 
 
-def whole_ffn(ffn: FFN) -> RoutedFFN:
-    """Two experts that keep every neuron, and a router that sends tokens to both."""
+def whole_ffn(ffn: FFN) -> NeuronLayer:
+    """Two experts that keep every neuron, and a router that sends tokens to both; a gated MLP with every neuron."""
+    if isinstance(ffn, GatedMLP):
+        return whole_gated(ffn).eval()
     hidden = ffn.hidden
     direction = torch.randn(ffn.dim, generator=torch.Generator().manual_seed(0))
     neurons = torch.arange(hidden, dtype=torch.int32)

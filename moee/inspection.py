@@ -12,6 +12,7 @@ from torch import nn
 from moee.attention import narrowing_costs
 from moee.checkpoint import MoeeModel
 from moee.data import model_transform
+from moee.gated import GatedMLP
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
 from moee.mlps import find_ffns
@@ -21,7 +22,7 @@ from moee.models import FFN, ModelSpec, Shape, build_model, on_meta, plain_size
 @dataclass(frozen=True)
 class LayerFigures:
     """One MLP. `macs` per image; `balance` is the largest share times the experts (1: even), `entropy` of the routing
-    relative to its maximum (1: even). Both are None for a dense layer."""
+    relative to its maximum (1: even). Both are None for a dense layer. `gated`: a gated MLP, which static pruning alone cuts."""
 
     name: str
     tokens: int
@@ -37,6 +38,7 @@ class LayerFigures:
     max_width: int = 0
     balance: float | None = None
     entropy: float | None = None
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ class Inspection:
 
 
 def _ffn_cost(ffn: FFN, tokens: int) -> tuple[int, int]:
-    return 2 * tokens * ffn.dim * ffn.hidden, ffn.params
+    return tokens * ffn.macs, ffn.params
+
+
+def _gated(ffn: FFN) -> bool:
+    return isinstance(ffn, GatedMLP)
 
 
 def inspect_dense(spec: ModelSpec) -> Inspection:
@@ -81,14 +87,14 @@ def inspect_dense(spec: ModelSpec) -> Inspection:
         model = build_model(spec)
     shape = model_transform(model).shape
     ffns, uncut = _mlps(model, shape)
-    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n)) for f, n in ffns]
+    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n), gated=_gated(f)) for f, n in ffns]
     cost = {"macs": dense_macs(model, shape), "params": dense_params(model)}
     return Inspection(spec.name, shape, cost, None, layers, uncut=uncut)
 
 
 def _mlps(model: nn.Module, shape: Shape) -> tuple[list[tuple[FFN, int]], dict[str, str]]:
     """The MLPs of a model with their tokens an image, and the reasons of what is none, by shapes alone."""
-    found = find_ffns(on_meta(model), shape=shape)
+    found = find_ffns(on_meta(model), shape=shape, gated=True)
     tokens = tokens_per_image(model, [f.name for f in found.ffns], shape)
     return [(f, tokens[f.name]) for f in found.ffns], {name: part.reason for name, part in found.dense.items()}
 
@@ -114,7 +120,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
     for ffn, tokens in ffns:
         macs, params = _ffn_cost(ffn, tokens)
         if ffn.name not in routed:
-            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params))
+            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params, gated=_gated(ffn)))
             continue
         layer, share = routed[ffn.name], shares[ffn.name]
         widths = layer.widths
@@ -124,7 +130,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
                 layer.stored_numbers(), macs, params,
                 experts=layer.num_experts, union=layer.union, min_width=min(widths),
                 mean_width=sum(w * s for w, s in zip(widths, share, strict=True)), max_width=max(widths),
-                balance=max(share) * len(share), entropy=routing_entropy(share),
+                balance=max(share) * len(share), entropy=routing_entropy(share), gated=_gated(ffn),
             )  # fmt: skip
         )
     cost = model_cost(dense, moee.model, shares, shape)

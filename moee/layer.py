@@ -53,11 +53,12 @@ def check_indices(neurons: Tensor, offsets: Tensor, experts: int, union: int) ->
 class RoutedLayer(nn.Module, ABC):
     """What evaluation, cost, checkpoints, parity and export need of a layer that sends tokens to experts.
 
-    `router` (a parameter, frozen unless told otherwise, of the type that the layer computes in), `top_k`, `num_experts`, and what
-    follows. `bypassed`: paths of the MLP's other parts, where it was no module of its own (see `moee.mlp_sites`).
+    `router` (a parameter, frozen unless told otherwise; None where there is one expert and nothing to choose), `top_k`,
+    `num_experts`, and what follows. `bypassed`: paths of the MLP's other parts, where it was no module of its own (see
+    `moee.mlp_sites`).
     """
 
-    router: nn.Parameter
+    router: nn.Parameter | None
     top_k: int
     channels_first: bool
     activation: str
@@ -67,6 +68,12 @@ class RoutedLayer(nn.Module, ABC):
     @abstractmethod
     def num_experts(self) -> int:
         """Experts of the layer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the layer computes in."""
+        assert self.router is not None, "layers without a router say it themselves"
+        return self.router.dtype
 
     @abstractmethod
     def routes(self, x: Tensor) -> Tensor:
@@ -92,7 +99,23 @@ class RoutedLayer(nn.Module, ABC):
         return sum(t.numel() for t in (*self.parameters(), *floats))
 
 
-class RoutedFFN(RoutedLayer):
+class NeuronLayer(RoutedLayer):
+    """A routed layer whose experts are hidden neurons of one store, so that its down map can be refitted.
+
+    `w_down` [U, D], `b_out` [K, D], `neurons` [sum of widths] int32, `offsets` [K + 1] int32 as in the operator's contract.
+    """
+
+    w_down: nn.Parameter
+    b_out: nn.Parameter
+    neurons: Tensor
+    offsets: Tensor
+
+    @abstractmethod
+    def activations(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        """Hidden activations [n, H] of the stored neurons `kept` [H] for input tokens [n, D]."""
+
+
+class RoutedFFN(NeuronLayer):
     """Takes the place of an fc1-act-fc2 MLP on [..., D] (or [B, D, H, W] with `channels_first`).
 
     Parameters `w_up` [U, D], `b_up` [U], `w_down` [U, D], `b_out` [K, D], `router` [K, D] (frozen unless told otherwise);
@@ -139,6 +162,9 @@ class RoutedFFN(RoutedLayer):
     @property
     def union(self) -> int:
         return self.w_up.shape[0]
+
+    def activations(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        return activate(torch.addmm(self.b_up[kept], tokens, self.w_up[kept].T), self.activation)
 
     def routes(self, x: Tensor) -> Tensor:
         """Experts [tokens, top_k] int64 of the layer's input, tokens in reading order."""

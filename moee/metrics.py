@@ -73,7 +73,7 @@ def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]]
         moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
     for name, layer in layers.items():
         ffn = read_mlp(dense, name, layer.bypassed)
-        moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - 2.0 * ffn.dim * ffn.hidden)
+        moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - float(ffn.macs))
         moee_params += layer.stored_numbers() - ffn.params
     return {"dense": {"macs": macs, "params": params}, "moee": {"macs": round(moee_macs), "params": moee_params}}
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from moee.activations import KNOWN, activation_name
 from moee.errors import UserError
+from moee.gated_structure import gated_width, read_gated
 from moee.models import FFN
 from moee.schema import shown
 
@@ -96,7 +97,12 @@ def read_module(name: str, module: nn.Module) -> FFN | Dense | None:
         if path not in maps and not isinstance(part, INERT) and (isinstance(part, nn.PReLU) or _is_function(part))
     }  # fmt: skip
     gated = len(maps) == 3 and sum("." not in path for path in maps) >= 2
-    if not functions or (len(maps) != 2 and not gated) or _within_one_child(maps):
+    if (len(maps) != 2 and not gated) or _within_one_child(maps):
+        return None
+    width = gated_width(maps)
+    if width and (as_gated := read_gated(name, module, maps, functions, _foreign(module, maps) or _unplain(maps))):
+        return Dense(as_gated, width) if isinstance(as_gated, str) else as_gated
+    if not functions:
         return None
     (up_path, up), (down_path, down), *_ = maps.items()
     hidden = int(up.weight.shape[0])
@@ -149,26 +155,37 @@ def _within_one_child(maps: dict[str, nn.Module]) -> bool:
     return len(firsts) == 1
 
 
-def _obstacle(module: nn.Module, maps: dict[str, Any], functions: dict[str, nn.Module]) -> str:
-    """What keeps a module of two maps from being down(act(up(x))), as far as its parts show it."""
+def _foreign(module: nn.Module, maps: dict[str, Any]) -> str:
+    """What a module holds beside its maps, if so."""
     inside = {id(t) for part in maps.values() for t in (part.weight, part.bias) if t is not None}
     for path, part in module.named_modules():
         if any(id(t) not in inside for t in (*part._parameters.values(), *part._buffers.values()) if t is not None):
             what = f"`{path}` ({type(part).__name__})" if path else "parameters of its own"
-            return f"holds {what} beside its two linear maps"
+            return f"holds {what} beside its {'two' if len(maps) == 2 else 'three'} linear maps"
+    return ""
+
+
+def _obstacle(module: nn.Module, maps: dict[str, Any], functions: dict[str, nn.Module]) -> str:
+    """What keeps a module of two maps from being down(act(up(x))), as far as its parts show it."""
     others = ", ".join(f"`{path}` ({type(part).__name__})" for path, part in functions.items())
-    if reason := _map_obstacle(maps, f"holds {others} beside its two maps" if len(functions) > 1 else ""):
-        return reason
+    reason = _foreign(module, maps) or _map_obstacle(maps, f"holds {others} beside its two maps" if len(functions) > 1 else "")
     act = next(iter(functions.values()))
-    return "" if activation_name(act) else f"uses {type(act).__name__}; known are {KNOWN}"
+    return reason or ("" if activation_name(act) else f"uses {type(act).__name__}; known are {KNOWN}")
+
+
+def _unplain(maps: dict[str, Any]) -> str:
+    """Which of the maps is computed otherwise than torch does, if one is."""
+    for path, part in maps.items():
+        if not _is_plain(part):
+            return f"`{path}` is {type(part).__name__}, no plain linear map"
+    return ""
 
 
 def _map_obstacle(maps: dict[str, Any], others: str = "") -> str:
     """What keeps two maps from being an MLP's. `others` is said, if it is not empty, before their widths are."""
     (up_path, up), (down_path, down) = maps.items()
-    for path, part in maps.items():
-        if not _is_plain(part):
-            return f"`{path}` is {type(part).__name__}, no plain linear map"
+    if unplain := _unplain(maps):
+        return unplain
     if type(up.weight) is not type(down.weight) or up.weight.ndim != down.weight.ndim:
         return "mixes linear maps and convolutions"
     if others:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moee.activations import activate
 from moee.data import model_transform
 from moee.errors import UserError
+from moee.gated import ONLY_STATIC, GatedMLP
 from moee.interface import title_of_model
 from moee.layer_report import FROM_THE_START, LayerReport, left_dense
 from moee.mlp_flow import Flow, Near, Site, has_weights
@@ -44,11 +44,13 @@ class Found:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a candidate's run showed: how often it ran, its tokens an image, and what speaks against it ("": nothing)."""
+    """What a candidate's run showed: how often it ran, its tokens an image, what speaks against it ("": nothing), and which of
+    its readings (`FFN.readings`) it is."""
 
     count: int = 0
     tokens: int = 0
     obstacle: str = ""
+    reading: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,11 @@ class _Run:
     output: Any = None
 
 
-def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | None = None) -> Found:
+def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | None = None, gated: bool = False) -> Found:
     """Every MLP of the model in execution order of its definition, proved on a batch of random images of `shape` (default: what
     the model was built for). A model without memory (on the meta device) is judged by its shapes and its MLPs on random weights.
 
+    `gated`: gated MLPs are among them (`GatedMLP`); without, they stay dense, since only static pruning cuts them.
     `exclude` names modules, or prefixes of them (`blocks.3`), that stay dense. Raises `UserError` for an exclusion that matches
     nothing, for a model that cannot run, and for one with nothing to cut: the sentence lists what stays dense and why.
     """
@@ -88,14 +91,20 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
         else:
             plain[name] = found
     calls = _without_summaries(plain, {name: run.calls[name] for name in plain})
+    plain = {name: ffn.readings()[calls[name].reading] for name, ffn in plain.items()}
     dense |= {name: Dense(call.obstacle, plain[name].hidden) for name, call in calls.items() if call.obstacle}
     split = [ffn for name, ffn in plain.items() if ffn.bypassed and name not in dense]
     dense |= {name: Dense(why, plain[name].hidden) for name, why in inseparable(model, split, run.images, run.output).items()}
+    if not gated:
+        left = [ffn for name, ffn in plain.items() if isinstance(ffn, GatedMLP) and name not in dense]
+        dense |= {ffn.name: Dense(ONLY_STATIC, ffn.hidden) for ffn in left}
     ffns, unscaled = _scaled(model, [ffn for name, ffn in plain.items() if name not in dense], shape)
     if not ffns:
         reasons = {name: part.reason for name, part in dense.items()}
         what = f"; it holds {described(reasons)}" if dense else ""
-        raise UserError(f"{title_of_model(model)} has no fc1-act-fc2 MLP to take experts from{what}; choose a Vision Transformer")
+        other = ONLY_STATIC in reasons.values()
+        cure = "use --preset static" if other else "choose a Vision Transformer"
+        raise UserError(f"{title_of_model(model)} has no fc1-act-fc2 MLP to take experts from{what}; {cure}")
     return Found(ffns, {name: dense[name] for name in names if name in dense}, unscaled)
 
 
@@ -173,7 +182,8 @@ def _run(model: nn.Module, listed: dict[str, FFN | Dense], exclude: tuple[str, .
         if name not in alone.calls or call.tokens != alone.calls[name].tokens:
             run.calls[name] = replace(call, obstacle=ELSEWHERE)
         else:
-            run.calls[name] = replace(call, obstacle=_prove_alone(mlp_module(model, name, ffn.bypassed), ffn))
+            obstacle, reading = _prove_alone(mlp_module(model, name, ffn.bypassed), ffn)
+            run.calls[name] = replace(call, obstacle=obstacle, reading=reading)
     return run
 
 
@@ -223,13 +233,16 @@ def _watched(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Te
         def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             call = calls[name]
             if not call.count:
-                obstacle, tokens = _judge(ffns[name], args, kwargs, output, len(images))
-                call = _Call(0, tokens, obstacle)
+                call = _judge(ffns[name], args, kwargs, output, len(images))
             calls[name] = replace(call, count=call.count + 1)
 
         return see
 
-    flow = Flow(model, whole, lambda ffn, args, kwargs, output: _judge(ffn, args, kwargs, output, len(images)))
+    def judge(ffn: FFN, args: tuple, kwargs: dict, output: Any) -> tuple[str, int]:
+        call = _judge(ffn, args, kwargs, output, len(images))
+        return call.obstacle, call.tokens
+
+    flow = Flow(model, whole, judge)
     handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in ffns]
     handles += flow.watch()
     try:
@@ -253,23 +266,23 @@ def _watched(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Te
     return _Run(calls, sites, flow.near, images, output)
 
 
-def _judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> tuple[str, int]:
-    """What a call shows against an MLP ("": nothing), and its tokens an image."""
+def _judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> _Call:
+    """What a call shows of an MLP; it counts for none yet."""
     given = [value for value in (*args, *kwargs.values()) if value is not None]
     if len(given) != 1 or kwargs or not isinstance(given[0], Tensor):
-        return f"is called with {len(given)} arguments, expected one tensor", 0
+        return _Call(obstacle=f"is called with {len(given)} arguments, expected one tensor")
     x = given[0]
     axis = 1 if ffn.channels_first else -1
     if x.ndim < 2 or x.shape[axis] != ffn.dim or (ffn.channels_first and x.ndim != 4):
-        return f"reads a tensor of the shape {list(x.shape[1:])} an image, expected tokens of width {ffn.dim}", 0
+        return _Call(obstacle=f"reads a tensor of the shape {list(x.shape[1:])} an image, expected tokens of width {ffn.dim}")
     if not isinstance(output, Tensor) or output.shape != x.shape:
         came = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
-        return f"turns {list(x.shape[1:])} an image into {came}", 0
+        return _Call(obstacle=f"turns {list(x.shape[1:])} an image into {came}")
     tokens, rest = divmod(x.numel() // ffn.dim, images)
     if rest:
-        return ELSEWHERE, 0
+        return _Call(obstacle=ELSEWHERE)
     if x.is_meta:
-        return "", tokens
+        return _Call(tokens=tokens)
     for what, tensor in (("receives", x), ("gives", output)):
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -279,17 +292,19 @@ def _judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> tup
         first, other, again = x.reshape(IMAGES, -1).float()
         apart = float((first - other).norm())
         if not float((first - again).norm()) <= UNALIKE * apart:
-            return ELSEWHERE if apart == 0 else "its tokens do not lie image by image", tokens
+            return _Call(tokens=tokens, obstacle=ELSEWHERE if apart == 0 else "its tokens do not lie image by image")
         if apart == 0:
-            return ELSEWHERE, tokens
-    worst = disagreement(ffn, x, output)
-    return ("" if worst <= 1 else "computes something else than fc2(act(fc1(x)))"), tokens
+            return _Call(tokens=tokens, obstacle=ELSEWHERE)
+    distances = [disagreement(reading, x, output) for reading in ffn.readings()]
+    best = min(range(len(distances)), key=distances.__getitem__)
+    formula = "fc2(act(gate(x)) * up(x))" if isinstance(ffn, GatedMLP) else "fc2(act(fc1(x)))"
+    return _Call(tokens=tokens, obstacle="" if distances[best] <= 1 else f"computes something else than {formula}", reading=best)
 
 
 def disagreement(ffn: FFN, x: Tensor, output: Tensor, other: Tensor | None = None) -> float:
-    """Largest difference between `output` and down(act(up(x))) in float32, or `other`, in units of what rounding may make of it:
-    up to 1 it is the same function. `x` and `output` are what a module read and gave; evenly spaced tokens of them are judged.
-    NaN counts as infinitely far.
+    """Largest difference between `output` and the formula of `ffn` in float32, or `other`, in units of what rounding may make of
+    it: up to 1 it is the same function. `x` and `output` are what a module read and gave; evenly spaced tokens of them are
+    judged. NaN counts as infinitely far.
     """
     count = x.numel() // ffn.dim
     rows = torch.arange(0, count, max(1, count // PROOF_TOKENS), device=x.device)
@@ -299,20 +314,15 @@ def disagreement(ffn: FFN, x: Tensor, output: Tensor, other: Tensor | None = Non
         return values.reshape(-1, ffn.dim)[rows].float()
 
     tokens, given = some(x), some(output)
-    w_up, w_down, b_up, b_down = (t.float() for t in (ffn.w_up, ffn.w_down, ffn.b_up, ffn.b_down))
-    hidden = activate(torch.addmm(b_up, tokens, w_up.T), ffn.activation)
-    expected = torch.addmm(b_down, hidden, w_down.T) if other is None else some(other)
-    # a bias may be in every partial sum and so in each rounding; these are like a random walk
-    first, last = b_up.abs() * ffn.dim**0.5, b_down.abs() * ffn.hidden**0.5
-    before = torch.addmm(first, tokens.abs(), w_up.abs().T)  # activations stretch differences by 1.13 at most
-    summands = torch.addmm(last, before + hidden.abs(), w_down.abs().T)
+    expected, summands = ffn.proof(tokens)
+    expected = expected if other is None else some(other)
     bound = ROUNDING * torch.finfo(output.dtype).eps * summands + torch.finfo(torch.float32).tiny
     worst = float(((given - expected).abs() / bound).max())
     return worst if worst == worst else float("inf")
 
 
-def _prove_alone(module: nn.Module, ffn: FFN) -> str:
-    """The proof for a module without memory, on random weights and tokens."""
+def _prove_alone(module: nn.Module, ffn: FFN) -> tuple[str, int]:
+    """The proof for a module without memory, on random weights and tokens: what speaks against it, and which reading it is."""
     own = copy.deepcopy(module).to_empty(device="cpu").eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in own.parameters():
@@ -326,5 +336,6 @@ def _prove_alone(module: nn.Module, ffn: FFN) -> str:
     except MemoryError:
         raise
     except Exception as error:  # any code may stand behind a module
-        return f"does not run on tokens: {reason_of(error)}"
-    return _judge(read, (x,), {}, output, len(x))[0]
+        return f"does not run on tokens: {reason_of(error)}", 0
+    call = _judge(read, (x,), {}, output, len(x))
+    return call.obstacle, call.reading

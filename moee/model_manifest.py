@@ -118,6 +118,28 @@ class LayerRecord(BaseModel):
     bypassed: Bypassed = ()
 
 
+class GatedRecord(BaseModel):
+    """A pruned gated MLP as the manifest describes it; `width` hidden neurons stay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["gated"]
+    name: Text
+    activation: Text
+    width: StrictInt = Field(ge=1)
+    dim: StrictInt = Field(ge=1)
+    channels_first: bool = False
+
+    @property
+    def experts(self) -> int:
+        return 1
+
+    @property
+    def bypassed(self) -> tuple[str, ...]:
+        """A gated MLP is one module."""
+        return ()
+
+
 class ClearRecord(BaseModel):
     """A CLEAR-MoE layer as the manifest describes it; `ranks` are (up, up residual, down, down residual)."""
 
@@ -134,3 +156,7 @@ class ClearRecord(BaseModel):
     hidden: int = Field(ge=1)
     channels_first: bool = False
     bypassed: Bypassed = ()
+
+
+AnyRecord = LayerRecord | GatedRecord | ClearRecord
+KINDS: dict[str, type[GatedRecord] | type[ClearRecord]] = {"clear-moe": ClearRecord, "gated": GatedRecord}

@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from moee.activations import activate
 from moee.cache import tensor_hash
 from moee.errors import MissingDependency, UserError
 from moee.from_module import MODULE
@@ -80,6 +81,37 @@ class FFN:
     def params(self) -> int:
         """Trainable numbers of the MLP."""
         return 2 * self.dim * self.hidden + self.biases[0] * self.hidden + self.biases[1] * self.dim
+
+    @property
+    def neuron_macs(self) -> int:
+        """Multiply-accumulates a token of one hidden neuron."""
+        return 2 * self.dim
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates a token."""
+        return self.neuron_macs * self.hidden
+
+    def routing_macs(self, experts: int) -> int:
+        """Multiply-accumulates a token that choosing among `experts` costs."""
+        return experts * self.dim
+
+    def activations(self, tokens: Tensor) -> Tensor:
+        """Hidden activations [n, H], of which the down map is a linear function, for input tokens [n, D]."""
+        return activate(torch.addmm(self.b_up, tokens, self.w_up.T), self.activation)
+
+    def readings(self) -> tuple[FFN, ...]:
+        """The functions that its parts may form; a run shows which one they do."""
+        return (self,)
+
+    def proof(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs [n, D] for float32 tokens [n, D], and the absolute sum of what is added up for each: rounding grows with it."""
+        w_up, w_down, b_up, b_down = (t.float() for t in (self.w_up, self.w_down, self.b_up, self.b_down))
+        hidden = activate(torch.addmm(b_up, tokens, w_up.T), self.activation)
+        # a bias may be in every partial sum and so in each rounding; these are like a random walk
+        first, last = b_up.abs() * self.dim**0.5, b_down.abs() * self.hidden**0.5
+        before = torch.addmm(first, tokens.abs(), w_up.abs().T)  # activations stretch differences by 1.13 at most
+        return torch.addmm(b_down, hidden, w_down.T), torch.addmm(last, before + hidden.abs(), w_down.abs().T)
 
 
 def plain_size(shape: Shape) -> int | list[int]:

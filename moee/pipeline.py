@@ -65,6 +65,11 @@ def is_classifier(model: nn.Module) -> bool:
     return bool(getattr(model, "num_classes", 0))
 
 
+def takes_gated(config: ExtractConfig | ClearConfig) -> bool:
+    """Whether the method cuts gated MLPs."""
+    return isinstance(config, ExtractConfig) and config.static
+
+
 class Session:
     """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once.
 
@@ -126,14 +131,18 @@ class Session:
 
         Raises `UserError` that names the layer whose replacement, with everything kept, does not give the dense output.
         """
-        mlps, attention = ("mlps", *config.exclude), ("attention",)
+        gated = takes_gated(config)
+        mlps, attention = ("method", gated, *config.exclude), ("attention",)
         with self.group.agreed():
             if not self.group.leader:
                 return
             if mlps not in self._proved:
-                found = find_ffns(self.dense, config.exclude, self.transform.shape)
+                found = find_ffns(self.dense, config.exclude, self.transform.shape, gated)
                 self._count_costs(found.ffns, config)
-                check_ffns(self.dense, found.ffns, self._few_images(), self.report)
+                names = ("mlps", *(ffn.name for ffn in found.ffns))  # methods that cut the same layers share the check
+                if names not in self._proved:
+                    check_ffns(self.dense, found.ffns, self._few_images(), self.report)
+                    self._proved.add(names)
                 if self.trial is not None:
                     self.trial(self.spec, self.dense, found.ffns, self.transform.shape, self.report)
                 if found.unscaled:
@@ -156,7 +165,7 @@ class Session:
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
         if isinstance(config, ExtractConfig) and config.target_macs is not None and config.narrows is None:
-            ffn_budget(whole, sum(2 * tokens[ffn.name] * ffn.dim * ffn.hidden for ffn in ffns), config.target_macs)
+            ffn_budget(whole, sum(tokens[ffn.name] * ffn.macs for ffn in ffns), config.target_macs)
 
     def _few_images(self) -> Tensor:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""

@@ -18,13 +18,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from moee.activations import activate
 from moee.calibration import BATCH_SIZE, CHUNK, as_tokens, hidden_activations
 from moee.data import ImageSet, batches
 from moee.entry import Entry, Reached, find_entry, gather, run_until_reached, taken_up
 from moee.errors import UserError
 from moee.image_budget import ImageGroup, image_groups, spread, tokens_an_image
-from moee.layer import RoutedFFN
+from moee.layer import NeuronLayer
 from moee.layer_report import RefitReport
 from moee.models import FFN, replace_module
 from moee.progress import Reporter, silent, track
@@ -36,12 +35,8 @@ CONSTANT = 2.0**-40  # of the second moment: a variance below is the rounding of
 KEPT = 4  # numbers kept of the images on their way to a later stage, as a multiple of the tokens times the widest layer's width
 
 
-def _expert_activations(layer: RoutedFFN, tokens: Tensor, kept: Tensor) -> Tensor:
-    return activate(torch.addmm(layer.b_up[kept], tokens, layer.w_up[kept].T), layer.activation)
-
-
 @torch.no_grad()
-def refit_layer(layer: RoutedFFN, ffn: FFN, tokens: Tensor, ridge: float | None = None) -> RefitReport:
+def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | None = None) -> RefitReport:
     """Update `layer.w_down` and `layer.b_out` in place from input tokens [N, D] of its dense original `ffn`.
 
     `ridge` is lambda as a share of the Gram matrix's mean diagonal; None chooses it on held-out tokens, and leaves the layer as
@@ -67,14 +62,14 @@ def refit_layer(layer: RoutedFFN, ffn: FFN, tokens: Tensor, ridge: float | None 
         for part in parts:  # first the means, so that centring needs no second copy of a large expert
             target = hidden_activations(ffn, tokens[part]) @ ffn.w_down.T
             target_sum += target.double().sum(0)
-            hidden_sum += _expert_activations(layer, tokens[part], kept).double().sum(0)
+            hidden_sum += layer.activations(tokens[part], kept).double().sum(0)
         target_mean, hidden_mean = (target_sum / len(rows)).float(), (hidden_sum / len(rows)).float()
         moment += len(rows) * float(hidden_mean.double().square().sum())
         for which, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
             chosen = rows[held_out[rows] == bool(which)] if parts_wanted > 1 else rows
             part_gram, part_cross = torch.zeros(len(kept), len(kept)), torch.zeros(len(kept), cross.shape[1])
             for part in chosen.split(CHUNK):
-                hidden = _expert_activations(layer, tokens[part], kept) - hidden_mean
+                hidden = layer.activations(tokens[part], kept) - hidden_mean
                 target = hidden_activations(ffn, tokens[part]) @ ffn.w_down.T - target_mean
                 rest = target - hidden @ layer.w_down[kept]
                 part_gram += hidden.T @ hidden
@@ -129,7 +124,7 @@ class _RefitStep(nn.Module):
     """Stands where a routed layer will be for one forward pass: refits it on the pass's own input, then applies it, unless it is
     the last."""
 
-    def __init__(self, layer: RoutedFFN, ffn: FFN, ridge: float | None, last: bool, done):
+    def __init__(self, layer: NeuronLayer, ffn: FFN, ridge: float | None, last: bool, done):
         super().__init__()
         self.layer, self.ffn, self.ridge, self.last, self.done = layer, ffn, ridge, last, done
 
@@ -143,7 +138,7 @@ class _RefitStep(nn.Module):
 
 @torch.inference_mode()
 def refit(
-    model: nn.Module, layers: dict[str, RoutedFFN], ffns: dict[str, FFN], data: ImageSet, tokens: int, ridge: float | None,
+    model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, ridge: float | None,
     report: Reporter = silent,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each.

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee import checkpoint
     from moee.errors import UserError
     from moee.inspection import inspect_artifact, inspect_dense
-    from moee.mlps import described
+    from moee.mlps import described, grouped
 
     if Path(args.model).is_dir():
         given = model_flags(args)
@@ -64,6 +64,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print(table)
     if result.attention:
         console.print(attention_table([asdict(a) for a in result.attention]))
+    gated = [layer.name for layer in result.layers if layer.gated and not layer.experts]
+    if gated:
+        console.print(f"gated, which --preset static alone cuts: {grouped(gated)}", markup=False)
     if result.uncut:
         console.print(f"stays dense: {described(result.uncut)}", markup=False)
     for name, figures in (("dense", result.dense), ("MoEE", result.moee)):

@@ -9,26 +9,26 @@ from torch import Tensor
 from moee.activations import activate
 from moee.clear_moe import ClearFFN
 from moee.clear_moe.dispatch import Loop, apply_ffn
-from moee.layer import RoutedFFN, RoutedLayer
+from moee.layer import NeuronLayer, RoutedLayer
 
 
 def apply_layer(layer: RoutedLayer, tokens: Tensor, chosen: Tensor) -> Tensor:
     """The layer on tokens [T, D] with given experts [T, k], in the type of its weights. Experts out of range add nothing."""
-    tokens = tokens.to(layer.router.dtype)
+    tokens = tokens.to(layer.dtype)
     if isinstance(layer, ClearFFN):
         return _clear(layer, tokens, chosen[:, 0])
-    assert isinstance(layer, RoutedFFN), f"no arithmetic for {type(layer).__name__}"
+    assert isinstance(layer, NeuronLayer), f"no arithmetic for {type(layer).__name__}"
     return _routed(layer, tokens, chosen)
 
 
-def _routed(layer: RoutedFFN, tokens: Tensor, chosen: Tensor) -> Tensor:
+def _routed(layer: NeuronLayer, tokens: Tensor, chosen: Tensor) -> Tensor:
     dtype, bounds = tokens.dtype, layer.offsets.tolist()
     y = torch.zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32))
     for e in range(layer.num_experts):
         rows = (chosen == e).any(1).nonzero()[:, 0]
         if len(rows):
             kept = layer.neurons[bounds[e] : bounds[e + 1]].long()
-            hidden = activate(torch.addmm(layer.b_up[kept], tokens[rows], layer.w_up[kept].T), layer.activation)
+            hidden = layer.activations(tokens[rows], kept)
             y[rows] += torch.addmm(layer.b_out[e], hidden, layer.w_down[kept]).to(y.dtype)
     return y.to(dtype)
 
@@ -51,6 +51,8 @@ def scores_and_bound(layer: RoutedLayer, tokens: Tensor) -> tuple[Tensor, Tensor
     the error of its features on: ReLU does not widen it.
     """
     x = tokens.double()
+    if layer.router is None:  # nothing to choose
+        return x.new_zeros(len(x), layer.num_experts), x.new_zeros(len(x), layer.num_experts)
     error = torch.zeros_like(x)
     if isinstance(layer, ClearFFN) and len(layer.router_hidden):
         rows, bias = layer.router_hidden, layer.router_hidden_bias

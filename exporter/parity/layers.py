@@ -122,7 +122,7 @@ def layer_parity(
     """Judge one layer. `exact` is the layer in float64, `own` in the type that the runtime computes in; `got` and `probe` come
     from the runtime, `reference` from the float64 run of the model, `by_torch` from torch in the runtime's type. `plain`: the
     layer is a plain MLP in `tensorrt.onnx`."""
-    dtype = own.router.dtype
+    dtype = own.dtype
     local, local_tolerance = alone(exact, own, got)
     probed, probe_tolerance = alone(exact, own, probe)
     over = wrong_routes(exact, got.tokens, got.route)
@@ -157,7 +157,7 @@ def alone(exact: RoutedLayer, own: RoutedLayer, got: Tap) -> tuple[ErrorStats, f
     """Error of the layer on the tokens and routes that it got, and how much torch's own type excuses."""
     expected = apply_layer(exact, got.tokens, got.route).numpy()
     by_own = error_stats(apply_layer(own, got.tokens, got.route).float().numpy(), expected)
-    return error_stats(got.result.float().numpy(), expected), tolerance(by_own.max_abs_error, by_own.rms, own.router.dtype)
+    return error_stats(got.result.float().numpy(), expected), tolerance(by_own.max_abs_error, by_own.rms, own.dtype)
 
 
 def _margins(layer: RoutedLayer, reference: Tap, chosen: Tensor) -> Tensor:

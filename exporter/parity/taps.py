@@ -15,6 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import Tensor, nn
 
 from exporter.onnx_safety import load_ir
+from exporter.passes.gated import READERS
 from exporter.passes.plain import FIRST
 from exporter.passes.tape import Tape
 from exporter.passes.widen import widen_bfloat16
@@ -113,11 +114,15 @@ def probe_graph(graph: Path, layers: list[str], precision: str, widen: bool = Fa
             source = cast.outputs[0]
         first = _first(values, layer)
         if first is not None:  # its input may have other readers, and the dictated routes have none
-            first.replace_input_with(0, source)
+            tokens = first.inputs[0]
+            for place in READERS:  # a gated MLP has two products that read the tokens
+                reader = values[f"{layer}/{place}"].producer() if f"{layer}/{place}" in values else None
+                if reader is not None and reader.inputs[0] is tokens:
+                    reader.replace_input_with(0, source)
             _, route, result = _plain(model, values, first, layer)
         else:
-            tokens, route, result = _parts(values, graph, layer)
-            ir.convenience.replace_all_uses_with(tokens, source)
+            inputs, route, result = _parts(values, graph, layer)
+            ir.convenience.replace_all_uses_with(inputs, source)
             ir.convenience.replace_all_uses_with(route, chosen)
         results += [result, route]
     model.graph.outputs.clear()

@@ -1,8 +1,8 @@
 """The weights and tables inside `tensorrt.onnx` against the torch model's, bit for bit: what an engine is built from.
 
-A `RoutedFFN` is a MoeeFfn node that holds them as inputs, or plain products if it has one expert. A `ClearFFN` is standard
-operators. The weights of those two are found at the nodes that use them, so a weight of another layer in the right shape is
-noticed too.
+A `RoutedFFN` is a MoeeFfn node that holds them as inputs, or plain products if it has one expert; a `GatedFFN` is plain
+products. A `ClearFFN` is standard operators. The weights of what is no MoeeFfn node are found at the nodes that use them, so a
+weight of another layer in the right shape is noticed too.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from exporter.onnx_safety import load_ir
 from exporter.passes.clear import STORED_AT
+from exporter.passes.gated import STORED_AT as GATED_AT
 from exporter.passes.plain import FIRST
 from exporter.passes.plain import STORED_AT as PLAIN_AT
 from exporter.precision import ROUTER_BIASES
 from moee.clear_moe import ClearFFN
-from moee.layer import RoutedFFN, RoutedLayer
+from moee.gated import GatedFFN
+from moee.layer import NeuronLayer, RoutedFFN, RoutedLayer
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 
@@ -48,9 +50,12 @@ def check_weights(graph: Path, layers: Mapping[str, RoutedLayer], dtype: torch.d
         if isinstance(layer, ClearFFN):
             problems += _clear(name, values, layer, dtype, graph.name)
             continue
+        if isinstance(layer, GatedFFN):
+            problems += _plain(name, values, _gated_weights(layer), GATED_AT, dtype, graph.name)
+            continue
         assert isinstance(layer, RoutedFFN), f"no check for {type(layer).__name__}"
         if is_plain(name, layer, values):
-            problems += _plain(name, values, layer, dtype, graph.name)
+            problems += _plain(name, values, _plain_weights(layer), PLAIN_AT, dtype, graph.name)
         elif name in nodes:
             problems += _inputs(name, nodes[name], layer, dtype) + _attributes(name, nodes[name], layer)
         else:
@@ -67,16 +72,28 @@ def _inputs(name: str, node: ir.Node, layer: RoutedFFN, dtype: torch.dtype) -> l
 
 def is_plain(name: str, layer: RoutedLayer, values: Mapping[str | None, ir.Value]) -> bool:
     """Whether a graph with these values, by name, holds the layer of one expert as plain products."""
-    return isinstance(layer, RoutedFFN) and layer.num_experts == 1 and f"{name}/{FIRST}" in values
+    return isinstance(layer, NeuronLayer) and layer.num_experts == 1 and f"{name}/{FIRST}" in values
+
+
+def _plain_weights(layer: RoutedFFN) -> dict[str, Tensor]:
+    kept = layer.neurons.long()
+    return {"w_up": layer.w_up[kept].T, "b_up": layer.b_up[kept], "w_down": layer.w_down[kept], "b_out": layer.b_out[0]}
+
+
+def _gated_weights(layer: GatedFFN) -> dict[str, Tensor]:
+    return {
+        "w_gate": layer.w_gate.T, "b_gate": layer.b_gate, "w_up": layer.w_up.T, "b_up": layer.b_up, "w_down": layer.w_down,
+        "b_out": layer.b_out[0],
+    }  # fmt: skip
 
 
 def _plain(
-    name: str, values: Mapping[str | None, ir.Value], layer: RoutedFFN, dtype: torch.dtype, graph: str
-) -> list[WeightProblem]:
-    kept = layer.neurons.long()
-    expected = {"w_up": layer.w_up[kept].T, "b_up": layer.b_up[kept], "w_down": layer.w_down[kept], "b_out": layer.b_out[0]}
+    name: str, values: Mapping[str | None, ir.Value], expected: Mapping[str, Tensor], places: Mapping[str, str],
+    dtype: torch.dtype, graph: str,
+) -> list[WeightProblem]:  # fmt: skip
+    """Weights that plain products read, at the nodes `<layer>/<place>`."""
     found = []
-    for part, place in PLAIN_AT.items():
+    for part, place in places.items():
         node = values[f"{name}/{place}"].producer() if f"{name}/{place}" in values else None
         if node is None or len(node.inputs) != 2:
             found.append(WeightProblem(name, part, f"{graph} has no node {name}/{place}, which reads {part}; export it again"))

@@ -115,6 +115,8 @@ def router_similarity(model: nn.Module) -> dict[str, Any]:
     mean inputs, or in CLEAR-MoE whatever its router learned."""
     layers = {}
     for name, layer in routed_layers(model).items():
+        if layer.router is None:
+            continue
         rows = nn.functional.normalize(layer.router.detach().double(), dim=1)
         layers[name] = [_rounded(row) for row in rows @ rows.T]
     return {"schema": "moee.plot-similarity/1", "layers": layers}
@@ -124,7 +126,7 @@ def router_similarity(model: nn.Module) -> dict[str, Any]:
 def neuron_curves(dense: nn.Module, data: ImageSet, tokens: int = CURVE_TOKENS, report: Reporter = silent) -> dict[str, Any]:
     """Variance and mean of every hidden neuron of the dense MLPs on calibration images, each sorted from high to low (paper,
     Figure 9): {"tokens": N, "layers": {name: {"variance": [H], "mean": [H]}}}."""
-    ffns = find_ffns(dense).ffns
+    ffns = find_ffns(dense, gated=True).ffns
     layers = {}
     with temporary_folder() as folder:
         sampled = collect_tokens(dense, ffns, data, folder, tokens, 0, report)

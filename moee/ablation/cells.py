@@ -119,7 +119,7 @@ def run_cells(
         quiet = copy.copy(session)  # shares the dense outputs; a cell's own steps are not reported
         quiet.report = silent
         with temporary_folder() as folder:
-            ffns = find_ffns(session.dense).ffns
+            ffns = find_ffns(session.dense, gated=True).ffns  # of every cell
             sampled = collect_tokens(session.dense, ffns, session.train, folder, ablation.tokens, 0, report, session.group)
             report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
             for done, (key, cell) in enumerate(missing.items(), 1):

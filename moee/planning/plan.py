@@ -7,6 +7,7 @@ held-out images. Every figure of a plan was measured on the model that `moee ext
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from moee.artifact import read_manifest, write_manifest
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, make_extract_config
 from moee.errors import UserError
+from moee.gated import GatedMLP
+from moee.mlps import find_ffns
 from moee.models import ModelSpec
 from moee.narrowing import check_share
 from moee.pipeline import Session
@@ -28,6 +31,8 @@ from moee.result_kinds import PLAN_STATE
 from moee.resume import check_identity, fingerprint
 from moee.schema import Body, checked, shown
 
+log = logging.getLogger("moee")
+STATIC = "static"  # of METHODS: the one that cuts gated MLPs
 SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/3"
 PLAN = "plan.json"
 
@@ -59,10 +64,12 @@ def make_plan(
         _refuse_incomparable(session.obstacle())  # what is known before anything has run
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
+    methods = _applicable(session, methods)
     for share, common in zip(attention, configs, strict=True):  # said before a resumed plan is bound to the options
         if common.narrows is not None:
             check_share(session.dense, session.transform.shape, share)
-        session.prove(common)
+        for static in dict.fromkeys(name == STATIC for name in methods):
+            session.prove(common.model_copy(update=METHODS[STATIC]) if static else common)
     fresh = not store.place.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
@@ -115,6 +122,16 @@ def check_ways(
     if "attention_macs" in base:
         raise ValueError("shares of the attention go into `attention`, not into `base`")
     return [make_extract_config(**{**base, "attention_macs": None if attention == (1.0,) else share}) for share in attention]
+
+
+def _applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
+    """The methods that can cut the model: where all of its MLPs are gated, static pruning alone, if it is among them."""
+    gated = all(isinstance(ffn, GatedMLP) for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
+    if not gated or STATIC not in methods or set(methods) == {STATIC}:
+        return methods
+    if session.group.leader:
+        log.warning("all MLPs of %s are gated: of the methods, only static pruning is tried", session.spec.name)
+    return (STATIC,)
 
 
 def _refuse_incomparable(reason: str) -> None:

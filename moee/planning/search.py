@@ -146,7 +146,7 @@ class Planner:
         self._turn_to(config)
         if not self.sampled:
             model, folder = self.session.start(config), self.scratch.enter_context(temporary_folder())
-            ffns = find_ffns(model, config.exclude).ffns
+            ffns = find_ffns(model, config.exclude, gated=True).ffns  # of all methods
             self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report, self.session.group)
         return self.sampled
 
@@ -165,7 +165,7 @@ class Planner:
         ffns = {f.name: f for f in find_ffns(self.session.dense, config.exclude).ffns}
         tokens = tokens_per_image(self.session.dense, ffns, self.session.transform.shape)
         assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
-        whole = sum(2 * tokens[n] * f.dim * f.hidden for n, f in ffns.items())
+        whole = sum(tokens[n] * f.macs for n, f in ffns.items())
         routers = sum(tokens[n] * f.dim * config.experts for n, f in ffns.items())
         start, shape = self.session.start(config), self.session.transform.shape
         budget = ffn_budget(original_macs(start, shape), whole, target, macs_saved(start, shape))

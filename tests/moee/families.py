@@ -14,13 +14,15 @@ SMALL = dict(depth=2, embed_dim=48, num_heads=2)
 
 @dataclass(frozen=True)
 class Family:
-    """`cut` MLPs, `scaled` of them behind a LayerScale; `dense`: what the reasons of the others say, each at least once."""
+    """`cut` MLPs, `scaled` of them behind a LayerScale; `gated` ones, which static pruning alone cuts; `dense`: what the reasons
+    of the others say, each at least once."""
 
     timm_name: str
     kwargs: dict = field(default_factory=dict)
     pixels: int = 64
     cut: int = 0
     scaled: int = 0
+    gated: int = 0
     dense: tuple[str, ...] = ()
 
     @property
@@ -60,9 +62,12 @@ FAST = {
     "xcit": Family("xcit_nano_12_p16_224", SMALL, cut=2, scaled=2, dense=("one token an image",)),
     "beit": Family("beit_base_patch16_224", dict(img_size=64, **SMALL), cut=2, scaled=2),
     "siglip": Family("vit_base_patch16_siglip_224", dict(img_size=64, **SMALL), cut=2, dense=("one token an image",)),
-    "eva02": Family("eva02_tiny_patch14_224", dict(img_size=56, **SMALL), 56, dense=("gated: `fc1` gives 256",)),
-    "dinov2-g": Family("vit_giant_patch14_dinov2", dict(img_size=56, **SMALL), 56, dense=("gated: `fc1` gives 256",)),
-    "dinov3-7b": Family("vit_7b_patch16_dinov3", dict(img_size=64, **SMALL), dense=("three linear maps",)),
+    "eva02": Family("eva02_tiny_patch14_224", dict(img_size=56, **SMALL), 56, gated=2),
+    "dinov2-g": Family("vit_giant_patch14_dinov2", dict(img_size=56, **SMALL), 56, gated=2),
+    "dinov3-7b": Family("vit_7b_patch16_dinov3", dict(img_size=64, **SMALL), gated=2),
+    "eva02, a norm inside": Family(
+        "eva02_base_patch14_224", dict(img_size=56, **SMALL), 56, dense=("gated, and holds `norm` \\(LayerNorm\\)",)
+    ),
     "convnextv2": Family("convnextv2_atto", dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), dense=("`grn`",)),
     "convnext": Family("convnext_atto", dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32)), cut=4, scaled=4),
     "convnext, convolutions": Family(
@@ -97,7 +102,7 @@ SLOW = {
     "coat": Family("coat_tiny", dict(img_size=64), cut=8, dense=("runs 3 times an image",)),
     "resmlp": Family("resmlp_12_224", dict(img_size=64), cut=12, scaled=12),
     "mixer": Family("mixer_s32_224", {}, 224, cut=16),
-    "gmixer": Family("gmixer_12_224", dict(img_size=64), dense=("gated: `fc1`",)),
+    "gmixer": Family("gmixer_12_224", {}, 224, gated=24),
     "gmlp": Family("gmlp_ti16_224", dict(img_size=64), dense=("three linear maps",)),
     "test_vit": Family("test_vit", {}, 160, cut=6),
     "poolformer": Family("poolformer_s12", cut=12, scaled=12),

@@ -31,13 +31,15 @@ def candidates(seed, layers=3):
         experts, hidden = 1 + i, 12 + i
         share = torch.rand(experts, generator=generator, dtype=torch.float64) + 0.1
         error = torch.rand(experts, hidden, generator=generator, dtype=torch.float64)
-        result[str(i)] = Candidate(error, share / share.sum(), tokens=10 + i, dim=8 * (1 + i % 2))
+        dim, gated = 8 * (1 + i % 2), i == 0  # the first layer has one expert
+        macs = (3 * dim, 0) if gated else (2 * dim, dim * experts)
+        result[str(i)] = Candidate(error, share / share.sum(), 10 + i, *macs)
     return result
 
 
 def macs_of(layers, kept):
     return sum(
-        c.router_macs + sum(2 * c.tokens * c.dim * float(s) * len(k) for s, k in zip(c.share, kept[n], strict=True))
+        c.tokens * (c.routing_macs + sum(c.neuron_macs * float(s) * len(k) for s, k in zip(c.share, kept[n], strict=True)))
         for n, c in layers.items()
     )
 
@@ -46,13 +48,13 @@ def macs_of(layers, kept):
 @given(seed=st.integers(0, 10**6), part=st.floats(0.3, 1.0))
 def test_budget_is_met_and_no_dropped_neuron_is_worth_more_than_a_kept_one(seed, part):
     layers = candidates(seed)
-    budget = part * sum(2 * c.tokens * c.dim * c.error.shape[1] + c.router_macs for c in layers.values())
+    budget = part * sum(c.tokens * (c.neuron_macs * c.error.shape[1] + c.routing_macs) for c in layers.values())
     result = allocate(layers, macs=budget)
     assert macs_of(layers, result.kept) == pytest.approx(result.macs)
     assert result.macs <= budget
     kept, dropped = [], []
     for name, c in layers.items():
-        for row, neurons in zip(c.error / c.dim, result.kept[name], strict=True):
+        for row, neurons in zip(c.error / c.neuron_macs, result.kept[name], strict=True):
             mask = torch.zeros(len(row), dtype=torch.bool)
             mask[neurons] = True
             kept += row[mask & (row < row.max())].tolist()

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from moee.errors import UserError
+from moee.gated import GatedMLP
 from moee.identity import check_ffns
 from moee.metrics import dense_macs, dense_params, tokens_per_image
 from moee.mlp_sites import mlp_module
@@ -19,6 +20,8 @@ def found_in(family: Family, model) -> Found:
         return find_ffns(model, shape=family.shape)
     with pytest.raises(UserError, match="has no fc1-act-fc2 MLP to take experts from") as refusal:
         find_ffns(model, shape=family.shape)
+    if family.gated:
+        assert str(refusal.value).endswith("(gated: only --preset static cuts it); use --preset static")
     for reason in family.dense:
         assert re.search(reason, str(refusal.value)), refusal.value
     return Found([])
@@ -33,6 +36,7 @@ def check(family: Family) -> None:
     by_shapes = found_in(family, shadow)
     assert [ffn.name for ffn in by_shapes.ffns] == [ffn.name for ffn in found.ffns] and by_shapes.dense == found.dense
     assert dense_macs(model, family.shape) > 0
+    check_gated(family, model, shadow)
     if not found.ffns:
         return
     for reason in family.dense:
@@ -42,6 +46,21 @@ def check(family: Family) -> None:
     tokens = tokens_per_image(model, [ffn.name for ffn in found.ffns], family.shape)
     assert min(tokens.values()) > 1
     check_ffns(model, found.ffns, random_images(family.shape, found.ffns[0].w_up)[:2])
+
+
+def check_gated(family: Family, model, shadow) -> None:
+    """Static pruning takes the gated MLPs too, and by shapes alone they are the same."""
+    if not family.gated:
+        return
+    found, by_shapes = (find_ffns(each, shape=family.shape, gated=True).ffns for each in (model, shadow))
+    gated = [ffn for ffn in found if isinstance(ffn, GatedMLP)]
+    assert len(gated) == family.gated and len(found) == family.cut + family.gated
+    assert [(f.name, f.activation, f.w_gate.shape) for f in gated] == [
+        (f.name, f.activation, f.w_gate.shape) for f in by_shapes if isinstance(f, GatedMLP)
+    ]
+    for ffn in gated:
+        assert ffn.params == dense_params(model.get_submodule(ffn.name)), ffn.name
+    check_ffns(model, gated, random_images(family.shape, gated[0].w_up)[:2])
 
 
 @pytest.mark.parametrize("name", FAST)
