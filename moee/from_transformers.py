@@ -273,8 +273,8 @@ def _create(spec: ModelSpec) -> nn.Module:
         if row.whole:
             top = _class(row.whole)(vision_config=config.to_dict())
             top.num_labels = labels
-        for each in {id(top): top, id(config): config, id(vision := getattr(top, "vision_config", top)): vision}.values():
-            each._attn_implementation = "sdpa"
+        for each in (top, getattr(top, "vision_config", top)):
+            each._attn_implementation = "eager"  # every model has it, it exports with masks too, and its products are counted
         net = _class(spec.timm_name)(top)
     given = (spec.input or InputConfig()).model_copy(update=_size_of(spec, values))
     told = None if _classifies(spec) else 0
@@ -330,16 +330,12 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _pretrained(spec: ModelSpec) -> nn.Module:
-    raise UserError(f"{spec.called} brings its weights in its folder; leave --pretrained out, or give --checkpoint FILE")
-
-
 def _classifies(spec: ModelSpec) -> bool:
     return "Classification" in spec.timm_name
 
 
-def _drifted(spec: ModelSpec) -> str:
-    raise UserError(f"{spec.called} has no pretrained weights but its folder's")
+def _pretrained(spec: ModelSpec) -> nn.Module:
+    raise UserError(f"{spec.called}: the weights of a folder are its files', none are fetched; give one with --checkpoint")
 
 
-HF = Library(_check, _create, _pretrained, lambda spec: SIZE, _classifies, lambda spec: None, _drifted)
+HF = Library(_check, _create, _pretrained, lambda spec: SIZE, _classifies, lambda spec: None, lambda spec: "")

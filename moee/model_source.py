@@ -202,11 +202,16 @@ def named_model(name: str, options: ModelOptions, say: Callable[[str], None]) ->
     if options.random_weights is not None:
         return with_random(spec, options.random_weights)
     path = options.checkpoint if options.checkpoint is not None else own
+    if options.pretrained and spec.library == "hf":
+        raise UserError(f"--pretrained: {shown(name, quoted=False)} brings its weights; leave it out")
     if (options.pretrained and own is None) or (path is None and spec.library == "python"):
         return with_pretrained(spec)
+    if path is None and spec.library == "hf":
+        raise UserError(f"{shown(name, quoted=False)} holds no weights: give --checkpoint FILE or --random-weights SEED")
     if path is None:
+        of = "torchvision's" if spec.library == "torchvision" else "timm's"
         raise UserError(
-            f"{shown(name, quoted=False)} has no weights yet: give --pretrained for timm's, --checkpoint FILE for yours, or "
+            f"{shown(name, quoted=False)} has no weights yet: give --pretrained for {of}, --checkpoint FILE for yours, or "
             "--random-weights SEED to draw them at random"
         )
     spec, notes = with_file(spec, Path(path))

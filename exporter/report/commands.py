@@ -69,7 +69,7 @@ def _extract(body: dict[str, Any]) -> str:
     alias = spec.get("name") in ALIASES
     words = ["moee", "extract", spec.get("name", "MODEL"), "--data", _extracted_on(body)]
     if spec.get("pretrained"):
-        words.append("--pretrained")
+        words += [] if spec.get("library") == "python" else ["--pretrained"]  # a function brings its weights
     elif spec.get("weights") and not alias and not _brought(spec):
         words += ["--checkpoint", str(spec["weights"]).rpartition("/")[2]]
     elif isinstance(spec.get("random_seed"), int):
@@ -91,7 +91,7 @@ def _brought(spec: dict[str, Any]) -> bool:
     """Whether the weights are those that a `local-dir:` or `hf-hub:` name brings."""
     source, _, where = str(spec.get("name")).partition(":")
     folder = str(spec["weights"]).rpartition("/")[0]
-    if source == "local-dir":
+    if source in ("local-dir", "hf"):
         return folder == where.rstrip("/")
     return source == "hf-hub" and f"models--{where.partition('@')[0].replace('/', '--')}" in folder.split("/")
 
@@ -102,7 +102,10 @@ def _model_arguments(spec: dict[str, Any]) -> list[Any]:
     own = [name for name in ("num_classes", "in_chans") if isinstance(given.get(name), int)]
     words: list[Any] = [word for name in own for word in (f"--{name.replace('_', '-')}", given[name])]
     words += _image_size(spec)
-    rest = [f"{name}={value}" for name, value in given.items() if name not in (*own, "img_size")]
+    if isinstance(spec.get("outputs"), int):  # of a function that takes no number of classes
+        words += ["--num-classes", spec["outputs"]]
+    told = ("img_size", "image_size") if spec.get("input_size") else ("img_size",)
+    rest = [f"{name}={value}" for name, value in given.items() if name not in (*own, *told)]
     return words + (["--model-kwargs", *rest] if rest else [])
 
 

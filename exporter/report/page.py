@@ -28,6 +28,7 @@ SECTIONS = (
     ("reproduce", "Commands and versions", tables.reproduce),
     ("sources", "Sources", tables.read_from),
 )
+LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}  # a function is its own name
 MAX_BYTES = 3 << 20
 PLOT_BYTES = 2 << 20  # of all plots together, before base64's third
 
@@ -54,7 +55,9 @@ def render(sources: Sources) -> str:
     if data and first and first != data:
         title += f" (extracted on {first})"
     timm_name = dig(model, "model", "timm_name")
-    sub = " ".join(filter(None, [f"timm model {timm_name}." if timm_name and timm_name != name else "", _method(model)]))
+    library = LIBRARIES.get(str(dig(model, "model", "library") or "timm"))
+    title = f"{library} model {timm_name}." if library and timm_name and timm_name != name else ""
+    sub = " ".join(filter(None, [title, _method(model)]))
     links = [tag("li", tag("a", heading, href=f"#{id_}")) for id_, heading, _, _ in built]
     body = []
     for id_, heading, verdict, parts in built:

@@ -9,11 +9,16 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from exporter import cli
-from moee import checkpoint, from_torchvision
+from exporter.pretrained import ModelOptions, layout_of, resolve
+from exporter.report.commands import _extract
+from moee import checkpoint, from_torchvision, from_transformers, sources
 from moee.data import evaluation, model_transform
-from moee.models import build_model
+from moee.errors import MissingDependency, UserError
+from moee.model_spec import ModelSpec
+from moee.models import build_model, load_model
 
 transformers = pytest.importorskip("transformers")
 KMEANS = ["--clusters", "2", "--cluster-tokens", "200", "--tokens", "400", "--keep", "0.9"]
@@ -94,10 +99,11 @@ def place(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def hf_folder(path, kind, config, processor=None, **save):
+def hf_folder(path, kind, config, processor=None):
     torch.manual_seed(0)
     net = getattr(transformers, kind)(config)
-    net.save_pretrained(path, **save)
+    transformers.utils.logging.disable_progress_bar()
+    net.save_pretrained(path)
     if processor is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(processor))
     return net.eval()
@@ -189,3 +195,239 @@ def test_a_function_to_a_verified_export(place, capsys):
     assert run("finetune", "extracted", *word, "--epochs", 1, "--out", "tuned") == 0
     assert run("inspect", "tuned", *word) == 0
     assert run("bench", "exported", *word, "--runs", 2, "--duration", 0, "--throughput", 0, "--batch", 2) == 0
+
+
+@pytest.mark.parametrize("words, says", [
+    (["torchvision:vit_b_17"], "no classification model 'vit_b_17'; did you mean vit_b_16"),
+    (["torchvision:vit_b_16"], "give --pretrained for torchvision's, --checkpoint FILE"),
+    (["torchvision:vit_b_16", "--random-weights", 0, "--model-kwargs", "weights=DEFAULT"], "it would open files"),
+    (["torchvision:vit_b_16", "--random-weights", 0, "--model-kwargs", "width=3"], "unexpected keyword argument 'width'"),
+    (["torchvision:vit_b_16", "--random-weights", 0, "--img-size", 100], "Input shape indivisible by patch size"),
+    (["torchvision:vit_b_16", "--random-weights", 0, "--img-size", 32, 64], "takes square images"),
+    (["torchvision:fasterrcnn_resnet50_fpn", "--random-weights", 0], "no classification model"),
+    (["hf:nowhere"], "nowhere/config.json not found; hf: expects a local folder"),
+    (["hf:vit", "--img-size", 36, "--random-weights", 0], "patches of 8 x 8 pixels"),
+    (["hf:vit", "--pretrained"], "brings its weights; leave it out"),
+    (["hf:vit", "--model-kwargs", "auto_map=x"], "has no argument 'auto_map'"),
+    (["hf:vit", "--num-classes", 5], "has 2 classes, --num-classes says 5"),
+    (["nosuch.module:f"], "there is no module nosuch in Python's path or in the current folder"),
+    (["mymodels:mime"], "mymodels has no mime; did you mean mine"),
+    (["mymodels:needs"], "missing a required argument: 'width'; give --model-kwargs width=VALUE"),
+    (["mymodels:mine", "--model-kwargs", "depth=3"], "mymodels:mine raised TypeError"),
+    (["mymodels:nothing"], "mymodels:nothing returned a dict; expected a torch.nn.Module"),
+    (["mymodels:raises"], "mymodels:raises raised RuntimeError: no such file second line"),
+    (["mymodels:constant"], "mymodels:constant is a int; expected a function or class"),
+    (["mymodels:sizeless"], "does not say which size of images it takes: give --img-size"),
+    (["mymodels:changing"], "returns are not those that the artifact was made from, or other ones at every call"),
+    (["mymodels:mine", "--img-size", 36], "patches of 8 x 8 pixels"),
+    (["mymodels:Mine", "--num-classes", 3], "gives 2 outputs, --num-classes says 3"),
+    (["broken:f"], "importing broken failed (SystemExit: 3)"),
+])  # fmt: skip
+def test_what_is_refused_in_one_sentence_before_any_work(place, words, says, capsys):
+    HF["vit"](place / "vit")
+    (place / "broken.py").write_text("import sys\nsys.exit(3)\n")
+    assert run("extract", *words, "--data", "images", "--out", "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and len(error.splitlines()) == 1 and not (place / "out").exists()
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"config.json": "[]"}, "holds no JSON object"), ({"config.json": "{"}, "not readable JSON"),
+    ({"config.json": '{"architectures": ["LlamaForCausalLM"]}'}, "asks for 'LlamaForCausalLM'; known are ViT"),
+    ({"config.json": '{"architectures": ["os.system"]}'}, "asks for 'os.system'"),
+    ({"config.json": '{"model_type": "vit", "hidden_size": "wide"}'}, "hidden_size"),
+    ({"config.json": '{"model_type": "vit", "num_hidden_layers": 100000}'}, "num_hidden_layers"),
+    ({"preprocessor_config.json": '{"image_mean": [0.5], "image_std": [0], "size": 32}'}, "does not say how images are resized"),
+    ({"preprocessor_config.json": '{"rescale_factor": 1, "size": 32}'}, "scales pixels by 1 and not to 0..1"),
+    ({"preprocessor_config.json": '{"resample": 77, "size": {"longest_edge": 3}}'}, "does not say how images are resized"),
+    ({"model.safetensors": "no weights"}, "not valid safetensors"),
+])  # fmt: skip
+def test_folders_that_are_none_of_a_model(place, change, says, capsys):
+    HF["vit"](place / "vit")
+    for name, text in change.items():
+        (place / "vit" / name).write_text(text)
+    assert run("extract", "hf:vit", "--data", "images", "--out", "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert says in error and len(error.splitlines()) == 1, error
+
+
+def test_without_transformers_the_extra_is_named(place, monkeypatch, capsys):
+    HF["vit"](place / "vit")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert run("inspect", "hf:vit") == 3
+    assert "pip install 'moee[hf]'" in capsys.readouterr().err
+
+
+FORGED = [("python", "effects:make"), ("python", "os:system"), ("hf", "os:system"), ("torchvision", "effects:make"),
+          ("timm", "effects:make")]  # fmt: skip
+
+
+def test_a_manifest_imports_nothing(place, capsys, monkeypatch):
+    """What a module does when it is imported, or called, must not happen because a file names it."""
+    monkeypatch.setattr("os.system", lambda *words: (place / "marker").touch())
+    HF["vit"](place / "vit")
+    assert run("extract", "hf:vit", "--data", "images", *STATIC, "--out", "extracted") == 0
+    assert run("export", "extracted", "--out", "exported") == 0
+    (place / "effects.py").write_text("from pathlib import Path\nPath('marker').touch()\nmake = Path\n")
+    for library, name in FORGED:
+        for folder, file in (("extracted", "moee.json"), ("exported", "export.json")):
+            body = json.loads((place / folder / file).read_text())
+            body["model"] |= {"library": library, "name": name, "timm_name": name, "kwargs": {}, "weights": None, "config": None,
+                              "part": None, "weights_sha256": None, "pretrained": True}  # fmt: skip
+            (place / folder / file).write_text(json.dumps(body))
+        _refused_everywhere(library, name, capsys)
+        assert "effects" not in sys.modules and not (place / "marker").exists(), (library, name)
+
+
+def _refused_everywhere(library, name, capsys):
+    capsys.readouterr()
+    for words in (
+        ["finetune", "extracted", "--out", "o"], ["export", "extracted", "--out", "o"], ["inspect", "extracted"],
+        ["plots", "extracted", "--out", "o"], ["verify", "exported"], ["bench", "exported"], ["bundle", "exported", "--sm", 87,
+        "--out", "o"], ["bench-dispatch", "extracted"],
+    ):  # fmt: skip
+        code = run(*words)
+        error = capsys.readouterr().err
+        assert code == 2 and len(error.strip().splitlines()) == 1, (words, error)
+        assert library != "python" or f"--model {name}" in error, (words, error)
+    run("report", "extracted", "--out", "r.html", "--force")
+
+
+def test_the_word_is_checked(place, capsys):
+    """Only for functions; the weights of the function that is named must be the artifact's."""
+    assert run("extract", "mymodels:mine", "--data", "images", *STATIC, "--out", "extracted") == 0
+    assert run("export", "extracted", "--model", "mymodels:Mine", "--out", "a") == 0  # the same weights by another name
+    capsys.readouterr()
+    (place / "mymodels.py").write_text((place / "mymodels.py").read_text().replace("seed=0", "seed=1"))
+    del sys.modules["mymodels"]
+    assert run("export", "extracted", "--model", "mymodels:mine", "--out", "b") == 2
+    assert "weights that mymodels:mine returns are not those" in capsys.readouterr().err
+    assert run("inspect", "extracted", "--model", "not a function") == 2
+    assert "expected package.module:function" in capsys.readouterr().err
+    HF["vit"](place / "vit")
+    assert run("inspect", "hf:vit", "--model", "mymodels:mine") == 2
+    capsys.readouterr()
+    body = ModelSpec(name="a:b", timm_name="a:b", library="python", pretrained=True)
+    with pytest.raises(UserError, match="say with --model a:b that it is yours"):
+        build_model(ModelSpec.model_validate_json(body.with_word("a:b").model_dump_json()))
+    with pytest.raises(ValueError):
+        ModelSpec.model_validate({**body.model_dump(), "_named_by_user": True})
+
+
+def test_a_checkpoint_for_a_torchvision_model(place, reduced, monkeypatch):
+    """torchvision's files name an MLP's maps linear_1 and linear_2, and were made at another size; a trainer adds a prefix."""
+    torch.manual_seed(1)
+    net = from_torchvision.get_model_builder("vit_b_16")(image_size=64, num_classes=4)
+    state = {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): t for n, t in net.state_dict().items()}
+    torch.save({"state_dict": {f"module.{n}": t for n, t in state.items()}}, "w.pth")
+    said = []
+    spec = resolve("torchvision:vit_b_16", options=ModelOptions(checkpoint="w.pth", img_size=[64]), say=said.append)
+    model = load_model(spec)
+    assert "prefix module. removed" in said[0] and "4 classes, as the classifier of w.pth has" in said
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), net.eval()(images))
+    small = load_model(resolve("torchvision:vit_b_16", options=ModelOptions(checkpoint="w.pth", img_size=[32])))
+    assert small.net.encoder.pos_embedding.shape == (1, 17, 32)
+    with pytest.raises(UserError, match="torchvision:vit_b_16 has 1000: add --num-classes 4|has 4 classes, --num-classes says 3"):
+        resolve("torchvision:vit_b_16", options=ModelOptions(checkpoint="w.pth", img_size=[64], num_classes=3))
+    features = resolve("torchvision:vit_b_16", options=ModelOptions(checkpoint="w.pth", img_size=[64], num_classes=0))
+    assert load_model(features)(images).shape == (2, 32)
+    # torchvision's own weights, from its cache alone
+    monkeypatch.setenv("TORCH_HOME", str(place / "cache"))
+    monkeypatch.setattr(from_torchvision, "host_reachable", lambda address: False)
+    with pytest.raises(MissingDependency, match=r"could not be fetched and are not in the cache; .* `curl -LO https://"):
+        resolve("torchvision:vit_b_16", options=ModelOptions(pretrained=True))
+    big = from_torchvision.get_model_builder("vit_b_16")(image_size=224)
+    file = place / "cache" / "hub" / "checkpoints" / "vit_b_16-c867db91.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(big.state_dict(), file)
+    pretrained = resolve("torchvision:vit_b_16", options=ModelOptions(pretrained=True))
+    assert torch.equal(load_model(pretrained).net.heads.head.weight, big.heads.head.weight)
+    assert pretrained.weights_sha256 is not None
+    torch.save({n: t + 1 for n, t in big.state_dict().items()}, file)
+    with pytest.raises(UserError, match="torchvision's pretrained weights of vit_b_16 are not those"):
+        load_model(pretrained)
+
+
+def test_every_form_of_a_folders_weights(place):
+    net = HF["vit"](place / "vit")
+    images = torch.randn(2, 3, 32, 32)
+    expected = net(images).logits
+    net.save_pretrained(place / "shards", max_shard_size="20KB")
+    assert (place / "shards" / "model.safetensors.index.json").is_file()
+    torch.save(load_file(place / "vit" / "model.safetensors"), place / "pytorch_model.bin")
+    save_file({n: t.half() for n, t in net.state_dict().items()}, place / "half.safetensors")  # today's names
+    for source in (["hf:shards", {}], ["hf:bin", {}], ["hf:vit", {"checkpoint": str(place / "half.safetensors")}]):
+        if source[0] == "hf:bin":
+            (place / "bin").mkdir()
+            (place / "bin" / "config.json").write_bytes((place / "vit" / "config.json").read_bytes())
+            (place / "pytorch_model.bin").rename(place / "bin" / "pytorch_model.bin")
+        spec = resolve(source[0], options=ModelOptions(**source[1]))
+        with torch.no_grad():
+            torch.testing.assert_close(load_model(spec)(images), expected, atol=1e-3, rtol=1e-3)
+    spec = resolve("hf:shards")
+    shard = next((place / "shards").glob("model-0*"))
+    save_file({n: t + 1 for n, t in load_file(shard).items()}, shard)
+    with pytest.raises(UserError, match="have changed since the artifact was made"):
+        load_model(spec)
+    shard.unlink()
+    with pytest.raises(UserError, match="names the shard .* which is not beside it"):
+        resolve("hf:shards")
+    index = place / "shards" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../vit/model.safetensors"}}))
+    with pytest.raises(UserError, match="expected files of its own folder"):
+        resolve("hf:shards")
+
+
+def test_names_of_classes_come_from_the_model(place):
+    """id2label numbers folders of the same names; of other names the numbers are guessed, and that is said."""
+    labels = {0: "dog", 1: "cat"}
+    config = small("ViT", id2label=labels, label2id={"dog": 0, "cat": 1})
+    hf_folder(place / "vit", "ViTForImageClassification", config, SQUASH)
+    assert run("extract", "hf:vit", "--data", "images", *STATIC, "--out", "extracted") == 0
+    moee = checkpoint.load("extracted")
+    assert moee.classes == ("dog", "cat") == moee.spec.labels
+    (place / "images" / "train" / "cat").rename(place / "images" / "train" / "bird")
+    (place / "images" / "val" / "cat").rename(place / "images" / "val" / "bird")
+    train, _ = sources.load_splits("images", moee.record.transform, 0, None, 2, labels=moee.spec.labels)
+    assert train.classes == ("bird", "dog") and any("its class numbers are guessed" in note for note in train.notes)
+
+
+PROCESSORS = {
+    "ViTImageProcessor": {}, "BitImageProcessor": {"size": {"shortest_edge": 256}, "crop_size": 224},
+    "CLIPImageProcessor": {}, "SiglipImageProcessor": {"size": {"height": 224, "width": 224}},
+    "DeiTImageProcessor": {}, "BeitImageProcessor": {"size": {"height": 256, "width": 256}, "do_center_crop": True},
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 224}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_images_are_prepared_as_transformers_does(place, name):
+    HF["vit"](place / "vit")
+    kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    processor = kind(**PROCESSORS[name])
+    processor.save_pretrained(place / "vit")
+    spec = from_transformers.named("hf:vit", {"image_size": 224}).spec
+    transform = model_transform(build_model(spec))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 340, 3), dtype=np.uint8))
+    expected = torch.as_tensor(np.array(processor(image, return_tensors="np")["pixel_values"][0]))
+    made = evaluation(transform)(image)
+    assert made.shape == expected.shape
+    assert (made - expected).abs().max() < 0.03, "one level of 255, divided by the deviation"
+
+
+def test_plans_and_printed_commands_know_the_library(place):
+    spec = resolve("mymodels:Mine", options=ModelOptions(num_classes=2))
+    assert spec.outputs == 2 and spec.kwargs == {}
+    other = spec.model_copy(update={"library": "torchvision"})
+    assert spec.identity() != other.identity()
+    body = {"model": spec.model_dump(mode="json"), "data": "images", "info": {}}
+    line = _extract(body)
+    assert line.startswith("moee extract mymodels:Mine --data images --num-classes 2") and "--pretrained" not in line
+    HF["vit"](place / "vit")
+    line = _extract({"model": resolve("hf:vit").model_dump(mode="json"), "data": "images", "info": {}})
+    assert line == "moee extract hf:vit --data images --out extracted"
+    old = {"name": "x", "timm_name": "vit_tiny_patch16_224", "kwargs": {}}
+    assert ModelSpec.model_validate(old).library == "timm" and "library" not in ModelSpec.model_validate(old).identity()
+    assert layout_of("mymodels:mine", ModelOptions(img_size=[32])).input_size == (32, 32)
