@@ -76,6 +76,7 @@ class Export(Body):
     cost: Costs | None = None
     source: Text | None = None
     routed_layers: list[Text] = Field(min_length=1)
+    experts: dict[str, int] = {}
     clear_forms: dict[str, Text] = {}
     plugin_nodes: int | None = Field(None, ge=0)
     graphs: dict[str, Text] = {}

@@ -31,7 +31,7 @@ from exporter.passes.gated import lower_gated
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
 from exporter.passes.portable import lower_routed_ffn
-from exporter.precision import INT8, dtype_of, typed
+from exporter.precision import INT8, dtype_of, refuse_overflow, typed
 from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
 from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from moee.artifact import write_manifest
@@ -231,6 +231,8 @@ def export(
         quantization = {n: calibrate(m, given, dtype, calibration_images, report) for n, m in (("dense", dense), ("moee", model))}
         reference, graphs["reference"] = dense, REFERENCE
         dense, model = (quantized(m, quantization[n].input_scales, dtype) for n, m in (("dense", dense), ("moee", model)))
+    for whose, candidate in (("the dense model", dense), ("the model with experts", model)):
+        refuse_overflow(candidate, dtype, precision, whose)
     report("export", 0, 3)
     with output.write() as folder:
         if reference is not None:
@@ -269,6 +271,7 @@ def export(
             "cost": _latest_cost(moee),
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
             "routed_layers": list(layers),
+            "experts": {name: layer.num_experts for name, layer in layers.items()},
             "clear_forms": forms,
             "plugin_nodes": plugin_nodes,
             "graphs": graphs,

@@ -8,6 +8,7 @@ numbers that the type cannot hold, and the graph's input and output.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from moee.activations import activation_name
 from moee.errors import UserError
 from moee.layer import RoutedLayer
 
+log = logging.getLogger("moee")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # 8-bit dense parts (exporter.quantization), and the type of everything else
 INT8 = {"int8": torch.float16, "int8-fp32": torch.float32}
@@ -43,14 +45,30 @@ def dtype_of(precision: str) -> torch.dtype:
     return known[precision]
 
 
-def _lowered_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers that take the token type: all floats but norms' and the routers' biases."""
-    for module in model.modules():
+def _lowered_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers that take the token type, by name: all floats but norms' and the routers' biases."""
+    for prefix, module in model.named_modules():
         if isinstance(module, NORMS):
             continue
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if tensor.is_floating_point() and not (isinstance(module, RoutedLayer) and name in ROUTER_BIASES):
-                yield tensor
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def refuse_overflow(model: nn.Module, dtype: torch.dtype, precision: str, what: str) -> None:
+    """Raise `UserError` for a weight of `model` that `dtype` has no number for: the graph would hold an infinite one. `what` is
+    the model's name in the sentence. Weights that all become zero are said."""
+    for name, tensor in _lowered_tensors(model):
+        lowered = tensor.to(dtype)
+        if not lowered.isfinite().all():
+            holding = [key for key, kind in PRECISIONS.items() if kind != dtype and tensor.to(kind).isfinite().all()]
+            most, cure = float(tensor.detach().abs().max()), " or ".join(reversed(holding))
+            raise UserError(
+                f"--precision {precision}: `{name}` of {what} holds {most:.3g}, and {str(dtype).removeprefix('torch.')} ends at "
+                f"{torch.finfo(dtype).max:g}; " + (f"use --precision {cure}" if cure else "check the weights")
+            )
+        if tensor.any() and not lowered.any():
+            log.info("--precision %s: all of `%s` of %s is too small for it and becomes zero", precision, name, what)
 
 
 def _rounds_a_number(func: Any, args: Any, kwargs: Any) -> bool:
@@ -108,7 +126,7 @@ class TypedModel(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.model = copy.deepcopy(model)
-        for tensor in _lowered_tensors(self.model):
+        for _, tensor in _lowered_tensors(self.model):
             tensor.data = tensor.data.to(dtype)
         for module in list(self.model.modules()):
             if isinstance(module, NORMS) or _has_a_slope(module):
@@ -140,7 +158,7 @@ class RoundedModel(nn.Module):
         super().__init__()
         self.dtype, self.compute = dtype, compute
         self.model = copy.deepcopy(model)
-        for tensor in _lowered_tensors(self.model):
+        for _, tensor in _lowered_tensors(self.model):
             tensor.data = tensor.data.to(dtype).to(compute)
         self.model.to(compute)
 

@@ -72,6 +72,13 @@ def agreement(a: Tensor, b: Tensor) -> Tensor:
     return (ours == theirs) & (ours != NO_ANSWER)
 
 
+def shared_answers(dense: Tensor, moee: Tensor) -> float | None:
+    """Share of the images that get the same class from both logits [N, C]. None if the dense ones name one class for all of
+    several images and the others too: any two constants agree as well, so that shows nothing."""
+    share = float(agreement(dense, moee).double().mean())
+    return None if share == 1 and len(dense) > 1 and len(top1(dense).unique()) == 1 else share
+
+
 def class_count(labels: Sequence[int] | Tensor | np.ndarray, classes: int) -> int:
     """How many classes labels number from 0: `classes`, or more if a label lies above it; 0 for data without labels."""
     known = np.asarray(labels, np.int64)
@@ -132,9 +139,12 @@ def comparison(
         reason = f"{name} has {len(known)} labelled images, too few to tell any model from a guess"
     if reason or logits is None:
         return Comparison(len(given), len(known), reason)
-    hits = int((top1(logits).numpy() == given)[given >= 0].sum())
+    answers = top1(logits).numpy()[given >= 0]
+    hits, silent = int((answers == known).sum()), int((answers == NO_ANSWER).sum())
     chance = _chance(hits, len(known), guess)
-    if not chance < CHANCE_P:
+    if silent:
+        reason = f"the dense model's outputs are NaN or infinite on {silent} of {counted(len(known), len(given))} in {name}"
+    elif not chance < CHANCE_P:
         reason = (
             f"the dense model is right on {hits} of {counted(len(known), len(given))} in {name}, no better than a guess: the "
             f"most frequent class alone is right on {guess:.1%} (p {chance:.2g}, below {CHANCE_P} expected); the labels may be "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moee.accuracy import Comparison, Interval, agreement, paired_drop, top1, wilson
+from moee.accuracy import Comparison, Interval, paired_drop, shared_answers, top1, wilson
 from moee.data import ImageSet, batches, merge_skipped
 from moee.distributed import SOLO, Group, Parcel
 from moee.interface import run_model, title_of_model
@@ -156,7 +156,7 @@ def retention(reference: Outputs, outputs: Outputs, probe: Probe | None, told: i
         token_cosine = mean_cosine(dense_tokens, tokens)
     return Retention(
         images=len(reference.labels),
-        top1_agreement=float(agreement(dense_logits, logits).double().mean()) if told > 1 else None,
+        top1_agreement=shared_answers(dense_logits, logits) if told > 1 else None,
         class_cosine=mean_cosine(reference.features, outputs.features),
         token_cosine=token_cosine,
         no_tokens="" if token_cosine is not None else reference.no_tokens or outputs.no_tokens,

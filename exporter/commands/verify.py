@@ -187,6 +187,8 @@ def _show(console: Console, result: Any, layers: bool) -> None:
         f"route agreement: lowest {percent(parity.route_agreement.get(worst))} ({worst or 'no layer has more than one expert'}); "
         f"top-1 agreement with torch: {percent(parity.top1_agreement)} of {parity.images} images"
     )
+    for note in parity.notes:
+        console.print(f"note: {note}", highlight=False, soft_wrap=True)
     a = result.accuracy
     if a:
         low, high = a.drop_interval_pp

@@ -26,7 +26,7 @@ from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
 from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
-from moee.accuracy import agreement
+from moee.accuracy import shared_answers
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches
 from moee.distributed import SOLO, Group
@@ -34,7 +34,7 @@ from moee.errors import UserError
 from moee.layer import routed_layers
 from moee.probe import classes_told
 from moee.progress import Reporter, silent
-from moee.schema import json_safe
+from moee.schema import json_safe, shown
 
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64
@@ -45,8 +45,9 @@ MIN_ROUTE_AGREEMENT = {"fp32": 0.9999}
 
 @dataclass(frozen=True)
 class ParityResult:
-    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head).
-    `rule` says in words what the outputs' tolerance is. `only_ties`: routes that differ from the float64 run's are near ties."""
+    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head, and
+    where the model names one class alone). `rule` says in words what the outputs' tolerance is. `notes`: what was compared and
+    shows little. `only_ties`: routes that differ from the float64 run's are near ties."""
 
     runtime: str
     batches: list[BatchError]
@@ -60,6 +61,7 @@ class ParityResult:
     min_route_agreement: float = 0.0
     rule: str = ""
     only_ties: bool = False
+    notes: list[str] = field(default_factory=list)
 
     @property
     def max_abs_error(self) -> float:
@@ -119,6 +121,26 @@ def refuse_unrouted(moee: MoeeModel, min_route_agreement: float | None) -> None:
         raise UserError("--min-route-agreement has nothing to check: no layer has more than one expert; leave it out")
 
 
+def refuse_foreign(folder: Path, moee: MoeeModel) -> None:
+    """Raise `UserError` for an export of another model than `moee`, as far as `export.json` tells without running anything."""
+    manifest = read_export(folder, verify=False)
+    layers = {name: layer.num_experts for name, layer in routed_layers(moee.model).items()}
+    differs = ""
+    if manifest["model"]["timm_name"] != moee.spec.timm_name:
+        differs = f"that was {shown(manifest['model']['timm_name'])}, this is {shown(moee.spec.timm_name)}"
+    elif set(manifest["routed_layers"]) != set(layers):
+        name = sorted(set(manifest["routed_layers"]) ^ set(layers))[0]
+        differs = f"only one of the two has experts in {shown(name)}"
+    for name, count in manifest.get("experts", {}).items():
+        if not differs and layers.get(name) != count:
+            differs = f"{shown(name)} has {count} experts there, {layers.get(name, 0)} here"
+    if differs:
+        raise UserError(
+            f"{folder} was not exported from the model it is held against: {differs}; give --model the artifact that it was made "
+            "from, or export again"
+        )
+
+
 def image_pool(data: ImageSet, count: int) -> tuple[Tensor, int]:
     """`count` images [count, C, H, W] of `data`, drawn once, and how many differ: they repeat where there are fewer."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]
@@ -166,6 +188,7 @@ def check_parity(
     manifest = read_export(folder, verify=False)
     precision, int8 = manifest.get("precision", "fp32"), read_quantization(manifest, "moee")
     widened = precision == "bf16" and provider == "cpu"  # ONNX Runtime's CPU provider has no bfloat16 kernels
+    refuse_foreign(folder, moee)
     refuse_unrouted(moee, min_route_agreement)
     yard = yardsticks(moee.model, precision, widened, int8)
     sizes = sorted(set(sizes))
@@ -174,7 +197,7 @@ def check_parity(
         plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(OnnxRunner(plain, threads, provider))
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
-        agreement, images = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1], group)
+        agreement, images, notes = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1], group)
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
     floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
@@ -202,6 +225,7 @@ def check_parity(
         min_route_agreement=floor,
         rule=rule,
         only_ties=ties,
+        notes=notes,
     )
 
 
@@ -269,18 +293,26 @@ def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]
 
 def _class_agreement(
     runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, images: int, size: int, group: Group
-) -> tuple[float | None, int]:
-    """Share of the pool's first `images` (behind them they repeat) with the class that torch in the runtime's type gives, and how
-    many they are."""
+) -> tuple[float | None, int, list[str]]:
+    """Share of the pool's first `images` (behind them they repeat) with the class that torch in the runtime's type gives, how
+    many they are, and what may be said of it."""
+    notes = []
+    few = yard.own(pool[: min(images, LAYER_IMAGES)].contiguous())
+    if len(few) > 1 and bool((few == few[0]).all()):
+        notes.append("the model gives every image the same output, so equal outputs show little; its layers were compared")
     if classes_told(moee.model, moee.probe) < 2:
-        return None, images
-    same = 0
+        return None, images, notes
+    ours, theirs = [], []
     with group.placed(yard.own):
         for part in pool[:images].split(size):
             x = part.contiguous()
             by_torch = yard.own(x.to(group.device)).cpu()
-            same += int(agreement(logits(moee, by_torch), logits(moee, torch.from_numpy(runner.run(x.numpy())[0]))).sum())
-    return same / images, images
+            ours.append(logits(moee, by_torch))
+            theirs.append(logits(moee, torch.from_numpy(runner.run(x.numpy())[0])))
+    share = shared_answers(torch.cat(ours), torch.cat(theirs))
+    if share is None:
+        notes.append("top-1 agreement is not shown: the model gives every image the same class")
+    return share, images, notes
 
 
 def logits(moee: MoeeModel, outputs: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def to_markdown(result: VerifyResult) -> str:
     lines += ["", f"Routes: {said}."]
     if parity.only_ties:
         lines[-1] += " They are near ties: with the runtime's experts the float64 run agrees."
+    lines += [part for note in parity.notes for part in ("", f"Note: {note}.")]
     if accuracy is None:
         return "\n".join([*lines, "", f"Accuracy: not measured, {result.no_accuracy}.", ""])
     low, high = accuracy.drop_interval_pp

@@ -16,14 +16,14 @@ from exporter.manifests import read_engine, read_export
 from exporter.onnx_export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quantization
 from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
-from exporter.parity.check import image_pool, logits, output_errors, refuse_unrouted
+from exporter.parity.check import image_pool, logits, output_errors, refuse_foreign, refuse_unrouted
 from exporter.parity.taps import copied
 from exporter.parity.yardsticks import yardsticks
 from exporter.precision import INT8
 from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy
-from moee.accuracy import comparison
+from moee.accuracy import NO_ANSWER, comparison, top1
 from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches, merge_skipped
@@ -66,7 +66,8 @@ class EngineParity:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """Parity, accuracy (None where labels or classes lack, `no_accuracy` says why) and engine (None if not asked for)."""
+    """Parity, accuracy (None where labels or classes lack, `no_accuracy` says why) and engine (None if not asked for).
+    `dense_failure`: what is wrong with the dense graph, without which there is nothing to compare."""
 
     export: str
     parity: ParityResult
@@ -75,11 +76,12 @@ class VerifyResult:
     engine: EngineParity | None
     seconds: float
     data_read: dict[str, Any] = field(default_factory=dict)
+    dense_failure: str = ""
 
     @property
     def passed(self) -> bool:
         accurate = self.accuracy is None or self.accuracy.passed
-        return self.parity.passed and accurate and (self.engine is None or self.engine.passed)
+        return self.parity.passed and accurate and not self.dense_failure and (self.engine is None or self.engine.passed)
 
     def __bool__(self) -> bool:
         return self.passed
@@ -116,6 +118,8 @@ class VerifyResult:
 
     def _accuracy_case(self) -> Case:
         a = self.accuracy
+        if self.dense_failure:
+            return Case("accuracy", "dense outputs", failure=self.dense_failure)
         if a is None:
             return Case("accuracy", "drop", skipped=self.no_accuracy)
         low, high = a.drop_interval_pp
@@ -144,6 +148,7 @@ class VerifyResult:
             **self.parity.to_json(),
             "accuracy": json_safe(self.accuracy.to_json()) if self.accuracy else None,
             "no_accuracy": self.no_accuracy,
+            "dense_failure": self.dense_failure,
             "engine": json_safe(engine),
             "cases": [asdict(case) for case in self.cases()],
             "data_read": self.data_read,
@@ -189,6 +194,7 @@ def verify_ranks(
     check = _AccuracyCheck(folder, moee, data, images, provider, threads, report, group)
     plugin = None
     with group.agreed():
+        refuse_foreign(folder, moee)
         refuse_unrouted(moee, min_route_agreement)
         reason = check.obstacle()
         _refuse_unchecked(reason, max_drop_pp)
@@ -197,10 +203,11 @@ def verify_ranks(
             if engine is not None and plugin is not None and plugin.passed:
                 with EngineRunner(engine, trust=trust_engine):
                     pass  # a machine that cannot run it says so now
-    dense = None
+    dense, failure = None, ""
     if not reason:
         dense = check.outputs("dense")
-        reason = check.judge(dense)
+        reason, failure = check.judge(dense)
+    if not failure:
         with group.agreed():  # before minutes of parity
             _refuse_unchecked(reason, max_drop_pp)
     parity = None
@@ -217,7 +224,7 @@ def verify_ranks(
             if engine is not None and plugin is not None:
                 built = _engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
             read = {"val": data.facts(), "notes": list(data.notes)}
-            result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started, read)
+            result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started, read, failure)
     return result
 
 
@@ -290,14 +297,18 @@ class _AccuracyCheck:
                 self.report(message, done, total)
         return {key: torch.cat(part) for key, part in found.items() if part}
 
-    def judge(self, dense: dict[str, Tensor]) -> str:
-        """Why the dense model's answers allow no comparison, the same on every rank; empty if they do."""
-        reason = None
+    def judge(self, dense: dict[str, Tensor]) -> list[str]:
+        """Why the dense graph's answers allow no comparison, and what is wrong with that graph, the same on every rank; each is
+        empty for nothing. Extraction takes no model whose outputs are not finite, so such a graph is not what the model is."""
+        found = None
         with self.group.agreed():
             if self.group.leader:
                 told = classes_told(self.moee.model, self.moee.probe)
                 reason = comparison(dense["labels"], self.data.num_classes, told, self.data.name, dense["logits"]).reason
-        return self.group.broadcast(Parcel(reason) if self.group.leader else None).body
+                silent = int((top1(dense["logits"]) == NO_ANSWER).sum())
+                failure = f"its outputs are NaN or infinite on {silent} of {len(dense['logits'])} images; export again"
+                found = [reason, f"the graph of the dense model is broken: {failure}" if silent else ""]
+        return self.group.broadcast(Parcel(found) if self.group.leader else None).body
 
     def compare(self, dense: dict[str, Tensor], ours: dict[str, Tensor], max_drop_pp: float | None) -> AccuracyResult | None:
         """Both graphs' answers compared; None on ranks other than 0."""

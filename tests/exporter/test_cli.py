@@ -72,6 +72,18 @@ def test_verify_exits_1_when_parity_fails(tmp_path, capsys):
     assert "parity FAILED" in capsys.readouterr().out
 
 
+def test_verify_refuses_an_export_of_a_model_with_other_experts(tmp_path, capsys):
+    assert run("extract", MODEL, "--data", "digits", *KMEANS, "--out", tmp_path / "a") == 0
+    fewer = ["--clusters", "3", *KMEANS[2:]]
+    assert run("extract", MODEL, "--data", "digits", *fewer, "--out", tmp_path / "b") == 0
+    assert run("export", tmp_path / "a", "--out", tmp_path / "export") == 0
+    capsys.readouterr()
+    assert run("verify", tmp_path / "export", "--model", tmp_path / "b", "--out", tmp_path / "v.json") == 2
+    error = capsys.readouterr().err
+    assert "was not exported from the model it is held against: 'blocks.0.mlp' has 4 experts there, 3 here; give --model" in error
+    assert error.count("\n") == 1 and not (tmp_path / "v.json").exists()
+
+
 def refused(capsys, *argv):
     code = run(*argv)
     error = capsys.readouterr().err
