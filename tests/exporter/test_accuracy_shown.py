@@ -5,13 +5,12 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from exporter.clear_ablation import Grid, markdown, summarise
 from exporter.commands.plan import points_table, verdict
 from exporter.demo import _summary
 from exporter.report import write_report
-from exporter.ui import retention_notes, stage_table, title_of
+from exporter.ui import plain_console, retention_notes, stage_table, title_of
 from moee.accuracy import wilson
 from tests.exporter.report_data import write_run
 
@@ -30,7 +29,7 @@ def stage(accuracy, dense=0.95, data="digits", images=40, **more):
 
 
 def text_of(table):
-    console = Console(width=120, record=True, file=io.StringIO())
+    console = plain_console(width=120, record=True, file=io.StringIO())
     console.print(table)
     return " ".join(console.export_text().replace("│", " ").split())
 

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
 
 from exporter import cli
 from exporter.commands.plan import parse_shares, points_table, verdict
 from exporter.device import DEVICES, dense_facts, latency_of, modelled, operation_ms
+from exporter.ui import plain_console
 from moee.clear_moe import ClearConfig, convert
 from moee.data import image_shape
 from moee.errors import UserError
@@ -116,7 +116,7 @@ def test_the_table_has_the_attention_where_a_point_is_narrower():
         }  # fmt: skip
         dense = {**point, "method": "dense", "allocation": "", "config": None}
         plan = {"model": {"name": "m"}, "data": "d", "points": [point, dense], "front": [point], "winner": point, "margins": {}}
-        console = Console(width=120, record=True, file=io.StringIO())
+        console = plain_console(width=120, record=True, file=io.StringIO())
         console.print(points_table(plan))
         return console.export_text(), verdict(plan)[0]
 

@@ -205,9 +205,9 @@ def test_command_writes_the_files_and_exits_0_and_1(tiny_export, tmp_path, capsy
 
 def test_accuracy_gate(tiny_export, capsys):
     """No model gains 100 points, so a gate of minus 100 cannot be met."""
-    assert run("verify", tiny_export.folder(), "--maxShapes", 2, "--optShapes", 2, "--max-drop=-100") == 1
-    assert "at most -100 allowed" in capsys.readouterr().out
-    for never in ("nan", "inf"):
+    result = verify(tiny_export.folder(), tiny_export.moee, tiny_export.data, sizes=(2,), max_drop_pp=-100)
+    assert not result and any("at most -100 allowed" in (case.failure or "") for case in result.cases())
+    for never in ("nan", "inf", "-100"):
         with pytest.raises(SystemExit, match="2"):
             run("verify", tiny_export.folder(), "--max-drop", never)
         assert "expected a number" in capsys.readouterr().err
