@@ -5,6 +5,7 @@ import sys
 import textwrap
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import torchvision
@@ -12,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import cli
+from exporter.onnx_export import to_onnx
 from exporter.pretrained import ModelOptions, layout_of, resolve
 from exporter.report.commands import _extract
+from exporter.runners import OnnxRunner
 from moee import checkpoint, from_torchvision, from_transformers, sources
 from moee.data import evaluation, model_transform
 from moee.errors import MissingDependency, UserError
@@ -143,8 +146,10 @@ def chain(model, method, place, word=()):
     return moee
 
 
-@pytest.mark.parametrize("method", [KMEANS, STATIC], ids=["experts", "static"])
-@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
+@pytest.mark.parametrize("name, method", [
+    ("vit_b_16", KMEANS), ("swin_t", STATIC), pytest.param("vit_b_16", STATIC, marks=pytest.mark.slow),
+    pytest.param("swin_t", KMEANS, marks=pytest.mark.slow), ("convnext_tiny", STATIC),
+], ids=lambda value: value if isinstance(value, str) else "static" if value is STATIC else "experts")  # fmt: skip
 def test_torchvision_to_a_verified_export(place, name, method, reduced):
     """Preprocessing is that of torchvision's own weights, by value."""
     moee = chain([f"torchvision:{name}", *TINY], method, place)
@@ -162,12 +167,15 @@ def reduced(monkeypatch):
     small = {
         "vit_b_16": lambda image_size=224, **kwargs: torchvision.models.VisionTransformer(
             image_size=image_size, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, **kwargs),
+        "convnext_tiny": lambda **kwargs: torchvision.models.ConvNeXt(
+            [torchvision.models.convnext.CNBlockConfig(16, 24, 1), torchvision.models.convnext.CNBlockConfig(24, None, 1)],
+            **kwargs),
         "swin_t": lambda **kwargs: torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [2, 4], [2, 2], **kwargs),
     }  # fmt: skip
     monkeypatch.setattr(from_torchvision, "get_model_builder", small.__getitem__)
 
 
-@pytest.mark.parametrize("name", HF)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "dinov2" else name for name in HF])
 def test_transformers_to_a_verified_export(place, name, capsys):
     net = HF[name](place / "hf")
     moee = chain(["hf:hf"], KMEANS if name in ("vit", "clip") else STATIC, place)
@@ -184,6 +192,35 @@ def test_transformers_to_a_verified_export(place, name, capsys):
             found = net(images)
             expected = found.logits if name == "vit" else found.pooler_output
     torch.testing.assert_close(output, expected)
+
+
+MORE = {
+    "beit": ("BeitForImageClassification", small("Beit", use_relative_position_bias=True)),
+    "deit": ("DeiTForImageClassificationWithTeacher", small("DeiT")), "dinov3": ("DINOv3ViTModel", small("DINOv3ViT")),
+    "swin": ("SwinForImageClassification", transformers.SwinConfig(
+        embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=2, image_size=32, patch_size=4)),
+    "clip": ("CLIPForImageClassification", clip(num_labels=2)), "siglip": ("SiglipForImageClassification", siglip(num_labels=2)),
+    "convnext": ("ConvNextForImageClassification", transformers.ConvNextConfig(
+        hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, image_size=32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_laying_out_and_tracing_leave_nothing_behind(place, name):
+    """transformers keeps tensors in caches of functions, BEiT its relative positions: one that was made without memory, or while
+    the graph was traced, must not be used in a later run. The graph gives what the folder's own model gives."""
+    net = hf_folder(place / "hf", *MORE[name], SQUASH)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = net(images)
+        expected = found.logits if hasattr(found, "logits") else found.pooler_output
+        model = load_model(resolve("hf:hf"))
+        torch.testing.assert_close(model(images), expected)
+        graph = to_onnx(model, (3, 32, 32))
+        torch.testing.assert_close(model(images), expected)
+    ir.save(graph, place / "graph.onnx")
+    with OnnxRunner(place / "graph.onnx") as runner:
+        torch.testing.assert_close(torch.from_numpy(runner.run(images.numpy())[0]), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_function_to_a_verified_export(place, capsys):
