@@ -31,7 +31,7 @@ from moee.api import Images, held_out_images
 from moee.checkpoint import MoeeModel
 from moee.data import batches
 from moee.errors import UserError
-from moee.progress import Reporter, silent
+from moee.progress import Reporter, to_stderr
 
 BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
 
@@ -39,7 +39,7 @@ BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
 def export(
     model: MoeeModel, out: str | Path, *, precision: str = "fp32", calibration: Images = None,
     calibration_images: int = CALIBRATION_IMAGES, source: str | Path | None = None, force: bool = False,
-    report: Reporter = silent,
+    report: Reporter | None = None,
 ) -> Path:  # fmt: skip
     """Write `dense.onnx`, `portable.onnx`, `tensorrt.onnx` and `export.json` into the folder `out`, which is returned.
 
@@ -47,6 +47,7 @@ def export(
     was made on). `source`: the artifact that the model was saved in, by which the command line verifies the export. Raises
     `UserError` for a place that must not be replaced, an unknown precision or images that cannot be read.
     """
+    report = report or to_stderr()
     images = held_out_images(model, calibration, report) if calibration is not None else None
     onnx_export.export(model, out, force, report, source, precision, images, calibration_images)
     return Path(out)
@@ -55,7 +56,7 @@ def export(
 def verify(
     export_dir: str | Path, model: MoeeModel, data: Images = None, *, max_drop: float | None = None,
     sizes: Sequence[int] = BATCHES, min_route_agreement: float | None = None, images: int | None = 1000, provider: str = "cpu",
-    engine: str | Path | None = None, report: Reporter = silent,
+    engine: str | Path | None = None, report: Reporter | None = None,
 ) -> VerifyResult:  # fmt: skip
     """Compare an export with the `model` that it was made from, output by output and layer by layer, and both models' accuracy
     on the held-out images `data` (default: those that the model was made on). The result is true if every gate passed.
@@ -63,6 +64,7 @@ def verify(
     `max_drop`: percentage points of accuracy that may be lost. `sizes`: batches. `images`: how many labelled images (None:
     all). Raises `UserError` for a gate that has nothing to check.
     """
+    report = report or to_stderr()
     refuse_lost_dense(read_export(export_dir), export_dir)
     held_out = held_out_images(model, data, report)
     return verify_export(
@@ -74,7 +76,7 @@ def verify(
 def bench(
     export_dir: str | Path, data: Images = None, *, model: MoeeModel | None = None, batch: int = 8, runs: int = 40,
     duration_s: float = 3.0, threads: int | None = None, provider: str = "cpu", engine: str | Path | None = None,
-    report: Reporter = silent, **options: Any,
+    report: Reporter | None = None, **options: Any,
 ) -> LatencyResult:  # fmt: skip
     """Time the dense and the routed graph of an export, interleaved in this process, on the held-out images `data` (default:
     those that the model was made on; routing depends on them). Images given in Python need the `model`, which says how they
@@ -82,6 +84,7 @@ def bench(
 
     Latencies are in milliseconds, with the median ratio and its verdict. `options` are those of `exporter.latency.bench`.
     """
+    report = report or to_stderr()
     manifest = read_export(export_dir)
     refuse_lost_dense(manifest, export_dir)
     if batch < 1:
@@ -101,13 +104,14 @@ def bench(
 
 def build(
     export_dir: str | Path, out: str | Path, *, backend: str = "tensorrt-rtx", batch: tuple[int, int, int] = BATCHES,
-    sms: Sequence[int] | None = None, plugin: str | Path | None = None, force: bool = False, report: Reporter = silent,
+    sms: Sequence[int] | None = None, plugin: str | Path | None = None, force: bool = False, report: Reporter | None = None,
 ) -> EngineReport:  # fmt: skip
     """Build the dense and the routed engine of an export into the folder `out`.
 
     `batch`: smallest, optimal and largest of the profile. `sms`: compute capabilities, such as 87, that the plugin's kernels
     are compiled for (default: all); `plugin`: a library that was built before. Raises `BuildFailed` with the builder's words.
     """
+    report = report or to_stderr()
     require_backend(backend)
     library = Path(plugin) if plugin is not None else None
     if library is None and needs_plugin(export_dir):
@@ -117,10 +121,11 @@ def build(
 
 def bundle(
     export_dir: str | Path, out: str | Path, *, sm: int, batch: tuple[int, int, int] = BATCHES,
-    model: nn.Module | str | None = None, force: bool = False, report: Reporter = silent,
+    model: nn.Module | str | None = None, force: bool = False, report: Reporter | None = None,
 ) -> Path:  # fmt: skip
     """Write everything that a device of compute capability `sm` needs into the folder `out`: graphs, plugin, runner, build.sh.
 
     `model`: the module, or the name `package.module:function`, of a dense model of your own.
     """
+    report = report or to_stderr()
     return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model)

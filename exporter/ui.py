@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -20,8 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from moee.accuracy import counted, recorded_interval
-
-LINE_INTERVAL_S = 10.0
+from moee.progress import Lines
 
 
 def plain_console(**settings: Any) -> Console:
@@ -36,8 +34,7 @@ class ProgressDisplay:
     def __init__(self, console: Console | None = None):
         self.console = console or plain_console(stderr=True)
         self.live = self.console.is_terminal
-        self.started: dict[str, float] = {}
-        self.printed: dict[str, float] = {}
+        self.lines = Lines(self.line)
         self.tasks: dict[str, TaskID] = {}
         self.progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -58,26 +55,12 @@ class ProgressDisplay:
         self.console.print(text, highlight=False)
 
     def __call__(self, message: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.live:
-            if message not in self.tasks or done == 0:
-                self.tasks[message] = self.progress.add_task(message, total=total or None)
-            self.progress.update(self.tasks[message], completed=done, total=total or None)
+        if not self.live:
+            self.lines(message, done, total)
             return
-        if message not in self.started or done == 0:
-            self.started[message] = now
-            self.printed[message] = now
-        elapsed = now - self.started[message]
-        if total == 0:
-            if now - self.printed[message] >= LINE_INTERVAL_S:
-                self.printed[message] = now
-                self.console.print(f"{message}: {done} so far, {elapsed:.0f} s", highlight=False)
-        elif done >= total:
-            self.console.print(f"{message}: done in {elapsed:.1f} s", highlight=False)
-        elif now - self.printed[message] >= LINE_INTERVAL_S:
-            self.printed[message] = now
-            left = elapsed / done * (total - done) if done else float("nan")
-            self.console.print(f"{message}: {done}/{total}, {elapsed:.0f} s, about {left:.0f} s left", highlight=False)
+        if message not in self.tasks or done == 0:
+            self.tasks[message] = self.progress.add_task(message, total=total or None)
+        self.progress.update(self.tasks[message], completed=done, total=total or None)
 
 
 def percent(value: float | None) -> str:

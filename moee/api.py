@@ -40,7 +40,7 @@ from moee.models import load_model as load_spec
 from moee.pipeline import Session, run_extract, tune
 from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.probe import classes_told
-from moee.progress import Reporter, silent
+from moee.progress import Reporter, to_stderr
 from moee.result_kinds import FINETUNE_STATE, MODEL
 
 log = logging.getLogger("moee")
@@ -73,7 +73,7 @@ def extract(
     model: nn.Module | str, data: Images, val: Images = None, *, preset: str = "compensated", method: str | None = None,
     classes: Sequence[str] = (), num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None,
     out: str | Path | None = None, force: bool = False, device: str = "auto", jobs: int = 1, workers: int = 0,
-    report: Reporter = silent, **options: Any,
+    report: Reporter | None = None, **options: Any,
 ) -> MoeeModel:  # fmt: skip
     """Find experts in the MLPs of `model` on the images `data`, and measure the result on the held-out images `val`.
 
@@ -87,6 +87,7 @@ def extract(
 
     Raises `UserError` for bad input. Deterministic for the same model, images and options.
     """
+    report = report or to_stderr()
     if method == "clear-moe":
         if preset != "compensated":
             raise UserError(f"preset {preset!r} is not for method clear-moe; leave it out")
@@ -102,7 +103,7 @@ def extract(
 
 def finetune(
     model: MoeeModel, data: Images = None, val: Images = None, *, out: str | Path | None = None, force: bool = False,
-    device: str = "auto", workers: int = 0, report: Reporter = silent, **options: Any,
+    device: str = "auto", workers: int = 0, report: Reporter | None = None, **options: Any,
 ) -> MoeeModel:  # fmt: skip
     """A copy of `model` into which its dense model was distilled on the images `data` (default: what it was made on).
 
@@ -110,6 +111,7 @@ def finetune(
     `extract`. With `out` the artifact is written there, and an interrupted run leaves its state in `<out>.resume`, where the same
     call goes on. Raises `UserError` for bad input, and for images whose probe was fitted on others.
     """
+    report = report or to_stderr()
     config = validated(FinetuneConfig, options)
     if data is None:
         data = recorded_data(model.data)
@@ -130,11 +132,12 @@ def finetune(
     return tuned
 
 
-def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", report: Reporter = silent) -> Retention:
+def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", report: Reporter | None = None) -> Retention:
     """How much of its dense model `model` retains on the held-out images `data` (default: those it was made on).
 
     Accuracies with 95 % intervals where they can be compared, else the reason; cosines of the outputs and of single tokens.
     """
+    report = report or to_stderr()
     dense = model.dense()
     held_out = held_out_images(model, data, report)
     group = alone(device)
@@ -175,8 +178,9 @@ def spec_of(
     return with_pretrained(module_spec(model, num_classes, given))
 
 
-def held_out_images(model: MoeeModel, data: Images = None, report: Reporter = silent) -> ImageSet:
+def held_out_images(model: MoeeModel, data: Images = None, report: Reporter | None = None) -> ImageSet:
     """The held-out images that `data` means for `model`: a source of the command line, or images given in Python."""
+    report = report or to_stderr()
     if data is None or isinstance(data, (str, Path)):
         return model.record.images("val", None if data is None else os.fspath(data), report)
     transform = model_transform(model.model)

@@ -1,16 +1,18 @@
-"""Progress as a callback, so that the library prints nothing by itself.
+"""Progress as a callback. A reporter is called with (message, done, total), total 0 where the length is unknown.
 
-A reporter is called with (message, done, total), total 0 where the length is unknown; the command line turns that into bars or
-plain lines.
+The library itself prints nothing; the command line turns reports into bars or lines, the Python interface into lines.
 """
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Reporter = Callable[[str, int, int], None]
 T = TypeVar("T")
+LINE_INTERVAL_S = 10.0
 
 
 def silent(message: str, done: int, total: int) -> None:
@@ -23,3 +25,34 @@ def track(items: Iterable[T], message: str, total: int, report: Reporter = silen
     for done, item in enumerate(items, 1):
         yield item
         report(message, done, total)
+
+
+class Lines:
+    """A reporter that writes a line at the end of each step, and every 10 s on the way."""
+
+    def __init__(self, write: Callable[[str], None]):
+        self.write = write
+        self.started: dict[str, float] = {}
+        self.printed: dict[str, float] = {}
+
+    def __call__(self, message: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if message not in self.started or done == 0:
+            self.started[message] = now
+            self.printed[message] = now
+        elapsed = now - self.started[message]
+        if total == 0:
+            if now - self.printed[message] >= LINE_INTERVAL_S:
+                self.printed[message] = now
+                self.write(f"{message}: {done} so far, {elapsed:.0f} s")
+        elif done >= total:
+            self.write(f"{message}: done in {elapsed:.1f} s")
+        elif now - self.printed[message] >= LINE_INTERVAL_S:
+            self.printed[message] = now
+            left = elapsed / done * (total - done) if done else float("nan")
+            self.write(f"{message}: {done}/{total}, {elapsed:.0f} s, about {left:.0f} s left")
+
+
+def to_stderr() -> Lines:
+    """A reporter that writes to standard error."""
+    return Lines(lambda text: print(text, file=sys.stderr, flush=True))
