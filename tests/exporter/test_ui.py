@@ -7,12 +7,13 @@ import pytest
 from rich.table import Table
 
 from exporter import cli, ui
+from moee import progress
 from moee.data import TensorSet
 
 
 def lines(calls, monkeypatch, step=11.0):
     now = [0.0]
-    monkeypatch.setattr(ui.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     out = io.StringIO()
     display = ui.ProgressDisplay(ui.plain_console(file=out, width=120))
     for call in calls:
