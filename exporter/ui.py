@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -83,7 +84,12 @@ def number(value: float | None, digits: int = 4) -> str:
 def title_of(info: dict[str, Any], model: str, data: str) -> str:
     """A model and its data, with those that it was extracted on if they are others."""
     first = info["stages"].get("extracted", {}).get("data") or data
-    return f"{model} on {data}" + (f" (extracted on {first})" if first != data else "")
+    return f"{model} on {data_title(data)}" + (f" (extracted on {data_title(first)})" if first != data else "")
+
+
+def data_title(data: str) -> str:
+    """A source of images for a title: of a folder the name alone, since its path is recorded whole."""
+    return os.path.basename(data) if os.path.isabs(data) else data
 
 
 def stage_table(info: dict[str, Any], title: str) -> Table:

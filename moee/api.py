@@ -42,6 +42,7 @@ from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.probe import classes_told
 from moee.progress import Reporter, to_stderr
 from moee.result_kinds import FINETUNE_STATE, MODEL
+from moee.sources import same_data
 
 log = logging.getLogger("moee")
 SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and the hash of its weights then
@@ -116,7 +117,7 @@ def finetune(
     if data is None:
         data = recorded_data(model.data)
     source, given = _source(data, val)
-    if model.probe is not None and given is None and source != model.data:
+    if model.probe is not None and given is None and not same_data(source, model.data):
         raise UserError(f"the probe was fitted on {model.data}, so the model cannot be tuned on {source}; extract on {source}")
     inputs = source_paths(source, model.spec.weights) if given is None else source_paths(model.spec.weights)
     if out is not None:

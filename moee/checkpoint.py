@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from moee.probe import Probe, classes_told
 from moee.progress import Reporter, silent
 from moee.result_kinds import MODEL
 from moee.schema import checked, shown
+from moee.shards import PREFIX as SHARDS
 from moee.tensor_file import write_tensors
 from moee.timm_sets import named
 from moee.weights_file import checkpoint_sha256, read_safetensors
@@ -120,7 +122,7 @@ class MoeeModel:
         did not come from a file."""
         if self.spec.weights is None:
             raise UserError(f"--checkpoint {path}: the weights of this artifact's dense model came from no file; leave it out")
-        self.spec = self.spec.model_copy(update={"weights": str(path)})
+        self.spec = self.spec.model_copy(update={"weights": os.path.abspath(path)})
 
     def dense(self) -> nn.Module:
         """The unmodified model that this one was extracted from, with its weights."""
@@ -318,12 +320,15 @@ def head_classes(model: nn.Module) -> int | None:
 
 def recorded_data(source: str) -> str:
     """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a
-    network, which takes the user's own word, and for images that were given in Python."""
+    network, which takes the user's own word, for images that were given in Python, and for a folder that is not there."""
     if source.startswith(PREFIX):
         given = shown(source.removeprefix(PREFIX))
         raise UserError(f"the artifact's images were given in Python ({given}); give some with --data")
     if named(source):
         raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
+    folder = source.removeprefix(SHARDS)
+    if os.path.isabs(folder) and not os.path.isdir(folder):
+        raise UserError(f"the artifact was made on {shown(source)}, where no folder is now; say where it lies with --data")
     return source
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +158,8 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
     if size is not None and "img_size" not in spec.kwargs:
         notes.append(f"{path.name} was trained on {size} x {size} pixels; --img-size {size} keeps them")
     part = WeightsPart(container=fit.container, prefix=fit.prefix)
-    return spec.model_copy(update={"weights": str(path), "weights_sha256": checkpoint_sha256(path), "part": part}), notes
+    place = os.path.abspath(path)  # for later commands, which may run in another folder
+    return spec.model_copy(update={"weights": place, "weights_sha256": checkpoint_sha256(path), "part": part}), notes
 
 
 def _trained_size(fit: Fit, model: torch.nn.Module) -> int | None:

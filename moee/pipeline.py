@@ -45,7 +45,7 @@ from moee.probe import Probe, classes_told, fit_probe
 from moee.progress import Reporter, silent
 from moee.result_kinds import FINETUNE_STATE, MODEL
 from moee.schema import reason_of
-from moee.sources import load_splits, same_data
+from moee.sources import load_splits, located, same_data
 from moee.views import widened
 
 log = logging.getLogger("moee")
@@ -83,7 +83,7 @@ class Session:
         self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
         classes: Sequence[str] = (), trial: Trial | None = None, given: Given | None = None,
     ):  # fmt: skip
-        self.spec, self.source, self.report, self.group, self.trial = spec, source, report, group, trial
+        self.spec, self.source, self.report, self.group, self.trial = spec, located(source), report, group, trial
         with group.agreed():
             self.dense = load_model(spec)
             self.transform = model_transform(self.dense)
@@ -367,11 +367,8 @@ def run_finetune(
                 f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
             )
         recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
-        division = moee.division if same_data(recorded, moee.data) else None
     seed = moee.config.seed if moee.config else 0
     session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
-    if division is not None:
-        division.check(session.train)
     tune(moee, session, config, state.place, out, force, inputs)
     if group.leader:
         state.remove()
@@ -384,6 +381,9 @@ def tune(
 ) -> None:  # fmt: skip
     """Distil the session's dense model into `moee`, in place, and save it at `out` unless that is None. `state`: the folder of
     what an interrupted run leaves."""
+    division = moee.division if same_data(session.source, moee.data) else None
+    if division is not None:
+        division.check(session.train)
     started, group = time.perf_counter(), session.group
     teacher = session.train_outputs.features
     result = finetune(moee.model, session.dense, session.train, config, session.report, state, teacher, group)

@@ -47,10 +47,25 @@ def same_data(source: str, other: str) -> bool:
     return source == other or (os.path.exists(one) and os.path.exists(two) and os.path.samefile(one, two))
 
 
+def located(source: str) -> str:
+    """`source` as it is recorded: a folder by its absolute path, so that a command in another folder takes no other one of that
+    name; names of built-in data and of timm's sets as they are."""
+    prefix = shards.PREFIX if source.startswith(shards.PREFIX) else ""
+    path = source.removeprefix(prefix)
+    if not prefix and (is_built_in(source) or timm_sets.named(source)):
+        return source
+    return prefix + os.path.abspath(path) if os.path.isdir(path) else source
+
+
+def is_built_in(source: str) -> bool:
+    """Whether a source is one of the sets that lie in no file of the user's."""
+    return source == "digits" or source.partition(":")[0] == "photos"
+
+
 def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:
     """A source with at least these splits."""
     mode_of(transform.shape)  # refuses channels that no file has
-    if source == "digits" or source.partition(":")[0] == "photos":
+    if is_built_in(source):
         if source == "digits":
             return Source({split: built_in.digits(transform, split) for split in splits})
         return Source({split: built_in.photos(source, transform, split, seed) for split in splits})

@@ -23,7 +23,7 @@ from exporter.commands import (
     session_of,
     show_skipped,
 )
-from exporter.ui import ProgressDisplay, number, percent, span
+from exporter.ui import ProgressDisplay, data_title, number, percent, span
 from moee.accuracy import counted
 from moee.config import MOST_BATCH
 from moee.errors import UserError
@@ -111,7 +111,7 @@ def points_table(plan: dict[str, Any]) -> Table:
     """All points by MACs; those on the Pareto front are marked, and the winner."""
     front = [p["config"] for p in plan["front"]]
     narrowed = any(_attention(p) < 1 for p in plan["points"])
-    table = Table(min_width=76, title=f"{plan['model']['name']} on {plan['data']}")
+    table = Table(min_width=76, title=f"{plan['model']['name']} on {data_title(plan['data'])}")
     for column in ("", "method", "allocation", *["attention"] * narrowed, "MACs", "params", "cosine", "accuracy", "latency ms"):
         table.add_column(column, justify="left" if column in ("", "method", "allocation") else "right", no_wrap=True)
     for p in sorted(plan["points"], key=lambda p: p["macs"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from collections.abc import Iterator
 from functools import cache
@@ -67,11 +68,11 @@ def _extracted_on(body: dict[str, Any]) -> str:
 def _extract(body: dict[str, Any]) -> str:
     spec, config = body["model"], body.get("config")
     alias = spec.get("name") in ALIASES
-    words = ["moee", "extract", spec.get("name", "MODEL"), "--data", _extracted_on(body)]
+    words = ["moee", "extract", _name(spec), "--data", _extracted_on(body)]
     if spec.get("pretrained"):
         words += [] if spec.get("library") == "python" else ["--pretrained"]  # a function brings its weights
     elif spec.get("weights") and not alias and not _brought(spec):
-        words += ["--checkpoint", str(spec["weights"]).rpartition("/")[2]]
+        words += ["--checkpoint", str(spec["weights"])]
     elif isinstance(spec.get("random_seed"), int):
         words += ["--random-weights", spec["random_seed"]]
     words += _image_size(spec) if spec.get("name") == ALIASES[0] else [] if alias else _model_arguments(spec)
@@ -87,12 +88,25 @@ def _extract(body: dict[str, Any]) -> str:
     return _line(*words, "--out", "extracted") + _python_only(config, ClearConfig)
 
 
-def _brought(spec: dict[str, Any]) -> bool:
-    """Whether the weights are those that a `local-dir:` or `hf-hub:` name brings."""
+def _name(spec: dict[str, Any]) -> str:
+    """The model's name; that of a local folder by the path of the weights in it, which is absolute."""
+    name = str(spec.get("name", "MODEL"))
+    return f"{name.partition(':')[0]}:{os.path.dirname(str(spec['weights']))}" if _in_folder(spec) else name
+
+
+def _in_folder(spec: dict[str, Any]) -> bool:
+    """Whether the model is a local folder, and its weights are those in it."""
     source, _, where = str(spec.get("name")).partition(":")
-    folder = str(spec["weights"]).rpartition("/")[0]
-    if source in ("local-dir", "hf"):
-        return folder == where.rstrip("/")
+    folder, inside = os.path.dirname(str(spec.get("weights"))), os.path.normpath(where)
+    return source in ("local-dir", "hf") and (folder == inside or folder.endswith(os.sep + inside.lstrip("./")))
+
+
+def _brought(spec: dict[str, Any]) -> bool:
+    """Whether the weights are those that a name of a local folder or of the hub brings."""
+    if _in_folder(spec):
+        return True
+    source, _, where = str(spec.get("name")).partition(":")
+    folder = os.path.dirname(str(spec["weights"]))
     return source == "hf-hub" and f"models--{where.partition('@')[0].replace('/', '--')}" in folder.split("/")
 
 

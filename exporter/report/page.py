@@ -13,6 +13,7 @@ from exporter.report.collect import Sources, collect
 from exporter.report.markup import Html, join, raw_text_element, tag
 from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
+from exporter.ui import data_title
 from moee.accuracy import recorded_interval
 from moee.placement import OutputFile, source_paths
 from moee.result_kinds import REPORT
@@ -50,10 +51,10 @@ def render(sources: Sources) -> str:
     model = sources.body("moee.model") or sources.body("moee.export") or {}
     name = dig(model, "model", "name") or dig(sources.body("moee.summary"), "model") or "a model"
     data = model.get("data") or dig(sources.body("moee.summary"), "dataset")
-    title = f"{name} on {data}" if data else str(name)
+    title = f"{name} on {data_title(str(data))}" if data else str(name)
     first = dig(sections.stages(sources).get("extracted"), "data")
     if data and first and first != data:
-        title += f" (extracted on {first})"
+        title += f" (extracted on {data_title(str(first))})"
     timm_name = dig(model, "model", "timm_name")
     library = LIBRARIES.get(str(dig(model, "model", "library") or "timm"))
     title = f"{library} model {timm_name}." if library and timm_name and timm_name != name else ""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import time
 
@@ -77,7 +78,7 @@ def test_from_a_checkpoint_to_a_tuned_model(folder, capsys):
     error = capsys.readouterr().err
     assert "weights model_best.pth.tar not found: put the file back, or give its new place with --checkpoint" in error
     assert run(*tune, "--checkpoint", "elsewhere.pth.tar") == 0
-    assert checkpoint.load("tuned").spec.weights == "elsewhere.pth.tar"
+    assert checkpoint.load("tuned").spec.weights == os.path.abspath("elsewhere.pth.tar")
     assert run("inspect", "tuned") == 0, "shapes need no file"
     torch.save(model.state_dict(), "elsewhere.pth.tar")
     capsys.readouterr()

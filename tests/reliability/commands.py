@@ -131,7 +131,12 @@ def prepare(zygote: Zygote, folder: Path, command: Command, plugin: Path | None 
 
 
 def copy(work: Path, target: Path) -> Path:
-    """A copy of a workspace; links into the real cache stay links."""
+    """A copy of a workspace, whose artifacts name its own folder where they name that of `work`; links into the real cache stay
+    links."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work, target, symlinks=True)
+    for path in target.rglob("*.json"):
+        text = path.read_bytes()
+        if not path.is_symlink() and os.fsencode(work) in text:
+            path.write_bytes(text.replace(os.fsencode(work), os.fsencode(target)))
     return target

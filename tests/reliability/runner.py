@@ -95,9 +95,12 @@ class Zygote:
         self.errors.close()
 
 
-def digest(path: Path) -> str:
-    """Hash of a file; of JSON without what is measured anew in every run."""
-    data = path.read_bytes()
+TEXTS = {".json", ".html", ".md", ".xml"}
+
+
+def digest(path: Path, root: Path) -> str:
+    """Hash of a file; without the name of the workspace `root`, and of JSON without what is measured anew in every run."""
+    data = path.read_bytes().replace(os.fsencode(root), b"ROOT") if path.suffix in TEXTS else path.read_bytes()
     if path.suffix == ".json" and (body := _parsed(data)) is not None:
         if isinstance(body, dict) and isinstance(body.get("files"), dict):  # hashes of files that are compared themselves
             body["files"] = sorted(body["files"])
@@ -139,5 +142,5 @@ def tree(root: Path, raw: bool = False) -> dict[str, str]:
         if path.is_dir():
             found[f"{name}/"] = ""
         else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if raw else digest(path)
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if raw else digest(path, root)
     return found

@@ -1,0 +1,102 @@
+"""What a command read is recorded by its absolute path: later ones find it from any folder, and take no other of its name."""
+
+import shutil
+
+import pytest
+import torch
+
+from exporter import cli
+from exporter.report.commands import _extract
+from exporter.ui import data_title, title_of
+from moee import checkpoint
+from moee.artifact import read_json, write_json
+from moee.checkpoint import recorded_data
+from moee.data import model_transform
+from moee.errors import UserError
+from moee.models import load_model
+from moee.pipeline import Session
+from moee.sources import located, same_data
+from tests.conftest import tiny_spec
+from tests.moee.test_folders import tree
+
+FEW = ["--clusters", "2", "--cluster-tokens", "60", "--tokens", "120", "--components", "4", "--keep", "0.9"]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with pictures and weights, in which commands run; another one beside it with other pictures of that name."""
+    for place in ("here", "there"):
+        tree(tmp_path / place / "pictures", ("a", "b"), ("a", "b") if place == "here" else ("b",))
+    model = load_model(tiny_spec(num_classes=2))
+    torch.save(model.state_dict(), tmp_path / "here" / "w.pth")
+    monkeypatch.setenv("MOEE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def run(*argv):
+    return cli.main([str(word) for word in argv])
+
+
+def test_later_commands_from_another_folder_read_what_the_first_one_read(workplace, monkeypatch, capsys):
+    here, spec = workplace / "here", tiny_spec(num_classes=2)
+    sizes = [word for name, value in spec.kwargs.items() if name != "num_classes" for word in (f"{name}={value}",)]
+    model = [spec.timm_name, "--checkpoint", "w.pth", "--model-kwargs", *sizes]
+    assert run("extract", *model, "--data", "pictures", *FEW, "--out", "extracted") == 0
+    body = read_json("extracted/moee.json")
+    assert body["data"] == body["info"]["stages"]["extracted"]["data"] == str(here / "pictures")
+    assert body["model"]["weights"] == str(here / "w.pth")
+    words = _extract(body)
+    assert f"--checkpoint {here / 'w.pth'}" in words and f"--data {here / 'pictures'}" in words
+    assert "on pictures" in capsys.readouterr().out
+
+    monkeypatch.chdir(workplace / "there")
+    assert run("finetune", "../here/extracted", "--epochs", 1, "--lr", 1e-6, "--out", "tuned") == 0
+    tuned = checkpoint.load("tuned")
+    assert tuned.data == str(here / "pictures") and len(tuned.record.images("val")) == 4
+    assert "on pictures" in capsys.readouterr().out
+
+
+def test_names_of_built_in_data_stay_and_folders_become_absolute(workplace):
+    (workplace / "here" / "digits").mkdir()
+    root = str(workplace / "here")
+    assert [located(name) for name in ("digits", "photos:8", "torch/cifar10", "nowhere")] == [
+        "digits", "photos:8", "torch/cifar10", "nowhere",
+    ]  # fmt: skip
+    assert located("./digits/") == f"{root}/digits" and located("wds/pictures") == f"wds/{root}/pictures"
+    assert same_data("wds/pictures", f"wds/{root}/pictures") and not same_data("wds/pictures", "digits")
+    assert Session(tiny_spec(), "pictures").source == f"{root}/pictures"
+    assert data_title(f"{root}/pictures") == "pictures" and data_title("photos:8") == "photos:8"
+    assert title_of({"stages": {}}, "tiny", f"{root}/pictures") == "tiny on pictures"
+
+
+def test_recorded_images_that_are_gone_are_asked_for(workplace):
+    place = workplace / "here" / "pictures"
+    assert recorded_data(str(place)) == str(place) and recorded_data("pictures") == "pictures"
+    shutil.rmtree(place)
+    for source in (str(place), f"wds/{place}"):
+        with pytest.raises(UserError, match="was made on '?.*pictures'?, where no folder is now; say where it lies with --data"):
+            recorded_data(source)
+
+
+def test_an_artifact_of_before_names_its_images_as_they_were_typed(workplace, tiny_export):
+    shutil.copytree(tiny_export.root / "model", workplace / "here" / "model")
+    body = read_json("model/moee.json")
+    write_json("model/moee.json", {**body, "data": "pictures"})
+    moee = checkpoint.load("model")
+    assert moee.data == "pictures" and len(moee.record.images("val")) == 4
+    assert model_transform(moee.model) == moee.record.transform
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "said"),
+    [
+        ("local-dir:m", "/x/m/model.safetensors", "local-dir:/x/m "),
+        ("local-dir:/x/m", "/x/m/model.safetensors", "local-dir:/x/m "), ("hf:./m/", "/x/m/model.safetensors", "hf:/x/m "),
+        ("local-dir:m", "m/model.safetensors", "local-dir:m "),
+        ("hf:m", "/y/other.pth", "hf:m --data digits --checkpoint /y/other.pth"),
+    ],
+)  # fmt: skip
+def test_commands_of_a_report_name_local_models_by_where_they_lay(name, weights, said):
+    line = _extract({"model": {"name": name, "weights": weights}, "data": "digits", "config": None})
+    assert line.startswith(f"moee extract {said}") and ("--checkpoint" in line) == ("--checkpoint" in said)
