@@ -35,6 +35,7 @@ from exporter.commands import (
 )
 from exporter.failures import explain
 from exporter.ui import plain_console
+from moee.errors import UserError
 from moee.version import VERSION
 
 COMMANDS = (
@@ -54,6 +55,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Raise `UserError` for a value that is an empty text: as a path it would be the folder that the command runs in."""
+    called, parsers = {}, [parser]
+    for each in parsers:  # commands, and theirs
+        for action in each._actions:
+            called[action.dest] = action.option_strings[0] if action.option_strings else action.metavar or action.dest.upper()
+            if isinstance(action, argparse._SubParsersAction):
+                parsers.append(action.choices[getattr(args, action.dest)])
+    for name, value in vars(args).items():
+        texts = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            raise UserError(f"{called.get(name, name)} is empty; give a value, or leave it out")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     # before torch is imported: OpenMP threads that spin at barriers slow a shared machine down about fivefold
@@ -61,9 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     console = plain_console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     try:
+        refuse_empty(parser, args)
         ranks.prepare(args)
         if not ranks.several():  # ranks do so together
             check_outputs(args)

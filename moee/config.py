@@ -159,7 +159,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_extract_config(preset: str = "compensated", **overrides: Any) -> ExtractConfig:
+DEFAULT_PRESET = "compensated"
+
+
+def make_extract_config(preset: str = DEFAULT_PRESET, **overrides: Any) -> ExtractConfig:
     """A preset with overrides. Raises `UserError` for an unknown preset or a value that does not fit."""
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; expected one of {', '.join(PRESETS)}")

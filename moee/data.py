@@ -141,6 +141,7 @@ class ImageSet(Dataset):
         self.name, self.labels = name, labels
         self.classes = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
         self.skipped: dict[int, str] = {}
+        self.unknown: dict[str, int] = {}  # classes that `renumber` knew no number of, with their images
 
     @property
     def num_classes(self) -> int:
@@ -183,7 +184,8 @@ class ImageSet(Dataset):
         table = {old: number(name) for old, name in enumerate(self.classes)}
         self.labels = [table.get(label, -1) for label in self.labels]
         self.classes = tuple(classes)
-        return {name: count for name, count in before.items() if number(name) < 0}
+        self.unknown = {name: count for name, count in before.items() if number(name) < 0}
+        return self.unknown
 
     def __len__(self) -> int:
         return len(self.labels)

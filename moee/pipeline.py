@@ -112,6 +112,15 @@ class Session:
         self._proved: set[tuple[Any, ...]] = set()
         self._width_losses: dict[tuple[Any, ...], dict[tuple[str, Widths], float]] = {}
 
+    def check_names(self, classes: Sequence[str]) -> None:
+        """Raise `UserError` where `classes`, which a user names, are none of those that the images have."""
+        have = {**self.train.unknown, **self.held_out.unknown}
+        if classes and have and not any(label >= 0 for label in (*self.train.labels, *self.held_out.labels)):
+            raise UserError(
+                f"the {len(classes)} classes that are named ({listed(classes)}) are none of {self.source}, whose classes are "
+                f"called {listed(list(have))}; name these"
+            )
+
     @property
     def reference(self) -> Outputs:
         """The dense model's outputs on the held-out images."""
@@ -272,6 +281,8 @@ def run_extract(
         if group.leader and out is not None:
             OutputFolder(out, MODEL, force, inputs).check()
     session = session or Session(spec, source, config.seed, report, group, workers, classes, trial)
+    with group.agreed():
+        session.check_names(classes)
     session.prove(config)
     probe = session.probe()
     started = time.perf_counter()

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from moee.artifact import sha256_file, stays_inside
 from moee.atomic import atomic_file, atomic_folder, free_name, probe, recover, remove_folder
 from moee.errors import UserError
 from moee.result_kinds import (
@@ -90,6 +91,11 @@ class Output(ABC):
 
     def _refuse_names(self) -> None:
         text = os.fspath(self.path)
+        if text == "~" or text.startswith("~/"):
+            raise UserError(
+                f"{self.option} {text}: ~ is the home folder only where a shell sees it; leave the quotes out, or write ./~ for "
+                "a folder of that name"
+            )
         if Path(text).name in ("", ".."):
             raise UserError(f"{self.option} {text!r} is no name of something new; name {self._wanted} to be made")
         place = self.place
@@ -154,6 +160,13 @@ class OutputFolder(Output):
     def _wanted(self) -> str:
         return "a folder"
 
+    def check(self) -> None:
+        super().check()
+        place = self.place
+        surrounding = None if os.path.lexists(place) else self._surrounding_input(place)
+        if surrounding is not None and (kind_of(surrounding) is not None or _beside_images(place, surrounding)):
+            raise UserError(f"{self.said} lies in the input {surrounding}; choose another place, an input is never changed")
+
     @contextmanager
     def write(self, late: bool = False) -> Iterator[Path]:
         """A temporary folder that takes the place at the end, as `moee.atomic.atomic_folder`.
@@ -194,6 +207,7 @@ class OutputFolder(Output):
         if self.grows and not self.force:  # it is empty, and stays where it is
             return
         self._refuse_loss(place)
+        self._refuse_changed(place)
         if not _movable(place):
             raise UserError(f"{self.said} is a mount point or someone else's, so it cannot be replaced; choose another place")
 
@@ -212,6 +226,17 @@ class OutputFolder(Output):
                 raise UserError(
                     f"{self.said} is {self.kind.what} and also holds {name}, which moee did not put there; move that away or "
                     "choose another place"
+                )
+
+    def _refuse_changed(self, place: Path) -> None:
+        """Files under names of ours must be those that were written: another one is somebody's own."""
+        body = read_object(place / self.kind.manifest) or {}
+        files = body.get("files")
+        for name, digest in files.items() if isinstance(files, dict) else ():
+            if stays_inside(place, name) and (place / name).is_file() and sha256_file(place / name) != digest:
+                raise UserError(
+                    f"{self.said} is {self.kind.what}, and its {name} is not the file that moee wrote; move it away, or choose "
+                    "another place"
                 )
 
     def _manifest(self, place: Path, entries: list[str]) -> dict[str, Any] | None:
@@ -382,6 +407,16 @@ def source_paths(*sources: str | Path | None) -> tuple[Path, ...]:
         found[os.path.realpath(path)] = path
         waiting += made_from(path)
     return tuple(found.values())
+
+
+def _beside_images(place: Path, data: Path) -> bool:
+    """Whether a folder below `data` that `place` lies in holds images: a new folder there may be one more class. A folder of
+    results beside the splits is none."""
+    from moee.split_folders import holds_images  # brings torchvision, which a command that writes no folder does without
+
+    above = [parent for parent in place.parents if parent.is_dir()]
+    root = next(number for number, parent in enumerate(above) if _same(parent, data))
+    return any(holds_images(parent) for parent in above[:root])
 
 
 def _same(path: Path, other: Path) -> bool:

@@ -65,10 +65,13 @@ def is_built_in(source: str) -> bool:
 def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:
     """A source with at least these splits."""
     mode_of(transform.shape)  # refuses channels that no file has
+    if not source.strip():
+        raise UserError("the name of the data is empty; expected digits, photos, an image folder or a timm.data dataset string")
     if is_built_in(source):
+        taken = [f"these are the built-in {source}; give ./{source} for your folder"] if os.path.isdir(source) else []
         if source == "digits":
-            return Source({split: built_in.digits(transform, split) for split in splits})
-        return Source({split: built_in.photos(source, transform, split, seed) for split in splits})
+            return Source({split: built_in.digits(transform, split) for split in splits}, notes=taken)
+        return Source({split: built_in.photos(source, transform, split, seed) for split in splits}, notes=taken)
     if source.startswith(shards.PREFIX):
         return shards.open_shards(source, transform, seed)
     if timm_sets.named(source):

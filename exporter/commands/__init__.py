@@ -246,7 +246,9 @@ def session_of(args: argparse.Namespace, report: Reporter, console: Console, dev
     spec = model_of(args, report, console)
     trial = trial_of(args) if "no_trial_export" in args else None
     seed, classes = getattr(args, "seed", None) or 0, classes_of(args)
-    return pipeline.Session(spec, args.data, seed, report, group, classes=classes, trial=trial)
+    session = pipeline.Session(spec, args.data, seed, report, group, classes=classes, trial=trial)
+    session.check_names(classes)
+    return session
 
 
 def options_of(args: argparse.Namespace) -> ModelOptions:

@@ -26,8 +26,8 @@ from exporter.commands import (
     show_skipped,
     trial_of,
 )
-from exporter.ui import attention_table, layer_notes, layer_table, number, percent, stage_table
-from moee.config import MOST_WORKERS, PRESETS
+from exporter.ui import attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
+from moee.config import DEFAULT_PRESET, MOST_WORKERS, PRESETS
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import MODEL
@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("extract", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     add_model(sub)
-    sub.add_argument("--preset", default="compensated", help=f"one of {', '.join(PRESETS)}")
+    sub.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (compensated)")
     sub.add_argument("--exclude", action="append", default=[], metavar="LAYER", help="leave this MLP or block dense; repeatable")
     sub.add_argument("--seed", type=int)
     sub.add_argument("--tokens", type=int, help="calibration tokens a layer (126080)")
@@ -89,7 +89,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.config import ExtractConfig, make_extract_config
     from moee.joining import joined
     from moee.pipeline import run_extract
-    from moee.planning import read_plan
+    from moee.planning import planned_on, read_plan
+    from moee.sources import same_data
 
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
@@ -101,19 +102,21 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.clusters is not None and args.clustering is None:
         overrides["clustering"] = "kmeans"
     if args.plan:
-        taken = [name for name, value in overrides.items() if value is not None]
+        taken = [name for name, value in {"preset": args.preset, **overrides}.items() if value is not None]
         taken += [name for name in ONLY_CLEAR if getattr(args, name) is not None]
         if taken or args.exclude:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
             raise UserError(f"--plan decides the method; leave {given or '--exclude'} out")
     config: ExtractConfig | ClearConfig
     if args.method == "clear-moe":
+        if args.preset is not None:
+            raise UserError("--preset is not for --method clear-moe; leave it out")
         config = clear_config(args)
     else:
         foreign = [name for name in ONLY_CLEAR if getattr(args, name) is not None]
         if foreign:
             raise UserError(f"--{foreign[0].replace('_', '-')} is for --method clear-moe; leave it out or add that method")
-        config = make_extract_config(args.preset, exclude=tuple(args.exclude) or None, **overrides)
+        config = make_extract_config(args.preset or DEFAULT_PRESET, exclude=tuple(args.exclude) or None, **overrides)
     classes = classes_of(args)
     with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         with group.agreed():
@@ -123,6 +126,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.plan:
             with group.agreed():
                 config = read_plan(args.plan, spec)
+            planned = planned_on(args.plan)
+            if not same_data(args.data, planned):
+                made = data_title(planned) or "data that it does not name"
+                console.print(f"the plan was made on {made}, and on {args.data} another method may win", highlight=False)
         moee = run_extract(
             spec, args.data, config, args.out, args.force, report, None, args.jobs, group, args.workers, classes, trial_of(args)
         )  # fmt: skip
@@ -135,7 +142,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(note, highlight=False)
     if "attention" in moee.info:
         console.print(attention_table(moee.info["attention"]))
-    what = "clear-moe" if isinstance(config, ClearConfig) else f"preset {args.preset}"
+    what = "clear-moe" if isinstance(config, ClearConfig) else f"preset {args.preset or DEFAULT_PRESET}"
+    if args.plan:
+        what = "as planned"
     console.print(stage_table(moee.info, f"{spec.name} on {args.data}, {what}"))
     show_skipped(console, moee.info["data_read"])
     console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB")

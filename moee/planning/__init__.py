@@ -1,10 +1,10 @@
 """Planning: what wins on a given model, data and device."""
 
 from moee.planning.budget import Budget, Point, choose, margins, pareto
-from moee.planning.plan import PLAN, check_ways, make_plan, read_plan
+from moee.planning.plan import PLAN, check_ways, make_plan, planned_on, read_plan
 from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency
 
 __all__ = [
     "ALLOCATIONS", "METHODS", "PLAN", "TARGETS", "USUAL", "Budget", "Latency", "Point", "check_ways", "choose", "make_plan",
-    "margins", "pareto", "read_plan",
+    "margins", "pareto", "planned_on", "read_plan",
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import read_manifest, write_manifest
+from moee.artifact import read_json, read_manifest, write_manifest
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, make_extract_config
 from moee.errors import UserError
@@ -137,6 +137,13 @@ def _applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
 def _refuse_incomparable(reason: str) -> None:
     if reason:
         raise UserError(f"--max-drop cannot be checked: {reason}; use --min-cosine")
+
+
+def planned_on(path: Path | str) -> str:
+    """The data that a plan was made on; empty where it does not say."""
+    path = Path(path)
+    data = read_json(path / PLAN if path.is_dir() else path).get("data")
+    return data if isinstance(data, str) else ""
 
 
 def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:

@@ -76,14 +76,15 @@ def test_from_a_checkpoint_to_a_tuned_model(folder, capsys):
     tune = ["finetune", "extracted", "--data", "images", "--epochs", "1", "--lr", "1e-7", "--out", "tuned"]
     assert run(*tune) == 2
     error = capsys.readouterr().err
-    assert "weights model_best.pth.tar not found: put the file back, or give its new place with --checkpoint" in error
+    lost = os.path.abspath("model_best.pth.tar")
+    assert f"weights {lost} not found: put the file back, or give its new place with --checkpoint" in error
     assert run(*tune, "--checkpoint", "elsewhere.pth.tar") == 0
     assert checkpoint.load("tuned").spec.weights == os.path.abspath("elsewhere.pth.tar")
     assert run("inspect", "tuned") == 0, "shapes need no file"
     torch.save(model.state_dict(), "elsewhere.pth.tar")
     capsys.readouterr()
     assert run("export", "tuned", "--out", "export") == 2
-    assert "weights elsewhere.pth.tar have changed" in capsys.readouterr().err
+    assert "elsewhere.pth.tar have changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_flags_are_repeated_for_the_next_command():
     again = parser.parse_args([args.model, "--data", "x", *model_flags(args)])
     assert again == args
     spec = {"name": "vit", "timm_name": "vit", "weights": "/a/w.pth", "kwargs": {"num_classes": 4, "depth": 2}}
-    assert "--checkpoint w.pth --num-classes 4 --model-kwargs depth=2" in _extract({"model": spec, "data": "x"})
+    assert "--checkpoint /a/w.pth --num-classes 4 --model-kwargs depth=2" in _extract({"model": spec, "data": "x"})
 
 
 def test_inspect_takes_the_classes_of_a_checkpoint(folder, capsys):
@@ -164,11 +165,11 @@ def test_a_class_map_with_very_many_lines_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize(
     "name, weights, shown",
     [
-        ("vit", "/a/w.pth", "--checkpoint w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("vit", "/a/w.pth", "--checkpoint /a/w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
         ("local-dir:/m", "/m/model.safetensors", "--num-classes 4 --img-size 32 --model-kwargs depth=2"),
-        ("local-dir:/m", "/a/w.pth", "--checkpoint w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("local-dir:/m", "/a/w.pth", "--checkpoint /a/w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
         ("hf-hub:a/b", "/h/models--a--b/snapshots/1/model.safetensors", "--num-classes 4 --img-size 32 --model-kwargs depth=2"),
-        ("hf-hub:a/b@v1", "/a/w.pth", "--checkpoint w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
+        ("hf-hub:a/b@v1", "/a/w.pth", "--checkpoint /a/w.pth --num-classes 4 --img-size 32 --model-kwargs depth=2"),
         ("dinov2-s", "/c/w.safetensors", "--img-size 32"),
         ("vit-scratch", "/c/w.safetensors", ""),
     ],
@@ -189,10 +190,13 @@ def test_the_printed_command_has_the_models_flags(name, weights, shown):
         ("golden retriever\t1\npug\t0\n", ("pug", "golden retriever")),
         ("0\n1\n", ("0", "1")),
         ("route 66\nroad\n", ("route 66", "road")),
+        ("\ufeffrose\r\ndaisy\r\n", ("rose", "daisy")),
+        ("type 3\ntype 2\n", ("type 3", "type 2")),
+        ("type 1\ntype 0\n", ("type 1", "type 0")),
     ],
 )
 def test_class_maps(tmp_path, text, names):
-    (tmp_path / "map.txt").write_text(text)
+    (tmp_path / "map.txt").write_text(text, encoding="utf-8")
     assert read_class_map(tmp_path / "map.txt") == names
 
 
@@ -200,7 +204,8 @@ def test_class_maps(tmp_path, text, names):
     "data, words",
     [
         (b"a\nb\na\n", "names 'a' twice"), (b"a 0\nb 2\n", "numbers its classes 0, 2; expected 0 to 1"), (b"", "0 names"),
-        (b"\xff\xfe", "is no text"), (b"a\n" * 40000, "40000 names"),
+        (b"\xff\xfe", "is no text"), (b"cat 1\ndog 2\n", "numbers its classes 1, 2"), (b"a\t1\na\t0\n", "names 'a' twice"),
+        (b"a\n" * 40000, "40000 names"),
         (b"a\nb\x1b[2J\n", "has the name"), (b"one\n", "1 names"), (b"x" * 300 + b"\ny", "has the name"),
     ],
 )  # fmt: skip
