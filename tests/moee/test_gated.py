@@ -285,7 +285,7 @@ def test_every_neuron_kept_is_the_dense_model(images):
 
 
 def test_refit_lowers_the_error_on_images_it_has_not_seen():
-    """Figures of docs/method.md are made alike, on a trained model's activations there is more to gain."""
+    """Random weights; docs/method.md has figures of a trained model."""
     train, other = tiny_images(160, 56, classes=10), tiny_images(400, 56, classes=10)
     unseen = other.images[200:]
     dense, errors = load_model(EVA), {}
