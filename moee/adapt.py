@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from moee.errors import UserError
-from moee.interface import AdaptedModel, Description, forget_cached, on_meta, output_of, tensor_in
+from moee.interface import AdaptedModel, Description, on_meta, output_of, tensor_in
 from moee.model_spec import MAX_SIDE, InputConfig, LibraryName
 from moee.schema import reason_of
 
@@ -178,10 +178,11 @@ def _run(module: nn.Module, shape: Shape, device: torch.device | str, title: str
 
     handles = [part.register_forward_hook(watch(name)) for name, part in module.named_modules() if name]
     try:
-        with torch.no_grad(), torch.device("cpu"):  # what a model makes on the way, it makes on the CPU, as when it runs
+        # What a model makes on the way, it makes on the CPU, as when it runs: transformers' BEiT keeps its relative positions
+        # in a cache, and those made without memory would be used in every later run.
+        with torch.no_grad(), torch.device("cpu"):
             result: Any = module(torch.zeros(2, *shape, device=device))
     finally:
-        forget_cached(module)
         for handle in handles:
             handle.remove()
     output = output_of(result, title)

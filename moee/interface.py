@@ -7,15 +7,12 @@ and timm's description of its input (`pretrained_cfg`). timm's models have all o
 from __future__ import annotations
 
 import copy
-import functools
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from moee.errors import UserError
 
@@ -56,14 +53,7 @@ class AdaptedModel(nn.Module):
         self.pretrained_cfg = self.default_cfg = {**description.config, "classifier": description.classifier}
 
     def forward(self, images: Tensor) -> Tensor:
-        traced = images.is_meta or isinstance(images, FakeTensor)
-        if traced:
-            forget_cached(self.net)
-        try:
-            return output_of(self.net(images), self.description.title)
-        finally:
-            if traced:
-                forget_cached(self.net)
+        return output_of(self.net(images), self.description.title)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As timm's models; see `can_checkpoint`."""
@@ -124,28 +114,6 @@ def described_output(given: Any) -> str:
     if isinstance(given, (tuple, list)):
         return f"{kind} of {', '.join(type(part).__name__ for part in given[:5]) or 'nothing'}"
     return kind
-
-
-def forget_cached(net: nn.Module) -> None:
-    """Empty the caches of functions (`functools.lru_cache`) that a model's own code keeps tensors in: one that was made while a
-    model was laid out or traced has no numbers, and would be used in later runs. In transformers' BEiT it is the relative
-    positions."""
-    for kind in {type(part) for part in net.modules()} - {nn.Module}:
-        bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in ("torch", "builtins")]
-        for space in (*map(vars, bases), *(vars(sys.modules[base.__module__]) for base in bases)):
-            for value in list(space.values()):
-                function = getattr(value, "__func__", value)
-                inner = [_content(cell) for cell in getattr(function, "__closure__", None) or ()]
-                for each in (function, *inner):
-                    if isinstance(each, functools._lru_cache_wrapper):
-                        each.cache_clear()
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # of a name that has no value yet
-        return None
 
 
 def tensor_in(given: Any) -> Tensor | None:
