@@ -16,6 +16,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 MAX_CLASSES = 1 << 15  # the largest ImageNet has 21,843
 MAX_NAME = 255  # characters of a name, as of a file's
+SYNSET = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's folders are called
 MAX_NAMED = 3  # names in a sentence; the others are counted
 Counts = Mapping[str, int]  # class name to its number of images
 
@@ -81,7 +82,7 @@ def number_classes(
 def _synsets(names: tuple[str, ...], head_classes: int | None) -> Numbering | None:
     """The numbering of the ImageNet with so many classes, if it knows any of the names."""
     subset = infer_imagenet_subset({"num_classes": head_classes})
-    if subset is None or not any(re.fullmatch(r"n\d{8}", name) for name in names):
+    if subset is None or not any(SYNSET.fullmatch(name) for name in names):
         return None
     classes = tuple(ImageNetInfo(subset).label_names())
     known = set(classes).intersection(names)

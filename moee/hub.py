@@ -11,6 +11,7 @@ import json
 import socket
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ CONNECT_S = 5.0  # a hub that does not answer by then is out of reach
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors",
            "open_clip_pytorch_model.bin")  # fmt: skip
 CONFIG = "config.json"
+MAX_LABELS, MAX_LABEL = 1 << 15, 255  # class names, and characters of one
 HUB_ERRORS = (OSError, errors.EntryNotFoundError)  # of its first versions, some are a ValueError as well
 
 
@@ -112,6 +114,34 @@ class ModelFolder:
         """How its images are prepared: `mean`, `std`, `input_size` and so on. Older files have them beside the architecture."""
         given = self.config.get("pretrained_cfg", self.config)
         return given if isinstance(given, dict) else {}
+
+    def labels(self) -> tuple[tuple[str, ...], str]:
+        """Class names in the order of the head, as timm's `label_names`, and why the file's cannot be used ("" where they can, or
+        are none)."""
+        for key in ("label_names", "labels", "label_descriptions"):
+            given = self.input.get(key) or self.config.get(key)
+            if given:
+                break
+        else:
+            return (), ""
+        names = _ordered(given, key == "label_descriptions")
+        if names is None:
+            return (), f"{key} of its {CONFIG} is no list of names, nor one by their numbers"
+        if len(names) > MAX_LABELS or not all(isinstance(n, str) and n.isprintable() and 0 < len(n) <= MAX_LABEL for n in names):
+            return (), f"{key} of its {CONFIG} holds what is no class name"
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
+        return (tuple(names), "") if twice is None else ((), f"{key} of its {CONFIG} names {shown(twice)} twice")
+
+
+def _ordered(given: Any, described: bool) -> list[Any] | None:
+    """The values of a list, or of an object by the numbers that are its keys; of descriptions by name, the names."""
+    if isinstance(given, list):
+        return given
+    if not isinstance(given, dict):
+        return None
+    if sorted(given) == sorted(map(str, range(len(given)))):
+        return [given[str(number)] for number in range(len(given))]
+    return list(given) if described else None
 
 
 def source_of(name: str) -> tuple[str, str] | None:

@@ -102,7 +102,11 @@ def named_spec(
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{folder.weights.parent}: {where} of the model's configuration: {first['msg']}") from error
     check_numbers(folder.arguments, folder.weights.parent / CONFIG)
-    spec = ModelSpec(name=name, timm_name=folder.architecture, kwargs={**folder.arguments, **arguments}, input=config)
+    labels, obstacle = folder.labels()
+    if obstacle:
+        say(f"{obstacle}, so class numbers are guessed; --class-map FILE gives their order")
+    kwargs = {**folder.arguments, **arguments}
+    spec = ModelSpec(name=name, timm_name=folder.architecture, kwargs=kwargs, input=config, labels=labels)
     check_arguments(spec)
     return spec, folder.weights
 

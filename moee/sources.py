@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from moee import built_in, folders, shards, timm_sets
-from moee.class_names import Labels, Numbering, listed, number_classes
+from moee.class_names import SYNSET, Labels, Numbering, listed, number_classes
 from moee.data import ImageSet, Source, Transform, mode_of
 from moee.errors import UserError
 from moee.progress import Reporter, silent
@@ -89,12 +89,18 @@ def numbered(
         train = val = {**val, **train}
     brought = Labels(labels).number
     names, said = [*train, *val], []
-    if classes is None and labels and names and len(labels) == head_classes and not source.indices:
-        if all(brought(name) >= 0 for name in names):
+    if classes is None and labels and names and head_classes and not source.indices:
+        shared = any(brought(name) >= 0 for name in names)
+        standing = all(name.isdecimal() for name in names) or any(SYNSET.fullmatch(name) for name in names)
+        if len(labels) != head_classes:
+            said.append(f"the model names {len(labels)} classes and tells {head_classes} apart: its class numbers are guessed")
+        elif shared or not standing:  # numbers and synsets say themselves which class they are
             classes = labels
-        else:
-            strangers = listed([name for name in names if brought(name) < 0])
-            said.append(f"{strangers} are no class names of the model ({listed(labels)}): its class numbers are guessed")
+            if not shared:
+                said.append(
+                    f"none of {listed(list(dict.fromkeys(names)))} is a class name of the model ({listed(labels)}): accuracy "
+                    "cannot be compared; name them in the model's order with --class-map FILE"
+                )
     if classes is not None:
         numbering, number, notes = Numbering(tuple(classes)), Labels(classes).number, list(source.notes)
         if source.indices and not any(name.isdecimal() for name in classes):

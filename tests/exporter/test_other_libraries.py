@@ -419,7 +419,7 @@ def test_every_form_of_a_folders_weights(place):
 
 
 def test_names_of_classes_come_from_the_model(place):
-    """id2label numbers folders of the same names; of other names the numbers are guessed, and that is said."""
+    """id2label numbers folders of the same names; a folder of another name has no label, and that is said."""
     labels = {0: "dog", 1: "cat"}
     config = small("ViT", id2label=labels, label2id={"dog": 0, "cat": 1})
     hf_folder(place / "vit", "ViTForImageClassification", config, SQUASH)
@@ -429,7 +429,8 @@ def test_names_of_classes_come_from_the_model(place):
     (place / "images" / "train" / "cat").rename(place / "images" / "train" / "bird")
     (place / "images" / "val" / "cat").rename(place / "images" / "val" / "bird")
     train, _ = sources.load_splits("images", moee.record.transform, 0, None, 2, labels=moee.spec.labels)
-    assert train.classes == ("bird", "dog") and any("its class numbers are guessed" in note for note in train.notes)
+    assert train.classes == ("dog", "cat") and set(train.labels) == {0, -1}
+    assert any("'bird' is none of the model's 2 classes" in note for note in train.notes)
 
 
 PROCESSORS = {
