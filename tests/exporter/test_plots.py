@@ -119,7 +119,8 @@ def test_command_writes_everything_and_refuses_what_exists(artifact, tmp_path, c
     checkpoint.save(moee, tmp_path / "model")
     monkeypatch.setattr("moee.sources.load_splits", lambda *args, **kwargs: (data, data))
     argv = ["plots", str(tmp_path / "model"), "--out", str(tmp_path / "plots")]
-    assert cli.main([*argv, "--images", "0"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*argv, "--images", "0"])
     assert cli.main(argv) == 0
     names = {p.name for p in (tmp_path / "plots").iterdir()}
     assert names == {f"{name}.{kind}" for name in ("routing", "similarity", "curves", "patches") for kind in ("json", "svg")}

@@ -84,8 +84,8 @@ def test_more_seeds_add_cells_and_another_set_up_is_refused(session, counted, tm
     for changed, named in (({"cluster_tokens": 200}, "cluster_tokens 300, now 200"), ({"components": 4}, "components 8, now 4")):
         with pytest.raises(UserError, match=named):
             run_ablation(session, make_ablation_config(**{**SMALL, **changed}), tmp_path)
-    session.source = "photos"
-    with pytest.raises(UserError, match="data 'digits', now 'photos'"):
+    session.source, session.train = "photos", tiny_images(44, classes=10)
+    with pytest.raises(UserError, match="images"):
         run_ablation(session, one, tmp_path)
 
 
