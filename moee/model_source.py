@@ -33,6 +33,7 @@ from moee.models import (
     state_sha256,
 )
 from moee.schema import shown
+from moee.training_args import as_trained
 from moee.weights_file import checkpoint_sha256, containers, read_checkpoint
 
 OTHERS: tuple[tuple[Callable[[str], bool], Callable[[str, dict[str, Any]], Named]], ...] = (
@@ -133,6 +134,7 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
     """
     content = read_checkpoint(path)
     found = containers(content, path)
+    spec, trained = as_trained(spec, content, path.name)
     with torch.device("meta"):
         model = build_model(spec)
     classifier = classifier_names(model)
@@ -157,7 +159,7 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
         elif asked is None and told != wanted:
             notes.append(f"{told} classes, as the classifier of {path.name} has")
     refuse_misfit(fit, model, path, spec.called, content)
-    notes.insert(0, f"{path.name}: {fit.sentence()}")
+    notes = [f"{path.name}: {fit.sentence()}", *notes, *trained]
     size = _trained_size(fit, model)
     if size is not None and "img_size" not in spec.kwargs:
         notes.append(f"{path.name} was trained on {size} x {size} pixels; --img-size {size} keeps them")
