@@ -1,7 +1,8 @@
 """A trial export before the long work: a model that ONNX cannot express is refused in seconds, not after its extraction.
 
-One layer of the dense model is replaced by experts that keep everything; the graph is traced, lowered to standard operators and
-run by ONNX Runtime, and must give what the model gives. What has passed is remembered in the cache, by architecture.
+One layer of the dense model (of each kind, where some MLPs are gated) is replaced by experts that keep everything; the graph is
+traced, lowered to standard operators and run by ONNX Runtime, and must give what the model gives. What has passed is remembered
+in the cache, by architecture.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-import exporter
-import moee
+from exporter import onnx_export
 from exporter.onnx_export import to_onnx
 from exporter.passes.gated import lower_gated
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
+from moee import errors
 from moee.artifact import write_json
 from moee.atomic import temporary_folder
 from moee.cache import cache_dir
 from moee.errors import UserError
 from moee.identity import LIMIT, whole_ffn
+from moee.layer import routed_layers
 from moee.mlp_sites import put_mlp
 from moee.mlps import random_images
 from moee.models import FFN, ModelSpec, Shape
@@ -51,20 +53,23 @@ def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Sh
 
     Seconds for a model of twelve blocks; nothing for one that has passed before under the same versions.
     """
-    key = _key(spec, model, ffns[0], shape)
+    kinds = list({type(ffn): ffn for ffn in reversed(ffns)}.values())  # the first of each: gated ones have another graph
+    key = _key(spec, model, kinds, shape)
     record, path = {"schema": SCHEMA, "key": key}, cache_dir() / "trials" / f"{key}.json"
     if _remembered(path) == record:
         return
-    routed = copy.deepcopy(model).cpu()
-    put_mlp(routed, ffns[0].name, whole_ffn(ffns[0]), ffns[0].bypassed)
-    trials = [("one layer of experts", routed, [ffns[0].name])]
-    if len(ffns) == 1:  # else the graph holds dense MLPs as well
-        trials.append(("the dense model", model, []))
+    dense = copy.deepcopy(model).cpu()
+    routed = copy.deepcopy(dense)
+    for ffn in kinds:
+        put_mlp(routed, ffn.name, whole_ffn(ffn).cpu(), ffn.bypassed)
+    trials = [("one layer of experts", routed)]
+    if len(ffns) == len(kinds):  # else the graph holds dense MLPs as well
+        trials.append(("the dense model", dense))
     images = random_images(shape, torch.zeros(()))
-    for done, (what, network, layers) in enumerate(trials):
+    for done, (what, network) in enumerate(trials):
         report("trial export", done, len(trials))
         try:
-            off = _deviation(network.eval(), layers, images)
+            off = _deviation(network.eval(), images)
         except UserError as error:
             raise UserError(f"{spec.called}: a trial export of {what} failed: {error}; {CURE}") from error
         if not off <= LIMIT:
@@ -85,11 +90,11 @@ def _remembered(path: Path) -> object:
 
 
 @torch.no_grad()
-def _deviation(model: nn.Module, layers: list[str], images: Tensor) -> float:
+def _deviation(model: nn.Module, images: Tensor) -> float:
     """Largest difference of the exported graph's outputs, relative to their root mean square, on one image and on several; NaN
     counts as infinite. Raises `UserError` if the model cannot be exported, or the graph cannot be run."""
     graph = to_onnx(model, images[:2])
-    name_routed_nodes(graph, layers)
+    name_routed_nodes(graph, list(routed_layers(model)))
     lower_gated(graph)
     lower_routed_ffn(graph)
     graph.opset_imports.pop(DOMAIN, None)
@@ -108,20 +113,29 @@ def _deviation(model: nn.Module, layers: list[str], images: Tensor) -> float:
     return worst
 
 
-def _key(spec: ModelSpec, model: nn.Module, ffn: FFN, shape: Shape) -> str:
+def _key(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Shape) -> str:
     """Hash of all that decides whether an architecture can be exported: its parts and their sources, arguments, image size, the
     exporter and the libraries under it. Weights are no part of it."""
-    sources = {Path(f) for module in model.modules() if (f := inspect.getsourcefile(type(module))) is not None}
-    for package in (moee, exporter):
-        sources |= set(Path(str(package.__file__)).parent.rglob("*.py"))
-    sources.add(Path(contract.__file__))
     content = {
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "spec": spec.model_dump(mode="json", exclude=OTHER),
         "parts": repr(model),
         "tensors": {name: [str(tensor.dtype), *tensor.shape] for name, tensor in model.state_dict().items()},
-        "layer": [ffn.name, ffn.activation, ffn.channels_first],
+        "layers": [[ffn.name, type(ffn).__name__, ffn.activation, ffn.channels_first] for ffn in ffns],
         "shape": shape,
-        "sources": sorted(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources),
+        "sources": sorted(hashlib.sha256(source.read_bytes()).hexdigest() for source in _sources(model)),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sources(model: nn.Module) -> set[Path]:
+    """The files that define the classes of the model's modules, all of `moee` and `exporter`, and the operator's contract."""
+    files = {Path(str(contract.__file__))}
+    for own in (errors, onnx_export):
+        files |= set(Path(str(own.__file__)).parent.rglob("*.py"))
+    for kind in {type(module) for module in model.modules()}:
+        try:
+            files.add(Path(str(inspect.getsourcefile(kind))))
+        except (OSError, TypeError):  # of a class without a file its name and arguments must do
+            continue
+    return {file for file in files if file.is_file()}

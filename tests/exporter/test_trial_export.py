@@ -12,8 +12,10 @@ from exporter.cli import main
 from exporter.onnx_export import to_onnx
 from exporter.trial_export import try_export
 from moee.errors import UserError, plain
+from moee.gated import GatedMLP
+from moee.layer import routed_layers
 from moee.mlps import find_ffns
-from moee.models import load_model
+from moee.models import FFN, load_model
 from tests.conftest import tiny_spec
 from tests.exporter.test_architectures import write_images
 
@@ -121,10 +123,23 @@ def test_a_model_of_one_mlp_passes():
     attempt(tiny_spec(depth=1))
 
 
+def test_gated_and_plain_mlps_of_one_model_are_both_tried(monkeypatch):
+    traced = []
+    monkeypatch.setattr(trial_export, "to_onnx", lambda model, example: (traced.append(model), to_onnx(model, example))[1])
+    model = load_model(tiny_spec(depth=3))
+    dim = model.embed_dim
+    model.blocks[1].mlp = timm.layers.SwiGLU(dim, 2 * dim).eval()
+    ffns = find_ffns(model, shape=SHAPE, gated=True).ffns
+    assert [type(ffn) for ffn in ffns] == [FFN, GatedMLP, FFN]
+    try_export(tiny_spec(depth=3), model, ffns, SHAPE)
+    ((name, first), (gated, second)) = routed_layers(traced[0]).items()
+    assert (name, gated) == ("blocks.0.mlp", "blocks.1.mlp") and type(first) is not type(second)
+
+
 def test_another_version_or_source_is_another_key(monkeypatch, tmp_path):
     spec = tiny_spec(depth=2)
     model = load_model(spec)
-    key = partial(trial_export._key, spec, model, find_ffns(model).ffns[0], SHAPE)
+    key = partial(trial_export._key, spec, model, find_ffns(model).ffns[:1], SHAPE)
     keys, version = [key(), key()], trial_export.importlib.metadata.version
     assert len(set(keys)) == 1
     for changed in trial_export.PACKAGES:
