@@ -57,8 +57,8 @@ def render(sources: Sources) -> str:
         title += f" (extracted on {data_title(str(first))})"
     timm_name = dig(model, "model", "timm_name")
     library = LIBRARIES.get(str(dig(model, "model", "library") or "timm"))
-    title = f"{library} model {timm_name}." if library and timm_name and timm_name != name else ""
-    sub = " ".join(filter(None, [title, _method(model)]))
+    known = f"{library} model {timm_name}." if library and timm_name and timm_name != name else ""
+    sub = " ".join(filter(None, [known, _method(model)]))
     links = [tag("li", tag("a", heading, href=f"#{id_}")) for id_, heading, _, _ in built]
     body = []
     for id_, heading, verdict, parts in built:

@@ -31,6 +31,7 @@ class TinySession(Session):
 
         torch.manual_seed(0)
         self.spec, self.source, self.report, self.group = tiny_spec(num_classes=4), "tiny", lambda *a: None, SOLO
+        self.trial = None
         self.dense = load_model(self.spec)
         self.transform = model_transform(self.dense)
         self.train, self.held_out = tiny_images(40), tiny_images(24)
