@@ -466,7 +466,7 @@ def test_plans_and_printed_commands_know_the_library(place):
     assert line.startswith("moee extract mymodels:Mine --data images --num-classes 2") and "--pretrained" not in line
     HF["vit"](place / "vit")
     line = _extract({"model": resolve("hf:vit").model_dump(mode="json"), "data": "images", "info": {}})
-    assert line == "moee extract hf:vit --data images --out extracted"
+    assert line == f"moee extract hf:{place / 'vit'} --data images --out extracted"
     old = {"name": "x", "timm_name": "vit_tiny_patch16_224", "kwargs": {}}
     assert ModelSpec.model_validate(old).library == "timm" and "library" not in ModelSpec.model_validate(old).identity()
     assert layout_of("mymodels:mine", ModelOptions(img_size=[32])).input_size == (32, 32)
