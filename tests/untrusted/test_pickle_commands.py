@@ -26,9 +26,11 @@ WRITTEN = {
 TEXT = WRITTEN | {
     "--provider", "--precision", "--min-shapes", "--opt-shapes", "--max-shapes", "--backend", "--sm", "--layer", "--preset",
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
-    "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device", "--methods",
-    "--targets", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
+    "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device",
+    "--torch-device", "--methods", "--targets", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
     "plan --attention-macs",
+    # a function's name, of an artifact whose model comes from one
+    *(f"{command} --model" for command in ("finetune", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")),
 }  # fmt: skip
 SMALL = ("vit_tiny_patch16_224", "--img-size", "32")
 BUDGET = ("--target-macs", "0.7")
