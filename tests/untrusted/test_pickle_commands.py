@@ -27,8 +27,8 @@ TEXT = WRITTEN | {
     "--provider", "--precision", "--min-shapes", "--opt-shapes", "--max-shapes", "--backend", "--sm", "--layer", "--preset",
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device",
-    "--torch-device", "--methods", "--targets", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
-    "plan --attention-macs",
+    "--torch-device", "--methods", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
+    "--targets", "plan --attention-macs",
     # a function's name, of an artifact whose model comes from one
     *(f"{command} --model" for command in ("finetune", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")),
 }  # fmt: skip
