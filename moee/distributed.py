@@ -161,10 +161,12 @@ class Group:
             return
         with computing_on(self.device):
             try:
-                model.to(self.device)  # of which half is there if the memory does not suffice
+                with torch.inference_mode(False):  # weights that are moved within it could not be trained any more
+                    model.to(self.device)  # of which half is there if the memory does not suffice
                 yield
             finally:
-                model.to("cpu")
+                with torch.inference_mode(False):
+                    model.to("cpu")
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

