@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from moee.interface import AdaptedModel, StateFilter, bare
 from moee.schema import shown
+from moee.weights_file import is_average
 
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.", "ema_model.", "model_ema.", "ema.",
+            "teacher.", "student.")  # fmt: skip
 MAX_WRAPPERS = 4  # around one another: module._orig_mod.model.backbone.
 MAX_PREFIXES = 16  # tried of a container; files have two or three
 MAX_TRIED = 8  # containers that are tried, those with most tensors: an optimiser's states are small ones
@@ -79,7 +81,7 @@ def best_fit(
     containers: list[tuple[str, dict[str, Tensor]]], model: nn.Module, classifier: tuple[str, ...],
     only: tuple[str, str] | None = None,
 ) -> Fit:  # fmt: skip
-    """The container and prefix that fit `model` (which may have no memory) best; of equal ones the first, so averaged weights.
+    """The container and prefix that fit `model` (which may have no memory) best; of equal ones averaged weights, then the first.
 
     `classifier` names the model's heads: they fit whatever their number of classes, for that is asked later. `only` is the
     (container, prefix) that an artifact recorded, which is then taken as it is.
@@ -90,13 +92,35 @@ def best_fit(
     largest = sorted(range(len(containers)), key=lambda i: len(containers[i][1]), reverse=True)[:MAX_TRIED]
     for name, tensors in (containers[i] for i in sorted(largest)):
         tensors = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
-        for prefix in prefixes(tensors) if only is None else (only[1],):
+        for prefix in sorted(prefixes(tensors), key=lambda p: not is_average(p)) if only is None else (only[1],):
             for fit in _fits(name, prefix, tensors, model, classifier):
                 if best is None or fit.rank > best.rank:
                     best = fit
                 if fit.complete:
                     return best
     return best or Fit("", "", {}, missing=tuple(bare(model).state_dict()))
+
+
+def alternatives(
+    containers: list[tuple[str, dict[str, Tensor]]], model: nn.Module, classifier: tuple[str, ...], taken: Fit
+) -> list[str]:
+    """What else in a file is a whole set of weights of `model`, and another one than `taken`: containers and prefixes, under
+    whatever name. Averaged weights are taken before plain ones by rule, which are then no alternative."""
+    expected = [key for key in bare(model).state_dict() if not _is_head(key, classifier)][:1]
+    averaged = is_average(f"{taken.container}.{taken.prefix}")
+    others = []
+    largest = sorted(range(len(containers)), key=lambda i: len(containers[i][1]), reverse=True)[:MAX_TRIED]
+    for name, tensors in (containers[i] for i in sorted(largest)):
+        unknown = [key.removesuffix(own) for own in expected for key in tensors if key.endswith(f".{own}")][:MAX_PREFIXES]
+        for prefix in dict.fromkeys([*prefixes(tensors), *unknown]):
+            if (name, prefix) == (taken.container, taken.prefix) or (averaged and not is_average(f"{name}.{prefix}")):
+                continue
+            for fit in _fits(name, prefix, tensors, model, classifier):
+                if fit.complete and any(not t.equal(taken.state[key].to(t.dtype)) for key, t in fit.state.items()
+                                        if key in fit.fitting and key in taken.fitting):  # fmt: skip
+                    others.append(".".join(word for word in (name, prefix.removesuffix(".")) if word) or "the whole file")
+                    break
+    return others
 
 
 def prefixes(names: Iterable[str]) -> list[str]:

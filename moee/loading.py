@@ -13,7 +13,7 @@ from moee.fitting import Fit, best_fit, difference, listed
 from moee.interface import bare
 from moee.model_spec import WeightsPart
 from moee.schema import shown
-from moee.weights_file import containers, read_checkpoint
+from moee.weights_file import containers, read_checkpoint, unusable
 
 
 def load_weights(model: nn.Module, path: Path, part: WeightsPart | None = None) -> Fit:
@@ -38,6 +38,15 @@ def load_weights(model: nn.Module, path: Path, part: WeightsPart | None = None) 
 
 def refuse_misfit(fit: Fit, model: nn.Module, path: Path, name: str, content: Mapping[str, Any]) -> None:
     """Raise `UserError` if a checkpoint's best part is not the whole of the model called `name`, or holds NaN."""
+    classifier, own = classifier_names(model), bare(model).state_dict().keys()
+    useless = {key: kind for key, kind in unusable(content, fit.container).items()
+               if key.startswith((fit.prefix, *(f"{head}." for head in classifier))) or key in own}  # fmt: skip
+    if useless:
+        key, kind = next(iter(useless.items()))
+        raise UserError(
+            f"checkpoint {path} holds {listed(useless)} without plain values: {shown(key, quoted=False)} is {kind}; save dense "
+            "float tensors on the CPU"
+        )
     if not fit.complete:
         says = content.get("arch")  # timm's train.py writes it
         reason = difference(fit, model, name, classifier_names(model), says if isinstance(says, str) else None)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from moee import from_python, from_torchvision, from_transformers
 from moee.errors import UserError
-from moee.fitting import Fit, best_fit, classes_of, image_size
+from moee.fitting import Fit, alternatives, best_fit, classes_of, image_size, listed
 from moee.hub import CONFIG, find_folder, source_of
 from moee.input_size import sized
 from moee.interface import AdaptedModel
@@ -160,6 +160,13 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
             notes.append(f"{told} classes, as the classifier of {path.name} has")
     refuse_misfit(fit, model, path, spec.called, content)
     notes = [f"{path.name}: {fit.sentence()}", *notes, *trained]
+    others = alternatives(found, model, classifier, fit)
+    if others:
+        own = ".".join(word for word in (fit.container, fit.prefix.removesuffix(".")) if word) or "the file's own tensors"
+        notes.append(
+            f"{path.name} holds other weights that fit as well: {listed(others)}; {shown(own, quoted=False)} is taken. To take "
+            "others, save them alone"
+        )
     size = _trained_size(fit, model)
     if size is not None and "img_size" not in spec.kwargs:
         notes.append(f"{path.name} was trained on {size} x {size} pixels; --img-size {size} keeps them")

@@ -174,6 +174,32 @@ def containers(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[s
     return sorted(found, key=lambda item: not is_average(item[0]))
 
 
+def unusable(content: Mapping[str, Any], container: str) -> dict[str, str]:
+    """What `containers` leaves out of one of a checkpoint's dictionaries: tensors without plain values in memory, by name, and
+    what each is."""
+    found: dict[str, str] = {}
+    for part in _called(content, "", container, MAX_DEPTH):
+        tensors = {key: value for key, value in part.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        found |= {key: _kind(tensor) for key, tensor in tensors.items() if not _plain(tensor)}
+    return found
+
+
+def _called(content: Mapping[str, Any], name: str, wanted: str, depth: int) -> Iterator[Mapping[str, Any]]:
+    """The dictionaries that `_walk` calls `wanted`; only those on the way are entered."""
+    if name == wanted:
+        yield content
+    for key, value in content.items() if depth else ():
+        inner = f"{name}.{key}" if name else str(key)
+        if isinstance(key, str) and isinstance(value, Mapping) and f"{wanted}.".startswith(f"{inner}."):
+            yield from _called(value, inner, wanted, depth - 1)
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_quantized:
+        return "quantized"
+    return str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided else f"on the device {tensor.device.type}"
+
+
 def is_average(name: str) -> bool:
     """Whether a container holds a running average of the weights, as timm's `state_dict_ema`."""
     return not {"ema", "teacher"}.isdisjoint(re.split(r"[._]", name.lower()))  # DINO's teacher is its student's average

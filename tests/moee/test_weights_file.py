@@ -454,3 +454,53 @@ def test_two_models_in_one_file_are_two(tmp_path):
     _, spec, _ = taken(tmp_path / "w.pth")
     plain = spec.model_copy(update={"part": spec.part.model_copy(update={"container": "state_dict"})})
     assert plain.weights_sha256 == spec.weights_sha256 and plain.identity() != spec.identity()
+
+
+def changed(state):
+    return {key: tensor + 1 for key, tensor in state.items()}
+
+
+def under(prefix, state):
+    return {f"{prefix}{key}": tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap, part, other",
+    [
+        (lambda s: {"model": s, "best_model": changed(s)}, ("model", ""), "best_model"),
+        (lambda s: {"model": s, "ema_slow": changed(s), "ema": changed(changed(s))}, ("ema_slow", ""), "ema"),
+        (lambda s: under("model.", s) | under("policy.", changed(s)), ("", "model."), "policy"),
+        (lambda s: under("backbone.", s) | under("encoder.", changed(s)), ("", "backbone."), "encoder"),
+        (lambda s: s | under("best.", changed(s)), None, None),
+        (lambda s: {"a": s, "b": s}, ("a", ""), ""),
+        (lambda s: {"state_dict": changed(s), "state_dict_ema": s}, ("state_dict_ema", ""), ""),
+        (lambda s: under("model.", changed(s)) | under("ema_model.", s), ("", "ema_model."), ""),
+        (lambda s: under("model.", changed(s)) | under("model_ema.module.", s), ("", "model_ema.module."), ""),
+        (lambda s: under("student.backbone.", changed(s)) | under("teacher.backbone.", s), ("", "teacher.backbone."), ""),
+    ],
+)
+def test_other_weights_that_fit_as_well_are_named(tmp_path, wrap, part, other):
+    """Averaged ones are taken by rule, wherever they stand; of others the first, and the rest is named."""
+    state = model_of().state_dict()
+    torch.save(wrap(state), tmp_path / "w.pth")
+    if part is None:  # names of the model itself, and more beside them
+        with pytest.raises(UserError, match="does not fit"):
+            taken(tmp_path / "w.pth")
+        return
+    _, spec, notes = taken(tmp_path / "w.pth")
+    assert (spec.part.container, spec.part.prefix) == part
+    said = [note for note in notes if "that fit as well" in note]
+    assert [f"fit as well: {other};" in note for note in said] == ([True] if other else [])
+
+
+@pytest.mark.parametrize("unfit, kind", [(lambda t: t.to_sparse(), "sparse_coo"), (lambda t: t.to("meta"), "meta")])
+@pytest.mark.parametrize("key", ["head.weight", "blocks.0.mlp.fc1.weight"])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
+def test_a_tensor_that_cannot_be_used_is_named(tmp_path, unfit, kind, key, prefix):
+    state = model_of().state_dict()
+    state[key] = unfit(state[key])
+    name = key if prefix == "backbone." and key.startswith("head") else prefix + key  # a head beside a backbone
+    wrapped = {(k if k.startswith("head") and prefix == "backbone." else prefix + k): t for k, t in state.items()}
+    torch.save({"model": wrapped}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=f"{name} is .*{kind}"):
+        taken(tmp_path / "w.pth")
