@@ -28,7 +28,7 @@ PATH_CURES = {
 }
 MAX_SENTENCE = 2000  # characters
 GPU_CURES = (
-    "use --device cpu (plan: --torch-device cpu), fewer --refit-tokens or a smaller --batch-size, or close what else uses the GPU"
+    "use --device cpu (plan: --torch-device cpu) or a smaller --batch-size, or close what else uses the GPU"
 )
 INTACT = "earlier results are as they were"
 

@@ -1,4 +1,4 @@
-"""Where torch computes, by name. The GPUs here are made up; what runs on one is in `test_on_device.py`."""
+"""Where torch computes, by name. The GPUs here are made up."""
 
 import logging
 from contextlib import nullcontext
@@ -11,6 +11,7 @@ from exporter.failures import explain
 from moee import devices, joining
 from moee.clustering.pairwise import full_precision_products
 from moee.devices import Rank, chosen_device, computing_on, title_of
+from moee.distributed import Group
 from moee.errors import UserError
 from moee.joining import alone, joined, refuse_mixed
 
@@ -166,7 +167,7 @@ def test_every_command_refuses_before_any_work(no_gpu, command, tmp_path, capsys
 def test_a_full_gpu_is_one_sentence_that_says_what_helps():
     code, sentence = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
     assert code == 3 and sentence.startswith("the GPU is out of memory; use --device cpu")
-    assert "--refit-tokens" in sentence and "earlier results are as they were" in sentence
+    assert "--batch-size" in sentence and "earlier results are as they were" in sentence
 
 
 def test_float32_is_exact_on_a_gpu_and_the_settings_come_back(monkeypatch):
