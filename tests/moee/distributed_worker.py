@@ -134,15 +134,14 @@ def tunings(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
 
 def refusals(group: Group, dense: torch.nn.Module) -> dict:
     """Errors that one rank alone meets are every rank's."""
+    diverging = FinetuneConfig(epochs=3, batch_size=4).model_copy(update={"lr": 1e30})  # beyond what a user may give
     found = {}
     images = tiny_images(70)
     images.images[66] = math.nan  # on the last rank
     for name, work in {
         "nan": lambda: extract(copy.deepcopy(dense), images, EXTRACTIONS["kmeans"], group=group),
         "unreadable": lambda: run(dense, Broken(tiny_images(40), set(range(40))), group=group),
-        "rate": lambda: finetune(
-            copy.deepcopy(dense), dense, tiny_images(20), FinetuneConfig(epochs=3, lr=1e30, batch_size=4), group=group
-        ),
+        "rate": lambda: finetune(copy.deepcopy(dense), dense, tiny_images(20), diverging, group=group),
     }.items():
         try:
             work()

@@ -62,4 +62,4 @@ def test_accuracy_only_where_labels_and_head_number_the_same_classes(tiny_model,
             teach(session.dense, splits[0])
         kept = session.measure(session.dense, None, "dense")["retention"]
         assert (kept["accuracy"] is not None) == reported
-        assert kept["top1_agreement"] == 1.0 and kept["class_cosine"] == pytest.approx(1.0)
+        assert kept["top1_agreement"] in ((1.0,) if reported else (1.0, None)) and kept["class_cosine"] == pytest.approx(1.0)

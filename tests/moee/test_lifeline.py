@@ -116,7 +116,7 @@ def test_the_lost_rank_is_named_whatever_fails_first(monkeypatch, late):
         raise RuntimeError("gloo: connection closed by peer")
 
     monkeypatch.setattr(joining, "_assembled", lambda *a: SimpleNamespace(lifeline=Line(), barrier=barrier))
-    with pytest.raises(RankLost, match="rank 1 of 2"), joining._ranked((0, 2, 0), 60.0):
+    with pytest.raises(RankLost, match="rank 1 of 2"), joining._ranked((0, 2, 0), 60.0, "cpu"):
         if late:
             barrier()
 
