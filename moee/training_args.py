@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from timm.models import split_model_name_tag
+from torch import Tensor
 
 from moee.errors import UserError
 from moee.input_size import sized
@@ -27,8 +28,9 @@ def training_args(content: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the training script in a checkpoint; none where it holds none."""
     given = content.get("args")
     if isinstance(given, argparse.Namespace):
-        return dict(vars(given))
-    return dict(given) if isinstance(given, Mapping) else {}
+        given = vars(given)
+    found = given.items() if isinstance(given, Mapping) else ()
+    return {name: value for name, value in found if not isinstance(value, Tensor)}  # no argument of a command line is one
 
 
 def as_trained(spec: ModelSpec, content: Mapping[str, Any], file: str) -> tuple[ModelSpec, list[str]]:

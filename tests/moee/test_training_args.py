@@ -12,6 +12,7 @@ from moee.errors import UserError
 from moee.input_size import sized
 from moee.model_source import named_spec, with_file
 from moee.models import load_model
+from moee.training_args import training_args
 
 
 def saved(folder, name="test_vit", kind=argparse.Namespace, state=None, **args):
@@ -88,3 +89,8 @@ def test_a_size_that_the_model_cannot_take_is_refused(tmp_path):
         loaded(saved(tmp_path, img_size=65))
     *_, notes = loaded(saved(tmp_path, img_size=10**9))
     assert "its img_size, 1000000000, is none that images can be prepared with; not taken" in notes[-1]
+
+
+def test_a_tensor_is_no_argument_of_a_training():
+    told = argparse.Namespace(crop_pct=torch.ones(3), gp=torch.ones(2), interpolation="bicubic")
+    assert training_args({"args": told}) == {"interpolation": "bicubic"} == training_args({"args": vars(told)})
