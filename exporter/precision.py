@@ -1,8 +1,8 @@
 """Typed models: float16 or bfloat16 where it is safe, float32 where sums and exponentials need it.
 
 The types are set in PyTorch, so that the traced graph, the torch model that it is compared with and a strongly typed TensorRT
-network all hold the same casts. Kept in float32: normalisation layers, softmax, routing scores, quick_gelu, arithmetic with
-numbers that the type cannot hold, and the graph's input and output.
+network all hold the same casts. Kept in float32: normalisation layers, softmax, unit lengths, routing scores, quick_gelu,
+arithmetic with numbers that the type cannot hold, and the graph's input and output.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ INT8 = {"int8": torch.float16, "int8-fp32": torch.float32}
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, SimpleNorm)
 ROUTER_BIASES = ("router_bias", "router_hidden_bias")  # of routed layers: they belong to scores, which are float32
 SOFTMAX = (torch.softmax, Tensor.softmax, nn.functional.softmax)
+# Divides tokens of zeros, which pad the windows of torchvision's Swin v2, by 1e-12: in float16 that is 0, and 0 / 0 is NaN.
+UNIT_LENGTH = (nn.functional.normalize,)
 HALVES = (torch.float16, torch.bfloat16)
 # Elementwise arithmetic of a tensor and a Python number
 ARITHMETIC = {
@@ -83,8 +85,8 @@ def _rounds_a_number(func: Any, args: Any, kwargs: Any) -> bool:
 
 
 class _Float32Parts(TorchFunctionMode):
-    """What half-precision tensors are given to in float32: softmax, and attention spelt out so that it has such a softmax;
-    arithmetic with a number that their type cannot hold.
+    """What half-precision tensors are given to in float32: softmax, attention spelt out so that it has such a softmax; unit
+    lengths; arithmetic with a number that their type cannot hold.
 
     For the number a traced graph has a constant of the tensors' type, while torch multiplies in float32 and rounds the product:
     attention's scale of 32 ** -0.5, rounded to bfloat16, is off by 1e-4, and with it every score. Powers of two, such as the
@@ -93,7 +95,7 @@ class _Float32Parts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SOFTMAX and args[0].dtype in HALVES:
+        if func in (*SOFTMAX, *UNIT_LENGTH) and args[0].dtype in HALVES:
             return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         if func is nn.functional.scaled_dot_product_attention and args[0].dtype in HALVES:
             with self:  # its arithmetic too

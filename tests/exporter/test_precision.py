@@ -150,3 +150,23 @@ def test_arithmetic_with_numbers_rounds_the_result_alone(dtype):
     for value, exact in zip(rounded, results(x.double()), strict=True):
         assert value.dtype == dtype
         assert ((value.double() - exact).abs() <= 0.5001 * torch.finfo(dtype).eps * exact.abs()).all()
+
+
+@pytest.mark.parametrize("precision", TYPES)
+def test_tokens_of_zeros_have_a_direction_of_zeros(precision, tmp_path):
+    """Padding of windows under cosine attention (Swin v2): 1e-12 is 0 in float16."""
+
+    class Cosine(torch.nn.Module):
+        def forward(self, x):
+            unit = torch.nn.functional.normalize(torch.nn.functional.pad(x, (0, 0, 0, 3)), dim=-1)
+            return unit @ unit.mT
+
+    x = torch.randn(3, 4, 8)
+    half = typed(Cosine(), dtype_of(precision))
+    expected = Cosine()(x)
+    assert torch.allclose(half(x), expected, atol=4 * EPS[precision]) and not expected[:, 4:].any()
+    graph = to_onnx(half, x[:2])
+    widen_bfloat16(graph)
+    ir.save(graph, tmp_path / "cosine.onnx")
+    given = ort.InferenceSession(tmp_path / "cosine.onnx").run(None, {"input": x.numpy()})[0]
+    assert np.allclose(given, expected, atol=4 * EPS[precision])
