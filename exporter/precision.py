@@ -95,8 +95,10 @@ class _Float32Parts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (*SOFTMAX, *UNIT_LENGTH) and args[0].dtype in HALVES:
-            return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+        if func in (*SOFTMAX, *UNIT_LENGTH):
+            given, named = (args[0], kwargs) if args else (kwargs["input"], {n: v for n, v in kwargs.items() if n != "input"})
+            if given.dtype in HALVES:
+                return func(given.float(), *args[1:], **named).to(given.dtype)
         if func is nn.functional.scaled_dot_product_attention and args[0].dtype in HALVES:
             with self:  # its arithmetic too
                 return self._attention(*args, **kwargs)

@@ -158,7 +158,7 @@ def test_tokens_of_zeros_have_a_direction_of_zeros(precision, tmp_path):
 
     class Cosine(torch.nn.Module):
         def forward(self, x):
-            unit = torch.nn.functional.normalize(torch.nn.functional.pad(x, (0, 0, 0, 3)), dim=-1)
+            unit = torch.nn.functional.normalize(input=torch.nn.functional.pad(x, (0, 0, 0, 3)), dim=-1)
             return unit @ unit.mT
 
     x = torch.randn(3, 4, 8)
