@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from exporter.cli import main
 from exporter.onnx_export import DENSE, PORTABLE
+from exporter.precision import typed
 from exporter.pretrained import ModelOptions, layout_of
 from exporter.runners import OnnxRunner
 from moee import checkpoint
@@ -42,6 +43,7 @@ WORKS, REFUSED, WRONG, UNEXPECTED = "works", "refused", "wrong", "unexpected"
 CLASSES, TRAIN, HELD_OUT, SIDE = 4, 6, 3, 80  # classes, images a class, pixels
 REFUSAL_S = 30.0  # of a core, within which a model is refused: before any long work
 OFF = 1e-3  # of the output's root mean square: float32 in another order stays a hundred times below on the zoo's models
+OVERFLOWS = "`verify` fails: activations are beyond float16, in PyTorch too"
 FLAT = 1e-3  # deviation of a tensor's numbers below which it is as good as constant
 METHOD = tuple("--clustering kmeans --clusters 3 --components 8 --cluster-tokens 400 --tokens 2000 --keep 0.9".split())
 
@@ -193,7 +195,7 @@ def _run(entry: Entry, data: Path, folder: Path) -> Outcome:
     _compare(moee, folder / "fp32")
     layers = moee.info["layers"]
     rest = {layer["name"]: layer["status"].removeprefix(FROM_THE_START) for layer in layers if layer["status"] != "routed"}
-    return Outcome(WORKS, len(layers) - len(rest), len(layers), described(rest), _half(folder))
+    return Outcome(WORKS, len(layers) - len(rest), len(layers), described(rest), _half(folder, moee))
 
 
 def _expect(name: str, done: Command) -> None:
@@ -205,14 +207,24 @@ def _expect(name: str, done: Command) -> None:
     raise Broken(WRONG if gate else UNEXPECTED, f"{name} ended with {done.code}: {done.sentence or done.errors[-300:]}")
 
 
-def _half(folder: Path) -> str:
-    """What float16 gives: "works", or the sentence of its refusal."""
+def _half(folder: Path, moee: checkpoint.MoeeModel) -> str:
+    """What float16 gives: "works", the sentence of its refusal, or that PyTorch itself overflows there, which `verify` reports."""
     exported = command("export", folder / "model", "--precision", "fp16", "--out", folder / "fp16")
     if exported.code == 2 and exported.clean:
         return f"refused: {exported.sentence}"
     _expect("export --precision fp16", exported)
-    _expect("verify of fp16", command("verify", folder / "fp16", "--max-shapes", "3", "--opt-shapes", "2"))
+    verified = command("verify", folder / "fp16", "--max-shapes", "3", "--opt-shapes", "2")
+    if verified.code == 1 and verified.clean and overflows(moee.dense().eval(), _shape(moee.spec)):
+        return OVERFLOWS
+    _expect("verify of fp16", verified)
     return WORKS
+
+
+@torch.no_grad()
+def overflows(model: nn.Module, shape: Shape) -> bool:
+    """Whether PyTorch's float16 run of a model, finite in float32, gives anything but numbers on random images of `shape`."""
+    images = random_images(shape, torch.zeros(()))
+    return bool(model(images).isfinite().all()) and not bool(typed(model, torch.float16)(images).isfinite().all())
 
 
 @torch.no_grad()

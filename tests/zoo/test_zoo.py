@@ -9,7 +9,18 @@ import pytest
 import timm
 import torch
 
-from tests.zoo.one import REFUSED, UNEXPECTED, WORKS, WRONG, Command, Outcome, distance, run, write_images
+from tests.zoo.one import (
+    REFUSED,
+    UNEXPECTED,
+    WORKS,
+    WRONG,
+    Command,
+    Outcome,
+    distance,
+    overflows,
+    run,
+    write_images,
+)
 from tests.zoo.page import NOT_RUN, PAGE, page, row
 from tests.zoo.table import ENTRIES, Entry
 
@@ -95,6 +106,19 @@ def test_what_is_off_is_seen():
     wanted = torch.tensor([[1.0, -1.0]])
     assert distance(wanted, wanted + 0.01) == pytest.approx(0.01, rel=1e-3)
     assert distance(wanted, wanted[:, :1]) == distance(wanted, wanted * float("nan")) == float("inf")
+
+
+def test_only_a_model_that_overflows_by_itself_is_excused():
+    class Scaled(torch.nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+        def forward(self, x):
+            return (x * self.scale * self.scale).mean((1, 2, 3))
+
+    assert overflows(Scaled(1e4), (3, 8, 8))
+    assert not overflows(Scaled(1.0), (3, 8, 8)) and not overflows(Scaled(float("nan")), (3, 8, 8))
 
 
 def test_a_row_is_one_line():
