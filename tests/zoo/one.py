@@ -208,7 +208,7 @@ def _expect(name: str, done: Command) -> None:
 
 
 def _half(folder: Path, moee: checkpoint.MoeeModel) -> str:
-    """What float16 gives: "works", the sentence of its refusal, or that PyTorch itself overflows there, which `verify` reports."""
+    """What float16 gives: "works", the sentence of its refusal, or that PyTorch overflows there too, which `verify` reports."""
     exported = command("export", folder / "model", "--precision", "fp16", "--out", folder / "fp16")
     if exported.code == 2 and exported.clean:
         return f"refused: {exported.sentence}"
