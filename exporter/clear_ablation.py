@@ -100,7 +100,7 @@ def run_cell(session: Session, probe: Any, config: ClearConfig, setting: dict[st
     """Convert, measure on the held-out images, and describe the result."""
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
-    layers = convert(model, session.train, config)
+    layers = convert(model, session.train, config, device=session.group.device)
     seconds = time.perf_counter() - started
     measured = session.measure(model.eval(), probe, "held-out images")
     kept, cost = measured["retention"], measured["cost"]

@@ -17,6 +17,7 @@ from moee.attention import macs_saved, refuse_wide
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches, image_shape, model_transform, refuse_all_skipped
+from moee.devices import CPU, computing_on
 from moee.distributed import SOLO, Group
 from moee.errors import NothingRouted, OutOfReach, StepFailed
 from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
@@ -72,7 +73,7 @@ def extract(
     reports: list[LayerReport] = []
     with group.agreed():
         if group.leader:
-            reports = apply(model, prepared, data, config, report)
+            reports = apply(model, prepared, data, config, report, group.device)
     share_layers(model, group)
     return reports
 
@@ -102,11 +103,11 @@ def prepare(
         mine = list(zip(ffns, sampled if group.alone else gather_tokens(sampled, group), strict=True))
         own = [(ffn, tokens) for ffn, tokens in mine if tokens is not None]
         threads = torch.get_num_threads()
-        with group.agreed():
+        with group.agreed(), computing_on(group.device):
             report("experts", 0, len(own))
             pool = ThreadPoolExecutor(max(1, jobs))
             try:
-                for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report), own):
+                for result in pool.map(lambda pair: _find(pair[0], pair[1], config, report, group.device), own):
                     found.append(result)
                     report("experts", len(found), len(own))
             finally:
@@ -116,7 +117,7 @@ def prepare(
     with group.agreed():
         if group.leader and config.criterion == "sensitivity" and prepared.routed:
             # sums over tokens depend on their order, and a few thousand are enough: one rank's work
-            prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report))
+            prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report, group.device))
     return prepared
 
 
@@ -149,9 +150,11 @@ def _collected(ffns: list[FFN], own: list[Finding], group: Group) -> list[Findin
 
 
 def apply(
-    model: nn.Module, prepared: Prepared, data: ImageSet, config: ExtractConfig, report: Reporter = silent
-) -> list[LayerReport]:
-    """The second half of `extract`: choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit."""
+    model: nn.Module, prepared: Prepared, data: ImageSet, config: ExtractConfig, report: Reporter = silent,
+    device: torch.device = CPU,
+) -> list[LayerReport]:  # fmt: skip
+    """The second half of `extract`: choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit on
+    `device`."""
     kept = choose_neurons(model, prepared.routed, prepared.error, data, config)
     reports: list[LayerReport] = []
     layers: dict[str, NeuronLayer] = {}
@@ -180,13 +183,15 @@ def apply(
     if config.compensation == "refit":
         seen = widened(data, model_transform(model), config.augment, config.collages, config.seed)
         ffns = {f.name: f for f in prepared.ffns}
-        done = refit(model, layers, ffns, seen, config.refit_tokens, config.refit_lambda, report)
+        done = refit(model, layers, ffns, seen, config.refit_tokens, config.refit_lambda, report, device)
         reports = [replace(r, refit=done.get(r.name)) for r in reports]
     return [*reports, *prepared.dense]
 
 
-def _find(ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter) -> Any:
-    return find_moefication(ffn, sampled, config) if config.method == "moefication" else find_routes(ffn, sampled, config, report)
+def _find(ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter, device: torch.device) -> Any:
+    if config.method == "moefication":
+        return find_moefication(ffn, sampled, config, device)
+    return find_routes(ffn, sampled, config, report, device)
 
 
 def choose_neurons(
@@ -249,13 +254,14 @@ def _share_for(
 
 
 def sensitivity_of(
-    model: nn.Module, routed: dict[str, GroupedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent
-) -> dict[str, Tensor]:
-    """Sensitivity a token [K, H] of every routed layer's experts and neurons."""
+    model: nn.Module, routed: dict[str, GroupedLayer], data: ImageSet, config: ExtractConfig, report: Reporter = silent,
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Sensitivity a token [K, H] of every routed layer's experts and neurons, measured on `device`."""
     ffns = {name: r.ffn for name, r in routed.items()}
     stats = {name: RoutedStats(r.router, r.bias, r.moments.mean) for name, r in routed.items()}
     seen = widened(data, model_transform(model), 0, config.collages, config.seed)
-    return measure_sensitivity(model, ffns, stats, seen, config.sensitivity_tokens, config.objective, config.seed, report)
+    return measure_sensitivity(model, ffns, stats, seen, config.sensitivity_tokens, config.objective, config.seed, report, device)
 
 
 def ffn_budget(total: int, ffn: int, target: float, saved: int = 0) -> float:

@@ -119,6 +119,22 @@ def local_ranks() -> int | None:
 
 
 @contextmanager
+def placed(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """`model` on `device` within the block, on the CPU again behind it. Blocks do not nest."""
+    if device.type == "cpu":
+        yield
+        return
+    with computing_on(device):
+        try:
+            with torch.inference_mode(False):  # weights that are moved within it could not be trained any more
+                model.to(device)  # of which half is there if the memory does not suffice
+            yield
+        finally:
+            with torch.inference_mode(False):
+                model.to("cpu")
+
+
+@contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
     """A block of work on a device: it is the current one, float32 is float32 (a GPU's convolutions round to TF32 otherwise), and
     of two kernels the one is taken that adds up in the same order every time."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moee import errors
-from moee.devices import computing_on
+from moee.devices import placed
 from moee.errors import RankLost, StepFailed
 from moee.lifeline import Lifeline
 
@@ -153,20 +153,9 @@ class Group:
             hint = "; a rank hangs, or needs a longer --rank-timeout" if "imed out" in reason or "imeout" in reason else ""
             raise StepFailed(f"rank {self.rank} of {self.world} lost touch with the others: {reason}{hint}") from error
 
-    @contextmanager
-    def placed(self, model: torch.nn.Module) -> Iterator[None]:
+    def placed(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """`model` on this rank's device within the block, on the CPU again behind it."""
-        if self.device.type == "cpu":
-            yield
-            return
-        with computing_on(self.device):
-            try:
-                with torch.inference_mode(False):  # weights that are moved within it could not be trained any more
-                    model.to(self.device)  # of which half is there if the memory does not suffice
-                yield
-            finally:
-                with torch.inference_mode(False):
-                    model.to("cpu")
+        return placed(model, self.device)
 
     @contextmanager
     def agreed(self) -> Iterator[None]:

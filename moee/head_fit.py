@@ -34,16 +34,17 @@ class HeadMoments:
     def __init__(self, attention: Attention, prefix: int = 0):
         heads, dim = attention.num_heads, attention.head_dim
         self.attention, self.prefix, self.count = attention, prefix, 0.0
-        self.query = torch.zeros(heads, dim, dim, dtype=torch.float64)
+        device = attention.qkv.weight.device
+        self.query = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
         self.key = torch.zeros_like(self.query)
-        self.read = torch.zeros(heads * dim, heads * dim, dtype=torch.float64)
-        self.total = torch.zeros(heads * dim, dtype=torch.float64)
+        self.read = torch.zeros(heads * dim, heads * dim, dtype=torch.float64, device=device)
+        self.total = torch.zeros(heads * dim, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
         """See tokens [B, N, D]."""
         q, k, read = dense_parts(self.attention, x)
-        weight = token_weights(x.shape[1], self.prefix)
+        weight = token_weights(x.shape[1], self.prefix).to(x.device)
         k = k - k.mean(2, keepdim=True)
         self.query += torch.einsum("bhnd,bhne->hde", q * weight[:, None], q)
         self.key += torch.einsum("bhnd,bhne->hde", k, k)
@@ -112,9 +113,9 @@ def narrowed(attention: Attention, bases: Bases, widths: Widths, moments: HeadMo
     heads, dim = attention.num_heads, attention.head_dim
     weight = attention.qkv.weight.double().view(3, heads, dim, -1)
     bias = attention.qkv.bias
-    offset = torch.zeros(3, heads, dim).double() if bias is None else bias.double().view(3, heads, dim)
+    offset = weight.new_zeros(3, heads, dim) if bias is None else bias.double().view(3, heads, dim)
     query, key, value = bases.query[:, : widths.qk] * attention.scale, bases.key[:, : widths.qk], bases.value[:, : widths.v]
-    made = NarrowAttention(weight.shape[-1], heads, dim, widths)
+    made = NarrowAttention(weight.shape[-1], heads, dim, widths).to(weight.device)
     pairs = [(made.q, query, 0), (made.k, key, 1), (made.v, value, 2)]
     for linear, basis, part in pairs:
         linear.weight.data = (basis @ weight[part]).flatten(0, 1).float()
@@ -133,9 +134,10 @@ def narrowed(attention: Attention, bases: Bases, widths: Widths, moments: HeadMo
 def refit_projection(made: NarrowAttention, attention: Attention, x: Tensor, prefix: int = 0) -> None:
     """Fit `made.proj` by least squares to the dense `attention`'s output on tokens [B, N, D]."""
     width, dim = made.proj.in_features, made.proj.out_features
-    gram, cross = torch.zeros(width, width).double(), torch.zeros(width, dim).double()
-    read_sum, target_sum = torch.zeros(width).double(), torch.zeros(dim).double()
-    weights = token_weights(x.shape[1], prefix)
+    exact = torch.zeros(0, dtype=torch.float64, device=x.device)
+    gram, cross = exact.new_zeros(width, width), exact.new_zeros(width, dim)
+    read_sum, target_sum = exact.new_zeros(width), exact.new_zeros(dim)
+    weights = token_weights(x.shape[1], prefix).to(x.device)
     for part in x.split(BATCH):
         read = made.attend(part).flatten(0, 1)
         target = attention.proj(dense_parts(attention, part)[2])

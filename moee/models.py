@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,14 @@ class FFN:
     def routing_macs(self, experts: int) -> int:
         """Multiply-accumulates a token that choosing among `experts` costs."""
         return experts * self.dim
+
+    def to(self, device: torch.device) -> FFN:
+        """The same MLP with its tensors on `device`."""
+        if self.w_up.device == device:
+            return self
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def activations(self, tokens: Tensor) -> Tensor:
         """Hidden activations [n, H], of which the down map is a linear function, for input tokens [n, D]."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moee.calibration import CHUNK, LayerTokens, hidden_activations
 from moee.config import ExtractConfig
+from moee.devices import CPU
 from moee.errors import UserError, chosen
 from moee.layer import LOAD_UNIT, Experts
 from moee.layer_report import LayerReport
@@ -46,27 +47,32 @@ def balanced_groups(rows: Tensor, groups: int, seed: int) -> Tensor:
 def coactivation_features(ffn: FFN, sampled: LayerTokens, components: int) -> Tensor:
     """Leading eigenvectors [H, components] of the normalised co-activation graph: how often two neurons are positive on
     the same token. Its balanced k-means stands in for the graph partition of the paper."""
-    together = torch.zeros(ffn.hidden, ffn.hidden, dtype=torch.float64)
+    device = ffn.w_up.device
+    together = torch.zeros(ffn.hidden, ffn.hidden, dtype=torch.float64, device=device)
     for part in torch.arange(sampled.count).split(CHUNK):
-        active = (hidden_activations(ffn, sampled.load(part)) > 0).float()
+        active = (hidden_activations(ffn, sampled.load(part).to(device)) > 0).float()
         together += (active.T @ active).double()
     together.fill_diagonal_(0)
     degree = together.sum(1).clamp(min=1).rsqrt()
     _, vectors = torch.linalg.eigh(together * degree[:, None] * degree)
-    return vectors[:, -components:].float()
+    return vectors[:, -components:].float().cpu()
 
 
-def find_moefication(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> tuple[Experts, LayerReport]:
-    """Disjoint experts of one layer. Raises `UserError` if there are more experts than neurons."""
+def find_moefication(
+    ffn: FFN, sampled: LayerTokens, config: ExtractConfig, device: torch.device = CPU
+) -> tuple[Experts, LayerReport]:
+    """Disjoint experts of one layer; activations are computed and summed up on `device`. Raises `UserError` if there are more
+    experts than neurons."""
+    near = ffn.to(device)
     assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
     count = min(config.experts, ffn.hidden)
-    makers = {"weights": lambda: ffn.w_up, "coactivation": lambda: coactivation_features(ffn, sampled, count)}
+    makers = {"weights": lambda: ffn.w_up, "coactivation": lambda: coactivation_features(near, sampled, count)}
     features = chosen(makers, config.split, "split")()
     group = balanced_groups(features, config.experts, config.seed)
     members = [(group == e).nonzero()[:, 0] for e in range(config.experts)]
-    router, bias = _router(ffn, sampled, members, config)
+    router, bias = _router(near, sampled, members, config)
     top_k = min(config.top_k, config.experts)
-    means, share = _means_when_dropped(ffn, sampled, group, router, bias, top_k)
+    means, share = _means_when_dropped(near, sampled, group, router, bias, top_k)
     outputs = torch.stack([ffn.w_down.double()[:, m] @ means[m] for m in members])
     if config.compensation == "none":
         outputs = torch.zeros_like(outputs)
@@ -85,7 +91,8 @@ def find_moefication(ffn: FFN, sampled: LayerTokens, config: ExtractConfig) -> t
 def _router(ffn: FFN, sampled: LayerTokens, members: list[Tensor], config: ExtractConfig) -> tuple[Tensor, Tensor]:
     """Router rows [K, D] and biases [K]: each expert's parameter centre, or a linear map trained (ridge regression) to
     predict the norm-weighted magnitude of the expert's activations."""
-    return chosen({"centre": _centres, "router": _trained}, config.selector, "selector")(ffn, sampled, members)
+    rows, bias = chosen({"centre": _centres, "router": _trained}, config.selector, "selector")(ffn, sampled, members)
+    return rows.cpu(), bias.cpu()
 
 
 def _centres(ffn: FFN, sampled: LayerTokens, members: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -93,13 +100,14 @@ def _centres(ffn: FFN, sampled: LayerTokens, members: list[Tensor]) -> tuple[Ten
 
 
 def _trained(ffn: FFN, sampled: LayerTokens, members: list[Tensor]) -> tuple[Tensor, Tensor]:
-    norms = ffn.w_down.norm(dim=0)
-    gram, cross = torch.zeros(ffn.dim + 1, ffn.dim + 1).double(), torch.zeros(ffn.dim + 1, len(members)).double()
+    norms, device = ffn.w_down.norm(dim=0), ffn.w_up.device
+    gram = torch.zeros(ffn.dim + 1, ffn.dim + 1, dtype=torch.float64, device=device)
+    cross = torch.zeros(ffn.dim + 1, len(members), dtype=torch.float64, device=device)
     for part in torch.arange(sampled.count).split(CHUNK):
-        tokens = sampled.load(part)
+        tokens = sampled.load(part).to(device)
         weighed = hidden_activations(ffn, tokens).abs() * norms
         target = torch.stack([weighed[:, m].sum(1) for m in members], 1)
-        inputs = torch.cat([tokens, torch.ones(len(tokens), 1)], 1)
+        inputs = torch.cat([tokens, torch.ones(len(tokens), 1, device=device)], 1)
         gram += (inputs.T @ inputs).double()
         cross += (inputs.T @ target).double()
     solved = solve_ridge(gram, cross, RIDGE)[0].float()
@@ -111,14 +119,16 @@ def _means_when_dropped(
 ) -> tuple[Tensor, Tensor]:
     """Mean activation [H] of each neuron over the tokens that do not select its expert, and each expert's share [K] of
     the tokens' slots."""
-    experts = len(router)
-    sums, counts, slots = torch.zeros(ffn.hidden).double(), torch.zeros(experts).double(), torch.zeros(experts).double()
+    experts, device = len(router), ffn.w_up.device
+    router, bias, group = router.to(device), bias.to(device), group.to(device)
+    sums = torch.zeros(ffn.hidden, dtype=torch.float64, device=device)
+    counts, slots = (torch.zeros(experts, dtype=torch.float64, device=device) for _ in range(2))
     for part in torch.arange(sampled.count).split(CHUNK):
-        tokens = sampled.load(part)
-        chosen = torch.zeros(len(tokens), experts, dtype=torch.bool)
-        chosen[torch.arange(len(tokens))[:, None], route(tokens, router, bias, top_k)] = True
+        tokens = sampled.load(part).to(device)
+        chosen = torch.zeros(len(tokens), experts, dtype=torch.bool, device=device)
+        chosen[torch.arange(len(tokens), device=device)[:, None], route(tokens, router, bias, top_k)] = True
         dropped = ~chosen
         sums += (hidden_activations(ffn, tokens) * dropped[:, group]).double().sum(0)
         counts += dropped.sum(0)
         slots += chosen.sum(0)
-    return sums / counts[group].clamp(min=1), slots / slots.sum()
+    return (sums / counts[group].clamp(min=1)).cpu(), (slots / slots.sum()).cpu()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moee.attention import NarrowAttention, Widths, attention_macs, find_attentions, input_shapes
 from moee.data import ImageSet, batches
+from moee.devices import CPU, placed
 from moee.errors import UserError
 from moee.head_fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
 from moee.interface import run_model
@@ -43,11 +44,11 @@ class _NarrowStep(nn.Module):
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         assert attn_mask is None and not is_causal, "calibration images come without masks"
-        moments = HeadMoments(self.attention, self.prefix)
+        moments, scale = HeadMoments(self.attention, self.prefix), None if self.scale is None else self.scale.to(x.device)
         for part in x.split(BATCH):
             moments.add(part)
         _require_finite(self.name, moments)
-        self.made = narrowed(self.attention, find_bases(moments, self.scale), self.widths, moments)
+        self.made = narrowed(self.attention, find_bases(moments, scale), self.widths, moments)
         refit_projection(self.made, self.attention, x, self.prefix)
         return torch.cat([self.made(part) for part in x.split(BATCH)])
 
@@ -62,7 +63,7 @@ class _Skip(nn.Module):
 @torch.no_grad()
 def narrow(
     model: nn.Module, data: ImageSet, shape: Shape, share: float, equal: bool = False, report: Reporter = silent,
-    losses: dict[tuple[str, Widths], float] | None = None,
+    losses: dict[tuple[str, Widths], float] | None = None, device: torch.device = CPU,
 ) -> dict[str, Widths]:  # fmt: skip
     """Replace the attentions of `model` in place by narrower ones that keep the share `share` of the attention's MACs.
 
@@ -70,14 +71,15 @@ def narrow(
     dimensions. `losses`, of `width_losses` for the same model and data, serve every share; None measures them. Returns the widths
     of the layers that changed. Deterministic for one data set and thread count. Raises `UserError` for a model whose attentions
     cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows with `NUMBERS`: the inputs of
-    a layer for all images of the fit, and its hidden activations. Leaves the model in eval mode.
+    a layer for all images of the fit, and its hidden activations. The model comes and goes on the CPU, in eval mode; the work is
+    done on `device`.
     """
     model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, shape)
     _check_reach(attentions, shapes, share)
     if losses is None:
-        losses = width_losses(model, data, shape, equal, report)
+        losses = width_losses(model, data, shape, equal, report, device)
     _, images = _images(data, *_numbers(attentions, shapes))
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
@@ -87,20 +89,21 @@ def narrow(
     }
     for name, step in steps.items():
         replace_module(model, name, step)
-    try:
-        model(images)
-    finally:
-        for name in steps:
-            replace_module(model, name, attentions[name])
-    for name, step in steps.items():
-        assert step.made is not None, f"{name} took no part in the forward pass"
-        replace_module(model, name, step.made)
+    with placed(model, device):
+        try:
+            model(images.to(device))
+        finally:
+            for name in steps:
+                replace_module(model, name, attentions[name])
+        for name, step in steps.items():
+            assert step.made is not None, f"{name} took no part in the forward pass"
+            replace_module(model, name, step.made)
     return {name: step.widths for name, step in steps.items()}
 
 
 @torch.no_grad()
 def width_losses(
-    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent
+    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, device: torch.device = CPU
 ) -> dict[tuple[str, Widths], float]:
     """What `narrow` chooses widths by: the loss of the output with one attention, by its name, narrowed to each width.
 
@@ -111,7 +114,9 @@ def width_losses(
     shapes = input_shapes(model, attentions, shape)
     tokens, dim, layers = _numbers(attentions, shapes)
     probes, images = _images(data, tokens, dim, layers)
-    return _losses(model, attentions, probes, images[: max(2, TRIAL_TOKENS // tokens)], equal, report)
+    few = images[: max(2, TRIAL_TOKENS // tokens)]
+    with placed(model, device):
+        return _losses(model, attentions, probes.to(device), few.to(device), equal, report)
 
 
 def _numbers(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:

@@ -193,13 +193,13 @@ class Session:
         key = (share, *alike)
         if key not in self._narrowed:
             model, shape = copy.deepcopy(self.dense), self.transform.shape
-            seen = widened(self.train, self.transform, 0, collages, config.seed)
+            seen, device = widened(self.train, self.transform, 0, collages, config.seed), self.group.device
             with self.group.agreed():
                 if self.group.leader:
                     check_share(model, shape, share)  # before minutes of trials
                     if alike not in self._width_losses:
-                        self._width_losses[alike] = width_losses(model, seen, shape, equal, self.report)
-                    narrow(model, seen, shape, share, equal, self.report, self._width_losses[alike])
+                        self._width_losses[alike] = width_losses(model, seen, shape, equal, self.report, device)
+                    narrow(model, seen, shape, share, equal, self.report, self._width_losses[alike], device)
             share_attention(model, self.group)
             self._narrowed[key] = model
         return self._narrowed[key]
@@ -292,7 +292,7 @@ def run_extract(
         layers = ()
         with group.agreed():
             if group.leader:  # built front to back on 200 images: there is little to share
-                layers = convert(model, session.train, config, report)
+                layers = convert(model, session.train, config, report, group.device)
         share_layers(model, group)
     else:
         layers = extract(model, session.train, config, report, jobs=jobs, group=group)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moee.calibration import BATCH_SIZE, CHUNK, as_tokens, hidden_activations
 from moee.data import ImageSet, batches
+from moee.devices import CPU, placed
 from moee.entry import Entry, Reached, find_entry, gather, run_until_reached, taken_up
 from moee.errors import UserError
 from moee.image_budget import ImageGroup, image_groups, spread, tokens_an_image
@@ -40,16 +41,17 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
     """Update `layer.w_down` and `layer.b_out` in place from input tokens [N, D] of its dense original `ffn`.
 
     `ridge` is lambda as a share of the Gram matrix's mean diagonal; None chooses it on held-out tokens, and leaves the layer as
-    it is where none of `RIDGES` lowers their error. Experts that get no token keep their bias. Raises `UserError` that names the
-    layer for NaN or infinite activations.
+    it is where none of `RIDGES` lowers their error. Experts that get no token keep their bias. Everything lies on one device.
+    Raises `UserError` that names the layer for NaN or infinite activations.
     """
+    device = tokens.device
     routes = layer.routes(tokens.movedim(-1, 1) if layer.channels_first else tokens)[:, 0]
     bounds = layer.offsets.tolist()
     parts_wanted = 2 if ridge is None else 1
-    grams = [torch.zeros(layer.union, layer.union) for _ in range(parts_wanted)]
-    crosses = [torch.zeros(layer.union, layer.b_out.shape[1]) for _ in range(parts_wanted)]
+    grams = [torch.zeros(layer.union, layer.union, device=device) for _ in range(parts_wanted)]
+    crosses = [torch.zeros(layer.union, layer.b_out.shape[1], device=device) for _ in range(parts_wanted)]
     missed, power = [0.0] * parts_wanted, [0.0] * parts_wanted  # squares of what the layer misses, and of the dense output
-    held_out = held_out_runs(len(tokens))
+    held_out = held_out_runs(len(tokens)).to(device)
     means: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     moment = 0.0
     for e in range(layer.num_experts):
@@ -57,7 +59,8 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
         if not len(rows):
             continue
         kept = layer.neurons[bounds[e] : bounds[e + 1]].long()
-        target_sum, hidden_sum = torch.zeros(layer.b_out.shape[1]).double(), torch.zeros(len(kept)).double()
+        target_sum = torch.zeros(layer.b_out.shape[1], dtype=torch.float64, device=device)
+        hidden_sum = torch.zeros(len(kept), dtype=torch.float64, device=device)
         parts = rows.split(CHUNK)
         for part in parts:  # first the means, so that centring needs no second copy of a large expert
             target = hidden_activations(ffn, tokens[part]) @ ffn.w_down.T
@@ -67,7 +70,8 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
         moment += len(rows) * float(hidden_mean.double().square().sum())
         for which, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
             chosen = rows[held_out[rows] == bool(which)] if parts_wanted > 1 else rows
-            part_gram, part_cross = torch.zeros(len(kept), len(kept)), torch.zeros(len(kept), cross.shape[1])
+            part_gram = torch.zeros(len(kept), len(kept), device=device)
+            part_cross = torch.zeros(len(kept), cross.shape[1], device=device)
             for part in chosen.split(CHUNK):
                 hidden = layer.activations(tokens[part], kept) - hidden_mean
                 target = hidden_activations(ffn, tokens[part]) @ ffn.w_down.T - target_mean
@@ -129,7 +133,8 @@ class _RefitStep(nn.Module):
         self.layer, self.ffn, self.ridge, self.last, self.done = layer, ffn, ridge, last, done
 
     def forward(self, x: Tensor) -> Tensor:
-        self.done(self.ffn.name, refit_layer(self.layer, self.ffn, as_tokens(x, self.layer.channels_first), self.ridge))
+        tokens = as_tokens(x, self.layer.channels_first)
+        self.done(self.ffn.name, refit_layer(self.layer, self.ffn.to(x.device), tokens, self.ridge))
         if self.last:
             raise Reached
         parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() // self.ffn.dim)))]
@@ -139,15 +144,24 @@ class _RefitStep(nn.Module):
 @torch.inference_mode()
 def refit(
     model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, ridge: float | None,
-    report: Reporter = silent,
+    report: Reporter = silent, device: torch.device = CPU,
 ) -> dict[str, RefitReport]:  # fmt: skip
-    """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each.
+    """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and
+    layers come and go on the CPU; the work is done on `device`.
 
     `model` holds the routed layers already; `ffns` are their dense originals. Layers that want as many images are refitted in one
     forward pass of all these images together, so that each sees what the refitted layers before it produce. Images that only
     later layers want pass the earlier ones in batches (see `moee.entry`). Memory grows with `tokens`: about 40 bytes x D a token.
     """
-    image = next(batches(data, 1)).images
+    with placed(model, device):
+        return _refit(model, layers, ffns, data, tokens, ridge, report, device)
+
+
+def _refit(
+    model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, ridge: float | None,
+    report: Reporter, device: torch.device,
+) -> dict[str, RefitReport]:  # fmt: skip
+    image = next(batches(data, 1)).images.to(device)
     widths = {name: layer.b_out.shape[1] for name, layer in layers.items()}
     groups = image_groups(tokens_an_image(model, widths, image), len(data), tokens)
     fewest = min(group.images for group in groups)  # as many as pass the whole model together
@@ -170,7 +184,7 @@ def refit(
             replace_module(model, name, step)
         try:
             if entry is None:
-                run_until_reached(model, torch.cat(list(_images(data, fewest))))
+                run_until_reached(model, torch.cat(list(_images(data, fewest, device))))
             else:
                 _run_from(model, entry, group, data, max(fewest, most_kept // entry.numbers), image, report)
         finally:
@@ -184,12 +198,12 @@ def _run_from(
 ) -> None:
     """A pass that begins at the entry, with the group's images but at most `most`."""
     wanted = min(group.images, most)
-    parts = track(_images(data, wanted), f"refit, images for {group.names[0]}", -(-wanted // BATCH_SIZE), report)
+    parts = track(_images(data, wanted, image.device), f"refit, images for {group.names[0]}", -(-wanted // BATCH_SIZE), report)
     with taken_up(model, entry, gather(model, entry, parts, wanted)):
         run_until_reached(model, image)
 
 
-def _images(data: ImageSet, wanted: int) -> Iterator[Tensor]:
+def _images(data: ImageSet, wanted: int, device: torch.device) -> Iterator[Tensor]:
     """Batches of images spread evenly over the data set."""
     for batch in batches(data, BATCH_SIZE, order=spread(len(data), wanted)):
-        yield batch.images
+        yield batch.images.to(device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moee.devices import CPU
 from moee.errors import chosen
 from moee.models import FFN
 
@@ -23,13 +24,13 @@ class Moments:
 
 
 class MomentAccumulator:
-    """Streams activations into per-expert means and variances (Chan's pairwise update, float64)."""
+    """Streams activations on `device` into per-expert means and variances (Chan's pairwise update, float64)."""
 
-    def __init__(self, experts: int, hidden: int):
-        self.count = torch.zeros(experts, dtype=torch.float64)
-        self.mean = torch.zeros(experts, hidden, dtype=torch.float64)
-        self.absolute = torch.zeros(experts, hidden, dtype=torch.float64)
-        self.squares = torch.zeros(experts, hidden, dtype=torch.float64)
+    def __init__(self, experts: int, hidden: int, device: torch.device = CPU):
+        self.count = torch.zeros(experts, dtype=torch.float64, device=device)
+        self.mean, self.absolute, self.squares = (
+            torch.zeros(experts, hidden, dtype=torch.float64, device=device) for _ in range(3)
+        )
 
     def add(self, activations: Tensor, experts: Tensor) -> None:
         """activations [n, H]; experts [n] int64, negative ones are left out."""
@@ -47,7 +48,8 @@ class MomentAccumulator:
 
     def finish(self) -> Moments:
         count = self.count.clamp(min=1)[:, None]
-        return Moments(self.count, self.mean, self.squares / count, self.absolute / count)
+        found = (self.count, self.mean, self.squares / count, self.absolute / count)
+        return Moments(*(part.cpu() for part in found))
 
 
 def output_weight(ffn: FFN) -> Tensor:

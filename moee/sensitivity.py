@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from moee.calibration import CHUNK, as_tokens, hidden_activations
 from moee.data import Batch, ImageSet, batches
+from moee.devices import CPU, placed
 from moee.errors import UserError, chosen
 from moee.image_budget import image_groups, spread, tokens_an_image
 from moee.interface import run_model, title_of_model
@@ -39,14 +40,18 @@ class RoutedStats:
     bias: Tensor
     mean: Tensor
 
+    def to(self, device: torch.device) -> RoutedStats:
+        return RoutedStats(self.router.to(device), self.bias.to(device), self.mean.to(device))
+
 
 class _Accumulator:
     """Sums (a - m)^2 (g . w2)^2 over tokens, per expert and neuron, for one layer and one objective after the other."""
 
     def __init__(self, ffn: FFN, stats: RoutedStats, objectives: int):
         self.ffn, self.stats = ffn, stats
-        self.sums = [torch.zeros(stats.mean.shape, dtype=torch.float64) for _ in range(objectives)]
-        self.count = torch.zeros(len(stats.router), dtype=torch.float64)
+        device = stats.mean.device
+        self.sums = [torch.zeros(stats.mean.shape, dtype=torch.float64, device=device) for _ in range(objectives)]
+        self.count = torch.zeros(len(stats.router), dtype=torch.float64, device=device)
         self.images = 0
         self.deviation: list[Tensor] = []
         self.routes: Tensor = torch.empty(0)
@@ -74,7 +79,7 @@ class _Accumulator:
 def output_projection(output: Tensor, classifier: bool, generator: torch.Generator) -> Tensor:
     """Random vectors v like `output` [B, C] whose mean outer product is the metric of the output's error: that of the KL
     divergence (diag p - p p', or p (1 - p) of a single logit) for logits, that of one minus cosine for features."""
-    noise = torch.randn(output.shape, generator=generator)
+    noise = torch.randn(output.shape, generator=generator).to(output.device)
     if classifier and output.shape[1] == 1:
         yes = torch.sigmoid(output)
         return noise * (yes * (1 - yes)).sqrt()
@@ -87,14 +92,24 @@ def output_projection(output: Tensor, classifier: bool, generator: torch.Generat
 
 def measure_sensitivity(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
-    objective: str = "both", seed: int = 0, report: Reporter = silent,
+    objective: str = "both", seed: int = 0, report: Reporter = silent, device: torch.device = CPU,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Mean sensitivity a token [K, H] float64 of each layer's experts and neurons, over about `tokens` tokens of each layer.
 
     `objective`: `output` (what the model returns), `tokens` (every token of the last feature map) or `both`: each scaled to a
     total of one over the whole model, then averaged. Experts that few tokens reach lean on their layer's average. The model's
-    weights are not changed.
+    weights are not changed. Everything comes and goes on the CPU; the work is done on `device`.
     """
+    near = {name: each.to(device) for name, each in stats.items()}
+    with placed(model, device):
+        return _measure(model, {name: ffns[name].to(device) for name in stats}, near, data, tokens, objective, seed, report)
+
+
+def _measure(
+    model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int, objective: str,
+    seed: int, report: Reporter,
+) -> dict[str, Tensor]:  # fmt: skip
+    device = next(iter(stats.values())).mean.device
     model.eval()
     kinds = chosen({"output": ["output"], "tokens": ["tokens"], "both": ["output", "tokens"]}, objective, "objective")
     last = "tokens" in kinds
@@ -118,7 +133,7 @@ def measure_sensitivity(
 
     def see(batch: Batch, generator: torch.Generator) -> None:
         nonlocal current
-        output, features = run_model(model, batch.images)
+        output, features = run_model(model, batch.images.to(device))
         both = last and isinstance(features, Tensor) and features.dim() > 2
         if objective == "tokens" and not both:
             title = title_of_model(model)
@@ -134,7 +149,7 @@ def measure_sensitivity(
 
     handles = []
     try:
-        counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, next(batches(data, 1)).images)
+        counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, next(batches(data, 1)).images.to(device))
         for group in image_groups(counts, len(data), tokens, least=2):
             own = max(counts[name] for name in group.names)
             size = max(1, min(BATCH_TOKENS // own, EARLY_TOKENS // max(counts.values())))
@@ -178,4 +193,5 @@ def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, T
         total = sum(layer.sums[i] / max(totals[i], 1e-300) for i in used) / len(used)
         average = total.sum(0) / layer.count.sum().clamp(min=1)  # type: ignore[union-attr]
         result[name] = (total + SHRINKAGE * average) / (layer.count + SHRINKAGE)[:, None]
+        result[name] = result[name].cpu()
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,8 @@ from moee.clear_moe.ranks import LossTable, loss_table
 from moee.clear_moe.routers import Router, fit_router
 from moee.clear_moe.scoring import LayerScore, combine, score_layer
 from moee.data import ImageSet, TensorSet, batches
+from moee.devices import CPU, placed
+from moee.distributed import Group
 from moee.errors import UserError
 from moee.models import FFN
 from moee.progress import Reporter
@@ -76,14 +79,16 @@ def cluster(tokens: Tensor, experts: int, seed: int, name: str = "layer") -> Ten
 
 
 def analyse(
-    model: nn.Module, ffns: list[FFN], chosen: TensorSet, config: ClearConfig, report: Reporter
+    model: nn.Module, ffns: list[FFN], chosen: TensorSet, config: ClearConfig, report: Reporter, device: torch.device = CPU
 ) -> list[Analysis]:
-    """Clusters, routers, loss tables and scores of all layers on the dense model's own tokens."""
+    """Clusters, routers, loss tables and scores of all layers on the dense model's own tokens; the model runs on `device`."""
     found = []
-    images = chosen.images[:SCORE_IMAGES]
-    reference = model(images) if config.score else torch.zeros(0)
-    with temporary_folder() as folder:
-        sampled = collect_tokens(model, ffns, chosen, folder, config.tokens, config.seed, report)
+    with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder())
+        sampled = collect_tokens(model, ffns, chosen, folder, config.tokens, config.seed, report, Group(device=device))
+        stack.enter_context(placed(model, device))
+        images = chosen.images[:SCORE_IMAGES].to(device)
+        reference = model(images) if config.score else torch.zeros(0)
         report("analyse", 0, len(ffns))
         for position, (ffn, store) in enumerate(zip(ffns, sampled, strict=True), 1):
             tokens = store.load()

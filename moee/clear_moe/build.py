@@ -19,6 +19,7 @@ from moee.clear_moe.decompose import (
     up_metric,
 )
 from moee.clear_moe.layer import ClearFFN, ClearParts
+from moee.devices import CPU, placed
 from moee.errors import UserError
 from moee.layer_report import RefitReport
 from moee.mlp_sites import put_mlp, restore_mlp
@@ -35,12 +36,13 @@ class _BuildStep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ffn = self.analysis.ffn
-        tokens = as_tokens(x, ffn.channels_first)
+        tokens = as_tokens(x, ffn.channels_first).cpu()
         order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.config.seed))[: self.config.tokens]
         self.built = build_layer(self.analysis, tokens[order.sort().values], self.config)
         self.done()
         per_image = max(1, len(tokens) // len(x))
-        return torch.cat([self.built.layer(part) for part in x.split(max(1, CHUNK // per_image))])
+        layer = self.built.layer.to(x.device)
+        return torch.cat([layer(part) for part in x.split(max(1, CHUNK // per_image))])
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ def _hidden(up, tokens: Tensor, routes: Tensor, activation: str) -> Tensor:
 
 
 def build_layers(
-    model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearConfig, report: Reporter
-) -> dict[str, Built]:
-    """Put the layers in place, front to back, in one forward pass; an error puts the dense ones back."""
+    model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearConfig, report: Reporter,
+    device: torch.device = CPU,
+) -> dict[str, Built]:  # fmt: skip
+    """Put the layers in place, front to back, in one forward pass on `device`; an error puts the dense ones back."""
     dense: dict[str, nn.Module] = {}
     done = 0
 
@@ -102,13 +105,14 @@ def build_layers(
         dense |= put_mlp(model, a.ffn.name, steps[a.ffn.name], a.ffn.bypassed)
     try:
         report("decompose", 0, len(selected))
-        model(images)
+        with placed(model, device):
+            model(images.to(device))
     except BaseException:
         restore_mlp(model, dense)
         raise
     built = {}
     for name, step in steps.items():
         assert step.built is not None, f"the forward pass does not run `{name}`"
-        put_mlp(model, name, step.built.layer, step.analysis.ffn.bypassed)
+        put_mlp(model, name, step.built.layer.to("cpu"), step.analysis.ffn.bypassed)
         built[name] = step.built
     return built

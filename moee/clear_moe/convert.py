@@ -21,6 +21,7 @@ from moee.clear_moe.decompose import (
 )
 from moee.clear_moe.scoring import LayerScore
 from moee.data import ImageSet, image_shape
+from moee.devices import CPU
 from moee.errors import NothingRouted, UserError
 from moee.layer_report import LayerReport
 from moee.mlps import find_ffns, reports_of
@@ -38,9 +39,12 @@ class ClearLayerReport(LayerReport):
 
 
 @torch.no_grad()
-def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Reporter = silent) -> list[ClearLayerReport]:
+def convert(
+    model: nn.Module, data: ImageSet, config: ClearConfig, report: Reporter = silent, device: torch.device = CPU
+) -> list[ClearLayerReport]:
     """Replace MLPs of `model` in place by `ClearFFN` layers found on `data`; returns one report a layer.
 
+    The model runs on `device`; the decompositions, in float64, are made on the CPU.
     Deterministic for one configuration, data set and thread count. Weights outside the replaced MLPs keep their bits. Raises
     `UserError` for input that it cannot work with; the model is then unchanged.
     """
@@ -55,12 +59,12 @@ def convert(model: nn.Module, data: ImageSet, config: ClearConfig, report: Repor
     chosen = calibration_set(data, config.calibration_images, config.seed)
     if len(chosen) < config.experts:
         raise UserError(f"{len(chosen)} calibration images are fewer than the {config.experts} experts; give more images")
-    found = analyse(model, ffns, chosen, config, report)
+    found = analyse(model, ffns, chosen, config, report, device)
     choose_ranks(model, found, image_shape(chosen.images), config)
     selected = [a for a in found if a.ranks is not None]
     if not selected:
         raise NothingRouted("no layer gets cheaper at these ranks, so the model would stay dense; lower --rank or --energy")
-    layers = build_layers(model, selected, chosen.images, config, report)
+    layers = build_layers(model, selected, chosen.images, config, report, device)
     dense = [ClearLayerReport(**vars(report)) for report in reports_of(mlps)]
     return [*(_report(a, layers.get(a.ffn.name)) for a in found), *dense]
 

@@ -74,7 +74,7 @@ def score_layer(
     `reference` on `images` when this layer alone runs at `rank`."""
     hidden = dense_hidden(ffn, tokens[:: max(1, len(tokens) // SPARSITY_TOKENS)])
     layer = low_rank_layer(ffn, tokens[:: max(1, len(tokens) // SENSITIVITY_TOKENS)], rank, metric)
-    with mlp_replaced(model, ffn.name, layer, ffn.bypassed):
+    with mlp_replaced(model, ffn.name, layer.to(images.device), ffn.bypassed):
         changed = model(images)
     sensitivity = float((changed - reference).norm() / reference.norm().clamp(min=1e-12))
     return LayerScore(near_zero_share(hidden), silhouette(hidden, clusters, seed), sensitivity, rank)

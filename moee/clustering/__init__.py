@@ -52,7 +52,7 @@ def make_clusterer(
 def cluster_tokens(
     activations: Tensor, config: ExtractConfig, report: Reporter = silent, name: str = "cluster"
 ) -> Tensor:
-    """Labels [N] int64 of hidden activations [N, H], noise -1, renumbered by first appearance.
+    """Labels [N] int64 on the CPU of hidden activations [N, H], noise -1, renumbered by first appearance.
 
     A partition method without a number of clusters takes HDBSCAN's. Raises `UserError` for too few points or values
     that are not finite.

@@ -20,5 +20,5 @@ class KMeans:
 
         if len(x) < self.clusters:
             raise UserError(f"k-means with {self.clusters} clusters needs as many tokens, came {len(x)}; add images")
-        fitted = SklearnKMeans(self.clusters, n_init=1, random_state=self.seed).fit(x.numpy())
+        fitted = SklearnKMeans(self.clusters, n_init=1, random_state=self.seed).fit(x.cpu().numpy())
         return torch.from_numpy(fitted.labels_.astype("int64"))

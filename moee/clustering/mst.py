@@ -159,7 +159,7 @@ def _scan(
     device, wanted = forest.core.device, _cheapest(forest, weight)
     group = torch.from_numpy(forest.group).to(device)
     squared = (forest.core * forest.points.scale).square().float()
-    core = torch.nextafter(squared, squared.new_tensor(-1.0)).clamp_min(0)  # rounded down
+    core = torch.nextafter(squared, torch.full_like(squared, -1.0)).clamp_min(0)  # rounded down
     step = 0
     while True:
         rows = np.flatnonzero((forest.bound <= weight[forest.group]) & wanted[forest.group])

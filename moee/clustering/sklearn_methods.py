@@ -21,7 +21,7 @@ class DBSCAN:
         from sklearn.cluster import DBSCAN as SklearnDBSCAN
         from sklearn.neighbors import NearestNeighbors
 
-        eps = self.eps
+        eps, x = self.eps, x.cpu()
         if eps is None:
             neighbours = NearestNeighbors(n_neighbors=min(self.min_samples, len(x))).fit(x.numpy())
             eps = max(float(np.median(neighbours.kneighbors()[0][:, -1])), 1e-12)
@@ -38,7 +38,8 @@ class OPTICS:
         """Labels [N] int64 for x [N, F], -1 for noise."""
         from sklearn.cluster import OPTICS as SklearnOPTICS
 
-        return _labels(SklearnOPTICS(min_samples=self.min_samples, min_cluster_size=self.min_cluster_size).fit_predict(x.numpy()))
+        fitted = SklearnOPTICS(min_samples=self.min_samples, min_cluster_size=self.min_cluster_size)
+        return _labels(fitted.fit_predict(x.cpu().numpy()))
 
 
 class Birch:
@@ -51,6 +52,7 @@ class Birch:
         """Labels [N] int64 for x [N, F]."""
         from sklearn.cluster import Birch as SklearnBirch
 
+        x = x.cpu()
         threshold = 0.1 * float((x - x.mean(0)).square().sum(1).mean().sqrt())
         return _labels(SklearnBirch(n_clusters=self.clusters, threshold=max(threshold, 1e-12)).fit_predict(x.numpy()))
 

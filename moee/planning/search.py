@@ -138,7 +138,7 @@ class Planner:
         prepared = self.prepare(method, config)
         if config.criterion == "sensitivity" and prepared.routed and not prepared.error:
             model, data = self.session.start(config), self.session.train
-            prepared.error.update(sensitivity_of(model, prepared.routed, data, config, self.report))
+            prepared.error.update(sensitivity_of(model, prepared.routed, data, config, self.report, self.session.group.device))
         return prepared
 
     def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
@@ -152,13 +152,13 @@ class Planner:
 
     def make(self, method: str, config: ExtractConfig | ClearConfig) -> tuple[nn.Module, Sequence[LayerReport]]:
         """A model by one of the plan's configurations. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
-        model = copy.deepcopy(self.session.start(config))
+        model, device = copy.deepcopy(self.session.start(config)), self.session.group.device
         if isinstance(config, ClearConfig):
-            return model, convert(model, self.session.train, config, self.report)
+            return model, convert(model, self.session.train, config, self.report, device)
         if config.method == "moefication":
             group = self.session.group
             return model, extract(model, self.session.train, config, self.report, sampled=self.calibrate(config), group=group)
-        return model, apply(model, self._with_sensitivity(method, config), self.session.train, config, self.report)
+        return model, apply(model, self._with_sensitivity(method, config), self.session.train, config, self.report, device)
 
     def _top_k(self, config: ExtractConfig, target: float) -> int:
         """The most experts a token whose MACs, router included, meet `target`."""
