@@ -102,14 +102,13 @@ def measure_sensitivity(
     """
     near = {name: each.to(device) for name, each in stats.items()}
     with placed(model, device):
-        return _measure(model, {name: ffns[name].to(device) for name in stats}, near, data, tokens, objective, seed, report)
+        return _measure(model, {name: ffns[name].to(device) for name in stats}, near, data, tokens, objective, seed, report, device)
 
 
 def _measure(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int, objective: str,
-    seed: int, report: Reporter,
+    seed: int, report: Reporter, device: torch.device,
 ) -> dict[str, Tensor]:  # fmt: skip
-    device = next(iter(stats.values())).mean.device
     model.eval()
     kinds = chosen({"output": ["output"], "tokens": ["tokens"], "both": ["output", "tokens"]}, objective, "objective")
     last = "tokens" in kinds
