@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moee.config import ExtractConfig
 from moee.grouping import GroupedLayer, stays_dense
-from moee.layer import LOAD_UNIT, Experts
+from moee.layer import LOAD_UNIT, Experts, RoutedFFN
 from moee.layer_report import LayerReport
 from moee.models import FFN
 from moee.selection import Moments
@@ -15,14 +15,14 @@ from moee.selection import Moments
 
 def build_layer(
     routed: GroupedLayer, kept: list[Tensor] | None, config: ExtractConfig
-) -> tuple[Experts | None, LayerReport]:
-    """The experts that keep the given neurons; None and the reason where the layer stays dense."""
+) -> tuple[RoutedFFN | None, LayerReport]:
+    """The layer whose experts keep the given neurons; None and the reason where it stays dense."""
     ffn = routed.ffn
     if kept is None:
         return None, stays_dense(ffn, "dense: experts would cost as much", routed.noise)
     experts = assemble(ffn, routed.moments, routed.router, routed.bias, kept, config.compensation, routed.share)
     widths = experts.widths
-    return experts, LayerReport(
+    return RoutedFFN(experts, ffn.channels_first), LayerReport(
         ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, routed.share.tolist(), routed.noise,
         int(routed.moments.count.sum()),
     )  # fmt: skip

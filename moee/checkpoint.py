@@ -15,20 +15,16 @@ from moee import sources
 from moee.artifact import read_manifest, write_manifest
 from moee.attention import NarrowAttention, Widths, find_attentions, narrow_attentions
 from moee.clear_moe.config import ClearConfig
-from moee.clear_moe.dispatch import Factors
-from moee.clear_moe.layer import ClearFFN, ClearParts
-from moee.clear_moe.routers import Router
 from moee.config import ExtractConfig
 from moee.data import Division, ImageSet, Transform, model_transform
 from moee.errors import UserError
 from moee.from_python import is_function_name
-from moee.gated import GATES, GatedFFN, GatedMLP, GatedWeights, weight_shapes
 from moee.given_images import PREFIX
-from moee.layer import Experts, RoutedFFN, RoutedLayer, routed_layers
-from moee.mlp_sites import put_mlp
+from moee.layer_kind import LayerRecord, checked_tensors
+from moee.layer_kinds import layer_records, read_record, rebuild_layer
 from moee.mlp_structure import read_mlp
-from moee.model_manifest import KINDS, AnyRecord, AttentionRecord, ClearRecord, GatedRecord, Info, LayerRecord, Manifest
-from moee.models import FFN, MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of, replace_module
+from moee.model_manifest import AttentionRecord, Info, Manifest
+from moee.models import MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of, replace_module
 from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
 from moee.progress import Reporter, silent
@@ -134,50 +130,6 @@ class MoeeModel:
             return build_model(self.spec)
 
 
-def _record(name: str, layer: RoutedLayer) -> dict[str, Any]:
-    unsaid = None if layer.bypassed else {"bypassed"}  # manifests of MLPs that are one module stay as they were
-    if isinstance(layer, ClearFFN):
-        return ClearRecord(
-            kind="clear-moe", name=name, activation=layer.activation, experts=layer.num_experts, ranks=layer.ranks,
-            router_width=layer.router.shape[1], router_hidden=len(layer.router_hidden), dim=layer.dim, hidden=layer.hidden,
-            channels_first=layer.channels_first, bypassed=layer.bypassed,
-        ).model_dump(exclude=unsaid)  # fmt: skip
-    if isinstance(layer, GatedFFN):
-        return GatedRecord(
-            kind="gated", name=name, activation=layer.activation, width=layer.union, dim=layer.w_up.shape[1],
-            channels_first=layer.channels_first,
-        ).model_dump()  # fmt: skip
-    assert isinstance(layer, RoutedFFN), f"no record for {type(layer).__name__}"
-    return LayerRecord(
-        name=name, activation=layer.activation, top_k=layer.top_k, experts=layer.num_experts, union=layer.union,
-        neurons=len(layer.neurons), dim=layer.w_up.shape[1], load=layer.load, channels_first=layer.channels_first,
-        bypassed=layer.bypassed,
-    ).model_dump(exclude=unsaid)  # fmt: skip
-
-
-def layer_records(model: nn.Module) -> list[dict[str, Any]]:
-    """What the manifest says about each routed layer: enough to rebuild it around its tensors."""
-    return [_record(name, layer) for name, layer in routed_layers(model).items()]
-
-
-def rebuild_layers(model: nn.Module, records: list[dict[str, Any]], state: dict[str, Tensor]) -> None:
-    """Replace MLPs of the dense `model` by the layers of `records` (see `layer_records`) with the tensors of `state`."""
-    for item in records:
-        _rebuild_at(model, _layer_record(item, Path("what rank 0 sent")), state)
-
-
-def _rebuild_at(model: nn.Module, record: AnyRecord, state: dict[str, Tensor]) -> None:
-    ffn = read_mlp(model, record.name, record.bypassed)
-    made: RoutedLayer
-    if isinstance(record, GatedRecord):
-        made = _rebuild_gated(record, state, ffn)
-    elif isinstance(ffn, GatedMLP):
-        raise UserError(f"layer {record.name}: the manifest has experts there; the model has a gated MLP, which has none")
-    else:
-        made = _rebuild_clear(record, state, ffn) if isinstance(record, ClearRecord) else _rebuild(record, state, ffn)
-    put_mlp(model, record.name, made, record.bypassed)
-
-
 def attention_records(model: nn.Module) -> list[dict[str, Any]]:
     """What the manifest says about each narrowed attention."""
     layers = narrow_attentions(model).items()
@@ -218,7 +170,7 @@ def _narrowed(
             "v.weight": (heads * record.v, dim), "v.bias": (heads * record.v,), "proj.weight": (dim, heads * record.v),
             "proj.bias": (dim,),
         }  # fmt: skip
-        found[record.name] = (attention, Widths(record.qk, record.v), _tensors(record.name, shapes, state))
+        found[record.name] = (attention, Widths(record.qk, record.v), checked_tensors(record.name, shapes, state))
     return found
 
 
@@ -252,7 +204,7 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
     path = Path(path)
     manifest = read_manifest(path, MANIFEST, SCHEMA)
     body = checked(Manifest, manifest, path / MANIFEST)
-    records = [_layer_record(item, path / MANIFEST) for item in body.layers]
+    records = [read_record(item, path / MANIFEST) for item in body.layers]
     if len({record.name for record in records}) != len(records):
         raise UserError(f"{path / MANIFEST} lists a layer twice; make the artifact again")
     if len({record.name for record in body.attention}) != len(body.attention):
@@ -272,7 +224,7 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
     with torch.random.fork_rng(devices=[]):  # modules draw weights, which are then replaced
         made = build_model(spec)
         for record in records:
-            _rebuild_at(made, record, state)
+            rebuild_layer(made, record, state)
         rebuild_attention(made, body.attention, state, path / MANIFEST)
     try:
         made.load_state_dict(state)
@@ -346,17 +298,8 @@ def recorded_division(data_read: Any) -> Division | None:
     return Division(sum(counts)) if len(counts) == 2 else None
 
 
-def _layer_record(item: dict[str, Any], path: Path) -> AnyRecord:
-    if "kind" not in item:
-        return checked(LayerRecord, item, path)
-    kind = item["kind"]
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(f"{path} has a layer of the kind {shown(kind)}; expected one of {', '.join(KINDS)}")
-    return checked(KINDS[kind], item, path)
-
-
-def _check_shares(info: Info, records: list[AnyRecord], path: Path) -> None:
-    experts = {record.name: record.experts for record in records}
+def _check_shares(info: Info, records: list[LayerRecord], path: Path) -> None:
+    experts = {record.name: record.num_experts for record in records}
     for stage, body in info.stages.items():
         for name, shares in body.shares.items():
             if len(shares) != experts.get(name, len(shares)):
@@ -384,7 +327,7 @@ def _probe(path: Path, model: nn.Module) -> Probe | None:
 
 
 def _check_size(
-    spec: ModelSpec, state: dict[str, Tensor], routed: list[AnyRecord], attention: list[AttentionRecord],
+    spec: ModelSpec, state: dict[str, Tensor], routed: list[LayerRecord], attention: list[AttentionRecord],
     path: Path,
 ) -> None:  # fmt: skip
     """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
@@ -406,18 +349,18 @@ def _check_size(
             raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")
 
 
-def _names_of_mlp(model: nn.Module, record: AnyRecord, path: Path) -> list[str]:
+def _names_of_mlp(model: nn.Module, record: LayerRecord, path: Path) -> list[str]:
     """Every name of the record's MLP and its parts. Raises `UserError` if `model` has none there: an artifact of before MLPs were
     proved may have cut what is none."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in (record.name, *record.bypassed):
+    for name in (record.name, *record.parts):
         if name not in modules:
             raise UserError(f"{path} names layer {name}, which {type(model).__name__} does not have")
     try:
-        read_mlp(model, record.name, record.bypassed)
+        read_mlp(model, record.name, record.parts)
     except UserError as error:
         raise UserError(f"{path} has a cut layer that cannot be right: {error}; extract again") from error
-    return [each for name in (record.name, *record.bypassed) for each in names_of(model, modules[name])]
+    return [each for name in (record.name, *record.parts) for each in names_of(model, modules[name])]
 
 
 def laid_out(spec: ModelSpec, path: Path, most_blocks: int = MAX_DEPTH) -> nn.Module:
@@ -435,74 +378,3 @@ def _described(tensor: Tensor) -> str:
 
 def _config(values: dict[str, Any], path: Path) -> ExtractConfig | ClearConfig:
     return checked(ClearConfig, values, path) if values.get("method") == "clear-moe" else checked(ExtractConfig, values, path)
-
-
-def _tensors(name: str, shapes: dict[str, tuple[int, ...]], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A layer's tensors, checked against the shapes that its record implies."""
-    tensors = {}
-    for part, shape in shapes.items():
-        tensor = state.get(f"{name}.{part}")
-        if tensor is None or tuple(tensor.shape) != shape:
-            came = "nothing" if tensor is None else list(tensor.shape)
-            raise UserError(f"{WEIGHTS}: {name}.{part} should have shape {list(shape)}, came {came}")
-        dtype = torch.int32 if part in ("neurons", "offsets") else torch.float32
-        if tensor.dtype != dtype:
-            raise UserError(f"{WEIGHTS}: {name}.{part} should be {dtype}, came {tensor.dtype}")
-        tensors[part] = tensor
-    return tensors
-
-
-def _rebuild_clear(record: ClearRecord, state: dict[str, Tensor], ffn: FFN) -> ClearFFN:
-    """The CLEAR-MoE layer of a record, from the tensors of `state`; shapes are checked before use."""
-    k, d, h = record.experts, record.dim, record.hidden
-    r1, q1, r2, q2 = record.ranks
-    if (d, h) != (ffn.dim, ffn.hidden) or min(record.ranks) < 0:
-        raise UserError(
-            f"layer {record.name}: manifest says dim {d}, hidden {h}, ranks {list(record.ranks)}; the model has {ffn.dim} and "
-            f"{ffn.hidden}"
-        )
-    up, down = r1 + k * q1, r2 + k * q2
-    t = _tensors(record.name, {
-        "router": (k, record.router_width), "router_bias": (k,), "router_hidden": (record.router_hidden, d),
-        "router_hidden_bias": (record.router_hidden,), "up_in": (up, d), "up_out": (up, h), "up_bias": (k, h),
-        "down_in": (down, h), "down_out": (down, d), "down_bias": (k, d),
-    }, state)  # fmt: skip
-    if record.router_width != (record.router_hidden or d):
-        raise UserError(f"layer {record.name}: the router's rows do not fit its features; the artifact is damaged")
-    parts = ClearParts(
-        Router(t["router"], t["router_bias"], t["router_hidden"], t["router_hidden_bias"]),
-        Factors(t["up_in"], t["up_out"], t["up_bias"], r1, q1),
-        Factors(t["down_in"], t["down_out"], t["down_bias"], r2, q2),
-        record.activation,
-    )
-    return ClearFFN(parts, record.channels_first)
-
-
-def _rebuild_gated(record: GatedRecord, state: dict[str, Tensor], ffn: FFN) -> GatedFFN:
-    """The pruned gated MLP of a record, from the tensors of `state`; shapes are checked before use."""
-    if not isinstance(ffn, GatedMLP):
-        raise UserError(f"layer {record.name}: the manifest says that it is gated; the model's MLP is not")
-    if record.dim != ffn.dim or record.width > ffn.hidden or record.channels_first != ffn.channels_first:
-        raise UserError(
-            f"layer {record.name}: manifest says dim {record.dim}, width {record.width}; the model has {ffn.dim} and {ffn.hidden}"
-        )
-    if record.activation not in GATES:
-        raise UserError(f"layer {record.name}: unknown activation {shown(record.activation)}; expected one of {', '.join(GATES)}")
-    tensors = _tensors(record.name, weight_shapes(record.dim, record.width), state)
-    return GatedFFN(GatedWeights(**tensors), record.activation, record.channels_first)
-
-
-def _rebuild(record: LayerRecord, state: dict[str, Tensor], ffn: FFN) -> RoutedFFN:
-    """The routed layer of a record, from the tensors of `state`; shapes and indices are checked before use."""
-    k, d, u = record.experts, record.dim, record.union
-    shapes = {
-        "router": (k, d), "router_bias": (k,), "w_up": (u, d), "b_up": (u,), "w_down": (u, d), "b_out": (k, d),
-        "neurons": (record.neurons,), "offsets": (k + 1,),
-    }  # fmt: skip
-    if d != ffn.dim or u > ffn.hidden:
-        raise UserError(f"layer {record.name}: manifest says dim {d}, union {u}; the model has {ffn.dim} and {ffn.hidden}")
-    tensors: dict[str, Any] = _tensors(record.name, shapes, state)
-    if record.top_k > k:
-        raise UserError(f"layer {record.name}: top_k {record.top_k} exceeds its {k} experts; the artifact is damaged")
-    experts = Experts(**tensors, activation=record.activation, top_k=record.top_k, load=record.load)
-    return RoutedFFN(experts, record.channels_first)

@@ -21,10 +21,9 @@ from moee.devices import CPU, computing_on
 from moee.distributed import SOLO, Group
 from moee.errors import NothingRouted, OutOfReach, StepFailed
 from moee.exchange import Finding, pack_finding, share_layers, unpack_finding
-from moee.gated import GatedMLP
 from moee.gated_pruning import prune_gated
 from moee.grouping import GroupedLayer, find_routes
-from moee.layer import Experts, NeuronLayer, RoutedFFN
+from moee.layer import NeuronLayer, RoutedFFN
 from moee.layer_report import LayerReport
 from moee.metrics import original_macs, tokens_per_image
 from moee.mlp_sites import put_mlp
@@ -159,19 +158,16 @@ def apply(
     reports: list[LayerReport] = []
     layers: dict[str, NeuronLayer] = {}
     for ffn, result in zip(prepared.ffns, prepared.found, strict=True):
-        experts: Experts | None = None
-        if isinstance(result, GroupedLayer) and isinstance(ffn, GatedMLP):
-            gated, layer_report = prune_gated(ffn, result, kept.get(ffn.name), config)
-            if gated is not None:
-                layers[ffn.name] = gated
-        elif isinstance(result, GroupedLayer):
-            experts, layer_report = build_layer(result, kept.get(ffn.name), config)
+        layer: NeuronLayer | None = None
+        if isinstance(result, GroupedLayer):
+            layer, layer_report = (prune_gated if ffn.only_static else build_layer)(result, kept.get(ffn.name), config)
         elif isinstance(result, tuple):
             experts, layer_report = result
+            layer = RoutedFFN(experts, ffn.channels_first)
         else:
             layer_report = result
-        if experts is not None:
-            layers[ffn.name] = RoutedFFN(experts, ffn.channels_first)
+        if layer is not None:
+            layers[ffn.name] = layer
         reports.append(layer_report)
     if not layers:
         if prepared.routed:

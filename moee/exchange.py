@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from moee.checkpoint import attention_records, layer_records, rebuild_attention, rebuild_layers
+from moee.checkpoint import attention_records, rebuild_attention
 from moee.data import ImageSet
 from moee.distributed import Group, Parcel
 from moee.errors import UserError
 from moee.grouping import GroupedLayer
 from moee.layer import Experts
+from moee.layer_kinds import layer_records, rebuild_layers
 from moee.layer_report import LayerReport
 from moee.model_manifest import AttentionRecord
 from moee.models import FFN

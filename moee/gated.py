@@ -64,6 +64,14 @@ class GatedMLP(FFN):
     def neuron_macs(self) -> int:
         return 3 * self.dim
 
+    @property
+    def only_static(self) -> bool:
+        return True
+
+    @property
+    def formula(self) -> str:
+        return "fc2(act(gate(x)) * up(x))"
+
     def routing_macs(self, experts: int) -> int:
         return 0
 

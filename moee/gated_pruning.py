@@ -13,12 +13,15 @@ from moee.config import ExtractConfig
 from moee.gated import GatedFFN, GatedMLP, GatedWeights
 from moee.grouping import GroupedLayer, stays_dense
 from moee.layer_report import LayerReport
+from moee.models import FFN
 
 
 def prune_gated(
-    ffn: GatedMLP, grouped: GroupedLayer, kept: list[Tensor] | None, config: ExtractConfig
+    grouped: GroupedLayer, kept: list[Tensor] | None, config: ExtractConfig
 ) -> tuple[GatedFFN | None, LayerReport]:
-    """The gated MLP `ffn` with the neurons `kept[0]` alone; None and the reason where it stays dense."""
+    """A gated MLP with the neurons `kept[0]` alone; None and the reason where it stays dense."""
+    ffn = grouped.ffn
+    assert isinstance(ffn, GatedMLP), f"{ffn.name} is {type(ffn).__name__}"
     if kept is None:
         return None, stays_dense(ffn, "dense: the pruned layer would cost as much", grouped.noise)
     layer = narrower(ffn, kept[0], grouped.moments.mean[0] if config.compensation != "none" else None)
@@ -43,6 +46,7 @@ def narrower(ffn: GatedMLP, kept: Tensor, mean: Tensor | None = None) -> GatedFF
     return GatedFFN(weights, ffn.activation, ffn.channels_first)
 
 
-def whole(ffn: GatedMLP) -> GatedFFN:
-    """`ffn` with every neuron."""
+def whole(ffn: FFN) -> GatedFFN:
+    """The gated MLP `ffn` with every neuron."""
+    assert isinstance(ffn, GatedMLP), f"{ffn.name} is {type(ffn).__name__}"
     return narrower(ffn, torch.arange(ffn.hidden))

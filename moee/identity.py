@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from moee.attention import NarrowAttention, Widths
 from moee.errors import UserError
-from moee.gated import GatedMLP
 from moee.gated_pruning import whole as whole_gated
 from moee.layer import Experts, NeuronLayer, RoutedFFN
 from moee.mlp_sites import mlp_module, mlp_replaced
@@ -44,7 +43,7 @@ class _StandIn:
 
 def whole_ffn(ffn: FFN) -> NeuronLayer:
     """Two experts that keep every neuron, and a router that sends tokens to both; a gated MLP with every neuron."""
-    if isinstance(ffn, GatedMLP):
+    if ffn.only_static:
         return whole_gated(ffn).eval()
     hidden = ffn.hidden
     direction = torch.randn(ffn.dim, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,6 @@ from torch import nn
 from moee.attention import narrowing_costs
 from moee.checkpoint import MoeeModel
 from moee.data import model_transform
-from moee.gated import GatedMLP
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
 from moee.mlps import find_ffns
@@ -77,17 +76,13 @@ def _ffn_cost(ffn: FFN, tokens: int) -> tuple[int, int]:
     return tokens * ffn.macs, ffn.params
 
 
-def _gated(ffn: FFN) -> bool:
-    return isinstance(ffn, GatedMLP)
-
-
 def inspect_dense(spec: ModelSpec) -> Inspection:
     """Figures of a timm model by its shapes alone: no weights are loaded, no memory is taken."""
     with torch.device("meta"):
         model = build_model(spec)
     shape = model_transform(model).shape
     ffns, uncut = _mlps(model, shape)
-    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n), gated=_gated(f)) for f, n in ffns]
+    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n), gated=f.only_static) for f, n in ffns]
     cost = {"macs": dense_macs(model, shape), "params": dense_params(model)}
     return Inspection(spec.name, shape, cost, None, layers, uncut=uncut)
 
@@ -120,7 +115,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
     for ffn, tokens in ffns:
         macs, params = _ffn_cost(ffn, tokens)
         if ffn.name not in routed:
-            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params, gated=_gated(ffn)))
+            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params, gated=ffn.only_static))
             continue
         layer, share = routed[ffn.name], shares[ffn.name]
         widths = layer.widths
@@ -130,7 +125,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
                 layer.stored_numbers(), macs, params,
                 experts=layer.num_experts, union=layer.union, min_width=min(widths),
                 mean_width=sum(w * s for w, s in zip(widths, share, strict=True)), max_width=max(widths),
-                balance=max(share) * len(share), entropy=routing_entropy(share), gated=_gated(ffn),
+                balance=max(share) * len(share), entropy=routing_entropy(share), gated=ffn.only_static,
             )  # fmt: skip
         )
     cost = model_cost(dense, moee.model, shares, shape)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moee.data import model_transform
 from moee.errors import UserError
-from moee.gated import ONLY_STATIC, GatedMLP
+from moee.gated import ONLY_STATIC
 from moee.interface import title_of_model
 from moee.layer_report import FROM_THE_START, LayerReport, left_dense
 from moee.mlp_flow import Flow, Near, Site, has_weights
@@ -96,7 +96,7 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     split = [ffn for name, ffn in plain.items() if ffn.bypassed and name not in dense]
     dense |= {name: Dense(why, plain[name].hidden) for name, why in inseparable(model, split, run.images, run.output).items()}
     if not gated:
-        left = [ffn for name, ffn in plain.items() if isinstance(ffn, GatedMLP) and name not in dense]
+        left = [ffn for name, ffn in plain.items() if ffn.only_static and name not in dense]
         dense |= {ffn.name: Dense(ONLY_STATIC, ffn.hidden) for ffn in left}
     ffns, unscaled = _scaled(model, [ffn for name, ffn in plain.items() if name not in dense], shape)
     if not ffns:
@@ -297,8 +297,8 @@ def _judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> _Ca
             return _Call(tokens=tokens, obstacle=ELSEWHERE)
     distances = [disagreement(reading, x, output) for reading in ffn.readings()]
     best = min(range(len(distances)), key=distances.__getitem__)
-    formula = "fc2(act(gate(x)) * up(x))" if isinstance(ffn, GatedMLP) else "fc2(act(fc1(x)))"
-    return _Call(tokens=tokens, obstacle="" if distances[best] <= 1 else f"computes something else than {formula}", reading=best)
+    obstacle = "" if distances[best] <= 1 else f"computes something else than {ffn.formula}"
+    return _Call(tokens=tokens, obstacle=obstacle, reading=best)
 
 
 def disagreement(ffn: FFN, x: Tensor, output: Tensor, other: Tensor | None = None) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt
 
@@ -89,74 +89,3 @@ class Manifest(Body):
     layers: list[dict[str, Any]] = Field(min_length=1)
     attention: list[AttentionRecord] = []
     info: Info
-
-
-def _both_or_none(paths: tuple[str, ...]) -> tuple[str, ...]:
-    if len(paths) not in (0, 2):
-        raise ValueError("expected the paths of an activation and a down map, or none")
-    return paths
-
-
-# parts of a split MLP that pass their input on, since the layer takes the place of its up map; see `moee.models.FFN`
-Bypassed = Annotated[tuple[Text, ...], AfterValidator(_both_or_none)]
-
-
-class LayerRecord(BaseModel):
-    """A routed layer as the manifest describes it: what rebuilds the module before its tensors are loaded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Text
-    activation: Text
-    top_k: int = Field(ge=1)
-    experts: int = Field(ge=1)
-    union: int = Field(ge=1)
-    neurons: int = Field(ge=1)
-    dim: int = Field(ge=1)
-    load: tuple[int, ...]
-    channels_first: bool = False
-    bypassed: Bypassed = ()
-
-
-class GatedRecord(BaseModel):
-    """A pruned gated MLP as the manifest describes it; `width` hidden neurons stay."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["gated"]
-    name: Text
-    activation: Text
-    width: StrictInt = Field(ge=1)
-    dim: StrictInt = Field(ge=1)
-    channels_first: bool = False
-
-    @property
-    def experts(self) -> int:
-        return 1
-
-    @property
-    def bypassed(self) -> tuple[str, ...]:
-        """A gated MLP is one module."""
-        return ()
-
-
-class ClearRecord(BaseModel):
-    """A CLEAR-MoE layer as the manifest describes it; `ranks` are (up, up residual, down, down residual)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["clear-moe"]
-    name: Text
-    activation: Text
-    experts: int = Field(ge=1)
-    ranks: tuple[int, int, int, int]
-    router_width: int = Field(ge=1)
-    router_hidden: int = Field(ge=0)
-    dim: int = Field(ge=1)
-    hidden: int = Field(ge=1)
-    channels_first: bool = False
-    bypassed: Bypassed = ()
-
-
-AnyRecord = LayerRecord | GatedRecord | ClearRecord
-KINDS: dict[str, type[GatedRecord] | type[ClearRecord]] = {"clear-moe": ClearRecord, "gated": GatedRecord}

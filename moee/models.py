@@ -92,6 +92,16 @@ class FFN:
         """Multiply-accumulates a token."""
         return self.neuron_macs * self.hidden
 
+    @property
+    def only_static(self) -> bool:
+        """Whether only static pruning cuts it: there are no experts of gated MLPs."""
+        return False
+
+    @property
+    def formula(self) -> str:
+        """What it computes, in the names of its parts."""
+        return "fc2(act(fc1(x)))"
+
     def routing_macs(self, experts: int) -> int:
         """Multiply-accumulates a token that choosing among `experts` costs."""
         return experts * self.dim

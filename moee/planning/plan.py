@@ -16,7 +16,6 @@ from moee.artifact import read_json, read_manifest, write_manifest
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, make_extract_config
 from moee.errors import UserError
-from moee.gated import GatedMLP
 from moee.mlps import find_ffns
 from moee.models import ModelSpec
 from moee.narrowing import check_share
@@ -126,7 +125,7 @@ def check_ways(
 
 def _applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods that can cut the model: where all of its MLPs are gated, static pruning alone, if it is among them."""
-    gated = all(isinstance(ffn, GatedMLP) for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
+    gated = all(ffn.only_static for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
     if not gated or STATIC not in methods or set(methods) == {STATIC}:
         return methods
     if session.group.leader:

@@ -16,7 +16,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moee import checkpoint
-from moee.checkpoint import MoeeModel, layer_records, rebuild_layers
+from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearConfig, convert
 from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
@@ -25,6 +25,7 @@ from moee.finetuning import finetune
 from moee.gated import GatedFFN, GatedMLP
 from moee.gated_pruning import narrower, whole
 from moee.layer import RoutedFFN, routed_layers
+from moee.layer_kinds import layer_records, rebuild_layers
 from moee.metrics import dense_macs, dense_params, model_cost
 from moee.mlps import find_ffns
 from moee.models import ModelSpec, load_model

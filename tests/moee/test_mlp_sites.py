@@ -9,11 +9,11 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from moee.checkpoint import layer_records, rebuild_layers
 from moee.errors import UserError
 from moee.identity import check_ffns, whole_ffn
 from moee.interface import on_meta
 from moee.layer import routed_layers
+from moee.layer_kinds import layer_records, rebuild_layers
 from moee.metrics import dense_params, model_cost, tokens_per_image
 from moee.mlp_sites import mlp_module, mlp_replaced, put_mlp
 from moee.mlps import find_ffns, random_images

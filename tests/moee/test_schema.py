@@ -9,8 +9,8 @@ from moee.artifact import read_manifest, write_manifest
 from moee.checkpoint import SCHEMA
 from moee.config import ExtractConfig
 from moee.errors import UserError
-from moee.model_manifest import LayerRecord
 from moee.models import ModelSpec
+from moee.routed_kind import RoutedRecord
 from moee.schema import MIGRATIONS, split, upgraded
 
 STORED = Path(__file__).parent / "stored"
@@ -20,7 +20,7 @@ def test_a_stored_manifest_of_version_1_still_reads():
     """Written by 0.1.0 and kept as it was: whoever changes the format must keep reading it, or migrate it."""
     body = upgraded(json.loads((STORED / "moee.model-1.json").read_text()), SCHEMA, STORED)
     assert body["schema"] == SCHEMA
-    assert [LayerRecord(**layer).name for layer in body["layers"]] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert [RoutedRecord(**layer).name for layer in body["layers"]] == ["blocks.0.mlp", "blocks.1.mlp"]
     assert ModelSpec(**body["model"]).timm_name == "vit_tiny_patch16_224"
     assert ExtractConfig(**body["config"]).keep == 0.9
     assert body["info"]["stages"]["extracted"]["retention"]["images"] == 719
