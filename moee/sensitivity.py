@@ -102,7 +102,8 @@ def measure_sensitivity(
     """
     near = {name: each.to(device) for name, each in stats.items()}
     with placed(model, device):
-        return _measure(model, {name: ffns[name].to(device) for name in stats}, near, data, tokens, objective, seed, report, device)
+        moved = {name: ffns[name].to(device) for name in stats}
+        return _measure(model, moved, near, data, tokens, objective, seed, report, device)
 
 
 def _measure(
