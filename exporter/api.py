@@ -121,11 +121,13 @@ def build(
 
 def bundle(
     export_dir: str | Path, out: str | Path, *, sm: int, batch: tuple[int, int, int] = BATCHES,
-    model: nn.Module | str | None = None, force: bool = False, report: Reporter | None = None,
+    model: MoeeModel | nn.Module | str | None = None, force: bool = False, report: Reporter | None = None,
 ) -> Path:  # fmt: skip
     """Write everything that a device of compute capability `sm` needs into the folder `out`: graphs, plugin, runner, build.sh.
 
-    `model`: the module, or the name `package.module:function`, of a dense model of your own.
+    `model`: a dense model of your own, as the `MoeeModel` that was exported, the module, or the name `package.module:function`.
     """
     report = report or to_stderr()
+    if isinstance(model, MoeeModel):
+        model = model.spec.module or (model.spec.name if model.spec.library == "python" else None)
     return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import struct
@@ -21,6 +22,7 @@ from exporter.manifests import exported_model, read_export
 from exporter.onnx_export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, TENSORRT
 from exporter.onnx_safety import check_onnx
 from exporter.passes.raw_pixels import take_raw_pixels
+from moee.adapt import described
 from moee.artifact import read_json, sha256_file, write_json, write_manifest
 from moee.checkpoint import PROBE, Word
 from moee.data import Transform
@@ -32,6 +34,7 @@ from moee.weights_file import read_safetensors
 from plugins.build import SOURCE
 from plugins.bundle import write_bundle
 
+log = logging.getLogger("moee")
 DEPLOYMENT_SCHEMA = "moee.deployment/2"
 PIXELS = "tensorrt_pixels.onnx"
 MODELS = (DENSE, PORTABLE, TENSORRT, DENSE_DATA, MOEE_DATA, MANIFEST)  # of an export, what a device gets
@@ -99,6 +102,12 @@ def write_deployment(
         raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says {says}; export again")
     model, transform = exported_model(export, export_dir, word)
     recipe = make_recipe(transform, str(export["model"]["timm_name"]))
+    guessed = tuple(getattr(getattr(model, "description", None), "guessed", ()))
+    if guessed:
+        log.warning(
+            "nobody said how the model's images are prepared; the bundle's runner does as was guessed: %s. Extract again with a "
+            "model that says it", described(transform.config, guessed),
+        )  # fmt: skip
     if given.shape != (3, *recipe.size):
         says = " x ".join(map(str, recipe.size))
         raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {says}; export again")
@@ -128,6 +137,7 @@ def write_deployment(
         body = {
             **{"sm": sm, "model": export["model"], "batch": {"min": low, "opt": opt, "max": high}},
             **{"input": vars(given), "output": vars(output), "preprocess": vars(recipe), "classes": classes},
+            "preprocess_guessed": list(guessed),
             "class_names": list(names),
             "plugin_nodes": nodes,
         }

@@ -26,6 +26,7 @@ USUAL = {  # how timm evaluates a model that says nothing else
     "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic", "crop_pct": 0.875,
     "crop_mode": "center",
 }  # fmt: skip
+PREPARATION = ("mean", "std", "crop_pct", "interpolation")
 SIZES = ("image_size", "img_size", "input_size")  # attributes that tell the size of the images
 MAX_PREFIX = 64  # class tokens and registers
 
@@ -71,7 +72,7 @@ def adapt(
     if library == "timm":
         return _with_input(module, given).eval()
     title = title or type(module).__name__
-    config, notes = _described_input(module, given or InputConfig(), title)
+    config, notes, unsaid = _described_input(module, given or InputConfig(), title)
     module.eval()
     observed = _observe(module, config["input_size"], title)
     named = tuple(head)
@@ -88,7 +89,7 @@ def adapt(
         title=title, features=features[0] if features else None, num_classes=classes,
         num_features=width or inputs or output_width, output_width=output_width, num_prefix_tokens=prefix,
         classifier=head if classes else named,
-        config={**config, "architecture": title}, notes=tuple(notes),
+        config={**config, "architecture": title}, notes=tuple(notes), guessed=unsaid,
     )).eval()  # fmt: skip
 
 
@@ -100,21 +101,36 @@ def _with_input(module: Any, given: InputConfig | None) -> nn.Module:
     return module
 
 
-def _described_input(module: nn.Module, given: InputConfig, title: str) -> tuple[dict[str, Any], list[str]]:
-    """The module's input as timm describes it, and what was guessed of it. What is `given` comes first."""
+def described(config: Mapping[str, Any], names: Sequence[str] = ()) -> str:
+    """The parts `names` (default: all) of how images are prepared, in words."""
+    words = {
+        "mean": "mean", "std": "standard deviation", "crop_pct": "share that the middle crop keeps", "interpolation": "filter",
+    }  # fmt: skip
+    texts = []
+    for name in names or words:
+        value = config[name]
+        shown = " ".join(f"{v:.4g}" for v in value) if isinstance(value, (tuple, list)) else str(value)
+        texts.append(f"{words[name]} {shown}")
+    return ", ".join(texts)
+
+
+def _described_input(
+    module: nn.Module, given: InputConfig, title: str
+) -> tuple[dict[str, Any], list[str], tuple[str, ...]]:
+    """The module's input as timm describes it, sentences about what was guessed of it, and the names of that. What is `given`
+    comes first."""
     own: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
     own = own if isinstance(own, Mapping) else {}
     known = {name: own[name] for name in InputConfig.model_fields if own.get(name) is not None}
     known |= given.model_dump(exclude_none=True)
-    notes = []
-    if not {"mean", "std"} <= known.keys():
-        notes.append(f"{title} says no mean and standard deviation of its images: ImageNet's are taken, a guess")
+    guessed = tuple(name for name in PREPARATION if name not in known)
+    notes = [f"{title} does not say how its images are prepared; guessed: {described(USUAL, guessed)}"] if guessed else []
     if "input_size" not in known:
         size = _own_size(module)
         if size is None:
             raise UserError(f"{title} does not say which size of images it takes: give --img-size H W, or one number for both")
         known["input_size"] = (channels_of(module), *size)
-    return {**USUAL, **known}, notes
+    return {**USUAL, **known}, notes, guessed
 
 
 def _own_size(module: nn.Module) -> tuple[int, int] | None:

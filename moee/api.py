@@ -23,6 +23,7 @@ from torch import nn
 
 from moee import checkpoint
 from moee.accuracy import comparison
+from moee.adapt import described
 from moee.atomic import temporary_folder
 from moee.cache import tensor_hash
 from moee.checkpoint import MoeeModel, recorded_data
@@ -33,6 +34,7 @@ from moee.errors import UserError
 from moee.evaluation import Retention, retention, run
 from moee.from_module import module_spec
 from moee.given_images import given_images
+from moee.given_preparation import differences, read_preparation
 from moee.joining import alone
 from moee.model_source import ModelOptions, named_model, with_pretrained
 from moee.model_spec import InputConfig, ModelSpec
@@ -98,8 +100,29 @@ def extract(
     group = alone(device)
     spec = spec_of(model, num_classes, input)
     source, given = _source(data, val)
+    prepared = None if given is None else read_preparation(data if val is None else val)
+    if spec.library == "module" and input is None and prepared is not None:
+        spec = spec_of(model, num_classes, prepared)
     session = Session(spec, source, config.seed, report, group, workers, classes, given=given)
+    if given is not None:
+        _say_preparation(prepared, session)
     return run_extract(spec, session.source, config, out, force, report, session, jobs, group, workers, classes)
+
+
+def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
+    """Warn where a device would prepare images otherwise than the loader does, or where that is not known."""
+    transform, guessed = session.transform, getattr(getattr(session.dense, "description", None), "guessed", ())
+    unlike = differences(prepared, transform) if prepared is not None else []
+    if unlike:
+        log.warning(
+            "the loader prepares images by %s as the model's description says; a bundle's runner follows the description: give "
+            "input={...}, or change the loader", "; ".join(unlike),
+        )  # fmt: skip
+    elif prepared is None and guessed:
+        log.warning(
+            "nobody says how the images were prepared, and a bundle's runner must do the same; guessed: %s. Give input={...}",
+            described(transform.config, guessed),
+        )
 
 
 def finetune(

@@ -26,7 +26,7 @@ class Description:
 
     `features` is the submodule that gives the last feature map, None where there is none. `num_classes` is 0 for a model that
     ends in features, of which `output_width` are given. `classifier`: the submodules that are its head. `config`: its input as
-    timm describes it. `notes`: sentences for the user about what was guessed.
+    timm describes it, `guessed` the parts of it that nobody said. `notes`: sentences for the user about what was guessed.
     """
 
     title: str
@@ -38,6 +38,7 @@ class Description:
     classifier: tuple[str, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    guessed: tuple[str, ...] = ()
 
 
 class AdaptedModel(nn.Module):

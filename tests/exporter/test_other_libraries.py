@@ -228,7 +228,7 @@ def test_a_function_to_a_verified_export(place, capsys):
     word = ["--model", "mymodels:mine"]
     moee = chain(["mymodels:mine"], KMEANS, place, word)
     said = capsys.readouterr().out
-    assert "ImageNet's are taken, a guess" in said and "`fc` is its last layer" in said
+    assert "guessed: mean 0.485" in said and "`fc` is its last layer" in said
     assert moee.spec.pretrained and moee.spec.weights_sha256 is not None
     assert run("finetune", "extracted", *word, "--epochs", 1, "--out", "tuned") == 0
     assert run("inspect", "tuned", *word) == 0

@@ -129,9 +129,11 @@ def test_what_nobody_tells_is_asked_for_or_noted():
     with pytest.raises(UserError, match="does not say which size of images it takes: give --img-size"):
         adapt(Stranger(image_size=None))
     notes = adapt(Stranger()).description.notes
-    assert any("ImageNet's are taken, a guess" in note for note in notes)
+    assert any("guessed: mean 0.485 0.456 0.406, standard deviation" in note and "filter bicubic" in note for note in notes)
     assert any("`fc` is its last layer; --num-classes 0" in note for note in notes)
-    assert adapt(Stranger(), SMALL, num_classes=5).description.notes == ()
+    whole = SMALL.model_copy(update={"crop_pct": 1.0, "interpolation": "bilinear"})
+    assert adapt(Stranger(), whole, num_classes=5).description.notes == ()
+    assert adapt(Stranger(), SMALL, num_classes=5).description.guessed == ("crop_pct", "interpolation")
     with pytest.raises(UserError, match="gives 5 outputs, --num-classes says 3"):
         adapt(Stranger(), num_classes=3)
     with pytest.raises(UserError, match="expected a torch.nn.Module"):

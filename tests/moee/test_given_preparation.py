@@ -1,0 +1,103 @@
+"""How a loader prepares images, read from torchvision's transforms, and what is said where nobody knows."""
+
+import logging
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.models import VisionTransformer
+from torchvision.transforms import v2
+
+import exporter
+import moee
+from moee.data import Transform, evaluation
+from moee.given_preparation import differences, read_preparation
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+BICUBIC = transforms.InterpolationMode.BICUBIC
+END = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for label, name in enumerate(("ant", "bee")):
+        (root / name).mkdir()
+        for i in range(12):
+            pixels = torch.randint(0, 256, (40, 56, 3), generator=generator, dtype=torch.uint8)
+            pixels[..., label] = 255
+            Image.fromarray(pixels.numpy()).save(root / name / f"{i}.png")
+    return root
+
+
+def loader(folder, *steps):
+    return DataLoader(ImageFolder(folder, transforms.Compose(steps)), 8)
+
+
+@pytest.mark.parametrize(("steps", "crop", "mode", "kind"), [
+    ([transforms.Resize(36), transforms.CenterCrop(32), *END], 32 / 36, "center", "bilinear"),
+    ([transforms.Resize(32, BICUBIC), transforms.CenterCrop((32, 32)), *END], 1.0, "center", "bicubic"),
+    ([transforms.Resize((32, 32)), *END], 1.0, "squash", "bilinear"),
+    ([v2.Resize([37]), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)],
+     32 / 37, "center", "bilinear"),
+    ([transforms.Compose([transforms.Resize(36), transforms.CenterCrop(32)]), *END], 32 / 36, "center", "bilinear"),
+])  # fmt: skip
+def test_what_a_transform_says_is_what_timms_then_does(folder, steps, crop, mode, kind):
+    given = loader(folder, *steps)
+    found = read_preparation(given)
+    assert found is not None and found.mean == pytest.approx(MEAN) and found.std == pytest.approx(STD)
+    assert found.crop_pct == pytest.approx(crop, abs=0.02) and (found.crop_mode, found.interpolation) == (mode, kind)
+    config = {**found.model_dump(exclude_none=True), "input_size": (3, 32, 32)}
+    ours = evaluation(Transform((3, 32, 32), found.mean, found.std, config))
+    picture = Image.open(given.dataset.samples[0][0])
+    assert torch.allclose(ours(picture), given.dataset[0][0], atol=0.05)
+    assert differences(found, Transform((3, 32, 32), found.mean, found.std, config)) == []
+
+
+@pytest.mark.parametrize("steps", [
+    [transforms.RandomResizedCrop(32), *END], [transforms.Resize(36), transforms.CenterCrop(32), transforms.ToTensor()],
+    [transforms.Resize(36), transforms.CenterCrop(32), transforms.Grayscale(3), *END],
+    [transforms.Resize((40, 36)), transforms.CenterCrop(32), *END], [transforms.Resize(30), transforms.CenterCrop(32), *END],
+    [transforms.Resize(36, max_size=40), transforms.CenterCrop(32), *END],
+])  # fmt: skip
+def test_what_cannot_be_read_whole_is_not_read(folder, steps):
+    assert read_preparation(loader(folder, *steps)) is None
+    assert read_preparation((torch.zeros(2, 3, 8, 8), torch.zeros(2))) is None
+
+
+def test_the_loaders_preparation_reaches_the_bundle(folder, tmp_path, caplog):
+    steps = [transforms.Resize(36), transforms.CenterCrop(32), *END]
+    torch.manual_seed(0)
+    model = VisionTransformer(32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=2)
+    data = loader(folder, *steps).dataset
+    train, val = Subset(data, range(0, 24, 2)), Subset(data, range(1, 24, 2))
+    result = moee.extract(model, train, val, preset="static", keep=0.7)
+    exporter.export(result, tmp_path / "export")
+    exporter.bundle(tmp_path / "export", tmp_path / "bundle", sm=87, model=result)
+    told = dict(line.split(" ", 1) for line in (tmp_path / "bundle/models/preprocess.txt").read_text().splitlines())
+    assert (told["resize"], told["filter"], told["crop"]) == ("36 36", "bilinear", "center")
+    assert [float(v) for v in told["mean"].split()] == pytest.approx(MEAN)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING and "prepare" in record.message]
+
+
+def test_what_nobody_says_is_a_warning_at_extraction_and_in_the_bundle(folder, tmp_path, caplog):
+    torch.manual_seed(0)
+    model = VisionTransformer(32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=2)
+    images, labels = torch.randn(24, 3, 32, 32), torch.arange(24) % 2
+    result = moee.extract(model, (images[:12], labels[:12]), (images[12:], labels[12:]), preset="static", keep=0.7)
+    assert "nobody says how the images were prepared" in caplog.text and "share that the middle crop keeps 0.875" in caplog.text
+    caplog.clear()
+    exporter.export(result, tmp_path / "export")
+    exporter.bundle(tmp_path / "export", tmp_path / "bundle", sm=87, model=result)
+    assert "nobody said how the model's images are prepared" in caplog.text
+
+
+def test_a_loader_that_differs_from_the_models_description_is_told(folder, caplog):
+    model = moee.load_model("test_vit", random_seed=0, num_classes=2, img_size=32)
+    data = loader(folder, transforms.Resize(32), transforms.CenterCrop(32), *END).dataset
+    moee.extract(model, Subset(data, range(0, 24, 2)), Subset(data, range(1, 24, 2)), preset="static", keep=0.7)
+    assert "the loader prepares images by mean 0.5 0.4 0.3, not" in caplog.text and "crop_pct 1, not" in caplog.text
