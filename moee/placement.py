@@ -1,7 +1,8 @@
 """Where results go: one place decides, for every command, what may be written where, and what may be replaced.
 
 Two rules. A result never costs a file that is not an earlier result of the same command: a folder is replaced only if it is empty
-or holds an artifact of ours of the same kind and no other file; a file is overwritten only if the same command wrote it, or with
+or holds an artifact of ours of the same kind and no other file, and without `--force` only if it holds nothing but the report of a
+refusal; a file is overwritten only if the same command wrote it, or with
 `--force`, and never if it is an input, lies in one, or belongs to an artifact. What can refuse a place does so before the work:
 `check` tries out whether something can be written there. `write` looks again when the result is put in its place. After long
 work it is called with `late`: a place that refuses by then does not cost the result, which is written beside it.
@@ -175,7 +176,8 @@ class OutputFolder(Output):
         """
         refusal = self._late_refusal(late)
         if refusal is None:
-            with atomic_folder(self.place, self.force, self._refuse_loss) as folder:
+            replaces = self.force or self._is_refusal(self.place)
+            with atomic_folder(self.place, replaces, self._refuse_loss if self.force else self._refuse_result) as folder:
                 yield folder
             return
         kept = free_name(self.place, folder=True)
@@ -194,7 +196,7 @@ class OutputFolder(Output):
         if not place.is_dir():
             raise UserError(f"{self.said} is {_described(place)}; name a folder that does not exist yet")
         if not self.force and not self.grows:
-            raise UserError(f"output folder {self.path} exists; choose another {self.option} or pass --force to replace it")
+            self._refuse_result(place)
         self._refuse_input(place)
         ours = self._manifest(place, sorted(os.listdir(place))) is not None
         if ours and self.grows and not self.force:
@@ -210,6 +212,18 @@ class OutputFolder(Output):
         self._refuse_changed(place)
         if not _movable(place):
             raise UserError(f"{self.said} is a mount point or someone else's, so it cannot be replaced; choose another place")
+
+    def _refuse_result(self, place: Path) -> None:
+        """Without `force` nothing is replaced but the report of a refusal."""
+        if not self._is_refusal(place):
+            raise UserError(f"output folder {self.path} exists; choose another {self.option} or pass --force to replace it")
+
+    def _is_refusal(self, place: Path) -> bool:
+        """Whether a folder holds the report of a refused command of this kind, and nothing else."""
+        if place.is_symlink() or not place.is_dir():
+            return False
+        entries = [name for name in os.listdir(place) if not is_litter(name)]
+        return bool(entries) and all(is_signed(place / name, self.kind.refusals) for name in entries)
 
     def _refuse_loss(self, place: Path) -> None:
         """Only an empty folder may be lost, or an artifact of this kind with nothing beside it."""

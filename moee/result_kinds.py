@@ -24,6 +24,7 @@ class FolderKind:
 
     `beside` are patterns of further files that our own commands put there. `signs` are patterns of files and the bytes that they
     begin with or hold near the beginning: a folder that holds nothing else is of this kind too, although its manifest is missing.
+    `refusals` are such signs of what a refused command left behind: a folder that holds nothing else is replaced without `--force`.
     """
 
     what: str
@@ -31,6 +32,7 @@ class FolderKind:
     schema: str
     beside: tuple[str, ...] = ()
     signs: tuple[tuple[str, bytes], ...] = ()
+    refusals: tuple[tuple[str, bytes], ...] = ()
 
 
 MODEL = FolderKind("a model of moee extract or finetune", "moee.json", "moee.model")
@@ -38,8 +40,9 @@ EXPORT = FolderKind("an export", "export.json", "moee.export")
 ENGINE = FolderKind("an engine folder", "engine.json", "moee.engine")
 PLAN = FolderKind("a plan", "plan.json", "moee.plan")
 VERIFY = FolderKind(
-    "a result of moee verify", "parity.json", "moee.parity", signs=(("junit.xml", b'<testsuites name="moee verify"'),)
-)
+    "a result of moee verify", "parity.json", "moee.parity", signs=(("junit.xml", b'<testsuites name="moee verify"'),),
+    refusals=(("junit.xml", b'<testsuites name="moee verify" tests="1" failures="0" errors="1"'),),
+)  # fmt: skip
 DEPLOYMENT = FolderKind(
     "a bundle for a device", "deployment.json", "moee.deployment",
     beside=(  # what its build.sh makes in it

@@ -319,6 +319,16 @@ def test_a_missing_plugin_or_gpu_exits_3(tiny_export, tmp_path, capsys, monkeypa
     assert [p.name for p in (tmp_path / "v").iterdir()] == ["junit.xml"]
 
 
+def test_a_refused_verification_does_not_bar_the_corrected_one(tiny_export, tmp_path, capsys):
+    for _ in range(2):
+        assert run("verify", tiny_export.folder(), "--minShapes", 3, "--maxShapes", 2, "--out", tmp_path / "v") == 2
+        assert "exists; choose another --out" not in capsys.readouterr().err
+    shapes = ("--maxShapes", 2, "--optShapes", 2)
+    assert run("verify", tiny_export.folder(), *shapes, "--images", 0, "--out", tmp_path / "v") == 0
+    assert (tmp_path / "v" / "parity.json").is_file()
+    assert run("verify", tiny_export.folder(), *shapes, "--images", 0, "--out", tmp_path / "v") == 2
+
+
 def test_an_absent_provider_is_never_replaced(tiny_export, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")

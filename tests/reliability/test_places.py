@@ -385,6 +385,30 @@ def test_files_that_our_own_commands_leave_in_a_result_do_not_bar_it(work):
         accepted(work, "verify --out", str(work / "broken"), "--force")
 
 
+REFUSED = '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites name="moee verify" tests="1" failures="0" errors="1" '
+
+
+def test_the_report_of_a_refusal_alone_is_replaced_without_force(work, capsys):
+    folder = work / "refused"
+    folder.mkdir()
+    (folder / "junit.xml").write_text(REFUSED)
+    assert accepted(work, "verify --out", str(folder))
+    for other, text in (("junit.xml", REFUSED.replace('errors="1"', 'errors="0"')), ("notes.txt", "mine")):
+        (folder / other).write_text(text)
+        assert "pass --force" in refused(work, capsys, "verify --out", str(folder))
+        (folder / "junit.xml").write_text(REFUSED)
+
+
+def test_what_comes_beside_the_report_of_a_refusal_in_the_meantime_is_kept(tmp_path):
+    folder = tmp_path / "refused"
+    folder.mkdir()
+    (folder / "junit.xml").write_text(REFUSED)
+    output = OutputFolder(folder, result_kinds.VERIFY)
+    with pytest.raises(UserError, match="pass --force"), output.write():
+        (folder / "parity.json").write_text('{"schema": "moee.parity/1"}')
+    assert (folder / "parity.json").exists() and (folder / "junit.xml").read_text() == REFUSED
+
+
 @pytest.mark.parametrize("writer", ["finetune --out", "plan --out"])
 def test_the_state_of_an_interrupted_run_is_a_place_too(work, writer, capsys):
     """It is removed when the run is done."""
