@@ -227,6 +227,20 @@ def refuse_lost_dense(manifest: dict[str, Any], folder: Path | str) -> None:
         )
 
 
+def of_module(manifest: dict[str, Any]) -> bool:
+    """Whether an export's model was a module in Python, which no command can make again."""
+    return ModelSpec(**manifest["model"]).library == "module"
+
+
+def refuse_module(manifest: dict[str, Any], folder: Path | str, call: str) -> None:
+    """Raise `UserError` for an export whose model only Python can give. `call`: what to run there."""
+    if of_module(manifest):
+        name = shown(manifest["model"]["name"], quoted=False)
+        raise UserError(
+            f"{folder} was exported from a module in Python ({name}), which only Python can give; run there {call}"
+        )
+
+
 def read_engine(folder: Path | str, trust: bool = False) -> dict[str, Any]:
     """`engine.json`, its fields checked; who loads a plan or a library compares it with its hash first.
 

@@ -24,7 +24,7 @@ class FolderKind:
 
     `beside` are patterns of further files that our own commands put there. `signs` are patterns of files and the bytes that they
     begin with or hold near the beginning: a folder that holds nothing else is of this kind too, although its manifest is missing.
-    `refusals` are such signs of what a refused command left behind: a folder that holds nothing else is replaced without `--force`.
+    `refusals` are such signs of what a refused command left: a folder that holds nothing else is replaced without `--force`.
     """
 
     what: str

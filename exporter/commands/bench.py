@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moee.data import ImageSet
 
 MOST_RUNS = 1_000_000
+IN_PYTHON = "exporter.bench(EXPORT, IMAGES, model=RESULT) with what moee.extract or moee.load returned as RESULT"
 TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
 
 
@@ -71,8 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             profile=args.profile, named=data.name if data is not None else "noise", trust_engine=args.trust_engine,
         )  # fmt: skip
     if data is None:
-        said = f"on noise: the data {manifest['data']!r} cannot be read here"
-        console.print(f"{said}. Routing depends on the images; give some with --data", highlight=False)
+        console.print(f"on noise: {_why_noise(manifest)}", highlight=False, soft_wrap=True)
     console.print(latency_table(result))
     if result.throughput:
         rate = result.throughput
@@ -91,14 +91,27 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return OK
 
 
+def _why_noise(manifest: dict[str, Any]) -> str:
+    """Why there are no images, and what to do."""
+    from exporter.manifests import of_module
+
+    if of_module(manifest):
+        return f"its model is a module in Python. Routing depends on the images; give some there, with {IN_PYTHON}"
+    return f"the data {manifest['data']!r} cannot be read here. Routing depends on the images; give some with --data"
+
+
 def _data(
     given: str | None, manifest: dict[str, Any], folder: Path | str, report: Reporter = silent, word: str | None = None
 ) -> ImageSet | None:
     """Held-out images of --data, which must be readable, or of what the model was last made on, which may be elsewhere."""
-    from exporter.manifests import image_record
+    from exporter.manifests import image_record, of_module, refuse_module
     from moee.data import say_read
     from moee.errors import UserError
 
+    if given:
+        refuse_module(manifest, folder, IN_PYTHON)
+    elif of_module(manifest):
+        return None
     record = image_record(manifest, folder, word)
     try:
         data = record.images("val", given, report)

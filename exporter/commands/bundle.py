@@ -34,12 +34,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.deployment import write_deployment
+    from exporter.manifests import read_export, refuse_module
     from exporter.plugin_cache import ensure_kernels
     from exporter.profile import batch_profile
 
     sms = parse_sms(args.sm)
     if sms is None or len(sms) != 1:
         raise UserError(f"--sm {args.sm}: a bundle is for one SM, for example --sm 87")
+    call = f"exporter.bundle({args.path!r}, {args.out!r}, sm={sms[0]}, model=MODULE) with that module as MODULE"
+    refuse_module(read_export(args.path, verify=False), args.path, call)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
         kernels = partial(ensure_kernels, sms, report)

@@ -31,6 +31,7 @@ from moee.errors import MissingDependency, UserError
 from moee.placement import OutputFile, OutputFolder, source_paths
 from moee.result_kinds import PARITY, VERIFY
 
+RESULT = "RESULT, IMAGES) with what moee.extract or moee.load returned as RESULT"
 TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 if a gate fails"
 
 
@@ -108,7 +109,7 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     """Read the export, its model and the data, and verify; None on ranks other than 0."""
     import torch
 
-    from exporter.manifests import read_export, refuse_lost_dense
+    from exporter.manifests import read_export, refuse_lost_dense, refuse_module
     from exporter.profile import batch_profile
     from exporter.verification.suite import verify_ranks
     from moee import checkpoint
@@ -119,11 +120,13 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     with group.agreed():
         manifest = read_export(args.path)
         refuse_lost_dense(manifest, args.path)
+        refuse_module(manifest, args.path, f"exporter.verify({args.path!r}, {RESULT}")
         if group.leader:
             check_outputs(args)
         source = Path(args.model) if args.model else Path(args.path) / manifest["source"] if manifest["source"] else None
         if source is None:
-            raise UserError(f"{args.path} does not say which model it was made from; give it with --model DIR")
+            saved = "a folder that moee extract, finetune, or moee.save in Python wrote"
+            raise UserError(f"{args.path} does not say which model it was made from; give that with --model DIR, {saved}")
         sizes = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
         moee = checkpoint.load(source, args.word)
         data = replace(moee.record, source=manifest["data"]).images("val", args.data, report)

@@ -102,6 +102,23 @@ def test_a_module_of_ones_own_is_cut_by_its_experts_and_verified(data, tmp_path)
     assert exporter.verify(tmp_path / "export", result, val, sizes=(2,))
 
 
+def test_commands_on_an_export_that_only_python_can_give_a_model_say_so(data, tmp_path, capsys):
+    result = moee.extract(torchvision_vit(), *data, **QUICK)
+    folder, out = str(tmp_path / "export"), str(tmp_path / "out")
+    exporter.export(result, folder)
+    capsys.readouterr()
+    calls = {
+        "exporter.verify(": ["verify", folder], "exporter.bundle(": ["bundle", folder, "--sm", "87", "--out", out],
+        "exporter.bench(": ["bench", folder, "--data", "digits"],
+    }  # fmt: skip
+    for call, line in calls.items():
+        assert cli.main(line) == 2
+        said = capsys.readouterr().err
+        assert "only Python can give" in said and call in said and "--model" not in said, said
+    assert cli.main(["bench", folder, "--runs", "2", "--duration", "0", "--throughput", "0"]) == 0
+    assert "on noise: its model is a module in Python" in capsys.readouterr().out
+
+
 def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys):
     model = moee.load_model("test_vit", random_seed=3, num_classes=3, img_size=32)
     train, val = data
