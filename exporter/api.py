@@ -10,6 +10,7 @@ The functions that the command line calls, with images as Python has them (`moee
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,21 +25,25 @@ from exporter.latency import LatencyResult
 from exporter.latency import bench as time_export
 from exporter.manifests import image_record, read_export, refuse_lost_dense
 from exporter.plugin_cache import ensure_kernels, ensure_plugin
+from exporter.precision import dtype_of, refuse_calibration
 from exporter.quantization import CALIBRATION_IMAGES
 from exporter.verification import VerifyResult
 from exporter.verification import verify as verify_export
 from moee.api import Images, held_out_images
+from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, SM, real, several, whole
 from moee.checkpoint import MoeeModel
 from moee.data import batches
 from moee.errors import UserError
+from moee.keywords import in_python
 from moee.progress import Reporter, to_stderr
 
 BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
 
 
+@in_python(renamed={"data": "calibration"})
 def export(
     model: MoeeModel, out: str | Path, *, precision: str = "fp32", calibration: Images = None,
-    calibration_images: int = CALIBRATION_IMAGES, source: str | Path | None = None, force: bool = False,
+    calibration_images: int | None = None, source: str | Path | None = None, force: bool = False,
     report: Reporter | None = None,
 ) -> Path:  # fmt: skip
     """Write `dense.onnx`, `portable.onnx`, `tensorrt.onnx` and `export.json` into the folder `out`, which is returned.
@@ -48,11 +53,15 @@ def export(
     `UserError` for a place that must not be replaced, an unknown precision or images that cannot be read.
     """
     report = report or to_stderr()
+    dtype_of(precision)
+    refuse_calibration(precision, calibration is not None or calibration_images is not None)
+    count = whole("calibration_images", CALIBRATION_IMAGES if calibration_images is None else calibration_images, CALIBRATION)
     images = held_out_images(model, calibration, report) if calibration is not None else None
-    onnx_export.export(model, out, force, report, source, precision, images, calibration_images)
+    onnx_export.export(model, out, force, report, source, precision, images, count)
     return Path(out)
 
 
+@in_python()
 def verify(
     export_dir: str | Path, model: MoeeModel, data: Images = None, *, max_drop: float | None = None,
     sizes: Sequence[int] = BATCHES, min_route_agreement: float | None = None, images: int | None = 1000, provider: str = "cpu",
@@ -62,17 +71,22 @@ def verify(
     on the held-out images `data` (default: those that the model was made on). The result is true if every gate passed.
 
     `max_drop`: percentage points of accuracy that may be lost. `sizes`: batches. `images`: how many labelled images (None:
-    all). Raises `UserError` for a gate that has nothing to check.
+    all, 0: none, and no accuracy). Raises `UserError` for a gate that has nothing to check or could not fail.
     """
     report = report or to_stderr()
+    sizes = several("sizes", sizes, BATCH)
+    max_drop = None if max_drop is None else real("max_drop", max_drop, DROP)
+    least = None if min_route_agreement is None else real("min_route_agreement", min_route_agreement, AGREEMENT)
+    images = None if images is None else whole("images", images, IMAGES)
     refuse_lost_dense(read_export(export_dir), export_dir)
     held_out = held_out_images(model, data, report)
     return verify_export(
         export_dir, model, held_out, sizes=sizes, provider=provider, max_drop_pp=max_drop,
-        min_route_agreement=min_route_agreement, images=images, engine=engine, report=report,
+        min_route_agreement=least, images=images, engine=engine, report=report,
     )  # fmt: skip
 
 
+@in_python([*inspect.signature(time_export).parameters], {"duration": "duration_s", "throughput": "throughput_s"})
 def bench(
     export_dir: str | Path, data: Images = None, *, model: MoeeModel | None = None, batch: int = 8, runs: int = 40,
     duration_s: float = 3.0, threads: int | None = None, provider: str = "cpu", engine: str | Path | None = None,
@@ -85,10 +99,15 @@ def bench(
     Latencies are in milliseconds, with the median ratio and its verdict. `options` are those of `exporter.latency.bench`.
     """
     report = report or to_stderr()
+    batch, runs = whole("batch", batch, BATCH), whole("runs", runs, RUNS)
+    duration_s = real("duration_s", duration_s, SECONDS)
+    threads = None if threads is None else whole("threads", threads, JOBS)
+    if "streams" in options:
+        whole("streams", options["streams"], JOBS)
+    if "throughput_s" in options:
+        real("throughput_s", options["throughput_s"], SECONDS)
     manifest = read_export(export_dir)
     refuse_lost_dense(manifest, export_dir)
-    if batch < 1:
-        raise UserError(f"batch {batch}: expected 1 or more")
     if model is not None:
         held_out = held_out_images(model, data, report)
     elif data is None or isinstance(data, (str, Path)):
@@ -102,6 +121,7 @@ def bench(
     )  # fmt: skip
 
 
+@in_python()
 def build(
     export_dir: str | Path, out: str | Path, *, backend: str = "tensorrt-rtx", batch: tuple[int, int, int] = BATCHES,
     sms: Sequence[int] | None = None, plugin: str | Path | None = None, force: bool = False, report: Reporter | None = None,
@@ -113,12 +133,14 @@ def build(
     """
     report = report or to_stderr()
     require_backend(backend)
+    batch = _profile(batch)
     library = Path(plugin) if plugin is not None else None
     if library is None and needs_plugin(export_dir):
         library = ensure_plugin(tuple(sms) if sms is not None else None, report)
     return build_engines(Path(export_dir), Path(out), plugin=library, backend=backend, batch=batch, force=force)
 
 
+@in_python()
 def bundle(
     export_dir: str | Path, out: str | Path, *, sm: int, batch: tuple[int, int, int] = BATCHES,
     model: MoeeModel | nn.Module | str | None = None, force: bool = False, report: Reporter | None = None,
@@ -130,4 +152,13 @@ def bundle(
     report = report or to_stderr()
     if isinstance(model, MoeeModel):
         model = model.spec.module or (model.spec.name if model.spec.library == "python" else None)
+    sm, batch = whole("sm", sm, SM), _profile(batch)
     return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model)
+
+
+def _profile(batch: Sequence[int]) -> tuple[int, int, int]:
+    """Smallest, optimal and largest batch; their order is the builder's to check."""
+    match several("batch", batch, BATCH):
+        case (low, optimal, high):
+            return low, optimal, high
+    raise UserError(f"batch: expected the smallest, the optimal and the largest of the profile, came {batch}")

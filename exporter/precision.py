@@ -47,6 +47,12 @@ def dtype_of(precision: str) -> torch.dtype:
     return known[precision]
 
 
+def refuse_calibration(precision: str, given: bool) -> None:
+    """Raise `UserError` if calibration images, or a number of them, are `given` for a precision that is not calibrated."""
+    if given and precision not in INT8:
+        raise UserError(f"--calibration-images and --data are for int8; --precision {precision} is not calibrated")
+
+
 def _lowered_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers that take the token type, by name: all floats but norms' and the routers' biases."""
     for prefix, module in model.named_modules():

@@ -3,6 +3,7 @@
 `load_model`, `extract`, `finetune`, `evaluate`, `save` and `load` are the Python interface (`moee.api`).
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from moee.version import VERSION
@@ -10,8 +11,11 @@ from moee.version import VERSION
 __version__ = VERSION
 
 INTERFACE = ("load_model", "extract", "finetune", "evaluate", "save", "load")
+MODULES = ("errors", "progress")  # that go with it: `moee.errors.UserError`, `moee.progress.silent`
 
 if TYPE_CHECKING:
+    from moee import errors as errors
+    from moee import progress as progress
     from moee.api import evaluate as evaluate
     from moee.api import extract as extract
     from moee.api import finetune as finetune
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """The interface is imported when it is used: importing torch takes seconds."""
+    if name in MODULES:
+        return importlib.import_module(f"moee.{name}")
     if name not in INTERFACE:
         raise AttributeError(f"module 'moee' has no attribute {name!r}")
     from moee import api
@@ -30,4 +36,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *INTERFACE])
+    return sorted([*globals(), *INTERFACE, *MODULES])

@@ -25,10 +25,11 @@ from moee import checkpoint
 from moee.accuracy import comparison
 from moee.adapt import described
 from moee.atomic import temporary_folder
+from moee.bounds import JOBS, WORKERS, whole
 from moee.cache import tensor_hash
 from moee.checkpoint import MoeeModel, recorded_data
 from moee.clear_moe import ClearConfig
-from moee.config import FinetuneConfig, make_extract_config, validated
+from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
 from moee.data import ImageSet, model_transform
 from moee.errors import UserError
 from moee.evaluation import Retention, retention, run
@@ -36,6 +37,7 @@ from moee.from_module import module_spec
 from moee.given_images import given_images
 from moee.given_preparation import differences, read_preparation
 from moee.joining import alone
+from moee.keywords import in_python
 from moee.model_source import ModelOptions, named_model, with_pretrained
 from moee.model_spec import InputConfig, ModelSpec
 from moee.models import load_model as load_spec
@@ -48,9 +50,11 @@ from moee.sources import same_data
 
 log = logging.getLogger("moee")
 SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and the hash of its weights then
+OF_INPUT = {name: f"{name} of input=" for name in InputConfig.model_fields}
 Images = Any  # a DataLoader, a dataset, an iterable of (images, labels), an `ImageSet`, or a source as `--data` takes it
 
 
+@in_python(renamed={"random_weights": "random_seed"})
 def load_model(
     name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, random_seed: int | None = None,
     num_classes: int | None = None, in_chans: int | None = None, img_size: int | tuple[int, int] | None = None,
@@ -72,6 +76,7 @@ def load_model(
     return model
 
 
+@in_python([*ExtractConfig.model_fields, *ClearConfig.model_fields], {"img_size": "input_size of input=", **OF_INPUT})
 def extract(
     model: nn.Module | str, data: Images, val: Images = None, *, preset: str = "compensated", method: str | None = None,
     classes: Sequence[str] = (), num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None,
@@ -91,6 +96,8 @@ def extract(
     Raises `UserError` for bad input. Deterministic for the same model, images and options.
     """
     report = report or to_stderr()
+    whole("jobs", jobs, JOBS)
+    whole("workers", workers, WORKERS)
     if method == "clear-moe":
         if preset != "compensated":
             raise UserError(f"preset {preset!r} is not for method clear-moe; leave it out")
@@ -125,6 +132,7 @@ def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
         )
 
 
+@in_python(FinetuneConfig.model_fields)
 def finetune(
     model: MoeeModel, data: Images = None, val: Images = None, *, out: str | Path | None = None, force: bool = False,
     device: str = "auto", workers: int = 0, report: Reporter | None = None, **options: Any,
@@ -136,6 +144,7 @@ def finetune(
     call goes on. Raises `UserError` for bad input, and for images whose probe was fitted on others.
     """
     report = report or to_stderr()
+    whole("workers", workers, WORKERS)
     config = validated(FinetuneConfig, options)
     if data is None:
         data = recorded_data(model.data)
@@ -156,6 +165,7 @@ def finetune(
     return tuned
 
 
+@in_python()
 def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", report: Reporter | None = None) -> Retention:
     """How much of its dense model `model` retains on the held-out images `data` (default: those it was made on).
 
@@ -173,12 +183,14 @@ def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", rep
     return retention(reference, outputs, model.probe, told, compared)
 
 
+@in_python()
 def save(model: MoeeModel, path: str | Path, *, force: bool = False) -> None:
     """Write `model` as an artifact, a folder, atomically. Raises `UserError` if `path` exists and `force` is off, or if it holds
     anything but an earlier artifact."""
     checkpoint.save(model, path, force, source_paths(model.spec.weights))
 
 
+@in_python()
 def load(path: str | Path, model: nn.Module | str | None = None) -> MoeeModel:
     """Read an artifact. `model`: the dense model that it was made from, where that was a module of your own, or the name
     `package.module:function` of one; its weights are compared with the recorded hash.

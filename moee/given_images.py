@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    default_collate,
+)
 
 from moee.data import ImageSet, Source, TensorSet, divide
 from moee.errors import UserError
@@ -65,7 +74,8 @@ def given_splits(
     else:
         sets["val"] = _opened(val, shape, report)
     names = _names(train)
-    source = Source(sets, divided=val is not None, indices=not names and not _names(val), order=names)
+    notes = [*_renamed(train), *(_renamed(val) if val is not None else [])]
+    source = Source(sets, divided=val is not None, indices=not names and not _names(val), order=names, notes=notes)
     found = numbered(source, classes, head_classes, labels)
     return found["train"], found["val"]
 
@@ -75,7 +85,7 @@ def given_images(
 ) -> ImageSet:
     """Held-out images alone, as `given_splits`; `classes` are those of an artifact."""
     names = _names(data)
-    source = Source({"val": _opened(data, shape, report)}, indices=not names, order=names)
+    source = Source({"val": _opened(data, shape, report)}, indices=not names, order=names, notes=_renamed(data))
     return numbered(source, classes, head_classes)["val"]
 
 
@@ -154,14 +164,36 @@ def _targets(dataset: Any) -> Sequence[Any] | None:
     return list(targets)
 
 
+def _inside(dataset: Any) -> list[Any]:
+    """A dataset and those that it takes its items from."""
+    parts = [dataset]
+    for part in parts:  # which grows on the way
+        parts += [part.dataset] if isinstance(part, Subset) else part.datasets if isinstance(part, ConcatDataset) else []
+    return parts
+
+
+def _renamed(given: Any) -> list[str]:
+    """A sentence about class names that are not taken, since something transforms the labels that they name."""
+    dataset = given.dataset if isinstance(given, DataLoader) else given
+    parts = _inside(dataset)
+    if not any(getattr(part, "target_transform", None) is not None for part in parts):
+        return []
+    if not any(getattr(part, "classes", None) for part in parts):
+        return []
+    return [f"{_named(given)} has a target_transform, so its class names are not taken: they name the labels before it; give "
+            "those of the labels with classes=[...]"]  # fmt: skip
+
+
 def _names(given: Any) -> tuple[str, ...]:
     """Class names of a dataset, as torchvision keeps them; of several for one class the first."""
     dataset = getattr(given, "dataset", given) if isinstance(given, DataLoader) else given
+    if isinstance(dataset, ImageSet):
+        return dataset.classes
+    if any(getattr(part, "target_transform", None) is not None for part in _inside(dataset)):
+        return ()  # they name what its labels were before
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     classes = getattr(dataset, "classes", None)
-    if isinstance(dataset, ImageSet):
-        return dataset.classes
     if not isinstance(classes, (list, tuple)):
         return ()
     names = tuple(item[0] if isinstance(item, (list, tuple)) and item else item for item in classes)

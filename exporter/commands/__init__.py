@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moee.config import MOST_COUNT, MOST_WORKERS
+from moee.bounds import CLASSES, DAY, JOBS, WORKERS
+from moee.config import MOST_COUNT
 from moee.model_spec import MAX_SIDE
 from moee.placement import Output, check_all, source_paths
 from moee.schema import shown
@@ -29,8 +30,7 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
 NAMES = "timm model name, local-dir:FOLDER, hf-hub:ID, torchvision:NAME, hf:FOLDER, package.module:function"
 MOVED = "where the dense model's file of weights lies now, if it was moved since extraction"
 OK, GATE_FAILED, BAD_INPUT, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
-DAY, WEEK = 86_400, 604_800  # seconds
-MOST_CLASSES = 1 << 20  # the largest ImageNet has 21,843
+WEEK = 7 * DAY
 
 
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -96,9 +96,9 @@ def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
     """Flags of the commands that torchrun can start on several processes."""
     if threads:
         what = "of a rank (all cores; under torchrun OMP_NUM_THREADS or 1)"
-        parser.add_argument("--threads", type=at_least(1, MOST_WORKERS), help=what)
+        parser.add_argument("--threads", type=at_least(*JOBS), help=what)
     ahead = "processes a rank that read and decode images ahead (0)"
-    parser.add_argument("--workers", type=at_least(0, MOST_WORKERS), default=0, help=ahead)
+    parser.add_argument("--workers", type=at_least(*WORKERS), default=0, help=ahead)
     waits = "how long a rank waits for others (3600)"
     parser.add_argument("--rank-timeout", type=at_least(1, WEEK), default=3600, metavar="S", help=waits)
 
@@ -151,7 +151,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
     seed = "draw the weights at random under this seed, which is recorded: for trials without a trained model"
     parser.add_argument("--random-weights", type=at_least(0, 2**63 - 1), metavar="SEED", help=seed)
     classes = "classes of the model, 0 for features alone (the checkpoint's)"
-    parser.add_argument("--num-classes", type=at_least(0, MOST_CLASSES), metavar="N", help=classes)
+    parser.add_argument("--num-classes", type=at_least(*CLASSES), metavar="N", help=classes)
     parser.add_argument("--in-chans", type=at_least(1, MAX_SIDE), metavar="N", help="input channels, for models that take it (3)")
     what = "height and width of the images in pixels, or one number for both (the model's own)"
     parser.add_argument("--img-size", type=at_least(1, MAX_SIDE), nargs="+", metavar=("H", "W"), help=what)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import DAY, GATE_FAILED, OK, add_outputs, add_word, at_least, finite
+from exporter.commands import GATE_FAILED, OK, add_outputs, add_word, at_least, finite
 from exporter.ui import ProgressDisplay
-from moee.config import MOST_BATCH, MOST_WORKERS
+from moee.bounds import BATCH, JOBS, RUNS, SECONDS
 from moee.placement import OutputFile, source_paths
 from moee.progress import Reporter, silent
 from moee.result_kinds import LATENCY
@@ -19,7 +19,6 @@ from moee.result_kinds import LATENCY
 if TYPE_CHECKING:
     from moee.data import ImageSet
 
-MOST_RUNS = 1_000_000
 IN_PYTHON = "exporter.bench(EXPORT, IMAGES, model=RESULT) with what moee.extract or moee.load returned as RESULT"
 TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
 
@@ -31,17 +30,17 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
-    sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images of a batch (8)")
-    sub.add_argument("--runs", "--iterations", type=at_least(1, MOST_RUNS), default=40, help="pairs of runs, at least (40)")
-    sub.add_argument("--duration", type=finite(0, DAY), default=3.0, metavar="S", help="seconds of pairs, at least (3)")
+    sub.add_argument("--batch", type=at_least(*BATCH), default=8, help="images of a batch (8)")
+    sub.add_argument("--runs", "--iterations", type=at_least(*RUNS), default=40, help="pairs of runs, at least (40)")
+    sub.add_argument("--duration", type=finite(*SECONDS), default=3.0, metavar="S", help="seconds of pairs, at least (3)")
     flying = "requests in flight for throughput (2)"
-    sub.add_argument("--streams", "--infStreams", type=at_least(1, MOST_WORKERS), default=2, help=flying)
-    sub.add_argument("--throughput", type=finite(0, DAY), default=3.0, metavar="S", help="seconds for throughput, 0 for none (3)")
+    sub.add_argument("--streams", "--infStreams", type=at_least(*JOBS), default=2, help=flying)
+    sub.add_argument("--throughput", type=finite(*SECONDS), default=3.0, metavar="S", help="seconds of it, 0 for none (3)")
     sub.add_argument("--cuda-graph", "--useCudaGraph", action="store_true", help="replay engines as CUDA graphs")
     sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
     sub.add_argument("--data", help="images to run on: routing depends on them (default: those of its tuning, else extraction)")
     add_word(sub)
-    sub.add_argument("--threads", type=at_least(1, MOST_WORKERS), help="of ONNX Runtime (all cores)")
+    sub.add_argument("--threads", type=at_least(*JOBS), help="of ONNX Runtime (all cores)")
     sub.add_argument("--out", metavar="FILE", help="write latency.json here; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
     add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])

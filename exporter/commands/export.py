@@ -9,7 +9,7 @@ from rich.console import Console
 
 from exporter.commands import OK, add_moved, add_out, add_outputs, at_least, open_artifact
 from exporter.ui import ProgressDisplay
-from moee.errors import UserError
+from moee.bounds import CALIBRATION
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import EXPORT
 
@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         help="fp32, fp16, bf16, or int8 for the dense parts (int8: the rest in fp16; int8-fp32); norms, softmax and routing stay "
         "in float32 (fp32)",
     )  # fmt: skip
-    sub.add_argument("--calibration-images", type=at_least(1), metavar="N", help="for int8 (128)")
+    sub.add_argument("--calibration-images", type=at_least(*CALIBRATION), metavar="N", help="for int8 (128)")
     sub.add_argument("--data", help="calibration images for int8 (default: what the model was tuned on, else extracted on)")
     add_moved(sub)
     add_out(sub, "the graphs")
@@ -39,13 +39,12 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.manifests import read_export
     from exporter.onnx_export import export, read_quantization
-    from exporter.precision import INT8, dtype_of
+    from exporter.precision import dtype_of, refuse_calibration
     from exporter.quantization import CALIBRATION_IMAGES
     from moee.data import say_read
 
     dtype_of(args.precision)
-    if args.precision not in INT8 and (args.calibration_images is not None or args.data):
-        raise UserError(f"--calibration-images and --data are for int8; --precision {args.precision} is not calibrated")
+    refuse_calibration(args.precision, args.calibration_images is not None or bool(args.data))
     images = CALIBRATION_IMAGES if args.calibration_images is None else args.calibration_images
     with ProgressDisplay() as report:
         moee = open_artifact(args)

@@ -27,7 +27,8 @@ from exporter.commands import (
     trial_of,
 )
 from exporter.ui import attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
-from moee.config import DEFAULT_PRESET, MOST_WORKERS, PRESETS
+from moee.bounds import JOBS
+from moee.config import DEFAULT_PRESET, PRESETS
 from moee.errors import UserError
 from moee.placement import OutputFolder, source_paths
 from moee.result_kinds import MODEL
@@ -76,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
     add_attention(sub)
     side = "layers clustered side by side (1); each takes memory of its own"
-    sub.add_argument("--jobs", type=at_least(1, MOST_WORKERS), default=1, help=side)
+    sub.add_argument("--jobs", type=at_least(*JOBS), default=1, help=side)
     add_device(sub)
     add_trial(sub)
     add_ranks(sub)

@@ -26,7 +26,8 @@ from exporter.commands import (
     show_skipped,
 )
 from exporter.ui import percent, within
-from moee.config import MOST_FACTOR, MOST_WORKERS
+from moee.bounds import AGREEMENT, DROP, IMAGES, JOBS
+from moee.config import MOST_FACTOR
 from moee.errors import MissingDependency, UserError
 from moee.placement import OutputFile, OutputFolder, source_paths
 from moee.result_kinds import PARITY, VERIFY
@@ -45,10 +46,10 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--model", action=ArtifactOrFunction, metavar="MODEL", help=what)
     sub.set_defaults(word=None)
     sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
-    sub.add_argument("--images", type=at_least(0), default=1000, help="labelled images for accuracy, 0 for none (1000)")
+    sub.add_argument("--images", type=at_least(*IMAGES), default=1000, help="labelled images for accuracy, 0 for none (1000)")
     sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
-    sub.add_argument("--max-drop", type=finite(0, 100), metavar="POINTS", help="fail if top-1 falls by more percentage points")
-    sub.add_argument("--min-route-agreement", type=finite(0, 1), metavar="SHARE", help="(fp32: 0.9999; else none)")
+    sub.add_argument("--max-drop", type=finite(*DROP), metavar="POINTS", help="fail if top-1 falls by more percentage points")
+    sub.add_argument("--min-route-agreement", type=finite(*AGREEMENT), metavar="SHARE", help="(fp32: 0.9999; else none)")
     sub.add_argument("--rtol", type=finite(0, MOST_FACTOR), help="allow atol + rtol x rms instead of 8 times torch's own error")
     sub.add_argument("--atol", type=finite(0, MOST_FACTOR), help="see --rtol (0)")
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
@@ -56,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
     sub.add_argument("--bisect", action="store_true", help="show every routed layer, and name the first that deviates")
     what = "of ONNX Runtime and torch, a rank (all cores; under torchrun 1)"
-    sub.add_argument("--threads", type=at_least(1, MOST_WORKERS), help=what)
+    sub.add_argument("--threads", type=at_least(*JOBS), help=what)
     place = "where torch's own classes are computed; its float64 run and what sets tolerances stay on the CPU"
     add_device(sub, what=place)
     add_ranks(sub, threads=False)

@@ -142,7 +142,7 @@ def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys)
     ("call", "said"),
     [
         (lambda m, t: moee.extract(7, t), "the model is a int"),
-        (lambda m, t: moee.extract(m, t, keep=2), "--keep"),
+        (lambda m, t: moee.extract(m, t, keep=2), "keep: Input should be"),
         (lambda m, t: moee.extract(m, t, kep=0.9), "kep"),
         (lambda m, t: moee.extract(m, images(8, size=40)), "images of 3 x 40 x 40"),
         (lambda m, t: moee.extract(m, t, t), "are the training images"),
@@ -150,7 +150,14 @@ def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys)
         (lambda m, t: moee.extract(m, t, method="clear-moe", preset="static"), "clear-moe"),
         (lambda m, t: moee.load_model("vit_nothing", pretrained=True), "unknown model"),
         (lambda m, t: moee.load_model("test_vit"), "has no weights yet"),
+        (lambda m, t: moee.load_model("test_vit"), "give pretrained=True for timm's, checkpoint=FILE for yours, or random_seed="),
         (lambda m, t: moee.extract(m, t, device="tpu"), "tpu"),
+        (lambda m, t: moee.extract(m, t, jobs=1.5), "jobs: expected a whole number"),
+        (lambda m, t: moee.extract(nn.Sequential(m), t), "give input_size of input="),
+        (lambda m, t: moee.extract(m, t, input={"std": (0, 1, 1)}), "std of input="),
+        (lambda m, t: exporter.bundle("nowhere", "b", sm=87, batch=(1, 2)), "batch: expected the smallest"),
+        (lambda m, t: exporter.bench("nowhere", t, batch=8.0), "batch: expected a whole number"),
+        (lambda m, t: exporter.bench("nowhere", t, streams=0), "streams: expected a whole number"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_before_the_work(call, said):
@@ -158,9 +165,31 @@ def test_bad_input_is_one_sentence_before_the_work(call, said):
         call(torchvision_vit(), images(8))
 
 
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({"max_drop": 101}, "max_drop"), ({"max_drop": float("inf")}, "max_drop"), ({"max_drop": float("nan")}, "max_drop"),
+        ({"max_drop": True}, "max_drop"), ({"max_drop": -1}, "max_drop"), ({"max_drop": "2"}, "max_drop"),
+        ({"images": -5}, "images"), ({"images": 3.5}, "images"), ({"images": True}, "images"),
+        ({"min_route_agreement": -1}, "min_route_agreement"),
+        ({"sizes": ()}, "sizes"), ({"sizes": (0,)}, "sizes"), ({"sizes": (2.5,)}, "sizes"),
+    ],
+)  # fmt: skip
+def test_a_gate_that_could_not_fail_is_refused_before_the_work(gate, said):
+    with pytest.raises(UserError, match=f"{said}: expected"):
+        exporter.verify("nowhere", None, None, **gate)  # neither the export nor the model is looked at
+
+
+def test_calibration_is_for_int8_alone():
+    for given in ({"calibration": images(4)}, {"calibration_images": 8}):
+        with pytest.raises(UserError, match="calibration_images and calibration are for int8; precision fp32 is not"):
+            exporter.export(None, "nowhere", **given)
+
+
 def test_importing_the_packages_loads_no_torch():
     code = """
 import sys, moee, exporter
+assert callable(moee.progress.silent) and issubclass(moee.errors.UserError, ValueError)
 assert "torch" not in sys.modules and "onnx" not in sys.modules
 assert all(map(callable, (moee.extract, moee.evaluate, moee.finetune, exporter.verify, exporter.bundle)))
 """

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from moee.data import TensorSet, batches
 from moee.errors import UserError
-from moee.given_images import DatasetSet, given_splits
+from moee.given_images import DatasetSet, given_images, given_splits
 
 SHAPE = (3, 8, 8)
 
@@ -124,6 +132,19 @@ def test_targets_of_torchvision_save_reading_unless_something_transforms_them():
     train, _ = given_splits(lying, Pairs(LABELS), shape=SHAPE)
     with pytest.raises(UserError, match=r"has the label 0, and had 1 before"):
         seen(train)
+
+
+def test_names_are_not_those_of_transformed_labels():
+    class Folder(Pairs):
+        target_transform = staticmethod(lambda label: 2 - label)
+
+    train, val = Folder([0, 1, 2], ["ant", "bee", "cat"]), Folder([2, 1], ["ant", "bee", "cat"])
+    for wrap in (lambda d: d, DataLoader, lambda d: Subset(d, [0, 1]), lambda d: DataLoader(ConcatDataset([d, d]))):
+        one, two = given_splits(wrap(train), wrap(val), shape=SHAPE, head_classes=3)
+        assert one.classes == two.classes == ("0", "1", "2")
+        assert any("target_transform, so its class names are not taken" in note for note in one.notes)
+    named = given_images(val, shape=SHAPE, classes=["cat", "bee", "ant"])
+    assert named.classes == ("cat", "bee", "ant") and named.labels == [2, 1], "the user names the labels themselves"
 
 
 def test_images_without_labels_have_none():

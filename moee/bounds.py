@@ -1,0 +1,63 @@
+"""Bounds of numbers that users give: the command line and the Python interface take the same."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from moee.config import MOST_BATCH, MOST_COUNT, MOST_WORKERS
+from moee.errors import UserError
+from moee.schema import shown
+
+
+class Bounds(NamedTuple):
+    """The least and the largest number that is taken."""
+
+    least: float
+    most: float
+
+
+class Counts(NamedTuple):
+    """The same for whole numbers."""
+
+    least: int
+    most: int
+
+
+DAY = 86_400  # seconds
+IMAGES = Counts(0, MOST_COUNT)  # that accuracy is measured on
+BATCH = Counts(1, MOST_BATCH)
+SM = Counts(1, 9999)  # a compute capability without its dot
+RUNS = Counts(1, 1_000_000)
+JOBS = Counts(1, MOST_WORKERS)  # and threads, and requests in flight
+WORKERS = Counts(0, MOST_WORKERS)
+CLASSES = Counts(0, 1 << 20)  # the largest ImageNet has 21,843
+CALIBRATION = Counts(1, MOST_COUNT)
+DROP = Bounds(0, 100)  # percentage points
+AGREEMENT = Bounds(0, 1)
+SECONDS = Bounds(0, DAY)
+
+
+def whole(name: str, value: Any, bounds: Counts) -> int:
+    """A whole number within `bounds`; True and False are none. Raises `UserError`, which calls it `name`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not bounds.least <= int(value) <= bounds.most:
+        raise UserError(f"{name}: expected a whole number from {bounds.least} to {bounds.most}, came {shown(value, limit=40)}")
+    return int(value)
+
+
+def real(name: str, value: Any, bounds: Bounds) -> float:
+    """A number within `bounds`, never NaN. A gate at another could not fail, or not pass. Raises `UserError` as `whole`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not bounds.least <= float(value) <= bounds.most:
+        raise UserError(f"{name}: expected a number from {bounds.least:g} to {bounds.most:g}, came {shown(value, limit=40)}")
+    return float(value)
+
+
+def several(name: str, values: Any, bounds: Counts) -> tuple[int, ...]:
+    """Whole numbers within `bounds`, one or more. Raises `UserError` as `whole`."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise UserError(f"{name}: expected whole numbers in a list, came {shown(values, limit=40)}")
+    found = tuple(whole(name, value, bounds) for value in values)
+    if not found:
+        raise UserError(f"{name}: expected one number or more, came none")
+    return found
