@@ -18,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript
 import torch
+from onnx_ir.serde import SerdeError
 from pydantic import ValidationError
 from torch import nn
 from torch.onnx import OnnxExporterError
@@ -125,7 +126,7 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
         **ATTENTION_TRANSLATIONS,
         **INT8_TRANSLATIONS,
     }
-    with _quiet(), _explained(), _frozen(model):
+    with _quiet(), explained(), _frozen(model):
         given = example if isinstance(example, torch.Tensor) else torch.zeros(2, *example)
         program = torch.onnx.export(
             model.eval(), (given,), dynamo=True, opset_version=_opset(model), verbose=False,
@@ -152,31 +153,46 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Nothing needs a gradient meanwhile. A learned mask of attention that does (BEiT's positions) makes torch trace another
-    attention than it runs, whose output lies otherwise in memory: the reshape after it then fails."""
+    attention than it runs, whose output lies otherwise in memory: the reshape after it then fails. And where the model itself
+    switches gradients off, torch would trace that as a graph within the graph, whose nodes belong to no module."""
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learned:
             parameter.requires_grad_(False)
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """Errors of PyTorch's exporter as a `UserError` that gives the first cause: what it raises is about itself."""
+def explained() -> Iterator[None]:
+    """Errors of PyTorch's exporter, and of reading and writing its graphs, as a `UserError` that gives the first cause: what
+    they raise is about themselves."""
     try:
         yield
+    except SerdeError as error:
+        reason = _first_line(_root(error))
+        raise UserError(f"the model's graph cannot be written as ONNX ({reason}); please report this with the model") from error
     except OnnxExporterError as error:
-        first: BaseException = error
-        while first.__cause__ is not None:
-            first = first.__cause__
-        if isinstance(first, (MemoryError, OSError, KeyboardInterrupt)):
-            raise first from error
-        lines = [line for line in str(first).splitlines() if line.strip()]
-        reason = shown(lines[0].strip(), quoted=False) if lines else type(first).__name__
+        reason = _first_line(_root(error))
         raise UserError(f"PyTorch's exporter cannot express this model in ONNX ({reason})") from error
+
+
+def _root(error: BaseException) -> BaseException:
+    """The first cause of an error; raised itself where it is the machine's fault and not the model's."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    if isinstance(first, (MemoryError, OSError, KeyboardInterrupt)):
+        raise first from error
+    return first
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return shown(lines[0].strip(), quoted=False) if lines else type(error).__name__
 
 
 def _forget_shapes() -> None:
@@ -234,7 +250,7 @@ def export(
     for whose, candidate in (("the dense model", dense), ("the model with experts", model)):
         refuse_overflow(candidate, dtype, precision, whose)
     report("export", 0, 3)
-    with output.write() as folder:
+    with output.write() as folder, explained():
         if reference is not None:
             ir.save(to_onnx(reference, transform.shape), folder / REFERENCE, external_data=REFERENCE_DATA)
         ir.save(to_onnx(typed(dense, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)

@@ -12,6 +12,8 @@ A node that does not match, or whose intermediate values are used elsewhere, is 
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 
@@ -75,7 +77,7 @@ def _split_qkv(graph: ir.Graph, permute: ir.Node) -> bool:
         return False
     if any(len(v.uses()) != 1 or v.is_graph_output() for v in (product.outputs[0], add.outputs[0], reshape.outputs[0])):
         return False
-    scope = (product.name or "qkv").rsplit("/", 1)[0]
+    scope = _free(graph, (product.name or "qkv").rsplit("/", 1)[0])
     for part, (letter, old) in enumerate(zip("qkv", parts, strict=True)):
         tape = Tape(graph, product, f"{scope}.{letter}")
         columns = slice(part * dim, (part + 1) * dim)
@@ -88,6 +90,13 @@ def _split_qkv(graph: ir.Graph, permute: ir.Node) -> bool:
         new.type, new.shape = old.type, old.shape
         ir.convenience.replace_all_uses_with(old, new)
     return True
+
+
+def _free(graph: ir.Graph, scope: str) -> str:
+    """The scope, numbered if an earlier product in it was split: several may lie in one module, or in none that is known."""
+    taken = {(node.name or "").split("/", 1)[0] for node in graph}
+    numbered = (f"{scope}.{number}" if number else scope for number in itertools.count())
+    return next(name for name in numbered if f"{name}.q" not in taken)
 
 
 def _unbound(stacked: ir.Value) -> list[ir.Value] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,10 +34,16 @@ class Tape:
             self._branch.append(node)
 
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
-        """An initialiser of the main graph, which branches see too."""
-        label = f"{self.prefix}/{name}"
-        if label in self.graph.initializers:
-            return self.graph.initializers[label]
+        """An initialiser of the main graph, which branches see too: the one of this name if it holds the same array, else one
+        with a number after the name."""
+        first = f"{self.prefix}/{name}"
+        for number in itertools.count():
+            label = f"{first}:{number}" if number else first
+            stored = self.graph.initializers.get(label)
+            if stored is None:
+                break
+            if stored.const_value is not None and _same(stored.const_value.numpy(), array):
+                return stored
         value = ir.Value(name=label, type=ir.TensorType(ir.tensor(array).dtype), shape=ir.Shape(array.shape))
         value.const_value = ir.tensor(array, name=label)
         self.graph.register_initializer(value)
@@ -59,3 +66,7 @@ class Tape:
         node.outputs[0].name = f"{self.prefix}/{name}"
         self.place(node)
         return node.outputs[0]
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other)

@@ -1,6 +1,7 @@
 """The rewrite of traced attention: what matches gives the same numbers with fewer copies, what does not is left alone."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +14,7 @@ from torch import nn
 from exporter import onnx_export
 from exporter.onnx_export import to_onnx
 from exporter.passes.attention import rewrite_attention
+from exporter.passes.tape import Tape
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3), 2, 2),
@@ -141,3 +143,74 @@ def test_exports_are_rewritten():
     """`to_onnx` applies the pass."""
     names = [n.name or "" for n in to_onnx(Attention().eval(), (3, 8, 8)).graph]
     assert any(n.endswith("qkv.q/product") for n in names)
+
+
+class TwoAttentions(nn.Module):
+    """Two products for query, key and value in one module, which their nodes are named after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(48, 16)) for _ in range(3)])
+        self.biases = nn.ParameterList([nn.Parameter(torch.randn(48)) for _ in range(3)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            qkv = nn.functional.linear(tokens, weight, bias).reshape(x.shape[0], -1, 3, 2, 8).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+            tokens = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return tokens
+
+
+class Probe(nn.Module):
+    """A frozen network within a model that `switch` keeps from learning."""
+
+    def __init__(self, switch) -> None:
+        super().__init__()
+        self.switch = switch
+        self.body = nn.Sequential(TwoAttentions())
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with self.switch():
+            tokens = self.body(x)
+        return self.head(tokens.mean(1))
+
+
+SWITCHES = {
+    "no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "enable_grad": torch.enable_grad,
+    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
+}  # fmt: skip
+
+
+def saved_and_run(graph: ir.Model, images: torch.Tensor, folder: Path) -> np.ndarray:
+    """By way of a file, whose reader refuses names that occur twice."""
+    ir.save(graph, folder / "graph.onnx")
+    return run(ir.load(folder / "graph.onnx"), images.numpy())
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_part_without_gradients_keeps_its_names(tmp_path, switch):
+    torch.manual_seed(0)
+    model, images = Probe(SWITCHES[switch]).eval(), torch.randn(3, 16, 2, 3)
+    graph = to_onnx(model, images)
+    names = [node.name for node in graph.graph]
+    assert len(set(names)) == len(names)
+    products = {name for name in names if name.endswith("/product")}
+    assert len(products) == 9
+    if switch != "enable_grad":  # whose nodes torch gives no module
+        assert products == {f"body.0{number}.{letter}/product" for number in ("", ".1", ".2") for letter in "qkv"}
+    with torch.no_grad():
+        expected = model(images).numpy()
+    np.testing.assert_allclose(saved_and_run(graph, images, tmp_path), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_constants_of_one_name_and_other_values_are_told_apart():
+    graph = ir.Graph([], [], nodes=[ir.Node("", "Identity", [None], name="last")], name="graph")
+    tape = Tape(graph, graph[0], "layer")
+    one, other = np.arange(3.0), np.arange(3.0) + 1
+    first = tape.constant(one, "weight")
+    assert tape.constant(one.copy(), "weight") is first
+    second = tape.constant(other, "weight")
+    assert second.name != first.name and np.array_equal(second.const_value.numpy(), other)
+    assert tape.constant(other, "weight") is second

@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from exporter import onnx_export
 from exporter.latency import bench
 from exporter.onnx_export import MANIFEST, SCHEMA, export, to_onnx
 from exporter.parity import check_parity
@@ -239,3 +240,16 @@ def test_a_model_without_routed_layers_is_refused(tiny_model, tmp_path):
     with pytest.raises(UserError, match="no routed layer to export"):
         export(MoeeModel(tiny_model, tiny_spec(), None, "tiny"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_graph_that_cannot_be_read_back_is_one_sentence(tiny_export, tmp_path, monkeypatch):
+    """What the libraries under the export say of it is about themselves."""
+
+    def rename(graph: ir.Model) -> None:
+        for node in list(graph.graph)[:2]:
+            node.outputs[0].name = "product"
+
+    monkeypatch.setattr(onnx_export, "rewrite_attention", rename)
+    with pytest.raises(UserError, match="^the model's graph cannot be written as ONNX .*'product' is redeclared.*report this"):
+        export(copy.deepcopy(tiny_export.moee), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
