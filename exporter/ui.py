@@ -134,8 +134,8 @@ def retention_notes(kept: list[dict[str, Any]]) -> list[str]:
     for r in kept:
         if r.get("no_accuracy"):
             found.append(f"accuracy is not compared: {r['no_accuracy']}")
-        elif r.get("labelled") is not None and r["labelled"] != r["images"]:
-            found.append(f"accuracy on {counted(r['labelled'], r['images'])}")
+        elif r.get("labelled") is not None and (r["labelled"] != r["images"] or r.get("probe")):
+            found.append(f"accuracy on {counted(r['labelled'], r['images'], bool(r.get('probe')))}")
         if r.get("no_tokens"):
             found.append(f"no token cosine: {r['no_tokens']}")
     return list(dict.fromkeys(found))

@@ -23,6 +23,9 @@ Z = 1.959963984540054  # 95 %, two-sided
 RESAMPLES = 2000
 CHANCE_P = 0.01  # of as many hits or more by the best constant answer: below it the dense model is better than that
 MAX_NAME = 200  # characters of a data set's name in a reason
+OTHER_CLASSES = (
+    "extract with --num-classes 0, and features are compared, and a probe on them, or give images of the model's classes"
+)
 NO_ANSWER = -2  # the class of an output that is not a number; -1 is the label of an image without one
 Interval = tuple[float, float]
 
@@ -87,7 +90,8 @@ def class_count(labels: Sequence[int] | Tensor | np.ndarray, classes: int) -> in
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether accuracy on some images can be compared with the dense model's; `reason` says why not, and is empty if it can.
+    """Whether accuracy on some images can be compared with the dense model's; `reason` says why not, and is empty if it can;
+    `cure` what to do, where something can be done.
 
     `labelled` of the `images` have a label, and only they count. `dense`: its accuracy on them, None before it has run.
     """
@@ -96,18 +100,25 @@ class Comparison:
     labelled: int
     reason: str
     dense: Proportion | None = None
+    cure: str = ""
 
     def __bool__(self) -> bool:
         return not self.reason
+
+    @property
+    def advised(self) -> str:
+        """The reason, and what to do."""
+        return f"{self.reason}; {self.cure}" if self.cure else self.reason
 
     @property
     def counted(self) -> str:
         return counted(self.labelled, self.images)
 
 
-def counted(labelled: int, images: int) -> str:
-    """What an accuracy is of, in words."""
-    return f"{images} images" if labelled == images else f"{labelled} of {images} images that have a label"
+def counted(labelled: int, images: int, probe: bool = False) -> str:
+    """What an accuracy is of, in words. `probe`: it is a probe's, and not of the model's own head."""
+    found = f"{images} images" if labelled == images else f"{labelled} of {images} images that have a label"
+    return found + (", by a linear probe on the features" if probe else "")
 
 
 def comparison(
@@ -124,21 +135,23 @@ def comparison(
     classes = class_count(given, classes)
     shares = np.bincount(known) / max(len(known), 1)
     guess = float(shares.max()) if len(known) else 1.0
-    reason = ""
+    reason, cure = "", ""
     if classes < 2 or not len(known):
         reason = f"{name} has no labels of two classes or more"
     elif told == 0:
         reason = "the model has neither a classifier nor a probe"
     elif told == 1:
         reason = "the model's head gives one number an image, which names no class"
+        cure = OTHER_CLASSES
     elif told != classes:
         reason = f"the model tells {told} classes apart, {name} has {classes}"
+        cure = OTHER_CLASSES
     elif guess == 1.0:
         reason = f"the {len(known)} labelled images from {name} are all of one class, so that a constant answer is always right"
     elif guess ** len(known) >= CHANCE_P:
         reason = f"{name} has {len(known)} labelled images, too few to tell any model from a guess"
     if reason or logits is None:
-        return Comparison(len(given), len(known), reason)
+        return Comparison(len(given), len(known), reason, cure=cure)
     answers = top1(logits).numpy()[given >= 0]
     hits, silent = int((answers == known).sum()), int((answers == NO_ANSWER).sum())
     chance = _chance(hits, len(known), guess)

@@ -53,6 +53,7 @@ class Retention:
     accuracy_interval: Interval | None = None
     drop_interval_pp: Interval | None = None
     no_tokens: str = ""  # why there is no token cosine
+    probe: bool = False  # whether accuracies and agreement are those of a probe on the features
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -161,6 +162,7 @@ def retention(reference: Outputs, outputs: Outputs, probe: Probe | None, told: i
         token_cosine=token_cosine,
         no_tokens="" if token_cosine is not None else reference.no_tokens or outputs.no_tokens,
         labelled=compared.labelled,
+        probe=probe is not None,
         no_accuracy=compared.reason,
         **accuracies,
     )

@@ -32,6 +32,7 @@ class Retention(Body):
     accuracy_interval: Interval | None = None
     drop_interval_pp: Interval | None = None
     no_accuracy: Text = ""
+    probe: bool = False
 
 
 class Cost(Body):

@@ -245,12 +245,18 @@ class Session:
         told = classes_told(self.dense, probe)
         return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits)
 
-    def obstacle(self) -> str:
-        """What of models and labels alone, with nothing run yet, makes accuracies incomparable; empty for nothing."""
-        told = classes_told(self.dense, None)
+    def early_comparison(self, probe: Probe | None = None) -> Comparison:
+        """What models and labels alone, with nothing run yet, say of a comparison of accuracies."""
+        told = classes_told(self.dense, probe)
         if told == 0 and len({label for label in self.train.labels if label >= 0}) > 1:
             told = class_count(self.train.labels, self.train.num_classes)  # as the probe will
-        return comparison(self.held_out.labels, self.held_out.num_classes, told, self.held_out.name).reason
+        return comparison(self.held_out.labels, self.held_out.num_classes, told, self.held_out.name)
+
+    def warn_early(self, probe: Probe | None = None) -> None:
+        """Say before the work that accuracies will not be compared, where the user can change that."""
+        early = self.early_comparison(probe)
+        if early.cure and self.group.leader:
+            log.warning("accuracy will not be compared: %s", early.advised)
 
     def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:
         """Retention on held-out images, and cost weighted by the routing measured on them; empty on ranks other than 0."""
@@ -283,6 +289,7 @@ def run_extract(
     session = session or Session(spec, source, config.seed, report, group, workers, classes, trial)
     with group.agreed():
         session.check_names(classes)
+    session.warn_early()
     session.prove(config)
     probe = session.probe()
     started = time.perf_counter()
@@ -380,6 +387,7 @@ def run_finetune(
         recorded = source or (checkpoint.recorded_data(moee.data) if session is None else moee.data)
     seed = moee.config.seed if moee.config else 0
     session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
+    session.warn_early(moee.probe)
     tune(moee, session, config, state.place, out, force, inputs)
     if group.leader:
         state.remove()

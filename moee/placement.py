@@ -2,9 +2,10 @@
 
 Two rules. A result never costs a file that is not an earlier result of the same command: a folder is replaced only if it is empty
 or holds an artifact of ours of the same kind and no other file, and without `--force` only the report of a refusal; a file is
-overwritten only if the same command wrote it, or with `--force`, and never if it is an input, lies in one, or belongs to an artifact. What can refuse a place does so before the work:
-`check` tries out whether something can be written there. `write` looks again when the result is put in its place. After long
-work it is called with `late`: a place that refuses by then does not cost the result, which is written beside it.
+overwritten only if the same command wrote it, or with `--force`, and never if it is an input, lies in one, or belongs to an
+artifact. What can refuse a place does so before the work: `check` tries out whether something can be written there. `write` looks
+again when the result is put in its place. After long work it is called with `late`: a place that refuses by then does not cost
+the result, which is written beside it.
 """
 
 from __future__ import annotations

@@ -147,7 +147,8 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     if measured.get("no_accuracy"):
         lines.append(f"accuracy is not compared: {measured['no_accuracy']}")
     elif measured:
-        lines.append(f"accuracies are of {counted(measured['labelled'], measured['images'])}, with 95 % intervals")
+        of = counted(measured["labelled"], measured["images"], bool(measured.get("probe")))
+        lines.append(f"accuracies are of {of}, with 95 % intervals")
     for other, margin in plan["margins"].items():
         if margin is None:
             lines.append(f"no {other} model meets the budget")

@@ -63,8 +63,8 @@ def _accuracy_notes(kept: dict[str, Any]) -> list[str]:
         labelled, images = dig(r, "labelled"), dig(r, "images")
         if why := dig(r, "no_accuracy"):
             found.append(f"Accuracy is not compared: {why}.")
-        elif isinstance(labelled, int) and isinstance(images, int) and labelled != images:
-            found.append(f"Accuracy on {counted(labelled, images)}.")
+        elif isinstance(labelled, int) and isinstance(images, int) and (labelled != images or dig(r, "probe")):
+            found.append(f"Accuracy on {counted(labelled, images, bool(dig(r, 'probe')))}.")
     return list(dict.fromkeys(found))
 
 
@@ -84,7 +84,9 @@ def _intervals(parity: Any) -> list[Html]:
     facts = f"Top-1 drop {fixed(accuracy.get('drop_pp'), 2)} points ({low} to {high}); "
     facts += f"same class {_proportion(accuracy.get('agreement'))}; KL divergence {fixed(accuracy.get('kl'), 5)} nats."
     labelled, images = accuracy.get("images"), accuracy.get("of_images")
-    of = counted(labelled, images) if isinstance(labelled, int) and isinstance(images, int) else f"{fixed(labelled, 0)} images"
+    of = f"{fixed(labelled, 0)} images"
+    if isinstance(labelled, int) and isinstance(images, int):
+        of = counted(labelled, images, accuracy.get("probe") is True)
     caption = f"Against dense on {of}, with 95 % intervals"
     return [table(["", "dense", "MoEE"], rows, caption), tag("p", facts)]
 

@@ -107,7 +107,8 @@ def _cards(sources: Sources) -> Html:
         points = f"{100 * (accuracy - before):+.2f}".replace("-", "−")
         interval = recorded_interval(kept, "accuracy")
         within = f"{percent(interval[0], 1)} to {percent(interval[1], 1)}; " if interval else ""
-        cards.append(("accuracy", percent(accuracy), f"{within}dense {percent(before)}, {points} points"))
+        title = "accuracy of a probe" if dig(kept, "probe") else "accuracy"
+        cards.append((title, percent(accuracy), f"{within}dense {percent(before)}, {points} points"))
     else:
         detail = "cosine to dense; accuracy is not compared" if kept else "no model found"
         cards.append(("class feature", fixed(dig(kept, "class_cosine")), detail))

@@ -19,7 +19,8 @@ class AccuracyResult:
 
     `drop_pp`: dense top-1 less MoEE top-1 in percentage points, with the 95 % interval of a paired bootstrap over images.
     `kl`: mean KL divergence of the MoEE model's probabilities from the dense one's, in nats. `*_ece`: expected calibration
-    error, 15 bins of equal width. `max_drop_pp` is the gate, None if there is none. Top-5 is None below 6 classes."""
+    error, 15 bins of equal width. `max_drop_pp` is the gate, None if there is none. Top-5 is None below 6 classes.
+    `probe`: the classes are those of a probe on the features."""
 
     images: int
     dense_top1: Proportion
@@ -34,10 +35,11 @@ class AccuracyResult:
     drop_interval_pp: Interval
     max_drop_pp: float | None
     of_images: int
+    probe: bool = False
 
     @property
     def counted(self) -> str:
-        return counted(self.images, self.of_images)
+        return counted(self.images, self.of_images, self.probe)
 
     @property
     def passed(self) -> bool:
@@ -73,10 +75,11 @@ def _among_five(logits: Tensor, labels: Tensor) -> Proportion:
 
 
 def compare_accuracy(
-    dense: Tensor, moee: Tensor, labels: Tensor, max_drop_pp: float | None = None, unlabelled: int = 0
+    dense: Tensor, moee: Tensor, labels: Tensor, max_drop_pp: float | None = None, unlabelled: int = 0,
+    probe: bool = False,
 ) -> AccuracyResult:
-    """Compare logits [N, C] of both models on images with `labels` [N] int64, beside which there are `unlabelled` images. Whether
-    that says anything is `moee.accuracy.comparison`'s to decide."""
+    """Compare logits [N, C] of both models on images with `labels` [N] int64, beside which there are `unlabelled` images.
+    `probe`: the logits are a probe's. Whether that says anything is `moee.accuracy.comparison`'s to decide."""
     count, five = len(labels), dense.shape[1] > 5
     first = [(top1(logits) == labels).numpy() for logits in (dense, moee)]
     fifth = [_among_five(logits, labels) if five else None for logits in (dense, moee)]
@@ -95,4 +98,5 @@ def compare_accuracy(
         drop_interval_pp=interval,
         max_drop_pp=max_drop_pp,
         of_images=count + unlabelled,
+        probe=probe,
     )

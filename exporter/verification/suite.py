@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from exporter.precision import INT8
 from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy
-from moee.accuracy import NO_ANSWER, comparison, top1
+from moee.accuracy import NO_ANSWER, Comparison, comparison, top1
 from moee.artifact import sha256_file
 from moee.checkpoint import MoeeModel
 from moee.data import ImageSet, batches, merge_skipped
@@ -33,6 +34,7 @@ from moee.probe import classes_told
 from moee.progress import Reporter, silent
 from moee.schema import json_safe
 
+log = logging.getLogger("moee")
 ACCURACY_BATCH = 16
 
 
@@ -196,8 +198,11 @@ def verify_ranks(
     with group.agreed():
         refuse_foreign(folder, moee)
         refuse_unrouted(moee, min_route_agreement)
-        reason = check.obstacle()
-        _refuse_unchecked(reason, max_drop_pp)
+        early = check.early()
+        reason = early.reason
+        _refuse_unchecked(early.advised, max_drop_pp)
+        if early.cure and group.leader:
+            log.warning("accuracy will not be compared: %s", early.advised)
         if group.leader:
             plugin = check_plugin(engine, trust_engine) if engine is not None else None  # before anything long
             if engine is not None and plugin is not None and plugin.passed:
@@ -231,7 +236,7 @@ def verify_ranks(
 def _refuse_unchecked(reason: str, max_drop_pp: float | None) -> None:
     """A gate that has nothing to check is bad input, not a pass."""
     if reason and max_drop_pp is not None:
-        raise UserError(f"--max-drop cannot be checked: {reason}")
+        raise UserError(f"--max-drop cannot be checked: {reason}; leave --max-drop out to go on without it")
 
 
 @dataclass(frozen=True)
@@ -247,12 +252,12 @@ class _AccuracyCheck:
     report: Reporter
     group: Group
 
-    def obstacle(self) -> str:
-        """What is known without running anything; empty for nothing."""
+    def early(self) -> Comparison:
+        """What is known without running anything."""
         if self.images == 0:
-            return "switched off with --images 0"
+            return Comparison(len(self.data), 0, "switched off with --images 0")
         told = classes_told(self.moee.model, self.moee.probe)
-        return comparison(self.data.labels, self.data.num_classes, told, self.data.name).reason
+        return comparison(self.data.labels, self.data.num_classes, told, self.data.name)
 
     def chosen(self) -> Tensor:
         """Positions of the images that are looked at: labelled ones, drawn once."""
@@ -320,7 +325,8 @@ class _AccuracyCheck:
             chosen = self.chosen()
             capped = len(chosen) < sum(label >= 0 for label in self.data.labels)
             unlabelled = 0 if capped else len(self.data) - len(chosen)
-            return compare_accuracy(dense["logits"], ours["logits"], dense["labels"], max_drop_pp, unlabelled)
+            probe = self.moee.probe is not None
+            return compare_accuracy(dense["logits"], ours["logits"], dense["labels"], max_drop_pp, unlabelled, probe)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from moee.accuracy import Comparison
 from moee.artifact import read_json, read_manifest, write_manifest
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, make_extract_config
@@ -60,7 +61,8 @@ def make_plan(
     check_all([output, store])
     configs = check_ways(methods, allocations, attention, base or {})
     if budget.max_drop is not None:
-        _refuse_incomparable(session.obstacle())  # what is known before anything has run
+        _refuse_incomparable(session.early_comparison())  # what is known before anything has run
+    session.warn_early()
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
     methods = _applicable(session, methods)
@@ -82,7 +84,7 @@ def make_plan(
     if budget.max_drop is not None and not compared:
         if fresh:
             store.remove()
-        _refuse_incomparable(compared.reason)
+        _refuse_incomparable(compared)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
     wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
@@ -100,7 +102,8 @@ def make_plan(
         "winner": asdict(winner), "margins": margins(winner, points, dense, budget),
         "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
         "layers": layer_table(session, planner, winner, report), "data_read": session.data_facts(),
-        "accuracy": {"images": compared.images, "labelled": compared.labelled, "no_accuracy": compared.reason},
+        "accuracy": {"images": compared.images, "labelled": compared.labelled, "no_accuracy": compared.reason,
+                     "probe": planner.probe is not None},
     }  # fmt: skip
     with output.write() as folder:
         write_manifest(folder, PLAN, SCHEMA, result)
@@ -133,9 +136,9 @@ def _applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
     return (STATIC,)
 
 
-def _refuse_incomparable(reason: str) -> None:
-    if reason:
-        raise UserError(f"--max-drop cannot be checked: {reason}; use --min-cosine")
+def _refuse_incomparable(compared: Comparison) -> None:
+    if not compared:
+        raise UserError(f"--max-drop cannot be checked: {compared.advised}; use --min-cosine")
 
 
 def planned_on(path: Path | str) -> str:

@@ -5,12 +5,15 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from exporter.clear_ablation import Grid, markdown, summarise
 from exporter.commands.plan import points_table, verdict
 from exporter.demo import _summary
 from exporter.report import write_report
+from exporter.report.agreement import _accuracy_notes
 from exporter.ui import plain_console, retention_notes, stage_table, title_of
+from exporter.verification.accuracy import compare_accuracy
 from moee.accuracy import wilson
 from tests.exporter.report_data import write_run
 
@@ -66,6 +69,16 @@ def test_a_table_says_why_there_is_no_accuracy_and_of_how_many_images_one_is():
     assert retention_notes([stage(0.9)["retention"]]) == []
 
 
+def test_the_accuracy_of_a_probe_is_called_so():
+    probed = stage(0.9, probe=True)
+    by_probe = "accuracy on 40 images, by a linear probe on the features"
+    assert by_probe in text_of(stage_table({"stages": {"extracted": probed}}, "t"))
+    assert _accuracy_notes({"extracted": probed["retention"]}) == [by_probe.replace("accuracy", "Accuracy") + "."]
+    logits, labels = torch.eye(2).repeat(20, 1), torch.arange(40) % 2
+    assert compare_accuracy(logits, logits, labels, probe=True).counted == "40 images, by a linear probe on the features"
+    assert compare_accuracy(logits, logits, labels).counted == "40 images"
+
+
 def test_a_plan_shows_them():
     point = {
         "method": "static", "allocation": "share", "macs": 0.6, "params": 0.7, "cosine": 0.98, "accuracy": 0.9,
@@ -76,6 +89,8 @@ def test_a_plan_shows_them():
     assert "90.00%" in table and "76.9% to 96.0%" in table
     measured = {"images": 40, "labelled": 30, "no_accuracy": ""}
     assert "accuracies are of 30 of 40 images that have a label, with 95 % intervals" in verdict({**plan, "accuracy": measured})
+    probed = verdict({**plan, "accuracy": {**measured, "labelled": 40, "probe": True}})
+    assert "accuracies are of 40 images, by a linear probe on the features, with 95 % intervals" in probed
     lacking = {**measured, "no_accuracy": "d has no labels"}
     assert "accuracy is not compared: d has no labels" in verdict({**plan, "accuracy": lacking})
 

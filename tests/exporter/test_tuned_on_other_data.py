@@ -86,7 +86,9 @@ def test_a_gate_on_data_of_another_head_is_refused_from_the_manifests_alone(arti
     monkeypatch.setattr("exporter.verification.suite.opened", lambda *a: pytest.fail("a graph was run"))
     monkeypatch.setattr("exporter.verification.suite.check_parity", lambda *a, **k: pytest.fail("parity was checked"))
     assert run("verify", tmp_path / "export", "--max-drop", 0.5) == 2
-    assert "--max-drop cannot be checked: the model tells 10 classes apart, two has 2" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--max-drop cannot be checked: the model tells 10 classes apart, two has 2; extract" in said
+    assert "--num-classes 0" in said and "leave --max-drop out" in said
 
 
 def test_a_probe_goes_with_its_data_however_they_are_spelled(tmp_path):

@@ -11,11 +11,12 @@ from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 from moee.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, paired_drop, recorded_interval, top1, wilson
+from moee.config import make_extract_config
 from moee.errors import UserError
 from moee.evaluation import Outputs, retention
 from moee.metrics import mean_cosine
 from moee.models import ModelSpec
-from moee.pipeline import Session
+from moee.pipeline import Session, run_extract
 from moee.planning import Budget, Point, choose, make_plan, pareto
 from moee.probe import fit_probe
 from tests.conftest import TINY, tiny_images, tiny_spec
@@ -172,8 +173,9 @@ def backbone_session(monkeypatch, train, held):
 def test_two_classes_are_measured_as_two(monkeypatch):
     session = backbone_session(monkeypatch, tiny_images(40, classes=2), tiny_images(24, classes=2))
     probe = session.probe()
-    assert session.obstacle() == ""
+    assert session.early_comparison().reason == ""
     kept = session.measure(session.dense, probe, "")["retention"]
+    assert kept["probe"], "the accuracy is no classifier's"
     assert kept["dense_accuracy"] == kept["accuracy"] > 0.9 and kept["no_accuracy"] == "" and kept["labelled"] == 24
     assert kept["accuracy_interval"] == list(wilson(kept["accuracy"] * 24, 24).interval)
     dense = session.reference
@@ -201,7 +203,7 @@ def test_a_class_without_training_images_is_named_and_one_class_gives_no_probe(m
     train.labels = [1] * len(train)
     session = backbone_session(monkeypatch, train, held)
     assert session.probe() is None and "are of one class: no probe is fitted" in caplog.text
-    assert session.obstacle() == "the model has neither a classifier nor a probe"
+    assert session.early_comparison().reason == "the model has neither a classifier nor a probe"
 
 
 def test_a_head_of_one_logit_has_neither_accuracy_nor_agreement(monkeypatch):
@@ -211,6 +213,19 @@ def test_a_head_of_one_logit_has_neither_accuracy_nor_agreement(monkeypatch):
     session = Session(tiny_spec(num_classes=1), "tiny")
     kept = session.measure(session.dense, session.probe(), "")["retention"]
     assert kept["accuracy"] is None and kept["top1_agreement"] is None and "names no class" in kept["no_accuracy"]
+    assert not kept["probe"] and "--num-classes 0" in session.early_comparison().advised
+
+
+@pytest.mark.parametrize("classes, said", [(4, True), (10, False)])
+def test_other_classes_than_the_models_are_told_before_the_work(classes, said, monkeypatch, tmp_path, caplog):
+    torch.manual_seed(0)
+    data = tiny_images(24, classes=classes)
+    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.pipeline.Session.prove", lambda *args: pytest.fail("the work began"))
+    with pytest.raises(pytest.fail.Exception):
+        run_extract(tiny_spec(num_classes=10), "tiny", make_extract_config("static"), tmp_path / "out")
+    told = "will not be compared: the model tells 10 classes apart, tiny has 4; extract with --num-classes 0" in caplog.text
+    assert told == said
 
 
 def test_the_cosine_of_single_outputs_is_more_than_their_sign():
@@ -230,7 +245,8 @@ def test_a_plan_whose_accuracy_cannot_be_measured_is_refused_before_any_point(cl
     monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (data, data))
     session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
     monkeypatch.setattr("moee.planning.search.Planner.point", lambda *a: pytest.fail("a point was made"))
-    with pytest.raises(UserError, match=f"--max-drop cannot be checked: .*{reason}.*use --min-cosine"):
+    cure = "" if ran else "--num-classes 0.*"
+    with pytest.raises(UserError, match=f"--max-drop cannot be checked: .*{reason}.*{cure}use --min-cosine"):
         make_plan(session, Budget(max_drop=0.5), tmp_path / "plan", ("static",), (0.5,), {"cluster_tokens": 300})
     assert not list(tmp_path.iterdir()), "a refused plan leaves nothing"
     assert (session._reference is not None) == ran
