@@ -6,7 +6,9 @@ it can be, and what its submodules gave is looked at. What only a guess can tell
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from moee.interface import AdaptedModel, Description, on_meta, output_of, tensor
 from moee.model_spec import MAX_SIDE, InputConfig, LibraryName
 from moee.schema import reason_of
 
+log = logging.getLogger("moee")
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
 USUAL = {  # how timm evaluates a model that says nothing else
     "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic", "crop_pct": 0.875,
@@ -66,11 +69,15 @@ def adapt(
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"{title or 'the model'} is a {type(module).__name__}; expected a torch.nn.Module")
+    library, own = library_of(module), getattr(module, "num_classes", None)
     if isinstance(module, AdaptedModel):
-        return module
-    library = library_of(module)
+        if given is None and num_classes in (None, own):
+            return module
+        return _adapted_again(module, given, num_classes)
     if library == "timm":
-        return _with_input(module, given).eval()
+        if num_classes in (None, own):
+            return _with_input(module, given).eval()
+        given = _sized_as_built(module, given or InputConfig())
     title = title or type(module).__name__
     config, notes, unsaid = _described_input(module, given or InputConfig(), title)
     module.eval()
@@ -91,6 +98,68 @@ def adapt(
         classifier=head if classes else named,
         config={**config, "architecture": title}, notes=tuple(notes), guessed=unsaid,
     )).eval()  # fmt: skip
+
+
+def _adapted_again(model: AdaptedModel, given: InputConfig | None, num_classes: int | None) -> nn.Module:
+    """The model inside, adapted with what is told anew."""
+    was = model.description
+    known = {name: was.config[name] for name in InputConfig.model_fields if name in was.config and name not in was.guessed}
+    known |= given.model_dump(exclude_none=True) if given is not None else {}
+    told = was.num_classes if num_classes is None else num_classes
+    return adapt(model.net, InputConfig(**known), told, was.title, was.classifier if told else ())
+
+
+def _sized_as_built(module: nn.Module, given: InputConfig) -> InputConfig:
+    """`given` with the size that timm built the module for, which may be another than its description's."""
+    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    if size is None or given.input_size is not None:
+        return given
+    return given.model_copy(update={"input_size": (channels_of(module), *size)})
+
+
+def plain(module: Any, title: str) -> Any:
+    """A module as it can be copied and worked on: without `torch.compile` around it. Anything but a module as it is.
+
+    Raises `UserError` for a module whose weights are not there as plain tensors: TorchScript, the device meta, quantised ones,
+    and weights that are computed anew at each run, as pruning leaves them.
+    """
+    while isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        _say_compiled(title)
+        module = module._orig_mod
+    if not isinstance(module, nn.Module):
+        return module
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise UserError(f"{title} is TorchScript, whose layers cannot be cut; give the torch.nn.Module that it was made from")
+    state = module.state_dict()
+    odd = next((name for name, t in state.items() if not isinstance(t, Tensor) or t.is_quantized), None)
+    if odd is not None:
+        raise UserError(f"{title} is quantised ({odd}); give the model of before, and choose int8 at the export")
+    if any(tensor.is_meta for tensor in state.values()):
+        raise UserError(f"{title} is on the device meta, which has no weights; give it with them")
+    for name, part in module.named_modules():
+        made = next((key for key, value in vars(part).items() if isinstance(value, Tensor) and not value.is_leaf), None)
+        if made is not None:
+            raise UserError(
+                f"{title} computes {f'{name}.' if name else ''}{made} anew at each run, as pruned layers do; make it a plain "
+                "weight first (torch.nn.utils.prune.remove, remove_weight_norm)"
+            )
+    return module
+
+
+@functools.cache
+def _say_compiled(title: str) -> None:
+    """Once for each model: it is loaded many times."""
+    log.info("%s was compiled (torch.compile); the module that was compiled is taken", title)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module with `torch.compile` taken from its submodules, in place."""
+    for part in list(module.modules()):
+        for name, inner in list(part.named_children()):
+            if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+                _say_compiled(type(module).__name__)
+                setattr(part, name, inner._orig_mod)
+    return module
 
 
 def _with_input(module: Any, given: InputConfig | None) -> nn.Module:

@@ -23,10 +23,9 @@ from torch import nn
 
 from moee import checkpoint
 from moee.accuracy import comparison
-from moee.adapt import described
+from moee.adapt import described, plain
 from moee.atomic import temporary_folder
-from moee.bounds import JOBS, WORKERS, whole
-from moee.cache import tensor_hash
+from moee.bounds import CLASSES, JOBS, WORKERS, whole
 from moee.checkpoint import MoeeModel, recorded_data
 from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
@@ -38,6 +37,7 @@ from moee.given_images import given_images
 from moee.given_preparation import differences, read_preparation
 from moee.joining import alone
 from moee.keywords import in_python
+from moee.loaded import Loaded
 from moee.model_source import ModelOptions, named_model, with_pretrained
 from moee.model_spec import InputConfig, ModelSpec
 from moee.models import load_model as load_spec
@@ -49,7 +49,7 @@ from moee.result_kinds import FINETUNE_STATE, MODEL
 from moee.sources import same_data
 
 log = logging.getLogger("moee")
-SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and the hash of its weights then
+SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and what it was then
 OF_INPUT = {name: f"{name} of input=" for name in InputConfig.model_fields}
 Images = Any  # a DataLoader, a dataset, an iterable of (images, labels), an `ImageSet`, or a source as `--data` takes it
 
@@ -72,7 +72,7 @@ def load_model(
     options = ModelOptions(pretrained, path, random_seed, num_classes, in_chans, sides, dict(model_kwargs or {}))
     spec = named_model(name, options, log.info)
     model = load_spec(spec)
-    setattr(model, SOURCE, (spec, _state_hash(model)))
+    setattr(model, SOURCE, (spec, Loaded.of(model)))
     return model
 
 
@@ -203,15 +203,22 @@ def load(path: str | Path, model: nn.Module | str | None = None) -> MoeeModel:
 def spec_of(
     model: nn.Module | str, num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None
 ) -> ModelSpec:
-    """The `ModelSpec` of a model: what `load_model` loaded it by, while it still has those weights; else one that holds the
-    module itself, by which an artifact is opened with that module alone."""
+    """The `ModelSpec` of a model: what `load_model` loaded it by, while it is still that model; else one that holds the module
+    itself, by which an artifact is opened with that module alone."""
     if isinstance(model, str):
         return named_model(model, ModelOptions(pretrained=True), log.info)
-    source = getattr(model, SOURCE, None)
-    if source is not None and num_classes is None and input is None and source[1] == _state_hash(model):
-        return source[0]
+    if num_classes is not None:
+        whole("num_classes", num_classes, CLASSES)
+    module = plain(model, type(getattr(model, "_orig_mod", model)).__name__)
+    source = getattr(module, SOURCE, None)
+    if source is not None and num_classes in (None, getattr(module, "num_classes", None)) and input is None:
+        spec, before = source
+        changed = before.differences(module)
+        if not changed:
+            return spec
+        log.info("%s was changed since load_model (%s): it is taken as a module of your own", spec.called, changed)
     given = input if isinstance(input, InputConfig) or input is None else validated(InputConfig, dict(input))
-    return with_pretrained(module_spec(model, num_classes, given))
+    return with_pretrained(module_spec(module, num_classes, given))
 
 
 def held_out_images(model: MoeeModel, data: Images = None, report: Reporter | None = None) -> ImageSet:
@@ -236,10 +243,5 @@ def _source(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options whose lists are tuples, as the command line gives them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-
-
-def _state_hash(model: nn.Module) -> str:
-    state = model.state_dict()
-    return tensor_hash(*state.values(), extra=" ".join(state))
 
 

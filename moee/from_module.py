@@ -6,16 +6,17 @@ An artifact of one records its name and the hash of its weights. Whoever opens i
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from moee.adapt import adapt
+from moee.adapt import adapt, plain, uncompiled
 from moee.errors import UserError
 from moee.interface import on_meta
 from moee.library import Library
 from moee.model_spec import InputConfig, ModelSpec
-from moee.schema import shown
+from moee.schema import reason_of, shown
 
 
 def module_spec(module: nn.Module, num_classes: int | None = None, given: InputConfig | None = None) -> ModelSpec:
@@ -23,6 +24,7 @@ def module_spec(module: nn.Module, num_classes: int | None = None, given: InputC
     its images are prepared; both are looked for on the module. Raises `UserError` for an object that is no module."""
     if not isinstance(module, nn.Module):
         raise UserError(f"the model is a {type(module).__name__}; expected a torch.nn.Module or a name")
+    module = plain(module, type(getattr(module, "_orig_mod", module)).__name__)
     title = f"{type(module).__module__}.{type(module).__qualname__}".removeprefix("__main__.")
     spec = ModelSpec(name=title, timm_name=title, library="module", outputs=num_classes, input=given)
     return spec.with_module(module)
@@ -41,9 +43,26 @@ def _create(spec: ModelSpec) -> nn.Module:
     """A copy of the module, float32, on the CPU; its shapes alone where the default device is meta."""
     assert spec.module is not None, "_check saw it"
     if torch.empty(0).device.type == "meta":
-        return on_meta(adapt(spec.module, spec.input, spec.outputs, spec.name))
+        try:
+            return on_meta(_adapted(_copied(spec, on_meta), spec))
+        except UserError:  # it may run with its weights alone
+            with torch.device("cpu"):
+                return on_meta(_adapted(_copied(spec), spec))
     with torch.device("cpu"):
-        return adapt(copy.deepcopy(spec.module).cpu().float(), spec.input, spec.outputs, spec.name)
+        return _adapted(_copied(spec).cpu().float(), spec)
+
+
+def _adapted(own: nn.Module, spec: ModelSpec) -> nn.Module:
+    return adapt(uncompiled(own), spec.input, spec.outputs, spec.name)
+
+
+def _copied(spec: ModelSpec, copied: Callable[[nn.Module], nn.Module] = copy.deepcopy) -> nn.Module:
+    """A copy of the module, which stays as it is."""
+    module = plain(spec.module, spec.name)
+    try:
+        return copied(module)
+    except Exception as error:  # it is someone's own code
+        raise UserError(f"{spec.name} cannot be copied ({reason_of(error)}); give a module that can be") from error
 
 
 def _drifted(spec: ModelSpec) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moee.adapt import adapt, channels_of, takes
+from moee.adapt import adapt, channels_of, plain, takes, uncompiled
 from moee.errors import UserError
 from moee.interface import on_meta
 from moee.library import Library, Named
@@ -127,9 +127,7 @@ def _create(spec: ModelSpec) -> nn.Module:
         raise UserError(f"{spec.timm_name} raised {type(error).__name__}: {reason_of(error)}") from error
     if not isinstance(module, nn.Module):
         raise UserError(f"{spec.timm_name} returned a {type(module).__name__}; expected a torch.nn.Module")
-    if any(p.is_meta for p in module.parameters()):
-        raise UserError(f"{spec.timm_name} returned a model on the device meta, which has no weights; return it with them")
-    module = module.cpu().float()
+    module = uncompiled(plain(module, f"the model that {spec.timm_name} returned")).cpu().float()
     given = spec.input or InputConfig()
     model = adapt(module, _sized(given, spec, module), spec.outputs, spec.timm_name)
     return model if with_memory else on_meta(model)

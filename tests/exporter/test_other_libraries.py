@@ -30,6 +30,7 @@ TINY = ["--random-weights", "0", "--img-size", "32", "--num-classes", "2"]
 SMALL_VIT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
 CODE = """
     import torch
+    import torch.nn.utils.prune
     from torch import nn
 
     class Block(nn.Module):
@@ -70,6 +71,20 @@ CODE = """
     def changing():
         import os
         return Mine(seed=int.from_bytes(os.urandom(4), "big"))
+
+    def compiled():
+        return torch.compile(Mine())
+
+    def quantised():
+        return torch.ao.quantization.quantize_dynamic(Mine(), {nn.Linear}, dtype=torch.qint8)
+
+    def pruned():
+        model = Mine()
+        torch.nn.utils.prune.l1_unstructured(model.fc, "weight", 0.5)
+        return model
+
+    def traced():
+        return torch.jit.trace(Mine(), torch.zeros(1, 3, 32, 32))
 
     def sizeless():
         return Mine(image_size=None)
@@ -235,6 +250,14 @@ def test_a_function_to_a_verified_export(place, capsys):
     assert run("bench", "exported", *word, "--runs", 2, "--duration", 0, "--throughput", 0, "--batch", 2) == 0
 
 
+def test_what_a_function_compiled_is_taken_plain(place, caplog):
+    caplog.set_level("INFO", "moee")
+    assert run("extract", "mymodels:compiled", "--data", "images", *STATIC, "--out", "extracted") == 0
+    assert caplog.text.count("was compiled (torch.compile)") == 1
+    moee = checkpoint.load("extracted", "mymodels:compiled")
+    assert not any("_orig_mod" in name for name in moee.model.state_dict())
+
+
 @pytest.mark.parametrize("words, says", [
     (["torchvision:vit_b_17"], "no classification model 'vit_b_17'; did you mean vit_b_16"),
     (["torchvision:vit_b_16"], "give --pretrained for torchvision's, --checkpoint FILE"),
@@ -257,6 +280,9 @@ def test_a_function_to_a_verified_export(place, capsys):
     (["mymodels:constant"], "mymodels:constant is a int; expected a function or class"),
     (["mymodels:sizeless"], "does not say which size of images it takes: give --img-size"),
     (["mymodels:changing"], "returns are not those that the artifact was made from, or other ones at every call"),
+    (["mymodels:quantised"], "mymodels:quantised returned is quantised"),
+    (["mymodels:pruned"], "computes fc.weight anew at each run"),
+    (["mymodels:traced"], "mymodels:traced returned is TorchScript"),
     (["mymodels:mine", "--img-size", 36], "patches of 8 x 8 pixels"),
     (["mymodels:Mine", "--num-classes", 3], "gives 2 outputs, --num-classes says 3"),
     (["broken:f"], "importing broken failed (SystemExit: 3)"),

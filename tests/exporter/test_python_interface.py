@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,15 +19,19 @@ from torch.utils.data import DataLoader, TensorDataset
 import exporter
 import moee
 from exporter import cli
+from moee.adapt import adapt
+from moee.api import spec_of
+from moee.data import model_transform
 from moee.errors import UserError
+from moee.models import load_model as load_spec
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"preset": "static", "keep": 0.7, "tokens": 400, "refit_tokens": 400}
 
 
-def images(count=24, size=32, classes=3):
+def images(count=24, size=32, classes=3, seed=0):
     """Noise with a bright quarter that tells the class."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(count, 3, size, size, generator=generator) * 0.1
     labels = torch.arange(count) % classes
     for i, label in enumerate(labels.tolist()):
@@ -60,7 +65,7 @@ class Stranger(nn.Module):
 
 @pytest.fixture(scope="module")
 def data():
-    return images(), images(12)
+    return images(), images(12, seed=1)
 
 
 def test_a_torchvision_model_comes_to_a_verified_export(data, tmp_path):
@@ -201,6 +206,102 @@ def test_a_timm_model_that_was_trained_here_needs_no_name(data):
     model = timm.create_model("test_vit", num_classes=3, img_size=32)
     result = moee.extract(model, train, val, **QUICK)
     assert result.spec.library == "module" and result.dense().state_dict().keys() == model.state_dict().keys()
+
+
+def _relu(model):
+    for block in model.blocks:
+        block.mlp.act = nn.ReLU()
+
+
+def _average(model):
+    model.global_pool = "avg"
+
+
+def _negative(model):
+    model.head.register_forward_hook(lambda module, args, output: -output)
+
+
+def _other_mean(model):
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+
+
+@pytest.mark.parametrize("change", [_relu, _average, _negative, _other_mean])
+def test_a_named_model_that_was_changed_without_its_weights_is_a_module_of_its_own(data, change, caplog):
+    caplog.set_level("INFO", "moee")
+    model = moee.load_model("test_vit", random_seed=3, num_classes=3, img_size=32)
+    assert spec_of(model.train()).library == "timm" and model.training
+    change(model.eval())
+    result = moee.extract(model, *data, **QUICK)
+    assert result.spec.library == "module" and "was changed since load_model" in caplog.text
+    with torch.no_grad():
+        pixels = data[1].tensors[0]
+        assert torch.allclose(result.dense()(pixels), model(pixels), atol=1e-5)
+    assert model_transform(result.model).mean == model.pretrained_cfg["mean"]
+
+
+@pytest.mark.parametrize("make", [torchvision_vit, lambda: timm.create_model("test_vit", num_classes=3, img_size=32)])
+def test_the_number_of_classes_is_what_is_told_or_refused(data, make, tmp_path):
+    model = make()
+    result = moee.extract(model, *data, num_classes=0, **QUICK)
+    assert result.probe is not None and result.spec.outputs == 0 and result.probe.weight.shape == (3, 3)
+    moee.save(result, tmp_path / "features")
+    assert moee.evaluate(moee.load(tmp_path / "features", model), data[1]).labelled == 12
+    assert moee.extract(model, *data, num_classes=3, **QUICK).probe is None
+    with pytest.raises(UserError, match="gives 3 outputs, num_classes says 7: leave it out, or give 3 or 0"):
+        moee.extract(model, *data, num_classes=7, **QUICK)
+
+
+def test_what_is_known_of_an_adapted_model_may_be_told_anew():
+    built = load_spec(spec_of(adapt(torchvision_vit()), 0, {"mean": (0.1, 0.2, 0.3)}))
+    found = model_transform(built)
+    assert built.num_classes == 0 and found.mean == (0.1, 0.2, 0.3) and found.shape == (3, 32, 32)
+
+
+def quantised():
+    return torch.ao.quantization.quantize_dynamic(torchvision_vit().eval(), {nn.Linear}, dtype=torch.qint8)
+
+
+def pruned():
+    model = Stranger()
+    torch.nn.utils.prune.l1_unstructured(model.mlps[0][0], "weight", 0.5)
+    return model
+
+
+def without_memory():
+    with torch.device("meta"):
+        return Stranger()
+
+
+def traced():
+    return torch.jit.trace(Stranger(), torch.zeros(1, 3, 32, 32))
+
+
+def within(inner):
+    return nn.Sequential(inner, nn.Identity())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "said"), [(quantised, "is quantised"), (pruned, "prune.remove"), (without_memory, "meta"), (traced, "TorchScript")]
+)
+def test_weights_that_are_no_plain_tensors_are_refused(data, make, said):
+    for model in (make(), within(make())):
+        with pytest.raises(UserError, match=said):
+            moee.extract(model, *data, input={"input_size": (3, 32, 32)}, **QUICK)
+
+
+def test_a_compiled_model_is_the_one_that_was_compiled(data, caplog):
+    caplog.set_level("INFO", "moee")
+    model = torchvision_vit()
+    result = moee.extract(torch.compile(model), *data, **QUICK)
+    assert type(result.spec.module) is type(model) and "was compiled" in caplog.text
+    part = torchvision_vit()
+    part.encoder.layers[0] = torch.compile(part.encoder.layers[0])
+    inside = moee.extract(part, *data, **QUICK)
+    assert not any("_orig_mod" in name for name in inside.model.state_dict())
+    assert hasattr(part.encoder.layers[0], "_orig_mod"), "the user's own stays as it is"
+    for name, tensor in result.model.state_dict().items():
+        assert torch.equal(tensor, inside.model.state_dict()[name])
 
 
 @pytest.mark.slow
