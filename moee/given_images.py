@@ -7,7 +7,7 @@ indexed is read image by image when it is needed; anything else is read once and
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from moee.data import ImageSet, Source, TensorSet, divide
 from moee.errors import UserError
+from moee.leaks import digest, refuse_shared, rows, same_content, sources_of
 from moee.models import Shape
 from moee.progress import Reporter, silent
 from moee.schema import shown
@@ -42,6 +43,7 @@ class DatasetSet(ImageSet):
     def __init__(self, name: str, dataset: Any, positions: Sequence[int], labels: Sequence[int], classes: Sequence[str] | int):
         super().__init__(name, list(labels), classes)
         self.dataset, self.positions, self.first = dataset, list(positions), list(labels)
+        self.digests: list[bytes] = []  # of the images, if they were read for their labels
 
     def load(self, index: int) -> Tensor:
         image, label = item_of(self.dataset[self.positions[index]], self.name)
@@ -64,17 +66,19 @@ def given_splits(
     A loader's sampler says which images are taken; their order and repetitions do not count. Label i is the i-th of the
     dataset's `classes`, where it has such names; both splits are numbered alike, as `moee.sources` does, `labels` included.
     Raises `UserError` for images that are not of `shape`, or not float; for labels that are no numbers; for images that fill
-    the memory. """
-    if val is not None and (val is train or getattr(val, "dataset", val) is train):
-        raise UserError("the held-out images are the training images; give others, or leave them out to hold out a fifth")
-    sets = {"train": _opened(train, shape, report)}
+    the memory; for held-out images that are training images. """
+    if val is not None and val is train:
+        refuse_shared([0], [0])
+    sets, shared = {"train": _opened(train, shape, report)}, []
     if val is None:
         parts = divide(len(sets["train"]), seed)
         sets = {split: _part(sets["train"], positions) for split, positions in parts.items()}
     else:
         sets["val"] = _opened(val, shape, report)
+        refuse_shared(_sources(sets["train"], train), _sources(sets["val"], val))
+        shared = same_content(_digests(sets["train"]), _digests(sets["val"]))
     names = _names(train)
-    notes = [*_renamed(train), *(_renamed(val) if val is not None else [])]
+    notes = [*shared, *_renamed(train), *(_renamed(val) if val is not None else [])]
     source = Source(sets, divided=val is not None, indices=not names and not _names(val), order=names, notes=notes)
     found = numbered(source, classes, head_classes, labels)
     return found["train"], found["val"]
@@ -87,6 +91,22 @@ def given_images(
     names = _names(data)
     source = Source({"val": _opened(data, shape, report)}, indices=not names, order=names, notes=_renamed(data))
     return numbered(source, classes, head_classes)["val"]
+
+
+def _sources(data: ImageSet, given: Any) -> list[Hashable]:
+    """Where the images of an opened set come from; nothing where nobody knows."""
+    if isinstance(data, DatasetSet):
+        return sources_of(data.dataset, data.positions)
+    if isinstance(given, (tuple, list)) and isinstance(given[0], Tensor) and given[0].ndim == 4:
+        return rows(given[0])
+    if isinstance(given, DataLoader) and not isinstance(given.dataset, IterableDataset):  # with a collate_fn of its own
+        return sources_of(given.dataset, _positions(given))
+    return rows(data.images) if isinstance(data, TensorSet) else [*getattr(data, "paths", ())]
+
+
+def _digests(data: ImageSet) -> list[bytes]:
+    """Hashes of the images, as far as they are in memory or were read before."""
+    return [digest(image) for image in data.images] if isinstance(data, TensorSet) else getattr(data, "digests", [])
 
 
 def _opened(given: Any, shape: Shape, report: Reporter) -> ImageSet:
@@ -135,21 +155,27 @@ def _indexed(dataset: Any, positions: Sequence[int], shape: Shape, report: Repor
     if not len(positions):
         return DatasetSet(name, dataset, (), (), ())
     _check(item_of(dataset[positions[0]], name)[0], shape, name)
-    labels = _labels(dataset, positions, name, report)
-    return DatasetSet(name, dataset, positions, labels, _names(dataset) or max(labels) + 1)
+    labels, digests = _labels(dataset, positions, name, report)
+    found = DatasetSet(name, dataset, positions, labels, _names(dataset) or max(labels) + 1)
+    found.digests = digests
+    return found
 
 
-def _labels(dataset: Any, positions: Sequence[int], name: str, report: Reporter) -> list[int]:
-    """The labels at some positions, from the dataset's list of them where it has one, else from every item in turn."""
+def _labels(dataset: Any, positions: Sequence[int], name: str, report: Reporter) -> tuple[list[int], list[bytes]]:
+    """The labels at some positions, from the dataset's list of them where it has one, else from every item in turn, with the
+    hash of each image."""
     targets = _targets(dataset)
     if targets is not None:
-        return [_label(targets[i], name) for i in positions]
+        return [_label(targets[i], name) for i in positions], []
     found: list[int] = []
+    digests: list[bytes] = []
     report("labels", 0, len(positions))
     for i in positions:
-        found.append(item_of(dataset[i], name)[1])
+        image, label = item_of(dataset[i], name)
+        found.append(label)
+        digests.append(digest(image))
         report("labels", len(found), len(positions))
-    return found
+    return found, digests
 
 
 def _targets(dataset: Any) -> Sequence[Any] | None:

@@ -9,7 +9,9 @@ from torch.utils.data import (
     IterableDataset,
     Subset,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    random_split,
 )
 
 from moee.data import TensorSet, batches
@@ -20,10 +22,10 @@ SHAPE = (3, 8, 8)
 
 
 class Pairs(Dataset):
-    """Images whose first value is their position; classes by name if there are any."""
+    """Images whose first value is their position, and `apart` more; classes by name if there are any."""
 
-    def __init__(self, labels, classes=None, size=8):
-        self.labels, self.size, self.reads = labels, size, 0
+    def __init__(self, labels, classes=None, size=8, apart=0.0):
+        self.labels, self.size, self.reads, self.apart = labels, size, 0, apart
         if classes is not None:
             self.classes = classes
 
@@ -32,7 +34,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, index):
         self.reads += 1
-        return torch.full((3, self.size, self.size), float(index)), self.labels[index]
+        return torch.full((3, self.size, self.size), index + self.apart), self.labels[index]
 
 
 class Stream(IterableDataset):
@@ -79,7 +81,7 @@ LABELS = [0, 1, 2, 1, 0, 2, 2, 0]
     ids=["loader", "shuffled", "dataset", "batches", "tensors", "generator of images", "iterable dataset", "own collate"],
 )  # fmt: skip
 def test_every_form_gives_the_same_images_and_labels(give):
-    train, val = given_splits(give(Pairs(LABELS)), give(Pairs(LABELS[:3])), shape=SHAPE, head_classes=3)
+    train, val = given_splits(give(Pairs(LABELS)), give(Pairs(LABELS[:3], apart=0.5)), shape=SHAPE, head_classes=3)
     assert seen(train) == expected(LABELS) and seen(val) == expected(LABELS[:3])
     assert train.classes == val.classes == ("0", "1", "2")
 
@@ -93,7 +95,7 @@ def test_a_loader_neither_draws_from_the_callers_numbers_nor_ignores_its_sampler
     assert torch.equal(before, torch.random.get_rng_state())
     assert [p for p, _ in seen(train)] == [0, 1, 3, 4, 5] and [p for p, _ in seen(val)] == [2, 6]
     weighted = WeightedRandomSampler([1.0, 0.0] * 4, 20)
-    odd, _ = given_splits(DataLoader(whole, sampler=weighted), whole, shape=SHAPE)
+    odd, _ = given_splits(DataLoader(whole, sampler=weighted), Pairs(LABELS, apart=0.5), shape=SHAPE)
     assert {p for p, _ in seen(odd)} <= {0, 2, 4, 6} and len(odd) == len({p for p, _ in seen(odd)})
 
 
@@ -106,14 +108,14 @@ def test_without_held_out_images_a_fifth_is_held_out_and_none_is_in_both():
 
 def test_names_of_classes_number_both_splits_by_the_training_sets_order():
     train = Pairs([0, 1, 2], ["zebra", "ant", "mole"])
-    val = Pairs([0, 1, 1], ["mole", "zebra"])
+    val = Pairs([0, 1, 1], ["mole", "zebra"], apart=0.5)
     one, two = given_splits(Subset(train, [0, 1, 2]), DataLoader(val), shape=SHAPE, head_classes=3)
     assert one.classes == two.classes == ("zebra", "ant", "mole")
     assert [label for _, label in seen(one)] == [0, 1, 2] and [label for _, label in seen(two)] == [2, 0, 0]
 
 
 def test_labels_stand_for_their_numbers_in_a_larger_head():
-    train, val = given_splits(Pairs([1, 3, 3, 1]), Pairs([3]), shape=SHAPE, head_classes=6)
+    train, val = given_splits(Pairs([1, 3, 3, 1]), Pairs([3], apart=0.5), shape=SHAPE, head_classes=6)
     assert [label for _, label in seen(train)] == [1, 3, 3, 1] and seen(val) == [(0, 3)] and len(train.classes) == 6
 
 
@@ -122,14 +124,14 @@ def test_targets_of_torchvision_save_reading_unless_something_transforms_them():
         targets, transforms, target_transform = LABELS, "as torchvision has it", None
 
     quick = Folder(LABELS)
-    train, _ = given_splits(quick, Pairs(LABELS), shape=SHAPE)
+    train, _ = given_splits(quick, Pairs(LABELS, apart=0.5), shape=SHAPE)
     assert isinstance(train, DatasetSet) and quick.reads == 1 and train.labels == LABELS
     moved = Folder([2 - label for label in LABELS])
     moved.target_transform = lambda label: 2 - label
-    train, _ = given_splits(moved, Pairs(LABELS), shape=SHAPE)
+    train, _ = given_splits(moved, Pairs(LABELS, apart=0.5), shape=SHAPE)
     assert train.labels == [2 - label for label in LABELS]
     lying = Folder([0] * 8)
-    train, _ = given_splits(lying, Pairs(LABELS), shape=SHAPE)
+    train, _ = given_splits(lying, Pairs(LABELS, apart=0.5), shape=SHAPE)
     with pytest.raises(UserError, match=r"has the label 0, and had 1 before"):
         seen(train)
 
@@ -138,7 +140,7 @@ def test_names_are_not_those_of_transformed_labels():
     class Folder(Pairs):
         target_transform = staticmethod(lambda label: 2 - label)
 
-    train, val = Folder([0, 1, 2], ["ant", "bee", "cat"]), Folder([2, 1], ["ant", "bee", "cat"])
+    train, val = Folder([0, 1, 2], ["ant", "bee", "cat"]), Folder([2, 1], ["ant", "bee", "cat"], apart=0.5)
     for wrap in (lambda d: d, DataLoader, lambda d: Subset(d, [0, 1]), lambda d: DataLoader(ConcatDataset([d, d]))):
         one, two = given_splits(wrap(train), wrap(val), shape=SHAPE, head_classes=3)
         assert one.classes == two.classes == ("0", "1", "2")
@@ -148,7 +150,7 @@ def test_names_are_not_those_of_transformed_labels():
 
 
 def test_images_without_labels_have_none():
-    train, val = given_splits([torch.zeros(4, *SHAPE)], (torch.zeros(*SHAPE) for _ in range(2)), shape=SHAPE)
+    train, val = given_splits([torch.zeros(4, *SHAPE)], (torch.ones(*SHAPE) for _ in range(2)), shape=SHAPE)
     assert train.labels == [-1] * 4 and val.labels == [-1] * 2 and not train.labelled
 
 
@@ -179,14 +181,56 @@ def test_more_than_memory_holds_is_refused(monkeypatch):
         given_splits((torch.zeros(4, *SHAPE) for _ in range(4)), Pairs(LABELS), shape=SHAPE)
 
 
-def test_the_training_images_are_no_held_out_images():
+PIXELS = torch.arange(8.0).view(8, 1, 1, 1).expand(8, *SHAPE).clone()
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "said"),
+    [
+        (lambda d: d, lambda d: d, "are the training images"),
+        (lambda d: d, lambda d: DataLoader(d), "are the training images"),
+        (lambda d: DataLoader(d, shuffle=True), lambda d: DataLoader(d), "are the training images"),
+        (lambda d: Subset(d, range(6)), lambda d: Subset(d, [5, 6, 7]), "1 of the 3 held-out images are training images"),
+        (lambda d: DataLoader(Subset(Subset(d, range(2, 8)), [0, 1])), lambda d: Subset(d, [1, -6]), "1 of the 2"),
+        (lambda d: ConcatDataset([Pairs(LABELS, apart=0.3), d]), lambda d: Subset(d, [0, 1]), "are the training images"),
+        (lambda d: DataLoader(d, collate_fn=default_collate_of_ones_own), lambda d: Subset(d, [0]), "are the training images"),
+        (lambda d: (PIXELS, torch.tensor(LABELS)), lambda d: (PIXELS, torch.tensor(LABELS)), "are the training images"),
+        (lambda d: TensorDataset(PIXELS, torch.tensor(LABELS)), lambda d: (PIXELS[2:4], torch.tensor([2, 1])), "are the trai"),
+        (lambda d: d, lambda d: Pairs(LABELS[:3]), "every held-out image is byte by byte a training image"),
+    ],
+)
+def test_training_images_are_no_held_out_images(train, val, said):
     data = Pairs(LABELS)
-    for val in (data, DataLoader(data)):
-        with pytest.raises(UserError, match="are the training images"):
-            given_splits(data, val, shape=SHAPE)
+    with pytest.raises(UserError, match=said):
+        given_splits(train(data), val(data), shape=SHAPE)
+
+
+def default_collate_of_ones_own(items):
+    return torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
+
+
+def test_files_are_the_same_whatever_transforms_them():
+    class Folder(Pairs):
+        targets, transforms = LABELS, "as torchvision has it"
+
+        def __init__(self, names, **more):
+            super().__init__(LABELS, **more)
+            self.samples = [(f"photos/{name}.jpg", 0) for name in names]
+
+    with pytest.raises(UserError, match="1 of the 8 held-out images are training images"):
+        given_splits(Folder("abcdefgh"), Folder("hijklmno", apart=0.5), shape=SHAPE)
+    given_splits(Folder("abcdefgh"), Folder("ijklmnop", apart=0.5), shape=SHAPE)
+
+
+def test_some_images_that_are_in_both_are_said():
+    shifted = PIXELS[6:] + torch.tensor([0, 9.0]).view(2, 1, 1, 1)
+    train, _ = given_splits(Pairs(LABELS), (shifted, torch.tensor([0, 1])), shape=SHAPE)
+    assert "1 of the 2 held-out images is byte by byte among the training images" in train.notes
+    halves = random_split(Pairs(LABELS), [6, 2])
+    assert not given_splits(*halves, shape=SHAPE)[0].notes
 
 
 def test_a_set_of_ours_is_taken_as_it_is():
     own = TensorSet("own", torch.zeros(4, *SHAPE), [0, 1, 0, 1], ["a", "b"])
-    train, _ = given_splits(own, TensorSet("other", torch.zeros(2, *SHAPE), [1, 0], ["b", "a"]), shape=SHAPE)
+    train, _ = given_splits(own, TensorSet("other", torch.ones(2, *SHAPE), [1, 0], ["b", "a"]), shape=SHAPE)
     assert train.classes == ("a", "b") and train.labels == [0, 1, 0, 1]
