@@ -22,6 +22,7 @@ from moee.class_names import class_name, in_order, listed, natural_key
 from moee.data import Division, ImageSet, Source, Transform, decoded, divide, evaluation
 from moee.errors import UserError
 from moee.file_content import files_digest
+from moee.leaks import copied_files
 from moee.progress import Reporter, silent
 from moee.split_folders import LAYOUT, TYPES, find_splits, is_image, leads_to_folder, skipped
 
@@ -284,12 +285,23 @@ def _apart(source: str, listings: dict[str, Listing]) -> list[str]:
     kept = [image for image in train.images if image[1] is None or image[1] not in held_out]
     both = len(train.images) - len(kept)
     if not both:
-        return []
+        return _copied(train, val)
     if not kept:
         raise UserError(f"data {source!r}: every image of {train.root} is in {val.root} too; give val images of its own, or "
                         f"remove it and a fifth is held out")  # fmt: skip
     train.images = kept
-    return [f"{_images(both)} in both train and val, under whatever name, {'is' if both == 1 else 'are'} not trained on"]
+    return [f"{_images(both)} in both train and val, under whatever name, {'is' if both == 1 else 'are'} not trained on",
+            *_copied(train, val)]  # fmt: skip
+
+
+def _copied(train: Listing, val: Listing) -> list[str]:
+    """A sentence if held-out images are copies of training images."""
+    both, looked = copied_files([path for path, _ in train.paths()], [path for path, _ in val.paths()])
+    if not both:
+        return []
+    of = f"{looked} compared held-out images" if looked < len(val.images) else f"the {looked} held-out images"
+    are = "is a copy" if both == 1 else "are copies"
+    return [f"{both} of {of} {are} of training images, byte for byte: on them an accuracy says nothing"]
 
 
 def _wrapper(listings: Mapping[str, Listing]) -> str | None:

@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from moee.errors import UserError
+from moee.file_content import spread
 
+LOOKED = 1024  # held-out files that are compared with training files
+MOST_FILES = 1 << 16  # training files whose sizes are looked at
+WHOLE_BYTES, END_BYTES = 1 << 20, 1 << 16
 CURE = "give others, or leave them out to hold out a fifth"
 
 
@@ -41,6 +45,36 @@ def same_content(train: Iterable[bytes], val: Sequence[bytes]) -> list[str]:
 def _shared(train: Iterable[Hashable], val: Sequence[Hashable]) -> int:
     trained = set(train)
     return sum(image in trained for image in val)
+
+
+def copied_files(train: Sequence[str], val: Sequence[str]) -> tuple[int, int]:
+    """How many of the held-out files are copies of training files, byte for byte, and how many were looked at: some spread over
+    all, none where there are so many training files that their sizes would take minutes to learn."""
+    looked = spread(val, LOOKED) if len(train) <= MOST_FILES else ()
+    sizes = {path: _size(path) for path in looked}
+    wanted = {size for size in sizes.values() if size > 0}
+    trained = {_content(path, size) for path in train if (size := _size(path)) in wanted}
+    return sum(_content(path, size) in trained for path, size in sizes.items() if size > 0) if trained else 0, len(looked)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # it is named when it is read
+        return -1
+
+
+def _content(path: str, size: int) -> tuple[int, bytes]:
+    """Size and hash of a file; of a large one of its ends."""
+    try:
+        with open(path, "rb") as file:
+            if size <= WHOLE_BYTES:
+                return size, hashlib.blake2b(file.read(), digest_size=16).digest()
+            start = file.read(END_BYTES)
+            file.seek(size - END_BYTES)
+            return size, hashlib.blake2b(start + file.read(END_BYTES), digest_size=16).digest()
+    except OSError:
+        return size, path.encode(errors="surrogateescape")
 
 
 def sources_of(dataset: Any, positions: Iterable[int]) -> list[Hashable]:

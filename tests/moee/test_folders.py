@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -21,8 +23,9 @@ NAMES = ("ant", "bee", "cat", "dog")
 def add(folder, count=3, start=0):
     """Images that differ, by their place in the data set."""
     folder.mkdir(parents=True, exist_ok=True)
+    split = zlib.crc32(folder.parent.name.encode()) % 256
     for i in range(start, start + count):
-        Image.new("RGB", (40, 36), (i * 7 % 256, len(folder.name) * 9 % 256, 90)).save(folder / f"{i}.png")
+        Image.new("RGB", (40, 36), (i * 7 % 256, len(folder.name) * 9 % 256, split)).save(folder / f"{i}.png")
 
 
 def tree(root, train=NAMES, val=NAMES):
@@ -213,6 +216,19 @@ def test_a_file_in_both_splits_is_not_trained_on(tmp_path, link):
     inodes = [{os.stat(path).st_ino for path in data.paths} for data in (train, val)]
     assert not real[0] & real[1] and not inodes[0] & inodes[1]
     assert any("1 image in both train and val, under whatever name, is not trained on" in note for note in val.notes)
+
+
+def test_copies_of_training_images_that_are_held_out_are_counted(tmp_path, monkeypatch):
+    root = tree(tmp_path / "d")
+    assert not any("byte for byte" in note for note in load_splits(str(root), SMALL)[0].notes)
+    shutil.copy(root / "train" / NAMES[0] / "1.png", root / "val" / NAMES[1] / "other.png")
+    train, val = load_splits(str(root), SMALL)
+    said = f"1 of the {len(val)} held-out images is a copy of training images, byte for byte"
+    assert any(said in note for note in train.notes)
+    shutil.rmtree(root / "val")
+    shutil.copytree(root / "train", root / "val")
+    monkeypatch.setattr("moee.leaks.LOOKED", 2)
+    assert any("2 of 2 compared held-out images are copies" in note for note in load_splits(str(root), SMALL)[0].notes)
 
 
 def test_a_flat_folder_holds_every_file_once(tmp_path):
