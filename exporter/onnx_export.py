@@ -35,6 +35,7 @@ from exporter.passes.portable import lower_routed_ffn
 from exporter.precision import INT8, dtype_of, refuse_overflow, typed
 from exporter.quantization import CALIBRATION_IMAGES, Quantization, calibrate, quantized
 from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
+from exporter.runners import OnnxRunner
 from moee.artifact import write_manifest
 from moee.checkpoint import MoeeModel
 from moee.clear_moe import ClearFFN
@@ -46,7 +47,7 @@ from moee.models import Shape
 from moee.placement import OutputFolder, source_paths
 from moee.progress import Reporter, silent
 from moee.result_kinds import EXPORT
-from moee.schema import shown
+from moee.schema import reason_of, shown
 from plugins.contract import DOMAIN, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 OPSET = 20
@@ -275,6 +276,7 @@ def export(
         portable.opset_imports.pop(DOMAIN, None)
         ir.save(portable, folder / PORTABLE)
         traced.unlink()
+        _refuse_unloadable(folder, precision)
         body = {
             "input": input_body(INPUT, transform),
             "output": {"name": OUTPUT},
@@ -295,6 +297,20 @@ def export(
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
     report("export", 3, 3)
+
+
+def _refuse_unloadable(folder: Path, precision: str) -> None:
+    """Raise `UserError` for graphs that ONNX Runtime cannot load, before they take the place of others. On the CPU it has no
+    kernels for bfloat16, whose graphs are run in another way."""
+    for name in (DENSE, PORTABLE) if precision != "bf16" else ():
+        try:
+            with OnnxRunner(folder / name):
+                pass
+        except UserError as error:
+            raise UserError(
+                f"ONNX Runtime cannot load the exported {name} ({reason_of(error.__cause__ or error)}): it has no kernel for "
+                "something that the model computes, such as the bfloat16 of an autocast in its forward; take that out"
+            ) from error
 
 
 def _calibration_data(moee: MoeeModel, report: Reporter) -> ImageSet:

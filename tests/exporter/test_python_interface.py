@@ -290,6 +290,21 @@ def test_weights_that_are_no_plain_tensors_are_refused(data, make, said):
             moee.extract(model, *data, input={"input_size": (3, 32, 32)}, **QUICK)
 
 
+class Cast(Stranger):
+    """A forward that chooses its precision itself."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+def test_graphs_that_onnx_runtime_cannot_load_are_refused_by_the_export(data, tmp_path):
+    result = moee.extract(Cast(), *data, num_classes=0, **QUICK)
+    with pytest.raises(UserError, match="ONNX Runtime cannot load the exported dense.onnx"):
+        exporter.export(result, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+
+
 def test_a_compiled_model_is_the_one_that_was_compiled(data, caplog):
     caplog.set_level("INFO", "moee")
     model = torchvision_vit()
