@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from exporter.figures import macs_unit, status_of
 from moee.accuracy import counted, recorded_interval
 from moee.progress import Lines
 
@@ -120,7 +121,8 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
     table.add_row("top-1 agreement", "", *[percent(r["top1_agreement"]) for r in kept])
     table.add_row("class cosine", "", *[number(r["class_cosine"]) for r in kept])
     table.add_row("token cosine", "", *[number(r["token_cosine"]) for r in kept])
-    for label, key, unit in (("MACs (G)", "macs", 1e9), ("parameters (M)", "params", 1e6)):
+    per, letter = macs_unit(first["cost"]["dense"]["macs"])
+    for label, key, unit in ((f"MACs ({letter})", "macs", per), ("parameters (M)", "params", 1e6)):
         before = first["cost"]["dense"][key]
         cells = [f"{s['cost']['moee'][key] / unit:.3f} ({s['cost']['moee'][key] / before - 1:+.1%})" for s in stages.values()]
         table.add_row(label, f"{before / unit:.3f}", *cells)
@@ -166,7 +168,7 @@ def layer_table(layers: list[dict[str, Any]]) -> Table:
         table.add_column(column, justify="left" if column in ("layer", "status") else "right")
     for layer in layers:
         table.add_row(
-            layer["name"], layer["status"], str(layer["experts"]), str(layer["union"]), f"{layer['mean_width']:.0f}",
+            layer["name"], status_of(layer), str(layer["experts"]), str(layer["union"]), f"{layer['mean_width']:.0f}",
             str(layer["hidden"]), f"{layer['noise']:.0%}",
         )  # fmt: skip
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from moee.assembly import build_layer
 from moee.atomic import temporary_folder
 from moee.attention import macs_saved, refuse_wide
 from moee.calibration import LayerTokens, collect_tokens, gather_tokens
+from moee.clustering import PARTITIONS
 from moee.config import ExtractConfig
 from moee.data import ImageSet, batches, image_shape, model_transform, refuse_all_skipped
 from moee.devices import CPU, computing_on
@@ -36,6 +38,8 @@ from moee.selection import keep_by_share, select_neurons
 from moee.sensitivity import RoutedStats, measure_sensitivity
 from moee.views import widened
 
+log = logging.getLogger("moee")
+MANY_TOKENS = 30_000  # HDBSCAN's time grows with their square: above it a layer takes minutes on two cores
 SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
 
 
@@ -101,6 +105,8 @@ def prepare(
             sampled = calibrate(model, ffns, data, Path(folder), config, report, group)
         mine = list(zip(ffns, sampled if group.alone else gather_tokens(sampled, group), strict=True))
         own = [(ffn, tokens) for ffn, tokens in mine if tokens is not None]
+        if group.leader:
+            _say_clustered([tokens.count for _, tokens in own], config)
         threads = torch.get_num_threads()
         with group.agreed(), computing_on(group.device):
             report("experts", 0, len(own))
@@ -118,6 +124,17 @@ def prepare(
             # sums over tokens depend on their order, and a few thousand are enough: one rank's work
             prepared.error.update(sensitivity_of(model, prepared.routed, data, config, report, group.device))
     return prepared
+
+
+def _say_clustered(counts: list[int], config: ExtractConfig) -> None:
+    """Say before minutes of clustering how many tokens it is of, and what makes it quick. `counts`: a layer's tokens each."""
+    dense = config.clustering == "hdbscan" or (config.clustering in PARTITIONS and config.clusters is None)
+    most = min(max(counts, default=0), config.cluster_tokens or MANY_TOKENS * 1000)
+    if config.method == "moee" and dense and most > MANY_TOKENS:
+        log.info(
+            "%s tokens a layer are clustered, minutes a layer; --cluster-tokens 6000 takes seconds and changes little",
+            f"{most:,}",
+        )
 
 
 def calibrate(

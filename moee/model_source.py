@@ -194,9 +194,15 @@ def with_pretrained(spec: ModelSpec) -> ModelSpec:
     return _with_hash(spec.model_copy(update={"pretrained": True}))
 
 
-def with_random(spec: ModelSpec, seed: int) -> ModelSpec:
-    """`spec` with weights drawn under `seed`, and their hash, so that a machine that draws others is noticed."""
-    return _with_hash(spec.model_copy(update={"random_seed": seed}))
+def with_random(spec: ModelSpec, seed: int, say: Callable[[str], None] = lambda text: None) -> ModelSpec:
+    """`spec` with weights drawn under `seed`, and their hash, so that a machine that draws others is noticed. `say` is told of a
+    head, which nothing has trained."""
+    drawn = spec.model_copy(update={"random_seed": seed})
+    model = load_model(drawn)
+    classes = int(getattr(model, "num_classes", 0) or 0)
+    if classes:
+        say(f"its head of {classes:,} classes is random, so accuracy means nothing; --num-classes 0 compares features")
+    return drawn.model_copy(update={"weights_sha256": state_sha256(model, drawn)})
 
 
 def _with_hash(spec: ModelSpec) -> ModelSpec:
@@ -215,7 +221,7 @@ def named_model(name: str, options: ModelOptions, say: Callable[[str], None]) ->
         raise UserError(f"{' and '.join(given)} each name the weights of {shown(name, quoted=False)}; give one of them")
     spec, own = sized_model(name, options, say)
     if options.random_weights is not None:
-        return with_random(spec, options.random_weights)
+        return with_random(spec, options.random_weights, say)
     path = options.checkpoint if options.checkpoint is not None else own
     if options.pretrained and spec.library == "hf":
         raise UserError(f"--pretrained: {shown(name, quoted=False)} brings its weights; leave it out")

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.commands import NAMES, OK, add_weights, add_word, model_flags, options_of, speak
+from exporter.figures import macs_unit
 from exporter.ui import attention_table, number
 
 TEXT = "MACs, parameters, experts and routing, layer by layer"
@@ -71,5 +72,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"stays dense: {described(result.uncut)}", markup=False)
     for name, figures in (("dense", result.dense), ("MoEE", result.moee)):
         if figures:
-            console.print(f"{name}: {figures['macs'] / 1e9:.3f} GMACs an image, {figures['params'] / 1e6:.3f} M parameters")
+            unit, letter = macs_unit(figures["macs"])
+            macs = f"{figures['macs'] / unit:.3f} {letter}MACs"
+            console.print(f"{name}: {macs} an image, {figures['params'] / 1e6:.3f} M parameters")
     return OK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from exporter.figures import SMALL, macs_unit
 from exporter.report import charts
 from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
@@ -40,7 +41,8 @@ def cost(sources: Sources) -> tuple[str | None, list[Html]]:
     dense = dig(latest(sources), "cost", "dense")
     names = [STAGE_NAMES.get(name, name) for name in found]
     rows: list[list[object]] = []
-    for label, key, unit, suffix in (("MACs an image", "macs", 1e9, " G"), ("parameters", "params", 1e6, " M")):
+    per, letter = macs_unit(real(dig(dense, "macs")) or SMALL)
+    for label, key, unit, suffix in (("MACs an image", "macs", per, f" {letter}"), ("parameters", "params", 1e6, " M")):
         was = dig(dense, key)
         now = [dig(stage, "cost", "moee", key) for stage in found.values()]
         rows.append([label, scaled(was, unit, 3, suffix), *[f"{scaled(v, unit, 3, suffix)} ({change(v, was)})" for v in now]])
@@ -48,7 +50,7 @@ def cost(sources: Sources) -> tuple[str | None, list[Html]]:
         table(["", "dense", *names], rows, "Cost of one forward pass; routed layers weighted by the experts that tokens took")
     ]
     drawn = []
-    for label, key, unit, suffix in (("MACs", "macs", 1e9, " G"), ("parameters", "params", 1e6, " M")):
+    for label, key, unit, suffix in (("MACs", "macs", per, f" {letter}"), ("parameters", "params", 1e6, " M")):
         for who, value, kind in (
             ("dense", dig(dense, key), "dense"),
             ("MoEE", dig(latest(sources), "cost", "moee", key), "moee"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from exporter.figures import status_of
 from exporter.report.collect import Sources
 from exporter.report.commands import commands
 from exporter.report.markup import Html, table, tag
@@ -31,11 +32,11 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         span = f"{widths[0]:.0f} to {widths[-1]:.0f}" if widths else DASH
         share = f" ({percent(mean / hidden, 0)})" if mean is not None and hidden else ""
         row: list[object] = [
-            str(layer.get("name", DASH)), str(layer.get("status", DASH)), fixed(layer.get("experts"), 0), fixed(hidden, 0),
+            str(layer.get("name", DASH)), status_of(layer) or DASH, fixed(layer.get("experts"), 0), fixed(hidden, 0),
             fixed(layer.get("union"), 0), f"{fixed(mean, 0)}{share}", span, percent(layer.get("noise"), 0),
         ]  # fmt: skip
         key: list[float | str] = [
-            index, str(layer.get("status", "")), real(layer.get("experts")) or 0.0, hidden or 0.0,
+            index, status_of(layer), real(layer.get("experts")) or 0.0, hidden or 0.0,
             real(layer.get("union")) or 0.0, mean or 0.0, widths[0] if widths else 0.0, real(layer.get("noise")) or 0.0,
         ]  # fmt: skip
         if isinstance(routes, dict):

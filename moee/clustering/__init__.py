@@ -36,7 +36,7 @@ def make_clusterer(
         if message == FIRST_PASS:
             report(name, min(done, total - 1), total)  # the end is reported when fit_predict returns
         else:
-            report(f"{name}, {message}", done, 0)  # nobody knows how many more products the ties need
+            report(f"{name}, {message}", min(done, total - 1) if total else done, total)
 
     makers: dict[str, Callable[[], Clusterer]] = {
         "hdbscan": lambda: HDBSCAN(size, config.min_samples, progress=progress),

@@ -11,7 +11,7 @@ from torch import Tensor
 from moee.clustering.neighbours import Lists, nearest_outside
 from moee.clustering.pairwise import Bounds, Points, exact_distances
 
-Tick = Callable[[str], None]
+Tick = Callable[[str, tuple[int, int] | None], None]  # what is done, and how much of how much (0: nobody knows)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def core_distances(
     rows, step, length = torch.arange(count, device=device), 0, lists.entry.shape[1]
     while True:
         unproven = []
-        for part, found in _lists(rows, lists if step == 0 else None, ladder(step), length, block, tick, budget):
+        for part, found in _lists(rows, lists if step == 0 else None, ladder(step), length, block, step, tick, budget):
             bounds = ladder(step)
             low = bounds.lower(found.entry)
             high = bounds.upper(found.entry, part[:, None], found.index.clamp_min(0))
@@ -58,16 +58,23 @@ def core_distances(
 
 
 def _lists(
-    rows: Tensor, lists: Lists | None, bounds: Bounds, length: int, block: int, tick: Tick, budget: int
+    rows: Tensor, lists: Lists | None, bounds: Bounds, length: int, block: int, step: int, tick: Tick, budget: int
 ) -> Iterator[tuple[Tensor, Lists]]:
-    for part in rows.split(max(1, min(4 * block, budget // length))):
+    parts = rows.split(max(1, min(4 * block, budget // length)))
+    total = len(parts) * -(-len(bounds.norms) // block)
+    counts = iter(range(1, total + 1))
+
+    def product() -> None:
+        tick(f"core distances, pass {step}", (next(counts), total))
+
+    for part in parts:
         if lists is not None:
             yield part, lists.part(slice(int(part[0]), int(part[-1]) + 1))
             continue
         nothing = torch.zeros(len(bounds.norms), device=rows.device)
         alone = torch.arange(len(bounds.norms), device=rows.device)
         limit = torch.full((len(part),), torch.inf, device=rows.device)
-        yield part, nearest_outside(bounds, part, limit, length, block, lambda: tick("core distances"), nothing, alone)
+        yield part, nearest_outside(bounds, part, limit, length, block, product, nothing, alone)
 
 
 def _settle(x: Tensor, rows: Tensor, index: Tensor, low: Tensor, high: Tensor, copies: Tensor, min_samples: int) -> Tensor:

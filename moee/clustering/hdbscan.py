@@ -25,7 +25,7 @@ from moee.errors import UserError
 
 Progress = Callable[[int, int, str], None]
 MIN_SAMPLES = 5
-FIRST_PASS = "nearest neighbours"  # message of the only pass whose length is known before it ends
+FIRST_PASS = "nearest neighbours"  # message of the pass that every clustering has
 
 
 class ClusteringStopped(RuntimeError):
@@ -51,7 +51,8 @@ class HDBSCAN:
     block: rows of a product's block; memory beyond the data is about N x neighbours x 30 bytes plus block^2 x 8.
     neighbours: length of the first pass's lists; None takes `min_samples` plus a margin. Changes time, not results.
     precision: dtype of the first pass's products; None picks the fastest. Changes time, not results.
-    progress: called as progress(done, total, message) in block products; `total` grows if more passes are needed.
+    progress: called as progress(done, total, message): block products of the pass that `message` names, or, with total 0, how
+        many points are joined.
     should_stop: polled at every block; when it returns true, `fit` raises ClusteringStopped.
 
     Fitted: `labels_` int64 [N] (-1 noise), `probabilities_` float64 [N], `condensed_tree_` (hdbscan's),
@@ -131,7 +132,7 @@ class HDBSCAN:
 
         tick = _Ticker(self.progress, self.should_stop, block_pairs(count, self.block))
         length = min(self.neighbours or samples + max(16, samples // 4), count)
-        lists = all_nearest(ladder(0), length, self.block, lambda: tick(FIRST_PASS))
+        lists = all_nearest(ladder(0), length, self.block, lambda: tick(FIRST_PASS, None))
         core, bound, known = core_distances(points, lists, ladder, copies, samples, self.block, tick)
         edges = Edges.joined([Edges.between(each.rows, each.index, each.low, each.high, core) for each in known])
         del lists, known
@@ -187,10 +188,10 @@ class _Ticker:
     def __init__(self, progress: Progress | None, should_stop: Callable[[], bool] | None, total: int) -> None:
         self.progress, self.should_stop, self.done, self.total = progress, should_stop, 0, total
 
-    def __call__(self, message: str) -> None:
+    def __call__(self, message: str, own: tuple[int, int] | None) -> None:
         self.done += 1
         self.total = max(self.total, self.done)
         if self.progress is not None:
-            self.progress(self.done, self.total, message)
+            self.progress(*(own or (self.done, self.total)), message)
         if self.should_stop is not None and self.should_stop():
             raise ClusteringStopped(f"Stopped while computing {message}, after {self.done} of {self.total} blocks.")

@@ -20,10 +20,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
+from moee.clustering.core import Tick
 from moee.clustering.neighbours import Lists, nearest_outside
 from moee.clustering.pairwise import Bounds, Points, exact_distances
-
-Tick = Callable[[str], None]
 
 
 @dataclass
@@ -160,7 +159,11 @@ def _scan(
     group = torch.from_numpy(forest.group).to(device)
     squared = (forest.core * forest.points.scale).square().float()
     core = torch.nextafter(squared, torch.full_like(squared, -1.0)).clamp_min(0)  # rounded down
-    step = 0
+    step, count = 0, len(forest.bound)
+
+    def joined() -> None:
+        tick(f"joining {count:,} points", (count - forest.groups, 0))
+
     while True:
         rows = np.flatnonzero((forest.bound <= weight[forest.group]) & wanted[forest.group])
         if len(rows) == 0:
@@ -170,7 +173,7 @@ def _scan(
             part = rows[start : start + size]
             limit = bounds.reach(torch.from_numpy(weight[forest.group[part]]).to(device))
             where = torch.from_numpy(part).to(device)
-            found = nearest_outside(bounds, where, limit, length, block, lambda: tick("joining components"), core, group)
+            found = nearest_outside(bounds, where, limit, length, block, joined, core, group)
             forest.learn(where, found, bounds)
         weight, _ = forest.lightest()
         step += 1  # what is still open has more near neighbours than its list holds, or bounds too loose to tell

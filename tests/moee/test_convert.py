@@ -8,7 +8,7 @@ import torch
 from moee.assembly import build_layer
 from moee.calibration import collect_tokens, hidden_activations
 from moee.config import make_extract_config
-from moee.convert import choose_neurons, extract
+from moee.convert import _say_clustered, choose_neurons, extract
 from moee.data import TensorSet, batches
 from moee.errors import UserError
 from moee.grouping import find_routes
@@ -219,6 +219,18 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
     for file in (tmp_path / "labels").iterdir():
         file.write_bytes(file.read_bytes()[:-3])
     assert cache.read_labels(next((tmp_path / "labels").iterdir()).stem, 500) is None, "a damaged entry is no entry"
+
+
+@pytest.mark.parametrize(
+    "options, said", [({}, "512 tokens"), ({"cluster_tokens": 400}, "400 tokens"), ({"cluster_tokens": 200}, ""),
+                      ({"clustering": "kmeans"}, "512 tokens"), ({"clustering": "kmeans", "clusters": 4}, ""),
+                      ({"clustering": "none"}, "")],
+)  # fmt: skip
+def test_long_clusterings_are_told_with_what_makes_them_short(options, said, monkeypatch, caplog):
+    monkeypatch.setattr("moee.convert.MANY_TOKENS", 300)
+    caplog.set_level("INFO", "moee")
+    _say_clustered([100, 512], make_extract_config(**options))
+    assert ("--cluster-tokens 6000" in caplog.text) == bool(said) and said in caplog.text
 
 
 def test_jobs_do_not_change_the_result(tiny_model):

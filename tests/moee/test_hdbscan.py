@@ -251,9 +251,19 @@ def test_unique_rows():
 def test_progress_reaches_its_total():
     calls = []
     HDBSCAN(5, 3, block=32, progress=lambda *call: calls.append(call)).fit(blobs(200, 10))
-    assert calls[-1][0] == calls[-1][1] == len(calls)
-    assert [done for done, _, _ in calls] == list(range(1, len(calls) + 1))
-    assert calls[0][2] == "nearest neighbours"
+    first = [call for call in calls if call[2] == "nearest neighbours"]
+    assert first == calls[: len(first)] and first == [(done + 1, len(first), first[0][2]) for done in range(len(first))]
+
+
+def test_later_passes_say_how_far_they_are():
+    """Rows of whole numbers are full of ties, which one list of neighbours cannot settle."""
+    calls = []
+    x = torch.randint(0, 3, (600, 6), generator=torch.Generator().manual_seed(0)).float()
+    HDBSCAN(5, 3, block=64, neighbours=1, progress=lambda *call: calls.append(call)).fit(x)
+    passes = [call for call in calls if call[2] == "core distances, pass 1"]
+    assert passes and passes == [(done + 1, len(passes), passes[0][2]) for done in range(len(passes))]
+    joined = [done for done, total, message in calls if message.startswith("joining ") and total == 0]
+    assert joined == sorted(joined) and all(done < 600 for done in joined)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

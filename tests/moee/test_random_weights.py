@@ -17,7 +17,7 @@ from moee.checkpoint import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
 from moee.inspection import inspect_artifact
-from moee.model_source import named_spec, with_random
+from moee.model_source import ModelOptions, named_model, named_spec, with_random
 from moee.models import ModelSpec, build_model, load_model
 from moee.pipeline import Session, run_extract, run_finetune
 from moee.planning.plan import read_plan
@@ -31,6 +31,16 @@ NO_SOURCE = {"random_seed": None}
 def equal(a, b) -> bool:
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("classes, heads", [(None, 1), (0, 0)])
+def test_a_head_that_nothing_has_trained_is_told_once(classes, heads):
+    told: list[str] = []
+    options = ModelOptions(random_weights=0, num_classes=classes)
+    named_model("test_vit", options, told.append)
+    said = [text for text in told if "is random" in text]
+    assert len(said) == heads
+    assert all("its head of 1,000 classes" in text and "--num-classes 0 compares features" in text for text in said)
 
 
 @pytest.fixture
