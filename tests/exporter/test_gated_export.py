@@ -188,7 +188,7 @@ def test_commands_from_extract_to_bundle(tmp_path, capsys):
     model, folder = tmp_path / "model", tmp_path / "export"
     assert run("extract", NAMES["eva02"], *FLAGS, "--data", "digits", *STATIC, "--out", model) == 0
     shown = capsys.readouterr().out
-    assert "blocks.1.mlp" in shown and "routed" in shown
+    assert "blocks.1.mlp" in shown and "pruned" in shown and "routed" not in shown
     assert run("inspect", model, "--json") == 0
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert [(layer["name"], layer["gated"], layer["experts"]) for layer in layers] == [(name, True, 1) for name in LAYERS]
