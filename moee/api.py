@@ -50,6 +50,7 @@ from moee.sources import same_data
 
 log = logging.getLogger("moee")
 SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and what it was then
+INPUT_SIZE = "input={'input_size': (channels, height, width)}"
 OF_INPUT = {name: f"{name} of input=" for name in InputConfig.model_fields}
 Images = Any  # a DataLoader, a dataset, an iterable of (images, labels), an `ImageSet`, or a source as `--data` takes it
 
@@ -76,7 +77,7 @@ def load_model(
     return model
 
 
-@in_python([*ExtractConfig.model_fields, *ClearConfig.model_fields], {"img_size": "input_size of input=", **OF_INPUT})
+@in_python([*ExtractConfig.model_fields, *ClearConfig.model_fields], {"img_size": INPUT_SIZE, **OF_INPUT})
 def extract(
     model: nn.Module | str, data: Images, val: Images = None, *, preset: str = "compensated", method: str | None = None,
     classes: Sequence[str] = (), num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None,

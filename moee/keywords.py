@@ -48,6 +48,8 @@ def _spoken(text: str, known: Mapping[str, str], switches: set[str]) -> str:
             return found[0]
         if name in switches and not value:
             return f"{name}=True"
+        if "=" in name:  # a phrase that says its value
+            return name
         return f"{name}={SIZES.get(value, value.strip())}" if value else name
 
     return FLAG.sub(keyword, text)

@@ -6,7 +6,7 @@ from moee.errors import NothingRouted, UserError
 from moee.keywords import in_python
 
 
-@in_python(["keep"], {"random_weights": "random_seed", "std": "std of input="})
+@in_python(["keep"], {"random_weights": "random_seed", "std": "std of input=", "side": "input={1}"})
 def call(said, pretrained=False, num_classes=None, img_size=None, checkpoint=None, kind=UserError):
     raise kind(said)
 
@@ -19,6 +19,7 @@ def call(said, pretrained=False, num_classes=None, img_size=None, checkpoint=Non
         ("--keep: Input should be at most 1 (came 2)", "keep: Input should be at most 1 (came 2)"),
         ("--std.0: Input should be greater than 0", "std of input=: Input should be greater than 0"),
         ("give --img-size H W, or one number for both", "give img_size=(H, W)"),
+        ("give --side H W", "give input={1}"),
         ("--num-classes 0 says that they are features", "num_classes=0 says that they are features"),
         ("it has 4, --num-classes says 7", "it has 4, num_classes says 7"),
         ("add --no-trial-export to go on", "add --no-trial-export to go on"),
