@@ -38,6 +38,7 @@ LEFT = ("position_ids", "relative_position_index", "mask_token", "pooler.")  # o
 TEXT = ("text_model.", "text_projection.", "logit_scale", "logit_bias")
 Scale = tuple[tuple[float, ...], tuple[float, ...]]
 SIZE = "image_size"
+ELSE = "give the model as package.module:function"
 
 
 @dataclass(frozen=True)
@@ -192,8 +193,10 @@ def _input(folder: Path, row: Architecture, config: dict[str, Any]) -> tuple[Inp
     if body.get("do_normalize") is False:
         body |= {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     factor = body.get("rescale_factor", 1 / 255)
-    if body.get("do_rescale") is False or not isinstance(factor, (int, float)) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
-        raise UserError(f"{path} scales pixels by {shown(factor)} and not to 0..1; give the model as package.module:function")
+    if body.get("do_rescale") is False:
+        raise UserError(f"{path} leaves pixels at 0..255 (do_rescale is false), and models here get 0..1; {ELSE}")
+    if not isinstance(factor, (int, float)) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise UserError(f"{path} scales pixels by {shown(factor)} and not to 0..1; {ELSE}")
     change: dict[str, Any] = {}
     if body.get("image_mean") is not None and body.get("image_std") is not None:
         change |= {"mean": body["image_mean"], "std": body["image_std"]}
@@ -202,6 +205,8 @@ def _input(folder: Path, row: Architecture, config: dict[str, Any]) -> tuple[Inp
     try:
         change |= _resized(body, own, channels)
         given = InputConfig.model_validate({**usual.model_dump(), **change})
+    except UserError:
+        raise
     except (ValueError, TypeError, KeyError) as error:
         reason = reason_of(error, 120)
         raise UserError(f"{path} does not say how images are resized ({reason}); save it with transformers again") from error
@@ -221,23 +226,26 @@ def _resized(body: dict[str, Any], own: tuple[int, int], channels: int) -> dict[
         shortest = size
     if shortest is None:
         resized = _sides(size)
-        final = target or resized
-        return _described(final, resized[0] / final[0], "squash", channels)
+        return _described(target or resized, resized, "squash", channels)
     if share is not None and shortest < 384:  # a ConvNeXt's processor: the shorter side first, then the middle
-        return _described((shortest, shortest), 1 / share, "center", channels)
+        return {**_described((shortest, shortest), (shortest, shortest), "center", channels), "crop_pct": share}
     if share is not None:
-        return _described((shortest, shortest), 1.0, "squash", channels)
-    rows, columns = target or own
-    return _described((rows, columns), shortest / min(rows, columns), "center", channels)
+        return _described((shortest, shortest), (shortest, shortest), "squash", channels)
+    if target is None:  # the model takes one size all the same
+        return _described(own, (max(shortest, min(own)),), "center", channels)
+    return _described(target, (shortest,), "center", channels)
 
 
-def _described(final: tuple[int, int], ratio: float, mode: str, channels: int) -> dict[str, Any]:
-    """timm divides by the share and rounds down, so the share is nudged where that would lose a pixel."""
-    share = min(1.0, 1 / ratio)
-    wanted = round(final[0] * ratio)
-    if math.floor(final[0] / share) != wanted and wanted >= final[0]:
-        share = final[0] / (wanted + 0.5)
-    return {"input_size": (channels, *final), "crop_pct": share, "crop_mode": mode}
+def _described(final: tuple[int, int], resized: tuple[int, ...], mode: str, channels: int) -> dict[str, Any]:
+    """Images of `final` out of the middle of ones whose sides, or shorter side, are `resized`, as a share for timm: it divides by
+    that and rounds down, so the share is nudged where it would lose a pixel."""
+    sides = final if len(resized) > 1 else (min(final),)
+    shares = [1.0, sides[0] / resized[0], *(side / (pixels + 0.5) for side, pixels in zip(sides, resized, strict=True))]
+    for share in shares:
+        if share <= 1 and [math.floor(side / share) for side in sides] == list(resized):
+            return {"input_size": (channels, *final), "crop_pct": share, "crop_mode": mode}
+    cut, whole = (" x ".join(map(str, each)) for each in (final, resized))
+    raise UserError(f"the processor cuts {cut} pixels out of {whole}, which is no share of both sides; {ELSE}")
 
 
 def _sides(size: Any) -> tuple[int, int]:

@@ -7,6 +7,7 @@ import textwrap
 import numpy as np
 import onnx_ir as ir
 import pytest
+import timm.data
 import torch
 import torchvision
 from PIL import Image
@@ -303,6 +304,10 @@ def test_what_is_refused_in_one_sentence_before_any_work(place, words, says, cap
     ({"config.json": '{"model_type": "vit", "num_hidden_layers": 100000}'}, "num_hidden_layers"),
     ({"preprocessor_config.json": '{"image_mean": [0.5], "image_std": [0], "size": 32}'}, "does not say how images are resized"),
     ({"preprocessor_config.json": '{"rescale_factor": 1, "size": 32}'}, "scales pixels by 1 and not to 0..1"),
+    ({"preprocessor_config.json": '{"do_rescale": false, "rescale_factor": 0.00392156862745098, "size": 32}'},
+     "leaves pixels at 0..255 (do_rescale is false)"),
+    ({"preprocessor_config.json": '{"size": {"height": 40, "width": 48}, "crop_size": 32, "do_center_crop": true}'},
+     "cuts 32 x 32 pixels out of 40 x 48, which is no share of both sides; give the model as package.module:function"),
     ({"preprocessor_config.json": '{"resample": 77, "size": {"longest_edge": 3}}'}, "does not say how images are resized"),
     ({"model.safetensors": "no weights"}, "not valid safetensors"),
 ])  # fmt: skip
@@ -465,21 +470,41 @@ PROCESSORS = {
     "DeiTImageProcessor": {}, "BeitImageProcessor": {"size": {"height": 256, "width": 256}, "do_center_crop": True},
     "ConvNextImageProcessor": {"size": {"shortest_edge": 224}},
 }  # fmt: skip
+UNEVEN = {  # sizes that divide into nothing; a ConvNeXt's 32 / 0.875 is 36.57 and ends at 36
+    "ConvNextImageProcessor": [
+        {"size": {"shortest_edge": edge}, "crop_pct": share} for edge, share in ((32, 0.875), (30, 0.88), (33, 0.95), (47, 0.7))
+    ],
+    "BitImageProcessor": [{"size": {"shortest_edge": edge}, "crop_size": crop} for edge, crop in ((37, 32), (43, 33), (58, 50))],
+    "CLIPImageProcessor": [{"size": {"shortest_edge": 41}, "crop_size": {"height": 35, "width": 35}}],
+    "BeitImageProcessor": [{"size": {"height": 37, "width": 37}, "crop_size": {"height": 31, "width": 31}}],
+    "ViTImageProcessor": [{"size": {"height": 33, "width": 33}}],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
-def test_images_are_prepared_as_transformers_does(place, name):
+@pytest.mark.parametrize(
+    "name, size, options",
+    [
+        *((name, 224, options) for name, options in PROCESSORS.items()),
+        *((name, 32, options) for name, each in UNEVEN.items() for options in each),
+    ],
+)
+def test_images_are_prepared_as_transformers_does(place, name, size, options):
     HF["vit"](place / "vit")
     kind = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
-    processor = kind(**PROCESSORS[name])
+    processor = kind(**options)
     processor.save_pretrained(place / "vit")
-    spec = from_transformers.named("hf:vit", {"image_size": 224}).spec
-    transform = model_transform(build_model(spec))
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 340, 3), dtype=np.uint8))
-    expected = torch.as_tensor(np.array(processor(image, return_tensors="np")["pixel_values"][0]))
-    made = evaluation(transform)(image)
-    assert made.shape == expected.shape
-    assert (made - expected).abs().max() < 0.03, "one level of 255, divided by the deviation"
+    spec = from_transformers.named("hf:vit", {"image_size": size}).spec
+    if size == 224:
+        prepare = evaluation(model_transform(build_model(spec)))
+    else:  # no patches divide these
+        prepare = timm.data.create_transform(**spec.input.model_dump(exclude={"fixed_input_size"}), is_training=False)
+    sizes = ((300, 340), (75, 33), (50, 61)) if size == 224 else ((64, 64), (37, 37), (301, 301))
+    for rows, columns in sizes:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (rows, columns, 3), dtype=np.uint8))
+        expected = torch.as_tensor(np.array(processor(image, return_tensors="np")["pixel_values"][0]))
+        made = prepare(image)
+        assert made.shape == expected.shape
+        assert (made - expected).abs().max() < 0.03, "one level of 255, divided by the deviation"
 
 
 def test_plans_and_printed_commands_know_the_library(place):
