@@ -13,7 +13,7 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -202,21 +202,38 @@ def _bare_filter(convert: StateFilter, state: dict[str, Tensor], model: nn.Modul
 
 
 def classes_of(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> int:
-    """How many classes the classifier in `state` tells apart; 0 for none."""
-    rows = [t.shape[0] for key, t in state.items() if _is_head(key, classifier) and key.endswith("weight") and t.ndim > 1]
-    return rows[0] if rows else 0
+    """How many classes the classifier in `state` tells apart, of a transposed one too if it has biases; 0 for none."""
+    for key, weight in state.items():
+        if _is_head(key, classifier) and key.endswith("weight") and weight.ndim > 1:
+            bias = state.get(f"{key.removesuffix('weight')}bias")
+            turned = bias is not None and weight.ndim == 2 and tuple(bias.shape) == (weight.shape[1],)
+            return weight.shape[1 if turned else 0]
+    return 0
 
 
 def difference(fit: Fit, model: nn.Module, name: str, classifier: tuple[str, ...], says: str | None) -> str:
     """What differs between a checkpoint and the model `name`, and the flag that mends it. `says` is the architecture that the
     file names for itself."""
     expected = bare(model).state_dict()
-    heads = [key for key in fit.mismatched if _is_head(key, classifier)]
-    if heads and len(fit.mismatched) == len(heads) and not fit.missing and not fit.unexpected:
+    shapes = {key: pair for key, pair in fit.mismatched.items() if pair[0] != pair[1]}
+    if len(shapes) < len(fit.mismatched):
+        key = next(key for key in fit.mismatched if key not in shapes)
+        alone = replace(fit, mismatched={key: fit.mismatched[key]}, missing=(), unexpected=())
+        return f"{_first(alone)} of real ones: store it as floating-point numbers"
+    heads = {key: pair for key, pair in shapes.items() if _is_head(key, classifier)}
+    if heads and len(shapes) == len(heads) and not fit.missing and not fit.unexpected:
         ours, theirs = getattr(model, "num_classes", 0), classes_of(fit.state, classifier)
-        return f"the file has {theirs} classes, {name} has {ours}: add --num-classes {theirs}"
+        if theirs != ours and all(came[1:] == wanted[1:] for came, wanted in heads.values()):
+            return f"the file has {theirs} classes, {name} has {ours}: add --num-classes {theirs}"
+        key, (came, wanted) = max(heads.items(), key=lambda item: len(item[1][0]))  # a weight before a bias
+        turned = len(came) == len(wanted) == 2 and came[0] == wanted[1] != came[1]
+        cure = "it is transposed, store it the other way round" if turned else "check the file, or add --num-classes 0"
+        return f"{shown(key, quoted=False)} of the classifier is {list(came)}, {name} takes {list(wanted)}: {cure}"
     if fit.missing and all(_is_head(key, classifier) for key in fit.missing) and not fit.unexpected and not fit.mismatched:
-        return f"the file has no classifier, {name} has one: add --num-classes 0 to compare features"
+        cure = "add --num-classes 0 to compare features"
+        if any(_is_head(key, classifier) for key in fit.state):
+            return f"the file has only a part of the classifier and lacks {listed(fit.missing)}: store that too, or {cure}"
+        return f"the file has no classifier, {name} has one: {cure}"
     channels = _channels(fit, model)
     if channels is not None:
         return f"the file has {channels[0]} input channels, {name} has {channels[1]}: add --in-chans {channels[0]}"
@@ -228,7 +245,7 @@ def difference(fit: Fit, model: nn.Module, name: str, classifier: tuple[str, ...
         return f"the file's last norm is fc_norm, {name} pools its class token: add --model-kwargs global_pool=avg"
     position = fit.mismatched.get("pos_embed")
     size = image_size(position[0], model) if position else None
-    if size is not None:
+    if size is not None and position is not None and size != image_size(position[1], model):
         return f"the file was trained on {size} pixels, {name} takes another size: add --img-size {size}"
     return f"{_counts(fit, expected)} of {name}: {_first(fit)}; check the model's name, --img-size and --model-kwargs"
 

@@ -269,6 +269,27 @@ def test_a_mismatch_says_what_differs_and_which_flag_mends_it(tmp_path, saved, a
     assert str(tmp_path / "w.pth") in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"head.weight": lambda t: t.T.contiguous()},
+         r"head.weight of the classifier is \[32, 4\], .* takes \[4, 32\]: it is transposed, store it the other way round$"),
+        ({"head.bias": lambda t: None}, "only a part of the classifier and lacks head.bias: store that too, or add --num-"),
+        ({"head.bias": lambda t: t[:2]}, r"head.bias of the classifier is \[2\], .* takes \[4\]: check the file"),
+        ({"pos_embed": lambda t: t.to(torch.complex64)}, "pos_embed is complex64 .*store it as floating-point numbers$"),
+        ({"head.weight": lambda t: t.to(torch.complex64)}, "head.weight is complex64 .*store it as floating-point numbers$"),
+        ({"head.weight": lambda t: t.to(torch.int32)}, "head.weight is int32 .*store it as floating-point numbers$"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("asked", [{}, {"num_classes": 4}])
+def test_what_is_in_force_already_is_not_proposed(tmp_path, change, words, asked):
+    state = model_of().state_dict()
+    state |= {key: make(state[key]) for key, make in change.items()}
+    torch.save({key: tensor for key, tensor in state.items() if tensor is not None}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=words):
+        taken(tmp_path / "w.pth", **asked)
+
+
 def test_the_number_of_classes_in_python(tmp_path):
     """A spec by hand takes nothing from the checkpoint by itself."""
     torch.save(model_of().state_dict(), tmp_path / "w.pth")
