@@ -92,7 +92,8 @@ def markdown(summary: dict[str, Any]) -> str:
         lines += ["## Published orderings", ""]
         lines += [
             "Rows are compared at equal MACs (linear interpolation along the kept share). Reproduced: the mean difference over "
-            "the seeds is positive and larger than its standard deviation; reversed: negative and larger; undecided: between.",
+            "the seeds is positive and larger than its standard deviation; reversed: negative and larger; undecided: "
+            "between, or one seed.",
             "",
             "| table | published ordering | compensation | " + " | ".join(f"by {m}" for m in _metrics(summary)) + " |",
             "|" + "---|" * (3 + len(_metrics(summary))),

@@ -6,7 +6,7 @@ curves, and averaged over those costs. An ordering is
 
     reproduced   the mean difference over the seeds is positive and larger than its standard deviation
     reversed     it is negative and larger than its standard deviation
-    undecided    anything between; one seed alone decides by sign
+    undecided    anything between, and whatever one seed alone gives: it has no standard deviation
     not compared the curves share no cost, or a row's layers all stayed dense
 """
 
@@ -23,6 +23,7 @@ from moee.ablation.grid import TABLES, Cell, Table
 Result = tuple[Cell, dict[str, Any]]
 Curve = list[tuple[float, float]]  # (MACs relative to dense minus 1, metric), by rising MACs
 METRICS = ("accuracy", "class_cosine")
+ROUNDING = 1e-6  # a difference of metrics in 0..1 below this is that of sums in another order
 TOLERANCE = 1e-3  # of the dense MACs: rows made to cost the same differ by their routing's shares
 
 
@@ -92,8 +93,7 @@ def _decide(differences: list[float]) -> str:
     if not differences:
         return "not compared"
     mean = statistics.fmean(differences)
-    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    if mean == 0 or abs(mean) <= spread:
+    if len(differences) == 1 or abs(mean) <= max(statistics.stdev(differences), ROUNDING):
         return "undecided"
     return "reproduced" if mean > 0 else "reversed"
 

@@ -136,6 +136,8 @@ def results(table: str, figures: dict[str, list[tuple[float, list[float]]]]):
 
 @pytest.mark.parametrize(("theirs", "expected"), [
     ([0.5, 0.5, 0.5], "reproduced"), ([0.9, 0.9, 0.9], "reversed"), ([0.5, 0.9, 0.8], "undecided"), ([None] * 3, "not compared"),
+    ([0.5, None, None], "undecided"),  # one seed has no standard deviation
+    ([0.7 - 1e-9] * 3, "undecided"), ([0.7 + 1e-9] * 3, "undecided"),  # sums in another order
 ])  # fmt: skip
 def test_verdicts_weigh_the_difference_against_the_seeds(theirs, expected):
     figures = {
@@ -150,12 +152,12 @@ def test_verdicts_weigh_the_difference_against_the_seeds(theirs, expected):
 def test_rows_are_compared_at_equal_macs():
     """The rival looks better at the same kept share only because it costs more."""
     figures = {
-        "variance": [(-0.4, [0.60]), (-0.2, [0.80])],
-        "magnitude": [(-0.3, [0.65]), (-0.1, [0.85])],
-        "random": [(-0.1, [0.1]), (-0.05, [0.2])],
+        "variance": [(-0.4, [0.60, 0.60]), (-0.2, [0.80, 0.80])],
+        "magnitude": [(-0.3, [0.65, 0.65]), (-0.1, [0.85, 0.85])],
+        "random": [(-0.1, [0.1, 0.1]), (-0.05, [0.2, 0.2])],
     }
     first, second = judge(results("8", figures), "accuracy")
-    assert first.verdict == "reproduced" and first.pairs[0].differences == pytest.approx([0.05])
+    assert first.verdict == "reproduced" and first.pairs[0].differences == pytest.approx([0.05, 0.05])
     assert second.verdict == "not compared", "no common cost"
 
 
