@@ -116,6 +116,20 @@ def run_cell(session: Session, probe: Any, config: ClearConfig, setting: dict[st
     }
 
 
+def stored_cell(path: Path, grid: Grid, setting: dict[str, Any], seed: int) -> dict[str, Any] | None:
+    """A finished cell; None if it was not run yet. Raises `UserError` for one that is damaged or of another configuration."""
+    if not path.is_file():
+        return None
+    cell: dict[str, Any] = read_json(path)
+    checked(StoredCell, cell, path)
+    other = difference({"setting": cell["setting"]}, {"setting": setting})
+    other = other or difference(cell.get("config") or {}, grid.config(setting, seed).model_dump(mode="json"))
+    if other is not None:
+        name, stored, ours = other
+        raise UserError(f"{path} was made with {name} {stored!r}, now {ours!r}; give another --out or remove it")
+    return cell
+
+
 def ablate(
     session: Session, grid: Grid, design: str, out: Path | str, report: Reporter = silent
 ) -> list[dict[str, Any]]:
@@ -133,20 +147,15 @@ def ablate(
         "its cells do not go together, choose another --out or remove it", said={"data": session.source},
     )  # fmt: skip
     jobs = [(setting, seed) for seed in range(grid.seeds) for setting in grid.settings(design)]
+    stored = {name: cell for job in jobs if (cell := stored_cell(out / (name := f"{cell_name(*job)}.json"), grid, *job))}
     probe = None
     cells = []
     for done, (setting, seed) in enumerate(jobs):
         report("ablation", done, len(jobs))
         path = out / f"{cell_name(setting, seed)}.json"
         config = grid.config(setting, seed)
-        if path.is_file():
-            cell = read_json(path)
-            checked(StoredCell, cell, path)
-            other = difference({"setting": cell["setting"]}, {"setting": setting})
-            other = other or difference(cell.get("config") or {}, config.model_dump(mode="json"))
-            if other is not None:
-                name, stored, ours = other
-                raise UserError(f"{path} was made with {name} {stored!r}, now {ours!r}; give another --out or remove it")
+        if path.name in stored:
+            cell = stored[path.name]
         else:
             session.prove(config)
             probe = probe or session.probe()

@@ -39,14 +39,20 @@ def read_state(path: Path) -> dict[str, Any]:
     return body
 
 
+def stored_tensors(folder: Path, state: Mapping[str, Any]) -> Path:
+    """The file of tensors that `state` names. Raises `UserError` if it is missing or changed."""
+    path = folder / Path(state["file"]).name
+    if not path.is_file() or sha256_file(path) != state["sha256"]:
+        raise UserError(f"{path} is missing or changed; remove {folder} to start the fine-tuning again")
+    return path
+
+
 def read_tensors(folder: Path, state: Mapping[str, Any], trainable: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors that `state` names: weights, best weights and the optimiser's of every trainable parameter, in its shape.
 
     Raises `UserError` if the file is missing or changed, or a tensor is not there or another's.
     """
-    path = folder / Path(state["file"]).name
-    if not path.is_file() or sha256_file(path) != state["sha256"]:
-        raise UserError(f"{path} is missing or changed; remove {folder} to start the fine-tuning again")
+    path = stored_tensors(folder, state)
     tensors = read_safetensors(path)
     for name, parameter in trainable.items():
         slots = ("exp_avg", "exp_avg_sq") if f"exp_avg.{name}" in tensors else ()  # a parameter without gradients has none

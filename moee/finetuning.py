@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,11 @@ from moee.data import ImageSet, model_transform
 from moee.distributed import SOLO, Group, Parcel
 from moee.errors import UserError
 from moee.evaluation import run
-from moee.finetune_state import SCHEMA, read_state, read_tensors
+from moee.finetune_state import SCHEMA, read_state, read_tensors, stored_tensors
 from moee.interface import can_checkpoint, has_feature_map, title_of_model
 from moee.layer import RoutedFFN, routed_layers
 from moee.machine import fast_on_cpu
+from moee.mlps import random_images
 from moee.progress import Reporter, silent
 from moee.resume import OUTDATED, difference, fingerprint, outdated
 from moee.tensor_file import write_tensors
@@ -62,13 +64,14 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 def finetune(
     model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent,
-    resume: Path | None = None, teacher: Tensor | None = None, group: Group = SOLO,
+    resume: Path | None = None, teacher: Callable[[], Tensor] | None = None, group: Group = SOLO,
 ) -> FinetuneResult:  # fmt: skip
     """Train `model` in place to match `dense` on `data`; leaves the weights of the best validation epoch in it.
 
     With `resume`, a folder, the state is saved after every epoch and an interrupted run goes on from it; a run with
-    another configuration or model is refused with `UserError`. `teacher` [N, C]: the dense model's outputs on `data`, if they
-    are there already. In a `group` the ranks share every batch and rank 0 keeps the state; all end with the same weights.
+    another configuration or model is refused with `UserError` before anything is computed, and so is a model that cannot learn.
+    `teacher`: gives the dense model's outputs on `data` [N, C], where another knows them. In a `group` the ranks share every
+    batch and rank 0 keeps the state; all end with the same weights.
     """
     with group.agreed():
         if len(data) < 2:
@@ -78,12 +81,11 @@ def finetune(
         if config.distil == "tokens" and not has_feature_map(model):
             raise UserError(f"--distil tokens needs a model with one feature map; {title_of_model(model)} has none, use output")
     config = affordable(config, group)
-    own = len(data)
-    teacher = run(dense, data, report, "teacher", group=group).features if teacher is None else teacher
-    _refuse_unreadable(data, group)
+    own, given = len(data), data
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed))
     held_out = order[: max(1, round(own * config.validation))].sort().values
     train = order[len(held_out) :].sort().values
+    made: ImageSet | None = None
     if config.augment or config.collages:
         transform = model_transform(dense)
         views = Views(data, transform, config.augment, config.seed)
@@ -91,14 +93,20 @@ def finetune(
         # held-out images have no views in it, and collages show nothing of them
         views_of = [train + own * k for k in range(1 + config.augment)]
         train = torch.cat([*views_of, torch.arange(len(collages)) + own * (1 + config.augment)])
-        data = Joined(data, views, collages)
-        if config.distil == "output":  # with tokens the teacher runs beside every step
-            made = Joined(views, collages)
-            teacher = torch.cat([teacher, run(dense, made, report, "teacher on views", group=group).features])
-            _refuse_unreadable(made, group)
-    identity = _identity(model, dense, data, config, report) if resume is not None and group.leader else {}
+        data, made = Joined(data, views, collages), Joined(views, collages)
+    identity: dict[str, Any] = {}
+    with group.agreed():
+        if group.leader:
+            _refuse_unlearning(model, dense, config)
+            if resume is not None:
+                identity = _identity(model, dense, data, config, resume, report)
+    outputs = run(dense, given, report, "teacher", group=group).features if teacher is None else teacher()
+    _refuse_unreadable(given, group)
+    if made is not None and config.distil == "output":  # with tokens the teacher runs beside every step
+        outputs = torch.cat([outputs, run(dense, made, report, "teacher on views", group=group).features])
+        _refuse_unreadable(made, group)
     with group.placed(model), group.placed(dense), _chosen(model, config) as trainable:
-        trainer = Trainer(model, dense, teacher, config, group)
+        trainer = Trainer(model, dense, outputs, config, group)
         try:
             result = _train(trainer, trainable, data, train, held_out, identity, report, resume)
         finally:
@@ -152,6 +160,19 @@ def make_optimiser(parameters: Iterable[nn.Parameter], config: FinetuneConfig) -
         size = max(float(parameter.detach().float().square().mean().sqrt()), LEAST_RMS) if config.relative_lr else 1.0
         groups.append({"params": [parameter], "lr": config.lr * size, "initial_lr": config.lr * size})
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def _refuse_unlearning(model: nn.Module, dense: nn.Module, config: FinetuneConfig) -> None:
+    """Raise `UserError` if no gradient reaches what is to be trained: a model may switch gradients off in its forward."""
+    image = random_images(model_transform(dense).shape, next(model.parameters()))[:1]
+    with torch.enable_grad(), _chosen(model, config) as trainable:
+        learns = bool(trainable) and model(image).requires_grad
+    if not learns:
+        cure = "leave that out to fine-tune it" + ("" if config.train == "all" else ", or try --train all")
+        raise UserError(
+            f"nothing in {title_of_model(model)} that --train {config.train} names can learn: its forward computes without "
+            f"gradients (torch.no_grad or torch.inference_mode); {cure}"
+        )
 
 
 def _refuse_unreadable(data: ImageSet, group: Group) -> None:
@@ -216,11 +237,33 @@ def _train(
 
 
 def _identity(
-    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent
-) -> dict:  # fmt: skip
-    """What a resumed run must share with the one that was interrupted: the teacher too, which may have been drawn at random."""
-    shared = {"config": config.model_dump(), "images": len(data), "content": fingerprint(data, report)}
-    return {**shared, "weights": _checksum(model), "teacher": _checksum(dense)}
+    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, folder: Path, report: Reporter = silent
+) -> dict[str, Any]:  # fmt: skip
+    """What a resumed run must share with the one that was interrupted: the teacher too, which may have been drawn at random.
+    Raises `UserError` if `folder` holds another run; of two that differ in other things too, the images are not read."""
+    identity = {
+        "config": config.model_dump(), "images": len(data), "weights": _checksum(model), "teacher": _checksum(dense),
+    }  # fmt: skip
+    state = read_state(folder / STATE) if (folder / STATE).is_file() else None
+    if state is not None:
+        stored_tensors(folder, state)
+        _refuse_another(folder, {name: state["identity"].get(name) for name in identity}, identity)
+    identity["content"] = fingerprint(data, report)
+    if state is not None:
+        _refuse_another(folder, state["identity"], identity)
+    return identity
+
+
+def _refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    found = difference(before, now)
+    if found is None:
+        return
+    name, stored, ours = found
+    if outdated(stored, ours):
+        raise UserError(f"{folder} holds an interrupted run of an earlier version, {OUTDATED}; remove the folder")
+    raise UserError(
+        f"{folder} holds an interrupted run with another {name} ({stored!r}, now {ours!r}); finish that one or remove the folder"
+    )
 
 
 def _checksum(model: nn.Module) -> str:
@@ -301,15 +344,7 @@ def _restore(
     if not (folder / STATE).is_file():
         return None
     state = read_state(folder / STATE)
-    found = difference(state["identity"], identity)
-    if found is not None:
-        name, stored, ours = found
-        if outdated(stored, ours):
-            raise UserError(f"{folder} holds an interrupted run of an earlier version, {OUTDATED}; remove the folder")
-        raise UserError(
-            f"{folder} holds an interrupted run with another {name} ({stored!r}, now {ours!r}); "
-            "finish that one or remove the folder"
-        )
+    _refuse_another(folder, state["identity"], identity)
     best = _put_state(read_tensors(folder, state, trainable), state["step"], trainable, optimiser)
     scaler.load_state_dict(state.get("scaler", {}))
     result = FinetuneResult([math.nan, *state["train_loss"]], state["validation_loss"], state["best_epoch"])

@@ -404,8 +404,9 @@ def tune(
     if division is not None:
         division.check(session.train)
     started, group = time.perf_counter(), session.group
-    teacher = session.train_outputs.features
-    result = finetune(moee.model, session.dense, session.train, config, session.report, state, teacher, group)
+    result = finetune(
+        moee.model, session.dense, session.train, config, session.report, state, lambda: session.train_outputs.features, group
+    )  # fmt: skip
     seconds = time.perf_counter() - started
     used = {**config.model_dump(), "amp": result.amp}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}

@@ -28,6 +28,17 @@ def check_identity(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"schema": schema, **(said or {}), **identity})
         return
+    compare_identity(path, schema, identity, what, cure)
+    sweep_all(path.parent)
+
+
+def compare_identity(path: Path, schema: str, identity: dict[str, Any], what: str, cure: str) -> None:
+    """Hold `identity`, or the part of it that is known before the work, against the one at `path`, if one is there.
+
+    Raises `UserError` as `check_identity` does.
+    """
+    if not path.is_file():
+        return
     before = read_json(path)
     if not isinstance(before, dict) or before.get("schema") != schema:
         raise UserError(f"{path} is not {what} of this version; {cure}")
@@ -37,7 +48,6 @@ def check_identity(
         if outdated(stored, ours):
             raise UserError(f"{path.parent} holds {what} of an earlier version, {OUTDATED}; {cure}")
         raise UserError(f"{path.parent} holds {what} with {name} {_short(stored)}, now {_short(ours)}; {cure}")
-    sweep_all(path.parent)
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:

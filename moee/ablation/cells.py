@@ -24,7 +24,7 @@ from moee.placement import OutputFolder
 from moee.probe import Probe
 from moee.progress import Reporter, silent
 from moee.result_kinds import ABLATION
-from moee.resume import check_identity, fingerprint
+from moee.resume import check_identity, compare_identity, fingerprint
 
 CELLS, SETUP = "cells", "setup.json"
 SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/1"
@@ -64,6 +64,9 @@ class CellResult(BaseModel):
         return self
 
 
+CURE = "its cells do not go together, choose another --out or pass --force to replace it"
+
+
 def read_cells(out: Path) -> dict[str, dict[str, Any]]:
     """Finished cells of an ablation folder by key; a file that is damaged or under a foreign name counts as not run."""
     found = {}
@@ -82,19 +85,20 @@ def check_setup(out: Path, setup: dict[str, Any]) -> None:
 
     Raises `UserError` that names the first difference, or if `out` holds something else.
     """
-    path = out / SETUP
     OutputFolder(out, ABLATION, grows=True).check()
-    cure = "its cells do not go together, choose another --out or pass --force to replace it"
     same = {name: value for name, value in setup.items() if name != "data"}
-    check_identity(path, SETUP_SCHEMA, same, "an ablation", cure, said={"data": setup["data"]})
+    check_identity(out / SETUP, SETUP_SCHEMA, same, "an ablation", CURE, said={"data": setup["data"]})
 
 
 def setup_of(session: Session, ablation: AblationConfig, report: Reporter = silent) -> dict[str, Any]:
     """What decides every cell besides its own configuration."""
-    spec = session.spec
-    model = {"model": spec.name, **spec.identity()}
     images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
-    return {**model, "data": session.source, **images, **ablation.shared()}
+    return {**_told(session, ablation), "data": session.source, **images}
+
+
+def _told(session: Session, ablation: AblationConfig) -> dict[str, Any]:
+    """What of the set-up is known without reading an image."""
+    return {"model": session.spec.name, **session.spec.identity(), **ablation.shared()}
 
 
 def run_cells(
@@ -106,6 +110,7 @@ def run_cells(
     is random. A cell whose layers all stay dense has status "dense" and no figures. Raises `UserError` when `out` holds
     another configuration.
     """
+    compare_identity(out / SETUP, SETUP_SCHEMA, _told(session, ablation), "an ablation", CURE)
     check_setup(out, setup_of(session, ablation, report))
     sweep_scratch()  # a run that finds every cell finished makes no scratch folder of its own
     (out / CELLS).mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, 
 from moee.progress import Reporter, silent
 from moee.result_kinds import PLAN as PLAN_FOLDER
 from moee.result_kinds import PLAN_STATE
-from moee.resume import check_identity, fingerprint
+from moee.resume import check_identity, compare_identity, fingerprint
 from moee.schema import Body, checked, shown
 
 log = logging.getLogger("moee")
@@ -66,6 +66,10 @@ def make_plan(
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
     methods = _applicable(session, methods)
+    model = {"name": session.spec.name, **session.spec.identity()}  # not where its weights lie
+    told = {"model": model, "base": base or {}}
+    stored, what, cure = store.place / "identity.json", "an interrupted plan", "finish that one or remove the folder"
+    compare_identity(stored, STORE_SCHEMA, told, what, cure)  # before trials, and before all images are read
     for share, common in zip(attention, configs, strict=True):  # said before a resumed plan is bound to the options
         if common.narrows is not None:
             check_share(session.dense, session.transform.shape, share)
@@ -74,11 +78,7 @@ def make_plan(
     fresh = not store.place.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
-    model = {"name": session.spec.name, **session.spec.identity()}  # not where its weights lie
-    check_identity(
-        store.place / "identity.json", STORE_SCHEMA, {"model": model, "base": base or {}, **images}, "an interrupted plan",
-        "finish that one or remove the folder", said={"data": session.source},
-    )  # fmt: skip
+    check_identity(stored, STORE_SCHEMA, {**told, **images}, what, cure, said={"data": session.source})
     planner = Planner(session, budget, base or {}, store.place, latency, report)
     compared = session.comparison(planner.probe)
     if budget.max_drop is not None and not compared:

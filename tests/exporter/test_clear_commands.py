@@ -156,5 +156,9 @@ def test_ablation_resumes_and_summarises(tmp_path):
     assert rows[0]["class_cosine"][1] > 1 and table.count("\n") == 3 and why.startswith("Accuracy is not compared: ")
     with pytest.raises(UserError, match="made with rank 6, now 5"):
         ablate(session, Grid(**{**grid.__dict__, "residual_rank": 3}), "star", tmp_path)
+    (tmp_path / "linear-8-2-20-s0.json").unlink()  # the others are looked at before this one is computed
+    with pytest.raises(UserError, match="made with rank 6, now 5"):
+        ablate(session, Grid(**{**grid.__dict__, "residual_rank": 3}), "star", tmp_path)
+    assert not (tmp_path / "linear-8-2-20-s0.json").exists()
     assert len(Grid().settings("star")) == 10 and len(Grid().settings("full")) == 108
     assert spread([None]) is None and spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))

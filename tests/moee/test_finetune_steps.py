@@ -7,6 +7,7 @@ import torch
 
 from moee.config import FinetuneConfig, make_extract_config
 from moee.convert import extract
+from moee.errors import UserError
 from moee.finetuning import LEAST_RMS, finetune, make_optimiser
 from moee.layer import routed_layers
 from moee.models import load_model
@@ -139,3 +140,55 @@ def test_masked_training_is_the_same_run(pair, monkeypatch):
         # an entry whose gradient is rounding alone may take AdamW's step the other way
         agree = ((a - before[name]) - (b - before[name])).abs() <= 1e-6
         assert agree.float().mean() > 0.97, name
+
+
+def not_run():
+    raise AssertionError("the dense model ran before the refusal")
+
+
+def interrupted_run(pair, folder, monkeypatch):
+    """The state after one of two epochs, in `folder`."""
+    dense, model, data = pair
+    calls, real = [], Trainer.backward
+
+    def stop(self, images, parts):
+        calls.append(1)
+        if len(calls) > 5:
+            raise KeyboardInterrupt
+        return real(self, images, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "backward", stop)
+        finetune(copy.deepcopy(model), dense, data, FinetuneConfig(epochs=2, batch_size=4), resume=folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"lr": 1e-3}, "another config.lr"), ({"epochs": 3}, "another config.epochs"), ({"augment": 1}, "another config.augment")],
+)
+def test_another_run_is_refused_before_the_work(pair, tmp_path, monkeypatch, fields, message):
+    interrupted_run(pair, tmp_path, monkeypatch)
+    dense, model, data = pair
+    monkeypatch.setattr("moee.finetuning.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
+    with pytest.raises(UserError, match=message):
+        finetune(model, dense, data, FinetuneConfig(**{"epochs": 2, "batch_size": 4, **fields}), resume=tmp_path, teacher=not_run)
+
+
+def test_other_images_and_a_lost_state_are_refused_before_the_work(pair, tmp_path, monkeypatch):
+    interrupted_run(pair, tmp_path, monkeypatch)
+    dense, model, data = pair
+    config, other = FinetuneConfig(epochs=2, batch_size=4), tiny_images(16)
+    other.images.neg_()
+    with pytest.raises(UserError, match="another content"):
+        finetune(model, dense, other, config, resume=tmp_path, teacher=not_run)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="is missing or changed"):
+        finetune(model, dense, data, config, resume=tmp_path, teacher=not_run)
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_a_model_without_gradients_is_refused_before_the_work(pair, switch):
+    dense, model, data = pair
+    model.forward = switch()(model.forward)
+    with pytest.raises(UserError, match="nothing in VisionTransformer that --train all names can learn: .*without gradients"):
+        finetune(model, dense, data, FinetuneConfig(epochs=1), teacher=not_run)

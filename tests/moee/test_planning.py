@@ -11,6 +11,7 @@ from moee.models import ModelSpec
 from moee.pipeline import Session, run_extract
 from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan, search
 from moee.planning.budget import standing
+from moee.planning.plan import STORE_SCHEMA
 from tests.conftest import TINY, tiny_images
 
 FAST = dict(methods=("kmeans-8", "static"), targets=(0.85, 0.7), base={"cluster_tokens": 300})
@@ -275,3 +276,14 @@ def interrupted(session, tmp_path):
         make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
     finally:
         session.measure = real
+
+
+def test_a_plan_of_other_options_is_refused_before_the_work(session, tmp_path, monkeypatch):
+    (tmp_path / "plan.resume").mkdir()
+    model = {"name": session.spec.name, **session.spec.identity()}
+    former = {"schema": STORE_SCHEMA, "model": model, "base": {"seed": 7}, "data": "other"}
+    (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps(former))
+    monkeypatch.setattr(Session, "prove", lambda *_: pytest.fail("the model was tried before the refusal"))
+    monkeypatch.setattr("moee.planning.plan.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
+    with pytest.raises(UserError, match="base.cluster_tokens None, now 300"):
+        make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
