@@ -7,17 +7,16 @@ ranks candidates; it does not predict milliseconds. Its figures are always label
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from exporter.layer_forms import form_of
+from exporter.roofline import BYTES, Device, mlp_ms, operation_ms
 from moee.atomic import temporary_folder
 from moee.attention import macs_saved, narrow_attentions
-from moee.clear_moe import ClearFFN
 from moee.errors import UserError
-from moee.gated import GatedFFN
 from moee.layer import routed_layers
 from moee.metrics import dense_macs, tokens_per_image
 from moee.mlps import find_ffns
@@ -25,21 +24,7 @@ from moee.models import FFN, Shape
 from moee.pipeline import Session
 from moee.planning import Latency
 
-TILE_TOKENS, TILE_WIDTH = 64, 64
-EFFICIENCY = 0.6  # of the peak that dense products reach
-BYTES = 2  # float16
 CPU_RUNS = 20
-
-
-@dataclass(frozen=True)
-class Device:
-    """Vendor figures: float16 tensor-core TFLOP/s (dense), memory GB/s. Microseconds a launch are an assumption."""
-
-    name: str
-    tflops: float
-    gbytes: float
-    launch_us: float
-    source: str
 
 
 DEVICES = {
@@ -84,13 +69,6 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, 
     }  # fmt: skip
 
 
-def operation_ms(device: Device, macs: float, moved: float, launches: int = 1) -> float:
-    """Roofline time of an operation: MACs, bytes moved, kernel launches."""
-    arithmetic = 2 * macs / (device.tflops * 1e12 * EFFICIENCY)
-    memory = moved / (device.gbytes * 1e9)
-    return max(arithmetic, memory) * 1e3 + launches * device.launch_us * 1e-3
-
-
 @dataclass(frozen=True)
 class DenseFacts:
     """What the roofline needs of a dense model on images of `shape`: its MLPs, their tokens an image, all its MACs an image."""
@@ -111,7 +89,7 @@ def modelled(device: Device, dense: nn.Module, model: nn.Module, facts: DenseFac
     """Dense and candidate in milliseconds by the roofline; MLPs one by one, the rest (attention too) as a product a block."""
     ffns, tokens, routed = facts.ffns, facts.tokens, routed_layers(model)
     dense_ffn = {
-        n: _dense_ffn_ms(device, f.dim, f.hidden, tokens[n] * batch, f.neuron_macs // f.dim) for n, f in ffns.items()
+        n: mlp_ms(device, f.dim, f.hidden, tokens[n] * batch, f.neuron_macs // f.dim) for n, f in ffns.items()
     }
     rest_macs = facts.macs - sum(tokens[n] * f.macs for n, f in ffns.items())
     weights = sum(p.numel() for p in dense.parameters()) - sum(f.macs for f in ffns.values())
@@ -121,38 +99,10 @@ def modelled(device: Device, dense: nn.Module, model: nn.Module, facts: DenseFac
     rest = operation_ms(device, rest_macs * batch, BYTES * (weights + activations), 8 * len(ffns))
     our_macs = rest_macs - macs_saved(model, facts.shape, dense)
     our_rest = operation_ms(device, our_macs * batch, BYTES * (weights - lighter + activations), 8 * len(ffns))
-    ours = sum(_routed_ms(device, routed[n], tokens[n] * batch) if n in routed else dense_ffn[n] for n in ffns)
+    ours = sum(
+        form_of(routed[n]).milliseconds(device, routed[n], tokens[n] * batch) if n in routed else dense_ffn[n] for n in ffns
+    )
     return {
         "kind": "modelled", "device": device.name, "batch": batch, "dense_ms": rest + sum(dense_ffn.values()),
         "moee_ms": our_rest + ours, "speedup": (rest + sum(dense_ffn.values())) / (our_rest + ours),
     }  # fmt: skip
-
-
-def _dense_ffn_ms(device: Device, dim: int, hidden: int, tokens: int, maps: int = 2) -> float:
-    """An MLP of `maps` linear maps: a gated one has three, of which the first two are one product."""
-    rows = math.ceil(tokens / TILE_TOKENS) * TILE_TOKENS
-    moved = BYTES * (maps * dim * hidden + 2 * tokens * dim + maps * tokens * hidden)
-    return operation_ms(device, maps * rows * dim * hidden, moved, 2)
-
-
-def _routed_ms(device: Device, layer: Any, tokens: int) -> float:
-    """Route, up, down: whole tiles an expert, at the calibrated load; one expert needs no routing and is two plain products.
-    CLEAR-MoE, which TensorRT gets as plain masked products, is its products in turn."""
-    if isinstance(layer, ClearFFN):
-        rows = math.ceil(tokens / TILE_TOKENS) * TILE_TOKENS
-        units = sum(layer.rank_units(masked=True))
-        moved = float(BYTES * (layer.stored_numbers() + 2 * tokens * (layer.dim + layer.hidden + units)))
-        return operation_ms(device, rows * layer.macs_per_token(masked=True), moved, 8)
-    dim, widths = layer.w_up.shape[1], layer.widths
-    if len(widths) == 1:
-        return _dense_ffn_ms(device, dim, widths[0], tokens, 3 if isinstance(layer, GatedFFN) else 2)
-    load = [part / sum(layer.load) for part in layer.load] if layer.load else [1 / len(widths)] * len(widths)
-    macs, moved = 0.0, float(BYTES * (2 * tokens * dim))
-    for width, share in zip(widths, load, strict=True):
-        count = share * tokens * layer.top_k
-        tile = math.ceil(count / TILE_TOKENS) * TILE_TOKENS
-        padded = math.ceil(width / TILE_WIDTH) * TILE_WIDTH
-        macs += 2 * tile * padded * dim
-        moved += BYTES * (2 * width * dim + 2 * count * width)
-    route = operation_ms(device, tokens * dim * len(widths), BYTES * tokens * dim)
-    return route + operation_ms(device, macs, moved, 2)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 import onnxscript
@@ -24,6 +24,7 @@ from torch import nn
 from torch.onnx import OnnxExporterError
 
 from exporter.fused_attention import TRANSLATIONS as ATTENTION_TRANSLATIONS
+from exporter.layer_forms import form_of
 from exporter.manifests import input_body
 from exporter.operator_schema import VERSION, register
 from exporter.passes.attention import rewrite_attention
@@ -38,7 +39,6 @@ from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from exporter.runners import OnnxRunner
 from moee.artifact import write_manifest
 from moee.checkpoint import MoeeModel
-from moee.clear_moe import ClearFFN
 from moee.data import ImageSet, model_transform, say_read
 from moee.errors import UserError
 from moee.layer import routed_layers
@@ -60,9 +60,6 @@ MOEE_DATA, DENSE_DATA = "moee.data", "dense.data"
 REFERENCE, REFERENCE_DATA = "reference.onnx", "reference.data"  # of int8: the dense model as it was, for accuracy
 TRACED = "traced.onnx"  # what both graphs are lowered from; removed before the export is done
 CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/method.md)
-# Portable form of a CLEAR-MoE layer, by what was faster in ONNX Runtime on the CPU (docs/results/clear_moe.md): segments of fewer
-# tokens than this make poor products, and without residual rank there is nothing to sort for.
-MIN_SEGMENT, USUAL_BATCH = 128, 8
 
 register()
 _moee = onnxscript.values.Opset(DOMAIN, VERSION)
@@ -257,7 +254,7 @@ def export(
         ir.save(to_onnx(typed(dense, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)
         report("export", 1, 3)
         graph = to_onnx(typed(model, dtype), transform.shape)
-        forms = clear_forms(moee, transform.shape)
+        forms = portable_forms(moee, transform.shape)
         name_routed_nodes(graph, list(layers))
         plain = lower_single_experts(graph) + lower_gated(graph)
         traced = folder / TRACED
@@ -332,19 +329,13 @@ def read_quantization(manifest: dict[str, Any], model: str) -> Quantization | No
         raise UserError(f"{MANIFEST} does not say how its int8 graphs are quantised; export again") from error
 
 
-def clear_forms(moee: MoeeModel, shape: Shape) -> dict[str, Form]:
-    """The portable form of each CLEAR-MoE layer."""
-    layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
+def portable_forms(moee: MoeeModel, shape: Shape) -> dict[str, Form]:
+    """The portable form of each layer whose kind has several."""
+    layers = {name: layer for name, layer in routed_layers(moee.model).items() if form_of(layer).several}
     if not layers:
         return {}
     tokens = tokens_per_image(moee.layout(), layers, shape)
-    return {name: portable_form(layer, tokens[name]) for name, layer in layers.items()}
-
-
-def portable_form(layer: ClearFFN, tokens: int) -> Form:
-    """`masked` for layers without residual rank and for small segments, at `tokens` an image; else `sorted`."""
-    _, q1, _, q2 = layer.ranks
-    return "masked" if q1 + q2 == 0 or USUAL_BATCH * tokens < MIN_SEGMENT * layer.num_experts else "sorted"
+    return {name: cast(Form, form_of(layer).portable(layer, tokens[name])) for name, layer in layers.items()}
 
 
 def _latest_cost(moee: MoeeModel) -> dict[str, Any] | None:

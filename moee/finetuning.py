@@ -29,7 +29,7 @@ from moee.errors import UserError
 from moee.evaluation import run
 from moee.finetune_state import SCHEMA, read_state, read_tensors, stored_tensors
 from moee.interface import can_checkpoint, has_feature_map, title_of_model
-from moee.layer import RoutedFFN, routed_layers
+from moee.layer import routed_layers
 from moee.machine import fast_on_cpu
 from moee.mlps import random_images
 from moee.progress import Reporter, silent
@@ -135,8 +135,7 @@ def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.P
     for layer in layers.values():
         if layer.router is not None:
             layer.router.requires_grad_(config.train_router)
-        if isinstance(layer, RoutedFFN):
-            layer.masked = config.masked
+        layer.masked = config.masked
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}
     inside = tuple(f"{name}." for name in (*layers, *narrow_attentions(model)))
     frozen = [p for name, p in before.items() if config.train == "experts" and not name.startswith(inside)]
@@ -148,8 +147,7 @@ def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.P
         for parameter in frozen:
             parameter.requires_grad_(True)
         for layer in layers.values():
-            if isinstance(layer, RoutedFFN):
-                layer.masked = False
+            layer.masked = False
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], config: FinetuneConfig) -> torch.optim.AdamW:

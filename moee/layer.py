@@ -63,6 +63,7 @@ class RoutedLayer(nn.Module, ABC):
     channels_first: bool
     activation: str
     bypassed: tuple[str, ...] = ()
+    masked = False  # train on all stored neurons under a mask, where the kind can
 
     @property
     @abstractmethod

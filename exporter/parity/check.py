@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exporter.layer_form import WeightProblem
 from exporter.manifests import read_export
 from exporter.onnx_export import PORTABLE, TENSORRT, read_quantization
 from exporter.onnx_safety import load_ir
@@ -21,7 +22,7 @@ from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers, standard_layers
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
 from exporter.parity.ties import dictated, excuse_ties, only_ties, with_own_error
-from exporter.parity.weights import WeightProblem, check_weights
+from exporter.parity.weights import check_weights
 from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
 from exporter.profile import DEFAULT_BATCH

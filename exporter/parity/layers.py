@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.parity.kinds import apply_layer, scores_and_bound
+from exporter.layer_forms import form_of
+from exporter.parity.arithmetic import apply_layer, scores_and_bound
 from exporter.parity.outputs import SAFETY, tolerance
 from exporter.parity.stats import ErrorStats, error_stats, within
 from exporter.parity.taps import Tap
-from moee.clear_moe import ClearFFN
 from moee.layer import RoutedLayer
 
 
@@ -148,7 +148,7 @@ def layer_parity(
         flipped=split[1] if len(margins) else None,
         input_drift=drift.mean_abs_error,
         input_tolerance=SAFETY * max(usual.mean_abs_error, torch.finfo(dtype).eps * usual.rms),
-        kind="clear-moe" if isinstance(exact, ClearFFN) else "plain" if plain else "moee",
+        kind=form_of(exact).title(plain),
         experts=exact.num_experts,
     )
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from exporter.layer_form import WeightProblem
+from exporter.layer_forms import form_of
 from exporter.onnx_export import TENSORRT
-from exporter.onnx_safety import load_ir
 from exporter.parity.layers import alone, wrong_routes
 from exporter.parity.stats import within
 from exporter.parity.taps import Tap, probe_graph
-from exporter.parity.weights import WeightProblem, is_plain
+from exporter.parity.weights import stored_graph
 from exporter.precision import PRECISIONS
 from exporter.runners import OnnxRunner
-from moee.clear_moe import ClearFFN
 from moee.layer import RoutedLayer
 
 PROBES = 16  # tokens for each expert
@@ -64,8 +64,8 @@ def probe_layers(
 
 def standard_layers(folder: Path, layers: Mapping[str, RoutedLayer]) -> dict[str, RoutedLayer]:
     """The layers that are standard operators in `tensorrt.onnx`: CLEAR-MoE's and those of one expert."""
-    values = {v.name: v for node in load_ir(folder / TENSORRT).graph for v in node.outputs}
-    return {name: layer for name, layer in layers.items() if isinstance(layer, ClearFFN) or is_plain(name, layer, values)}
+    stored = stored_graph(folder / TENSORRT, torch.float32)
+    return {name: layer for name, layer in layers.items() if form_of(layer).standard(name, layer, stored)}
 
 
 def check_form(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.parity.kinds import apply_layer
+from exporter.parity.arithmetic import apply_layer
 from exporter.parity.layers import LayerParity, wrong_routes
 from exporter.parity.outputs import BatchError
 from exporter.parity.stats import error_stats, within

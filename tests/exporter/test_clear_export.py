@@ -11,7 +11,8 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from exporter.onnx_export import export, portable_form, to_onnx
+from exporter.clear_form import ClearForm
+from exporter.onnx_export import export, to_onnx
 from exporter.parity import check_parity
 from exporter.passes.clear import OP_TYPE, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
@@ -160,8 +161,8 @@ def test_the_tensorrt_form_computes_the_same(exported):
 
 def test_portable_form_follows_the_segments():
     layer = random_layer(experts=4)
-    assert portable_form(layer, 65) == "sorted" and portable_form(layer, 60) == "masked"
-    assert portable_form(random_layer(ranks=(6, 0, 5, 0)), 10_000) == "masked"
+    assert ClearForm().portable(layer, 65) == "sorted" and ClearForm().portable(layer, 60) == "masked"
+    assert ClearForm().portable(random_layer(ranks=(6, 0, 5, 0)), 10_000) == "masked"
     with pytest.raises(ValueError, match="unknown form 'x'"):
         next(sessions_of(layer, forms=("x",)))
 

@@ -13,7 +13,7 @@ import torch
 from exporter import cli
 from exporter.onnx_export import export
 from exporter.parity import check_parity
-from exporter.parity.kinds import apply_layer, scores_and_bound
+from exporter.parity.arithmetic import apply_layer, scores_and_bound
 from exporter.parity.layers import wrong_routes
 from exporter.precision import typed
 from exporter.runners import EngineRunner, check_plugin
@@ -46,7 +46,7 @@ class Mixed:
         path = self.root / precision
         if not path.exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("exporter.onnx_export.MIN_SEGMENT", 1)
+                patch.setattr("exporter.clear_form.MIN_SEGMENT", 1)
                 torch.manual_seed(0)  # the dense model is drawn again
                 export(self.moee, path, source=self.root / "model", precision=precision)
         return path

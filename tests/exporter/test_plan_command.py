@@ -9,7 +9,8 @@ import torch
 
 from exporter import cli
 from exporter.commands.plan import parse_shares, points_table, verdict
-from exporter.device import DEVICES, dense_facts, latency_of, modelled, operation_ms
+from exporter.device import DEVICES, dense_facts, latency_of, modelled
+from exporter.roofline import operation_ms
 from exporter.ui import plain_console
 from moee.clear_moe import ClearConfig, convert
 from moee.data import image_shape
