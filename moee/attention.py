@@ -14,7 +14,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from moee.config import AttentionOptions
+from moee.config import MethodOptions
 from moee.errors import UserError
 from moee.models import Shape, on_meta
 
@@ -94,7 +94,7 @@ def narrow_attentions(model: nn.Module) -> dict[str, NarrowAttention]:
     return {name: module for name, module in model.named_modules() if isinstance(module, NarrowAttention)}
 
 
-def refuse_wide(model: nn.Module, config: AttentionOptions) -> None:
+def refuse_wide(model: nn.Module, config: MethodOptions) -> None:
     """Raise `UserError` if `config` asks for narrower heads than `model` has: it would be recorded without being true."""
     if config.narrows is not None and not narrow_attentions(model):
         raise UserError("attention_macs is given for a model whose attention is whole; narrow it first (moee.narrowing.narrow)")

@@ -8,23 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee import sources
 from moee.artifact import read_manifest, write_manifest
-from moee.attention import NarrowAttention, Widths, find_attentions, narrow_attentions
-from moee.clear_moe.config import ClearConfig
-from moee.config import ExtractConfig
+from moee.attention_records import attention_records, narrowed_in, rebuild_attention
+from moee.config import MethodOptions
 from moee.data import Division, ImageSet, Transform, model_transform
 from moee.errors import UserError
 from moee.from_python import is_function_name
 from moee.given_images import PREFIX
-from moee.layer_kind import LayerRecord, checked_tensors
+from moee.layer_kind import LayerRecord
 from moee.layer_kinds import layer_records, read_record, rebuild_layer
+from moee.methods import read_options
 from moee.mlp_structure import read_mlp
 from moee.model_manifest import AttentionRecord, Info, Manifest
-from moee.models import MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of, replace_module
+from moee.models import MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of
 from moee.placement import OutputFolder
 from moee.probe import Probe, classes_told
 from moee.progress import Reporter, silent
@@ -85,7 +84,7 @@ class MoeeModel:
 
     model: nn.Module
     spec: ModelSpec
-    config: ExtractConfig | ClearConfig | None
+    config: MethodOptions | None
     data: str
     probe: Probe | None = None
     info: dict[str, Any] = field(default_factory=dict)
@@ -130,50 +129,6 @@ class MoeeModel:
             return build_model(self.spec)
 
 
-def attention_records(model: nn.Module) -> list[dict[str, Any]]:
-    """What the manifest says about each narrowed attention."""
-    layers = narrow_attentions(model).items()
-    return [AttentionRecord(name=name, qk=layer.widths.qk, v=layer.widths.v).model_dump() for name, layer in layers]
-
-
-def rebuild_attention(model: nn.Module, records: list[AttentionRecord], state: dict[str, Tensor], path: Path) -> None:
-    """Replace attentions of the dense `model` by narrowed ones with the tensors of `state`.
-
-    Raises `UserError` for a layer that the model does not have, or tensors that do not fit."""
-    for name, (attention, widths, tensors) in _narrowed(model, records, state, path).items():
-        made = NarrowAttention(attention.qkv.in_features, attention.num_heads, attention.head_dim, widths)
-        made.load_state_dict(tensors)
-        replace_module(model, name, made)
-
-
-def _narrowed(
-    model: nn.Module, records: list[AttentionRecord], state: dict[str, Tensor], path: Path
-) -> dict[str, tuple[Attention, Widths, dict[str, Tensor]]]:
-    """Each record's original, its widths, and its tensors, whose shapes are checked. `model` may have no memory."""
-    if not records:
-        return {}
-    try:
-        attentions = find_attentions(model)
-    except UserError as error:
-        raise UserError(f"{path} narrows attention, but {str(error).partition(';')[0]}; make the artifact again") from error
-    found = {}
-    for record in records:
-        attention = attentions.get(record.name)
-        if attention is None:
-            raise UserError(f"{path} narrows {shown(record.name)}, which is no attention of the model; make the artifact again")
-        dim, heads, whole = attention.qkv.in_features, attention.num_heads, attention.head_dim
-        if not all(whole <= 2 * width <= 2 * whole for width in (record.qk, record.v)):
-            came = f"{record.qk} and {record.v} dimensions"
-            raise UserError(f"{path}: heads of {shown(record.name)} have {came}; expected {-(-whole // 2)} to {whole}")
-        shapes: dict[str, tuple[int, ...]] = {
-            "q.weight": (heads * record.qk, dim), "q.bias": (heads * record.qk,), "k.weight": (heads * record.qk, dim),
-            "v.weight": (heads * record.v, dim), "v.bias": (heads * record.v,), "proj.weight": (dim, heads * record.v),
-            "proj.bias": (dim,),
-        }  # fmt: skip
-        found[record.name] = (attention, Widths(record.qk, record.v), checked_tensors(record.name, shapes, state))
-    return found
-
-
 def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[Path, ...] = ()) -> None:
     """Write the artifact atomically. Raises `UserError` if `path` exists and `force` is off, or must not be replaced, as one of
     the `inputs` must not; the artifact is written beside it then, since it may have taken hours, and the message says where. A
@@ -213,7 +168,7 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
     if spec.weights is not None and spec.weights_sha256 is None:
         named = shown(spec.weights)
         raise UserError(f"{path / MANIFEST} has no hash of the weights {named} that it names; make the artifact again")
-    config = _config(body.config, path / MANIFEST) if body.config else None
+    config = read_options(body.config, path / MANIFEST) if body.config else None
     info = {"stages": {}, "layers": [], **manifest["info"]}
     _check_shares(body.info, records, path)
     for name in (WEIGHTS, PROBE):
@@ -335,7 +290,7 @@ def _check_size(
     file, in that shape, and no MLP may be absurdly wide. Raises `UserError` otherwise."""
     model = laid_out(spec, path / MANIFEST, min(MAX_DEPTH, len(state)))
     expected = model.state_dict()
-    known = _narrowed(model, attention, state, path / MANIFEST)
+    known = narrowed_in(model, attention, state, path / MANIFEST)
     narrowed = tuple(f"{name}.{part}." for name in known for part in ("qkv", "proj"))
     inside = tuple(f"{each}." for record in routed for each in _names_of_mlp(model, record, path / MANIFEST))
     for key, tensor in expected.items():
@@ -343,7 +298,7 @@ def _check_size(
             if tensor.ndim > 1 and max(tensor.shape[:2]) > MAX_MLP_RATIO * min(tensor.shape[:2]):
                 raise UserError(f"{path / MANIFEST}: {key} has the shape {list(tensor.shape)}; no MLP is so wide")
         elif narrowed and key.startswith(narrowed):
-            continue  # `_narrowed` saw at least half of it in the file
+            continue  # `narrowed_in` saw at least half of it in the file
         elif key not in state or state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
             wanted, came = _described(tensor), _described(state[key]) if key in state else "nothing"
             raise UserError(f"{path / WEIGHTS} does not fit its manifest: {key} should be {wanted}, came {came}")
@@ -374,7 +329,3 @@ def laid_out(spec: ModelSpec, path: Path, most_blocks: int = MAX_DEPTH) -> nn.Mo
 
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _config(values: dict[str, Any], path: Path) -> ExtractConfig | ClearConfig:
-    return checked(ClearConfig, values, path) if values.get("method") == "clear-moe" else checked(ExtractConfig, values, path)

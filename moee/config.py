@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -24,10 +24,17 @@ Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]
 Views = Annotated[int, Field(ge=0, le=MOST_VIEWS)]
 
 
-class AttentionOptions(BaseModel):
-    """How much of the attention stays; part of every method's configuration."""
+class MethodOptions(BaseModel):
+    """What every method's options have: how much of the attention stays. `moee.methods` knows whose options they are."""
 
     model_config = ConfigDict(allow_inf_nan=False)
+
+    if TYPE_CHECKING:  # fields of every method's options, each in its own place among them
+        seed: int
+        exclude: tuple[str, ...]
+
+        @property
+        def method(self) -> str: ...
 
     attention_macs: float | None = Field(None, gt=0, le=1, description="share of the attention's MACs that stays; None: all")
     attention_heads: Literal["separate", "equal"] = Field(
@@ -35,7 +42,7 @@ class AttentionOptions(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _attention(self) -> AttentionOptions:
+    def _attention(self) -> MethodOptions:
         if self.attention_macs is None and self.attention_heads != "separate":
             raise ValueError("--attention-heads says how --attention-macs is met; give that too")
         return self
@@ -45,8 +52,23 @@ class AttentionOptions(BaseModel):
         """Share of the attention's MACs and whether widths are to be equal; None if attention stays as it is."""
         return None if self.attention_macs in (None, 1) else (self.attention_macs, self.attention_heads == "equal")
 
+    @property
+    def cuts_gated(self) -> bool:
+        """Whether the method cuts gated MLPs."""
+        return False
 
-class ExtractConfig(AttentionOptions):
+    @property
+    def mlp_budget(self) -> float | None:
+        """Share of the model's MACs that cutting the MLPs alone must reach; None where nothing of the kind is asked."""
+        return None
+
+    @property
+    def seen_collages(self) -> int:
+        """Collages a training image that calibration sees beside it."""
+        return 0
+
+
+class ExtractConfig(MethodOptions):
     """How experts are found. Defaults are the preset `compensated`.
 
     `keep` is the share of the criterion (a weighted activation variance) that the kept neurons must hold: in each expert
@@ -93,6 +115,18 @@ class ExtractConfig(AttentionOptions):
     def static(self) -> bool:
         """Whether every token keeps the same neurons: static pruning, which takes gated MLPs too."""
         return self.method == "moee" and self.clustering == "none"
+
+    @property
+    def cuts_gated(self) -> bool:
+        return self.static
+
+    @property
+    def mlp_budget(self) -> float | None:
+        return None if self.narrows is not None else self.target_macs
+
+    @property
+    def seen_collages(self) -> int:
+        return self.collages
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractConfig:

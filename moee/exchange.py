@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moee.checkpoint import attention_records, rebuild_attention
+from moee.attention_records import attention_records, rebuild_attention
 from moee.data import ImageSet
 from moee.distributed import Group, Parcel
 from moee.errors import UserError

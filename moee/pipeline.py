@@ -22,20 +22,20 @@ from moee.accuracy import Comparison, class_count, comparison
 from moee.attention import Widths, find_attentions
 from moee.checkpoint import MoeeModel
 from moee.class_names import listed
-from moee.clear_moe import ClearConfig, convert
-from moee.config import ExtractConfig, FinetuneConfig
-from moee.convert import extract, ffn_budget
+from moee.config import FinetuneConfig, MethodOptions
+from moee.convert import ffn_budget
 from moee.data import ImageSet, batches, model_transform, say_read
 from moee.devices import title_of
 from moee.distributed import SOLO, Group
 from moee.errors import UserError
 from moee.evaluation import Outputs, retention, run
-from moee.exchange import check_same_data, share_attention, share_dense, share_layers
+from moee.exchange import check_same_data, share_attention, share_dense
 from moee.finetuning import finetune
 from moee.given_images import given_splits
 from moee.identity import IMAGES, check_attentions, check_ffns
 from moee.inspection import attention_figures
-from moee.layer_report import LayerReport
+from moee.method import Context
+from moee.methods import method_of
 from moee.metrics import dense_macs, model_cost, tokens_per_image
 from moee.mlps import find_ffns, grouped, random_images
 from moee.models import FFN, ModelSpec, Shape, load_model
@@ -63,11 +63,6 @@ def peak_memory_bytes() -> int:
 
 def is_classifier(model: nn.Module) -> bool:
     return bool(getattr(model, "num_classes", 0))
-
-
-def takes_gated(config: ExtractConfig | ClearConfig) -> bool:
-    """Whether the method cuts gated MLPs."""
-    return isinstance(config, ExtractConfig) and config.static
 
 
 class Session:
@@ -135,12 +130,12 @@ class Session:
             self._train_outputs = self._run(self.dense, self.train, "dense on training images")
         return self._train_outputs
 
-    def prove(self, config: ExtractConfig | ClearConfig) -> None:
+    def prove(self, config: MethodOptions) -> None:
         """See that the model was read rightly, and that its costs can be counted, before hours are spent on it.
 
         Raises `UserError` that names the layer whose replacement, with everything kept, does not give the dense output.
         """
-        gated = takes_gated(config)
+        gated = config.cuts_gated
         mlps, attention = ("method", gated, *config.exclude), ("attention",)
         with self.group.agreed():
             if not self.group.leader:
@@ -164,7 +159,7 @@ class Session:
                 check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
                 self._proved.add(attention)
 
-    def _count_costs(self, ffns: Sequence[FFN], config: ExtractConfig | ClearConfig) -> None:
+    def _count_costs(self, ffns: Sequence[FFN], config: MethodOptions) -> None:
         """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Raises
         `UserError`."""
         try:
@@ -173,8 +168,8 @@ class Session:
         except Exception as error:  # the counter runs a stranger's model on shapes alone
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
-        if isinstance(config, ExtractConfig) and config.target_macs is not None and config.narrows is None:
-            ffn_budget(whole, sum(tokens[ffn.name] * ffn.macs for ffn in ffns), config.target_macs)
+        if config.mlp_budget is not None:
+            ffn_budget(whole, sum(tokens[ffn.name] * ffn.macs for ffn in ffns), config.mlp_budget)
 
     def _few_images(self) -> Tensor:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""
@@ -183,12 +178,12 @@ class Session:
         found = torch.cat(images) if images else random_images(self.transform.shape, next(self.dense.parameters()))
         return found[:IMAGES]
 
-    def start(self, config: ExtractConfig | ClearConfig) -> nn.Module:
+    def start(self, config: MethodOptions) -> nn.Module:
         """The model that extraction starts from: the dense one, its attention narrowed if `config` says so. Not to be changed."""
         if config.narrows is None:
             return self.dense
         share, equal = config.narrows
-        collages = config.collages if isinstance(config, ExtractConfig) else 0
+        collages = config.seen_collages
         alike = (equal, collages, config.seed)
         key = (share, *alike)
         if key not in self._narrowed:
@@ -270,7 +265,7 @@ class Session:
 
 
 def run_extract(
-    spec: ModelSpec, source: str, config: ExtractConfig | ClearConfig, out: Path | str | None, force: bool = False,
+    spec: ModelSpec, source: str, config: MethodOptions, out: Path | str | None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
     classes: Sequence[str] = (), trial: Trial | None = None,
 ) -> MoeeModel:  # fmt: skip
@@ -294,15 +289,7 @@ def run_extract(
     probe = session.probe()
     started = time.perf_counter()
     model = copy.deepcopy(session.start(config))
-    layers: Sequence[LayerReport]
-    if isinstance(config, ClearConfig):
-        layers = ()
-        with group.agreed():
-            if group.leader:  # built front to back on 200 images: there is little to share
-                layers = convert(model, session.train, config, report, group.device)
-        share_layers(model, group)
-    else:
-        layers = extract(model, session.train, config, report, jobs=jobs, group=group)
+    layers = method_of(config).convert(model, config, Context(session.train, report, group, jobs))
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
         "stages": {"extracted": {"data": session.source, "seconds": seconds, "device": title_of(group.device)}},

@@ -86,8 +86,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from moee.clear_moe import ClearConfig
-    from moee.config import ExtractConfig, make_extract_config
+    from moee.config import MethodOptions, make_extract_config
     from moee.joining import joined
     from moee.pipeline import run_extract
     from moee.planning import planned_on, read_plan
@@ -108,7 +107,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if taken or args.exclude:
             given = ", ".join(f"--{name.replace('_', '-')}" for name in taken)
             raise UserError(f"--plan decides the method; leave {given or '--exclude'} out")
-    config: ExtractConfig | ClearConfig
+    config: MethodOptions
     if args.method == "clear-moe":
         if args.preset is not None:
             raise UserError("--preset is not for --method clear-moe; leave it out")
@@ -136,14 +135,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         )  # fmt: skip
     if not group.leader:
         return OK
-    if isinstance(config, ClearConfig):
+    if any("ranks" in layer for layer in moee.info["layers"]):
         console.print(clear_table(moee.info["layers"]))
     console.print(layer_table(moee.info["layers"]))
     for note in layer_notes(moee.info["layers"]):
         console.print(note, highlight=False)
     if "attention" in moee.info:
         console.print(attention_table(moee.info["attention"]))
-    what = "clear-moe" if isinstance(config, ClearConfig) else f"preset {args.preset or DEFAULT_PRESET}"
+    what = args.method if args.method == "clear-moe" else f"preset {args.preset or DEFAULT_PRESET}"
     if args.plan:
         what = "as planned"
     console.print(stage_table(moee.info, f"{spec.name} on {args.data}, {what}"))

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from moee.config import MOST_COUNT, MOST_FACTOR, AttentionOptions, Count, Seed
+from moee.config import MOST_COUNT, MOST_FACTOR, Count, MethodOptions, Seed
 
 DEFAULT_ENERGY = 0.98  # of each map's output variance, when neither rank nor budget is given
 
 
-class ClearConfig(AttentionOptions):
+class ClearConfig(MethodOptions):
     """How layers are chosen and decomposed. Ranks come from one of `rank` (by hand), `energy` or `target_macs`.
 
     `target_macs` together with `rank` selects layers: the best scored ones, until the model is within the budget.

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from moee.config import validated
 from moee.data import batches
 from moee.layer import RoutedLayer, routed_layers
+from moee.methods import options_of
 from moee.metrics import mean_cosine
 from moee.mlp_sites import mlp_replaced
 from moee.pipeline import Session
 from moee.planning.budget import Point
-from moee.planning.search import Planner, kind_of
+from moee.planning.search import Planner
 from moee.progress import Reporter, silent
 
 ALONE_IMAGES = 32
@@ -28,7 +29,7 @@ def layer_table(session: Session, planner: Planner, winner: Point, report: Repor
     model, reports = planner.made(winner)
     images = next(batches(session.held_out, ALONE_IMAGES)).images
     reference = session.reference.features[: len(images)]
-    base = session.start(validated(kind_of(winner.config), winner.config))
+    base = session.start(validated(options_of(winner.config), winner.config))
     rows = []
     routed = routed_layers(model)
     for position, layer in enumerate(reports, 1):

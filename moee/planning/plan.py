@@ -14,9 +14,9 @@ from typing import Any
 
 from moee.accuracy import Comparison
 from moee.artifact import read_json, read_manifest, write_manifest
-from moee.clear_moe import ClearConfig
-from moee.config import ExtractConfig, make_extract_config
+from moee.config import ExtractConfig, MethodOptions, make_extract_config
 from moee.errors import UserError
+from moee.methods import read_options
 from moee.mlps import find_ffns
 from moee.models import ModelSpec
 from moee.narrowing import check_share
@@ -24,7 +24,7 @@ from moee.pipeline import Session
 from moee.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, kind_of, ways
+from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, ways
 from moee.progress import Reporter, silent
 from moee.result_kinds import PLAN as PLAN_FOLDER
 from moee.result_kinds import PLAN_STATE
@@ -148,7 +148,7 @@ def planned_on(path: Path | str) -> str:
     return data if isinstance(data, str) else ""
 
 
-def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:
+def read_plan(path: Path | str, spec: ModelSpec) -> MethodOptions:
     """The winner's configuration from `plan.json` (or its folder). Raises `UserError` for a plan of another model, or for one
     whose winner is the dense model."""
     path = Path(path)
@@ -163,4 +163,4 @@ def read_plan(path: Path | str, spec: ModelSpec) -> ExtractConfig | ClearConfig:
     config = plan["winner"].get("config")
     if not config:
         raise UserError(f"{path} says that the dense model wins; there is nothing to extract")
-    return checked(kind_of(config), config, path)
+    return read_options(config, path)

@@ -20,11 +20,13 @@ from moee.artifact import read_json, write_json
 from moee.atomic import temporary_folder
 from moee.attention import macs_saved
 from moee.calibration import LayerTokens
-from moee.clear_moe import ClearConfig, convert
-from moee.config import ExtractConfig, make_extract_config, validated
-from moee.convert import Prepared, apply, calibrate, extract, ffn_budget, prepare, sensitivity_of
+from moee.clear_moe import ClearConfig
+from moee.config import ExtractConfig, MethodOptions, make_extract_config, validated
+from moee.convert import Prepared, apply, calibrate, ffn_budget, prepare, sensitivity_of
 from moee.errors import NothingRouted, OutOfReach, UserError
 from moee.layer_report import LayerReport
+from moee.method import Context
+from moee.methods import method_of, options_of
 from moee.metrics import original_macs, tokens_per_image
 from moee.mlps import find_ffns
 from moee.pipeline import Session
@@ -70,11 +72,6 @@ def ways(methods: Iterable[str], allocations: tuple[str, ...], attention: Iterab
     return [Way(m, a, share) for share in attention for m in methods for a in allocations_of(m, allocations)]
 
 
-def kind_of(config: Any) -> type[ExtractConfig] | type[ClearConfig]:
-    """What a point's configuration, as it stands in a plan, is of."""
-    return ClearConfig if isinstance(config, dict) and config.get("method") == "clear-moe" else ExtractConfig
-
-
 @dataclass(frozen=True)
 class Latency:
     """Where and how models are timed: `label` tells one way from another, `of(model)` gives {"kind", "dense_ms", "moee_ms"}."""
@@ -100,7 +97,7 @@ class Planner:
         self.obstacle = ""  # why the last point that could not be made was not
         self.best: tuple[Point, nn.Module, Sequence[LayerReport]] | None = None  # of the points made by this process
 
-    def config(self, way: Way, target: float) -> ExtractConfig | ClearConfig:
+    def config(self, way: Way, target: float) -> MethodOptions:
         """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
         attention = {"attention_macs": way.attention, "attention_heads": self.base.get("attention_heads", "separate")}
         common = {k: v for k, v in self.base.items() if k not in attention}
@@ -150,15 +147,15 @@ class Planner:
             self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report, self.session.group)
         return self.sampled
 
-    def make(self, method: str, config: ExtractConfig | ClearConfig) -> tuple[nn.Module, Sequence[LayerReport]]:
+    def make(self, method: str, config: Any) -> tuple[nn.Module, Sequence[LayerReport]]:
         """A model by one of the plan's configurations. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
-        model, device = copy.deepcopy(self.session.start(config)), self.session.group.device
-        if isinstance(config, ClearConfig):
-            return model, convert(model, self.session.train, config, self.report, device)
-        if config.method == "moefication":
-            group = self.session.group
-            return model, extract(model, self.session.train, config, self.report, sampled=self.calibrate(config), group=group)
-        return model, apply(model, self._with_sensitivity(method, config), self.session.train, config, self.report, device)
+        model, group = copy.deepcopy(self.session.start(config)), self.session.group
+        how = method_of(config)
+        if how.shares == "groups":
+            prepared = self._with_sensitivity(method, config)
+            return model, apply(model, prepared, self.session.train, config, self.report, group.device)
+        sampled = self.calibrate(config) if how.shares == "tokens" else None
+        return model, how.convert(model, config, Context(self.session.train, self.report, group, sampled=sampled))
 
     def _top_k(self, config: ExtractConfig, target: float) -> int:
         """The most experts a token whose MACs, router included, meet `target`."""
@@ -208,7 +205,7 @@ class Planner:
         return result
 
     @staticmethod
-    def _known(point: Point, way: Way, config: ExtractConfig | ClearConfig, file: Path) -> Point:
+    def _known(point: Point, way: Way, config: MethodOptions, file: Path) -> Point:
         """Raises `UserError` if a stored point is not the one that its file's name says."""
         if (point.method, point.allocation, point.config) != (way.method, way.allocation, config.model_dump(mode="json")):
             raise UserError(f"{file} holds a point of other options; remove {file.parent} and plan again")
@@ -219,7 +216,7 @@ class Planner:
         assert point.config is not None
         if self.best is not None and self.best[0].config == point.config:
             return self.best[1:]
-        return self.make(point.method, validated(kind_of(point.config), point.config))
+        return self.make(point.method, validated(options_of(point.config), point.config))
 
     def dense(self, points: list[Point], compared: Comparison) -> Point:
         """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""
