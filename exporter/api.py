@@ -18,21 +18,21 @@ from typing import Any
 
 from torch import nn
 
-from exporter import onnx_export
-from exporter.deployment import write_deployment
-from exporter.engine import EngineReport, build_engines, needs_plugin, require_backend
-from exporter.latency import LatencyResult
-from exporter.latency import bench as time_export
+from exporter.engines.build import EngineReport, build_engines, needs_plugin, require_backend
+from exporter.engines.plugin_cache import ensure_kernels, ensure_plugin
+from exporter.graph import export as onnx_export
 from exporter.manifests import image_record, read_export, refuse_lost_dense
-from exporter.plugin_cache import ensure_kernels, ensure_plugin
 from exporter.precision import dtype_of, refuse_calibration
 from exporter.quantization import CALIBRATION_IMAGES
+from exporter.ship.deployment import write_deployment
+from exporter.timing.latency import LatencyResult
+from exporter.timing.latency import bench as time_export
 from exporter.verification import VerifyResult
 from exporter.verification import verify as verify_export
 from moee.api import Images, held_out_images
+from moee.artifacts.model import MoeeModel
 from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, SM, real, several, whole
-from moee.checkpoint import MoeeModel
-from moee.data import batches
+from moee.data.image_set import batches
 from moee.errors import UserError
 from moee.keywords import in_python
 from moee.progress import Reporter, to_stderr
@@ -96,7 +96,7 @@ def bench(
     those that the model was made on; routing depends on them). Images given in Python need the `model`, which says how they
     look.
 
-    Latencies are in milliseconds, with the median ratio and its verdict. `options` are those of `exporter.latency.bench`.
+    Latencies are in milliseconds, with the median ratio and its verdict. `options` are those of `exporter.timing.latency.bench`.
     """
     report = report or to_stderr()
     batch, runs = whole("batch", batch, BATCH), whole("runs", runs, RUNS)

@@ -18,17 +18,17 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moee.accuracy import seeds_interval
-from moee.artifact import read_json, write_json
-from moee.clear_moe import ClearConfig, convert
 from moee.config import validated
 from moee.errors import UserError
-from moee.pipeline import Session
-from moee.placement import OutputFile, OutputFolder
+from moee.measure.accuracy import seeds_interval
+from moee.methods.clear_moe import ClearConfig, convert
+from moee.places.placement import OutputFile, OutputFolder
+from moee.places.resume import check_identity, difference, fingerprint
 from moee.progress import Reporter, silent
-from moee.result_kinds import CLEAR_ABLATION, CLEAR_PLOT_TITLE
-from moee.resume import check_identity, difference, fingerprint
 from moee.schema import Body, checked
+from moee.stages.session import Session
+from moee.store.artifact import read_json, write_json
+from moee.store.result_kinds import CLEAR_ABLATION, CLEAR_PLOT_TITLE
 
 SETUP, SETUP_SCHEMA, SCHEMA = "setup.json", "moee.clear-setup/1", "moee.clear-cell/1"
 FACTORS = ("router", "rank", "experts", "calibration_images")

@@ -9,22 +9,24 @@ from typing import Any
 
 import torch
 
-from exporter.latency import LatencyResult, bench
-from exporter.onnx_export import export
+from exporter.graph.export import export
 from exporter.parity import ParityResult, check_parity
 from exporter.pretrained import resolve
 from exporter.report import write_report
-from moee import checkpoint
-from moee.artifact import write_json
-from moee.checkpoint import MoeeModel
+from exporter.timing.latency import LatencyResult, bench
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
-from moee.data import batches
+from moee.data.image_set import batches
 from moee.errors import MissingDependency, StepFailed
-from moee.joining import alone
-from moee.pipeline import Session, run_extract, run_finetune
-from moee.placement import DemoFolder
+from moee.parallel.joining import alone
+from moee.places.placement import DemoFolder
 from moee.progress import Reporter, silent
-from moee.result_kinds import DEMO
+from moee.stages.extract import run_extract
+from moee.stages.finetune import run_finetune
+from moee.stages.session import Session
+from moee.store.artifact import write_json
+from moee.store.result_kinds import DEMO
 
 log = logging.getLogger("moee")
 
@@ -55,8 +57,8 @@ def run_demo(
     """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}`, the
     results as JSON and `report.html`.
 
-    `device`: where torch computes (`moee.devices.chosen_device`). With `force`, an earlier demo in `out` is replaced, and nothing
-    else that lies there.
+    `device`: where torch computes (`moee.parallel.devices.chosen_device`). With `force`, an earlier demo in `out` is replaced,
+    and nothing else that lies there.
     """
     group = alone(device)
     place = DemoFolder(out, force=force)
@@ -94,8 +96,8 @@ def run_demo(
 
 def _build(exported: Path, out: Path, report: Reporter) -> dict[str, Any] | None:
     """The engines, built on the CPU; None where the builder or a compiler is not installed."""
-    from exporter.engine import build_engines, needs_plugin, require_backend
-    from exporter.plugin_cache import DEMO_SMS, ensure_plugin
+    from exporter.engines.build import build_engines, needs_plugin, require_backend
+    from exporter.engines.plugin_cache import DEMO_SMS, ensure_plugin
 
     try:
         require_backend("tensorrt-rtx")

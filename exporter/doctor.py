@@ -32,7 +32,7 @@ def _version(*packages: str) -> str | None:
 def checks() -> list[Check]:
     """Everything that some command needs, in the order of the pipeline."""
     from exporter.pretrained import TIMM_NAME
-    from moee.cache import cache_dir
+    from moee.store.cache import cache_dir
     from plugins.build import find_cmake
 
     weights = cache_dir() / f"{TIMM_NAME}.safetensors"
@@ -56,8 +56,8 @@ def checks() -> list[Check]:
 
 def _runners() -> list[Check]:
     """What can execute a graph or an engine here, each tried: an installed provider may still lack its driver."""
-    from exporter.engine import BACKENDS
-    from exporter.engine_worker import device_count
+    from exporter.engines.build import BACKENDS
+    from exporter.engines.worker import device_count
     from exporter.runners import PROVIDERS, provider_works
 
     found = []

@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from exporter.quantization import Quantization
-from moee.artifact import read_manifest, sha256_file, stays_inside
+from moee.artifacts.manifest import Classes, Costs
 from moee.errors import UserError
-from moee.model_manifest import Classes, Costs
-from moee.models import MAX_SIDE, ModelSpec, Shape, plain_size
+from moee.models.ffn import plain_size
+from moee.models.model import MAX_SIDE, ModelSpec, Shape
 from moee.schema import Body, Text, checked, shown
+from moee.store.artifact import read_manifest, sha256_file, stays_inside
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from moee.checkpoint import ImageRecord, Word
-    from moee.data import Transform
+    from moee.artifacts.checkpoint import Word
+    from moee.artifacts.model import ImageRecord
+    from moee.data.transform import Transform
 
 log = logging.getLogger("moee")
 
@@ -168,12 +170,13 @@ def input_shape(given: dict[str, Any]) -> Shape:
 
 def exported_model(manifest: dict[str, Any], folder: Path | str, word: Word | None = None) -> tuple[nn.Module, Transform]:
     """The model of a checked `export.json` on the device meta, and how its images are prepared: as the model that was exported
-    says it, whether in timm's table or in its own files. `word`: the user's function that it comes from (`moee.checkpoint.load`).
+    says it, whether in timm's table or in its own files. `word`: the user's function that it comes from
+    (`moee.artifacts.checkpoint.load`).
 
     Raises `UserError` for a model that timm does not make here, or that takes other images than the manifest's graphs.
     """
-    from moee.checkpoint import laid_out, vouched
-    from moee.data import model_transform
+    from moee.artifacts.checkpoint import laid_out, vouched
+    from moee.data.transform import model_transform
 
     path, given = Path(folder) / EXPORT, manifest["input"]
     model = laid_out(vouched(ModelSpec(**manifest["model"]), word), path)
@@ -190,7 +193,7 @@ def exported_model(manifest: dict[str, Any], folder: Path | str, word: Word | No
 
 def image_record(manifest: dict[str, Any], folder: Path | str, word: Word | None = None) -> ImageRecord:
     """How the images of the exported artifact are read again. Raises `UserError` as `exported_model`."""
-    from moee.checkpoint import ImageRecord, head_classes
+    from moee.artifacts.model import ImageRecord, head_classes
 
     model, transform = exported_model(manifest, folder, word)
     classes = tuple(manifest.get("classes", ()))

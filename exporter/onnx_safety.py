@@ -23,9 +23,9 @@ import onnx
 import onnx_ir as ir
 from onnx import TensorProto, helper, numpy_helper
 
-from moee.artifact import stays_inside
 from moee.errors import UserError
 from moee.schema import reason_of
+from moee.store.artifact import stays_inside
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit

@@ -17,9 +17,9 @@ from timm.layers import RmsNorm, SimpleNorm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moee.activations import activation_name
 from moee.errors import UserError
-from moee.layer import RoutedLayer
+from moee.layers.activations import activation_name
+from moee.layers.routed import RoutedLayer
 
 log = logging.getLogger("moee")
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

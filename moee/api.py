@@ -21,32 +21,36 @@ from typing import Any
 
 from torch import nn
 
-from moee import checkpoint
-from moee.accuracy import comparison
-from moee.adapt import described, plain
-from moee.atomic import temporary_folder
+from moee.artifacts import checkpoint
+from moee.artifacts.loaded import Loaded
+from moee.artifacts.model import MoeeModel, recorded_data
 from moee.bounds import CLASSES, JOBS, WORKERS, whole
-from moee.checkpoint import MoeeModel, recorded_data
-from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
-from moee.data import ImageSet, model_transform
+from moee.data.image_set import ImageSet
+from moee.data.sources import same_data
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.evaluation import Retention, retention, run
-from moee.from_module import module_spec
-from moee.given_images import given_images
-from moee.given_preparation import differences, read_preparation
-from moee.joining import alone
+from moee.given.images import given_images
+from moee.given.preparation import differences, read_preparation
+from moee.interface.spec import InputConfig, ModelSpec
 from moee.keywords import in_python
-from moee.loaded import Loaded
-from moee.model_source import ModelOptions, named_model, with_pretrained
-from moee.model_spec import InputConfig, ModelSpec
-from moee.models import load_model as load_spec
-from moee.pipeline import Session, run_extract, tune
-from moee.placement import OutputFolder, check_all, resume_folder, source_paths
-from moee.probe import classes_told
+from moee.libraries.from_module import module_spec
+from moee.libraries.preparation import described
+from moee.libraries.wrapped import plain
+from moee.measure.accuracy import comparison
+from moee.measure.evaluation import Retention, retention, run
+from moee.measure.probe import classes_told
+from moee.methods.clear_moe import ClearConfig
+from moee.models.model import load_model as load_spec
+from moee.models.source import ModelOptions, named_model, with_pretrained
+from moee.parallel.joining import alone
+from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.progress import Reporter, to_stderr
-from moee.result_kinds import FINETUNE_STATE, MODEL
-from moee.sources import same_data
+from moee.stages.extract import run_extract
+from moee.stages.finetune import tune
+from moee.stages.session import Session
+from moee.store.atomic import temporary_folder
+from moee.store.result_kinds import FINETUNE_STATE, MODEL
 
 log = logging.getLogger("moee")
 SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and what it was then
@@ -89,10 +93,10 @@ def extract(
     `model` is a `torch.nn.Module`, which stays as it is, or a name with pretrained weights. `data` and `val`: a DataLoader, a
     dataset, or an iterable of (images [B, C, H, W] as the model takes them, labels [B]); or a source of the command line, such
     as a folder of images. Without `val` a fifth of `data` is held out. `method`: `moee`, `moefication` or `clear-moe`;
-    `options` are the fields of `moee.config.ExtractConfig` or `moee.clear_moe.ClearConfig`, such as `keep` and `target_macs`.
-    `classes` orders the class names. `num_classes` says how many classes a module tells apart, 0 for features, where it does
-    not say it; `input` how its images are prepared. `out`: a folder to write the artifact to. `device`: `auto`, `cuda`,
-    `cuda:1` or `cpu`.
+    `options` are the fields of `moee.config.ExtractConfig` or `moee.methods.clear_moe.ClearConfig`, such as `keep` and
+    `target_macs`. `classes` orders the class names. `num_classes` says how many classes a module tells apart, 0 for features,
+    where it does not say it; `input` how its images are prepared. `out`: a folder to write the artifact to. `device`: `auto`,
+    `cuda`, `cuda:1` or `cpu`.
 
     Raises `UserError` for bad input. Deterministic for the same model, images and options.
     """

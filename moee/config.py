@@ -25,7 +25,7 @@ Views = Annotated[int, Field(ge=0, le=MOST_VIEWS)]
 
 
 class MethodOptions(BaseModel):
-    """What every method's options have: how much of the attention stays. `moee.methods` knows whose options they are."""
+    """What every method's options have: how much of the attention stays. `moee.methods.registry` knows whose options they are."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import triton
 
-from moee.atomic import atomic_folder, sweep_all, temporary_folder
-from moee.machine import usable_cpus
-from moee.placement import OutputFolder
-from moee.result_kinds import KERNELS
+from moee.parallel.machine import usable_cpus
+from moee.places.placement import OutputFolder
+from moee.store.atomic import atomic_folder, sweep_all, temporary_folder
+from moee.store.result_kinds import KERNELS
 from plugins import manifest
 from plugins.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
 from plugins.contract import DTYPES

@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moee.atomic import atomic_file
 from moee.errors import MissingDependency, StepFailed, UserError
-from moee.machine import usable_cpus
+from moee.parallel.machine import usable_cpus
+from moee.store.atomic import atomic_file
 from plugins.embed import embed
 
 LIBRARY = "libmoee_plugin.so"

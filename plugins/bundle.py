@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import write_manifest
-from moee.placement import OutputFolder
-from moee.result_kinds import PLUGIN_BUNDLE
+from moee.places.placement import OutputFolder
+from moee.store.artifact import write_manifest
+from moee.store.result_kinds import PLUGIN_BUNDLE
 from plugins.build import LIBRARY, SOURCE
 from plugins.embed import embed, read_kernels, select_sms
 from plugins.targets import target

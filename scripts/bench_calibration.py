@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 from exporter.pretrained import resolve
-from moee.calibration import BATCH_SIZE, collect_tokens
+from moee.calibrate.calibration import BATCH_SIZE, collect_tokens
 from moee.config import PAPER_TOKENS
-from moee.data import batches, model_transform
-from moee.mlps import find_ffns
-from moee.models import load_model
-from moee.sources import load_data
+from moee.data.image_set import batches
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
+from moee.mlps.find import find_ffns
+from moee.models.model import load_model
 
 
 def main() -> None:

@@ -167,12 +167,12 @@ def run(args: argparse.Namespace, emit: Callable[[dict[str, Any]], None]) -> Non
 def collect(folder: Path, rows: int) -> Path:
     """Hidden activations [rows, H] of the middle block of the demo's model on its photographs, as an .npy file."""
     from exporter.pretrained import resolve
-    from moee.built_in import CALIBRATION_PHOTOS
-    from moee.calibration import collect_tokens, hidden_activations
-    from moee.data import model_transform
-    from moee.mlps import find_ffns
-    from moee.models import load_model
-    from moee.sources import load_data
+    from moee.calibrate.calibration import collect_tokens, hidden_activations
+    from moee.data.built_in import CALIBRATION_PHOTOS
+    from moee.data.sources import load_data
+    from moee.data.transform import model_transform
+    from moee.mlps.find import find_ffns
+    from moee.models.model import load_model
 
     model = load_model(resolve("dinov2-s", "photos"))
     transform = model_transform(model)

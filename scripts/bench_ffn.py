@@ -5,8 +5,8 @@ python scripts/bench_ffn.py runs/demo/tuned --tokens 2056
 
 import argparse
 
-from exporter.ffn_bench import ffn_speeds, overall
-from moee import checkpoint
+from exporter.timing.ffn_bench import ffn_speeds, overall
+from moee.artifacts import checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("artifact")

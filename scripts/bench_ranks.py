@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 
 from exporter.pretrained import resolve
-from moee.calibration import collect_tokens, gather_tokens
+from moee.calibrate.calibration import collect_tokens, gather_tokens
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
-from moee.data import TensorSet, model_transform
-from moee.evaluation import run
-from moee.finetuning import finetune
-from moee.joining import joined
-from moee.mlps import find_ffns
-from moee.models import load_model
-from moee.pipeline import peak_memory_bytes
-from moee.sources import load_data
+from moee.data.image_set import TensorSet
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
+from moee.measure.evaluation import run
+from moee.methods.convert import extract
+from moee.mlps.find import find_ffns
+from moee.models.model import load_model
+from moee.parallel.joining import joined
+from moee.stages.results import peak_memory_bytes
+from moee.train.finetuning import finetune
 
 
 def main() -> None:

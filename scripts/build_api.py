@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-PACKAGES = ("moee", "exporter", "plugins", "!plugins.kernels", "!exporter.engine_worker")
+PACKAGES = ("moee", "exporter", "plugins", "!plugins.kernels", "!exporter.engines.worker")
 
 
 def main(out: Path) -> int:

@@ -9,10 +9,10 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from moee.config import make_extract_config  # noqa: E402
-from moee.convert import extract  # noqa: E402
-from moee.data import TensorSet  # noqa: E402
-from moee.models import ModelSpec, load_model  # noqa: E402
-from moee.probe import fit_probe  # noqa: E402
+from moee.data.image_set import TensorSet  # noqa: E402
+from moee.measure.probe import fit_probe  # noqa: E402
+from moee.methods.convert import extract  # noqa: E402
+from moee.models.model import ModelSpec, load_model  # noqa: E402
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=10)
 
@@ -53,8 +53,8 @@ def seeded():
 @pytest.fixture(autouse=True)
 def no_label_cache(monkeypatch):
     """Labels of earlier tests must not stand in for a clustering; the test of the cache takes this back."""
-    monkeypatch.setattr("moee.grouping.read_labels", lambda key, count: None)
-    monkeypatch.setattr("moee.grouping.write_labels", lambda key, labels: None)
+    monkeypatch.setattr("moee.calibrate.grouping.read_labels", lambda key, count: None)
+    monkeypatch.setattr("moee.calibrate.grouping.write_labels", lambda key, labels: None)
 
 
 @pytest.fixture

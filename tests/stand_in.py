@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-import moee.gated
-import moee.ops
+import moee.layers.ops
+import moee.mlps.gated
 
 DEVICE = torch.device("meta", 1)  # PyTorch's own tensors without memory have no number
 MOVES = {"aten._to_copy.default", "aten.copy_.default"}
 # a GPU's tensor may be indexed by one of the CPU
 INDEXED = {"aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default", "aten._index_put_impl_.default"}
 OURS = {
-    "moee.experts.default": moee.ops.experts, "moee.experts_backward.default": moee.ops.experts_backward,
-    "moee.ffn.default": moee.ops.ffn, "moee.gated_ffn.default": moee.gated.gated_ffn,
+    "moee.experts.default": moee.layers.ops.experts, "moee.experts_backward.default": moee.layers.ops.experts_backward,
+    "moee.ffn.default": moee.layers.ops.ffn, "moee.gated_ffn.default": moee.mlps.gated.gated_ffn,
 }  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from torch import nn
 from exporter.passes.activation import FORMS
 from exporter.passes.activation import activation as onnx_form
 from exporter.passes.tape import Tape
-from moee.activations import ACTIVATIONS, activate, activation_name, find_activation
 from moee.errors import UserError
-from moee.layer import Experts, RoutedFFN
+from moee.layers.activations import ACTIVATIONS, activate, activation_name, find_activation
+from moee.layers.routed import Experts, RoutedFFN
 from plugins import contract, dispatch
 from plugins.build import SOURCE
 from plugins.kernels.common import REFERENCES, activate_reference

@@ -65,3 +65,74 @@ def test_no_circle_of_files(package):
         for name in free:
             del left[name]
     assert not left, f"these import one another in a circle, or lead into one: {sorted(left)}"
+
+
+# Rooms of `moee/` and what each may import, beside what everyone may: the files that lie in no room. From the ground up.
+ROOMS = {
+    "clustering": "",
+    "interface": "",
+    "layers": "",
+    "parallel": "",
+    "store": "",
+    "weights": "interface store",
+    "libraries": "interface store weights",
+    "models": "interface layers store weights libraries",
+    "data": "parallel store models",
+    "calibrate": "clustering interface layers parallel store models data",
+    "given": "interface libraries models data",
+    "mlps": "interface layers models data",
+    "places": "store data",
+    "kinds": "layers models mlps",
+    "measure": "interface layers parallel models data mlps",
+    "train": "interface layers parallel store weights models data mlps places measure",
+    "methods": "clustering interface layers parallel store models data calibrate mlps kinds measure train",
+    "artifacts": "interface layers store weights libraries models data given mlps places kinds measure methods",
+    "stages": "parallel store models data given mlps places measure train methods artifacts",
+    "ablation": "store calibrate mlps places measure methods stages",
+    "planning": "layers store models data calibrate mlps places measure methods stages",
+}
+ON_TOP = {"moee.api"}  # what only the commands and Python's users import
+MOST_FILES = 15
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+
+
+def test_rooms_import_only_what_they_may():
+    files = {module_of(path): path for path in (ROOT / "moee").rglob("*.py")}
+    assert {path.name for path in (ROOT / "moee").iterdir() if path.is_dir() and list(path.glob("*.py"))} == set(ROOMS)
+    wrong = []
+    for name, path in files.items():
+        for needed in modules_imported(path, set(files)):
+            here, there = room_of(name), room_of(needed)
+            allowed = needed not in ON_TOP if not there else here in ("", there) or there in ROOMS[here].split()
+            if here and not allowed:
+                wrong.append(f"{name} imports {needed}")
+    assert not wrong, "\n".join(wrong)
+    order = list(ROOMS)
+    for room, needs in ROOMS.items():
+        assert all(order.index(need) < order.index(room) for need in needs.split()), f"{room} needs a room above it"
+
+
+def test_a_room_says_what_it_is_and_is_not_crowded():
+    for room in ROOMS:
+        folder = ROOT / "moee" / room
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, f"{folder} has more than {MOST_FILES} files"
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), f"{folder} does not say what it is for"
+
+
+def test_nobody_asks_what_class_options_or_layers_are_outside_of_their_own_room():
+    asked = ("ExtractConfig", "ClearConfig", "RoutedFFN", "ClearFFN", "GatedFFN")
+    at_home = {"moee/layers", "moee/methods", "moee/mlps", "moee/kinds"}
+    wrong = []
+    for package in ("moee", "exporter"):
+        for path in (ROOT / package).rglob("*.py"):
+            where = path.relative_to(ROOT).as_posix()
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "type", "issubclass"):
+                    named = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                    if named & set(asked) and not any(where.startswith(home) for home in at_home):
+                        wrong.append(f"{where}:{node.lineno} {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)

@@ -5,22 +5,22 @@ import torch
 
 from exporter.precision import dtype_of
 from exporter.quantization.calibrate import Histogram
-from moee.clear_moe.decompose import up_metric
-from moee.clear_moe.dispatch import backend
-from moee.clear_moe.routers import fit_router
+from moee.calibrate.selection import Moments, select_neurons
+from moee.calibrate.sensitivity import measure_sensitivity
 from moee.clustering import make_clusterer
 from moee.config import ExtractConfig
-from moee.distributed import Parcel
+from moee.data.sources import load_data
 from moee.errors import chosen
-from moee.exchange import pack_finding, unpack_finding
-from moee.layer_report import LayerReport
-from moee.models import FFN
-from moee.moefication import find_moefication
-from moee.routing import make_router
-from moee.selection import Moments, select_neurons
-from moee.sensitivity import measure_sensitivity
-from moee.sources import load_data
-from moee.training import AMP
+from moee.layers.clear_dispatch import backend
+from moee.layers.clear_routers import fit_router
+from moee.layers.report import LayerReport
+from moee.layers.routing import make_router
+from moee.methods.clear_moe.decompose import up_metric
+from moee.methods.exchange import pack_finding, unpack_finding
+from moee.methods.moefication import find_moefication
+from moee.models.ffn import FFN
+from moee.parallel.group import Parcel
+from moee.train.step import AMP
 from plugins.targets import target
 from plugins.workspace import Sizes, layout
 

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from moee.bounds import CLASSES, DAY, JOBS, WORKERS
 from moee.config import MOST_COUNT
-from moee.model_spec import MAX_SIDE
-from moee.placement import Output, check_all, source_paths
+from moee.interface.spec import MAX_SIDE
+from moee.places.placement import Output, check_all, source_paths
 from moee.schema import shown
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not
     from rich.console import Console
 
     from exporter.pretrained import ModelOptions
-    from moee.checkpoint import MoeeModel
-    from moee.distributed import Group
-    from moee.models import ModelSpec
-    from moee.pipeline import Session, Trial
+    from moee.artifacts.model import MoeeModel
+    from moee.models.model import ModelSpec
+    from moee.parallel.group import Group
     from moee.progress import Reporter
+    from moee.stages.session import Session, Trial
 
 NAMES = "timm model name, local-dir:FOLDER, hf-hub:ID, torchvision:NAME, hf:FOLDER, package.module:function"
 MOVED = "where the dense model's file of weights lies now, if it was moved since extraction"
@@ -139,7 +139,7 @@ def add_trial(parser: argparse.ArgumentParser) -> None:
 
 def trial_of(args: argparse.Namespace) -> Trial | None:
     """What the flag of `add_trial` leaves to be tried."""
-    from exporter.trial_export import try_export
+    from exporter.graph.trial_export import try_export
 
     return None if args.no_trial_export else try_export
 
@@ -178,7 +178,7 @@ def add_moved(parser: argparse.ArgumentParser) -> None:
 
 def open_artifact(args: argparse.Namespace) -> MoeeModel:
     """The artifact at `args.path`, its dense model from where the flags of `add_moved` say."""
-    from moee import checkpoint
+    from moee.artifacts import checkpoint
 
     moee = checkpoint.load(args.path, args.word)
     if args.checkpoint is not None:
@@ -222,7 +222,7 @@ def add_attention(parser: argparse.ArgumentParser, several: bool = False) -> Non
 
 def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
     """Name the images that could not be read, if there are any. `data_read`: `Session.data_facts` or a part of it."""
-    from moee.data import skipped_line
+    from moee.data.image_set import skipped_line
 
     line = skipped_line(*[data_read[split] for split in ("train", "val") if split in data_read])
     if line:
@@ -239,14 +239,14 @@ def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> Mo
 def session_of(args: argparse.Namespace, report: Reporter, console: Console, device_option: str = "--device") -> Session:
     """The model and the data that the flags of `add_model` describe, loaded, under `--seed` where a command has it; on the
     device of `add_device`, whose flag may have another name."""
-    from moee import pipeline
-    from moee.joining import alone
+    from moee.parallel.joining import alone
+    from moee.stages import session as stage
 
     group = alone(args.torch_device, device_option)
     spec = model_of(args, report, console)
     trial = trial_of(args) if "no_trial_export" in args else None
     seed, classes = getattr(args, "seed", None) or 0, classes_of(args)
-    session = pipeline.Session(spec, args.data, seed, report, group, classes=classes, trial=trial)
+    session = stage.Session(spec, args.data, seed, report, group, classes=classes, trial=trial)
     session.check_names(classes)
     return session
 
@@ -267,7 +267,7 @@ def speak(console: Console, quiet: bool = False) -> Callable[[str], None]:
 
 def classes_of(args: argparse.Namespace) -> tuple[str, ...]:
     """The classes that `--class-map` names; none without it."""
-    from moee.class_map import read_class_map
+    from moee.data.class_map import read_class_map
 
     return read_class_map(args.class_map) if args.class_map is not None else ()
 

@@ -20,8 +20,8 @@ from exporter.commands import (
 )
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
-from moee.placement import OutputFolder
-from moee.result_kinds import ABLATION
+from moee.places.placement import OutputFolder
+from moee.store.result_kinds import ABLATION
 
 TEXT = "the paper's ablation tables and sweeps, and whether their orderings hold here"
 

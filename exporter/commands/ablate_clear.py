@@ -21,8 +21,8 @@ from exporter.commands import (
 )
 from exporter.ui import ProgressDisplay
 from moee.config import MOST_SEEDS
-from moee.placement import OutputFile, OutputFolder
-from moee.result_kinds import CLEAR_ABLATION, CLEAR_PLOT, CLEAR_TABLE
+from moee.places.placement import OutputFile, OutputFolder
+from moee.store.result_kinds import CLEAR_ABLATION, CLEAR_PLOT, CLEAR_TABLE
 
 TEXT = "CLEAR-MoE over routers, ranks, experts, calibration sizes and seeds; resumable"
 

@@ -12,12 +12,12 @@ from rich.table import Table
 from exporter.commands import GATE_FAILED, OK, add_outputs, add_word, at_least, finite
 from exporter.ui import ProgressDisplay
 from moee.bounds import BATCH, JOBS, RUNS, SECONDS
-from moee.placement import OutputFile, source_paths
+from moee.places.placement import OutputFile, source_paths
 from moee.progress import Reporter, silent
-from moee.result_kinds import LATENCY
+from moee.store.result_kinds import LATENCY
 
 if TYPE_CHECKING:
-    from moee.data import ImageSet
+    from moee.data.image_set import ImageSet
 
 IN_PYTHON = "exporter.bench(EXPORT, IMAGES, model=RESULT) with what moee.extract or moee.load returned as RESULT"
 TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
@@ -52,10 +52,10 @@ def _output(args: argparse.Namespace) -> OutputFile:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.latency import bench
     from exporter.manifests import read_export, refuse_lost_dense
+    from exporter.timing.latency import bench
     from exporter.verdict import MIN_PAIRS
-    from moee.data import batches
+    from moee.data.image_set import batches
     from moee.errors import UserError
 
     manifest = read_export(args.path)
@@ -104,7 +104,7 @@ def _data(
 ) -> ImageSet | None:
     """Held-out images of --data, which must be readable, or of what the model was last made on, which may be elsewhere."""
     from exporter.manifests import image_record, of_module, refuse_module
-    from moee.data import say_read
+    from moee.data.image_set import say_read
     from moee.errors import UserError
 
     if given:

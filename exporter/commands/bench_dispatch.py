@@ -12,8 +12,8 @@ from exporter.commands import OK, add_outputs, add_word, at_least
 from exporter.ui import ProgressDisplay
 from moee.config import MOST_BATCH, MOST_WORKERS
 from moee.errors import UserError
-from moee.placement import OutputFile, source_paths
-from moee.result_kinds import DISPATCH
+from moee.places.placement import OutputFile, source_paths
+from moee.store.result_kinds import DISPATCH
 
 MOST_RUNS = 1_000_000
 MOST_WIDTH = 1 << 20  # of a layer
@@ -49,9 +49,9 @@ def _output(args: argparse.Namespace) -> OutputFile:
 def run(args: argparse.Namespace, console: Console) -> int:
     import torch
 
-    from exporter.dispatch_bench import bench_dispatch, synthetic_layer
-    from exporter.triton_dispatch import install
-    from moee.clear_moe.dispatch import backend
+    from exporter.timing.dispatch_bench import bench_dispatch, synthetic_layer
+    from exporter.timing.triton_dispatch import install
+    from moee.layers.clear_dispatch import backend
 
     if args.path:
         layer, x = real_layer(args.path, args.layer, args.batch, args.word)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _available(name: str) -> bool:
-    from moee.clear_moe.dispatch import BACKENDS
+    from moee.layers.clear_dispatch import BACKENDS
 
     return name in BACKENDS
 
@@ -92,13 +92,13 @@ def real_layer(path: str, name: str | None, batch: int, word: str | None = None)
     """A layer of a saved model and its input tokens on the first held-out images."""
     import torch
 
-    from moee import checkpoint
-    from moee.clear_moe import ClearFFN
-    from moee.data import batches, say_read
-    from moee.layer import routed_layers
+    from moee.artifacts import checkpoint
+    from moee.data.image_set import batches, say_read
+    from moee.kinds.registry import kind_of
+    from moee.layers.routed import routed_layers
 
     moee = checkpoint.load(path, word)
-    layers = {n: layer for n, layer in routed_layers(moee.model).items() if isinstance(layer, ClearFFN)}
+    layers = {n: layer for n, layer in routed_layers(moee.model).items() if kind_of(layer).name == "clear-moe"}
     if not layers:
         raise UserError(f"{path} has no CLEAR-MoE layer; make one with moee extract --method clear-moe")
     name = name or next(iter(layers))

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.commands import GATE_FAILED, OK, add_out, add_outputs
-from exporter.sms import parse_sms
+from exporter.engines.sms import parse_sms
 from exporter.ui import ProgressDisplay
-from moee.placement import Output, OutputFile, OutputFolder, source_paths
-from moee.result_kinds import ENGINE, TIMING_CACHE
+from moee.places.placement import Output, OutputFile, OutputFolder, source_paths
+from moee.store.result_kinds import ENGINE, TIMING_CACHE
 
 TEXT = "build dense and MoEE engines from an export"
 
@@ -43,9 +43,9 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.engine import BuildFailed, build_engines, needs_plugin, require_backend
-    from exporter.plugin_cache import ensure_plugin
-    from exporter.profile import batch_profile
+    from exporter.engines.build import BuildFailed, build_engines, needs_plugin, require_backend
+    from exporter.engines.plugin_cache import ensure_plugin
+    from exporter.timing.profile import batch_profile
 
     require_backend(args.backend)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)

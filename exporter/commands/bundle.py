@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 
 from exporter.commands import OK, add_out, add_outputs, add_word
-from exporter.sms import parse_sms
+from exporter.engines.sms import parse_sms
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
-from moee.placement import OutputFolder, source_paths
-from moee.result_kinds import DEPLOYMENT
+from moee.places.placement import OutputFolder, source_paths
+from moee.store.result_kinds import DEPLOYMENT
 
 TEXT = "everything a device needs: graphs, plugin, runner, server configurations, build.sh"
 
@@ -33,10 +33,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.deployment import write_deployment
+    from exporter.engines.plugin_cache import ensure_kernels
     from exporter.manifests import read_export, refuse_module
-    from exporter.plugin_cache import ensure_kernels
-    from exporter.profile import batch_profile
+    from exporter.ship.deployment import write_deployment
+    from exporter.timing.profile import batch_profile
 
     sms = parse_sms(args.sm)
     if sms is None or len(sms) != 1:

@@ -12,7 +12,7 @@ from exporter.commands import GATE_FAILED, OK, add_device, add_out, add_outputs,
 from exporter.commands.bench import latency_table
 from exporter.ui import ProgressDisplay, number, percent, stage_table
 from moee.config import MOST_EPOCHS
-from moee.placement import DemoFolder
+from moee.places.placement import DemoFolder
 
 TEXT = "everything, on a real pretrained ViT-S and scikit-learn's digits"
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from exporter.commands import OK, add_moved, add_out, add_outputs, at_least, open_artifact
 from exporter.ui import ProgressDisplay
 from moee.bounds import CALIBRATION
-from moee.placement import OutputFolder, source_paths
-from moee.result_kinds import EXPORT
+from moee.places.placement import OutputFolder, source_paths
+from moee.store.result_kinds import EXPORT
 
 TEXT = "write dense, portable and TensorRT ONNX graphs"
 
@@ -37,11 +37,11 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.graph.export import export, read_quantization
     from exporter.manifests import read_export
-    from exporter.onnx_export import export, read_quantization
     from exporter.precision import dtype_of, refuse_calibration
     from exporter.quantization import CALIBRATION_IMAGES
-    from moee.data import say_read
+    from moee.data.image_set import say_read
 
     dtype_of(args.precision)
     refuse_calibration(args.precision, args.calibration_images is not None or bool(args.data))

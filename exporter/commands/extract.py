@@ -30,8 +30,8 @@ from exporter.ui import attention_table, data_title, layer_notes, layer_table, n
 from moee.bounds import JOBS
 from moee.config import DEFAULT_PRESET, PRESETS
 from moee.errors import UserError
-from moee.placement import OutputFolder, source_paths
-from moee.result_kinds import MODEL
+from moee.places.placement import OutputFolder, source_paths
+from moee.store.result_kinds import MODEL
 
 TEXT = "find experts in a dense model's MLPs"
 
@@ -87,10 +87,10 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.config import MethodOptions, make_extract_config
-    from moee.joining import joined
-    from moee.pipeline import run_extract
+    from moee.data.sources import same_data
+    from moee.parallel.joining import joined
     from moee.planning import planned_on, read_plan
-    from moee.sources import same_data
+    from moee.stages.extract import run_extract
 
     names = (
         "seed", "tokens", "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters",
@@ -169,8 +169,8 @@ CLEAR_SHARED = (  # flags that clear-moe has in common with moee
 
 def clear_config(args: argparse.Namespace) -> Any:
     """The configuration of CLEAR-MoE; flags of the other methods are refused rather than ignored."""
-    from moee.clear_moe import ClearConfig
     from moee.config import validated
+    from moee.methods.clear_moe import ClearConfig
 
     foreign = (
         "clustering", "components", "cluster_tokens", "min_cluster_size", "min_samples", "clusters", "criterion", "keep",

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from exporter.commands import OK, add_device, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
 from exporter.ui import stage_table, title_of
-from moee.placement import Output, OutputFolder, resume_folder, source_paths
-from moee.result_kinds import FINETUNE_STATE, MODEL
+from moee.places.placement import Output, OutputFolder, resume_folder, source_paths
+from moee.store.result_kinds import FINETUNE_STATE, MODEL
 
 TEXT = "distil the dense model into an extracted one"
 
@@ -53,8 +53,8 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.config import FinetuneConfig, validated
-    from moee.joining import joined
-    from moee.pipeline import run_finetune
+    from moee.parallel.joining import joined
+    from moee.stages.finetune import run_finetune
 
     names = (
         "seed", "epochs", "batch_size", "lr", "weight_decay", "temperature", "train_router", "distil", "warmup", "accumulate",

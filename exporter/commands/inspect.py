@@ -30,10 +30,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from dataclasses import asdict
 
     from exporter.pretrained import layout_of
-    from moee import checkpoint
+    from moee.artifacts import checkpoint
+    from moee.artifacts.inspection import inspect_artifact, inspect_dense
     from moee.errors import UserError
-    from moee.inspection import inspect_artifact, inspect_dense
-    from moee.mlps import described, grouped
+    from moee.mlps.find import described, grouped
 
     if Path(args.model).is_dir():
         given = model_flags(args)

@@ -24,11 +24,11 @@ from exporter.commands import (
     show_skipped,
 )
 from exporter.ui import ProgressDisplay, data_title, number, percent, span
-from moee.accuracy import counted
 from moee.config import MOST_BATCH
 from moee.errors import UserError
-from moee.placement import Output, OutputFolder, resume_folder
-from moee.result_kinds import PLAN, PLAN_STATE
+from moee.measure.accuracy import counted
+from moee.places.placement import Output, OutputFolder, resume_folder
+from moee.store.result_kinds import PLAN, PLAN_STATE
 
 TEXT = "try methods and budgets, print what wins and by how much over static pruning and dense"
 
@@ -79,7 +79,7 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.device import latency_of
+    from exporter.timing.device import latency_of
     from moee.config import validated
     from moee.planning import ALLOCATIONS, TARGETS, USUAL, Budget, check_ways, make_plan
 

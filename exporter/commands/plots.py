@@ -9,8 +9,8 @@ from rich.console import Console
 
 from exporter.commands import OK, add_moved, add_out, add_outputs, at_least, open_artifact
 from exporter.ui import ProgressDisplay
-from moee.placement import OutputFolder, source_paths
-from moee.result_kinds import PLOTS
+from moee.places.placement import OutputFolder, source_paths
+from moee.store.result_kinds import PLOTS
 
 TEXT = "routing, similarity of experts, neuron curves and patches of an extracted model, as SVG and JSON"
 
@@ -32,7 +32,7 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots import write_plots
-    from moee.data import say_read
+    from moee.data.image_set import say_read
 
     with ProgressDisplay() as report:
         moee = open_artifact(args)

@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from exporter.commands import OK, add_out, add_outputs
-from exporter.sms import parse_sms
+from exporter.engines.sms import parse_sms
 from exporter.ui import ProgressDisplay
 from moee.errors import UserError
-from moee.placement import OutputFile, OutputFolder
-from moee.result_kinds import PLUGIN, PLUGIN_BUNDLE
+from moee.places.placement import OutputFile, OutputFolder
+from moee.store.result_kinds import PLUGIN, PLUGIN_BUNDLE
 
 
 def add_parser(subparsers: Any) -> None:
@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 def run_build(args: argparse.Namespace, console: Console) -> int:
     import shutil
 
-    from exporter.plugin_cache import ensure_plugin
+    from exporter.engines.plugin_cache import ensure_plugin
 
     with ProgressDisplay() as report:
         library = ensure_plugin(parse_sms(args.sm), report)
@@ -48,7 +48,7 @@ def run_build(args: argparse.Namespace, console: Console) -> int:
 
 
 def run_bundle(args: argparse.Namespace, console: Console) -> int:
-    from exporter.plugin_cache import ensure_kernels
+    from exporter.engines.plugin_cache import ensure_kernels
     from plugins.bundle import write_bundle
 
     sms = parse_sms(args.sm)

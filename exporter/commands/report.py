@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from exporter.commands import OK, add_outputs
-from moee.placement import OutputFile, source_paths
-from moee.result_kinds import REPORT
+from moee.places.placement import OutputFile, source_paths
+from moee.store.result_kinds import REPORT
 
 TEXT = "one HTML file about a run: cost, retention, parity, latency, routing"
 

@@ -29,8 +29,8 @@ from exporter.ui import percent, within
 from moee.bounds import AGREEMENT, DROP, IMAGES, JOBS
 from moee.config import MOST_FACTOR
 from moee.errors import MissingDependency, UserError
-from moee.placement import OutputFile, OutputFolder, source_paths
-from moee.result_kinds import PARITY, VERIFY
+from moee.places.placement import OutputFile, OutputFolder, source_paths
+from moee.store.result_kinds import PARITY, VERIFY
 
 RESULT = "RESULT, IMAGES) with what moee.extract or moee.load returned as RESULT"
 TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 if a gate fails"
@@ -82,8 +82,8 @@ def _output(args: argparse.Namespace) -> OutputFolder | OutputFile:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from moee.distributed import Parcel
-    from moee.joining import joined
+    from moee.parallel.group import Parcel
+    from moee.parallel.joining import joined
 
     with joined(args.rank_timeout, _rank_threads(args), args.torch_device) as group, rank_display(group) as report:
         with _error_report(args) if group.leader else nullcontext():
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _rank_threads(args: argparse.Namespace) -> int | None:
     """Threads of a rank; None leaves a process of its own as it is: --threads is then ONNX Runtime's alone."""
-    from moee.joining import launched
+    from moee.parallel.joining import launched
 
     return args.threads if launched() else None
 
@@ -111,12 +111,12 @@ def _verified(args: argparse.Namespace, group: Any, report: Any) -> Any:
     import torch
 
     from exporter.manifests import read_export, refuse_lost_dense, refuse_module
-    from exporter.profile import batch_profile
+    from exporter.timing.profile import batch_profile
     from exporter.verification.suite import verify_ranks
-    from moee import checkpoint
-    from moee.data import say_read
-    from moee.exchange import check_same_data
-    from moee.joining import launched
+    from moee.artifacts import checkpoint
+    from moee.data.image_set import say_read
+    from moee.methods.exchange import check_same_data
+    from moee.parallel.joining import launched
 
     with group.agreed():
         manifest = read_export(args.path)
@@ -163,7 +163,7 @@ def _error_report(args: argparse.Namespace) -> Iterator[None]:
 def _write(output: OutputFolder | OutputFile, result: Any) -> None:
     from exporter.verification.junit import to_junit
     from exporter.verification.markdown import to_markdown
-    from moee.artifact import write_manifest
+    from moee.store.artifact import write_manifest
 
     body = result.to_json()
     if isinstance(output, OutputFile):

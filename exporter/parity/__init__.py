@@ -1,6 +1,6 @@
 """Numerical parity: a graph or an engine against the torch model it was made from, layer by layer, with float64 as yardstick."""
 
-from exporter.layer_form import WeightProblem
+from exporter.forms.form import WeightProblem
 from exporter.parity.check import DEFAULT_BATCHES, ParityResult, check_parity
 from exporter.parity.layers import Deviation, LayerParity
 from exporter.parity.outputs import SAFETY, BatchError

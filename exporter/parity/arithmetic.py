@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exporter.layer_form import half_ulps
-from exporter.layer_forms import form_of
-from moee.layer import RoutedLayer
+from exporter.forms.form import half_ulps
+from exporter.forms.registry import form_of
+from moee.layers.routed import RoutedLayer
 
 
 def apply_layer(layer: RoutedLayer, tokens: Tensor, chosen: Tensor) -> Tensor:

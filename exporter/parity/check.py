@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from exporter.layer_form import WeightProblem
+from exporter.forms.form import WeightProblem
+from exporter.graph.export import PORTABLE, TENSORRT, read_quantization
 from exporter.manifests import read_export
-from exporter.onnx_export import PORTABLE, TENSORRT, read_quantization
 from exporter.onnx_safety import load_ir
 from exporter.parity.int8 import check_int8
 from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
@@ -25,15 +25,15 @@ from exporter.parity.ties import dictated, excuse_ties, only_ties, with_own_erro
 from exporter.parity.weights import check_weights
 from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
-from exporter.profile import DEFAULT_BATCH
 from exporter.runners import OnnxRunner, Runner
-from moee.accuracy import shared_answers
-from moee.checkpoint import MoeeModel
-from moee.data import ImageSet, batches
-from moee.distributed import SOLO, Group
+from exporter.timing.profile import DEFAULT_BATCH
+from moee.artifacts.model import MoeeModel
+from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
-from moee.layer import routed_layers
-from moee.probe import classes_told
+from moee.layers.routed import routed_layers
+from moee.measure.accuracy import shared_answers
+from moee.measure.probe import classes_told
+from moee.parallel.group import SOLO, Group
 from moee.progress import Reporter, silent
 from moee.schema import json_safe, shown
 

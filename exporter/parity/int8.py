@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from exporter.layer_form import WeightProblem
+from exporter.forms.form import WeightProblem
 from exporter.onnx_safety import load_ir
 from exporter.quantization import QuantConv2d, Quantization, QuantLinear, quantizable, quantized
 

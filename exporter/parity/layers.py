@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.layer_forms import form_of
+from exporter.forms.registry import form_of
 from exporter.parity.arithmetic import apply_layer, scores_and_bound
 from exporter.parity.outputs import SAFETY, tolerance
 from exporter.parity.stats import ErrorStats, error_stats, within
 from exporter.parity.taps import Tap
-from moee.layer import RoutedLayer
+from moee.layers.routed import RoutedLayer
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.layer_form import WeightProblem
-from exporter.layer_forms import form_of
-from exporter.onnx_export import TENSORRT
+from exporter.forms.form import WeightProblem
+from exporter.forms.registry import form_of
+from exporter.graph.export import TENSORRT
 from exporter.parity.layers import alone, wrong_routes
 from exporter.parity.stats import within
 from exporter.parity.taps import Tap, probe_graph
 from exporter.parity.weights import stored_graph
 from exporter.precision import PRECISIONS
 from exporter.runners import OnnxRunner
-from moee.layer import RoutedLayer
+from moee.layers.routed import RoutedLayer
 
 PROBES = 16  # tokens for each expert
 

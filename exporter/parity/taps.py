@@ -19,10 +19,10 @@ from exporter.passes.gated import READERS
 from exporter.passes.plain import FIRST
 from exporter.passes.tape import Tape
 from exporter.passes.widen import widen_bfloat16
-from moee.atomic import temporary_folder
 from moee.errors import UserError
-from moee.layer import RoutedLayer, routed_layers
+from moee.layers.routed import RoutedLayer, routed_layers
 from moee.schema import reason_of
+from moee.store.atomic import temporary_folder
 
 ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PARTS = ("tokens", "route", "result")

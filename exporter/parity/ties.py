@@ -20,7 +20,7 @@ from exporter.parity.layers import LayerParity, wrong_routes
 from exporter.parity.outputs import BatchError
 from exporter.parity.stats import error_stats, within
 from exporter.parity.taps import Tap
-from moee.layer import RoutedLayer, routed_layers
+from moee.layers.routed import RoutedLayer, routed_layers
 
 
 @contextmanager

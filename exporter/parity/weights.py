@@ -1,6 +1,6 @@
 """The weights and tables inside `tensorrt.onnx` against the torch model's, bit for bit: what an engine is built from.
 
-Each kind of layer says where its weights are (`exporter.layer_form`). Those of what is no MoeeFfn node are found at the nodes
+Each kind of layer says where its weights are (`exporter.forms.form`). Those of what is no MoeeFfn node are found at the nodes
 that use them, so a weight of another layer in the right shape is noticed too.
 """
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from exporter.layer_form import StoredGraph, WeightProblem
-from exporter.layer_forms import form_of
+from exporter.forms.form import StoredGraph, WeightProblem
+from exporter.forms.registry import form_of
 from exporter.onnx_safety import load_ir
-from moee.layer import RoutedLayer
+from moee.layers.routed import RoutedLayer
 from plugins.contract import DOMAIN, OP_TYPE
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from exporter.parity.outputs import INT8_SAFETY, SAFETY
 from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
 from exporter.quantization import Quantization, quantized
-from moee.layer import RoutedLayer, routed_layers
+from moee.layers.routed import RoutedLayer, routed_layers
 
 
 @dataclass(frozen=True)

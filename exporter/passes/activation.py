@@ -1,4 +1,4 @@
-"""The activations of `moee.activations` as standard ONNX operators, by name."""
+"""The activations of `moee.layers.activations` as standard ONNX operators, by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.passes.tape import Tape
-from moee.activations import QUICK
+from moee.layers.activations import QUICK
 
 
 def _silu(tape: Tape, x: ir.Value, dtype: ir.DataType) -> ir.Value:

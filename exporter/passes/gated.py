@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from exporter.passes.activation import activation
 from exporter.passes.tape import Tape
-from moee.gated import NAMES
+from moee.mlps.gated import NAMES
 from plugins.contract import DOMAIN
 
 OP_TYPE = "GatedFfn"

@@ -7,12 +7,13 @@ from pathlib import Path
 from exporter.plots import data as plot_data
 from exporter.plots import draw
 from exporter.plots.figure import save_svg
-from moee.artifact import write_json
-from moee.checkpoint import MoeeModel
-from moee.data import ImageSet, model_transform
-from moee.placement import OutputFolder
+from moee.artifacts.model import MoeeModel
+from moee.data.image_set import ImageSet
+from moee.data.transform import model_transform
+from moee.places.placement import OutputFolder
 from moee.progress import Reporter, silent
-from moee.result_kinds import PLOTS
+from moee.store.artifact import write_json
+from moee.store.result_kinds import PLOTS
 
 __all__ = ["draw", "plot_data", "write_plots"]
 

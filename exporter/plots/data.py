@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moee.atomic import temporary_folder
-from moee.calibration import CHUNK, collect_tokens, hidden_activations
-from moee.checkpoint import MoeeModel
-from moee.data import ImageSet, batches, model_transform
-from moee.layer import routed_layers
-from moee.mlps import find_ffns
-from moee.models import Shape, plain_size
+from moee.artifacts.model import MoeeModel
+from moee.calibrate.calibration import CHUNK, collect_tokens, hidden_activations
+from moee.data.image_set import ImageSet, batches
+from moee.data.transform import model_transform
+from moee.layers.routed import routed_layers
+from moee.mlps.find import find_ffns
+from moee.models.ffn import plain_size
+from moee.models.model import Shape
 from moee.progress import Reporter, silent, track
+from moee.store.atomic import temporary_folder
 
 BATCH = 32
 CURVE_TOKENS = 20_000

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from exporter.plots.figure import grid
-from moee.data import ImageSet, Transform
+from moee.data.image_set import ImageSet
+from moee.data.transform import Transform
 
 TICK = 20  # characters of a class name beside its row
 MAX_EXPERTS = 16  # rows of patches a layer; the busiest experts are shown

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from exporter.quantization.modules import Quantization, quantizable, quantized
 from exporter.quantization.ops import HIGH
-from moee.data import ImageSet, batches
+from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from exporter.quantization.ops import HIGH, dequantize, quantize_dequantize
 from moee.errors import UserError
-from moee.layer import RoutedLayer
+from moee.layers.routed import RoutedLayer
 
 
 class Quantization(BaseModel):

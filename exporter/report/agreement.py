@@ -9,7 +9,7 @@ from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
 from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.values import DASH, dig, fixed, numbers, percent, real, scientific
-from moee.accuracy import counted, recorded_interval
+from moee.measure.accuracy import counted, recorded_interval
 
 
 def retention(sources: Sources) -> tuple[str | None, list[Html]]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moee.artifact import read_json, sha256_file, stays_inside
 from moee.errors import UserError
 from moee.schema import shown
+from moee.store.artifact import read_json, sha256_file, stays_inside
 
 NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json")
 # Schema, the highest version whose fields are known here, and the command that makes it.

@@ -79,7 +79,7 @@ def _extract(body: dict[str, Any]) -> str:
     config = config if isinstance(config, dict) else {}
     if config.get("method") != "clear-moe":
         return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
-    from moee.clear_moe.config import ClearConfig  # brings torch, which a report does without
+    from moee.methods.clear_moe.config import ClearConfig  # brings torch, which a report does without
 
     words += ["--method", "clear-moe", *_flags(config, ClearConfig)]
     if config.get("refit") is False:

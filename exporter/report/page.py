@@ -14,9 +14,9 @@ from exporter.report.markup import Html, join, raw_text_element, tag
 from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
 from exporter.ui import data_title
-from moee.accuracy import recorded_interval
-from moee.placement import OutputFile, source_paths
-from moee.result_kinds import REPORT
+from moee.measure.accuracy import recorded_interval
+from moee.places.placement import OutputFile, source_paths
+from moee.store.result_kinds import REPORT
 
 SECTIONS = (
     ("cost", "What changed", sections.cost),

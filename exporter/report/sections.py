@@ -9,7 +9,7 @@ from exporter.report import charts
 from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
 from exporter.report.values import DASH, change, dig, fixed, numbers, real, scaled
-from moee.artifact import stays_inside
+from moee.store.artifact import stays_inside
 
 STAGE_NAMES = {"extracted": "extracted", "tuned": "fine-tuned"}
 

@@ -12,10 +12,10 @@ import onnxruntime as ort
 
 from exporter.onnx_safety import check_onnx
 from exporter.runners.base import Runner
-from moee.atomic import temporary_folder
 from moee.errors import MissingDependency, UserError
-from moee.machine import usable_cpus
+from moee.parallel.machine import usable_cpus
 from moee.schema import shown
+from moee.store.atomic import temporary_folder
 
 # name on the command line: ONNX Runtime's name, label in results, what it needs
 PROVIDERS = {

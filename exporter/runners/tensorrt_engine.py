@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.engine import BACKENDS, require_backend
-from exporter.engine_worker import device_count
+from exporter.engines.build import BACKENDS, require_backend
+from exporter.engines.worker import device_count
 from exporter.manifests import ENGINE, code_file, read_engine
 from exporter.runners.base import Runner
-from moee.artifact import sha256_file
 from moee.errors import MissingDependency, UserError
+from moee.store.artifact import sha256_file
 
 log = logging.getLogger("moee")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moee.accuracy import NO_ANSWER, Interval, Proportion, agreement, counted, paired_drop, top1, wilson
+from moee.measure.accuracy import NO_ANSWER, Interval, Proportion, agreement, counted, paired_drop, top1, wilson
 
 BINS = 15  # of the calibration error, as is usual
 
@@ -79,7 +79,7 @@ def compare_accuracy(
     probe: bool = False,
 ) -> AccuracyResult:
     """Compare logits [N, C] of both models on images with `labels` [N] int64, beside which there are `unlabelled` images.
-    `probe`: the logits are a probe's. Whether that says anything is `moee.accuracy.comparison`'s to decide."""
+    `probe`: the logits are a probe's. Whether that says anything is `moee.measure.accuracy.comparison`'s to decide."""
     count, five = len(labels), dense.shape[1] > 5
     first = [(top1(logits) == labels).numpy() for logits in (dense, moee)]
     fifth = [_among_five(logits, labels) if five else None for logits in (dense, moee)]

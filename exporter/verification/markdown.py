@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporter.verification.suite import VerifyResult
-from moee.accuracy import Proportion
+from moee.measure.accuracy import Proportion
 
 
 def _share(p: Proportion) -> str:

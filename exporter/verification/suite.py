@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exporter.graph.export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quantization
 from exporter.manifests import read_engine, read_export
-from exporter.onnx_export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quantization
 from exporter.onnx_safety import load_ir
 from exporter.parity import DEFAULT_BATCHES, BatchError, ParityResult, check_parity
 from exporter.parity.check import image_pool, logits, output_errors, refuse_foreign, refuse_unrouted
@@ -24,15 +24,15 @@ from exporter.precision import INT8
 from exporter.quantization import Quantization
 from exporter.runners import EngineRunner, OnnxRunner, PluginCheck, Runner, check_plugin
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy
-from moee.accuracy import NO_ANSWER, Comparison, comparison, top1
-from moee.artifact import sha256_file
-from moee.checkpoint import MoeeModel
-from moee.data import ImageSet, batches, merge_skipped
-from moee.distributed import SOLO, Group, Parcel
+from moee.artifacts.model import MoeeModel
+from moee.data.image_set import ImageSet, batches, merge_skipped
 from moee.errors import UserError
-from moee.probe import classes_told
+from moee.measure.accuracy import NO_ANSWER, Comparison, comparison, top1
+from moee.measure.probe import classes_told
+from moee.parallel.group import SOLO, Group, Parcel
 from moee.progress import Reporter, silent
 from moee.schema import json_safe
+from moee.store.artifact import sha256_file
 
 log = logging.getLogger("moee")
 ACCURACY_BATCH = 16

@@ -8,9 +8,9 @@ from typing import Any
 from moee.ablation.cells import run_cells, setup_of
 from moee.ablation.grid import TABLES, AblationConfig, make_ablation_config
 from moee.ablation.summary import SCHEMA, markdown, summarise, verdict_lines
-from moee.artifact import tool_versions, write_json, write_text
-from moee.pipeline import Session
 from moee.progress import Reporter, silent
+from moee.stages.session import Session
+from moee.store.artifact import tool_versions, write_json, write_text
 
 __all__ = ["SCHEMA", "TABLES", "AblationConfig", "make_ablation_config", "markdown", "run_ablation", "verdict_lines"]
 

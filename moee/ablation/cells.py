@@ -11,20 +11,20 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moee.ablation.grid import AblationConfig, Cell, cells_of
-from moee.artifact import read_json, write_json
-from moee.atomic import sweep_all, sweep_scratch, temporary_folder
-from moee.cache import tensor_hash
-from moee.calibration import LayerTokens, collect_tokens
+from moee.calibrate.calibration import LayerTokens, collect_tokens
 from moee.config import ExtractConfig
-from moee.convert import extract
 from moee.errors import NothingRouted, UserError
-from moee.mlps import find_ffns
-from moee.pipeline import Session
-from moee.placement import OutputFolder
-from moee.probe import Probe
+from moee.measure.probe import Probe
+from moee.methods.convert import extract
+from moee.mlps.find import find_ffns
+from moee.places.placement import OutputFolder
+from moee.places.resume import check_identity, compare_identity, fingerprint
 from moee.progress import Reporter, silent
-from moee.result_kinds import ABLATION
-from moee.resume import check_identity, compare_identity, fingerprint
+from moee.stages.session import Session
+from moee.store.artifact import read_json, write_json
+from moee.store.atomic import sweep_all, sweep_scratch, temporary_folder
+from moee.store.cache import tensor_hash
+from moee.store.result_kinds import ABLATION
 
 CELLS, SETUP = "cells", "setup.json"
 SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/1"

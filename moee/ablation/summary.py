@@ -8,7 +8,7 @@ from typing import Any
 
 from moee.ablation.grid import TABLES, AblationConfig
 from moee.ablation.verdict import METRICS, Result, Verdict, judge
-from moee.accuracy import Interval, seeds_interval
+from moee.measure.accuracy import Interval, seeds_interval
 
 SCHEMA = "moee.ablation/1"
 FIGURES = ("accuracy", "class_cosine", "token_cosine", "macs_change", "params_change")

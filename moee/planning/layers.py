@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from moee.config import validated
-from moee.data import batches
-from moee.layer import RoutedLayer, routed_layers
-from moee.methods import options_of
-from moee.metrics import mean_cosine
-from moee.mlp_sites import mlp_replaced
-from moee.pipeline import Session
+from moee.data.image_set import batches
+from moee.layers.routed import RoutedLayer, routed_layers
+from moee.measure.metrics import mean_cosine
+from moee.methods.registry import options_of
+from moee.mlps.sites import mlp_replaced
 from moee.planning.budget import Point
 from moee.planning.search import Planner
 from moee.progress import Reporter, silent
+from moee.stages.session import Session
 
 ALONE_IMAGES = 32
 

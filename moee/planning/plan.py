@@ -12,24 +12,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moee.accuracy import Comparison
-from moee.artifact import read_json, read_manifest, write_manifest
 from moee.config import ExtractConfig, MethodOptions, make_extract_config
 from moee.errors import UserError
-from moee.methods import read_options
-from moee.mlps import find_ffns
-from moee.models import ModelSpec
-from moee.narrowing import check_share
-from moee.pipeline import Session
-from moee.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.measure.accuracy import Comparison
+from moee.methods.narrowing import check_share
+from moee.methods.registry import read_options
+from moee.mlps.find import find_ffns
+from moee.models.model import ModelSpec
+from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.places.resume import check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
 from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, ways
 from moee.progress import Reporter, silent
-from moee.result_kinds import PLAN as PLAN_FOLDER
-from moee.result_kinds import PLAN_STATE
-from moee.resume import check_identity, compare_identity, fingerprint
 from moee.schema import Body, checked, shown
+from moee.stages.session import Session
+from moee.store.artifact import read_json, read_manifest, write_manifest
+from moee.store.result_kinds import PLAN as PLAN_FOLDER
+from moee.store.result_kinds import PLAN_STATE
 
 log = logging.getLogger("moee")
 STATIC = "static"  # of METHODS: the one that cuts gated MLPs

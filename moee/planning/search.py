@@ -15,23 +15,23 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from moee.accuracy import Comparison
-from moee.artifact import read_json, write_json
-from moee.atomic import temporary_folder
-from moee.attention import macs_saved
-from moee.calibration import LayerTokens
-from moee.clear_moe import ClearConfig
+from moee.calibrate.calibration import LayerTokens
 from moee.config import ExtractConfig, MethodOptions, make_extract_config, validated
-from moee.convert import Prepared, apply, calibrate, ffn_budget, prepare, sensitivity_of
 from moee.errors import NothingRouted, OutOfReach, UserError
-from moee.layer_report import LayerReport
-from moee.method import Context
-from moee.methods import method_of, options_of
-from moee.metrics import original_macs, tokens_per_image
-from moee.mlps import find_ffns
-from moee.pipeline import Session
+from moee.layers.report import LayerReport
+from moee.measure.accuracy import Comparison
+from moee.measure.metrics import original_macs, tokens_per_image
+from moee.methods.base import Context
+from moee.methods.clear_moe import ClearConfig
+from moee.methods.convert import Prepared, apply, calibrate, ffn_budget, prepare, sensitivity_of
+from moee.methods.registry import method_of, options_of
+from moee.mlps.attention import macs_saved
+from moee.mlps.find import find_ffns
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.progress import Reporter
+from moee.stages.session import Session
+from moee.store.artifact import read_json, write_json
+from moee.store.atomic import temporary_folder
 
 METHODS: dict[str, dict[str, Any]] = {
     "hdbscan": {"clustering": "hdbscan"},

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.onnx_export import export
-from moee import checkpoint
-from moee.artifact import read_manifest, write_json
-from moee.artifact import sha256_file as sha256
-from moee.checkpoint import MoeeModel
+from exporter.graph.export import export
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.data import TensorSet
-from moee.models import load_model
-from moee.tensor_file import write_tensors
+from moee.data.image_set import TensorSet
+from moee.methods.convert import extract
+from moee.models.model import load_model
+from moee.store.artifact import read_manifest, write_json
+from moee.store.artifact import sha256_file as sha256
+from moee.store.tensor_file import write_tensors
 from tests.conftest import teach, tiny_images, tiny_spec
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
-from exporter.engine import SCHEMA
-from moee.artifact import sha256_file, write_manifest
+from exporter.engines.build import SCHEMA
+from moee.store.artifact import sha256_file, write_manifest
 
 LIBRARY = "libmoee_plugin.so"
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from moee.artifact import sha256_file
+from moee.store.artifact import sha256_file
 from plugins.contract import DOMAIN, LOAD_UNIT, OP_TYPE, PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

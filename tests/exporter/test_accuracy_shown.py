@@ -14,7 +14,7 @@ from exporter.report import write_report
 from exporter.report.agreement import _accuracy_notes
 from exporter.ui import plain_console, retention_notes, stage_table, title_of
 from exporter.verification.accuracy import compare_accuracy
-from moee.accuracy import wilson
+from moee.measure.accuracy import wilson
 from tests.exporter.report_data import write_run
 
 COST = {"dense": {"macs": 2e9, "params": 2e7}, "moee": {"macs": 1e9, "params": 1.5e7}}

@@ -13,17 +13,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from exporter.engine import build_engines
-from exporter.onnx_export import export
+from exporter.engines.build import build_engines
+from exporter.graph.export import export
 from exporter.parity import check_parity
-from moee.checkpoint import MoeeModel, load, save
+from moee.artifacts.checkpoint import load, save
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.data import model_transform
-from moee.layer import routed_layers
-from moee.mlps import find_ffns
-from moee.models import ModelSpec, load_model
-from moee.sources import load_data
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
+from moee.layers.routed import routed_layers
+from moee.methods.convert import extract
+from moee.mlps.find import find_ffns
+from moee.models.model import ModelSpec, load_model
 from tests.plugins import built
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)

@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import nn
 
-from exporter import onnx_export
-from exporter.onnx_export import to_onnx
+from exporter.graph import export as onnx_export
+from exporter.graph.export import to_onnx
 from exporter.passes.attention import rewrite_attention
 from exporter.passes.tape import Tape
 

@@ -6,14 +6,15 @@ import threading
 import numpy as np
 import pytest
 
-from exporter import cli, environment
-from exporter.latency import _flood, bench, percentiles, throughput, time_pairs
-from exporter.layer_profile import place, sum_events
+from exporter import cli
+from exporter.engines import environment
 from exporter.report import write_report
 from exporter.runners import EngineRunner
+from exporter.timing.latency import _flood, bench, percentiles, throughput, time_pairs
+from exporter.timing.layer_profile import place, sum_events
 from exporter.verdict import MIN_PAIRS, judge
-from moee.artifact import read_json, write_json
 from moee.errors import MissingDependency, UserError
+from moee.store.artifact import read_json, write_json
 from tests.exporter.engines import CpuDevice, FakeBinding, write_engine
 
 
@@ -158,10 +159,10 @@ def test_bench_runs_on_the_data_that_it_is_given(tiny_export, tmp_path, capsys):
 
 def test_fail_if_slower_needs_a_verdict(tiny_export, monkeypatch, capsys):
     """Six tiny layers: routing costs more than it saves. A gate may fire on a verdict only."""
-    import exporter.latency
+    import exporter.timing.latency
 
     times = {"value": np.ones((2, 40))}
-    monkeypatch.setattr(exporter.latency, "time_pairs", lambda *args, **kwargs: times["value"])
+    monkeypatch.setattr(exporter.timing.latency, "time_pairs", lambda *args, **kwargs: times["value"])
     command = ["bench", str(tiny_export.folder()), "--batch", "1", "--throughput", "0", "--fail-if-slower"]
     assert cli.main(command) == 0 and "no winner" in capsys.readouterr().out
     times["value"] = np.stack([np.ones(40), np.full(40, 2.0)])
@@ -174,7 +175,7 @@ def test_engines_are_timed_through_doubles(tiny_export, tmp_path, monkeypatch):
     def double(folder, model, cuda_graph, trust):
         return EngineRunner(folder, model, cuda_graph=cuda_graph, trust=trust, binding=FakeBinding(), device=device)
 
-    monkeypatch.setattr("exporter.latency._engine_runner", double)
+    monkeypatch.setattr("exporter.timing.latency._engine_runner", double)
     result = bench(tiny_export.folder(), batch=2, runs=3, engine=engine, cuda_graph=True)
     assert result.runtime == "tensorrt-rtx 1.0 GPU" and result.cuda_graph is True and device.captured == 2
     assert result.layers is None and result.runs == 3
@@ -214,11 +215,11 @@ def test_environment_reads_what_is_shown(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_two_benches_agree_and_a_model_does_not_beat_itself(tiny_export, tmp_path):
     """Real timings of a larger graph, so that a run takes milliseconds."""
-    from exporter.onnx_export import export
-    from moee.checkpoint import MoeeModel
+    from exporter.graph.export import export
+    from moee.artifacts.model import MoeeModel
     from moee.config import make_extract_config
-    from moee.convert import extract
-    from moee.models import load_model
+    from moee.methods.convert import extract
+    from moee.models.model import load_model
     from tests.conftest import tiny_images, tiny_spec
 
     spec = tiny_spec(embed_dim=192, num_heads=3, depth=6, img_size=64)

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from exporter import cli, plugin_cache
-from exporter.onnx_export import export
-from exporter.profile import batch_profile
-from moee.checkpoint import MoeeModel
+from exporter import cli
+from exporter.engines import plugin_cache
+from exporter.graph.export import export
+from exporter.timing.profile import batch_profile
+from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
 from tests.conftest import tiny_spec
 from tests.exporter.test_cli import refused, run

@@ -18,21 +18,24 @@ import timm
 import torch
 from timm.data import create_transform, resolve_model_data_config
 
-from exporter import bundle_configs, cli, deployment, plugin_cache
-from exporter.deployment import DEPLOYMENT_SCHEMA, Recipe, Tensor, ends_in_classes, make_recipe, read_head, write_deployment
+from exporter import cli
+from exporter.engines import plugin_cache
+from exporter.graph.export import SCHEMA, export
 from exporter.manifests import exported_model, read_export
-from exporter.onnx_export import SCHEMA, export
 from exporter.passes.raw_pixels import take_raw_pixels
-from moee import checkpoint
-from moee.artifact import read_manifest, sha256_file, write_manifest
-from moee.checkpoint import MoeeModel, laid_out
+from exporter.ship import bundle_configs, deployment
+from exporter.ship.deployment import DEPLOYMENT_SCHEMA, Recipe, Tensor, ends_in_classes, make_recipe, read_head, write_deployment
+from moee.artifacts import checkpoint
+from moee.artifacts.checkpoint import laid_out
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.data import model_transform
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.models import ModelSpec, load_model
-from moee.probe import Probe
-from moee.tensor_file import write_tensors
+from moee.measure.probe import Probe
+from moee.methods.convert import extract
+from moee.models.model import ModelSpec, load_model
+from moee.store.artifact import read_manifest, sha256_file, write_manifest
+from moee.store.tensor_file import write_tensors
 from plugins.build import select_headers
 from tests.conftest import tiny_images, tiny_spec
 from tests.exporter.textproto import parse
@@ -379,7 +382,7 @@ def test_everything_is_refused_before_the_kernels_and_hashed_once(exported, tmp_
         refused(said)
     (exported / "export.json").write_text(json.dumps(manifest))
     hashed = []
-    monkeypatch.setattr("moee.artifact.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    monkeypatch.setattr("moee.store.artifact.sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     monkeypatch.setattr(plugin_cache, "ensure_kernels", lambda sms, report: built.kernels())
     assert cli.main(["bundle", str(exported), "--sm", "87", "--out", str(tmp_path / "bundle")]) == 0
     assert hashed.count(exported / "moee.data") == 1

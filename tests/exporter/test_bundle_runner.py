@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from exporter.bundle_configs import preprocess as recipe_text
-from exporter.deployment import Recipe
-from moee.built_in import photo_path
+from exporter.ship.bundle_configs import preprocess as recipe_text
+from exporter.ship.deployment import Recipe
+from moee.data.built_in import photo_path
 from tests.exporter import runner_doubles as doubles
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from exporter import cli
-from moee import checkpoint
-from moee.artifact import write_manifest
-from moee.checkpoint import SCHEMA
-from moee.data import model_transform
+from moee.artifacts import checkpoint
+from moee.artifacts.checkpoint import SCHEMA
+from moee.data.sources import load_splits
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.models import load_model
-from moee.pipeline import Session
-from moee.sources import load_splits
+from moee.models.model import load_model
+from moee.stages.session import Session
+from moee.store.artifact import write_manifest
 from tests.conftest import TINY, tiny_spec
 
 COLOURS = {"2 green": (20, 200, 30), "10 red": (220, 30, 20), "blue [x]": (20, 40, 230), "weiß": (240, 240, 240)}

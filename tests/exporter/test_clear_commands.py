@@ -7,16 +7,17 @@ import torch
 
 from exporter.clear_ablation import Grid, ablate, markdown, spread, summarise
 from exporter.cli import main
-from exporter.dispatch_bench import Machine, bench_backend, bench_dispatch, stage_work, synthetic_layer
-from exporter.triton_dispatch import KernelDispatch, install
-from moee import checkpoint
-from moee.artifact import read_manifest
-from moee.clear_moe import ClearConfig, ClearFFN
-from moee.clear_moe.dispatch import Sorted, backend
-from moee.distributed import SOLO
+from exporter.timing.dispatch_bench import Machine, bench_backend, bench_dispatch, stage_work, synthetic_layer
+from exporter.timing.triton_dispatch import KernelDispatch, install
+from moee.artifacts import checkpoint
 from moee.errors import UserError
-from moee.layer import routed_layers
-from moee.pipeline import Session, run_extract
+from moee.layers.clear_dispatch import Sorted, backend
+from moee.layers.routed import routed_layers
+from moee.methods.clear_moe import ClearConfig, ClearFFN
+from moee.parallel.group import SOLO
+from moee.stages.extract import run_extract
+from moee.stages.session import Session
+from moee.store.artifact import read_manifest
 from tests.conftest import tiny_spec
 from tests.exporter.test_clear_export import random_layer
 
@@ -25,8 +26,8 @@ class TinySession(Session):
     """A session on tiny images, without data from disk."""
 
     def __init__(self):
-        from moee.data import model_transform
-        from moee.models import load_model
+        from moee.data.transform import model_transform
+        from moee.models.model import load_model
         from tests.conftest import tiny_images
 
         torch.manual_seed(0)

@@ -11,19 +11,19 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from exporter.clear_form import ClearForm
-from exporter.onnx_export import export, to_onnx
+from exporter.forms.clear import ClearForm
+from exporter.graph.export import export, to_onnx
 from exporter.parity import check_parity
 from exporter.passes.clear import OP_TYPE, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.precision import typed
-from moee import checkpoint
-from moee.checkpoint import MoeeModel
-from moee.clear_moe import ClearConfig, convert
-from moee.clear_moe.dispatch import Factors
-from moee.clear_moe.layer import ClearFFN, ClearParts
-from moee.clear_moe.routers import Router
-from moee.models import load_model
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
+from moee.layers.clear import ClearFFN, ClearParts
+from moee.layers.clear_dispatch import Factors
+from moee.layers.clear_routers import Router
+from moee.methods.clear_moe import ClearConfig, convert
+from moee.models.model import load_model
 from tests.conftest import tiny_images, tiny_spec
 from tests.exporter import one_layer
 
@@ -169,7 +169,7 @@ def test_portable_form_follows_the_segments():
 
 def test_engine_without_a_plugin(exported):
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx to build engines on the CPU")
-    from exporter.engine import build_engines, needs_plugin
+    from exporter.engines.build import build_engines, needs_plugin
 
     folder = exported[3]
     assert not needs_plugin(folder / "export")
@@ -179,7 +179,7 @@ def test_engine_without_a_plugin(exported):
 
 def test_distillation_trains_everything_but_the_router(exported):
     from moee.config import FinetuneConfig
-    from moee.finetuning import finetune
+    from moee.train.finetuning import finetune
 
     loaded, data = copy.deepcopy(exported[1]), exported[2]
     torch.manual_seed(0)

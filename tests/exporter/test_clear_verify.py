@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from exporter import cli
-from exporter.onnx_export import export
+from exporter.graph.export import export
 from exporter.parity import check_parity
 from exporter.parity.arithmetic import apply_layer, scores_and_bound
 from exporter.parity.layers import wrong_routes
 from exporter.precision import typed
 from exporter.runners import EngineRunner, check_plugin
 from exporter.verification import verify
-from moee import checkpoint
-from moee.artifact import read_manifest, write_json
-from moee.checkpoint import MoeeModel
-from moee.data import TensorSet
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
+from moee.data.image_set import TensorSet
 from moee.errors import UserError
-from moee.layer import routed_layers
-from moee.models import replace_module
+from moee.layers.routed import routed_layers
+from moee.models.model import replace_module
+from moee.store.artifact import read_manifest, write_json
 from tests.exporter import damage
 from tests.exporter.conftest import rehash
 from tests.exporter.engines import CpuDevice, FakeBinding, write_engine
@@ -46,7 +46,7 @@ class Mixed:
         path = self.root / precision
         if not path.exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("exporter.clear_form.MIN_SEGMENT", 1)
+                patch.setattr("exporter.forms.clear.MIN_SEGMENT", 1)
                 torch.manual_seed(0)  # the dense model is drawn again
                 export(self.moee, path, source=self.root / "model", precision=precision)
         return path
@@ -249,7 +249,7 @@ def test_an_engine_without_plugin_runs_and_verifies(mixed, tmp_path):
 
 def test_commands_on_a_mixed_model(mixed, tmp_path, capsys, monkeypatch):
     """What `export` wrote goes through verify, inspect, plots and report without a traceback."""
-    monkeypatch.setattr("moee.sources.load_data", lambda *args, **kwargs: mixed.data)
+    monkeypatch.setattr("moee.data.sources.load_data", lambda *args, **kwargs: mixed.data)
     mixed.folder()
     run, model = tmp_path / "verify", str(mixed.root / "model")
     assert cli.main(["verify", str(mixed.folder()), "--maxShapes", "8", "--images", "16", "--bisect", "--out", str(run)]) == 0

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from exporter import cli
-from moee.models import load_model
+from moee.models.model import load_model
 from tests.conftest import tiny_spec
 
 KMEANS = ["--clusters", "4", "--cluster-tokens", "400", "--tokens", "2000"]
@@ -19,7 +19,7 @@ MODEL = "vit_tiny_patch16_224"
 def small_world(monkeypatch):
     """Every model of the command line is the tiny ViT, and digits are a handful of its own images."""
     import exporter.pretrained
-    import moee.pipeline
+    import moee.stages.session
     from tests.conftest import tiny_images
 
     def resolve(name, data="", options=None, *others):
@@ -35,8 +35,8 @@ def small_world(monkeypatch):
         return lambda source, *args, **kwargs: made() if source == "digits" else real(source, *args, **kwargs)
 
     images = functools.partial(tiny_images, 40, classes=10)
-    monkeypatch.setattr(moee.pipeline, "load_splits", tiny(moee.sources.load_splits, lambda: (images(), images())))
-    monkeypatch.setattr("moee.sources.load_data", tiny(moee.sources.load_data, images))
+    monkeypatch.setattr(moee.stages.session, "load_splits", tiny(moee.data.sources.load_splits, lambda: (images(), images())))
+    monkeypatch.setattr("moee.data.sources.load_data", tiny(moee.data.sources.load_data, images))
 
 
 def run(*argv):
@@ -125,7 +125,7 @@ def test_interruption_leaves_nothing_half_written(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moee.checkpoint.write_manifest", interrupt)
+    monkeypatch.setattr("moee.artifacts.checkpoint.write_manifest", interrupt)
     assert run("extract", MODEL, "--data", "digits", *KMEANS, "--out", tmp_path / "x") == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -5,13 +5,13 @@ import importlib.util
 import pytest
 import torch
 
-from exporter.engine import build_engines
-from exporter.onnx_export import export
+from exporter.engines.build import build_engines
+from exporter.graph.export import export
 from exporter.parity import check_parity
-from moee.checkpoint import MoeeModel
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.models import ModelSpec, load_model
+from moee.methods.convert import extract
+from moee.models.model import ModelSpec, load_model
 from tests.conftest import tiny_images
 from tests.plugins import built
 

@@ -6,13 +6,13 @@ import json
 import onnx
 import pytest
 
-from exporter import engine
-from exporter.engine import BuildFailed, build_engines, count_plugin_nodes, read_engines, run_worker
-from exporter.onnx_export import export as export_model
-from moee.artifact import sha256_file
-from moee.checkpoint import MoeeModel
+from exporter.engines import build as engine
+from exporter.engines.build import BuildFailed, build_engines, count_plugin_nodes, read_engines, run_worker
+from exporter.graph.export import export as export_model
+from moee.artifacts.model import MoeeModel
 from moee.errors import MissingDependency, UserError
-from moee.layer import routed_layers
+from moee.layers.routed import routed_layers
+from moee.store.artifact import sha256_file
 from tests.conftest import tiny_spec
 from tests.exporter.graphs import write_export, write_export_manifest
 from tests.plugins import built

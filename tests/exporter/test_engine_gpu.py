@@ -12,9 +12,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.engine import build_engines
-from exporter.onnx_export import export
-from moee.checkpoint import MoeeModel
+from exporter.engines.build import build_engines
+from exporter.graph.export import export
+from moee.artifacts.model import MoeeModel
 from plugins import aot
 from plugins.build import build_plugin
 from tests.conftest import tiny_spec
@@ -130,7 +130,7 @@ def test_latency_against_dense(deit, capsys):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_verify_and_bench_run_the_engines(tiny_export, plugin, tmp_path, precision):
     """The commands' own path: hashes, plugin, parity at the profile's batches, timing with and without CUDA graphs."""
-    from exporter.latency import bench
+    from exporter.timing.latency import bench
     from exporter.verification import verify
 
     export_dir = tiny_export.folder(precision)

@@ -10,19 +10,19 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from exporter import onnx_export
-from exporter.latency import bench
-from exporter.onnx_export import MANIFEST, SCHEMA, export, to_onnx
+from exporter.graph import export as onnx_export
+from exporter.graph.export import MANIFEST, SCHEMA, export, to_onnx
 from exporter.parity import check_parity
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import MIN_ROWS, lower_routed_ffn
 from exporter.precision import typed
-from moee.activations import ACTIVATIONS
-from moee.artifact import read_manifest
-from moee.checkpoint import MoeeModel
+from exporter.timing.latency import bench
+from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
-from moee.layer import RoutedFFN, routed_layers
-from moee.models import replace_module
+from moee.layers.activations import ACTIVATIONS
+from moee.layers.routed import RoutedFFN, routed_layers
+from moee.models.model import replace_module
+from moee.store.artifact import read_manifest
 from plugins import contract
 from tests.conftest import tiny_spec
 from tests.exporter import one_layer
@@ -204,7 +204,7 @@ def test_lowering_refuses_tables_that_are_not_constants():
 
 def test_channels_first_models_export(tmp_path):
     p = random_problem(24, 16, 32, [10, 20, 5])
-    from moee.layer import Experts
+    from moee.layers.routed import Experts
 
     layer = RoutedFFN(Experts(**{k: v for k, v in p.items() if k != "x"}), channels_first=True)
 

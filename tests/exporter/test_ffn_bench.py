@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from exporter.ffn_bench import FFNSpeed, ffn_speeds, ideal_speedup, layer_inputs, overall
-from moee.checkpoint import MoeeModel
+from exporter.timing.ffn_bench import FFNSpeed, ffn_speeds, ideal_speedup, layer_inputs, overall
+from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
-from moee.layer import RoutedFFN, routed_layers
+from moee.layers.routed import RoutedFFN, routed_layers
 from tests.conftest import tiny_spec
 from tests.moee.reference import random_problem
 from tests.moee.test_ops import layer_of

@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from exporter.cli import main
-from exporter.deployment import write_deployment
-from exporter.device import DEVICES, dense_facts, modelled
-from exporter.engine import needs_plugin
-from exporter.ffn_bench import ffn_speeds
-from exporter.onnx_export import export, to_onnx
+from exporter.engines.build import needs_plugin
+from exporter.graph.export import export, to_onnx
 from exporter.parity import check_parity
 from exporter.passes.gated import STORED_AT, lower_gated
-from moee import checkpoint
-from moee.checkpoint import MoeeModel
+from exporter.ship.deployment import write_deployment
+from exporter.timing.device import DEVICES, dense_facts, modelled
+from exporter.timing.ffn_bench import ffn_speeds
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.gated import GATES, GatedFFN, GatedWeights, weight_shapes
-from moee.layer import routed_layers
-from moee.models import ModelSpec, load_model
+from moee.layers.routed import routed_layers
+from moee.methods.convert import extract
+from moee.mlps.gated import GATES, GatedFFN, GatedWeights, weight_shapes
+from moee.models.model import ModelSpec, load_model
 from plugins.contract import DOMAIN
 from tests.conftest import tiny_images
 from tests.exporter.conftest import rehash

@@ -8,17 +8,17 @@ import pytest
 from PIL import Image
 
 from exporter import cli
-from exporter.onnx_export import export
-from moee import checkpoint
-from moee.artifact import read_json, write_json
-from moee.checkpoint import MoeeModel
+from exporter.graph.export import export
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.data import model_transform
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.models import load_model
-from moee.pipeline import Session
-from moee.sources import load_data
+from moee.methods.convert import extract
+from moee.models.model import load_model
+from moee.stages.session import Session
+from moee.store.artifact import read_json, write_json
 from tests.conftest import tiny_images, tiny_spec
 
 SEED, CLASSES = 3, tuple("abcdefghij")
@@ -70,7 +70,7 @@ def test_every_command_divides_and_numbers_the_images_alike(made, tmp_path, monk
         raise Stop
 
     for function in ("load_data", "load_splits"):
-        monkeypatch.setattr(f"moee.sources.{function}", opened)
+        monkeypatch.setattr(f"moee.data.sources.{function}", opened)
     places = {"EXPORT": made / "export", "MODEL": made / "model", "DATA": made / "pictures", "OUT": tmp_path / "out"}
     assert cli.main([str(places.get(word, word)) for word in COMMANDS[name]]) == 1
     split = {"plots": "both", "export": "train"}.get(name.split()[0], "val")
@@ -84,7 +84,7 @@ def test_int8_calibrates_on_no_held_out_image(made, tmp_path, monkeypatch):
         used.append({data.describe(i) for i in range(len(data))})
         raise Stop
 
-    monkeypatch.setattr("exporter.onnx_export.calibrate", calibrate)
+    monkeypatch.setattr("exporter.graph.export.calibrate", calibrate)
     moee = checkpoint.load(made / "model")
     held_out = moee.record.images("val")
     for data in ((), ("--data", str(made / "pictures"))):

@@ -12,15 +12,15 @@ import torch
 from onnx import numpy_helper
 
 from exporter import cli
-from exporter.deployment import write_deployment
-from exporter.engine import build_engines
-from exporter.onnx_export import export
+from exporter.engines.build import build_engines
+from exporter.graph.export import export
 from exporter.report import write_report
+from exporter.ship.deployment import write_deployment
 from exporter.verification import verify
 from exporter.verification.suite import run_engine
-from moee.artifact import read_manifest, write_json
 from moee.errors import UserError
-from moee.models import replace_module
+from moee.models.model import replace_module
+from moee.store.artifact import read_manifest, write_json
 from plugins.contract import OP_TYPE
 from tests.exporter.conftest import rehash
 from tests.exporter.test_clear_export import random_layer
@@ -154,7 +154,7 @@ def test_a_manifest_without_its_scales_is_refused(exports, tiny_export, tmp_path
 
 def test_an_engine_is_held_against_the_quantised_model(exports, tiny_export):
     """ONNX Runtime in the place of the engine; without the scales the yardstick is another model."""
-    from exporter.onnx_export import read_quantization
+    from exporter.graph.export import read_quantization
     from exporter.runners import OnnxRunner
 
     folder = exports("int8-fp32")
@@ -167,7 +167,7 @@ def test_an_engine_is_held_against_the_quantised_model(exports, tiny_export):
 
 def test_the_command(tiny_export, tmp_path, capsys, monkeypatch):
     asked = []
-    monkeypatch.setattr("moee.sources.load_data", lambda source, *a, **k: asked.append(source) or tiny_export.data)
+    monkeypatch.setattr("moee.data.sources.load_data", lambda source, *a, **k: asked.append(source) or tiny_export.data)
     model = str(tiny_export.root / "model")
 
     def run(*words):
@@ -211,12 +211,12 @@ def test_engines_build_on_the_cpu(exports, tmp_path, precision):
 def test_dinov2_small(tmp_path, precision):
     """The real backbone with its weights: exported, verified, accurate, and built on the CPU."""
     from exporter.pretrained import resolve
-    from moee.checkpoint import MoeeModel
+    from moee.artifacts.model import MoeeModel
     from moee.config import make_extract_config
-    from moee.convert import extract
-    from moee.data import model_transform
-    from moee.models import load_model
-    from moee.sources import load_data
+    from moee.data.sources import load_data
+    from moee.data.transform import model_transform
+    from moee.methods.convert import extract
+    from moee.models.model import load_model
 
     spec = resolve("dinov2-s", "digits")
     model = load_model(spec)

@@ -18,12 +18,13 @@ from exporter import cli
 from exporter.commands import add_model, model_flags
 from exporter.pretrained import ModelOptions, resolve
 from exporter.report.commands import _extract
-from moee import checkpoint, hub
-from moee.class_map import read_class_map
-from moee.data import model_transform
+from moee.artifacts import checkpoint
+from moee.data.class_map import read_class_map
+from moee.data.transform import model_transform
 from moee.errors import MissingDependency, UserError
-from moee.model_source import named_spec, with_file, with_pretrained
-from moee.models import load_model
+from moee.models.model import load_model
+from moee.models.source import named_spec, with_file, with_pretrained
+from moee.weights import hub
 
 KWARGS = ["embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"]
 MODEL = ["vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", *KWARGS]
@@ -109,7 +110,7 @@ def test_from_a_checkpoint_to_a_tuned_model(folder, capsys):
 )
 def test_bad_input_ends_before_any_image_is_read(tmp_path, flags, words, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: pytest.fail("images were read"))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: pytest.fail("images were read"))
     torch.save(timm.create_model(MODEL[0], num_classes=6, **SMALL).state_dict(), "six.pth")
     torch.save(timm.create_model("test_convnext").state_dict(), "other.pth")
     torch.save({"metric": np.float64(1), "state_dict": {}}, "pickle.pth")

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from exporter.cli import main
-from exporter.device import DEVICES, dense_facts, modelled
-from exporter.onnx_export import export, to_onnx
+from exporter.graph.export import export, to_onnx
 from exporter.parity import check_parity
-from moee import checkpoint
-from moee.attention import narrow_attentions
-from moee.checkpoint import MoeeModel
+from exporter.timing.device import DEVICES, dense_facts, modelled
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.models import load_model
-from moee.narrowing import narrow
+from moee.methods.convert import extract
+from moee.methods.narrowing import narrow
+from moee.mlps.attention import narrow_attentions
+from moee.models.model import load_model
 from tests.conftest import tiny_images, tiny_spec
 from tests.exporter.conftest import rehash
 

@@ -7,13 +7,13 @@ import pytest
 
 from exporter import cli
 from exporter.commands import extract as extract_command
-from moee.artifact import write_manifest
+from moee.data.sources import load_data
 from moee.errors import UserError
-from moee.pipeline import Session
-from moee.placement import OutputFolder, source_paths
+from moee.places.placement import OutputFolder, source_paths
 from moee.planning import planned_on
-from moee.result_kinds import EXPORT, MODEL, PLAN
-from moee.sources import load_data
+from moee.stages.session import Session
+from moee.store.artifact import write_manifest
+from moee.store.result_kinds import EXPORT, MODEL, PLAN
 from tests.conftest import tiny_spec
 from tests.moee.test_folders import NAMES, SMALL, tree
 
@@ -104,7 +104,7 @@ def test_a_plan_of_other_data_is_said(tmp_path, monkeypatch, capsys):
     def stopped(*args):
         raise UserError("stopped")
 
-    monkeypatch.setattr("moee.pipeline.run_extract", stopped)
+    monkeypatch.setattr("moee.stages.extract.run_extract", stopped)
     for data, said in (("digits", True), ("photos", False)):
         assert cli.main([*EXTRACT, "--data", data, "--plan", "plan"]) == 2
         assert ("the plan was made on photos, and on digits another method may win" in capsys.readouterr().out) == said

@@ -10,9 +10,9 @@ from pydantic import BaseModel
 import exporter.quantization  # noqa: F401 - its models are walked too
 import moee.ablation  # noqa: F401
 import moee.planning  # noqa: F401
-import moee.scratch  # noqa: F401
+import moee.train.scratch  # noqa: F401
 from exporter import cli
-from exporter.profile import _batch
+from exporter.timing.profile import _batch
 from moee.errors import UserError
 from moee.schema import Body, json_text
 

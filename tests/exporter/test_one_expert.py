@@ -13,23 +13,24 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter import cli, onnx_export
-from exporter.deployment import write_deployment
-from exporter.engine import needs_plugin
-from exporter.onnx_export import export, to_onnx
+from exporter import cli
+from exporter.engines.build import needs_plugin
+from exporter.graph import export as onnx_export
+from exporter.graph.export import export, to_onnx
 from exporter.parity import check_parity, check_weights
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
 from exporter.precision import typed
+from exporter.ship.deployment import write_deployment
 from exporter.verification import verify
-from moee import checkpoint
-from moee.activations import ACTIVATIONS
-from moee.checkpoint import MoeeModel
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
 from moee.errors import UserError
-from moee.layer import RoutedFFN, routed_layers
-from moee.models import load_model, replace_module
+from moee.layers.activations import ACTIVATIONS
+from moee.layers.routed import RoutedFFN, routed_layers
+from moee.methods.convert import extract
+from moee.models.model import load_model, replace_module
 from plugins.contract import DOMAIN
 from tests.conftest import tiny_images, tiny_spec
 from tests.exporter import one_layer
@@ -184,7 +185,7 @@ def test_routes_that_a_static_model_does_not_choose_are_refused_before_any_graph
 
 
 def test_commands_take_a_static_export(static, tmp_path, monkeypatch):
-    monkeypatch.setattr("moee.sources.load_data", lambda *args, **kwargs: static[1])
+    monkeypatch.setattr("moee.data.sources.load_data", lambda *args, **kwargs: static[1])
     folder = exported(static)
     times = ["--runs", 3, "--duration", 0.1, "--throughput", 0, "--batch", 2, "--profile", "--out", tmp_path / "latency.json"]
     assert run("bench", folder, *times) == 0
@@ -222,7 +223,7 @@ def test_bundles_have_a_plugin_only_where_it_is_needed(case, request, tmp_path):
 def test_engines_need_no_plugin(static, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx to build engines on the CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exporter.plugin_cache.ensure_plugin", None)  # it is not asked for
+        patch.setattr("exporter.engines.plugin_cache.ensure_plugin", None)  # it is not asked for
         assert run("build", exported(static), "--max-shapes", 4, "--out", tmp_path / "engines") == 0
     engine = json.loads((tmp_path / "engines" / "engine.json").read_text())
     assert engine["plugin"]["file"] == "" and engine["plugin_layers"] == 0
@@ -259,7 +260,7 @@ def test_the_pass_leaves_several_experts_and_refuses_weights_that_are_not_consta
 def test_channels_first_layers():
     p = random_problem(24, 16, 32, [20])
     del p["x"]
-    from moee.layer import Experts
+    from moee.layers.routed import Experts
 
     layer = RoutedFFN(Experts(**p), channels_first=True).eval()
     graph = to_onnx(layer, torch.zeros(2, 16, 3, 4))

@@ -14,15 +14,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import cli
-from exporter.onnx_export import to_onnx
+from exporter.graph.export import to_onnx
 from exporter.pretrained import ModelOptions, layout_of, resolve
 from exporter.report.commands import _extract
 from exporter.runners import OnnxRunner
-from moee import checkpoint, from_torchvision, from_transformers, sources
-from moee.data import evaluation, model_transform
+from moee.artifacts import checkpoint
+from moee.data import sources
+from moee.data.transform import evaluation, model_transform
 from moee.errors import MissingDependency, UserError
-from moee.model_spec import ModelSpec
-from moee.models import build_model, load_model
+from moee.interface.spec import ModelSpec
+from moee.libraries import from_torchvision, from_transformers
+from moee.models.model import build_model, load_model
 
 transformers = pytest.importorskip("transformers")
 KMEANS = ["--clusters", "2", "--cluster-tokens", "200", "--tokens", "400", "--keep", "0.9"]

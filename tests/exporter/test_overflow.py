@@ -11,14 +11,14 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from exporter.onnx_export import export
+from exporter.graph.export import export
 from exporter.parity.check import refuse_foreign
 from exporter.precision import refuse_overflow
 from exporter.verification import verify
-from moee.accuracy import NO_ANSWER, comparison, shared_answers, top1
-from moee.checkpoint import MoeeModel
+from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
-from moee.layer import routed_layers
+from moee.layers.routed import routed_layers
+from moee.measure.accuracy import NO_ANSWER, comparison, shared_answers, top1
 from tests.exporter.conftest import rehash
 
 

@@ -9,15 +9,15 @@ import torch
 
 from exporter import cli
 from exporter.commands.plan import parse_shares, points_table, verdict
-from exporter.device import DEVICES, dense_facts, latency_of, modelled
-from exporter.roofline import operation_ms
+from exporter.forms.roofline import operation_ms
+from exporter.timing.device import DEVICES, dense_facts, latency_of, modelled
 from exporter.ui import plain_console
-from moee.clear_moe import ClearConfig, convert
-from moee.data import image_shape
+from moee.data.image_set import image_shape
 from moee.errors import UserError
-from moee.models import ModelSpec
-from moee.pipeline import Session
+from moee.methods.clear_moe import ClearConfig, convert
+from moee.models.model import ModelSpec
 from moee.planning import Budget, make_plan
+from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images
 
 
@@ -62,7 +62,7 @@ def test_small_batches_pay_for_tiles(tiny_moee):
 def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
     torch.manual_seed(0)
     train, held = tiny_images(40), tiny_images(24)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (train, held))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (train, held))
     session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
     plan = make_plan(
         session, Budget(target_latency_ms=10_000.0), tmp_path / "plan", ("static",), (0.8,), {"cluster_tokens": 300},
@@ -94,7 +94,7 @@ def test_bad_input_is_one_sentence(arguments, message, monkeypatch, tmp_path, ca
     torch.manual_seed(0)
     spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0)
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *a, **k: spec)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *a: (tiny_images(8), tiny_images(8)))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *a: (tiny_images(8), tiny_images(8)))
     assert cli.main(["plan", "tiny", "--data", "digits", "--out", str(tmp_path / "p"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not (tmp_path / "p").exists()

@@ -10,11 +10,12 @@ from exporter import cli
 from exporter.plots import draw, plot_data, write_plots
 from exporter.plots.ablation import draw_ablation
 from exporter.plots.figure import to_svg
-from moee import checkpoint
-from moee.checkpoint import MoeeModel
-from moee.data import batches, model_transform
-from moee.layer import routed_layers
-from moee.mlps import find_ffns
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
+from moee.data.image_set import batches
+from moee.data.transform import model_transform
+from moee.layers.routed import routed_layers
+from moee.mlps.find import find_ffns
 from tests.conftest import tiny_spec
 
 
@@ -117,7 +118,7 @@ def test_every_figure_is_drawn_the_same_twice(artifact):
 def test_command_writes_everything_and_refuses_what_exists(artifact, tmp_path, capsys, monkeypatch):
     moee, data = artifact
     checkpoint.save(moee, tmp_path / "model")
-    monkeypatch.setattr("moee.sources.load_splits", lambda *args, **kwargs: (data, data))
+    monkeypatch.setattr("moee.data.sources.load_splits", lambda *args, **kwargs: (data, data))
     argv = ["plots", str(tmp_path / "model"), "--out", str(tmp_path / "plots")]
     with pytest.raises(SystemExit, match="2"):
         cli.main([*argv, "--images", "0"])
@@ -135,7 +136,8 @@ def test_ablation_command(tmp_path, capsys, monkeypatch):
     from tests.conftest import tiny_images
 
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec(num_classes=0))
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(40, classes=10), tiny_images(40, classes=10)))
+    splits = tiny_images(40, classes=10), tiny_images(40, classes=10)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: splits)
     scale = ["--tokens", "600", "--cluster-tokens", "300", "--components", "8", "--min-cluster-size", "0.02"]
     rows = ["--tables", "2", "--seeds", "1", "--compensation", "mean", "--keep", "0.7,0.9"]
     argv = ["ablate", *rows, *scale, "--out", str(tmp_path / "a")]

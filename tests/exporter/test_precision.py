@@ -7,11 +7,11 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.onnx_export import export, to_onnx
+from exporter.graph.export import export, to_onnx
 from exporter.passes.widen import widen_bfloat16
 from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
 from moee.errors import UserError
-from moee.layer import routed_layers
+from moee.layers.routed import routed_layers
 from plugins.contract import INPUTS, OP_TYPE
 
 TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}

@@ -10,7 +10,7 @@ import torch
 
 from exporter import pretrained
 from moee.errors import MissingDependency, UserError
-from moee.models import load_model
+from moee.models.model import load_model
 
 
 def test_alias_refuses_foreign_weights():

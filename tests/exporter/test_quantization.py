@@ -11,7 +11,7 @@ from exporter.quantization import QuantConv2d, QuantLinear, calibrate, quantizab
 from exporter.quantization.calibrate import Histogram, sqnr_db
 from exporter.quantization.ops import dequantize, quantize_dequantize
 from moee.errors import UserError
-from moee.layer import routed_layers
+from moee.layers.routed import routed_layers
 from tests.conftest import tiny_images
 
 # of the tests' tiny ViT

@@ -2,13 +2,13 @@
 
 import torch
 
-from exporter.onnx_export import export
+from exporter.graph.export import export
 from exporter.parity import check_parity
-from moee.checkpoint import MoeeModel
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.layer import routed_layers
-from moee.models import ModelSpec, load_model, replace_module
+from moee.layers.routed import routed_layers
+from moee.methods.convert import extract
+from moee.models.model import ModelSpec, load_model, replace_module
 from tests.conftest import TINY, tiny_images
 
 

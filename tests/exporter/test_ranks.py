@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from exporter.cli import main
-from moee.class_names import natural_key
-from moee.data import model_transform
+from moee.data.class_names import natural_key
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.evaluation import run
-from moee.sources import load_data
+from moee.measure.evaluation import run
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_S = 30  # a killed rank: the others are gone after this, torchrun included; docs/scale.md states 10 without its start-up
@@ -119,7 +119,7 @@ def test_other_commands_and_half_an_environment_are_refused(monkeypatch, capsys)
         monkeypatch.setenv(name, "1")  # main sets them; this takes it back
     assert main(["doctor"]) == 2
     assert "doctor runs in one process; start it without torchrun" in capsys.readouterr().err
-    from moee.joining import joined
+    from moee.parallel.joining import joined
 
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(UserError, match="start the ranks with torchrun"), joined():

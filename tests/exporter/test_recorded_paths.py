@@ -8,14 +8,14 @@ import torch
 from exporter import cli
 from exporter.report.commands import _extract
 from exporter.ui import data_title, title_of
-from moee import checkpoint
-from moee.artifact import read_json, write_json
-from moee.checkpoint import recorded_data
-from moee.data import model_transform
+from moee.artifacts import checkpoint
+from moee.artifacts.model import recorded_data
+from moee.data.sources import located, same_data
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.models import load_model
-from moee.pipeline import Session
-from moee.sources import located, same_data
+from moee.models.model import load_model
+from moee.stages.session import Session
+from moee.store.artifact import read_json, write_json
 from tests.conftest import tiny_spec
 from tests.moee.test_folders import tree
 

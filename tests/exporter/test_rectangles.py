@@ -11,23 +11,24 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from exporter import cli
-from exporter.deployment import make_recipe, write_deployment
+from exporter.graph.export import export
 from exporter.manifests import Input, exported_model, input_shape, read_export
-from exporter.onnx_export import export
 from exporter.parity import check_parity
 from exporter.plots import data as plot_data
-from exporter.profile import batch_profile
 from exporter.report.collect import collect
 from exporter.report.commands import commands
-from moee import checkpoint
-from moee.checkpoint import MoeeModel
+from exporter.ship.deployment import make_recipe, write_deployment
+from exporter.timing.profile import batch_profile
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.data import TensorSet, model_transform
+from moee.data.image_set import TensorSet
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.models import load_model
+from moee.methods.convert import extract
+from moee.models.model import load_model
 from moee.schema import checked
-from moee.sources import load_data
 from tests.conftest import tiny_spec
 from tests.exporter.test_bundle_runner import ours
 from tests.plugins import built
@@ -128,7 +129,7 @@ def test_a_plan_is_for_one_size_and_says_how_to_apply_it(pictures, tmp_path, cap
 
 
 def test_a_bundle_of_grey_images_is_refused_before_kernels_are_compiled(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("exporter.plugin_cache.ensure_kernels", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr("exporter.engines.plugin_cache.ensure_kernels", lambda *args: pytest.fail("compiled"))
     model = load_model(tiny_spec(in_chans=1))
     images = TensorSet("grey", torch.randn(24, 1, 32, 32), [-1] * 24)
     config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, compensation="mean")

@@ -11,9 +11,9 @@ from exporter.commands.extract import clear_config
 from exporter.report import collect, render, write_report
 from exporter.report.commands import commands
 from exporter.report.page import MAX_BYTES
-from moee.clear_moe import ClearConfig
 from moee.config import ExtractConfig
 from moee.errors import UserError
+from moee.methods.clear_moe import ClearConfig
 from tests.exporter.report_data import EVIL, write_run
 
 VOID = {"meta", "img", "br", "hr"}

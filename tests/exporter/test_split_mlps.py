@@ -6,19 +6,20 @@ import json
 import pytest
 import torch
 
-from exporter.ffn_bench import ffn_speeds
-from exporter.onnx_export import export
+from exporter.graph.export import export
 from exporter.parity import check_parity
-from moee.checkpoint import MANIFEST, MoeeModel, load, save
-from moee.clear_moe.config import ClearConfig
-from moee.clear_moe.convert import convert
+from exporter.timing.ffn_bench import ffn_speeds
+from moee.artifacts.checkpoint import MANIFEST, load, save
+from moee.artifacts.inspection import inspect_artifact
+from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
 from moee.errors import UserError
-from moee.finetuning import finetune
-from moee.inspection import inspect_artifact
-from moee.layer import routed_layers
-from moee.models import ModelSpec, load_model
+from moee.layers.routed import routed_layers
+from moee.methods.clear_moe.config import ClearConfig
+from moee.methods.clear_moe.convert import convert
+from moee.methods.convert import extract
+from moee.models.model import ModelSpec, load_model
+from moee.train.finetuning import finetune
 from tests.conftest import tiny_images
 
 # its MLPs are a norm, fc1, act and fc2 in one module
@@ -87,7 +88,7 @@ def test_fine_tuning_trains_them(tmp_path):
 def test_each_layer_is_timed_against_its_three_parts(monkeypatch):
     moee, data = made(TINY_VIT, METHODS["experts"])
     timed = []
-    monkeypatch.setattr("exporter.ffn_bench._speed", lambda name, dense, layer, *_: timed.append((name, dense, layer)))
+    monkeypatch.setattr("exporter.timing.ffn_bench._speed", lambda name, dense, layer, *_: timed.append((name, dense, layer)))
     ffn_speeds(moee, data, tokens=64)
     assert [name for name, _, _ in timed] == list(routed_layers(moee.model))
     for name, dense, layer in timed:

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from exporter import cli, plugin_cache
-from exporter.engine import BuildFailed
+from exporter import cli
+from exporter.engines import plugin_cache
+from exporter.engines.build import BuildFailed
 from moee.errors import StepFailed
 from plugins import build
 from plugins.compile import GateError
@@ -46,8 +47,8 @@ def test_build_says_why_it_failed(tmp_path, monkeypatch, capsys, tiny_export):
     def fail(*args, **kwargs):
         raise StepFailed("compiling the plugin failed: x.cpp:1: error: y")
 
-    monkeypatch.setattr("exporter.plugin_cache.ensure_plugin", fail)
-    monkeypatch.setattr("exporter.engine.require_backend", lambda name: None)
+    monkeypatch.setattr("exporter.engines.plugin_cache.ensure_plugin", fail)
+    monkeypatch.setattr("exporter.engines.build.require_backend", lambda name: None)
     assert cli.main(["build", str(tiny_export.folder()), "--out", str(tmp_path / "x")]) == 1
     assert "compiling the plugin failed" in sentence(capsys)
 

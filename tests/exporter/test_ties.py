@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.onnx_export import export
+from exporter.graph.export import export
 from exporter.parity import check, check_parity
 from exporter.parity.outputs import batch_error
 from exporter.parity.taps import hooked
 from exporter.parity.ties import dictated, excuse_ties
 from exporter.parity.yardsticks import yardsticks
 from exporter.verification import verify
-from moee.checkpoint import MoeeModel
-from moee.layer import routed_layers
+from moee.artifacts.model import MoeeModel
+from moee.layers.routed import routed_layers
 from tests.conftest import tiny_spec
 
 LAYER = 1

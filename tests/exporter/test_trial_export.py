@@ -1,25 +1,28 @@
 """What ONNX cannot express is refused before calibration, and what has passed once is not tried again."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from exporter import trial_export
 from exporter.cli import main
-from exporter.onnx_export import to_onnx
-from exporter.trial_export import try_export
+from exporter.graph import trial_export
+from exporter.graph.export import to_onnx
+from exporter.graph.trial_export import try_export
 from moee.errors import UserError, plain
-from moee.gated import GatedMLP
-from moee.layer import routed_layers
-from moee.mlps import find_ffns
-from moee.models import FFN, load_model
+from moee.layers.routed import routed_layers
+from moee.mlps.find import find_ffns
+from moee.mlps.gated import GatedMLP
+from moee.models.ffn import FFN
+from moee.models.model import load_model
 from tests.conftest import tiny_spec
 from tests.exporter.test_architectures import write_images
 
 SHAPE = (3, 32, 32)
+ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = ["--model-kwargs", "img_size=32", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=2", "num_classes=4"]
 VIT = timm.models.vision_transformer.VisionTransformer
 
@@ -59,7 +62,7 @@ def command(name, tmp_path, *more):
 
 def test_an_operator_that_onnx_lacks_is_refused_before_calibration(monkeypatch, tmp_path, capsys):
     append(monkeypatch, lambda y: y + torch.special.bessel_j0(y))
-    monkeypatch.setattr("moee.pipeline.extract", lambda *_, **__: pytest.fail("calibration began"))
+    monkeypatch.setattr("moee.methods.registry.extract", lambda *_, **__: pytest.fail("calibration began"))
     assert command("extract", tmp_path) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "a trial export of one layer of experts failed" in said and "bessel_j0" in said and "--no-trial-export" in said
@@ -211,3 +214,9 @@ def test_a_learned_bias_that_needs_a_gradient_is_exported():
 )
 def test_no_escape_code_is_passed_on(raw, shown):
     assert plain(raw) == shown and str(UserError(raw)) == shown
+
+
+def test_a_trial_is_remembered_for_the_sources_of_both_packages():
+    """A change anywhere in them may change what exports."""
+    found = {path.relative_to(ROOT).as_posix() for path in trial_export._sources(torch.nn.Identity()) if ROOT in path.parents}
+    assert {"moee/layers/routed.py", "exporter/passes/plain.py", "exporter/cli.py", "plugins/contract.py"} <= found

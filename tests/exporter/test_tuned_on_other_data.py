@@ -6,11 +6,12 @@ import shutil
 import pytest
 
 from exporter import cli
-from exporter.onnx_export import _calibration_data
-from moee import checkpoint
-from moee.artifact import read_json, write_json
-from moee.data import TensorSet, model_transform
-from moee.sources import same_data
+from exporter.graph.export import _calibration_data
+from moee.artifacts import checkpoint
+from moee.data.image_set import TensorSet
+from moee.data.sources import same_data
+from moee.data.transform import model_transform
+from moee.store.artifact import read_json, write_json
 
 
 def sets(tiny_export):
@@ -24,8 +25,8 @@ def sets(tiny_export):
 @pytest.fixture
 def world(tiny_export, monkeypatch):
     known = sets(tiny_export)
-    monkeypatch.setattr("moee.sources.load_data", lambda source, *args, **kwargs: known[source])
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda source, *args: (known[source], known[source]))
+    monkeypatch.setattr("moee.data.sources.load_data", lambda source, *args, **kwargs: known[source])
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda source, *args: (known[source], known[source]))
 
 
 def run(*argv):

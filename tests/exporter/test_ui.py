@@ -8,7 +8,7 @@ from rich.table import Table
 
 from exporter import cli, ui
 from moee import progress
-from moee.data import TensorSet
+from moee.data.image_set import TensorSet
 
 
 def lines(calls, monkeypatch, step=11.0):
@@ -58,7 +58,7 @@ def test_titles_cells_and_captions_show_names_as_they_are():
 def test_commands_work_on_folders_with_brackets(tiny_export, tmp_path, capsys, monkeypatch):
     wrong = [(label + 1) % 10 for label in tiny_export.data.labels]
     data = TensorSet(ODD, tiny_export.data.images, wrong, 10)
-    monkeypatch.setattr("moee.sources.load_data", lambda *args, **kwargs: data)
+    monkeypatch.setattr("moee.data.sources.load_data", lambda *args, **kwargs: data)
     root = tmp_path / "a[" / "x] [red]b :cat:"
     shutil.copytree(tiny_export.root / "model", root / "model")
     assert cli.main(["export", str(root / "model"), "--out", str(root / "export")]) == 0

@@ -11,9 +11,9 @@ from exporter import cli
 from exporter.parity import check_parity
 from exporter.verification import compare_accuracy, verify
 from exporter.verification.suite import verify_ranks
-from moee.data import TensorSet
-from moee.distributed import SOLO, Group, Parcel
+from moee.data.image_set import TensorSet
 from moee.errors import MissingDependency, UserError
+from moee.parallel.group import SOLO, Group, Parcel
 from tests.exporter import damage
 from tests.exporter.engines import write_engine
 
@@ -25,7 +25,7 @@ SIZES = (1, 4, 16)
 @pytest.fixture(autouse=True)
 def data(tiny_export, monkeypatch):
     """`digits` on the command line are the tiny model's images."""
-    monkeypatch.setattr("moee.sources.load_data", lambda *args, **kwargs: tiny_export.data)
+    monkeypatch.setattr("moee.data.sources.load_data", lambda *args, **kwargs: tiny_export.data)
 
 
 def check(tiny_export, folder):
@@ -216,7 +216,7 @@ def test_accuracy_gate(tiny_export, capsys):
 def test_a_gate_that_has_nothing_to_check_is_refused_before_parity(tiny_export, tmp_path, monkeypatch, capsys):
     """It used to pass at "dense 0.00 %, MoEE 0.00 %", on ten images whose labels have nothing to do with the head."""
     images, labels = tiny_export.data.images[:10], [(label + 1) % 10 for label in tiny_export.data.labels[:10]]
-    monkeypatch.setattr("moee.sources.load_data", lambda *a, **k: TensorSet("tiny", images, labels, 10))
+    monkeypatch.setattr("moee.data.sources.load_data", lambda *a, **k: TensorSet("tiny", images, labels, 10))
     plain = ["verify", tiny_export.folder(), "--maxShapes", 2, "--optShapes", 2]
     assert run(*plain, "--out", tmp_path / "plain") == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -231,7 +231,7 @@ def test_a_gate_that_has_nothing_to_check_is_refused_before_parity(tiny_export, 
 
 
 def test_a_head_of_another_size_is_refused_without_running_anything(tiny_export, monkeypatch, capsys):
-    monkeypatch.setattr("moee.sources.load_data", lambda *a, **k: TensorSet("two", tiny_export.data.images, [0, 1] * 24, 2))
+    monkeypatch.setattr("moee.data.sources.load_data", lambda *a, **k: TensorSet("two", tiny_export.data.images, [0, 1] * 24, 2))
     monkeypatch.setattr("exporter.verification.suite.opened", lambda *a: pytest.fail("a graph was run"))
     assert run("verify", tiny_export.folder(), "--max-drop", 0.5) == 2
     assert "the model tells 10 classes apart, two has 2" in capsys.readouterr().err

@@ -17,20 +17,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from safetensors.torch import save_file
 
-from moee.calibration import collect_tokens, gather_tokens
-from moee.clear_moe import ClearConfig, convert
+from moee.calibrate.calibration import collect_tokens, gather_tokens
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
-from moee.data import TensorSet
-from moee.distributed import Group, Parcel
+from moee.data.image_set import TensorSet
 from moee.errors import UserError
-from moee.evaluation import run
-from moee.exchange import share_layers
-from moee.finetuning import finetune
-from moee.joining import joined
-from moee.mlps import find_ffns
-from moee.models import load_model
-from moee.pipeline import run_extract, run_finetune
+from moee.measure.evaluation import run
+from moee.methods.clear_moe import ClearConfig, convert
+from moee.methods.convert import extract
+from moee.methods.exchange import share_layers
+from moee.mlps.find import find_ffns
+from moee.models.model import load_model
+from moee.parallel.group import Group, Parcel
+from moee.parallel.joining import joined
+from moee.stages.extract import run_extract
+from moee.stages.finetune import run_finetune
+from moee.train.finetuning import finetune
 from tests.conftest import tiny_images, tiny_spec
 
 KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)

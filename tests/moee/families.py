@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from moee.models import ModelSpec, Shape, load_model
+from moee.models.model import ModelSpec, Shape, load_model
 
 SMALL = dict(depth=2, embed_dim=48, num_heads=2)
 

@@ -12,7 +12,7 @@ from moee.ablation.summary import summarise
 from moee.ablation.verdict import interpolate, judge
 from moee.config import make_extract_config
 from moee.errors import UserError
-from moee.pipeline import Session
+from moee.stages.session import Session
 from tests.conftest import tiny_images, tiny_spec
 
 SMALL = dict(tables=("8",), seeds=1, compensation=("none", "mean"), keeps=(0.7,), tokens=600, cluster_tokens=300,
@@ -21,7 +21,8 @@ SMALL = dict(tables=("8",), seeds=1, compensation=("none", "mean"), keeps=(0.7,)
 
 @pytest.fixture
 def session(monkeypatch):
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(40, classes=10), tiny_images(40, classes=10)))
+    splits = tiny_images(40, classes=10), tiny_images(40, classes=10)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: splits)
     return Session(tiny_spec(), "digits")
 
 

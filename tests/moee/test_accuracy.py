@@ -10,15 +10,16 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from moee.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, paired_drop, recorded_interval, top1, wilson
 from moee.config import make_extract_config
 from moee.errors import UserError
-from moee.evaluation import Outputs, retention
-from moee.metrics import mean_cosine
-from moee.models import ModelSpec
-from moee.pipeline import Session, run_extract
+from moee.measure.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, paired_drop, recorded_interval, top1, wilson
+from moee.measure.evaluation import Outputs, retention
+from moee.measure.metrics import mean_cosine
+from moee.measure.probe import fit_probe
+from moee.models.model import ModelSpec
 from moee.planning import Budget, Point, choose, make_plan, pareto
-from moee.probe import fit_probe
+from moee.stages.extract import run_extract
+from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images, tiny_spec
 
 
@@ -166,7 +167,7 @@ def test_a_probe_of_one_class_or_of_features_that_are_no_numbers_is_refused():
 
 def backbone_session(monkeypatch, train, held):
     torch.manual_seed(0)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (train, held))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (train, held))
     return Session(tiny_spec(num_classes=0), "tiny")
 
 
@@ -209,7 +210,7 @@ def test_a_class_without_training_images_is_named_and_one_class_gives_no_probe(m
 def test_a_head_of_one_logit_has_neither_accuracy_nor_agreement(monkeypatch):
     torch.manual_seed(0)
     data = tiny_images(24, classes=2)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
     session = Session(tiny_spec(num_classes=1), "tiny")
     kept = session.measure(session.dense, session.probe(), "")["retention"]
     assert kept["accuracy"] is None and kept["top1_agreement"] is None and "names no class" in kept["no_accuracy"]
@@ -220,8 +221,8 @@ def test_a_head_of_one_logit_has_neither_accuracy_nor_agreement(monkeypatch):
 def test_other_classes_than_the_models_are_told_before_the_work(classes, said, monkeypatch, tmp_path, caplog):
     torch.manual_seed(0)
     data = tiny_images(24, classes=classes)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (data, data))
-    monkeypatch.setattr("moee.pipeline.Session.prove", lambda *args: pytest.fail("the work began"))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.stages.session.Session.prove", lambda *args: pytest.fail("the work began"))
     with pytest.raises(pytest.fail.Exception):
         run_extract(tiny_spec(num_classes=10), "tiny", make_extract_config("static"), tmp_path / "out")
     told = "will not be compared: the model tells 10 classes apart, tiny has 4; extract with --num-classes 0" in caplog.text
@@ -242,7 +243,7 @@ def test_a_plan_whose_accuracy_cannot_be_measured_is_refused_before_any_point(cl
     """A random head of 10 classes and labels that have nothing to do with it: a model of cosine 0.02 used to win."""
     torch.manual_seed(0)
     data = tiny_images(40, classes=classes)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
     session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
     monkeypatch.setattr("moee.planning.search.Planner.point", lambda *a: pytest.fail("a point was made"))
     cure = "" if ran else "--num-classes 0.*"

@@ -7,17 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moee.allocation import Candidate, allocate
-from moee.calibration import hidden_activations
+from moee.calibrate.calibration import hidden_activations
+from moee.calibrate.sensitivity import RoutedStats, measure_sensitivity, output_projection
 from moee.config import make_extract_config
-from moee.convert import extract, ffn_budget
-from moee.data import TensorSet, image_shape
+from moee.data.image_set import TensorSet, image_shape
 from moee.errors import UserError
-from moee.layer import routed_layers
-from moee.metrics import mean_cosine, model_cost
-from moee.mlps import find_ffns
-from moee.models import load_model
-from moee.sensitivity import RoutedStats, measure_sensitivity, output_projection
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import mean_cosine, model_cost
+from moee.methods.allocation import Candidate, allocate
+from moee.methods.convert import extract, ffn_budget
+from moee.mlps.find import find_ffns
+from moee.models.model import load_model
 from tests.conftest import tiny_images, tiny_spec
 
 KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moee import ops
-from moee.activations import activate
-from moee.layer import Experts, RoutedFFN
-from moee.routing import exact_arithmetic, scores
+from moee.layers import ops
+from moee.layers.activations import activate
+from moee.layers.routed import Experts, RoutedFFN
+from moee.layers.routing import exact_arithmetic, scores
 from tests.exporter.test_clear_export import random_layer
 from tests.moee.reference import random_problem
 

@@ -5,16 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
-from moee.collage import Collages
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.data import TensorSet, batches, model_transform
+from moee.data.collage import Collages
+from moee.data.image_set import TensorSet, batches
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
+from moee.data.views import Views
 from moee.errors import UserError
-from moee.layer import routed_layers
-from moee.metrics import dense_macs
-from moee.models import load_model
-from moee.sources import load_data
-from moee.views import Views
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import dense_macs
+from moee.methods.convert import extract
+from moee.models.model import load_model
 from tests.conftest import tiny_spec
 
 

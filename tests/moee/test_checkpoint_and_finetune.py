@@ -7,14 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moee import checkpoint
-from moee.artifact import atomic_folder, sha256_file
-from moee.checkpoint import MoeeModel
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
 from moee.errors import UserError
-from moee.finetuning import finetune, rate
-from moee.layer import routed_layers
-from moee.training import distillation_loss
+from moee.layers.routed import routed_layers
+from moee.store.artifact import atomic_folder, sha256_file
+from moee.train.finetuning import finetune
+from moee.train.rate import rate
+from moee.train.step import distillation_loss
 from tests.conftest import tiny_spec
 
 
@@ -152,7 +153,7 @@ TUNE = FinetuneConfig(epochs=4, lr=1e-3, batch_size=8)
 @pytest.fixture
 def lossy(tiny_moee):
     """A model that has something to learn: experts cut without compensation."""
-    from moee.convert import extract
+    from moee.methods.convert import extract
 
     _, dense, data, _, _ = tiny_moee
     model = copy.deepcopy(dense)

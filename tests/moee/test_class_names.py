@@ -3,7 +3,7 @@
 import pytest
 from timm.data import ImageNetInfo
 
-from moee.class_names import MAX_CLASSES, Labels, class_name, listed, natural_key, number_classes
+from moee.data.class_names import MAX_CLASSES, Labels, class_name, listed, natural_key, number_classes
 
 FULL = {"cat": 5, "dog": 5, "tulip": 5}
 

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from moee.clear_moe import ClearConfig, ClearFFN, convert
 from moee.config import validated
-from moee.data import TensorSet
+from moee.data.image_set import TensorSet
 from moee.errors import UserError
-from moee.evaluation import run
-from moee.layer import routed_layers
-from moee.metrics import dense_macs, model_cost
+from moee.layers.routed import routed_layers
+from moee.measure.evaluation import run
+from moee.measure.metrics import dense_macs, model_cost
+from moee.methods.clear_moe import ClearConfig, ClearFFN, convert
 from tests.conftest import tiny_images
 
 

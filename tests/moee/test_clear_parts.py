@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from moee.activations import activate
-from moee.clear_moe.decompose import (
+from moee.errors import UserError
+from moee.layers.activations import activate
+from moee.layers.clear_dispatch import BACKENDS, apply_ffn, backend
+from moee.layers.clear_routers import fit_router
+from moee.methods.clear_moe.decompose import (
     Moments,
     decompose_up,
     directions,
@@ -14,12 +17,9 @@ from moee.clear_moe.decompose import (
     subspaces,
     up_metric,
 )
-from moee.clear_moe.dispatch import BACKENDS, apply_ffn, backend
-from moee.clear_moe.ranks import LayerCost, loss_table, ranks_for_budget
-from moee.clear_moe.routers import fit_router
-from moee.clear_moe.scoring import WEIGHTS, LayerScore, combine, near_zero_share
-from moee.errors import UserError
-from moee.models import FFN
+from moee.methods.clear_moe.ranks import LayerCost, loss_table, ranks_for_budget
+from moee.methods.clear_moe.scoring import WEIGHTS, LayerScore, combine, near_zero_share
+from moee.models.ffn import FFN
 from tests.exporter.test_clear_export import random_layer
 
 

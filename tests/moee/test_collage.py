@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from moee.collage import Collages, _noise, _outline
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
-from moee.data import Transform, model_transform
+from moee.data.collage import Collages, _noise, _outline
+from moee.data.sources import load_data
+from moee.data.transform import Transform, model_transform
+from moee.data.views import widened
 from moee.errors import UserError
-from moee.finetuning import finetune
-from moee.models import load_model
-from moee.sources import load_data
-from moee.training import Trainer
-from moee.views import widened
+from moee.methods.convert import extract
+from moee.models.model import load_model
+from moee.train.finetuning import finetune
+from moee.train.step import Trainer
 from tests.conftest import tiny_images, tiny_spec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

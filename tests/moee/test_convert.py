@@ -5,16 +5,16 @@ import copy
 import pytest
 import torch
 
-from moee.assembly import build_layer
-from moee.calibration import collect_tokens, hidden_activations
+from moee.calibrate.calibration import collect_tokens, hidden_activations
+from moee.calibrate.grouping import find_routes
+from moee.calibrate.refit import refit_layer
 from moee.config import make_extract_config
-from moee.convert import _say_clustered, choose_neurons, extract
-from moee.data import TensorSet, batches
+from moee.data.image_set import TensorSet, batches
 from moee.errors import UserError
-from moee.grouping import find_routes
-from moee.layer import RoutedFFN, routed_layers
-from moee.mlps import find_ffns
-from moee.refit import refit_layer
+from moee.layers.routed import RoutedFFN, routed_layers
+from moee.methods.assembly import build_layer
+from moee.methods.convert import _say_clustered, choose_neurons, extract
+from moee.mlps.find import find_ffns
 from tests.conftest import tiny_images
 
 KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)
@@ -125,7 +125,7 @@ def test_excluded_layers_stay_as_they_are(tiny_model):
 
 
 def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
-    import moee.grouping
+    import moee.calibrate.grouping
 
     answers = iter([0, 4, 4])
 
@@ -133,7 +133,7 @@ def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
         count = next(answers)
         return torch.arange(len(activations)) % count if count else torch.full((len(activations),), -1)
 
-    monkeypatch.setattr(moee.grouping, "cluster_tokens", labels)
+    monkeypatch.setattr(moee.calibrate.grouping, "cluster_tokens", labels)
     reports = extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
     assert reports[0].status == "dense: 0 clusters, 100% noise"
     assert [r.status for r in reports[1:]] == ["routed", "routed"]
@@ -141,9 +141,9 @@ def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
 
 
 def test_no_clusters_anywhere_is_refused(tiny_model, monkeypatch):
-    import moee.grouping
+    import moee.calibrate.grouping
 
-    monkeypatch.setattr(moee.grouping, "cluster_tokens", lambda a, *rest: torch.full((len(a),), -1))
+    monkeypatch.setattr(moee.calibrate.grouping, "cluster_tokens", lambda a, *rest: torch.full((len(a),), -1))
     before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
     with pytest.raises(UserError, match="would stay dense"):
         extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
@@ -191,13 +191,13 @@ def test_unreadable_images_are_skipped_and_counted(caplog):
 
 
 def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypatch):
-    import moee.grouping
-    from moee import cache
+    import moee.calibrate.grouping
+    from moee.store import cache
 
     monkeypatch.setenv("MOEE_CACHE", str(tmp_path))
-    monkeypatch.setattr(moee.grouping, "read_labels", cache.read_labels)
-    monkeypatch.setattr(moee.grouping, "write_labels", cache.write_labels)
-    real, clustered = moee.grouping.cluster_tokens, []
+    monkeypatch.setattr(moee.calibrate.grouping, "read_labels", cache.read_labels)
+    monkeypatch.setattr(moee.calibrate.grouping, "write_labels", cache.write_labels)
+    real, clustered = moee.calibrate.grouping.cluster_tokens, []
 
     def counted(activations, config, report, name):
         clustered.append(name)
@@ -205,7 +205,7 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(activations, config, report, name)
 
-    monkeypatch.setattr(moee.grouping, "cluster_tokens", counted)
+    monkeypatch.setattr(moee.calibrate.grouping, "cluster_tokens", counted)
     config = make_extract_config(**KMEANS)
     with pytest.raises(KeyboardInterrupt):
         extract(copy.deepcopy(tiny_model), tiny_images(), config)
@@ -213,7 +213,7 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
     extract(resumed, tiny_images(), config)
     assert clustered == [f"cluster blocks.{i}.mlp" for i in (0, 1, 2, 2)]
     whole = copy.deepcopy(tiny_model)
-    monkeypatch.setattr(moee.grouping, "read_labels", lambda key, count: None)
+    monkeypatch.setattr(moee.calibrate.grouping, "read_labels", lambda key, count: None)
     extract(whole, tiny_images(), config)
     assert all(torch.equal(a, b) for a, b in zip(resumed.state_dict().values(), whole.state_dict().values(), strict=True))
     for file in (tmp_path / "labels").iterdir():
@@ -227,7 +227,7 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
                       ({"clustering": "none"}, "")],
 )  # fmt: skip
 def test_long_clusterings_are_told_with_what_makes_them_short(options, said, monkeypatch, caplog):
-    monkeypatch.setattr("moee.convert.MANY_TOKENS", 300)
+    monkeypatch.setattr("moee.methods.convert.MANY_TOKENS", 300)
     caplog.set_level("INFO", "moee")
     _say_clustered([100, 512], make_extract_config(**options))
     assert ("--cluster-tokens 6000" in caplog.text) == bool(said) and said in caplog.text
@@ -256,7 +256,7 @@ def test_every_routing_spreads_the_tokens(tiny_model, routing):
 
 
 def test_euclidean_routing_goes_to_the_nearest_mean():
-    from moee.routing import euclidean_router, route
+    from moee.layers.routing import euclidean_router, route
 
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randn(200, 6, generator=generator) + 3, torch.arange(200) % 5
@@ -266,7 +266,7 @@ def test_euclidean_routing_goes_to_the_nearest_mean():
 
 
 def test_hash_routing_is_the_sign_pattern_for_a_power_of_two():
-    from moee.routing import hash_router, route
+    from moee.layers.routing import hash_router, route
 
     tokens = torch.randn(300, 12, generator=torch.Generator().manual_seed(1)) + 2
     router, bias = hash_router(tokens, 8, seed=5)

@@ -8,12 +8,12 @@ import torch
 
 from exporter.cli import main
 from exporter.failures import explain
-from moee import devices, joining
 from moee.clustering.pairwise import full_precision_products
-from moee.devices import Rank, chosen_device, computing_on, title_of
-from moee.distributed import Group
 from moee.errors import UserError
-from moee.joining import alone, joined, refuse_mixed
+from moee.parallel import devices, joining
+from moee.parallel.devices import Rank, chosen_device, computing_on, title_of
+from moee.parallel.group import Group
+from moee.parallel.joining import alone, joined, refuse_mixed
 
 COMMANDS = {
     "extract": ["extract", "test_vit", "--data", "digits", "--random-weights", "0", "--out", "OUT"],

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-import moee.file_content as file_content
-from moee.data import ImageSet
+import moee.store.file_content as file_content
+from moee.data.image_set import ImageSet
+from moee.data.sources import load_data
 from moee.errors import UserError
-from moee.file_content import files_digest, spread
-from moee.resume import check_identity, fingerprint
-from moee.sources import load_data
+from moee.places.resume import check_identity, fingerprint
+from moee.store.file_content import files_digest, spread
 from tests.moee.test_folders import SMALL
 from tests.moee.test_shards import png, write_classes
 

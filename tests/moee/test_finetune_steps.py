@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
 from moee.errors import UserError
-from moee.finetuning import LEAST_RMS, finetune, make_optimiser
-from moee.layer import routed_layers
-from moee.models import load_model
-from moee.training import Trainer
+from moee.layers.routed import routed_layers
+from moee.methods.convert import extract
+from moee.models.model import load_model
+from moee.train.finetuning import finetune
+from moee.train.rate import LEAST_RMS, make_optimiser
+from moee.train.step import Trainer
 from tests.conftest import tiny_images, tiny_spec
 
 
@@ -126,7 +127,7 @@ def test_a_run_with_relative_steps_goes_on_where_it_stopped(pair, tmp_path, monk
 
 def test_masked_training_is_the_same_run(pair, monkeypatch):
     """The same losses but for rounding, and the mask ends with the run."""
-    from moee.layer import RoutedFFN
+    from moee.layers.routed import RoutedFFN
 
     calls = []
     real = RoutedFFN._masked
@@ -169,7 +170,7 @@ def interrupted_run(pair, folder, monkeypatch):
 def test_another_run_is_refused_before_the_work(pair, tmp_path, monkeypatch, fields, message):
     interrupted_run(pair, tmp_path, monkeypatch)
     dense, model, data = pair
-    monkeypatch.setattr("moee.finetuning.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
+    monkeypatch.setattr("moee.train.finetuning.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
     with pytest.raises(UserError, match=message):
         finetune(model, dense, data, FinetuneConfig(**{"epochs": 2, "batch_size": 4, **fields}), resume=tmp_path, teacher=not_run)
 

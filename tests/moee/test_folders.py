@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from moee.data import Transform, batches, say_read, skipped_line
+from moee.data.image_set import batches, say_read, skipped_line
+from moee.data.sources import load_data, load_splits
+from moee.data.transform import Transform
+from moee.data.views import widened
 from moee.errors import UserError
-from moee.sources import load_data, load_splits
-from moee.views import widened
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SMALL = Transform((3, 32, 32), MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})
@@ -227,7 +228,7 @@ def test_copies_of_training_images_that_are_held_out_are_counted(tmp_path, monke
     assert any(said in note for note in train.notes)
     shutil.rmtree(root / "val")
     shutil.copytree(root / "train", root / "val")
-    monkeypatch.setattr("moee.leaks.LOOKED", 2)
+    monkeypatch.setattr("moee.data.leaks.LOOKED", 2)
     assert any("2 of 2 compared held-out images are copies" in note for note in load_splits(str(root), SMALL)[0].notes)
 
 
@@ -297,7 +298,7 @@ def test_whatever_a_decoder_raises_the_image_is_skipped(tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise OverflowError("signed integer is greater than maximum")
 
-    monkeypatch.setattr("moee.data.converted", broken)
+    monkeypatch.setattr("moee.data.transform.converted", broken)
     train = load_data(str(tmp_path / "d"), SMALL)
     assert "signed integer" in train[0][1]
 

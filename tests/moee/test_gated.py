@@ -15,21 +15,21 @@ from transformers.models.dinov2.modeling_dinov2 import Dinov2SwiGLUFFN
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from moee import checkpoint
-from moee.checkpoint import MoeeModel
-from moee.clear_moe import ClearConfig, convert
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
+from moee.calibrate.refit import refit_layer
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
 from moee.errors import UserError
-from moee.finetuning import finetune
-from moee.gated import GatedFFN, GatedMLP
-from moee.gated_pruning import narrower, whole
-from moee.layer import RoutedFFN, routed_layers
-from moee.layer_kinds import layer_records, rebuild_layers
-from moee.metrics import dense_macs, dense_params, model_cost
-from moee.mlps import find_ffns
-from moee.models import ModelSpec, load_model
-from moee.refit import refit_layer
+from moee.kinds.registry import layer_records, rebuild_layers
+from moee.layers.routed import RoutedFFN, routed_layers
+from moee.measure.metrics import dense_macs, dense_params, model_cost
+from moee.methods.clear_moe import ClearConfig, convert
+from moee.methods.convert import extract
+from moee.methods.gated_pruning import narrower, whole
+from moee.mlps.find import find_ffns
+from moee.mlps.gated import GatedFFN, GatedMLP
+from moee.models.model import ModelSpec, load_model
+from moee.train.finetuning import finetune
 from tests.conftest import tiny_images, tiny_spec
 
 DIM, HIDDEN = 12, 20

@@ -14,9 +14,9 @@ from torch.utils.data import (
     random_split,
 )
 
-from moee.data import TensorSet, batches
+from moee.data.image_set import TensorSet, batches
 from moee.errors import UserError
-from moee.given_images import DatasetSet, given_images, given_splits
+from moee.given.images import DatasetSet, given_images, given_splits
 
 SHAPE = (3, 8, 8)
 
@@ -176,7 +176,7 @@ def test_what_is_none_of_these_is_refused(given, said):
 
 
 def test_more_than_memory_holds_is_refused(monkeypatch):
-    monkeypatch.setattr("moee.given_images.MAX_BYTES", 4 * 3 * 8 * 8 * 10)
+    monkeypatch.setattr("moee.given.images.MAX_BYTES", 4 * 3 * 8 * 8 * 10)
     with pytest.raises(UserError, match="kept in memory"):
         given_splits((torch.zeros(4, *SHAPE) for _ in range(4)), Pairs(LABELS), shape=SHAPE)
 

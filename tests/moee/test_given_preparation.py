@@ -13,8 +13,8 @@ from torchvision.transforms import v2
 
 import exporter
 import moee
-from moee.data import Transform, evaluation
-from moee.given_preparation import differences, read_preparation
+from moee.data.transform import Transform, evaluation
+from moee.given.preparation import differences, read_preparation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 BICUBIC = transforms.InterpolationMode.BICUBIC

@@ -6,22 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-import moee.refit
-import moee.sensitivity
+import moee.calibrate.refit
+import moee.calibrate.sensitivity
 from exporter.ui import layer_notes
-from moee.accuracy import Comparison
+from moee.calibrate.entry import find_entry, gather, run_until_reached, taken_up
+from moee.calibrate.image_budget import image_groups, spread, tokens_an_image
+from moee.calibrate.refit import refit, refit_layer
+from moee.calibrate.sensitivity import RoutedStats, measure_sensitivity
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.entry import find_entry, gather, run_until_reached, taken_up
 from moee.errors import UserError
-from moee.evaluation import retention, run
-from moee.image_budget import image_groups, spread, tokens_an_image
-from moee.layer import Experts, RoutedFFN, routed_layers
-from moee.mlp_structure import read_mlp
-from moee.mlps import find_ffns
-from moee.models import FFN, ModelSpec, load_model, replace_module
-from moee.refit import refit, refit_layer
-from moee.sensitivity import RoutedStats, measure_sensitivity
+from moee.layers.routed import Experts, RoutedFFN, routed_layers
+from moee.measure.accuracy import Comparison
+from moee.measure.evaluation import retention, run
+from moee.methods.convert import extract
+from moee.mlps.find import find_ffns
+from moee.mlps.structure import read_mlp
+from moee.models.ffn import FFN
+from moee.models.model import ModelSpec, load_model, replace_module
 from tests.conftest import tiny_images
 
 SWIN = dict(img_size=32, patch_size=4, window_size=2, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), num_classes=10)
@@ -72,7 +73,7 @@ def test_taking_the_pass_up_in_the_middle_gives_what_whole_passes_give(name, mon
     data = tiny_images(64)
     ffns, layers = mean_compensated(model, data)
     other = copy.deepcopy(model)
-    monkeypatch.setattr(moee.refit, "BATCH_SIZE", 7)
+    monkeypatch.setattr(moee.calibrate.refit, "BATCH_SIZE", 7)
     done = refit(model, layers, ffns, data, 512, None)
     counts = counts_of(hierarchical(name), data)
     for layer_name, layer in routed_layers(other).items():  # one whole pass a layer, over all of its images
@@ -93,7 +94,7 @@ def test_taking_the_pass_up_in_the_middle_gives_what_whole_passes_give(name, mon
 def test_a_model_of_equal_layers_is_one_pass_over_the_same_images_as_ever(tiny_model, monkeypatch):
     data = tiny_images(64)
     ffns, layers = mean_compensated(tiny_model, data)
-    monkeypatch.setattr(moee.refit, "find_entry", lambda *args: pytest.fail("nothing is to be taken up"))
+    monkeypatch.setattr(moee.calibrate.refit, "find_entry", lambda *args: pytest.fail("nothing is to be taken up"))
     seen = []
     tiny_model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     refit(tiny_model, layers, ffns, data, 17 * 40, None)
@@ -176,7 +177,7 @@ def test_without_an_entry_the_layers_get_what_fits_and_the_report_says_so(monkey
     model = hierarchical("swin")
     data = tiny_images(64)
     ffns, layers = mean_compensated(model, data)
-    monkeypatch.setattr(moee.refit, "find_entry", lambda *args: None)
+    monkeypatch.setattr(moee.calibrate.refit, "find_entry", lambda *args: None)
     done = refit(model, layers, ffns, data, 512, None)
     last = done["layers.3.blocks.0.mlp"]
     assert last.tokens == 8  # of the eight images that fill the first stage
@@ -210,7 +211,7 @@ def test_memory_bounds_the_images_whose_inputs_are_kept(monkeypatch):
     model = hierarchical("swin")
     data = tiny_images(64)
     ffns, layers = mean_compensated(model, data)
-    monkeypatch.setattr(moee.refit, "KEPT", 0)
+    monkeypatch.setattr(moee.calibrate.refit, "KEPT", 0)
     assert refit(model, layers, ffns, data, 512, None)["layers.3.blocks.0.mlp"].tokens == 8
 
 
@@ -225,7 +226,7 @@ def test_more_images_make_the_last_stage_generalise_better(name):
         last = list(layers)[-1]
         with pytest.MonkeyPatch.context() as patched:
             if kind == "first layer's":
-                patched.setattr(moee.refit, "find_entry", lambda *args: None)
+                patched.setattr(moee.calibrate.refit, "find_entry", lambda *args: None)
             refit(model, layers, ffns, data, 1024, 0.01)
         seen = []
         layers[last].register_forward_hook(lambda module, args, y, seen=seen: seen.append((args[0], y)))
@@ -242,13 +243,13 @@ def test_sensitivity_sees_as_many_tokens_in_every_layer(monkeypatch):
     model = hierarchical("swin")
     data = tiny_images(64)
     seen = {}
-    combine = moee.sensitivity._combine
+    combine = moee.calibrate.sensitivity._combine
 
     def spy(layers, objectives):
         seen.update({name: (int(layer.count.sum()), layer.images) for name, layer in layers.items()})
         return combine(layers, objectives)
 
-    monkeypatch.setattr(moee.sensitivity, "_combine", spy)
+    monkeypatch.setattr(moee.calibrate.sensitivity, "_combine", spy)
     ffns = {f.name: f for f in find_ffns(model).ffns}
     stats = {n: RoutedStats(torch.zeros(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden)) for n, f in ffns.items()}
     error = measure_sensitivity(model, ffns, stats, data, 512)
@@ -269,11 +270,11 @@ def test_objectives_are_weighed_as_if_every_layer_had_seen_as_many_images():
     ffn = FFN("a", "gelu", torch.zeros(3, 2), torch.zeros(3), torch.zeros(2, 3), torch.zeros(2), None, False)
     layers = {}
     for position, images in enumerate((2, 8)):
-        layer = moee.sensitivity._Accumulator(ffn, RoutedStats(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3)), 2)
+        layer = moee.calibrate.sensitivity._Accumulator(ffn, RoutedStats(torch.zeros(1, 2), torch.zeros(1), torch.zeros(1, 3)), 2)
         layer.images, layer.count = images, torch.tensor([float(images)], dtype=torch.float64)
         layer.sums[position] += images  # one an image
         layers[str(position)] = layer
-    few, many = moee.sensitivity._combine(layers, 2).values()
+    few, many = moee.calibrate.sensitivity._combine(layers, 2).values()
     assert torch.allclose(few, many) and float(few[0, 0]) == pytest.approx(1 / 48)
 
 
@@ -318,7 +319,7 @@ def test_features_that_are_no_token_map_say_so(tiny_model, kind, why):
 
 
 def test_too_many_token_features_say_so(tiny_model, monkeypatch):
-    monkeypatch.setattr("moee.evaluation.MAX_TOKEN_BYTES", 1000)
+    monkeypatch.setattr("moee.measure.evaluation.MAX_TOKEN_BYTES", 1000)
     assert "8 images" in run(tiny_model, tiny_images(8)).no_tokens
 
 

@@ -7,16 +7,18 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from moee import identity
-from moee.attention import find_attentions
 from moee.config import make_extract_config
 from moee.errors import UserError
-from moee.identity import _attention_distance, check_attentions, check_ffns, whole_attention
-from moee.layer import routed_layers
-from moee.mlps import find_ffns, random_images
-from moee.models import load_model
-from moee.narrowing import check_share
-from moee.pipeline import Session, run_extract
+from moee.layers.routed import routed_layers
+from moee.methods import identity
+from moee.methods.identity import _attention_distance, check_attentions, check_ffns, whole_attention
+from moee.methods.narrowing import check_share
+from moee.mlps.attention import find_attentions
+from moee.mlps.find import find_ffns
+from moee.mlps.proof import random_images
+from moee.models.model import load_model
+from moee.stages.extract import run_extract
+from moee.stages.session import Session
 from tests.conftest import tiny_images, tiny_spec
 
 SHAPE = (3, 32, 32)
@@ -133,17 +135,17 @@ def test_extraction_refuses_before_the_work(tiny_model, tmp_path, monkeypatch):
     session = Session(tiny_spec(), "digits")
     monkeypatch.setattr(session.dense.blocks[1].attn, "forward", lambda x, *args, **kwargs: x)
     session.prove(make_extract_config())
-    monkeypatch.setattr("moee.pipeline.narrow", None)
+    monkeypatch.setattr("moee.stages.session.narrow", None)
     with pytest.raises(UserError, match="`blocks.1.attn`"):
         run_extract(tiny_spec(), "digits", make_extract_config(attention_macs=0.9), tmp_path / "out", session=session)
     assert not (tmp_path / "out").exists()
     check_share(session.dense, SHAPE, 0.9)  # nothing else would have refused
-    monkeypatch.setattr("moee.pipeline.check_ffns", None)
+    monkeypatch.setattr("moee.stages.session.check_ffns", None)
     session.prove(make_extract_config())
 
 
 def test_wrong_reading_ends_every_method(tmp_path, monkeypatch):
-    from moee.clear_moe import ClearConfig
+    from moee.methods.clear_moe import ClearConfig
 
     whole = identity.whole_ffn
     monkeypatch.setattr(identity, "whole_ffn", lambda ffn: whole(dataclasses.replace(ffn, activation="relu")))

@@ -8,19 +8,20 @@ from safetensors.torch import save_file
 from timm.data import create_transform
 from timm.layers import resample_abs_pos_embed
 
-from moee import checkpoint
-from moee.built_in import photo_path
-from moee.checkpoint import MoeeModel
-from moee.collage import Collages
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.data import TensorSet, model_transform
+from moee.data.built_in import photo_path
+from moee.data.collage import Collages
+from moee.data.image_set import TensorSet
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
+from moee.data.views import Views
 from moee.errors import UserError
-from moee.input_size import sized
-from moee.metrics import dense_macs, tokens_per_image
-from moee.models import ModelSpec, build_model, load_model
-from moee.sources import load_data
-from moee.views import Views
+from moee.measure.metrics import dense_macs, tokens_per_image
+from moee.methods.convert import extract
+from moee.models.input_size import sized
+from moee.models.model import ModelSpec, build_model, load_model
 from tests.conftest import tiny_spec
 
 TALL = (96, 64)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from moee.checkpoint import MoeeModel
-from moee.inspection import inspect_artifact, inspect_dense, routing_entropy
-from moee.layer import routed_layers
-from moee.models import ModelSpec
+from moee.artifacts.inspection import inspect_artifact, inspect_dense, routing_entropy
+from moee.artifacts.model import MoeeModel
+from moee.layers.routed import routed_layers
+from moee.models.model import ModelSpec
 from tests.conftest import tiny_spec
 
 # Berisha et al., Tables 1 and 5: GMACs and millions of parameters
@@ -51,13 +51,13 @@ def test_entropy():
 
 
 def test_accuracy_only_where_labels_and_head_number_the_same_classes(tiny_model, monkeypatch):
-    import moee.pipeline
+    import moee.stages.session
     from tests.conftest import teach, tiny_images
 
     for classes, reported in ((10, True), (4, False)):
         splits = (tiny_images(20, classes=classes), tiny_images(20, classes=classes))
-        monkeypatch.setattr(moee.pipeline, "load_splits", lambda *args, splits=splits: splits)
-        session = moee.pipeline.Session(tiny_spec(), "tiny")
+        monkeypatch.setattr(moee.stages.session, "load_splits", lambda *args, splits=splits: splits)
+        session = moee.stages.session.Session(tiny_spec(), "tiny")
         if reported:
             teach(session.dense, splits[0])
         kept = session.measure(session.dense, None, "dense")["retention"]

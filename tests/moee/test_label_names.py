@@ -8,11 +8,11 @@ import timm
 import torch
 from PIL import Image
 
-from moee import sources
-from moee.data import model_transform
-from moee.hub import find_folder
-from moee.model_source import ModelOptions, named_model
-from moee.models import build_model
+from moee.data import sources
+from moee.data.transform import model_transform
+from moee.models.model import build_model
+from moee.models.source import ModelOptions, named_model
+from moee.weights.hub import find_folder
 
 NAMES = ["d", "c", "b", "a"]
 

@@ -4,13 +4,15 @@ import pytest
 
 from exporter.failures import explain
 from exporter.ui import stage_table
-from moee import checkpoint
+from moee.artifacts import checkpoint
+from moee.artifacts.inspection import inspect_artifact
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
-from moee.inspection import inspect_artifact
-from moee.layer import routed_layers
-from moee.models import ModelSpec
-from moee.pipeline import Session, run_extract, run_finetune
+from moee.layers.routed import routed_layers
+from moee.models.model import ModelSpec
+from moee.stages.extract import run_extract
+from moee.stages.finetune import run_finetune
+from moee.stages.session import Session
 from tests.conftest import tiny_spec
 
 STATIC = make_extract_config(clustering="none", keep=0.8, compensation="mean")
@@ -80,7 +82,7 @@ def test_a_tuned_model_is_written_and_measured_by_the_next_call(session, tmp_pat
     assert "the tuned model is in" in explain(raised.value)[1]
     kept = checkpoint.load(tmp_path / "tuned")
     assert "retention" not in kept.info["stages"]["tuned"] and kept.info["stages"]["tuned"]["best_epoch"] in (0, 1)
-    monkeypatch.setattr("moee.finetuning.Trainer.backward", failing(AssertionError("no step is taken again")))
+    monkeypatch.setattr("moee.train.finetuning.Trainer.backward", failing(AssertionError("no step is taken again")))
     again = run_finetune(tmp_path / "extracted", config, tmp_path / "tuned", force=True, session=session)
     assert again.info["stages"]["tuned"]["retention"]["images"] == 719
     assert not (tmp_path / "tuned.resume").exists()
@@ -107,8 +109,8 @@ def test_a_full_disk_at_the_end_is_said_as_well(session, tmp_path, monkeypatch):
 
 def test_costs_are_counted_before_the_work(tmp_path, monkeypatch):
     session = Session(tiny_spec(), "digits")
-    monkeypatch.setattr("moee.pipeline.dense_macs", failing(AssertionError("Expected gradient function to be set")))
-    monkeypatch.setattr("moee.pipeline.extract", failing(AssertionError("too late")))
+    monkeypatch.setattr("moee.stages.session.dense_macs", failing(AssertionError("Expected gradient function to be set")))
+    monkeypatch.setattr("moee.methods.registry.extract", failing(AssertionError("too late")))
     with pytest.raises(UserError, match="MACs of tiny cannot be counted .Expected gradient function to be set"):
         run_extract(session.spec, "digits", STATIC, tmp_path / "out", session=session)
     assert not list(tmp_path.iterdir())
@@ -116,7 +118,7 @@ def test_costs_are_counted_before_the_work(tmp_path, monkeypatch):
 
 def test_a_cost_out_of_reach_is_said_before_the_work(tmp_path, monkeypatch):
     session = Session(tiny_spec(), "digits")
-    monkeypatch.setattr("moee.pipeline.extract", failing(AssertionError("too late")))
+    monkeypatch.setattr("moee.methods.registry.extract", failing(AssertionError("too late")))
     with pytest.raises(UserError, match="--target-macs 0.05: the routed MLPs hold .* stays above"):
         run_extract(session.spec, "digits", make_extract_config("static", target_macs=0.05), tmp_path / "out", session=session)
 

@@ -9,10 +9,10 @@ import torch
 import torchvision
 from torch import nn
 
-from moee.adapt import adapt, library_of
 from moee.errors import UserError
-from moee.interface import AdaptedModel, has_feature_map, on_meta, run_model
-from moee.model_spec import InputConfig
+from moee.interface.adapted import AdaptedModel, has_feature_map, on_meta, run_model
+from moee.interface.spec import InputConfig
+from moee.libraries.adapt import adapt, library_of
 
 transformers = pytest.importorskip("transformers")
 SMALL = InputConfig(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)

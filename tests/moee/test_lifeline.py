@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from moee import joining
 from moee.errors import RankLost
-from moee.lifeline import BYE, LOST, Lifeline, Offer, connect
+from moee.parallel import joining
+from moee.parallel.lifeline import BYE, LOST, Lifeline, Offer, connect
 
 
 @pytest.fixture

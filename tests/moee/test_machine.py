@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from moee import finetuning, machine
 from moee.config import FinetuneConfig
+from moee.parallel import machine
+from moee.train import finetuning
 
 
 def test_affinity_counts(monkeypatch):
@@ -31,7 +32,7 @@ def test_no_code_counts_cpus_that_the_process_may_not_use():
 
     files = [f for package in ("moee", "exporter", "plugins", "scripts") for f in (ROOT / package).rglob("*.py")]
     asking = [f.name for f in files if "os.cpu_count" in f.read_text() and f.name != "machine.py"]
-    assert asking == [], "these take moee.machine.usable_cpus"
+    assert asking == [], "these take moee.parallel.machine.usable_cpus"
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moee.layer import routed_layers
-from moee.metrics import dense_macs, dense_params, model_cost
-from moee.models import ModelSpec, load_model
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import dense_macs, dense_params, model_cost
+from moee.models.model import ModelSpec, load_model
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,12 @@ import re
 import pytest
 
 from moee.errors import UserError
-from moee.gated import GatedMLP
-from moee.identity import check_ffns
-from moee.metrics import dense_macs, dense_params, tokens_per_image
-from moee.mlp_sites import mlp_module
-from moee.mlps import Found, find_ffns, random_images
+from moee.measure.metrics import dense_macs, dense_params, tokens_per_image
+from moee.methods.identity import check_ffns
+from moee.mlps.find import Found, find_ffns
+from moee.mlps.gated import GatedMLP
+from moee.mlps.proof import random_images
+from moee.mlps.sites import mlp_module
 from tests.moee.families import FAST, SLOW, Family
 
 

@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from moee.errors import UserError
-from moee.identity import check_ffns, whole_ffn
-from moee.interface import on_meta
-from moee.layer import routed_layers
-from moee.layer_kinds import layer_records, rebuild_layers
-from moee.metrics import dense_params, model_cost, tokens_per_image
-from moee.mlp_sites import mlp_module, mlp_replaced, put_mlp
-from moee.mlps import find_ffns, random_images
+from moee.interface.adapted import on_meta
+from moee.kinds.registry import layer_records, rebuild_layers
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import dense_params, model_cost, tokens_per_image
+from moee.methods.identity import check_ffns, whole_ffn
+from moee.mlps.find import find_ffns
+from moee.mlps.proof import random_images
+from moee.mlps.sites import mlp_module, mlp_replaced, put_mlp
 
 SHAPE = (3, 16, 16)
 DIM, HIDDEN = 8, 24

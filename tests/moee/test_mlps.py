@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from moee.errors import UserError
-from moee.identity import check_ffns
-from moee.layer import routed_layers
-from moee.metrics import dense_params, model_cost
-from moee.mlp_structure import read_mlp
-from moee.mlps import disagreement, find_ffns, random_images
-from moee.models import FFN, ModelSpec, load_model, names_of, replace_module
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import dense_params, model_cost
+from moee.methods.identity import check_ffns
+from moee.mlps.find import find_ffns
+from moee.mlps.proof import disagreement, random_images
+from moee.mlps.structure import read_mlp
+from moee.models.ffn import FFN
+from moee.models.model import ModelSpec, load_model, names_of, replace_module
 from tests.conftest import tiny_spec
 
 SHAPE = (3, 32, 32)
@@ -204,7 +206,7 @@ def test_mlps_without_biases_are_counted_exactly():
     for block in dense.blocks:
         block.mlp.fc1.bias = block.mlp.fc2.bias = None
     model, total = copy.deepcopy(dense), dense_params(dense)
-    from moee.identity import whole_ffn
+    from moee.methods.identity import whole_ffn
 
     for ffn in find_ffns(dense).ffns:
         assert ffn.params == 2 * 32 * 128
@@ -249,7 +251,7 @@ def test_a_scale_that_cannot_be_proved_is_said(tmp_path, caplog):
             return torch.tanh(self.gamma * self.mlp(x)) + x
 
     from moee.config import make_extract_config
-    from moee.pipeline import Session
+    from moee.stages.session import Session
 
     session = Session(tiny_spec(), "digits")
     session.dense.blocks[1] = Block(session.dense.blocks[1])
@@ -262,7 +264,7 @@ def test_a_scale_that_cannot_be_proved_is_said(tmp_path, caplog):
 
 
 def test_attention_pooling_is_counted():
-    from moee.metrics import dense_macs
+    from moee.measure.metrics import dense_macs
 
     spec = ModelSpec(name="p", timm_name="test_vit3", kwargs=dict(img_size=64), random_seed=0)
     assert dense_macs(load_model(spec), (3, 64, 64)) > 0

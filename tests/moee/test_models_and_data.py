@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from moee.data import batches, model_transform
+from moee.data.image_set import batches
+from moee.data.sources import load_data
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.mlps import find_ffns
-from moee.models import ModelSpec, load_model
-from moee.sources import load_data
+from moee.mlps.find import find_ffns
+from moee.models.model import ModelSpec, load_model
 from tests.conftest import TINY, tiny_spec
 
 

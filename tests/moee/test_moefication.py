@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moee.config import make_extract_config
-from moee.convert import extract
 from moee.errors import UserError
-from moee.layer import routed_layers
-from moee.moefication import balanced_groups
+from moee.layers.routed import routed_layers
+from moee.methods.convert import extract
+from moee.methods.moefication import balanced_groups
 from tests.conftest import tiny_images
 
 
@@ -66,9 +66,9 @@ def test_contradictions_are_refused(tiny_model):
 
 @pytest.mark.parametrize(("split", "selector", "top_k"), [("weights", "centre", 4), ("coactivation", "router", 3)])
 def test_parity_of_the_exported_graph(tiny_model, tmp_path, split, selector, top_k):
-    from exporter.onnx_export import export
+    from exporter.graph.export import export
     from exporter.parity import check_parity
-    from moee.checkpoint import MoeeModel
+    from moee.artifacts.model import MoeeModel
     from tests.conftest import tiny_spec
 
     data = tiny_images()

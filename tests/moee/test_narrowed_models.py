@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from exporter.cli import main
-from moee import checkpoint
-from moee.attention import narrow_attentions
-from moee.clear_moe import ClearConfig
+from moee.artifacts import checkpoint
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
-from moee.finetuning import finetune
-from moee.models import build_model
-from moee.pipeline import Session, run_extract
+from moee.methods.clear_moe import ClearConfig
+from moee.mlps.attention import narrow_attentions
+from moee.models.model import build_model
 from moee.planning import PLAN, Budget, make_plan, read_plan
+from moee.stages.extract import run_extract
+from moee.stages.session import Session
+from moee.train.finetuning import finetune
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.test_checkpoint_and_finetune import rewrite
 from tests.moee.test_planning import stopped
@@ -23,7 +24,7 @@ from tests.moee.test_planning import stopped
 
 @pytest.fixture
 def session(monkeypatch):
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(24), tiny_images(24)))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (tiny_images(24), tiny_images(24)))
     return Session(tiny_spec(), "tiny")
 
 
@@ -70,7 +71,7 @@ def test_a_plan_tries_shares_of_the_attention(session, tmp_path, monkeypatch):
     """Whole and narrower attention in one front, the widths of every share from one measurement, one calibration a share; a plan
     broken off between two shares ends the same."""
     calls = []
-    for place, name in (("moee.pipeline", "width_losses"), ("moee.planning.search", "calibrate")):
+    for place, name in (("moee.stages.session", "width_losses"), ("moee.planning.search", "calibrate")):
         real = getattr(importlib.import_module(place), name)
         monkeypatch.setattr(f"{place}.{name}", lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
     options = {

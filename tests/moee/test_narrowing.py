@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Attention
 
-import moee.narrowing
-from moee.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
-from moee.clear_moe import ClearConfig
+import moee.methods.narrowing
 from moee.config import ExtractConfig, make_extract_config, validated
-from moee.convert import extract
 from moee.errors import UserError
-from moee.head_fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
-from moee.metrics import dense_macs, model_cost, original_macs
-from moee.models import load_model, replace_module
-from moee.narrowing import _images, _standing_in, choose_widths, levels, moves, narrow, width_losses
+from moee.measure.metrics import dense_macs, model_cost, original_macs
+from moee.methods.clear_moe import ClearConfig
+from moee.methods.convert import extract
+from moee.methods.head_fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
+from moee.methods.narrowing import _images, _standing_in, choose_widths, levels, moves, narrow, width_losses
+from moee.mlps.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
+from moee.models.model import load_model, replace_module
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.distributed_worker import Broken
 
@@ -121,7 +121,7 @@ def test_class_tokens_count_for_more(attention, monkeypatch):
             refit_projection(made, attention, x, prefix)
             return float((made(x) - attention(x))[:, 0].square().mean())
 
-    monkeypatch.setattr("moee.head_fit.PREFIX_SHARE", 10.0)
+    monkeypatch.setattr("moee.methods.head_fit.PREFIX_SHARE", 10.0)
     assert class_error(1) < class_error(0)
 
 
@@ -302,7 +302,7 @@ def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkey
     def fail(*args):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr("moee.narrowing.refit_projection", fail)
+    monkeypatch.setattr("moee.methods.narrowing.refit_projection", fail)
     with pytest.raises(RuntimeError, match="stop"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.7)
     assert len(find_attentions(tiny_model)) == 3
@@ -311,13 +311,13 @@ def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkey
 def test_activations_that_break_behind_a_narrowed_layer_name_the_attention(tiny_model, monkeypatch):
     """The trials saw the dense model's activations; the fit sees those that the narrowed layers before it make."""
     losses = width_losses(tiny_model, tiny_images(24), SIZE)
-    real = moee.narrowing.refit_projection
+    real = moee.methods.narrowing.refit_projection
 
     def broken(made, *args):
         real(made, *args)
         made.proj.bias.data[:] = float("inf")
 
-    monkeypatch.setattr("moee.narrowing.refit_projection", broken)
+    monkeypatch.setattr("moee.methods.narrowing.refit_projection", broken)
     with pytest.raises(UserError, match=r"`blocks\.\d\.attn` receives NaN or infinite"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.55, losses=losses)
     assert len(find_attentions(tiny_model)) == 3

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moee import ops
-from moee.activations import ACTIVATIONS
-from moee.layer import Experts, RoutedFFN
-from moee.routing import route
+from moee.layers import ops
+from moee.layers.activations import ACTIVATIONS
+from moee.layers.routed import Experts, RoutedFFN
+from moee.layers.routing import route
 from tests.moee.reference import random_problem, routed_ffn
 
 STORES = ("w_up", "b_up", "w_down", "b_out", "neurons", "offsets", "activation")

@@ -8,17 +8,17 @@ import timm.layers
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moee.clear_moe import ClearConfig
-from moee.clear_moe import convert as convert_clear
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
-from moee.distributed import Group
-from moee.evaluation import run
-from moee.finetuning import finetune
-from moee.gated import GatedFFN
-from moee.layer import RoutedFFN
-from moee.models import ModelSpec, load_model
-from moee.narrowing import narrow
+from moee.layers.routed import RoutedFFN
+from moee.measure.evaluation import run
+from moee.methods.clear_moe import ClearConfig
+from moee.methods.clear_moe import convert as convert_clear
+from moee.methods.convert import extract
+from moee.methods.narrowing import narrow
+from moee.mlps.gated import GatedFFN
+from moee.models.model import ModelSpec, load_model
+from moee.parallel.group import Group
+from moee.train.finetuning import finetune
 from tests.conftest import tiny_images, tiny_spec
 from tests.stand_in import DEVICE, Placed, StandIn, autocast_enabled
 
@@ -55,7 +55,7 @@ class OneThread:
 
 @pytest.fixture(autouse=True)
 def in_this_thread(monkeypatch):
-    monkeypatch.setattr("moee.convert.ThreadPoolExecutor", OneThread)
+    monkeypatch.setattr("moee.methods.convert.ThreadPoolExecutor", OneThread)
     monkeypatch.setattr(torch, "is_autocast_enabled", autocast_enabled)
 
 

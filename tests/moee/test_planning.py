@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 
-from moee.checkpoint import load
+from moee.artifacts.checkpoint import load
 from moee.errors import UserError
-from moee.models import ModelSpec
-from moee.pipeline import Session, run_extract
+from moee.models.model import ModelSpec
 from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan, search
 from moee.planning.budget import standing
 from moee.planning.plan import STORE_SCHEMA
+from moee.stages.extract import run_extract
+from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images
 
 FAST = dict(methods=("kmeans-8", "static"), targets=(0.85, 0.7), base={"cluster_tokens": 300})
@@ -25,7 +26,7 @@ def point(method="kmeans-8", macs=0.6, cosine=0.99, drop=0.0, latency=None, para
 def session(monkeypatch):
     torch.manual_seed(0)
     train, held = tiny_images(40), tiny_images(24)
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (train, held))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (train, held))
     return Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
 
 

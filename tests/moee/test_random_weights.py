@@ -9,18 +9,20 @@ import torch
 from safetensors.torch import save_file
 
 from exporter import cli, pretrained
-from exporter.onnx_export import export
+from exporter.graph.export import export
 from exporter.runners import OnnxRunner
-from moee import checkpoint
-from moee.cache import tensor_hash
-from moee.checkpoint import MoeeModel
+from moee.artifacts import checkpoint
+from moee.artifacts.inspection import inspect_artifact
+from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
-from moee.inspection import inspect_artifact
-from moee.model_source import ModelOptions, named_model, named_spec, with_random
-from moee.models import ModelSpec, build_model, load_model
-from moee.pipeline import Session, run_extract, run_finetune
+from moee.models.model import ModelSpec, build_model, load_model
+from moee.models.source import ModelOptions, named_model, named_spec, with_random
 from moee.planning.plan import read_plan
+from moee.stages.extract import run_extract
+from moee.stages.finetune import run_finetune
+from moee.stages.session import Session
+from moee.store.cache import tensor_hash
 from tests.conftest import TINY, tiny_images, tiny_spec
 from tests.exporter.graphs import write_export
 
@@ -45,7 +47,7 @@ def test_a_head_that_nothing_has_trained_is_told_once(classes, heads):
 
 @pytest.fixture
 def images(monkeypatch):
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: (tiny_images(24, classes=10),) * 2)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (tiny_images(24, classes=10),) * 2)
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_the_command_line_asks_for_one_source(name, flags, words):
 
 @pytest.mark.parametrize("command", ["extract", "plan", "ablate", "ablate-clear"])
 def test_every_command_refuses_a_model_without_weights_before_any_work(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("moee.pipeline.load_splits", lambda *args: pytest.fail("images were read"))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: pytest.fail("images were read"))
     model = ["--model", "test_vit"] if command == "ablate" else ["test_vit"]
     budget = ["--target-macs", "0.7"] if command == "plan" else []
     assert cli.main([command, *model, "--data", "digits", *budget, "--out", str(tmp_path / "out")]) == 2

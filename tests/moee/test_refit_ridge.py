@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
+from moee.calibrate.refit import RIDGES, choose_ridge, refit_layer
+from moee.calibrate.ridge import held_out_runs, solve_ridge
 from moee.errors import UserError
-from moee.layer import Experts, RoutedFFN
-from moee.models import FFN
-from moee.refit import RIDGES, choose_ridge, refit_layer
-from moee.ridge import held_out_runs, solve_ridge
+from moee.layers.routed import Experts, RoutedFFN
+from moee.models.ffn import FFN
 
 
 def problem(rows, noise, seed=0):

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from moee.artifact import read_manifest, write_manifest
-from moee.checkpoint import SCHEMA
+from moee.artifacts.checkpoint import SCHEMA
 from moee.config import ExtractConfig
 from moee.errors import UserError
-from moee.models import ModelSpec
-from moee.routed_kind import RoutedRecord
+from moee.kinds.routed import RoutedRecord
+from moee.models.model import ModelSpec
 from moee.schema import MIGRATIONS, split, upgraded
+from moee.store.artifact import read_manifest, write_manifest
 
 STORED = Path(__file__).parent / "stored"
 

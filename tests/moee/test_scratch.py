@@ -7,10 +7,10 @@ import torch
 
 from exporter import cli
 from exporter.pretrained import ModelOptions, resolve
-from moee import scratch
 from moee.errors import UserError
-from moee.models import build_model, load_model
-from moee.scratch import ScratchRecipe, scratch_spec, train
+from moee.models.model import build_model, load_model
+from moee.train import scratch
+from moee.train.scratch import ScratchRecipe, scratch_spec, train
 from tests.conftest import tiny_images
 
 SMALL = ScratchRecipe(patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=4, epochs=20, warmup_epochs=1, batch_size=16)
@@ -59,7 +59,7 @@ def test_inspection_trains_nothing(monkeypatch, capsys):
 @pytest.mark.slow
 def test_digits_accuracy():
     """The real recipe (minutes, or the cached weights): far above chance on held-out digits, with room to fall."""
-    from moee.pipeline import Session
+    from moee.stages.session import Session
 
     reference = Session(scratch_spec(), "digits").reference
     accuracy = float((reference.features.argmax(1) == reference.labels).double().mean())

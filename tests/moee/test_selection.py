@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moee.mlps import find_ffns
-from moee.selection import MomentAccumulator, keep_by_share, output_weight, select_neurons
+from moee.calibrate.selection import MomentAccumulator, keep_by_share, output_weight, select_neurons
+from moee.mlps.find import find_ffns
 
 
 def test_keeps_the_fewest_neurons_that_hold_the_share():

@@ -11,11 +11,12 @@ import timm.data
 import torch
 from PIL import Image
 
-from moee.data import batches, model_transform
-from moee.distributed import Group
+from moee.data.image_set import batches
+from moee.data.sources import load_data, load_splits
+from moee.data.transform import model_transform
 from moee.errors import MissingDependency, UserError
-from moee.models import load_model
-from moee.sources import load_data, load_splits
+from moee.models.model import load_model
+from moee.parallel.group import Group
 from tests.conftest import tiny_spec
 
 LENGTHS = {"train": (5, 3, 4), "validation": (2, 3)}

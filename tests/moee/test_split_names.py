@@ -4,9 +4,9 @@ import os
 
 import pytest
 
+from moee.data.sources import load_data, load_splits
+from moee.data.split_names import Names, read_name, words_of
 from moee.errors import UserError
-from moee.sources import load_data, load_splits
-from moee.split_names import Names, read_name, words_of
 from tests.moee.test_folders import NAMES, SMALL, add
 
 CLASSES = NAMES[:2]

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from moee.tensor_file import write_tensors
+from moee.store.tensor_file import write_tensors
 
 
 def test_modules_that_share_memory_are_written_under_each_name(tmp_path):

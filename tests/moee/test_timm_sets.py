@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from moee.data import Transform, batches
+from moee.data.image_set import batches
+from moee.data.sources import load_data, load_splits
+from moee.data.transform import Transform
 from moee.errors import MissingDependency, UserError
-from moee.sources import load_data, load_splits
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SMALL = Transform((3, 32, 32), MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})

@@ -7,12 +7,12 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
-from moee.data import model_transform
+from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.input_size import sized
-from moee.model_source import named_spec, with_file
-from moee.models import load_model
-from moee.training_args import training_args
+from moee.models.input_size import sized
+from moee.models.model import load_model
+from moee.models.source import named_spec, with_file
+from moee.models.training_args import training_args
 
 
 def saved(folder, name="test_vit", kind=argparse.Namespace, state=None, **args):

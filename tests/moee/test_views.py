@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from moee.config import FinetuneConfig, make_extract_config
-from moee.convert import extract
-from moee.data import Transform, model_transform
+from moee.data.sources import load_data
+from moee.data.transform import Transform, model_transform
+from moee.data.views import Joined, Views, widened
 from moee.errors import UserError
-from moee.finetuning import finetune
-from moee.models import load_model
-from moee.sources import load_data
-from moee.views import Joined, Views, widened
+from moee.methods.convert import extract
+from moee.models.model import load_model
+from moee.train.finetuning import finetune
 from tests.conftest import tiny_images, tiny_spec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
@@ -113,7 +113,7 @@ def test_only_the_refit_sees_the_views():
 
 def test_distillation_on_views_pairs_each_with_its_own_teacher(monkeypatch):
     """Every output that the student is compared with is the dense model's on just that image; no view of a held-out image."""
-    from moee import training
+    from moee.train import step as training
 
     torch.manual_seed(0)
     dense, data = load_model(tiny_spec()), tiny_images(20)

@@ -13,10 +13,10 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import nn
 
 from moee.errors import UserError
-from moee.fitting import MAX_PREFIXES, MAX_TRIED, best_fit, prefixes
-from moee.model_source import named_spec, with_file
-from moee.models import ModelSpec, load_model
-from moee.weights_file import MAX_CONTAINERS, PICKLED, containers, read_checkpoint
+from moee.models.model import ModelSpec, load_model
+from moee.models.source import named_spec, with_file
+from moee.weights.fitting import MAX_PREFIXES, MAX_TRIED, best_fit, prefixes
+from moee.weights.weights_file import MAX_CONTAINERS, PICKLED, containers, read_checkpoint
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -449,7 +449,7 @@ def test_only_a_few_prefixes_and_containers_are_tried(monkeypatch):
     names = [a + b + c + "x" for a in words for b in words for c in words]
     assert len(prefixes(names)) == MAX_PREFIXES and prefixes(names)[0] == ""
     model, tried = model_of(), []
-    monkeypatch.setattr("moee.fitting._fits", lambda name, *rest: tried.append(name) or iter(()))
+    monkeypatch.setattr("moee.weights.fitting._fits", lambda name, *rest: tried.append(name) or iter(()))
     small = [(f"states.{i}", {"exp_avg": torch.zeros(1)}) for i in range(60)]
     best_fit([*small, ("model", model.state_dict())], model, ("head",))
     assert len(tried) == MAX_TRIED and tried[-1] == "model", "the largest is among them"

@@ -13,10 +13,10 @@ import sys
 import pytest
 
 from exporter.failures import explain
-from moee import atomic
-from moee.artifact import read_manifest, write_json, write_manifest
-from moee.atomic import atomic_file, atomic_folder, remove_folder, temporary_folder
 from moee.errors import UserError
+from moee.store import atomic
+from moee.store.artifact import read_manifest, write_json, write_manifest
+from moee.store.atomic import atomic_file, atomic_folder, remove_folder, temporary_folder
 from tests.reliability import faults
 from tests.reliability.commands import COMMANDS, copy, prepare
 from tests.reliability.runner import tree
@@ -60,7 +60,7 @@ def test_a_failure_leaves_the_former_content(tmp_path, names):
 
 DIE = """
 import os, signal, sys
-from moee.atomic import atomic_folder, temporary_folder
+from moee.store.atomic import atomic_folder, temporary_folder
 with atomic_folder(sys.argv[1]) as folder, temporary_folder(sys.argv[2]) as scratch:
     (folder / "half").write_text("x")
     (scratch / "tokens").write_text("x")

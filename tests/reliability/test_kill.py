@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from exporter.plugin_cache import DEMO_SMS, ensure_kernels, ensure_plugin
-from moee.cache import cache_dir
+from exporter.engines.plugin_cache import DEMO_SMS, ensure_kernels, ensure_plugin
+from moee.store.cache import cache_dir
 from tests.plugins import built
 from tests.reliability import faults
 from tests.reliability.commands import COMMANDS, copy, prepare

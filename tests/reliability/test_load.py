@@ -112,7 +112,7 @@ def test_one_output_for_several(zygote, place):
 SCRATCH = """
 import sys
 from pathlib import Path
-import moee.scratch as scratch
+import moee.train.scratch as scratch
 real = scratch.train
 def train(recipe, data=None, report=None):
     with open(sys.argv[1], "a") as file:
@@ -123,7 +123,7 @@ print(scratch.scratch_spec(scratch.ScratchRecipe(depth=1, embed_dim=12, num_head
 """
 KERNELS = """
 import sys
-from exporter.plugin_cache import ensure_kernels
+from exporter.engines.plugin_cache import ensure_kernels
 from plugins import aot
 real = aot.compile_into
 def compile_into(*args):

@@ -21,18 +21,21 @@ import pytest
 
 from exporter import cli
 from exporter.commands import check_outputs
-from exporter.engine import build_engines
+from exporter.engines.build import build_engines
 from exporter.plots import write_plots
 from exporter.report import write_report
-from moee import atomic, checkpoint, placement, result_kinds
-from moee.artifact import read_manifest
-from moee.atomic import atomic_file, atomic_folder
-from moee.checkpoint import MoeeModel
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig, make_extract_config
 from moee.errors import UserError
-from moee.models import ModelSpec, build_model
-from moee.pipeline import run_extract, run_finetune
-from moee.placement import OutputFile, OutputFolder
+from moee.models.model import ModelSpec, build_model
+from moee.places import placement
+from moee.places.placement import OutputFile, OutputFolder
+from moee.stages.extract import run_extract
+from moee.stages.finetune import run_finetune
+from moee.store import atomic, result_kinds
+from moee.store.artifact import read_manifest
+from moee.store.atomic import atomic_file, atomic_folder
 from plugins import aot
 from tests.conftest import tiny_spec
 from tests.untrusted.test_pickle_commands import PATHS, TEXT, WRITTEN, options
@@ -562,7 +565,7 @@ def weights_in(path):
     ids=["extract data", "extract weights", "finetune", "finetune photos", "build", "timing cache", "report", "plots", "kernels"],
 )  # fmt: skip
 def test_python_functions_refuse_too(work, function, monkeypatch):
-    monkeypatch.setattr("exporter.engine.require_backend", lambda backend: None)
+    monkeypatch.setattr("exporter.engines.build.require_backend", lambda backend: None)
     before = snapshot(work)
     with pytest.raises(UserError, match="choose another"):
         function(work)
@@ -727,11 +730,11 @@ def test_the_timing_cache_grows_and_outlives_a_failed_build(work, monkeypatch, f
             raise UserError("the graph cannot be built")
         return fake_worker(spec, progress)
 
-    monkeypatch.setattr("exporter.engine.require_backend", lambda backend: None)
-    monkeypatch.setattr("exporter.engine.read_export", lambda folder: {"plugin_nodes": 0})
-    monkeypatch.setattr("exporter.engine._graph", lambda folder, export, key: folder / "dense.onnx")
-    monkeypatch.setattr("exporter.engine.count_plugin_nodes", lambda graph: 0)
-    monkeypatch.setattr("exporter.engine.run_worker", worker)
+    monkeypatch.setattr("exporter.engines.build.require_backend", lambda backend: None)
+    monkeypatch.setattr("exporter.engines.build.read_export", lambda folder: {"plugin_nodes": 0})
+    monkeypatch.setattr("exporter.engines.build._graph", lambda folder, export, key: folder / "dense.onnx")
+    monkeypatch.setattr("exporter.engines.build.count_plugin_nodes", lambda graph: 0)
+    monkeypatch.setattr("exporter.engines.build.run_worker", worker)
     for place, before in ((work / "timing.cache", b"ptrtd\0\0\0"), (work / "new.cache", b"ptrt")):
         shutil.rmtree(work / "engines", ignore_errors=True)
         if fails:
@@ -745,10 +748,14 @@ def test_the_timing_cache_grows_and_outlives_a_failed_build(work, monkeypatch, f
 
 def test_kinds_agree_with_what_is_written():
     """The tables name schemas that the writers write."""
-    from exporter import clear_ablation, demo, deployment, dispatch_bench, manifests
-    from moee import checkpoint, finetune_state, finetuning
+    from exporter import clear_ablation, demo, manifests
+    from exporter.ship import deployment
+    from exporter.timing import dispatch_bench
     from moee.ablation import cells
+    from moee.artifacts import checkpoint
     from moee.planning import plan
+    from moee.train import finetuning
+    from moee.train import state as finetune_state
     from plugins import bundle as plugin_bundle
     from plugins import manifest
 

@@ -48,12 +48,12 @@ def _warm_up(parts: list[str]) -> None:
     import exporter.plots
     import exporter.verification  # noqa: F401
     import moee.ablation
-    import moee.clear_moe
+    import moee.methods.clear_moe
     import moee.planning  # noqa: F401
     import tests.reliability.tiny_vit  # noqa: F401
 
     if "trace" in parts:  # what the first torch.onnx.export imports takes seconds
-        from exporter.onnx_export import to_onnx
+        from exporter.graph.export import to_onnx
 
         to_onnx(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.zeros(2, 4))
 

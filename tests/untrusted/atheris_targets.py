@@ -20,12 +20,12 @@ import atheris
 
 with atheris.instrument_imports(include=["moee", "exporter"], enable_loader_override=False):
     from exporter.onnx_safety import check_onnx, load_ir
-    from moee import checkpoint
+    from moee.artifacts import checkpoint
     from moee.config import make_extract_config
     from moee.errors import UserError
-    from moee.models import ModelSpec
+    from moee.models.model import ModelSpec
     from moee.planning.plan import read_plan
-    from moee.weights_file import read_safetensors
+    from moee.weights.weights_file import read_safetensors
 
 from tests.untrusted.fuzzing import is_sentence, places, replaced
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from exporter.onnx_export import export
-from moee import checkpoint
-from moee.checkpoint import MoeeModel
+from exporter.graph.export import export
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
 from moee.config import make_extract_config
-from moee.convert import extract
-from moee.models import load_model
+from moee.methods.convert import extract
+from moee.models.model import load_model
 from tests.conftest import tiny_images, tiny_spec
 
 

@@ -10,10 +10,7 @@ import pytest
 import torch
 
 from exporter import cli
-from exporter.deployment import write_deployment
-from exporter.engine import build_engines, count_plugin_nodes
-from exporter.latency import bench
-from exporter.layer_profile import profile_layers
+from exporter.engines.build import build_engines, count_plugin_nodes
 from exporter.manifests import read_engine
 from exporter.onnx_safety import check_onnx, load_ir
 from exporter.parity import check_parity
@@ -21,11 +18,14 @@ from exporter.parity.taps import probe_graph, tapped_graph
 from exporter.parity.weights import check_weights
 from exporter.passes.raw_pixels import take_raw_pixels
 from exporter.runners import EngineRunner, OnnxRunner, check_plugin
+from exporter.ship.deployment import write_deployment
+from exporter.timing.latency import bench
+from exporter.timing.layer_profile import profile_layers
 from exporter.verification import verify
 from exporter.verification.suite import opened
-from moee import checkpoint
+from moee.artifacts import checkpoint
 from moee.errors import MissingDependency, UserError
-from moee.layer import routed_layers
+from moee.layers.routed import routed_layers
 from tests.conftest import tiny_images
 from tests.exporter.conftest import rehash
 from tests.exporter.engines import CpuDevice, FakeBinding, write_engine
@@ -38,32 +38,32 @@ GUARDED = {
         "exporter/onnx_safety.py": "the check itself",
         "exporter/pretrained.py": "a wheel's file, after its hash",
     },
-    "ir.load": {"exporter/onnx_safety.py": "after the check", "exporter/onnx_export.py": "what was written a line before"},
+    "ir.load": {"exporter/onnx_safety.py": "after the check", "exporter/graph/export.py": "what was written a line before"},
     "ort.InferenceSession": {
         "exporter/runners/onnx_runtime.py": "after the check",
-        "exporter/dispatch_bench.py": "a graph made in memory",
+        "exporter/timing/dispatch_bench.py": "a graph made in memory",
     },
-    "parser.parse_from_file": {"exporter/engine_worker.py": "build_engines has checked it"},
+    "parser.parse_from_file": {"exporter/engines/worker.py": "build_engines has checked it"},
     "runtime.deserialize_cuda_engine": {"exporter/runners/tensorrt_engine.py": "bytes that were hashed"},
     "load_library": {
         "exporter/runners/tensorrt_engine.py": "after check_plugin",
-        "exporter/engine_worker.py": "given by the user with --plugin, or built here",
+        "exporter/engines/worker.py": "given by the user with --plugin, or built here",
     },
     "ctypes.CDLL": {
-        "exporter/engine_worker.py": "the driver, by its fixed name",
-        "moee/atomic.py": "the C library, which is loaded already",
+        "exporter/engines/worker.py": "the driver, by its fixed name",
+        "moee/store/atomic.py": "the C library, which is loaded already",
     },
-    "torch.load": {"moee/weights_file.py": "with weights_only, the user's checkpoint"},
-    "load_file": {"moee/weights_file.py": "read_safetensors", "moee/cache.py": "the user's own cache"},
+    "torch.load": {"moee/weights/weights_file.py": "with weights_only, the user's checkpoint"},
+    "load_file": {"moee/weights/weights_file.py": "read_safetensors", "moee/store/cache.py": "the user's own cache"},
     "json.loads": {
         "moee/schema.py": "parse_json",
-        "moee/model_source.py": "of what json.dumps gave a moment ago",
-        "moee/distributed.py": "messages between the ranks of one run",
+        "moee/models/source.py": "of what json.dumps gave a moment ago",
+        "moee/parallel/group.py": "messages between the ranks of one run",
         "plugins/manifest.py": "the user's own cache",
         "plugins/aot.py": "the user's own cache",
-        "exporter/engine.py": "lines of our own worker",
-        "exporter/engine_worker.py": "written by the parent",
-        "exporter/layer_profile.py": "ONNX Runtime's trace of a moment ago",
+        "exporter/engines/build.py": "lines of our own worker",
+        "exporter/engines/worker.py": "written by the parent",
+        "exporter/timing/layer_profile.py": "ONNX Runtime's trace of a moment ago",
     },
 }
 FORBIDDEN = {

@@ -15,16 +15,16 @@ import torch
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.deployment import graph_tensors, write_deployment
-from exporter.engine import build_engines
+from exporter.engines.build import build_engines
 from exporter.onnx_safety import check_onnx, load_ir
 from exporter.parity.taps import probe_graph, tapped_graph
 from exporter.parity.weights import check_weights
 from exporter.runners import OnnxRunner
-from moee import checkpoint
-from moee.artifact import sha256_file
+from exporter.ship.deployment import graph_tensors, write_deployment
+from moee.artifacts import checkpoint
 from moee.errors import UserError
-from moee.layer import routed_layers
+from moee.layers.routed import routed_layers
+from moee.store.artifact import sha256_file
 from tests.plugins import built
 from tests.untrusted import onnx_damage
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from exporter.report import collect, render
-from moee import checkpoint
-from moee.artifact import read_json, read_manifest, sha256_file
+from moee.artifacts import checkpoint
+from moee.artifacts.inspection import inspect_artifact
+from moee.artifacts.model import recorded_data
 from moee.errors import UserError
-from moee.inspection import inspect_artifact
-from moee.models import ModelSpec, load_model
+from moee.models.model import ModelSpec, load_model
+from moee.store.artifact import read_json, read_manifest, sha256_file
 from tests.untrusted.fuzzing import COUNTS, JSON, accepts_or_refuses, damaged, fuzz
 
 
@@ -35,7 +36,7 @@ def test_manifests_with_any_value_anywhere(made, tmp_path, count):
 
 def use(moee):
     """What commands do with the free-form part of a manifest that loads."""
-    accepts_or_refuses(checkpoint.recorded_data, moee.data)
+    accepts_or_refuses(recorded_data, moee.data)
     accepts_or_refuses(inspect_artifact, moee)
     assert isinstance(moee.info["stages"], dict) and isinstance(moee.info["layers"], list)
     json.dumps(moee.info, indent=2)
@@ -117,10 +118,10 @@ def test_a_changed_file_of_weights_is_noticed(made, tmp_path):
 def test_data_that_a_manifest_names_is_not_fetched(made, tmp_path):
     for name in ("hfds/someone/dataset", "tfds/x", "torch/cifar10"):
         with pytest.raises(UserError, match="say so with --data"):
-            checkpoint.recorded_data(name)
+            recorded_data(name)
     (tmp_path / "wds").mkdir()
     for name in ("digits", "photos:64", "wds/shards", str(tmp_path / "wds")):  # wds/ opens folders of this machine alone
-        assert checkpoint.recorded_data(name) == name
+        assert recorded_data(name) == name
 
 
 def test_files_without_a_hash_are_refused(made, tmp_path):
@@ -154,12 +155,12 @@ def test_names_that_leave_the_folder(tmp_path, name):
 def test_no_command_fetches_data_that_a_file_names(made, tmp_path, monkeypatch):
     """bench falls back to noise, int8 asks for --data; neither opens the data set."""
     from exporter.commands import bench
-    from exporter.onnx_export import export
+    from exporter.graph.export import export
 
     def opened(source, *args):
         raise AssertionError(f"{source} was opened")
 
-    monkeypatch.setattr("moee.sources.load_data", opened)
+    monkeypatch.setattr("moee.data.sources.load_data", opened)
     manifest = json.loads((made / "export" / "export.json").read_text())
     assert bench._data(None, {**manifest, "data": "hfds/someone/dataset"}, made / "export") is None
     moee = checkpoint.load(made / "model")

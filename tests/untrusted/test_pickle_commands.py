@@ -11,7 +11,7 @@ import torch
 
 from exporter import cli
 from exporter.clear_ablation import Grid, cell_name
-from moee.artifact import sha256_file, write_json
+from moee.store.artifact import sha256_file, write_json
 from tests.exporter.engines import write_engine
 from tests.untrusted.test_pickles import Canary
 from tests.untrusted.test_pickles import canary as canary  # noqa: PLC0414  (a fixture)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from exporter import cli
-from moee.artifact import sha256_file
-from moee.models import ModelSpec, load_model
+from moee.models.model import ModelSpec, load_model
+from moee.store.artifact import sha256_file
 from tests.untrusted.fuzzing import accepts_or_refuses
 
 

@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter import latency
 from exporter.clear_ablation import StoredCell
-from exporter.engine import count_plugin_nodes, read_engines
+from exporter.engines.build import count_plugin_nodes, read_engines
 from exporter.manifests import input_shape, read_engine, read_export
-from exporter.profile import batch_profile
 from exporter.report import collect, render
 from exporter.runners import EngineRunner, check_plugin
+from exporter.timing import latency
+from exporter.timing.profile import batch_profile
 from moee.ablation.cells import read_cells
-from moee.artifact import read_json, write_manifest
 from moee.config import make_extract_config
 from moee.errors import MissingDependency, UserError
-from moee.finetune_state import read_state, read_tensors
-from moee.models import ModelSpec
+from moee.models.model import ModelSpec
 from moee.planning.budget import checked_point
 from moee.planning.plan import read_plan
 from moee.schema import checked
+from moee.store.artifact import read_json, write_manifest
+from moee.train.state import read_state, read_tensors
 from plugins.embed import embed
 from plugins.manifest import parse
 from tests.conftest import tiny_spec
@@ -133,7 +133,7 @@ def test_cells_of_an_ablation_count_as_not_run(tmp_path, count):
 def test_states_of_an_interrupted_tuning(tmp_path, count):
     from safetensors.torch import save_file
 
-    from moee.artifact import sha256_file
+    from moee.store.artifact import sha256_file
 
     trainable = {"w": torch.zeros(2, 3), "frozen": torch.zeros(1)}
     tensors = {f"{part}.w": torch.zeros(2, 3) for part in ("model", "best", "exp_avg", "exp_avg_sq")}

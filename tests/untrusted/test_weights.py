@@ -12,11 +12,11 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from moee import checkpoint
-from moee.artifact import sha256_file
+from moee.artifacts import checkpoint
 from moee.errors import UserError
-from moee.models import load_model, load_weights
-from moee.weights_file import containers, read_checkpoint, read_safetensors
+from moee.models.model import load_model, load_weights
+from moee.store.artifact import sha256_file
+from moee.weights.weights_file import containers, read_checkpoint, read_safetensors
 from tests.conftest import tiny_spec
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, fuzz
 from tests.untrusted.tables import TABLE_DAMAGE

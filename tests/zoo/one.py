@@ -23,19 +23,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from exporter.cli import main
-from exporter.onnx_export import DENSE, PORTABLE
+from exporter.graph.export import DENSE, PORTABLE
 from exporter.precision import typed
 from exporter.pretrained import ModelOptions, layout_of
 from exporter.runners import OnnxRunner
-from moee import checkpoint
-from moee.data import model_transform
-from moee.identity import whole_ffn
-from moee.interface import AdaptedModel
-from moee.layer_report import FROM_THE_START
-from moee.mlp_sites import put_mlp
-from moee.mlps import described, find_ffns, random_images
-from moee.models import ModelSpec, Shape, build_model
-from moee.tensor_file import write_tensors
+from moee.artifacts import checkpoint
+from moee.data.transform import model_transform
+from moee.interface.adapted import AdaptedModel
+from moee.layers.report import FROM_THE_START
+from moee.methods.identity import whole_ffn
+from moee.mlps.find import described, find_ffns
+from moee.mlps.proof import random_images
+from moee.mlps.sites import put_mlp
+from moee.models.model import ModelSpec, Shape, build_model
+from moee.store.tensor_file import write_tensors
 from tests.zoo.table import ENTRIES, Entry
 
 HF = "hf:"  # begins the names of transformers' classes in the table, and those of its folders

@@ -28,7 +28,7 @@ Number positive(std::istringstream& line, std::string const& where) {
 }
 
 // Throws for an image so long and narrow that covering `rows` x `columns` pixels would fill the memory; the bounds are those of
-// the Python side (moee/data.py).
+// the Python side (moee/data/image_set.py).
 void refuseOblong(Image const& image, double rows, double columns) {
     constexpr double kMaxResizedPixels = 1 << 26;
     constexpr double kMaxRatio = 16.0;

@@ -1,0 +1,142 @@
+"""A trial export before the long work: a model that ONNX cannot express is refused in seconds, not after its extraction.
+
+One layer of the dense model (of each kind, where some MLPs are gated) is replaced by experts that keep everything; the graph is
+traced, lowered to standard operators and run by ONNX Runtime, and must give what the model gives. What has passed is remembered
+in the cache, by architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from exporter import manifests
+from exporter.graph.export import to_onnx
+from exporter.passes.gated import lower_gated
+from exporter.passes.name_routes import name_routed_nodes
+from exporter.passes.portable import lower_routed_ffn
+from exporter.runners import OnnxRunner
+from moee import errors
+from moee.errors import UserError
+from moee.layers.routed import routed_layers
+from moee.methods.identity import LIMIT, whole_ffn
+from moee.mlps.proof import random_images
+from moee.mlps.sites import put_mlp
+from moee.models.ffn import FFN
+from moee.models.model import ModelSpec, Shape
+from moee.progress import Reporter, silent
+from moee.schema import parse_json
+from moee.store.artifact import write_json
+from moee.store.atomic import temporary_folder
+from moee.store.cache import cache_dir
+from plugins import contract
+from plugins.contract import DOMAIN
+
+SCHEMA = "moee.trial/1"
+PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")  # versions that decide what can be exported; timm's files are hashed
+# Of a spec: an architecture has no weights and may have any name.
+OTHER = {"name", "labels", "weights", "weights_sha256", "pretrained", "random_seed", "part"}
+CURE = "choose another model, or add --no-trial-export to extract it all the same, without ONNX"
+
+
+def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Shape, report: Reporter = silent) -> None:
+    """Raise `UserError` with the reason if `model`, the dense model of `spec` with the MLPs `ffns`, cannot be exported to ONNX
+    with routed layers, or if the graph gives something else than the model on images of `shape`. `model` stays as it is.
+
+    Seconds for a model of twelve blocks; nothing for one that has passed before under the same versions.
+    """
+    kinds = list({type(ffn): ffn for ffn in reversed(ffns)}.values())  # the first of each: gated ones have another graph
+    key = _key(spec, model, kinds, shape)
+    record, path = {"schema": SCHEMA, "key": key}, cache_dir() / "trials" / f"{key}.json"
+    if _remembered(path) == record:
+        return
+    dense = copy.deepcopy(model).cpu()
+    routed = copy.deepcopy(dense)
+    for ffn in kinds:
+        put_mlp(routed, ffn.name, whole_ffn(ffn).cpu(), ffn.bypassed)
+    trials = [("one layer of experts", routed)]
+    if len(ffns) == len(kinds):  # else the graph holds dense MLPs as well
+        trials.append(("the dense model", dense))
+    images = random_images(shape, torch.zeros(()))
+    for done, (what, network) in enumerate(trials):
+        report("trial export", done, len(trials))
+        try:
+            off = _deviation(network.eval(), images)
+        except UserError as error:
+            raise UserError(f"{spec.called}: a trial export of {what} failed: {error}; {CURE}") from error
+        if not off <= LIMIT:
+            raise UserError(f"{spec.called}: the exported graph of {what} is off by {off:.2g} of its output's size; {CURE}")
+    report("trial export", len(trials), len(trials))
+    try:
+        write_json(path, record)
+    except (OSError, UserError):
+        return  # a cache that cannot be written is no error
+
+
+def _remembered(path: Path) -> object:
+    """What the cache says; None for nothing and for a damaged file."""
+    try:
+        return parse_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+@torch.no_grad()
+def _deviation(model: nn.Module, images: Tensor) -> float:
+    """Largest difference of the exported graph's outputs, relative to their root mean square, on one image and on several; NaN
+    counts as infinite. Raises `UserError` if the model cannot be exported, or the graph cannot be run."""
+    graph = to_onnx(model, images[:2])
+    name_routed_nodes(graph, list(routed_layers(model)))
+    lower_gated(graph)
+    lower_routed_ffn(graph)
+    graph.opset_imports.pop(DOMAIN, None)
+    worst = 0.0
+    with temporary_folder() as folder:
+        ir.save(graph, folder / "trial.onnx", external_data="trial.data")
+        with OnnxRunner(folder / "trial.onnx") as runner:
+            for count in (1, len(images)):
+                expected = model(images[:count]).float()
+                given = torch.from_numpy(runner.run(images[:count].numpy())[0])
+                if given.shape != expected.shape:
+                    return float("inf")
+                size = float(expected.square().mean().sqrt())
+                off = float((given - expected).abs().max()) / max(size, torch.finfo(torch.float32).tiny)
+                worst = off if off >= worst else worst if off == off else float("inf")
+    return worst
+
+
+def _key(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Shape) -> str:
+    """Hash of all that decides whether an architecture can be exported: its parts and their sources, arguments, image size, the
+    exporter and the libraries under it. Weights are no part of it."""
+    content = {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "spec": spec.model_dump(mode="json", exclude=OTHER),
+        "parts": repr(model),
+        "tensors": {name: [str(tensor.dtype), *tensor.shape] for name, tensor in model.state_dict().items()},
+        "layers": [[ffn.name, type(ffn).__name__, ffn.activation, ffn.channels_first] for ffn in ffns],
+        "shape": shape,
+        "sources": sorted(hashlib.sha256(source.read_bytes()).hexdigest() for source in _sources(model)),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sources(model: nn.Module) -> set[Path]:
+    """The files that define the classes of the model's modules, all of `moee` and `exporter`, and the operator's contract."""
+    files = {Path(str(contract.__file__))}
+    for own in (errors, manifests):  # files of the two packages' top folders
+        files |= set(Path(str(own.__file__)).parent.rglob("*.py"))
+    for kind in {type(module) for module in model.modules()}:
+        try:
+            files.add(Path(str(inspect.getsourcefile(kind))))
+        except (OSError, TypeError):  # of a class without a file its name and arguments must do
+            continue
+    return {file for file in files if file.is_file()}

@@ -1,0 +1,109 @@
+"""Latency of a candidate on a device: measured here on the CPU, modelled for a GPU by a roofline.
+
+The model of a GPU takes, per operation, the larger of arithmetic time and memory time, and a launch: routed layers pay for
+whole tiles (a tile of tokens an expert, rounded up) and read every expert's weights. It knows no caches and no overlap, so it
+ranks candidates; it does not predict milliseconds. Its figures are always labelled `modelled`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from exporter.forms.registry import form_of
+from exporter.forms.roofline import BYTES, Device, mlp_ms, operation_ms
+from moee.errors import UserError
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import dense_macs, tokens_per_image
+from moee.mlps.attention import macs_saved, narrow_attentions
+from moee.mlps.find import find_ffns
+from moee.models.ffn import FFN
+from moee.models.model import Shape
+from moee.planning import Latency
+from moee.stages.session import Session
+from moee.store.atomic import temporary_folder
+
+CPU_RUNS = 20
+
+
+DEVICES = {
+    d.name: d
+    for d in (
+        # Jetson data sheets give sparse int8 TOPS of the GPU: a quarter of them is dense float16
+        Device("orin-agx", 42.5, 204.8, 6.0, "NVIDIA Jetson AGX Orin 64GB data sheet, 170 sparse int8 TOPS"),
+        Device("orin-nano", 10.0, 68.0, 8.0, "NVIDIA Jetson Orin Nano 8GB data sheet, 40 sparse int8 TOPS"),
+        Device("rtx-4090", 165.2, 1008.0, 3.0, "NVIDIA Ada architecture white paper"),
+        Device("rtx-3090", 71.0, 936.0, 3.0, "NVIDIA GA102 white paper"),
+        Device("l4", 121.0, 300.0, 3.0, "NVIDIA L4 data sheet: 242 TFLOP/s with sparsity"),
+    )
+}
+
+
+def latency_of(device: str, session: Session, batch: int) -> Latency:
+    """How `moee plan` times models for a device name. Raises `UserError` for an unknown one."""
+    label = f"{device}, batch {batch}"
+    if device == "cpu":
+        return Latency(label, lambda model: measure_on_cpu(model, session, batch))
+    if device not in DEVICES:
+        raise UserError(f"unknown device {device!r}; expected cpu, {', '.join(DEVICES)}")
+    facts = dense_facts(session.dense, session.transform.shape)
+    return Latency(label, lambda model: modelled(DEVICES[device], session.dense, model, facts, batch))
+
+
+def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, Any]:
+    """p50 of a batch by ONNX Runtime on this CPU, dense and candidate interleaved in one process."""
+    from exporter.graph.export import export
+    from exporter.timing.latency import bench
+    from moee.artifacts.model import MoeeModel
+    from moee.data.image_set import batches
+
+    images = next(batches(session.held_out, batch)).images.numpy()
+    with temporary_folder() as folder:
+        target = folder / "export"
+        export(MoeeModel(model.eval(), session.spec, None, session.source), target, True)
+        result = bench(target, batch, CPU_RUNS, images=images)
+    return {
+        "kind": "measured on CPU", "device": "cpu", "batch": batch, "dense_ms": result.dense_ms["p50"],
+        "moee_ms": result.moee_ms["p50"], "speedup": result.speedup,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DenseFacts:
+    """What the roofline needs of a dense model on images of `shape`: its MLPs, their tokens an image, all its MACs an image."""
+
+    shape: Shape
+    ffns: dict[str, FFN]
+    tokens: dict[str, int]
+    macs: int
+
+
+def dense_facts(dense: nn.Module, shape: Shape) -> DenseFacts:
+    """Counted once a plan: it runs the model."""
+    ffns = {f.name: f for f in find_ffns(dense, shape=shape, gated=True).ffns}
+    return DenseFacts(shape, ffns, tokens_per_image(dense, list(ffns), shape), dense_macs(dense, shape))
+
+
+def modelled(device: Device, dense: nn.Module, model: nn.Module, facts: DenseFacts, batch: int) -> dict[str, Any]:
+    """Dense and candidate in milliseconds by the roofline; MLPs one by one, the rest (attention too) as a product a block."""
+    ffns, tokens, routed = facts.ffns, facts.tokens, routed_layers(model)
+    dense_ffn = {
+        n: mlp_ms(device, f.dim, f.hidden, tokens[n] * batch, f.neuron_macs // f.dim) for n, f in ffns.items()
+    }
+    rest_macs = facts.macs - sum(tokens[n] * f.macs for n, f in ffns.items())
+    weights = sum(p.numel() for p in dense.parameters()) - sum(f.macs for f in ffns.values())
+    activations = sum(12 * tokens[n] * batch * f.dim for n, f in ffns.items())  # about twelve passes a block
+    narrowed = {n: sum(p.numel() for p in layer.parameters()) for n, layer in narrow_attentions(model).items()}
+    lighter = sum(sum(p.numel() for p in dense.get_submodule(n).parameters()) - left for n, left in narrowed.items())
+    rest = operation_ms(device, rest_macs * batch, BYTES * (weights + activations), 8 * len(ffns))
+    our_macs = rest_macs - macs_saved(model, facts.shape, dense)
+    our_rest = operation_ms(device, our_macs * batch, BYTES * (weights - lighter + activations), 8 * len(ffns))
+    ours = sum(
+        form_of(routed[n]).milliseconds(device, routed[n], tokens[n] * batch) if n in routed else dense_ffn[n] for n in ffns
+    )
+    return {
+        "kind": "modelled", "device": device.name, "batch": batch, "dense_ms": rest + sum(dense_ffn.values()),
+        "moee_ms": our_rest + ours, "speedup": (rest + sum(dense_ffn.values())) / (our_rest + ours),
+    }  # fmt: skip

@@ -1,0 +1,142 @@
+"""What a model costs and how its experts are used, layer by layer: the figures behind `moee inspect`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from moee.artifacts.model import MoeeModel
+from moee.data.transform import model_transform
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
+from moee.mlps.attention import narrowing_costs
+from moee.mlps.find import find_ffns
+from moee.models.ffn import FFN, plain_size
+from moee.models.model import ModelSpec, Shape, build_model, on_meta
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """One MLP. `macs` per image; `balance` is the largest share times the experts (1: even), `entropy` of the routing
+    relative to its maximum (1: even). Both are None for a dense layer. `gated`: a gated MLP, which static pruning alone cuts."""
+
+    name: str
+    tokens: int
+    hidden: int
+    macs: int
+    params: int
+    dense_macs: int
+    dense_params: int
+    experts: int = 0
+    union: int = 0
+    min_width: int = 0
+    mean_width: float = 0.0
+    max_width: int = 0
+    balance: float | None = None
+    entropy: float | None = None
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionFigures:
+    """One narrowed attention: dimensions a head before and after (query and key, values), MACs an image."""
+
+    name: str
+    heads: int
+    head_dim: int
+    qk: int
+    v: int
+    macs: int
+    dense_macs: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model. `attention` lists what was narrowed,
+    `uncut` what looks like an MLP but cannot be cut, with the reason."""
+
+    model: str
+    shape: Shape
+    dense: dict[str, int]
+    moee: dict[str, int] | None
+    layers: list[LayerFigures]
+    attention: list[AttentionFigures] = field(default_factory=list)
+    uncut: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        body = asdict(self)
+        channels, *_ = body.pop("shape")
+        return {"schema": "moee.inspect/1", **body, "size": plain_size(self.shape), "channels": channels}
+
+
+def _ffn_cost(ffn: FFN, tokens: int) -> tuple[int, int]:
+    return tokens * ffn.macs, ffn.params
+
+
+def inspect_dense(spec: ModelSpec) -> Inspection:
+    """Figures of a timm model by its shapes alone: no weights are loaded, no memory is taken."""
+    with torch.device("meta"):
+        model = build_model(spec)
+    shape = model_transform(model).shape
+    ffns, uncut = _mlps(model, shape)
+    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n), gated=f.only_static) for f, n in ffns]
+    cost = {"macs": dense_macs(model, shape), "params": dense_params(model)}
+    return Inspection(spec.name, shape, cost, None, layers, uncut=uncut)
+
+
+def _mlps(model: nn.Module, shape: Shape) -> tuple[list[tuple[FFN, int]], dict[str, str]]:
+    """The MLPs of a model with their tokens an image, and the reasons of what is none, by shapes alone."""
+    found = find_ffns(on_meta(model), shape=shape, gated=True)
+    tokens = tokens_per_image(model, [f.name for f in found.ffns], shape)
+    return [(f, tokens[f.name]) for f in found.ffns], {name: part.reason for name, part in found.dense.items()}
+
+
+def routing_entropy(share: list[float]) -> float:
+    """Entropy of a layer's routing over its maximum log K; 1 for one expert."""
+    if len(share) < 2:
+        return 1.0
+    return -sum(p * math.log(p) for p in share if p > 0) / math.log(len(share))
+
+
+def inspect_artifact(moee: MoeeModel) -> Inspection:
+    """Figures of an extracted or tuned model; shares are those measured on its held-out images."""
+    dense = moee.layout()
+    shape = model_transform(dense).shape
+    stages = moee.info.get("stages", {})
+    shares = (stages.get("tuned") or stages.get("extracted") or {}).get("shares", {})
+    routed = routed_layers(moee.model)
+    for name, layer in routed.items():
+        shares.setdefault(name, [1 / layer.num_experts] * layer.num_experts)
+    layers = []
+    ffns, uncut = _mlps(dense, shape)
+    for ffn, tokens in ffns:
+        macs, params = _ffn_cost(ffn, tokens)
+        if ffn.name not in routed:
+            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params, gated=ffn.only_static))
+            continue
+        layer, share = routed[ffn.name], shares[ffn.name]
+        widths = layer.widths
+        layers.append(
+            LayerFigures(
+                ffn.name, tokens, ffn.hidden, round(tokens * routed_macs_per_token(layer, share)),
+                layer.stored_numbers(), macs, params,
+                experts=layer.num_experts, union=layer.union, min_width=min(widths),
+                mean_width=sum(w * s for w, s in zip(widths, share, strict=True)), max_width=max(widths),
+                balance=max(share) * len(share), entropy=routing_entropy(share), gated=ffn.only_static,
+            )  # fmt: skip
+        )
+    cost = model_cost(dense, moee.model, shares, shape)
+    attention = attention_figures(moee.model, dense, shape)
+    return Inspection(moee.spec.name, shape, cost["dense"], cost["moee"], layers, attention, uncut)
+
+
+def attention_figures(model: nn.Module, dense: nn.Module, shape: Shape) -> list[AttentionFigures]:
+    """The narrowed attentions of `model`; `dense` shows how many tokens they see."""
+    return [
+        AttentionFigures(name, layer.heads, layer.head_dim, layer.widths.qk, layer.widths.v, now, before)
+        for name, (layer, before, now) in narrowing_costs(model, dense, shape).items()
+    ]

@@ -1,0 +1,147 @@
+"""A model with replaced layers in memory, and how its images are read again."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from moee.config import MethodOptions
+from moee.data import sources
+from moee.data.image_set import Division, ImageSet
+from moee.data.shards import PREFIX as SHARDS
+from moee.data.timm_sets import named
+from moee.data.transform import Transform, model_transform
+from moee.errors import UserError
+from moee.given.images import PREFIX
+from moee.measure.probe import Probe
+from moee.models.model import ModelSpec, build_model, load_model
+from moee.progress import Reporter, silent
+from moee.schema import shown
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """How the images of an artifact are read again: `source` divided with the `seed` that it was made with, numbered by its
+    `classes`, or, where it records none, to fit the `head_classes` that the model tells apart. `division` is what the source
+    `divided` was divided from when the artifact was made, None where it had splits or that is not known."""
+
+    source: str
+    transform: Transform
+    seed: int
+    classes: tuple[str, ...]
+    head_classes: int | None
+    division: Division | None = None
+    divided: str = ""
+
+    def images(self, split: str, given: str | None = None, report: Reporter = silent) -> ImageSet:
+        """The `train` or `val` images of what the artifact was made on, or in its stead of the source `given`. Raises `UserError`
+        for one that cannot be read, and as `recorded_data`."""
+        source = given or recorded_data(self.source)
+        data = sources.load_data(source, self.transform, split, self.seed, self.classes or None, self.head_classes, report)
+        self._check(source, data)
+        return data
+
+    def splits(self, given: str | None = None, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
+        """The training and the held-out images, as `images`."""
+        source = given or recorded_data(self.source)
+        train, val = sources.load_splits(source, self.transform, self.seed, self.classes or None, self.head_classes, report)
+        self._check(source, val)
+        return train, val
+
+    def _check(self, source: str, data: ImageSet) -> None:
+        """Raise `UserError` where the source changed so that other images would be held out."""
+        if self.division is not None and sources.same_data(source, self.divided):
+            self.division.check(data)
+
+
+@dataclass
+class MoeeModel:
+    """A model with routed layers and everything that an artifact records about it.
+
+    `info` is free-form: the commands' results, such as metrics and per-layer reports. `classes` name what the outputs (the
+    probe's, where there is one) stand for; none where that is not known.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    config: MethodOptions | None
+    data: str
+    probe: Probe | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+    @property
+    def dense_spec(self) -> ModelSpec:
+        """The model that this one was extracted from. Raises `UserError` if nobody knows its weights any more."""
+        if not self.spec.has_weights:
+            raise UserError(
+                f"the dense model of this artifact is lost: {self.spec.name} was drawn at random, and the seed was not recorded; "
+                "extract again with --pretrained, --checkpoint FILE or --random-weights SEED"
+            )
+        return self.spec
+
+    @property
+    def record(self) -> ImageRecord:
+        """How its images are read again."""
+        seed = self.config.seed if self.config else 0
+        transform, told = model_transform(self.model), head_classes(self.model)
+        return ImageRecord(self.data, transform, seed, self.classes, told, self.division, self.data)
+
+    @property
+    def division(self) -> Division | None:
+        """What its images were divided from, as far as it was recorded."""
+        return recorded_division(self.info.get("data_read"))
+
+    def take_weights(self, path: Path | str) -> None:
+        """The dense model's weights have moved to `path`; their hash is compared when they are loaded. Raises `UserError` if they
+        did not come from a file."""
+        if self.spec.weights is None:
+            raise UserError(f"--checkpoint {path}: the weights of this artifact's dense model came from no file; leave it out")
+        self.spec = self.spec.model_copy(update={"weights": os.path.abspath(path)})
+
+    def dense(self) -> nn.Module:
+        """The unmodified model that this one was extracted from, with its weights."""
+        return load_model(self.dense_spec)
+
+    def layout(self) -> nn.Module:
+        """The model that this one was extracted from, on the device meta: its shapes, without its weights."""
+        with torch.device("meta"):
+            return build_model(self.spec)
+
+
+def head_classes(model: nn.Module) -> int | None:
+    """How many classes the model's own head tells apart; None for one that ends in features."""
+    return getattr(model, "num_classes", 0) or None
+
+
+def recorded_data(source: str) -> str:
+    """The data that a manifest names, as a default for `--data`. Raises `UserError` for a name that may be fetched from a
+    network, which takes the user's own word, for images that were given in Python, and for a folder that is not there."""
+    if source.startswith(PREFIX):
+        given = shown(source.removeprefix(PREFIX))
+        raise UserError(f"the artifact's images were given in Python ({given}); give some with --data")
+    if named(source):
+        raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
+    folder = source.removeprefix(SHARDS)
+    if os.path.isabs(folder) and not os.path.isdir(folder):
+        raise UserError(f"the artifact was made on {shown(source)}, where no folder is now; say where it lies with --data")
+    return source
+
+
+def recorded_division(data_read: Any) -> Division | None:
+    """What the images of an artifact were divided from, by the `data_read` of its manifest; None where nobody knows.
+    Artifacts of before recorded how many were read alone."""
+    if not isinstance(data_read, dict):
+        return None
+    if "division" in data_read:
+        found = data_read["division"]
+        known = isinstance(found, dict) and isinstance(found.get("images"), int) and isinstance(found.get("names"), str)
+        return Division(found["images"], found["names"]) if known else Division(0)
+    parts = [part for split in ("train", "val") if isinstance(part := data_read.get(split), dict)]
+    counts = [n for part in parts if isinstance(n := part.get("images"), int) and n > 0]
+    return Division(sum(counts)) if len(counts) == 2 else None

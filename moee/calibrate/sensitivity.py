@@ -1,0 +1,197 @@
+"""How much the model's output minds each neuron of each expert: variance weighted by the gradient, token by token.
+
+Dropping neuron j on token t, with its mean m put in its place, changes the MLP's output by (m - a_tj) w2_j. To second order the
+model's output error is then E_r[((a_tj - m) g_t . w2_j)^2], where g_t is the gradient of a random projection r of the output
+with respect to the MLP's output at t. One backward pass over calibration images gives it for every token, layer and neuron
+at once, in the units of the model's own output error, so that layers and experts can be compared.
+
+The Fisher-weighted saliency of structured pruning (Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher
+pruning"; Molchanov et al. 2019), taken per expert and around the expert's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moee.calibrate.calibration import CHUNK, as_tokens, hidden_activations
+from moee.calibrate.image_budget import image_groups, spread, tokens_an_image
+from moee.data.image_set import Batch, ImageSet, batches
+from moee.errors import UserError, chosen
+from moee.interface.adapted import run_model, title_of_model
+from moee.layers.routing import route
+from moee.models.ffn import FFN, channels_last
+from moee.parallel.devices import CPU, placed
+from moee.progress import Reporter, silent, track
+
+SHRINKAGE = 16.0  # tokens' worth of the layer's average that an expert's own figures are blended with
+BATCH_TOKENS = 4096  # tokens a backward pass
+EARLY_TOKENS = 8 * BATCH_TOKENS  # of layers that only the forward pass goes through
+
+
+@dataclass(frozen=True)
+class RoutedStats:
+    """A layer's router [K, D], bias [K] and the mean activation [K, H] of each expert."""
+
+    router: Tensor
+    bias: Tensor
+    mean: Tensor
+
+    def to(self, device: torch.device) -> RoutedStats:
+        return RoutedStats(self.router.to(device), self.bias.to(device), self.mean.to(device))
+
+
+class _Accumulator:
+    """Sums (a - m)^2 (g . w2)^2 over tokens, per expert and neuron, for one layer and one objective after the other."""
+
+    def __init__(self, ffn: FFN, stats: RoutedStats, objectives: int):
+        self.ffn, self.stats = ffn, stats
+        device = stats.mean.device
+        self.sums = [torch.zeros(stats.mean.shape, dtype=torch.float64, device=device) for _ in range(objectives)]
+        self.count = torch.zeros(len(stats.router), dtype=torch.float64, device=device)
+        self.images = 0
+        self.deviation: list[Tensor] = []
+        self.routes: Tensor = torch.empty(0)
+
+    def see(self, x: Tensor) -> None:
+        """Keep a batch's squared deviations from the expert's mean until its gradients arrive."""
+        tokens = as_tokens(x, self.ffn.channels_first)
+        self.routes = route(tokens, self.stats.router, self.stats.bias)[:, 0]
+        self.count += torch.bincount(self.routes, minlength=len(self.count))
+        mean = self.stats.mean.float()
+        self.deviation = [
+            (hidden_activations(self.ffn, part) - mean[e]).square_()
+            for part, e in zip(tokens.split(CHUNK), self.routes.split(CHUNK), strict=True)
+        ]
+
+    def add(self, gradient: Tensor, objective: int) -> None:
+        tokens = as_tokens(gradient, self.ffn.channels_first)
+        parts = zip(tokens.split(CHUNK), self.routes.split(CHUNK), self.deviation, strict=True)
+        for part, experts, deviation in parts:
+            weighed = deviation * (part @ self.ffn.w_down).square_()
+            for e in experts.unique().tolist():
+                self.sums[objective][e] += weighed[experts == e].sum(0, dtype=torch.float64)
+
+
+def output_projection(output: Tensor, classifier: bool, generator: torch.Generator) -> Tensor:
+    """Random vectors v like `output` [B, C] whose mean outer product is the metric of the output's error: that of the KL
+    divergence (diag p - p p', or p (1 - p) of a single logit) for logits, that of one minus cosine for features."""
+    noise = torch.randn(output.shape, generator=generator).to(output.device)
+    if classifier and output.shape[1] == 1:
+        yes = torch.sigmoid(output)
+        return noise * (yes * (1 - yes)).sqrt()
+    if classifier:
+        root = torch.softmax(output, -1).sqrt()
+        return root * noise - root.square() * (root * noise).sum(-1, keepdim=True)
+    unit = nn.functional.normalize(output, dim=-1)
+    return (noise - unit * (noise * unit).sum(-1, keepdim=True)) / output.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def measure_sensitivity(
+    model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
+    objective: str = "both", seed: int = 0, report: Reporter = silent, device: torch.device = CPU,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Mean sensitivity a token [K, H] float64 of each layer's experts and neurons, over about `tokens` tokens of each layer.
+
+    `objective`: `output` (what the model returns), `tokens` (every token of the last feature map) or `both`: each scaled to a
+    total of one over the whole model, then averaged. Experts that few tokens reach lean on their layer's average. The model's
+    weights are not changed. Everything comes and goes on the CPU; the work is done on `device`.
+    """
+    near = {name: each.to(device) for name, each in stats.items()}
+    with placed(model, device):
+        moved = {name: ffns[name].to(device) for name in stats}
+        return _measure(model, moved, near, data, tokens, objective, seed, report, device)
+
+
+def _measure(
+    model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int, objective: str,
+    seed: int, report: Reporter, device: torch.device,
+) -> dict[str, Tensor]:  # fmt: skip
+    model.eval()
+    kinds = chosen({"output": ["output"], "tokens": ["tokens"], "both": ["output", "tokens"]}, objective, "objective")
+    last = "tokens" in kinds
+    classifier = bool(getattr(model, "num_classes", 0))
+    layers = {name: _Accumulator(ffns[name], stats[name], len(kinds)) for name in stats}
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    for p in frozen:
+        p.requires_grad_(False)
+    current = 0
+
+    def before(layer: _Accumulator):
+        return lambda module, args: layer.see(args[0].detach())
+
+    def after(layer: _Accumulator):
+        def on_forward(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            y = y if y.requires_grad else y.detach().requires_grad_()
+            y.register_hook(lambda gradient: layer.add(gradient, current))
+            return y
+
+        return on_forward
+
+    def see(batch: Batch, generator: torch.Generator) -> None:
+        nonlocal current
+        output, features = run_model(model, batch.images.to(device))
+        both = last and isinstance(features, Tensor) and features.dim() > 2
+        if objective == "tokens" and not both:
+            title = title_of_model(model)
+            raise UserError(f"--objective tokens needs a model with one feature map; {title} has none, use output")
+        if both:
+            features = channels_last(features, model)
+        for position, kind in enumerate(kinds):
+            if kind == "tokens" and not both:
+                continue
+            current = position  # read by the hooks
+            keep = kind == "output" and both and len(kinds) > 1
+            _backward(features if kind == "tokens" else output, kind, classifier, generator, keep)
+
+    handles = []
+    try:
+        counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, next(batches(data, 1)).images.to(device))
+        for group in image_groups(counts, len(data), tokens, least=2):
+            own = max(counts[name] for name in group.names)
+            size = max(1, min(BATCH_TOKENS // own, EARLY_TOKENS // max(counts.values())))
+            order = spread(len(data), group.images)
+            handles = [model.get_submodule(name).register_forward_pre_hook(before(layers[name])) for name in group.names]
+            handles += [
+                model.get_submodule(ffns[name].output_name).register_forward_hook(after(layers[name])) for name in group.names
+            ]
+            generator = torch.Generator().manual_seed(seed)
+            what = "sensitivity" if group.names[0] == next(iter(counts)) else f"sensitivity from {group.names[0]}"
+            with torch.enable_grad():
+                for batch in track(batches(data, size, order=order), what, -(-len(order) // size), report):
+                    see(batch, generator)
+                    for name in group.names:
+                        layers[name].images += len(batch.images)
+            for handle in handles:
+                handle.remove()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for p, flag in frozen.items():
+            p.requires_grad_(flag)
+    return _combine(layers, len(kinds))
+
+
+def _backward(value: Tensor, kind: str, classifier: bool, generator: torch.Generator, keep: bool) -> None:
+    if kind == "output":
+        (value * output_projection(value.detach(), classifier, generator)).sum().backward(retain_graph=keep)
+        return
+    flat = value.flatten(1, -2)  # a projection of each token, averaged over an image's tokens
+    vector = output_projection(flat.detach(), False, generator)
+    ((flat * vector).sum() / flat.shape[1] ** 0.5).backward()
+
+
+def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, Tensor]:
+    most = max(layer.images for layer in layers.values())  # layers saw different numbers of images: totals are for as many
+    totals = [sum(float(layer.sums[i].sum()) * (most / layer.images) for layer in layers.values()) for i in range(objectives)]
+    used = [i for i, total in enumerate(totals) if total > 0] or [0]
+    result = {}
+    for name, layer in layers.items():
+        total = sum(layer.sums[i] / max(totals[i], 1e-300) for i in used) / len(used)
+        average = total.sum(0) / layer.count.sum().clamp(min=1)  # type: ignore[union-attr]
+        result[name] = (total + SHRINKAGE * average) / (layer.count + SHRINKAGE)[:, None]
+        result[name] = result[name].cpu()
+    return result

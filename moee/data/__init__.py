@@ -1,0 +1,5 @@
+"""Images with labels from folders, shards and built-in sets; class names.
+
+A source comes in; numbered image sets go out.
+Imports store, parallel and models.
+"""

@@ -1,0 +1,93 @@
+"""The built-in image sets: digits, an easy domain, and photographs, a hard one, out of scikit-learn and scikit-image."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_tensor
+
+from moee.data.image_set import ImageSet, TensorSet
+from moee.data.transform import Transform, mode_of
+from moee.errors import UserError
+
+CALIBRATION_PHOTOS = (
+    "astronaut.png", "motorcycle_left.png", "retina.jpg", "hubble_deep_field.jpg", "moon.png", "grass.png", "brick.png",
+    "gravel.png", "coins.png", "camera.png", "ihc.png", "color.png", "text.png", "page.png",
+)  # fmt: skip
+HELD_OUT_PHOTOS = ("coffee.png", "chelsea.png", "rocket.jpg", "horse.png", "china.jpg", "flower.jpg")
+CALIBRATION_CROPS, HELD_OUT_CROPS = 22, 16  # a photograph: 308 crops for calibration, 96 held out
+DIGITS_HELD_OUT = 0.4
+
+
+class PhotoSet(TensorSet):
+    """Crops of whole photographs, `photos` by name; crop i is of photograph i // (crops a photograph)."""
+
+    def __init__(self, images: Tensor, photos: Sequence[str]):
+        super().__init__("photos", images, [-1] * len(images))
+        self.photos = photos
+
+    def picture(self, index: int) -> Image.Image | Tensor:
+        return photo(self.photos[index * len(self.photos) // len(self)])
+
+
+def digits(transform: Transform, split: str) -> ImageSet:
+    """scikit-learn's digits, upsampled: 1,078 for training, 719 held out, stratified, always the same split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    loaded = load_digits()
+    rows = np.arange(len(loaded.target))
+    train, held_out = train_test_split(rows, test_size=DIGITS_HELD_OUT, random_state=0, stratify=loaded.target)
+    chosen = train if split == "train" else held_out
+    grey = torch.from_numpy(loaded.images[chosen]).float().div_(16.0)[:, None]
+    channels, *size = transform.shape
+    images = nn.functional.interpolate(grey, size, mode="bicubic", align_corners=False).clamp_(0, 1)
+    labels = [int(label) for label in loaded.target[chosen]]
+    return TensorSet("digits", transform.normalise(images.expand(-1, channels, -1, -1)), labels, 10)
+
+
+def photo_path(name: str) -> Path:
+    """Where a photograph lies in its package. Raises `UserError` if that is not installed."""
+    package, folder = ("sklearn", "datasets/images") if name in ("china.jpg", "flower.jpg") else ("skimage", "data")
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise UserError(f"the built-in photos need {package}; install it with pip install {package}")
+    return Path(spec.origin).parent / folder / name
+
+
+@lru_cache(len(CALIBRATION_PHOTOS))
+def photo(name: str) -> Image.Image:
+    """A whole photograph in RGB."""
+    return Image.open(photo_path(name)).convert("RGB")
+
+
+def photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
+    """Random crops at native resolution (small photographs are enlarged first). Unlabelled."""
+    names, count = (CALIBRATION_PHOTOS, CALIBRATION_CROPS) if split == "train" else (HELD_OUT_PHOTOS, HELD_OUT_CROPS)
+    if ":" in source:
+        text = source.partition(":")[2]
+        if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+            raise UserError(f"data {source!r}: expected photos:N with N crops a photograph, for example photos:64")
+        count = int(text) if split == "train" else count
+    _, height, width = transform.shape
+    crops = []
+    for position, name in enumerate(names):
+        generator = torch.Generator().manual_seed(seed * 1000 + position + (0 if split == "train" else 500))
+        image = photo(name)
+        scale = max(width / image.width, height / image.height)
+        if scale > 1:
+            image = image.resize((math.ceil(image.width * scale), math.ceil(image.height * scale)), Image.Resampling.BICUBIC)
+        pixels = to_tensor(image.convert(mode_of(transform.shape)))
+        for _ in range(count):
+            top = int(torch.randint(pixels.shape[1] - height + 1, (1,), generator=generator))
+            left = int(torch.randint(pixels.shape[2] - width + 1, (1,), generator=generator))
+            crops.append(pixels[:, top : top + height, left : left + width])
+    return PhotoSet(transform.normalise(torch.stack(crops)), names)

@@ -1,0 +1,113 @@
+"""Image sets that `timm.data` opens by name: `torch/cifar10` of torchvision, `hfds/NAME` of Hugging Face; their own labels and
+names of classes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm.data
+from PIL import Image
+from torch import Tensor
+
+from moee.data.class_names import class_name
+from moee.data.image_set import SPLITS, ImageSet, Source
+from moee.data.transform import Transform, converted, decoded, evaluation
+from moee.errors import MissingDependency, UserError
+from moee.schema import reason_of
+
+INDEXED, STREAMS = ("torch", "hfds"), ("tfds", "hfids")
+PACKAGES = {"hfds": "datasets"}
+
+
+class TimmSet(ImageSet):
+    """A `timm.data` set whose images are found by position."""
+
+    def __init__(self, name: str, dataset: Any, labels: list[int], classes: Sequence[str], transform: Transform):
+        super().__init__(name, labels, classes)
+        self.dataset, self.transform, self.prepare = dataset, transform, evaluation(transform)
+
+    def load(self, index: int) -> Tensor:
+        return self.prepare(self.picture(index))
+
+    def picture(self, index: int) -> Image.Image:
+        if not hasattr(self.dataset, "reader"):
+            return converted(self.dataset[index][0], self.transform)
+        # not dataset[index]: timm quietly returns the next image in the place of an unreadable one
+        return decoded(self.dataset.reader[index][0], self.transform)
+
+
+def named(source: str) -> bool:
+    """Whether a source is one of timm's names, and no path."""
+    return "/" in source and source.partition("/")[0] in INDEXED + STREAMS and not Path(source).exists()
+
+
+def open_timm(source: str, transform: Transform) -> Source:
+    """Both splits. Raises `UserError` for a set that cannot be opened or is a stream, `MissingDependency` if its reader lacks."""
+    kind = source.partition("/")[0]
+    if kind in STREAMS:
+        cure = "write them into a folder, or into shards for wds/"
+        raise UserError(f"data {source!r} is a stream, and images are read by position; {cure}")
+    package = PACKAGES.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise MissingDependency(f"data {source!r} needs the package {package}; install it with pip install {package}")
+    opened = {split: _opened(source, names) for split, names in SPLITS.items()}
+    names = _names(opened["train"])
+    targets = {split: _targets(dataset) for split, dataset in opened.items()}
+    unnamed = names is None
+    if names is None:
+        numbers = sorted({target for part in targets.values() for target in part if target >= 0})
+        names, places = tuple(map(str, numbers)), {number: place for place, number in enumerate(numbers)}
+        targets = {split: [places.get(target, -1) for target in part] for split, part in targets.items()}
+    sets: dict[str, ImageSet] = {}
+    for split, dataset in opened.items():
+        labels = [target if target < len(names) else -1 for target in targets[split]]
+        sets[split] = TimmSet(source, dataset, labels, names, transform)
+    return Source(sets, order=() if unnamed else names, indices=unnamed)
+
+
+def _opened(source: str, splits: Sequence[str]) -> Any:
+    """The first of these splits that there is."""
+    reasons = []
+    for split in splits:
+        try:
+            dataset: Any = timm.data.create_dataset(source, root=".", split=split)
+            if len(dataset):
+                return dataset
+            reasons.append(f"its split {split} is empty")
+        except Exception as error:  # readers of many libraries, each with errors of its own
+            reasons.append(reason_of(error))
+    raise UserError(f"data {source!r}: no images found ({reasons[0]})")
+
+
+def _names(dataset: Any) -> tuple[str, ...] | None:
+    """Names of the classes by number, as the set has them; None if it has none, or gives one to two classes."""
+    numbers = getattr(getattr(dataset, "reader", None), "class_to_idx", None)
+    if numbers:
+        given: Any = [name for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
+        given = given if sorted(numbers.values()) == list(range(len(given))) else []
+    else:
+        given = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None) or []
+    names = tuple(class_name(str(name)) for name in given)
+    return names if names and len(set(names)) == len(names) and all(names) else None
+
+
+def _targets(dataset: Any) -> list[int]:
+    """A number an image; -1 where there is none, or several."""
+    reader: Any = getattr(dataset, "reader", None)
+    if hasattr(reader, "iter_targets"):
+        given = reader.iter_targets()
+    elif hasattr(reader, "label_key"):  # older timm
+        given = reader.dataset[reader.label_key]
+    else:
+        given = getattr(dataset, "targets", [None] * len(dataset))
+    return [_number(target) for target in given]
+
+
+def _number(target: Any) -> int:
+    try:
+        return max(-1, int(target))
+    except (TypeError, ValueError):
+        return -1

@@ -1,0 +1,102 @@
+"""How the images of a Python dataset were prepared, as far as its transform says it.
+
+A bundle's runner prepares images on a device by the model's description. Images that Python hands over were prepared by their
+loader, so the two can differ. torchvision's transforms are read; what they say is recorded, or held against the description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from moee.data.transform import Transform
+from moee.interface.spec import InputConfig
+from moee.libraries.from_torchvision import crop_share
+
+WHOLE = {"Compose", "Sequential"}
+HARMLESS = {"ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype", "RGB", "Identity"}
+PARTS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
+
+
+def read_preparation(given: Any) -> InputConfig | None:
+    """What the transform of a loader or dataset says: a resize, a crop in its middle, mean and deviation. None where there is
+    none, or where it holds anything else."""
+    dataset = given.dataset if isinstance(given, DataLoader) else given
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    transform = getattr(dataset, "transform", None)
+    if transform is None:
+        return None
+    steps = {type(step).__name__: step for step in _flat(transform)}
+    if set(steps) - HARMLESS - {"Resize", "CenterCrop", "Normalize"} or not {"Resize", "Normalize"} <= set(steps):
+        return None
+    resize, normalize = steps["Resize"], steps["Normalize"]
+    before, after = _sides(resize.size), _sides(getattr(steps.get("CenterCrop"), "size", resize.size))
+    if before is None or after is None or getattr(resize, "max_size", None) is not None:
+        return None
+    shape = _crop(before, after)
+    if shape is None:
+        return None
+    share, mode = shape
+    kind = getattr(resize.interpolation, "value", resize.interpolation)  # an enumeration, or its value
+    try:
+        return InputConfig(
+            mean=tuple(normalize.mean), std=tuple(normalize.std), crop_pct=share, crop_mode=mode, interpolation=kind
+        )
+    except ValueError:  # of values that no description holds, such as an interpolation by its number
+        return None
+
+
+def differences(found: InputConfig, transform: Transform) -> list[str]:
+    """What a loader's preparation and the model's description say differently, each as `mean 0.5 0.5 0.5, not 0.4 0.4 0.4`."""
+    wanted: Mapping[str, Any] = {**transform.config, "mean": transform.mean, "std": transform.std}
+    told = []
+    for name in PARTS:
+        ours, theirs = getattr(found, name), wanted.get(name)
+        if name == "crop_mode" and float(wanted.get("crop_pct") or 0) == 1 == found.crop_pct and _square(transform):
+            continue  # with nothing cut off a square, the ways to crop differ in pictures that are not square alone
+        if ours is not None and not _equal(ours, theirs):
+            told.append(f"{name} {_text(ours)}, not {_text(theirs)}")
+    return told
+
+
+def _square(transform: Transform) -> bool:
+    return transform.shape[1] == transform.shape[2]
+
+
+def _flat(transform: Any) -> list[Any]:
+    """The steps of a transform, those of compositions in their place."""
+    if type(transform).__name__ in WHOLE:
+        steps = getattr(transform, "transforms", None)
+        return [step for part in (transform if steps is None else steps) for step in _flat(part)]
+    return [transform]
+
+
+def _sides(size: Any) -> tuple[int, ...] | None:
+    """One side, the shorter one's, or height and width."""
+    sides = (size,) if isinstance(size, int) else tuple(size) if isinstance(size, Sequence) else ()
+    return sides if len(sides) in (1, 2) and all(isinstance(side, int) and side > 0 for side in sides) else None
+
+
+def _crop(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[float, str] | None:
+    """Share and mode of the crop, for sides that a resize gives and those that stay."""
+    height, width = after * 2 if len(after) == 1 else after
+    if len(before) == 2:  # both sides are made to fit, and nothing may be cut off then
+        return (1.0, "squash") if (height, width) == before else None
+    if height != width or height > before[0]:
+        return None
+    return crop_share(height, before[0]), "center"
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, tuple):
+        return len(ours) == len(theirs or ()) and all(abs(a - b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+    return abs(ours - theirs) < 5e-3 if isinstance(ours, float) and isinstance(theirs, float) else ours == theirs
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return " ".join(f"{number:.4g}" for number in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

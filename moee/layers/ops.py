@@ -1,0 +1,178 @@
+"""The torch operators `moee::experts` and `moee::ffn`: a routed feed-forward network that groups tokens by expert.
+
+`moee::experts` takes the routes as an input, so that the backward pass has those of the forward pass whatever the arithmetic
+around it; it works under autograd and `torch.compile`. `moee::ffn` finds the routes itself: it is what `torch.export` traces,
+and `plugins.contract` defines what it computes. It has no gradient. Autocast ends at both: they compute in the types that come.
+Routing is piecewise constant, so the router gets no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moee.layers.activations import find_activation
+from moee.layers.routing import exact_arithmetic, route
+
+SCHEMA = (
+    "(Tensor x, Tensor router, Tensor router_bias, Tensor w_up, Tensor b_up, Tensor w_down, Tensor b_out, Tensor neurons, "
+    "Tensor offsets, str activation, int top_k, int max_width, int[] load) -> Tensor"
+)
+
+
+def _groups(chosen: Tensor, experts: int) -> list[Tensor]:
+    """Rows of chosen [T, top_k] that picked each expert: K tensors of ascending token positions, int64."""
+    flat = chosen.reshape(-1)
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts).tolist()
+    return list((order // chosen.shape[1]).split(counts))
+
+
+def _check_routes(x: Tensor, routes: Tensor, w_up: Tensor, b_out: Tensor, offsets: Tensor) -> None:
+    k, d = b_out.shape
+    tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if x.shape[-1] != d or w_up.shape[1] != d or routes.dim() != 2 or len(routes) != tokens or len(offsets) != k + 1:
+        raise ValueError(
+            f"moee::experts: expected x [..., {d}], routes [{tokens}, top_k], w_up [U, {d}] and {k + 1} offsets; "
+            f"came {list(x.shape)}, {list(routes.shape)}, {list(w_up.shape)} and {len(offsets)}"
+        )
+
+
+def _check(x: Tensor, router: Tensor, router_bias: Tensor, w_up: Tensor, b_out: Tensor, offsets: Tensor, top_k: int) -> None:
+    k, d = router.shape
+    if x.shape[-1] != d or w_up.shape[1] != d or b_out.shape != (k, d) or router_bias.shape != (k,):
+        raise ValueError(
+            f"moee::ffn: expected x [..., {d}], w_up [U, {d}], router_bias [{k}] and b_out [{k}, {d}]; "
+            f"came {list(x.shape)}, {list(w_up.shape)}, {list(router_bias.shape)}, {list(b_out.shape)}"
+        )
+    if len(offsets) != k + 1 or not 1 <= top_k <= k:
+        raise ValueError(f"moee::ffn: expected {k + 1} offsets and top_k in 1..{k}; came {len(offsets)} and {top_k}")
+
+
+def _forward(
+    x: Tensor, routes: Tensor, w_up: Tensor, b_up: Tensor, w_down: Tensor, b_out: Tensor, neurons: Tensor, offsets: Tensor,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    tokens, top_k = x.reshape(-1, x.shape[-1]), routes.shape[1]
+    act, bounds = find_activation(activation), offsets.tolist()
+    exact = torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(tokens.shape, dtype=exact if top_k > 1 else x.dtype, device=x.device)
+    with exact_arithmetic(x.device):
+        for e, rows in enumerate(_groups(routes, len(b_out))):
+            if not len(rows):
+                continue
+            kept = neurons[bounds[e] : bounds[e + 1]]
+            hidden = act.forward(torch.addmm(b_up[kept], tokens[rows], w_up[kept].T))
+            part = torch.addmm(b_out[e], hidden, w_down[kept])
+            if top_k == 1:
+                y[rows] = part
+            else:
+                y[rows] += part.to(exact)
+    return y.to(x.dtype).reshape(x.shape)
+
+
+@torch.library.custom_op("moee::ffn", mutates_args=(), schema=SCHEMA)
+def ffn(
+    x: Tensor,
+    router: Tensor,
+    router_bias: Tensor,
+    w_up: Tensor,
+    b_up: Tensor,
+    w_down: Tensor,
+    b_out: Tensor,
+    neurons: Tensor,
+    offsets: Tensor,
+    activation: str,
+    top_k: int,
+    max_width: int,
+    load: Sequence[int],
+) -> Tensor:
+    """x [..., D] to y [..., D]; arguments as in `plugins.contract`. Sums in float32 (float64 for
+    a float64 x), result in x's dtype."""
+    _check(x, router, router_bias, w_up, b_out, offsets, top_k)
+    routes = route(x.reshape(-1, x.shape[-1]), router, router_bias, top_k)
+    return _forward(x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation)
+
+
+@ffn.register_fake
+def _(x, router, router_bias, w_up, b_up, w_down, b_out, neurons, offsets, activation, top_k, max_width, load):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("moee::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    routes: Tensor,
+    w_up: Tensor,
+    b_up: Tensor,
+    w_down: Tensor,
+    b_out: Tensor,
+    neurons: Tensor,
+    offsets: Tensor,
+    activation: str,
+) -> Tensor:
+    """x [..., D] to y [..., D] by `routes` [tokens, top_k] int64, each in 0..K-1; other arguments as in `plugins.contract`."""
+    _check_routes(x, routes, w_up, b_out, offsets)
+    return _forward(x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation)
+
+
+@experts.register_fake
+def _(x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("moee::experts_backward", mutates_args=())
+def experts_backward(
+    grad: Tensor,
+    x: Tensor,
+    routes: Tensor,
+    w_up: Tensor,
+    b_up: Tensor,
+    w_down: Tensor,
+    b_out: Tensor,
+    neurons: Tensor,
+    offsets: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w_up, b_up, w_down and b_out, in their types; what experts share is summed in float32. Hidden activations
+    are computed again, not stored."""
+    tokens, upstream = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+    act, bounds = find_activation(activation), offsets.tolist()
+    exact = torch.promote_types(x.dtype, torch.float32)
+    g_x, g_up, g_down, g_b, g_out = (torch.zeros_like(t, dtype=exact) for t in (tokens, w_up, w_down, b_up, b_out))
+    with exact_arithmetic(x.device):  # the engine runs this under whatever autocast is on where backward() is called
+        for e, rows in enumerate(_groups(routes, len(b_out))):
+            if not len(rows):
+                continue
+            kept = neurons[bounds[e] : bounds[e + 1]].long()
+            inputs, outputs, up, down = tokens[rows], upstream[rows], w_up[kept], w_down[kept]
+            before = torch.addmm(b_up[kept], inputs, up.T)
+            g_before = act.gradient(outputs @ down.T, before)
+            g_x[rows] += g_before @ up
+            g_up[kept] += g_before.T @ inputs
+            g_b[kept] += g_before.sum(0, dtype=exact)
+            g_down[kept] += act.forward(before).T @ outputs
+            g_out[e] = outputs.sum(0, dtype=exact)
+    stores = ((g_up, w_up), (g_b, b_up), (g_down, w_down), (g_out, b_out))
+    g_up, g_b, g_down, g_out = (gradient.to(store.dtype) for gradient, store in stores)
+    return g_x.to(x.dtype).reshape(x.shape), g_up, g_b, g_down, g_out
+
+
+@experts_backward.register_fake
+def _(grad, x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w_up, b_up, w_down, b_out))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor):
+    g_x, g_up, g_b, g_down, g_out = experts_backward(grad.contiguous(), *ctx.saved_tensors, ctx.activation)
+    return g_x, None, g_up, g_b, g_down, g_out, None, None, None
+
+
+experts.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,86 @@
+"""MACs, parameters and feature similarity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from moee.layers.routed import RoutedLayer, routed_layers
+from moee.mlps.attention import macs_saved, narrow_attentions
+from moee.mlps.structure import read_mlp
+from moee.models.model import Shape, on_meta
+
+
+def dense_macs(model: nn.Module, shape: Shape) -> int:
+    """Multiply-accumulates of one image of `shape`, attention products included. Works on shapes alone."""
+    shadow = on_meta(model)  # the counter expects gradients of parameters that need one
+    for module in shadow.modules():
+        if hasattr(module, "fused_attn"):  # fused attention hides its two products from the counter
+            module.fused_attn = False  # type: ignore[assignment]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.empty(1, *shape, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def original_macs(model: nn.Module, shape: Shape) -> int:
+    """`dense_macs` of a model as it was before its attention was narrowed."""
+    return dense_macs(model, shape) + macs_saved(model, shape)
+
+
+def tokens_per_image(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, int]:
+    """Tokens an image that each named MLP sees."""
+    found: dict[str, int] = {}
+    shadow = on_meta(model)
+
+    def hook(name: str):
+        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            first = next(p for p in module.parameters() if p.dim() > 1)
+            found[name] = args[0].numel() // first.shape[1]
+
+        return count
+
+    for name in names:
+        shadow.get_submodule(name).register_forward_pre_hook(hook(name))
+    with torch.no_grad():
+        shadow(torch.empty(1, *shape, device="meta"))
+    return found
+
+
+def dense_params(model: nn.Module) -> int:
+    """Trainable numbers of a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def routed_macs_per_token(layer: RoutedLayer, share: Iterable[float] | Tensor) -> float:
+    """MACs a token of a routed layer: its router, and its experts weighted by their share of the tokens."""
+    return layer.macs_per_token(list(share))
+
+
+def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], shape: Shape) -> dict[str, Any]:
+    """MACs and parameters of both models: {"dense": {"macs", "params"}, "moee": {"macs", "params"}}.
+
+    `shares` holds, per routed layer, each expert's measured share of the tokens. Neuron ids are indices and not counted.
+    """
+    macs, params = dense_macs(dense, shape), dense_params(dense)
+    layers = routed_layers(moee)
+    tokens = tokens_per_image(dense, layers, shape)
+    moee_macs, moee_params = float(macs - macs_saved(moee, shape, dense)), params
+    for name, attention in narrow_attentions(moee).items():
+        moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
+    for name, layer in layers.items():
+        ffn = read_mlp(dense, name, layer.bypassed)
+        moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - float(ffn.macs))
+        moee_params += layer.stored_numbers() - ffn.params
+    return {"dense": {"macs": macs, "params": params}, "moee": {"macs": round(moee_macs), "params": moee_params}}
+
+
+def mean_cosine(a: Tensor, b: Tensor) -> float:
+    """Mean cosine similarity of the rows of two feature matrices [N, D]. With D = 1 a row's cosine is a sign alone, so that of
+    the two columns is taken."""
+    if a.shape[1] == 1:
+        a, b = a.T, b.T
+    return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=1).mean())

@@ -1,0 +1,60 @@
+"""From a grouped layer and the neurons that its experts keep to the tensors of a routed FFN."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moee.calibrate.grouping import GroupedLayer, stays_dense
+from moee.calibrate.selection import Moments
+from moee.config import ExtractConfig
+from moee.layers.report import LayerReport
+from moee.layers.routed import LOAD_UNIT, Experts, RoutedFFN
+from moee.models.ffn import FFN
+
+
+def build_layer(
+    routed: GroupedLayer, kept: list[Tensor] | None, config: ExtractConfig
+) -> tuple[RoutedFFN | None, LayerReport]:
+    """The layer whose experts keep the given neurons; None and the reason where it stays dense."""
+    ffn = routed.ffn
+    if kept is None:
+        return None, stays_dense(ffn, "dense: experts would cost as much", routed.noise)
+    experts = assemble(ffn, routed.moments, routed.router, routed.bias, kept, config.compensation, routed.share)
+    widths = experts.widths
+    return RoutedFFN(experts, ffn.channels_first), LayerReport(
+        ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, routed.share.tolist(), routed.noise,
+        int(routed.moments.count.sum()),
+    )  # fmt: skip
+
+
+def assemble(
+    ffn: FFN, moments: Moments, router: Tensor, router_bias: Tensor, kept: list[Tensor], compensation: str, share: Tensor
+) -> Experts:
+    """Gather the union of the neurons that the experts keep into one store and compute the output biases.
+
+    With compensation, b_out[e] = b + sum over dropped j of E[a_j | e] * W2[:, j] (design rule: dropped neurons are
+    replaced by their mean); without, b_out[e] = b.
+    """
+    union = torch.cat(kept).unique()
+    position = torch.full((ffn.hidden,), -1, dtype=torch.int64)
+    position[union] = torch.arange(len(union))
+    biases = []
+    for e, neurons in enumerate(kept):
+        dropped = moments.mean[e].clone()
+        dropped[neurons] = 0
+        extra = ffn.w_down.double() @ dropped if compensation != "none" else 0
+        biases.append((ffn.b_down.double() + extra).float())
+    offsets = torch.tensor([0, *[len(n) for n in kept]]).cumsum(0)
+    return Experts(
+        router=router,
+        router_bias=router_bias,
+        w_up=ffn.w_up[union],
+        b_up=ffn.b_up[union],
+        w_down=ffn.w_down.T[union],
+        b_out=torch.stack(biases),
+        neurons=torch.cat([position[n] for n in kept]).to(torch.int32),
+        offsets=offsets.to(torch.int32),
+        activation=ffn.activation,
+        load=tuple((share * LOAD_UNIT).round().long().tolist()),
+    )

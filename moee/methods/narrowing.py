@@ -1,0 +1,311 @@
+"""Fewer dimensions a head, and in which layers: what `--attention-macs` does, by the closed form of `moee.methods.head_fit`.
+
+How many dimensions each layer keeps is measured: the loss of the model's output on calibration images with one layer narrowed
+at a time, then steps of STEP dimensions where they cost least a MAC. The layers are then made front to back, each on the inputs
+that the narrowed ones before it produce.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from moee.data.image_set import ImageSet, batches
+from moee.errors import UserError
+from moee.interface.adapted import run_model
+from moee.methods.head_fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
+from moee.mlps.attention import NarrowAttention, Widths, attention_macs, find_attentions, input_shapes
+from moee.models.ffn import channels_last
+from moee.models.model import Shape, replace_module
+from moee.parallel.devices import CPU, placed
+from moee.progress import Reporter, silent, track
+from moee.train.step import distillation_loss, token_loss
+
+STEP = 8  # dimensions: what tensor cores and fused attention want multiples of
+LEAST = 0.5  # share of a head's dimensions that stays, at least
+NUMBERS = 120_000 * 384  # tokens times their width in the fit, which holds all of a layer's inputs at once
+TRIAL_TOKENS = 40_000  # for the moments with which widths are tried
+PROBES = 48  # images on which each width of each layer is tried; none of those with which it was made
+PROBE_NUMBERS = 1 << 28  # inputs of all blocks on the probes
+
+
+class _NarrowStep(nn.Module):
+    """Stands where a narrowed attention will be for one forward pass: makes it from the pass's own input, then applies it."""
+
+    def __init__(self, name: str, attention: Attention, widths: Widths, scale: Tensor | None, prefix: int):
+        super().__init__()
+        self.name, self.attention, self.widths, self.scale, self.prefix = name, attention, widths, scale, prefix
+        self.made: NarrowAttention | None = None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        assert attn_mask is None and not is_causal, "calibration images come without masks"
+        moments, scale = HeadMoments(self.attention, self.prefix), None if self.scale is None else self.scale.to(x.device)
+        for part in x.split(BATCH):
+            moments.add(part)
+        _require_finite(self.name, moments)
+        self.made = narrowed(self.attention, find_bases(moments, scale), self.widths, moments)
+        refit_projection(self.made, self.attention, x, self.prefix)
+        return torch.cat([self.made(part) for part in x.split(BATCH)])
+
+
+class _Skip(nn.Module):
+    """A block that passes its input on."""
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return x
+
+
+@torch.no_grad()
+def narrow(
+    model: nn.Module, data: ImageSet, shape: Shape, share: float, equal: bool = False, report: Reporter = silent,
+    losses: dict[tuple[str, Widths], float] | None = None, device: torch.device = CPU,
+) -> dict[str, Widths]:  # fmt: skip
+    """Replace the attentions of `model` in place by narrower ones that keep the share `share` of the attention's MACs.
+
+    `data` is the calibration set, of images of `shape`; with `equal` a layer's queries, keys and values get as many
+    dimensions. `losses`, of `width_losses` for the same model and data, serve every share; None measures them. Returns the widths
+    of the layers that changed. Deterministic for one data set and thread count. Raises `UserError` for a model whose attentions
+    cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows with `NUMBERS`: the inputs of
+    a layer for all images of the fit, and its hidden activations. The model comes and goes on the CPU, in eval mode; the work is
+    done on `device`.
+    """
+    model.eval()
+    attentions = find_attentions(model)
+    shapes = input_shapes(model, attentions, shape)
+    _check_reach(attentions, shapes, share)
+    if losses is None:
+        losses = width_losses(model, data, shape, equal, report, device)
+    _, images = _images(data, *_numbers(attentions, shapes))
+    chosen = choose_widths(attentions, shapes, losses, share, equal)
+    steps = {
+        name: _NarrowStep(name, attentions[name], widths, _scale(model, name), _prefix(model))
+        for name, widths in chosen.items()
+        if widths != _whole(attentions[name])
+    }
+    for name, step in steps.items():
+        replace_module(model, name, step)
+    with placed(model, device):
+        try:
+            model(images.to(device))
+        finally:
+            for name in steps:
+                replace_module(model, name, attentions[name])
+        for name, step in steps.items():
+            assert step.made is not None, f"{name} took no part in the forward pass"
+            replace_module(model, name, step.made)
+    return {name: step.widths for name, step in steps.items()}
+
+
+@torch.no_grad()
+def width_losses(
+    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, device: torch.device = CPU
+) -> dict[tuple[str, Widths], float]:
+    """What `narrow` chooses widths by: the loss of the output with one attention, by its name, narrowed to each width.
+
+    Arguments, errors and memory are those of `narrow`. The model stays as it is, in eval mode.
+    """
+    model.eval()
+    attentions = find_attentions(model)
+    shapes = input_shapes(model, attentions, shape)
+    tokens, dim, layers = _numbers(attentions, shapes)
+    probes, images = _images(data, tokens, dim, layers)
+    few = images[: max(2, TRIAL_TOKENS // tokens)]
+    with placed(model, device):
+        return _losses(model, attentions, probes.to(device), few.to(device), equal, report)
+
+
+def _numbers(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
+    """Tokens of an image that an attention sees at most, their width, and how many attentions there are."""
+    tokens = max(images * tokens for images, tokens in shapes.values())
+    return tokens, next(iter(attentions.values())).qkv.in_features, len(attentions)
+
+
+def _images(data: ImageSet, tokens: int, dim: int, layers: int) -> tuple[Tensor, Tensor]:
+    """Images to try widths on, and others to fit with, both drawn over all readable ones of `data`."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    probes = min(PROBES, max(4, PROBE_NUMBERS // (layers * tokens * dim)))
+    fit = max(4, NUMBERS // (tokens * dim))
+    images = torch.cat([batch.images for batch in batches(data, BATCH, order=order[: probes + fit])])
+    if len(images) < 2:
+        raise UserError(f"--attention-macs needs at least 2 readable images, came {len(images)}; add some or leave it out")
+    probes = min(probes, len(images) // 2)
+    return images[:probes], images[probes:]
+
+
+def _require_finite(name: str, moments: HeadMoments) -> None:
+    """Raises `UserError` that names the attention if it saw broken activations."""
+    if not all(torch.isfinite(t).all() for t in (moments.query, moments.key, moments.read)):
+        raise UserError(
+            f"`{name}` receives NaN or infinite activations on the calibration data; check the weights and the input "
+            "normalisation"
+        )
+
+
+def _prefix(model: nn.Module) -> int:
+    """Tokens of an image, the first ones, that are no patches."""
+    return int(getattr(model, "num_prefix_tokens", 0) or 0)
+
+
+def _whole(attention: Attention) -> Widths:
+    return Widths(attention.head_dim, attention.head_dim)
+
+
+def _scale(model: nn.Module, name: str) -> Tensor | None:
+    """Weight [D] of the LayerScale behind an attention, if there is one."""
+    block = model.get_submodule(name.rpartition(".")[0])
+    gamma = getattr(getattr(block, "ls1", None) or getattr(block, "ls", None), "gamma", None)  # `ls`: timm's parallel blocks
+    return gamma.detach().flatten() if isinstance(gamma, Tensor) else None
+
+
+def levels(head_dim: int) -> list[int]:
+    """Dimensions to try, from all of them down to LEAST, in multiples of STEP."""
+    first = (head_dim - 1) // STEP * STEP
+    return [head_dim, *range(first, max(STEP, -(-int(LEAST * head_dim) // STEP) * STEP) - 1, -STEP)]
+
+
+def moves(head_dim: int, equal: bool) -> list[Widths]:
+    """The widths whose loss is measured: query and key alone, values alone; or both as one, where they are to be equal."""
+    narrower = levels(head_dim)[1:]
+    if equal:
+        return [Widths(width, width) for width in narrower]
+    return [Widths(width, head_dim) for width in narrower] + [Widths(head_dim, width) for width in narrower]
+
+
+def check_share(model: nn.Module, shape: Shape, share: float) -> None:
+    """Raise `UserError` if the attentions of `model`, on images of `shape`, cannot be narrowed to `share` of their MACs."""
+    attentions = find_attentions(model)
+    _check_reach(attentions, input_shapes(model, attentions, shape), share)
+
+
+def _check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], share: float) -> None:
+    narrowest = {name: levels(attention.head_dim)[-1] for name, attention in attentions.items()}
+    low = sum(_macs(a, Widths(narrowest[n], narrowest[n]), shapes[n]) for n, a in attentions.items())
+    least = low / sum(_macs(a, _whole(a), shapes[n]) for n, a in attentions.items())
+    if share < least * (1 - 1e-9):
+        raise UserError(
+            f"--attention-macs {share:g}: heads keep at least half of their dimensions, in multiples of {STEP}, so give "
+            f"{math.ceil(least * 100) / 100:.2f} or more"
+        )
+
+
+def _macs(attention: Attention, widths: Widths, shape: tuple[int, int]) -> int:
+    return attention_macs(attention.qkv.in_features, attention.num_heads, widths, *shape)
+
+
+def _losses(
+    model: nn.Module, attentions: dict[str, Attention], probes: Tensor, images: Tensor, equal: bool, report: Reporter
+) -> dict[tuple[str, Widths], float]:
+    """Loss of the model's output on `probes`, one layer at a time narrowed to each of its `moves` by the moments of `images`."""
+    moments = {name: HeadMoments(attention, _prefix(model)) for name, attention in attentions.items()}
+    with _watched(model, attentions, lambda name, x: moments[name].add(x)):
+        parts = images.split(BATCH)
+        for part in track(parts, "attention", len(parts), report):
+            model(part)
+    for name, found in moments.items():
+        _require_finite(name, found)
+    inputs: dict[str, Tensor] = {}
+    first = {name.rpartition(".")[0]: name for name in attentions}  # the block of each attention
+    with _watched(model, first, lambda block, x: inputs.__setitem__(first[block], x)):
+        reference = _outputs(model, probes)
+    classifier = bool(getattr(model, "num_classes", 0))
+    tried = [(name, widths) for name, a in attentions.items() for widths in moves(a.head_dim, equal)]
+    losses = {}
+    bases: tuple[str, Bases] | None = None
+    for name, widths in track(tried, "attention widths", len(tried), report):
+        if bases is None or bases[0] != name:
+            bases = name, find_bases(moments[name], _scale(model, name))
+        with _standing_in(model, name, narrowed(attentions[name], bases[1], widths, moments[name]), inputs[name]):
+            output, last = _outputs(model, probes)
+        loss = distillation_loss(output, reference[0], classifier)
+        if last is not None and reference[1] is not None:
+            loss = loss + token_loss(last, reference[1])
+        losses[name, widths] = float(loss)
+    return losses
+
+
+def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Outputs [B, C] and the last feature map [B, ..., D], where there is one."""
+    output, features = run_model(model, images)
+    return output, channels_last(features, model) if isinstance(features, Tensor) else None
+
+
+@contextmanager
+def _watched(model: nn.Module, names, see) -> Iterator[None]:
+    """Call `see` with each named module's name and input."""
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: see(name, args[0])) for name in names
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _standing_in(model: nn.Module, name: str, made: NarrowAttention, block_input: Tensor) -> Iterator[None]:
+    """The model with `made` for the attention `name`. Blocks before it are skipped: `block_input` is what they lead to."""
+    original = model.get_submodule(name)
+    block = name.rpartition(".")[0]
+    before: dict[str, nn.Module] = {}
+    parent, _, index = block.rpartition(".")
+    blocks = getattr(model, parent, None) if parent and "." not in parent else None
+    if isinstance(blocks, (nn.Sequential, nn.ModuleList)) and index.isdecimal():
+        before = {f"{parent}.{i}": blocks[i] for i in range(int(index))}
+    handle = None
+    replace_module(model, name, made)
+    for other in before:
+        replace_module(model, other, _Skip())
+    if before:
+        handle = model.get_submodule(block).register_forward_pre_hook(lambda module, args: (block_input, *args[1:]))
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+        for other, module in before.items():
+            replace_module(model, other, module)
+        replace_module(model, name, original)
+
+
+def choose_widths(
+    attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], losses: dict[tuple[str, Widths], float],
+    share: float, equal: bool,
+) -> dict[str, Widths]:  # fmt: skip
+    """Widths whose MACs are at most `share` of all: the cheapest loss a MAC first, over one or several steps."""
+    current = {name: _whole(attention) for name, attention in attentions.items()}
+    whole = sum(_macs(a, current[name], shapes[name]) for name, a in attentions.items())
+    total = whole
+
+    def loss(name: str, widths: Widths) -> float:
+        """Losses of query with key and of values are taken to add up."""
+        full = attentions[name].head_dim
+        if equal:
+            return losses.get((name, widths), 0.0)
+        return losses.get((name, Widths(widths.qk, full)), 0.0) + losses.get((name, Widths(full, widths.v)), 0.0)
+
+    while total > share * whole * (1 + 1e-9):
+        best: tuple[float, str, Widths] | None = None
+        for name, attention in attentions.items():
+            now = current[name]
+            for width in levels(attention.head_dim):
+                if equal:
+                    options = [Widths(width, width)]
+                else:
+                    options = [replace(now, qk=min(width, now.qk)), replace(now, v=min(width, now.v))]
+                for option in options:
+                    freed = _macs(attention, now, shapes[name]) - _macs(attention, option, shapes[name])
+                    if freed > 0:
+                        price = (loss(name, option) - loss(name, now)) / freed
+                        best = min(best or (price, name, option), (price, name, option), key=lambda item: item[0])
+        assert best is not None, "_check_reach saw that the share can be met"
+        _, name, option = best
+        total -= _macs(attentions[name], current[name], shapes[name]) - _macs(attentions[name], option, shapes[name])
+        current[name] = option
+    return current

@@ -1,0 +1,81 @@
+"""What an interrupted run leaves, and who may go on from it: only a run that would make the same."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from moee.data.image_set import ImageSet
+from moee.errors import UserError
+from moee.progress import Reporter, silent
+from moee.store.artifact import read_json, write_json
+from moee.store.atomic import sweep_all
+
+CONTENT = "bytes:"  # of a fingerprint, before its digits
+OUTDATED = "which knew its images by names and sizes alone, so they may be others now"
+SHOWN = 60  # characters of a differing value in a message
+
+
+def check_identity(
+    path: Path, schema: str, identity: dict[str, Any], what: str, cure: str, said: dict[str, Any] | None = None
+) -> None:  # fmt: skip
+    """Write `identity` to `path`, or hold it against the one that is there. What is `said` is written too, and not compared.
+
+    Raises `UserError` that names the first difference, with both values, `what` was interrupted and the `cure`.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema": schema, **(said or {}), **identity})
+        return
+    compare_identity(path, schema, identity, what, cure)
+    sweep_all(path.parent)
+
+
+def compare_identity(path: Path, schema: str, identity: dict[str, Any], what: str, cure: str) -> None:
+    """Hold `identity`, or the part of it that is known before the work, against the one at `path`, if one is there.
+
+    Raises `UserError` as `check_identity` does.
+    """
+    if not path.is_file():
+        return
+    before = read_json(path)
+    if not isinstance(before, dict) or before.get("schema") != schema:
+        raise UserError(f"{path} is not {what} of this version; {cure}")
+    found = difference({name: before.get(name) for name in identity}, identity)
+    if found is not None:
+        name, stored, ours = found
+        if outdated(stored, ours):
+            raise UserError(f"{path.parent} holds {what} of an earlier version, {OUTDATED}; {cure}")
+        raise UserError(f"{path.parent} holds {what} with {name} {_short(stored)}, now {_short(ours)}; {cure}")
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Name (`config.seed` for a nested one) and both values of the first entry that differs; None if all are equal."""
+    for name in [*now, *(n for n in before if n not in now)]:
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found = difference(old, new)
+            if found is not None:
+                return f"{name}.{found[0]}", *found[1:]
+        elif old != new:
+            return name, old, new
+    return None
+
+
+def fingerprint(data: ImageSet, report: Reporter = silent) -> str:
+    """Hash of a data set's labels, classes and content (`ImageSet.content`); not of its name, since folders are moved. Versions
+    before `CONTENT` took two sets whose files had the same names and sizes for one."""
+    digest = hashlib.sha256(f"{data.classes} {data.labels}".encode(errors="surrogateescape"))
+    digest.update(data.content(report))
+    return CONTENT + digest.hexdigest()[:16]
+
+
+def outdated(stored: Any, ours: Any) -> bool:
+    """Whether an entry that differs is a fingerprint of an earlier version, which cannot be compared."""
+    return isinstance(ours, str) and ours.startswith(CONTENT) and not str(stored).startswith(CONTENT)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -1,0 +1,5 @@
+"""The stages of the job as functions: a session, extraction, fine-tuning.
+
+A spec and a source come in; a measured artifact goes out.
+Imports every room but planning and ablation.
+"""

@@ -1,0 +1,90 @@
+"""The command `finetune` as a function: load, distil, measure against the dense model, save."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel, recorded_data
+from moee.config import FinetuneConfig
+from moee.data.sources import same_data
+from moee.errors import UserError
+from moee.parallel.devices import title_of
+from moee.parallel.group import SOLO, Group
+from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.progress import Reporter, silent
+from moee.stages.results import kept, save
+from moee.stages.session import Session
+from moee.store.result_kinds import FINETUNE_STATE, MODEL
+from moee.train.finetuning import finetune
+
+
+def run_finetune(
+    path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
+    report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
+    weights: Path | str | None = None, model: str | None = None,
+) -> MoeeModel:  # fmt: skip
+    """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
+
+    An interrupted run leaves its state in `<out>.resume`; the same call goes on from there. In a `group` every step's batch is
+    divided over the ranks; rank 0 keeps the state, measures and writes. Where measuring fails or is interrupted, the artifact is
+    written without measurements, as `run_extract` does; the state stays, so that the same call with `force` only measures again.
+
+    `source`, or the artifact's data without it, becomes the artifact's data: what later commands take by default. What it was
+    extracted on stays with that stage. `model`: as in `checkpoint.load`.
+    """
+    group = group if session is None else session.group
+    inputs = source_paths(path, source, weights)
+    state = resume_folder(out, FINETUNE_STATE, inputs)
+    with group.agreed():
+        if group.leader:
+            check_all([OutputFolder(out, MODEL, force, inputs), state])
+        moee = checkpoint.load(path, model)
+        if weights is not None:
+            moee.take_weights(weights)
+        spec = moee.dense_spec if session is None else session.spec
+        if source is not None and session is None and moee.probe is not None and not same_data(source, moee.data):
+            raise UserError(
+                f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
+            )
+        recorded = source or (recorded_data(moee.data) if session is None else moee.data)
+    seed = moee.config.seed if moee.config else 0
+    session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
+    session.warn_early(moee.probe)
+    tune(moee, session, config, state.place, out, force, inputs)
+    if group.leader:
+        state.remove()
+    return moee
+
+
+def tune(
+    moee: MoeeModel, session: Session, config: FinetuneConfig, state: Path, out: Path | str | None, force: bool = False,
+    inputs: tuple[Path, ...] = (),
+) -> None:  # fmt: skip
+    """Distil the session's dense model into `moee`, in place, and save it at `out` unless that is None. `state`: the folder of
+    what an interrupted run leaves."""
+    division = moee.division if same_data(session.source, moee.data) else None
+    if division is not None:
+        division.check(session.train)
+    started, group = time.perf_counter(), session.group
+    result = finetune(
+        moee.model, session.dense, session.train, config, session.report, state, lambda: session.train_outputs.features, group
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    used = {**config.model_dump(), "amp": result.amp}
+    losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
+    tuned = {
+        "data": session.source, "seconds": seconds, "device": title_of(group.device), "config": used,
+        "best_epoch": result.best_epoch, "losses": losses,
+    }  # fmt: skip
+    stages = moee.info["stages"]
+    if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on
+        read = {"data_read": moee.info["data_read"]} if "data_read" in moee.info else {}
+        stages["extracted"] = {"data": moee.data, **read, **stages["extracted"]}
+    stages["tuned"] = tuned
+    moee.info["data_read"], moee.data = session.data_facts(), session.source
+    with kept(moee, "tuned", out, force, group, inputs):
+        stages["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
+        moee.info["data_read"] = session.data_facts()
+    save(moee, out, force, group, inputs)

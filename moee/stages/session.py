@@ -1,0 +1,247 @@
+"""A dense model with its data: what extraction and fine-tuning share."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moee.config import MethodOptions
+from moee.data.class_names import listed
+from moee.data.image_set import ImageSet, batches, say_read
+from moee.data.sources import load_splits, located
+from moee.data.transform import model_transform
+from moee.data.views import widened
+from moee.errors import UserError
+from moee.given.images import given_splits
+from moee.measure.accuracy import Comparison, class_count, comparison
+from moee.measure.evaluation import Outputs, retention, run
+from moee.measure.metrics import dense_macs, model_cost, tokens_per_image
+from moee.measure.probe import Probe, classes_told, fit_probe
+from moee.methods.convert import ffn_budget
+from moee.methods.exchange import check_same_data, share_attention, share_dense
+from moee.methods.identity import IMAGES, check_attentions, check_ffns
+from moee.methods.narrowing import check_share, narrow, width_losses
+from moee.mlps.attention import Widths, find_attentions
+from moee.mlps.find import find_ffns, grouped
+from moee.mlps.proof import random_images
+from moee.models.ffn import FFN
+from moee.models.model import ModelSpec, Shape, load_model
+from moee.parallel.group import SOLO, Group
+from moee.progress import Reporter, silent
+from moee.schema import reason_of
+
+log = logging.getLogger("moee")
+Given = tuple[Any, Any]  # training images as Python has them, and held-out ones or None
+FIRST = 16  # training images among which those of the identity check are looked for
+# A trial of what is to be done with the result, with the model, its MLPs and the shape of an image; raises `UserError`
+Trial = Callable[[ModelSpec, nn.Module, Sequence[FFN], Shape, Reporter], None]
+
+
+def is_classifier(model: nn.Module) -> bool:
+    return bool(getattr(model, "num_classes", 0))
+
+
+class Session:
+    """A dense model with its data: what extraction and fine-tuning share. Dense outputs are computed once.
+
+    The data are those of `source`, or training and held-out images `given` in Python (`moee.given.images`).
+
+    `classes`: those of an artifact or of a class map, by which the images are labelled; else the folders' own. Raises `UserError`
+    unless a classifier tells as many apart. `trial` is run once the model is proved, before the work.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
+        classes: Sequence[str] = (), trial: Trial | None = None, given: Given | None = None,
+    ):  # fmt: skip
+        self.spec, self.source, self.report, self.group, self.trial = spec, located(source), report, group, trial
+        with group.agreed():
+            self.dense = load_model(spec)
+            self.transform = model_transform(self.dense)
+            head = getattr(self.dense, "num_classes", 0) or None
+            if classes and head is not None and len(classes) != head:
+                raise UserError(f"{len(classes)} classes are named, and {spec.name} tells {head} apart; name each of these")
+            if given is None:
+                self.train, self.held_out = load_splits(
+                    source, self.transform, seed, classes or None, head, report, spec.labels
+                )
+            else:
+                self.train, self.held_out = given_splits(
+                    *given, shape=self.transform.shape, classes=classes or None, head_classes=head, seed=seed, report=report,
+                    labels=spec.labels,
+                )  # fmt: skip
+                self.source = self.train.name
+            self.train.workers = self.held_out.workers = workers
+        share_dense(self.dense, group)
+        for data in (self.train, self.held_out):
+            check_same_data(data, group)
+        if group.leader:
+            say_read(train=self.train, val=self.held_out)
+        self._reference: Outputs | None = None
+        self._train_outputs: Outputs | None = None
+        self._narrowed: dict[tuple[Any, ...], nn.Module] = {}
+        self._proved: set[tuple[Any, ...]] = set()
+        self._width_losses: dict[tuple[Any, ...], dict[tuple[str, Widths], float]] = {}
+
+    def check_names(self, classes: Sequence[str]) -> None:
+        """Raise `UserError` where `classes`, which a user names, are none of those that the images have."""
+        have = {**self.train.unknown, **self.held_out.unknown}
+        if classes and have and not any(label >= 0 for label in (*self.train.labels, *self.held_out.labels)):
+            raise UserError(
+                f"the {len(classes)} classes that are named ({listed(classes)}) are none of {self.source}, whose classes are "
+                f"called {listed(list(have))}; name these"
+            )
+
+    @property
+    def reference(self) -> Outputs:
+        """The dense model's outputs on the held-out images."""
+        if self._reference is None:
+            self._reference = self._run(self.dense, self.held_out, "dense on held-out images")
+        return self._reference
+
+    @property
+    def train_outputs(self) -> Outputs:
+        """The dense model's outputs on the training images: what a probe is fitted on and a student learns from."""
+        if self._train_outputs is None:
+            self._train_outputs = self._run(self.dense, self.train, "dense on training images")
+        return self._train_outputs
+
+    def prove(self, config: MethodOptions) -> None:
+        """See that the model was read rightly, and that its costs can be counted, before hours are spent on it.
+
+        Raises `UserError` that names the layer whose replacement, with everything kept, does not give the dense output.
+        """
+        gated = config.cuts_gated
+        mlps, attention = ("method", gated, *config.exclude), ("attention",)
+        with self.group.agreed():
+            if not self.group.leader:
+                return
+            if mlps not in self._proved:
+                found = find_ffns(self.dense, config.exclude, self.transform.shape, gated)
+                self._count_costs(found.ffns, config)
+                names = ("mlps", *(ffn.name for ffn in found.ffns))  # methods that cut the same layers share the check
+                if names not in self._proved:
+                    check_ffns(self.dense, found.ffns, self._few_images(), self.report)
+                    self._proved.add(names)
+                if self.trial is not None:
+                    self.trial(self.spec, self.dense, found.ffns, self.transform.shape, self.report)
+                if found.unscaled:
+                    log.warning(
+                        "what scales the output of %s could not be proved; neurons are chosen as if nothing did",
+                        grouped(found.unscaled),
+                    )
+                self._proved.add(mlps)
+            if config.narrows is not None and attention not in self._proved:
+                check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
+                self._proved.add(attention)
+
+    def _count_costs(self, ffns: Sequence[FFN], config: MethodOptions) -> None:
+        """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Raises
+        `UserError`."""
+        try:
+            whole = dense_macs(self.dense, self.transform.shape)
+            tokens = tokens_per_image(self.dense, [ffn.name for ffn in ffns], self.transform.shape)
+        except Exception as error:  # the counter runs a stranger's model on shapes alone
+            reason = reason_of(error)
+            raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
+        if config.mlp_budget is not None:
+            ffn_budget(whole, sum(tokens[ffn.name] * ffn.macs for ffn in ffns), config.mlp_budget)
+
+    def _few_images(self) -> Tensor:
+        """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""
+        order = torch.arange(min(len(self.train), FIRST))
+        images = [batch.images for batch in batches(self.train, IMAGES, order=order, strict=False)]
+        found = torch.cat(images) if images else random_images(self.transform.shape, next(self.dense.parameters()))
+        return found[:IMAGES]
+
+    def start(self, config: MethodOptions) -> nn.Module:
+        """The model that extraction starts from: the dense one, its attention narrowed if `config` says so. Not to be changed."""
+        if config.narrows is None:
+            return self.dense
+        share, equal = config.narrows
+        collages = config.seen_collages
+        alike = (equal, collages, config.seed)
+        key = (share, *alike)
+        if key not in self._narrowed:
+            model, shape = copy.deepcopy(self.dense), self.transform.shape
+            seen, device = widened(self.train, self.transform, 0, collages, config.seed), self.group.device
+            with self.group.agreed():
+                if self.group.leader:
+                    check_share(model, shape, share)  # before minutes of trials
+                    if alike not in self._width_losses:
+                        self._width_losses[alike] = width_losses(model, seen, shape, equal, self.report, device)
+                    narrow(model, seen, shape, share, equal, self.report, self._width_losses[alike], device)
+            share_attention(model, self.group)
+            self._narrowed[key] = model
+        return self._narrowed[key]
+
+    def classes(self, probe: Probe | None) -> tuple[str, ...]:
+        """Names of what the model's outputs, or the probe's, stand for; none where the images' classes do not fit them."""
+        return self.train.classes if len(self.train.classes) == classes_told(self.dense, probe) else ()
+
+    def data_facts(self) -> dict[str, Any]:
+        """What was read, for a manifest."""
+        division = self.train.division
+        facts = {"train": self.train.facts(), "val": self.held_out.facts(), "notes": list(self.train.notes)}
+        return {**facts, "division": asdict(division) if division is not None else None}
+
+    def _run(self, model: nn.Module, data: ImageSet, message: str) -> Outputs:
+        return run(model, data, self.report, message, group=self.group)
+
+    def probe(self) -> Probe | None:
+        """A probe on the dense features of the training images; None for classifiers, and where the labels are of fewer than two
+        classes. Classes without a training image are named: the probe never answers with one."""
+        if is_classifier(self.dense):
+            return None
+        counts = Counter(label for label in self.train.labels if label >= 0)
+        if not self.train.labelled or len(counts) < 2:
+            if counts and self.group.leader:
+                log.warning("the labelled training images of %s are of one class: no probe is fitted", self.source)
+            return None
+        outputs, found = self.train_outputs, None
+        with self.group.agreed():
+            if self.group.leader:
+                classes = class_count(self.train.labels, self.train.num_classes)
+                names = dict(enumerate(self.train.classes))
+                absent = [names.get(c, str(c)) for c in range(classes) if not counts[c]]
+                if absent:
+                    log.warning("%s has no training image of %s: the probe never answers so", self.source, listed(absent))
+                found = fit_probe(outputs.features, outputs.labels, classes)
+        return found
+
+    def comparison(self, probe: Probe | None) -> Comparison:
+        """Whether accuracy on the held-out images can be compared with the dense model's, which runs on them if need be. Of the
+        leader alone."""
+        logits = self.reference.features if probe is None else probe.logits(self.reference.features)
+        told = classes_told(self.dense, probe)
+        return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits)
+
+    def early_comparison(self, probe: Probe | None = None) -> Comparison:
+        """What models and labels alone, with nothing run yet, say of a comparison of accuracies."""
+        told = classes_told(self.dense, probe)
+        if told == 0 and len({label for label in self.train.labels if label >= 0}) > 1:
+            told = class_count(self.train.labels, self.train.num_classes)  # as the probe will
+        return comparison(self.held_out.labels, self.held_out.num_classes, told, self.held_out.name)
+
+    def warn_early(self, probe: Probe | None = None) -> None:
+        """Say before the work that accuracies will not be compared, where the user can change that."""
+        early = self.early_comparison(probe)
+        if early.cure and self.group.leader:
+            log.warning("accuracy will not be compared: %s", early.advised)
+
+    def measure(self, model: nn.Module, probe: Probe | None, message: str) -> dict:
+        """Retention on held-out images, and cost weighted by the routing measured on them; empty on ranks other than 0."""
+        reference, outputs = self.reference, self._run(model, self.held_out, message)
+        with self.group.agreed():
+            if not self.group.leader:
+                return {}
+            kept = retention(reference, outputs, probe, classes_told(self.dense, probe), self.comparison(probe))
+            cost = model_cost(self.dense, model, outputs.shares, self.transform.shape)
+        return {"retention": kept.to_json(), "cost": cost, "shares": outputs.shares}

@@ -1,0 +1,332 @@
+"""Distillation: the MoEE model learns from the unmodified one (paper, section 4; its recipe as defaults).
+
+A classifier matches the teacher's logits (KL divergence), a backbone its features (squared error relative to their power,
+plus one minus cosine); `distil` tokens adds every token of the last feature map. Teacher outputs are computed once; with tokens,
+whose maps are too large to keep, the teacher runs beside every step. The random views of `augment` and the `collages` are the
+same in every epoch. The router stays frozen.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moee.config import FinetuneConfig
+from moee.data.collage import Collages
+from moee.data.image_set import ImageSet
+from moee.data.transform import model_transform
+from moee.data.views import Joined, Views
+from moee.errors import UserError
+from moee.interface.adapted import can_checkpoint, has_feature_map, title_of_model
+from moee.layers.routed import routed_layers
+from moee.measure.evaluation import run
+from moee.mlps.attention import narrow_attentions
+from moee.mlps.proof import random_images
+from moee.parallel.group import SOLO, Group, Parcel
+from moee.parallel.machine import fast_on_cpu
+from moee.places.resume import OUTDATED, difference, fingerprint, outdated
+from moee.progress import Reporter, silent
+from moee.store.artifact import sha256_file, write_json
+from moee.store.tensor_file import write_tensors
+from moee.train.rate import make_optimiser, rate
+from moee.train.state import SCHEMA, read_state, read_tensors, stored_tensors
+from moee.train.step import Trainer
+
+log = logging.getLogger("moee")
+
+STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
+
+
+@dataclass
+class FinetuneResult:
+    """Losses by epoch (index 0 is before training), the epoch whose weights were kept, and what the products were computed in."""
+
+    train_loss: list[float] = field(default_factory=list)
+    validation_loss: list[float] = field(default_factory=list)
+    best_epoch: int = 0
+    amp: str = "off"
+
+
+def finetune(
+    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent,
+    resume: Path | None = None, teacher: Callable[[], Tensor] | None = None, group: Group = SOLO,
+) -> FinetuneResult:  # fmt: skip
+    """Train `model` in place to match `dense` on `data`; leaves the weights of the best validation epoch in it.
+
+    With `resume`, a folder, the state is saved after every epoch and an interrupted run goes on from it; a run with
+    another configuration or model is refused with `UserError` before anything is computed, and so is a model that cannot learn.
+    `teacher`: gives the dense model's outputs on `data` [N, C], where another knows them. In a `group` the ranks share every
+    batch and rank 0 keeps the state; all end with the same weights.
+    """
+    with group.agreed():
+        if len(data) < 2:
+            raise UserError(f"fine-tuning needs at least 2 images, came {len(data)}")
+        if config.checkpointing and not can_checkpoint(model):
+            raise UserError(f"{title_of_model(model)} has no activation checkpointing in its library; leave --checkpointing out")
+        if config.distil == "tokens" and not has_feature_map(model):
+            raise UserError(f"--distil tokens needs a model with one feature map; {title_of_model(model)} has none, use output")
+    config = affordable(config, group)
+    own, given = len(data), data
+    order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed))
+    held_out = order[: max(1, round(own * config.validation))].sort().values
+    train = order[len(held_out) :].sort().values
+    made: ImageSet | None = None
+    if config.augment or config.collages:
+        transform = model_transform(dense)
+        views = Views(data, transform, config.augment, config.seed)
+        collages = Collages(data, transform, config.collages, config.seed, train.tolist())
+        # held-out images have no views in it, and collages show nothing of them
+        views_of = [train + own * k for k in range(1 + config.augment)]
+        train = torch.cat([*views_of, torch.arange(len(collages)) + own * (1 + config.augment)])
+        data, made = Joined(data, views, collages), Joined(views, collages)
+    identity: dict[str, Any] = {}
+    with group.agreed():
+        if group.leader:
+            _refuse_unlearning(model, dense, config)
+            if resume is not None:
+                identity = _identity(model, dense, data, config, resume, report)
+    outputs = run(dense, given, report, "teacher", group=group).features if teacher is None else teacher()
+    _refuse_unreadable(given, group)
+    if made is not None and config.distil == "output":  # with tokens the teacher runs beside every step
+        outputs = torch.cat([outputs, run(dense, made, report, "teacher on views", group=group).features])
+        _refuse_unreadable(made, group)
+    with group.placed(model), group.placed(dense), _chosen(model, config) as trainable:
+        trainer = Trainer(model, dense, outputs, config, group)
+        try:
+            result = _train(trainer, trainable, data, train, held_out, identity, report, resume)
+        finally:
+            trainer.close()
+    return replace(result, amp=config.amp)
+
+
+def affordable(config: FinetuneConfig, group: Group = SOLO) -> FinetuneConfig:
+    """`config` without half precision where a rank computes on a CPU that has no instructions for it; said once, by rank 0."""
+    if config.amp == "off" or config.force_amp:
+        return config
+    if all(group.all_json(group.device.type != "cpu" or fast_on_cpu(config.amp))):
+        return config
+    if group.leader:
+        log.warning(
+            "this CPU has no %s instructions, so training in %s would be many times slower than in float32; float32 is used "
+            "(--force-amp keeps %s)", config.amp, config.amp, config.amp,
+        )  # fmt: skip
+    return config.model_copy(update={"amp": "off"})
+
+
+@contextmanager
+def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.Parameter]]:
+    """The parameters to train; the others have no gradient meanwhile."""
+    layers = routed_layers(model)
+    for layer in layers.values():
+        if layer.router is not None:
+            layer.router.requires_grad_(config.train_router)
+        layer.masked = config.masked
+    before = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = tuple(f"{name}." for name in (*layers, *narrow_attentions(model)))
+    frozen = [p for name, p in before.items() if config.train == "experts" and not name.startswith(inside)]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield {name: p for name, p in before.items() if p.requires_grad}
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for layer in layers.values():
+            layer.masked = False
+
+
+def _refuse_unlearning(model: nn.Module, dense: nn.Module, config: FinetuneConfig) -> None:
+    """Raise `UserError` if no gradient reaches what is to be trained: a model may switch gradients off in its forward."""
+    image = random_images(model_transform(dense).shape, next(model.parameters()))[:1]
+    with torch.enable_grad(), _chosen(model, config) as trainable:
+        learns = bool(trainable) and model(image).requires_grad
+    if not learns:
+        cure = "leave that out to fine-tune it" + ("" if config.train == "all" else ", or try --train all")
+        raise UserError(
+            f"nothing in {title_of_model(model)} that --train {config.train} names can learn: its forward computes without "
+            f"gradients (torch.no_grad or torch.inference_mode); {cure}"
+        )
+
+
+def _refuse_unreadable(data: ImageSet, group: Group) -> None:
+    """The teacher's outputs must stand at the images' positions, so every image has to be there."""
+    with group.agreed():
+        if data.skipped:
+            raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
+
+
+def _train(
+    trainer: Trainer, trainable: dict[str, nn.Parameter], data: ImageSet, train: Tensor, held_out: Tensor, identity: dict,
+    report: Reporter, resume: Path | None,
+) -> FinetuneResult:  # fmt: skip
+    config, group = trainer.config, trainer.group
+    optimiser = make_optimiser(trainable.values(), config)
+    steps = -(-len(train) // config.batch_size)
+    # the modules stay in eval mode: timm's dropout and stochastic depth would act on the student alone
+    result = FinetuneResult()
+    first, best = 0, {name: p.detach().clone() for name, p in trainable.items()}
+    restored = None
+    with group.agreed():
+        if resume is not None and group.leader:
+            restored = _restore(resume, identity, trainable, optimiser, trainer.scaler)
+    restored = share_state(restored, trainable, optimiser, trainer.scaler, group)
+    if restored is not None:
+        first, best, result = restored
+    else:
+        result.validation_loss.append(trainer.measure(data, held_out))
+        result.train_loss.append(math.nan)
+    report("finetune", first * steps, config.epochs * steps)
+    for epoch in range(first, config.epochs):
+        generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch + 1)
+        total = 0.0
+        shuffled = train[torch.randperm(len(train), generator=generator)]
+        for step, (images, parts) in enumerate(trainer.steps(data, shuffled), 1):
+            for slot in optimiser.param_groups:
+                slot["lr"] = slot["initial_lr"] * rate(epoch * steps + step - 1, config.epochs * steps, config.warmup)
+            optimiser.zero_grad(set_to_none=True)
+            loss = trainer.backward(images, parts)
+            if not math.isfinite(loss):
+                with group.agreed():  # it is the same on all ranks
+                    raise UserError(f"the loss became {loss} in epoch {epoch + 1}; lower --lr (came {config.lr})")
+            if config.clip_norm:
+                trainer.scaler.unscale_(optimiser)
+                nn.utils.clip_grad_norm_(trainable.values(), config.clip_norm)
+            trainer.scaler.step(optimiser)
+            trainer.scaler.update()
+            total += loss
+            report("finetune", epoch * steps + step, config.epochs * steps)
+        result.train_loss.append(total / len(train))
+        result.validation_loss.append(trainer.measure(data, held_out))
+        if result.validation_loss[-1] < min(result.validation_loss[:-1]):
+            result.best_epoch = epoch + 1
+            best = {name: p.detach().clone() for name, p in trainable.items()}
+        with group.agreed():
+            if resume is not None and group.leader:
+                _store(resume, epoch + 1, identity, trainable, best, optimiser, result, trainer.scaler)
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(best[name])
+    return result
+
+
+def _identity(
+    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, folder: Path, report: Reporter = silent
+) -> dict[str, Any]:  # fmt: skip
+    """What a resumed run must share with the one that was interrupted: the teacher too, which may have been drawn at random.
+    Raises `UserError` if `folder` holds another run; of two that differ in other things too, the images are not read."""
+    identity = {
+        "config": config.model_dump(), "images": len(data), "weights": _checksum(model), "teacher": _checksum(dense),
+    }  # fmt: skip
+    state = read_state(folder / STATE) if (folder / STATE).is_file() else None
+    if state is not None:
+        stored_tensors(folder, state)
+        _refuse_another(folder, {name: state["identity"].get(name) for name in identity}, identity)
+    identity["content"] = fingerprint(data, report)
+    if state is not None:
+        _refuse_another(folder, state["identity"], identity)
+    return identity
+
+
+def _refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    found = difference(before, now)
+    if found is None:
+        return
+    name, stored, ours = found
+    if outdated(stored, ours):
+        raise UserError(f"{folder} holds an interrupted run of an earlier version, {OUTDATED}; remove the folder")
+    raise UserError(
+        f"{folder} holds an interrupted run with another {name} ({stored!r}, now {ours!r}); finish that one or remove the folder"
+    )
+
+
+def _checksum(model: nn.Module) -> str:
+    return f"{sum(float(p.detach().double().abs().sum()) for p in model.parameters()):.6f}"
+
+
+def share_state(
+    restored: tuple[int, dict[str, Tensor], FinetuneResult] | None, trainable: dict[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, group: Group,
+) -> tuple[int, dict[str, Tensor], FinetuneResult] | None:  # fmt: skip
+    """What rank 0 restored, on every rank: `trainable` and `optimiser` too."""
+    if group.alone:
+        return restored
+    parcel = None
+    if group.leader and restored is None:
+        parcel = Parcel(None)
+    elif group.leader and restored is not None:
+        epoch, best, result = restored
+        tensors = _state_tensors(trainable, best, optimiser)
+        parcel = Parcel({"epoch": epoch, "result": asdict(result), "scaler": scaler.state_dict(), **_step(optimiser)}, tensors)
+    body, theirs = group.broadcast(parcel)
+    if body is None or restored is not None:
+        return restored
+    scaler.load_state_dict(body["scaler"])
+    best = _put_state(dict(theirs), body["step"], trainable, optimiser)
+    return body["epoch"], best, FinetuneResult(**body["result"])
+
+
+def _step(optimiser: torch.optim.Optimizer) -> dict[str, float]:
+    return {"step": float(next(iter(optimiser.state.values()))["step"])}
+
+
+def _state_tensors(trainable, best, optimiser) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trainable.items():
+        slots = optimiser.state[parameter]
+        tensors |= {f"model.{name}": parameter.detach(), f"best.{name}": best[name]}
+        tensors |= {f"{key}.{name}": slots[key] for key in ("exp_avg", "exp_avg_sq") if key in slots}
+    return tensors
+
+
+def _put_state(tensors: dict[str, Tensor], step: float, trainable, optimiser) -> dict[str, Tensor]:
+    """Set parameters and the optimiser's averages; returns the best weights so far."""
+    best = {}
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            best[name] = tensors[f"best.{name}"].to(parameter.device)
+            if f"exp_avg.{name}" not in tensors:  # it never had a gradient
+                continue
+            averages = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[parameter] = {"step": torch.tensor(step), **averages}
+    return best
+
+
+def _store(
+    folder: Path, epoch: int, identity: dict, trainable, best, optimiser, result: FinetuneResult, scaler: torch.amp.GradScaler
+) -> None:
+    """Write the tensors first and the pointer to them last, so that a kill in between leaves the former state."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _state_tensors(trainable, best, optimiser)
+    path = folder / TENSORS.format(epoch=epoch)
+    write_tensors(tensors, path)
+    losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss, "best_epoch": result.best_epoch}
+    write_json(
+        folder / STATE,
+        {"schema": SCHEMA, "epoch": epoch, "identity": identity, "file": path.name,
+         "sha256": sha256_file(path), **_step(optimiser), "scaler": scaler.state_dict(), **losses},
+    )  # fmt: skip
+    for old in folder.glob(TENSORS.format(epoch="*")):
+        if old != path:
+            old.unlink()
+
+
+def _restore(
+    folder: Path, identity: dict, trainable, optimiser, scaler: torch.amp.GradScaler
+) -> tuple[int, dict[str, Tensor], FinetuneResult] | None:
+    if not (folder / STATE).is_file():
+        return None
+    state = read_state(folder / STATE)
+    _refuse_another(folder, state["identity"], identity)
+    best = _put_state(read_tensors(folder, state, trainable), state["step"], trainable, optimiser)
+    scaler.load_state_dict(state.get("scaler", {}))
+    result = FinetuneResult([math.nan, *state["train_loss"]], state["validation_loss"], state["best_epoch"])
+    return int(state["epoch"]), best, result
