@@ -45,6 +45,7 @@ from moee.models.model import load_model as load_spec
 from moee.models.source import ModelOptions, named_model, with_pretrained
 from moee.parallel.joining import alone
 from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.places.resume import alone_on
 from moee.progress import Reporter, to_stderr
 from moee.stages.extract import run_extract
 from moee.stages.finetune import tune
@@ -161,12 +162,13 @@ def finetune(
         state = resume_folder(out, FINETUNE_STATE, inputs)
         check_all([OutputFolder(out, MODEL, force, inputs), state])
     seed = model.config.seed if model.config else 0
-    session = Session(model.dense_spec, source, seed, report, alone(device), workers, model.classes, given=given)
-    tuned = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))
-    with nullcontext(state.place) if out is not None else temporary_folder() as place:
-        tune(tuned, session, config, Path(place), out, force, inputs)
-    if out is not None:
-        state.remove()
+    with alone_on(state.place) if out is not None else nullcontext():
+        session = Session(model.dense_spec, source, seed, report, alone(device), workers, model.classes, given=given)
+        tuned = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))
+        with nullcontext(state.place) if out is not None else temporary_folder() as place:
+            tune(tuned, session, config, Path(place), out, force, inputs)
+        if out is not None:
+            state.remove()
     return tuned
 
 

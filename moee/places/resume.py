@@ -2,19 +2,57 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moee.data.image_set import ImageSet
 from moee.errors import UserError
 from moee.progress import Reporter, silent
+from moee.schema import shown
 from moee.store.artifact import read_json, write_json
 from moee.store.atomic import sweep_all
+from moee.store.cache import cache_dir
 
 CONTENT = "bytes:"  # of a fingerprint, before its digits
 OUTDATED = "which knew its images by names and sizes alone, so they may be others now"
 SHOWN = 60  # characters of a differing value in a message
+
+
+@contextmanager
+def alone_on(place: Path, leader: bool = True) -> Iterator[None]:
+    """A block in which no other run of this user on this machine works on the state at `place`; the lock ends with the process.
+
+    Raises `UserError` where another run does. Where the cache's file system has no locks nothing is held, and neither is it by
+    ranks other than the `leader`.
+    """
+    if not leader:
+        yield
+        return
+    digest = hashlib.sha256(os.path.realpath(place).encode(errors="surrogateescape")).hexdigest()[:16]
+    path = cache_dir() / "locks" / f"state-{digest}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # a cache that cannot be written to
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        name = shown(str(place).removesuffix(".resume"), quoted=False)
+        raise UserError(f"another run is working on {name} at this moment; wait for it, or choose another place") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_identity(

@@ -20,7 +20,7 @@ from moee.methods.registry import read_options
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec
 from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
-from moee.places.resume import check_identity, compare_identity, fingerprint
+from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
 from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, ways
@@ -59,6 +59,16 @@ def make_plan(
     inputs = source_paths(session.source, session.spec.weights)
     output, store = OutputFolder(out, PLAN_FOLDER, force, inputs), resume_folder(out, PLAN_STATE, inputs)
     check_all([output, store])
+    with alone_on(store.place, session.group.leader):
+        return _planned(session, budget, output, store, methods, targets, base, latency, report, allocations, attention)
+
+
+def _planned(
+    session: Session, budget: Budget, output: OutputFolder, store: OutputFolder, methods: tuple[str, ...],
+    targets: tuple[float, ...], base: dict[str, Any] | None, latency: Latency | None, report: Reporter,
+    allocations: tuple[str, ...], attention: tuple[float, ...],
+) -> dict[str, Any]:  # fmt: skip
+    """`make_plan`, of whose places nobody else works on."""
     configs = check_ways(methods, allocations, attention, base or {})
     if budget.max_drop is not None:
         _refuse_incomparable(session.early_comparison())  # what is known before anything has run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from moee.artifacts import checkpoint
@@ -13,6 +14,7 @@ from moee.errors import UserError
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
 from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.places.resume import alone_on
 from moee.progress import Reporter, silent
 from moee.stages.results import kept, save
 from moee.stages.session import Session
@@ -40,21 +42,24 @@ def run_finetune(
     with group.agreed():
         if group.leader:
             check_all([OutputFolder(out, MODEL, force, inputs), state])
-        moee = checkpoint.load(path, model)
-        if weights is not None:
-            moee.take_weights(weights)
-        spec = moee.dense_spec if session is None else session.spec
-        if source is not None and session is None and moee.probe is not None and not same_data(source, moee.data):
-            raise UserError(
-                f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
-            )
-        recorded = source or (recorded_data(moee.data) if session is None else moee.data)
-    seed = moee.config.seed if moee.config else 0
-    session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
-    session.warn_early(moee.probe)
-    tune(moee, session, config, state.place, out, force, inputs)
-    if group.leader:
-        state.remove()
+    with ExitStack() as held:
+        with group.agreed():
+            held.enter_context(alone_on(state.place, group.leader))
+            moee = checkpoint.load(path, model)
+            if weights is not None:
+                moee.take_weights(weights)
+            spec = moee.dense_spec if session is None else session.spec
+            if source is not None and session is None and moee.probe is not None and not same_data(source, moee.data):
+                raise UserError(
+                    f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
+                )
+            recorded = source or (recorded_data(moee.data) if session is None else moee.data)
+        seed = moee.config.seed if moee.config else 0
+        session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
+        session.warn_early(moee.probe)
+        tune(moee, session, config, state.place, out, force, inputs)
+        if group.leader:
+            state.remove()
     return moee
 
 
