@@ -8,6 +8,7 @@ same in every epoch. The router stays frozen.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -146,8 +147,9 @@ def _chosen(model: nn.Module, config: FinetuneConfig) -> Iterator[dict[str, nn.P
 def _refuse_unlearning(model: nn.Module, dense: nn.Module, config: FinetuneConfig) -> None:
     """Raise `UserError` if no gradient reaches what is to be trained: a model may switch gradients off in its forward."""
     image = random_images(model_transform(dense).shape, next(model.parameters()))[:1]
-    with torch.enable_grad(), _chosen(model, config) as trainable:
-        learns = bool(trainable) and model(image).requires_grad
+    trial = copy.deepcopy(model)  # some models keep what they computed last, such as LeViT's and TinyViT's attention biases
+    with torch.enable_grad(), _chosen(trial, config) as trainable:
+        learns = bool(trainable) and trial(image).requires_grad
     if not learns:
         cure = "leave that out to fine-tune it" + ("" if config.train == "all" else ", or try --train all")
         raise UserError(
