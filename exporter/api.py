@@ -20,6 +20,7 @@ from torch import nn
 
 from exporter.engines.build import EngineReport, build_engines, needs_plugin, require_backend
 from exporter.engines.plugin_cache import ensure_kernels, ensure_plugin
+from exporter.engines.sms import known_sms
 from exporter.graph import export as onnx_export
 from exporter.manifests import image_record, read_export, refuse_lost_dense
 from exporter.precision import dtype_of, refuse_calibration
@@ -132,11 +133,12 @@ def build(
     are compiled for (default: all); `plugin`: a library that was built before. Raises `BuildFailed` with the builder's words.
     """
     report = report or to_stderr()
+    wanted = None if sms is None else known_sms(sms)
     require_backend(backend)
     batch = _profile(batch)
     library = Path(plugin) if plugin is not None else None
     if library is None and needs_plugin(export_dir):
-        library = ensure_plugin(tuple(sms) if sms is not None else None, report)
+        library = ensure_plugin(wanted, report)
     return build_engines(Path(export_dir), Path(out), plugin=library, backend=backend, batch=batch, force=force)
 
 
@@ -152,7 +154,7 @@ def bundle(
     report = report or to_stderr()
     if isinstance(model, MoeeModel):
         model = model.spec.module or (model.spec.name if model.spec.library == "python" else None)
-    sm, batch = whole("sm", sm, SM), _profile(batch)
+    (sm,), batch = known_sms([whole("sm", sm, SM)]), _profile(batch)
     return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model)
 
 

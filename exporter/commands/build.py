@@ -47,12 +47,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.engines.plugin_cache import ensure_plugin
     from exporter.timing.profile import batch_profile
 
+    sms = parse_sms(args.sm)
     require_backend(args.backend)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
         plugin = Path(args.plugin) if args.plugin else None
         if plugin is None and needs_plugin(args.path):
-            plugin = ensure_plugin(parse_sms(args.sm), report)
+            plugin = ensure_plugin(sms, report)
         try:
             result = build_engines(
                 Path(args.path), Path(args.out), plugin=plugin, backend=args.backend, batch=batch,

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from moee.errors import StepFailed, UserError
+from exporter.engines.sms import known_sms
+from moee.errors import StepFailed
 from moee.progress import Reporter, silent
 from moee.store.cache import cache_dir, cache_lock
 from plugins import aot, build, manifest
 from plugins.compile import GateError
-from plugins.targets import DEFAULT_SMS, TARGETS
+from plugins.targets import DEFAULT_SMS
 
 DEMO_SMS = (87, 89)  # Jetson Orin and one desktop generation: enough to prove the path in a minute
 
@@ -21,11 +22,7 @@ def ensure_kernels(sms: Iterable[int] | None = None, report: Reporter = silent) 
 
     Raises `UserError` that lists the known SMs for an unknown one, `StepFailed` if a kernel does not compile.
     """
-    wanted = tuple(sorted(set(sms or DEFAULT_SMS)))
-    unknown = [sm for sm in wanted if sm not in TARGETS]
-    if unknown:
-        known = ", ".join(map(str, TARGETS))
-        raise UserError(f"unknown SM {', '.join(map(str, unknown))}; expected some of {known} (Jetson Orin is 87, Thor 110)")
+    wanted = known_sms(sms or DEFAULT_SMS)
     name = f"{aot.source_sha256()[:16]}-{'-'.join(map(str, wanted))}"
     folder = cache_dir() / "kernels" / name
     if not (folder / "kernels.json").is_file():

@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+import exporter
 from exporter import cli
 from exporter.engines.build import needs_plugin
 from exporter.graph import export as onnx_export
@@ -218,6 +219,19 @@ def test_bundles_have_a_plugin_only_where_it_is_needed(case, request, tmp_path):
     assert ("custom-lib-path" in parser["property"]) == plugin
     assert f"PLUGIN={'yes' if plugin else 'no'}" in (out / "bundle.env").read_text()
     assert subprocess.run(["sh", "-n", str(out / "triton" / "start.sh")]).returncode == 0
+
+
+@pytest.mark.parametrize("sm", ["0", "999", "=-1", "70"])
+def test_an_unknown_sm_is_refused_though_no_kernel_is_needed(static, tmp_path, capsys, sm):
+    flag = [f"--sm{sm}"] if sm.startswith("=") else ["--sm", sm]
+    for command in ("bundle", "build"):
+        assert run(command, exported(static), *flag, "--out", tmp_path / command) == 2
+        assert f"unknown SM {sm.removeprefix('=')}; expected some of 75" in capsys.readouterr().err
+        assert not (tmp_path / command).exists()
+    with pytest.raises(UserError, match="unknown SM|sm"):
+        exporter.bundle(exported(static), tmp_path / "bundle", sm=int(sm.removeprefix("=")))
+    with pytest.raises(UserError, match="unknown SM"):
+        exporter.build(exported(static), tmp_path / "build", sms=[int(sm.removeprefix("="))])
 
 
 def test_engines_need_no_plugin(static, tmp_path):
