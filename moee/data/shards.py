@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import logging
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from moee.data.split_names import Names
 from moee.data.transform import Transform, decoded, evaluation
 from moee.errors import MissingDependency, UserError
 from moee.progress import Reporter, silent
+from moee.schema import shown
 from moee.store.artifact import read_json, stays_inside
 from moee.store.file_content import files_digest
 
@@ -38,6 +41,7 @@ OPEN_FILES = 8
 
 
 Member = tuple[int, int, int, int]  # number of the shard, first byte, bytes, label (-1: none)
+Unlabelled = dict[str, tuple[int, str]]  # why images have no label: how many, and what the first one has instead
 
 
 class ShardSet(ImageSet):
@@ -94,9 +98,10 @@ def open_shards(source: str, transform: Transform, seed: int) -> Source:
         raise UserError(f"data {source!r}: {root} is not a folder; expected wds/FOLDER with tar shards on this machine")
     if importlib.util.find_spec("webdataset") is None:
         raise MissingDependency("data wds/... needs the package webdataset; install it with pip install 'moee[stream]'")
-    train, divided = _members(root, "train", source)
+    unlabelled: dict[str, Unlabelled] = {"train": {}, "val": {}}
+    train, divided = _members(root, "train", source, unlabelled["train"])
     if divided:
-        parts = {"train": train, "val": _members(root, "val", source)[0]}
+        parts = {"train": train, "val": _members(root, "val", source, unlabelled["val"])[0]}
         _refuse_repeated([*parts["train"][0], *parts["val"][0]])
     else:
         _refuse_repeated(train[0])
@@ -110,14 +115,38 @@ def open_shards(source: str, transform: Transform, seed: int) -> Source:
         division = Division.of(names)
         for data in sets.values():
             data.division = division
-    return Source(sets, divided, indices=True, notes=_unread(root, parts))
+    return Source(sets, divided, indices=True, notes=[*_unread(root, parts), *_reasons(unlabelled, divided)])
 
 
-def _members(root: Path, split: str, source: str) -> tuple[tuple[list[Path], Tensor], bool]:
-    """The shards of a split with the places of their images, and whether the set is divided into splits at all."""
+def _reasons(unlabelled: dict[str, Unlabelled], divided: bool) -> list[str]:
+    """Sentences that say why images have no label."""
+    found = []
+    for split, reasons in unlabelled.items():
+        for why, (count, first) in reasons.items():
+            images = f"{count} {'image' if count == 1 else 'images'}" + (f" of {split}" if divided else "")
+            found.append(f"{images} {'has' if count == 1 else 'have'} no label: {why} (first: {first})")
+    return found
+
+
+@contextmanager
+def _quiet_reader() -> Iterator[None]:
+    """timm's reader warns of a missing `_info.json`, which no set needs here."""
+    logger = logging.getLogger("timm.data.readers.reader_wds")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _members(root: Path, split: str, source: str, unlabelled: Unlabelled) -> tuple[tuple[list[Path], Tensor], bool]:
+    """The shards of a split with the places of their images, and whether the set is divided into splits at all. `unlabelled`
+    gets why images have no label."""
     wanted, divided = _split_of(root, split, source)
     try:
-        dataset: Any = timm.data.create_dataset(PREFIX, root=str(root.resolve()), split=wanted)
+        with _quiet_reader():
+            dataset: Any = timm.data.create_dataset(PREFIX, root=str(root.resolve()), split=wanted)
     except Exception as error:  # readers raise many kinds
         raise UserError(f"data {source!r}: timm cannot read it ({str(error).splitlines()[0]}); check {INFO[0]}") from error
     info = dataset.reader.split_info
@@ -128,7 +157,7 @@ def _members(root: Path, split: str, source: str) -> tuple[tuple[list[Path], Ten
     keys = dataset.reader.input_key.split(";")
     parts: list[Tensor] = []
     for number, path in enumerate(shards):
-        found = torch.tensor(list(_scan(path, number, keys)), dtype=torch.int64).view(-1, 4)
+        found = torch.tensor(list(_scan(path, number, keys, unlabelled)), dtype=torch.int64).view(-1, 4)
         if info.shard_lengths and len(found) != info.shard_lengths[number]:
             raise UserError(f"{path} holds {len(found)} images, {INFO[0]} says {info.shard_lengths[number]}; make it again")
         parts.append(found)
@@ -184,7 +213,7 @@ def _unread(root: Path, parts: dict[str, tuple[list[Path], Tensor]]) -> list[str
     return [f"shards of neither train nor val are not read ({listed(beside)})"] if beside else []
 
 
-def _scan(path: Path, number: int, keys: list[str]) -> Iterator[Member]:
+def _scan(path: Path, number: int, keys: list[str], unlabelled: Unlabelled) -> Iterator[Member]:
     """The images of one shard, from its headers. Neighbouring members with one stem are a sample, as WebDataset has it."""
     try:
         with tarfile.open(path, "r:") as archive:
@@ -195,21 +224,38 @@ def _scan(path: Path, number: int, keys: list[str]) -> Iterator[Member]:
                 folder, _, name = item.name.rpartition("/")
                 base, _, extension = name.partition(".")
                 if f"{folder}/{base}" != stem:
-                    yield from _sample(archive, parts, number, keys)
+                    yield from _sample(archive, parts, number, keys, unlabelled)
                     stem, parts = f"{folder}/{base}", {}
                 parts[extension.lower()] = item
-            yield from _sample(archive, parts, number, keys)
+            yield from _sample(archive, parts, number, keys, unlabelled)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path} is not a readable tar file ({error}); make the shard again") from error
 
 
-def _sample(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo], number: int, keys: list[str]) -> Iterator[Member]:
-    image = next((parts[key] for key in keys if key in parts), None)
+def _sample(
+    archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo], number: int, keys: list[str], unlabelled: Unlabelled
+) -> Iterator[Member]:  # fmt: skip
+    image = next((key for key in keys if key in parts), None)
     if image is None:
         return
-    label = -1
-    if "cls" in parts and parts["cls"].size <= MAX_LABEL_BYTES:
-        handle = archive.extractfile(parts["cls"])
-        text = handle.read().strip() if handle is not None else b""
-        label = int(text) if text.isdigit() and int(text) <= MAX_LABEL else -1
-    yield number, image.offset_data, image.size, label
+    label, why, came = _label(archive, parts, image)
+    if why:
+        count, first = unlabelled.get(why, (0, came))
+        unlabelled[why] = count + 1, first
+    yield number, parts[image].offset_data, parts[image].size, label
+
+
+def _label(archive: tarfile.TarFile, parts: dict[str, tarfile.TarInfo], image: str) -> tuple[int, str, str]:
+    """The number in a sample's `.cls`; or -1, why there is none, and what came. Nothing is said of an image that stands alone."""
+    if "cls" not in parts:
+        beside = sorted(key for key in parts if key != image)
+        why = "labels are read from members .cls, which hold a number, and these have other members"
+        return (-1, why, shown(f".{beside[0]}", quoted=False)) if beside else (-1, "", "")
+    why = f"their .cls holds no number from 0 to {MAX_LABEL}"
+    if parts["cls"].size > MAX_LABEL_BYTES:
+        return -1, why, f"more than {MAX_LABEL_BYTES} bytes"
+    handle = archive.extractfile(parts["cls"])
+    text = handle.read().strip() if handle is not None else b""
+    if text.isdigit() and int(text) <= MAX_LABEL:
+        return int(text), "", ""
+    return -1, why, shown(text.decode(errors="replace"))

@@ -226,3 +226,43 @@ def test_shards_of_neither_split_are_named(tmp_path, transform):
     source = write_classes(tmp_path / "s", train=[0, 1, 2, 2], val=[0, 1], test=[0])
     train, val = load_splits(source, transform)
     assert (len(train), len(val)) == (4, 2) and any("not read ('test-" in note for note in val.notes)
+
+
+def write_members(root, **members):
+    """Two shards of two images each; each image has these further members."""
+    root.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}-0.tar", "w") as archive:
+            for i in range(2):
+                add(archive, f"{i:05d}.png", png(i))
+                for extension, text in members.items():
+                    add(archive, f"{i:05d}.{extension}", text.encode())
+    return f"wds/{root}"
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [({"cls": "ant"}, "2 images of train have no label: their .cls holds no number from 0 to 2147483647 (first: 'ant')"),
+     ({"cls": "1" * 40}, "their .cls holds no number from 0 to 2147483647 (first: more than 32 bytes)"),
+     ({"cls": "-1"}, "(first: '-1')"), ({"cls": ""}, "(first: '')"),
+     ({"txt": "3"}, "2 images of val have no label: labels are read from members .cls, which hold a number, and these have other "
+      "members (first: .txt)")],
+)  # fmt: skip
+def test_why_images_have_no_label_is_said(tmp_path, transform, members, said):
+    pytest.importorskip("webdataset", reason="the extra `stream`")
+    train, val = load_splits(write_members(tmp_path / "s", **members), transform)
+    assert train.summary("train") == "train: 2 images, unlabelled"
+    assert any(said in note for note in val.notes), val.notes
+
+
+def test_images_that_stand_alone_and_labelled_ones_need_no_word(tmp_path, transform):
+    pytest.importorskip("webdataset", reason="the extra `stream`")
+    for name, members in (("alone", {}), ("labelled", {"cls": "1", "json": "{}"})):
+        train, _ = load_splits(write_members(tmp_path / name, **members), transform)
+        assert train.notes == (), name
+
+
+def test_timms_reader_keeps_quiet_about_a_file_that_no_set_needs(tmp_path, transform, caplog):
+    pytest.importorskip("webdataset", reason="the extra `stream`")
+    load_splits(write_classes(tmp_path / "s", train=[0, 1], val=[1]), transform)
+    assert not [record for record in caplog.records if record.name.startswith("timm")]
