@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from moee.interface.adapted import AdaptedModel
 from moee.models.ffn import plain_size
 from moee.models.model import LIBRARIES, MAX_SIDE, ModelSpec, build_model
 from moee.schema import reason_of
+
+VALUES = re.compile(r"\bmeta\b.*\bnumpy\b|\bon meta tensors\b|\bdata out of meta\b|\bmeta tensor", re.IGNORECASE)
+OF_SIZE = re.compile(r"\b(height|width|img_size|(image|input|kernel) size)\b", re.IGNORECASE)
 
 
 def sized(spec: ModelSpec, size: Sequence[int]) -> ModelSpec:
@@ -28,7 +32,7 @@ def sized(spec: ModelSpec, size: Sequence[int]) -> ModelSpec:
     height, width = size[0], size[-1]
     change = (_told_timm if spec.library == "timm" else _told_other)(spec, said, height, width)
     model = _laid_out(spec.model_copy(update=change))
-    _check(model, f"{said}: {spec.called}", height, width)
+    _check(model, f"{said}: {spec.called}", height, width, spec)
     return spec.model_copy(update=change)
 
 
@@ -71,8 +75,9 @@ def _laid_out(spec: ModelSpec) -> nn.Module:
         return build_model(spec)
 
 
-def _check(model: nn.Module, said: str, height: int, width: int) -> None:
-    """Raise `UserError` if the patches do not divide the image, whose edge would be cut off, or the model does not run on it."""
+def _check(model: nn.Module, said: str, height: int, width: int, own: ModelSpec) -> None:
+    """Raise `UserError` if the patches do not divide the image, whose edge would be cut off, or the model does not run on it.
+    `own`: the model as it is without a size."""
     described: Any = model.pretrained_cfg
     cut = _patches(model)
     seen: list[Tensor] = []
@@ -83,12 +88,28 @@ def _check(model: nn.Module, said: str, height: int, width: int) -> None:
     except Exception as error:  # each model has its own
         reason = reason_of(error)
         _refuse_cut(cut, (height, width), said)
-        raise UserError(f"{said} cannot take images of {height} x {width} pixels ({reason}); give another size") from error
+        if VALUES.search(reason):
+            why = f"its forward reads values of tensors in Python, which cannot be exported ({reason}); write it with torch alone"
+            raise UserError(f"{said} cannot be laid out: {why}") from error
+        if OF_SIZE.search(reason) or _runs(own):
+            raise UserError(f"{said} cannot take images of {height} x {width} pixels ({reason}); give another size") from error
+        raise UserError(f"{said} does not run on one image of {height} x {width} pixels: {reason}") from error
     finally:
         if handle is not None:
             handle.remove()
     if seen:
         _refuse_cut(cut, (int(seen[0].shape[-2]), int(seen[0].shape[-1])), said)
+
+
+def _runs(spec: ModelSpec) -> bool:
+    """Whether the model runs on one image of its own size."""
+    try:
+        model: Any = _laid_out(spec)
+        with torch.no_grad():
+            model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
+    except Exception:  # each model has its own
+        return False
+    return True
 
 
 def _refuse_cut(cut: nn.Conv2d | None, sides: tuple[int, int], said: str) -> None:

@@ -76,6 +76,46 @@ def test_a_size_that_the_model_cannot_take_is_one_sentence(name, size, said):
     assert str(error.value).startswith(f"--img-size {' '.join(map(str, size))}: ")
 
 
+class Squeezing(torch.nn.Module):
+    """Drops the dimension of a batch of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.num_classes, self.img_size = timm.create_model("test_vit", num_classes=4, img_size=32), 4, 32
+
+    def forward(self, x):
+        return self.net(x).squeeze()
+
+
+class InPython(Squeezing):
+    """Reads values of tensors outside of torch."""
+
+    def forward(self, x):
+        return self.net(x + float(x.numpy().mean()))
+
+
+def squeezing():
+    return Squeezing()
+
+
+def in_python():
+    return InPython()
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [("squeezing", "does not run on one image of 32 x 32 pixels: .*gives a tensor \\[4\\]"),
+     ("in_python", "its forward reads values of tensors in Python, which cannot be exported")],
+)  # fmt: skip
+def test_another_size_is_advised_only_where_it_can_help(function, said):
+    name = f"{__name__}:{function}"
+    with pytest.raises(UserError, match=said) as error:
+        sized(ModelSpec(name=name, timm_name=name, library="python").with_word(name), [32])
+    assert "another size" not in str(error.value)
+    with pytest.raises(UserError, match="65 x 65 pixels .*; give another size"):
+        sized(named("maxvit_tiny_tf_224"), [65])
+
+
 def test_an_unknown_model_is_called_that():
     with pytest.raises(UserError, match="^unknown model"):
         sized(named("vit_nosuch"), TALL)
