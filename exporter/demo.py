@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from exporter.belonging import BELONGS_TO
 from exporter.graph.export import export
 from exporter.parity import ParityResult, check_parity
 from exporter.pretrained import resolve
@@ -86,7 +87,7 @@ def run_demo(
         engine = _build(exported, out / "engine", report)
     except StepFailed as error:  # everything else is done: write it down, and let the caller say that this failed
         engine_error = " ".join(str(error).split())
-    summary = _summary(moee, data, parity, latency, engine)
+    summary = _summary(moee, data, parity, latency, engine) | {BELONGS_TO: parity.belongs_to}
     for name, result in (("parity", parity), ("latency", latency)):
         place.file(f"{name}.json").write_json(result.to_json())
     place.file("summary.json").write_json(summary)

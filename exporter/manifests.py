@@ -77,6 +77,7 @@ class Export(Body):
     classes: Classes = []
     cost: Costs | None = None
     source: Text | None = None
+    belongs_to: dict[str, Sha256] = {}
     routed_layers: list[Text] = Field(min_length=1)
     experts: dict[str, int] = {}
     clear_forms: dict[str, Text] = {}
@@ -144,6 +145,7 @@ class Engines(Body):
     plugin: Plugin
     plugin_layers: int = Field(ge=0)
     source_sha256: Text | None = None
+    belongs_to: dict[str, Sha256] = {}
     engines: Plans
 
     @field_validator("builder")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from exporter.belonging import BELONGS_TO, export_ids
 from exporter.manifests import BACKENDS, ENGINE, ENGINE_SCHEMA, read_engine, read_export
 from exporter.onnx_safety import check_onnx
 from moee.errors import MissingDependency, StepFailed, UserError
@@ -120,6 +121,7 @@ def build_engines(
             "plugin": {"file": "", "sha256": "", "headers": ""},  # of an export that needs none
             "plugin_layers": results["moee"]["plugin_layers"],
             "source_sha256": sha256_file(graphs["moee"]),
+            BELONGS_TO: export_ids(export),
             "engines": {name: _engine(folder / f"{name}.plan", result) for name, result in results.items()},
         }
         if library is not None and info is not None:

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.onnx import OnnxExporterError
 
+from exporter.belonging import BELONGS_TO, source_ids
 from exporter.forms.registry import form_of
 from exporter.graph.fused_attention import TRANSLATIONS as ATTENTION_TRANSLATIONS
 from exporter.graph.operator_schema import VERSION, register
@@ -237,6 +238,7 @@ def export(
     transform = model_transform(moee.model)
     output = OutputFolder(path, EXPORT, force, source_paths(source))
     output.check()
+    made_from = source_ids(source)
     graphs = {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT}
     dense, model, quantization = moee.dense().eval(), moee.model.eval(), {}
     reference = None
@@ -285,6 +287,7 @@ def export(
             "classes": list(moee.classes),
             "cost": _latest_cost(moee),
             "source": os.path.relpath(Path(source).resolve(), Path(path).resolve()) if source is not None else None,
+            BELONGS_TO: made_from,
             "routed_layers": list(layers),
             "experts": {name: layer.num_experts for name, layer in layers.items()},
             "clear_forms": forms,

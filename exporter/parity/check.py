@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exporter.belonging import export_ids
 from exporter.forms.form import WeightProblem
 from exporter.graph.export import PORTABLE, TENSORRT, read_quantization
 from exporter.manifests import read_export
@@ -48,7 +49,8 @@ MIN_ROUTE_AGREEMENT = {"fp32": 0.9999}
 class ParityResult:
     """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head, and
     where the model names one class alone). `rule` says in words what the outputs' tolerance is. `notes`: what was compared and
-    shows little. `only_ties`: routes that differ from the float64 run's are near ties."""
+    shows little. `belongs_to`: the export (`exporter.belonging`).
+    `only_ties`: routes that differ from the float64 run's are near ties."""
 
     runtime: str
     batches: list[BatchError]
@@ -63,6 +65,7 @@ class ParityResult:
     rule: str = ""
     only_ties: bool = False
     notes: list[str] = field(default_factory=list)
+    belongs_to: dict[str, str] = field(default_factory=dict)
 
     @property
     def max_abs_error(self) -> float:
@@ -227,6 +230,7 @@ def check_parity(
         rule=rule,
         only_ties=ties,
         notes=notes,
+        belongs_to=export_ids(manifest),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from exporter.belonging import BELONGS_TO, source_ids
 from exporter.plots import data as plot_data
 from exporter.plots import draw
 from exporter.plots.figure import save_svg
@@ -20,13 +21,15 @@ __all__ = ["draw", "plot_data", "write_plots"]
 
 def write_plots(
     moee: MoeeModel, calibration: ImageSet, held_out: ImageSet, out: Path | str, images: int = 256, force: bool = False,
-    report: Reporter = silent,
+    report: Reporter = silent, source: Path | str | None = None,
 ) -> list[str]:  # fmt: skip
     """Write `routing`, `similarity`, `curves` and `patches`, each as .json and .svg, into folder `out`; returns the file names.
 
     Routes are those of the first `images` held-out images, spread evenly; the curves are of the dense model on `calibration`.
-    Raises `UserError` if `out` exists and `force` is off.
+    `source`: the artifact's folder, which the files then say they belong to. Raises `UserError` if `out` exists
+    and `force` is off.
     """
+    made_from = {BELONGS_TO: source_ids(source)}
     with OutputFolder(out, PLOTS, force).write() as folder:
         trace = plot_data.trace_routes(moee, held_out, images, report)
         dense = moee.dense()
@@ -43,7 +46,7 @@ def write_plots(
             "patches": draw.patches(numbers["patches"], held_out, model_transform(moee.model)),
         }
         for position, (name, figure) in enumerate(figures.items(), 1):
-            write_json(folder / f"{name}.json", numbers[name])
+            write_json(folder / f"{name}.json", {**numbers[name], **made_from})
             save_svg(figure, folder / f"{name}.svg")
             report("draw", position, len(figures))
         return sorted(path.name for path in folder.iterdir())

@@ -1,6 +1,7 @@
 """One self-contained HTML page about a model: what changed, what was kept, whether it agrees, how fast it is."""
 
-from exporter.report.collect import Sources, collect
+from exporter.report.collect import collect
 from exporter.report.page import render, write_report
+from exporter.report.sources import Sources
 
 __all__ = ["Sources", "collect", "render", "write_report"]

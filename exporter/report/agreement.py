@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.report import charts
-from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
 from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
+from exporter.report.sources import Sources
 from exporter.report.values import DASH, dig, fixed, numbers, percent, real, scientific
 from moee.measure.accuracy import counted, recorded_interval
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from exporter.commands import extract, finetune
-from exporter.report.collect import Sources
+from exporter.report.sources import Sources
 from exporter.report.values import dig
 from moee.config import ExtractConfig, FinetuneConfig
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from exporter.report import agreement, sections, tables, timing
-from exporter.report.collect import Sources, collect
+from exporter.report.collect import collect
 from exporter.report.markup import Html, join, raw_text_element, tag
+from exporter.report.sources import Sources
 from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
 from exporter.ui import data_title
 from moee.measure.accuracy import recorded_interval
 from moee.places.placement import OutputFile, source_paths
+from moee.schema import shown
 from moee.store.result_kinds import REPORT
 
+log = logging.getLogger("moee")
 SECTIONS = (
     ("cost", "What changed", sections.cost),
     ("retention", "What was kept", agreement.retention),
@@ -30,6 +34,7 @@ SECTIONS = (
     ("sources", "Sources", tables.read_from),
 )
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}  # a function is its own name
+KIND_OF = {"parity": "moee.parity", "latency": "moee.latency", "engines": "moee.engine"}  # the file that a section is about
 MAX_BYTES = 3 << 20
 PLOT_BYTES = 2 << 20  # of all plots together, before base64's third
 
@@ -41,13 +46,16 @@ def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = Fal
     """
     output = OutputFile(out, REPORT, force, source_paths(*paths))
     output.check()
-    output.write_text(render(collect(paths, verify)))
+    sources = collect(paths, verify)
+    output.write_text(render(sources))
+    for problem in sources.problems:
+        log.warning("%s", shown(problem, quoted=False, limit=1000))
     return Path(out)
 
 
 def render(sources: Sources) -> str:
     """The whole page. Its size is bounded by the plots that it embeds; those that do not fit are named."""
-    built = [(id_, title, *make(sources)) for id_, title, make in SECTIONS]
+    built = [(id_, title, *_doubted(sources, id_, *make(sources))) for id_, title, make in SECTIONS]
     model = sources.body("moee.model") or sources.body("moee.export") or {}
     name = dig(model, "model", "name") or dig(sources.body("moee.summary"), "model") or "a model"
     data = model.get("data") or dig(sources.body("moee.summary"), "dataset")
@@ -79,6 +87,16 @@ def render(sources: Sources) -> str:
     )  # fmt: skip
     page = tag("html", head, tag("body", skip, header, navigation, main, raw_text_element("script", SCRIPT)), lang="en")
     return f"<!doctype html>\n{page}\n"
+
+
+def _doubted(sources: Sources, id_: str, verdict: str | None, parts: list[Html]) -> tuple[str | None, list[Html]]:
+    """A section about a file that may be another model's says so first; one whose file is another's says only that."""
+    kind = KIND_OF.get(id_, "")
+    doubt = sources.doubts.get(kind)
+    if doubt is None:
+        return verdict, parts
+    said = tag("p", f"{doubt[0].upper()}{doubt[1:]}.", class_="missing")
+    return verdict, [said, *(parts if kind in sources.artifacts else parts[:-1])]  # the last one says that the file is missing
 
 
 def _policy() -> str:

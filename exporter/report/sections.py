@@ -6,8 +6,8 @@ from typing import Any
 
 from exporter.figures import SMALL, macs_unit
 from exporter.report import charts
-from exporter.report.collect import Sources
 from exporter.report.markup import Html, table, tag
+from exporter.report.sources import Sources
 from exporter.report.values import DASH, change, dig, fixed, numbers, real, scaled
 from moee.store.artifact import stays_inside
 

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 from torch import nn
 
+from exporter.belonging import BELONGS_TO, export_ids, refuse_replaced
 from exporter.deploy import DEPLOY
 from exporter.engines.build import count_plugin_nodes
 from exporter.graph.export import DENSE, DENSE_DATA, MANIFEST, MOEE_DATA, PORTABLE, TENSORRT
@@ -140,6 +141,7 @@ def write_deployment(
             "preprocess_guessed": list(guessed),
             "class_names": list(names),
             "plugin_nodes": nodes,
+            BELONGS_TO: export_ids(export),
         }
         write_manifest(folder, "deployment.json", DEPLOYMENT_SCHEMA, body)
     return out
@@ -207,8 +209,11 @@ def ends_in_classes(model: nn.Module) -> bool:
 
 def read_head(export_dir: Path, export: dict[str, Any], output: Tensor) -> Head | None:
     """The classifier that lies beside the exported model, for a graph that ends in features; None without one."""
-    source = export_dir / export["source"] / PROBE if export.get("source") else None
-    if source is None or not source.is_file():
+    if not export.get("source"):
+        return None
+    source = export_dir / export["source"] / PROBE
+    refuse_replaced(export, source.parent)
+    if not source.is_file():
         return None
     probe = read_safetensors(source)
     if not {"weight", "bias"} <= probe.keys():

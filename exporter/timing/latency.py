@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from exporter.belonging import built_from, export_ids
 from exporter.engines.environment import environment
 from exporter.graph.export import DENSE, PORTABLE
 from exporter.manifests import input_shape, read_engine, read_export
@@ -21,8 +23,8 @@ from exporter.verdict import Verdict, judge
 from moee.errors import UserError
 from moee.parallel.machine import usable_cpus
 from moee.progress import Reporter, silent
-from moee.store.artifact import sha256_file
 
+log = logging.getLogger("moee")
 WARM_UP = 5
 THROUGHPUT_BLOCKS = 6  # a model, alternating
 PERCENTILES = (50, 90, 95, 99)
@@ -35,7 +37,7 @@ class LatencyResult:
     `throughput`: images a second with `streams` requests in flight, a figure of its own: overlapping requests hide what one
     alone would wait for. `environment` is taken before and after. `cuda_graph` is None off the GPU. `samples_ms`: every run of
     `dense` and `moee` in the order of the pairs, of which the even ones began with dense. `images`: whose they
-    are, or noise.
+    are, or noise. `belongs_to`: the export (`exporter.belonging`).
     """
 
     runtime: str
@@ -57,6 +59,7 @@ class LatencyResult:
     environment: list[dict[str, Any]] = field(default_factory=list)
     samples_ms: dict[str, list[float]] = field(default_factory=dict)
     images: str = "noise"
+    belongs_to: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         body = asdict(self)
@@ -159,7 +162,7 @@ def bench(
     threads = threads or usable_cpus()
     folder = Path(export_dir)
     if engine is not None:
-        _require_same_export(folder / manifest["graphs"]["tensorrt"], Path(engine), trust_engine)
+        _require_same_export(folder, manifest, Path(engine), trust_engine)
     before = environment()
     with ExitStack() as stack:
         if engine is not None:
@@ -197,15 +200,18 @@ def bench(
         cuda_graph=cuda_graph if engine is not None else None,
         environment=[before, environment()],
         images=named if real else "noise",
+        belongs_to=export_ids(manifest),
         samples_ms={name: [round(1e3 * float(s), 5) for s in row] for name, row in zip(("dense", "moee"), times, strict=True)},
     )
 
 
-def _require_same_export(graph: Path, engine: Path, trust: bool) -> None:
-    """Raises `UserError` if the engine was built from another graph: figures of the two must not be mixed."""
-    recorded = read_engine(engine, trust).get("source_sha256")
-    if recorded is not None and recorded != sha256_file(graph):
-        raise UserError(f"{engine} was built from another export than {graph.parent}; run moee build again")
+def _require_same_export(folder: Path, export: dict[str, Any], engine: Path, trust: bool) -> None:
+    """Raises `UserError` if the engine was built from another export: figures of the two must not be mixed."""
+    built = built_from(read_engine(engine, trust), export, folder / export["graphs"]["tensorrt"])
+    if built is False:
+        raise UserError(f"{engine} was built from another export than {folder}; run moee build again")
+    if built is None:
+        log.warning("it cannot be told whether %s was built from %s: an earlier version wrote one of them", engine, folder)
 
 
 def _engine_runner(folder: Path | str, model: str, cuda_graph: bool, trust: bool = False) -> EngineRunner:

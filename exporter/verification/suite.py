@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from exporter.belonging import built_from
 from exporter.graph.export import DENSE, PORTABLE, REFERENCE, TENSORRT, read_quantization
 from exporter.manifests import read_engine, read_export
 from exporter.onnx_safety import load_ir
@@ -32,7 +33,6 @@ from moee.measure.probe import classes_told
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.progress import Reporter, silent
 from moee.schema import json_safe
-from moee.store.artifact import sha256_file
 
 log = logging.getLogger("moee")
 ACCURACY_BATCH = 16
@@ -346,10 +346,8 @@ def _engine(
 ) -> EngineParity:  # fmt: skip
     """Run the MoEE engine at its own profile's batch sizes."""
     manifest = read_engine(folder, trust)
-    recorded = manifest.get("source_sha256")
     export = read_export(export_dir, verify=False)
-    graph = export_dir / export.get("graphs", {}).get("tensorrt", TENSORRT)
-    same = None if recorded is None else recorded == sha256_file(graph)
+    same = built_from(manifest, export, export_dir / export.get("graphs", {}).get("tensorrt", TENSORRT))
     if not plugin.passed:
         return EngineParity(manifest["builder"], plugin, same)
     sizes = sorted({manifest["batch"][k] for k in ("min", "opt", "max")})

@@ -10,8 +10,9 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from exporter.belonging import export_ids
 from exporter.engines.build import SCHEMA
-from moee.store.artifact import sha256_file, write_manifest
+from moee.store.artifact import read_json, sha256_file, write_manifest
 
 LIBRARY = "libmoee_plugin.so"
 
@@ -33,6 +34,7 @@ def write_engine(folder: Path, export: Path, batch: tuple[int, int, int] = (1, 2
         "plugin": {"file": LIBRARY, "sha256": sha256_file(folder / LIBRARY), "headers": "10.14"},
         "plugin_layers": 3,
         "source_sha256": sha256_file(export / "tensorrt.onnx"),
+        "belongs_to": export_ids(read_json(export / "export.json")),
         "engines": plans,
     }
     write_manifest(folder, "engine.json", SCHEMA, body)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from exporter.belonging import export_ids, source_ids
+
 TOOLS = {"moee": "0.1.0", "torch": "2.14.1", "timm": "1.0.31", "python": "3.11.7"}
 EVIL = "<script>alert(1)</script>\"'&"
 
@@ -23,7 +25,7 @@ def _stage(accuracy: float, shares: dict[str, list[float]]) -> dict[str, Any]:
     return {"retention": _retention(accuracy), "cost": cost, "shares": shares, "seconds": 1.0}
 
 
-def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny") -> Path:
+def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny", weights: bytes = b"weights") -> Path:
     """extracted, tuned, export and engine folders, parity.json and latency.json."""
     names = [layer, "blocks.1.mlp", "blocks.2.mlp"]
     shares = {name: [0.7, 0.3 - i / 10, i / 10] for i, name in enumerate(names)}
@@ -51,13 +53,17 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny") ->
             "layers": [],
             "info": info,
         }
-        _write(folder / name, "moee.json", "moee.model/1", body, "model.safetensors")
-    _write(folder / "export", "export.json", "moee.export/1", {"model": {"name": model}, "data": "digits"}, "moee.data")
+        _write(folder / name, "moee.json", "moee.model/1", body, "model.safetensors", weights)
+        made_from = source_ids(folder / name)
+    body = {"model": {"name": model}, "data": "digits", "belongs_to": made_from}
+    _write(folder / "export", "export.json", "moee.export/1", body, "moee.data", weights)
+    measured = {"belongs_to": export_ids(json.loads((folder / "export" / "export.json").read_text()))}
     engine = {"file": "moee.plan", "sha256": "0" * 64, "size_bytes": 3 << 20, "build_s": 1.5}
     body = {
         **{"builder": "tensorrt-rtx 1.7.1 (built on CPU)", "target": "any GPU", "batch": {"min": 1, "opt": 8, "max": 32}},
         **{"plugin": {"file": "libmoee_plugin.so", "sha256": "1" * 64}, "plugin_layers": 3},
         "engines": {"dense": {**engine, "file": "dense.plan"}, "moee": engine},
+        **measured,
     }
     _write(folder / "engine", "engine.json", "moee.engine/1", body, "moee.plan")
     batches = [{"batch": b, "max_abs_error": 1e-5 * b, "mean_abs_error": 1e-6, "output_rms": 2.0} for b in (1, 2, 8)]
@@ -71,7 +77,7 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny") ->
         **{"kl": 0.01, "dense_ece": 0.02, "moee_ece": 0.03, "drop_pp": 0.25, "drop_interval_pp": [-0.5, 1.0]},
     }
     parity |= {"accuracy": accuracy, "cases": [{"group": "layer", "name": layer, "failure": None}], "first_deviation": None}
-    _json(folder / "parity.json", {"schema": "moee.parity/1", **parity})
+    _json(folder / "parity.json", {"schema": "moee.parity/1", **parity, **measured})
     latency = {
         **{"runtime": "onnxruntime 1.31.0 CPU", "batch": 8, "threads": 2, "runs": 5},
         **{"dense_ms": {"p50": 10.0, "p95": 12.0}, "moee_ms": {"p50": 5.0, "p95": 6.5}},
@@ -81,14 +87,14 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny") ->
         **{"environment": [{"cpu": {"model": "a CPU", "mhz": None}, "gpu": None}]},
         **{"speedup": 2.0, "speedup_p5": 1.8, "speedup_p95": 2.2, "ideal_speedup": 2.5},
     }
-    _json(folder / "latency.json", {"schema": "moee.latency/1", **latency})
+    _json(folder / "latency.json", {"schema": "moee.latency/1", **latency, **measured})
     return folder
 
 
-def _write(folder: Path, name: str, schema: str, body: dict[str, Any], payload: str) -> None:
+def _write(folder: Path, name: str, schema: str, body: dict[str, Any], payload: str, content: bytes = b"weights") -> None:
     folder.mkdir(parents=True)
-    (folder / payload).write_bytes(b"weights")
-    files = {payload: hashlib.sha256(b"weights").hexdigest()}
+    (folder / payload).write_bytes(content)
+    files = {payload: hashlib.sha256(content).hexdigest()}
     _json(folder / name, {"schema": schema, "tools": TOOLS, "files": files, **body})
 
 
