@@ -65,7 +65,7 @@ def test_the_demo_keeps_its_results_when_the_engines_fail(tmp_path, monkeypatch,
         monkeypatch.setattr(demo, name, lambda *a, **k: None)
     monkeypatch.setattr(demo.checkpoint, "load", lambda path: tiny_export.moee)
     for name in ("check_parity", "bench"):
-        monkeypatch.setattr(demo, name, lambda *a, **k: SimpleNamespace(to_json=dict))
+        monkeypatch.setattr(demo, name, lambda *a, **k: SimpleNamespace(to_json=dict, belongs_to={}))
     monkeypatch.setattr(demo, "write_report", lambda *a, **k: None)
     monkeypatch.setattr(demo, "_build", fail)
     monkeypatch.setattr(demo, "_summary", lambda moee, data, parity, latency, engine: {"engine": engine})
