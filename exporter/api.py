@@ -151,11 +151,12 @@ def bundle(
 
     `model`: a dense model of your own, as the `MoeeModel` that was exported, the module, or the name `package.module:function`.
     """
-    report = report or to_stderr()
+    report, probe = report or to_stderr(), None
     if isinstance(model, MoeeModel):
+        probe = model.probe
         model = model.spec.module or (model.spec.name if model.spec.library == "python" else None)
     (sm,), batch = known_sms([whole("sm", sm, SM)]), _profile(batch)
-    return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model)
+    return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model, probe)
 
 
 def _profile(batch: Sequence[int]) -> tuple[int, int, int]:

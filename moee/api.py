@@ -33,9 +33,9 @@ from moee.errors import UserError
 from moee.given.images import given_images
 from moee.given.preparation import differences, read_preparation
 from moee.interface.spec import InputConfig, ModelSpec
-from moee.keywords import in_python
+from moee.keywords import in_python, spoken
 from moee.libraries.from_module import module_spec
-from moee.libraries.preparation import described
+from moee.libraries.preparation import UNSAID, described
 from moee.libraries.wrapped import plain
 from moee.measure.accuracy import comparison
 from moee.measure.evaluation import Retention, retention, run
@@ -117,9 +117,18 @@ def extract(
     if spec.library == "module" and input is None and prepared is not None:
         spec = spec_of(model, num_classes, prepared)
     session = Session(spec, source, config.seed, report, group, workers, classes, given=given)
+    _say_guesses(session)
     if given is not None:
         _say_preparation(prepared, session)
     return run_extract(spec, session.source, config, out, force, report, session, jobs, group, workers, classes)
+
+
+def _say_guesses(session: Session) -> None:
+    """Warn of what was guessed of a model of another library, but for its images: whoever gives a loader prepared them."""
+    notes = getattr(getattr(session.dense, "description", None), "notes", ())
+    for note in notes:
+        if UNSAID not in note:
+            log.warning("%s", spoken(note, {"num_classes": "num_classes"}))
 
 
 def _say_preparation(prepared: InputConfig | None, session: Session) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import ParamSpec, TypeVar
 
 from moee.errors import UserError
@@ -33,7 +33,7 @@ def in_python(
             try:
                 return function(*args, **kwargs)
             except UserError as error:
-                error.args = (_spoken(str(error), known, switches), *error.args[1:])
+                error.args = (spoken(str(error), known, switches), *error.args[1:])
                 raise
 
         return called
@@ -41,7 +41,9 @@ def in_python(
     return decorated
 
 
-def _spoken(text: str, known: Mapping[str, str], switches: set[str]) -> str:
+def spoken(text: str, known: Mapping[str, str], switches: Set[str] = frozenset()) -> str:
+    """A sentence whose flags are keywords: `known` by the flags' names with underscores; `switches` are true or false."""
+
     def keyword(found: re.Match[str]) -> str:
         name, value = known.get(found[1].replace("-", "_")), found[3] or ""
         if name is None:

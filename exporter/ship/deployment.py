@@ -27,6 +27,7 @@ from moee.artifacts.checkpoint import PROBE, Word
 from moee.data.transform import Transform
 from moee.errors import UserError
 from moee.libraries.preparation import described
+from moee.measure.probe import Probe
 from moee.places.placement import OutputFolder, source_paths
 from moee.schema import shown
 from moee.store.artifact import read_json, sha256_file, write_json, write_manifest
@@ -80,12 +81,14 @@ def write_deployment(
     batch: tuple[int, int, int] = (1, 8, 32),
     force: bool = False,
     word: Word | None = None,
+    probe: Probe | None = None,
 ) -> Path:
     """Write the folder for one SM from an export, and return its path.
 
     `kernels` gives the folder of the compiled kernels, and may take minutes for it: it is called after everything else was
     checked, and not for an export without plugin nodes, which gets no plugin. `batch` is the profile's (min, opt, max), `word`
-    as in `exported_model`. Raises `UserError` for a foreign or damaged export, an SM that the kernels lack, or a pre-processing
+    as in `exported_model`, `probe` the classifier of a model that ends in features, where it does not lie beside the artifact.
+    Raises `UserError` for a foreign or damaged export, an SM that the kernels lack, or a pre-processing
     that the runner cannot do; the output appears whole or not at all.
     """
     export_dir, out = Path(export_dir), Path(out)
@@ -113,8 +116,10 @@ def write_deployment(
         says = " x ".join(map(str, recipe.size))
         raise UserError(f"{export_dir / TENSORRT} takes {given.shape}, its manifest says size {says}; export again")
     classifies = ends_in_classes(model)
-    head = None if classifies else read_head(export_dir, export, output)
+    head = None if classifies else read_head(export_dir, export, output, probe)
     classes = output.shape[-1] if classifies else head.classes if head is not None else None
+    if classes is None and export.get("classes"):
+        raise UserError(_lost_head(export, export_dir))
     names, title = _names(export, classes, export_dir), shown(export["model"]["name"], quoted=False)
     compiled = kernels() if nodes else None
     with target.write() as folder:
@@ -207,23 +212,36 @@ def ends_in_classes(model: nn.Module) -> bool:
     return int(getattr(model, "num_classes", 0)) > 1
 
 
-def read_head(export_dir: Path, export: dict[str, Any], output: Tensor) -> Head | None:
-    """The classifier that lies beside the exported model, for a graph that ends in features; None without one."""
-    if not export.get("source"):
+def read_head(export_dir: Path, export: dict[str, Any], output: Tensor, probe: Probe | None = None) -> Head | None:
+    """The classifier of a graph that ends in features: `probe`, or the one beside the exported model; None without one."""
+    if probe is not None:
+        source, state = "the model's probe", probe.state()
+    elif not export.get("source"):
         return None
-    source = export_dir / export["source"] / PROBE
-    refuse_replaced(export, source.parent)
-    if not source.is_file():
-        return None
-    probe = read_safetensors(source)
-    if not {"weight", "bias"} <= probe.keys():
+    else:
+        source = export_dir / export["source"] / PROBE
+        refuse_replaced(export, source.parent)
+        if not source.is_file():
+            return None
+        state = read_safetensors(source)
+    if not {"weight", "bias"} <= state.keys():
         raise UserError(f"{source} should hold weight and bias; extract the model again")
-    weight, bias = (probe[key].float().numpy().astype("<f4") for key in ("weight", "bias"))
+    weight, bias = (state[key].float().numpy().astype("<f4") for key in ("weight", "bias"))
     if len(bias) < 2:
         raise UserError(f"{source} has one row, by which every image is of class 0; extract the model again")
     if weight.shape != (len(bias), output.shape[-1]) or not (np.isfinite(weight).all() and np.isfinite(bias).all()):
         raise UserError(f"{source} does not fit the graph's {output.shape[-1]} features; extract the model again")
     return Head(len(bias), struct.pack("<ii", *weight.shape) + weight.tobytes() + bias.tobytes())
+
+
+def _lost_head(export: dict[str, Any], export_dir: Path) -> str:
+    """Why a graph that ends in features has class names and no classifier, and what to do."""
+    count, where = len(export["classes"]), export.get("source")
+    if where is None:
+        cure = "give the model that was exported, with model="
+    else:
+        cure = f"put the artifact back to {(export_dir / where).resolve()}, or export again"
+    return f"{export_dir / MANIFEST} names {count} classes; the classifier that tells them apart lies beside the artifact: {cure}"
 
 
 def _names(export: dict[str, Any], classes: int | None, export_dir: Path) -> tuple[str, ...]:

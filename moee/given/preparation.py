@@ -9,32 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Subset
+import torch
+from torch.utils.data import DataLoader, Subset, default_collate
 
 from moee.data.transform import Transform
 from moee.interface.spec import InputConfig
 from moee.libraries.from_torchvision import crop_share
 
 WHOLE = {"Compose", "Sequential"}
-HARMLESS = {"ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype", "RGB", "Identity"}
+TO_TENSOR = {"ToTensor", "PILToTensor", "ToImage"}
+HARMLESS = {"RGB", "Identity", *TO_TENSOR}
+ORDERS = (["Resize", "Normalize"], ["Resize", "CenterCrop", "Normalize"])  # the only ones that timm's transform can repeat
 PARTS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 def read_preparation(given: Any) -> InputConfig | None:
-    """What the transform of a loader or dataset says: a resize, a crop in its middle, mean and deviation. None where there is
-    none, or where it holds anything else."""
+    """What the transform of a loader or dataset says: a resize, a crop in its middle, mean and deviation of pixels in 0..1. None
+    where there is none, where it holds anything else or in another order, and where the loader collates in a way of its own."""
+    if isinstance(given, DataLoader) and given.collate_fn is not default_collate:
+        return None
     dataset = given.dataset if isinstance(given, DataLoader) else given
     while isinstance(dataset, Subset):
         dataset = dataset.dataset
     transform = getattr(dataset, "transform", None)
-    if transform is None:
+    steps = _scaled(_flat(transform)) if transform is not None else None
+    if steps is None or [type(step).__name__ for step in steps] not in ORDERS:
         return None
-    steps = {type(step).__name__: step for step in _flat(transform)}
-    if set(steps) - HARMLESS - {"Resize", "CenterCrop", "Normalize"} or not {"Resize", "Normalize"} <= set(steps):
-        return None
-    resize, normalize = steps["Resize"], steps["Normalize"]
-    before, after = _sides(resize.size), _sides(getattr(steps.get("CenterCrop"), "size", resize.size))
-    if before is None or after is None or getattr(resize, "max_size", None) is not None:
+    resize, normalize = steps[0], steps[-1]
+    before, after = _sides(resize.size), _sides(steps[1].size if len(steps) == 3 else resize.size)
+    if before is None or after is None or getattr(resize, "max_size", None) is not None or resize.antialias is False:
         return None
     shape = _crop(before, after)
     if shape is None:
@@ -47,6 +50,24 @@ def read_preparation(given: Any) -> InputConfig | None:
         )
     except ValueError:  # of values that no description holds, such as an interpolation by its number
         return None
+
+
+def _scaled(steps: list[Any]) -> list[Any] | None:
+    """The steps without those that turn a picture into numbers in 0..1; None where that is not what they do."""
+    left, scaled = [], False
+    for step in steps:
+        name = type(step).__name__
+        if name in ("ToDtype", "ConvertImageDtype"):
+            if step.dtype is not torch.float32 or not getattr(step, "scale", True):
+                return None
+            scaled = True
+        elif name in HARMLESS:
+            scaled = scaled or name == "ToTensor"
+        else:
+            if name == "Normalize" and not scaled:
+                return None
+            left.append(step)
+    return left
 
 
 def differences(found: InputConfig, transform: Transform) -> list[str]:

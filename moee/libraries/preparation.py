@@ -15,6 +15,7 @@ USUAL = {  # how timm evaluates a model that says nothing else
     "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "interpolation": "bicubic", "crop_pct": 0.875,
     "crop_mode": "center",
 }  # fmt: skip
+UNSAID = "does not say how its images are prepared"
 PREPARATION = ("mean", "std", "crop_pct", "interpolation")
 SIZES = ("image_size", "img_size", "input_size")  # attributes that tell the size of the images
 
@@ -42,7 +43,7 @@ def described_input(
     known = {name: own[name] for name in InputConfig.model_fields if own.get(name) is not None}
     known |= given.model_dump(exclude_none=True)
     guessed = tuple(name for name in PREPARATION if name not in known)
-    notes = [f"{title} does not say how its images are prepared; guessed: {described(USUAL, guessed)}"] if guessed else []
+    notes = [f"{title} {UNSAID}; guessed: {described(USUAL, guessed)}"] if guessed else []
     if "input_size" not in known:
         size = _own_size(module)
         if size is None:

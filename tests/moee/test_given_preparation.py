@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 import exporter
 import moee
 from moee.data.transform import Transform, evaluation
+from moee.errors import UserError
 from moee.given.preparation import differences, read_preparation
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -63,10 +64,59 @@ def test_what_a_transform_says_is_what_timms_then_does(folder, steps, crop, mode
     [transforms.Resize(36), transforms.CenterCrop(32), transforms.Grayscale(3), *END],
     [transforms.Resize((40, 36)), transforms.CenterCrop(32), *END], [transforms.Resize(30), transforms.CenterCrop(32), *END],
     [transforms.Resize(36, max_size=40), transforms.CenterCrop(32), *END],
+    [v2.Resize(36), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32), v2.Normalize((127.0,) * 3, (50.0,) * 3)],
+    [v2.Resize(36), v2.CenterCrop(32), v2.PILToTensor(), v2.Normalize((127.0,) * 3, (50.0,) * 3)],
+    [transforms.Resize(36), transforms.CenterCrop(32), *END, transforms.Normalize(MEAN, STD)],
+    [transforms.Resize(16), transforms.Resize(36), transforms.CenterCrop(32), *END],
+    [transforms.CenterCrop(32), transforms.Resize(32), *END],
+    [transforms.ToTensor(), transforms.Resize(36, antialias=False), transforms.CenterCrop(32), END[1]],
+    [*END, transforms.Resize(36), transforms.CenterCrop(32)],
 ])  # fmt: skip
 def test_what_cannot_be_read_whole_is_not_read(folder, steps):
     assert read_preparation(loader(folder, *steps)) is None
     assert read_preparation((torch.zeros(2, 3, 8, 8), torch.zeros(2))) is None
+
+
+def test_a_loader_that_collates_in_a_way_of_its_own_is_not_read(folder):
+    data = loader(folder, transforms.Resize(36), transforms.CenterCrop(32), *END).dataset
+    assert read_preparation(DataLoader(data, 8)) is not None
+    assert read_preparation(DataLoader(data, 8, collate_fn=lambda batch: batch)) is None
+
+
+class Softmax(torch.nn.Module):
+    """A classifier whose last layer is no linear map."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.image_size = VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=2), 32
+
+    def forward(self, x):
+        return self.net(x).softmax(-1)
+
+
+def test_what_is_guessed_of_the_outputs_is_said_in_python(caplog):
+    torch.manual_seed(0)
+    images, labels = torch.randn(24, 3, 32, 32), torch.arange(24) % 2
+    result = moee.extract(Softmax(), (images[:12], labels[:12]), (images[12:], labels[12:]), preset="static", keep=0.7)
+    assert "outputs" in caplog.text and "taken for features; num_classes=2 says that they are classes" in caplog.text
+    assert result.probe is not None
+    caplog.clear()
+    given = ((images[:12], labels[:12]), (images[12:], labels[12:]))
+    assert moee.extract(Softmax(), *given, preset="static", keep=0.7, num_classes=2).probe is None
+    assert "taken for features" not in caplog.text
+
+
+def test_a_bundle_of_features_takes_the_probe_of_the_model_at_hand(folder, tmp_path):
+    data = loader(folder, transforms.Resize(36), transforms.CenterCrop(32), *END).dataset
+    torch.manual_seed(0)
+    train, val = Subset(data, range(0, 24, 2)), Subset(data, range(1, 24, 2))
+    result = moee.extract(Softmax(), train, val, preset="static", keep=0.7, num_classes=0)
+    exporter.export(result, tmp_path / "export")
+    with pytest.raises(UserError, match="names 2 classes; the classifier that tells them apart lies beside the artifact"):
+        exporter.bundle(tmp_path / "export", tmp_path / "bundle", sm=87, model=result.spec.module)
+    exporter.bundle(tmp_path / "export", tmp_path / "bundle", sm=87, model=result)
+    assert (tmp_path / "bundle/models/head.bin").is_file()
+    assert (tmp_path / "bundle/models/labels.txt").read_text().split() == ["ant", "bee"]
 
 
 def test_the_loaders_preparation_reaches_the_bundle(folder, tmp_path, caplog):
