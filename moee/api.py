@@ -32,6 +32,7 @@ from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.given.images import given_images
 from moee.given.preparation import differences, read_preparation
+from moee.interface.adapted import guesses_of
 from moee.interface.spec import InputConfig, ModelSpec
 from moee.keywords import in_python, spoken
 from moee.libraries.from_module import module_spec
@@ -115,7 +116,7 @@ def extract(
     source, given = _source(data, val)
     prepared = None if given is None else read_preparation(data if val is None else val)
     if spec.library == "module" and input is None and prepared is not None:
-        spec = spec_of(model, num_classes, prepared)
+        spec = spec.model_copy(update={"input": prepared})
     session = Session(spec, source, config.seed, report, group, workers, classes, given=given)
     _say_guesses(session)
     if given is not None:
@@ -125,15 +126,14 @@ def extract(
 
 def _say_guesses(session: Session) -> None:
     """Warn of what was guessed of a model of another library, but for its images: whoever gives a loader prepared them."""
-    notes = getattr(getattr(session.dense, "description", None), "notes", ())
-    for note in notes:
+    for note in guesses_of(session.dense)[0]:
         if UNSAID not in note:
             log.warning("%s", spoken(note, {"num_classes": "num_classes"}))
 
 
 def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
     """Warn where a device would prepare images otherwise than the loader does, or where that is not known."""
-    transform, guessed = session.transform, getattr(getattr(session.dense, "description", None), "guessed", ())
+    transform, (_, guessed) = session.transform, guesses_of(session.dense)
     unlike = differences(prepared, transform) if prepared is not None else []
     if unlike:
         log.warning(

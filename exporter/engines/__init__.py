@@ -1,5 +1,5 @@
 """TensorRT engines and what building them needs.
 
 An export comes in; engines go out.
-Imports graph, plugins and moee.
+Imports moee and plugins.
 """

@@ -1,5 +1,5 @@
 """What each kind of layer is outside PyTorch; `registry` lists them.
 
 A layer and a graph come in; results, problems and times go out.
-Imports passes and moee.
+Imports moee, passes and plugins.
 """

@@ -26,6 +26,7 @@ from exporter.ship import bundle_configs as configs
 from moee.artifacts.checkpoint import PROBE, Word
 from moee.data.transform import Transform
 from moee.errors import UserError
+from moee.interface.adapted import guesses_of
 from moee.libraries.preparation import described
 from moee.measure.probe import Probe
 from moee.places.placement import OutputFolder, source_paths
@@ -106,7 +107,7 @@ def write_deployment(
         raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says {says}; export again")
     model, transform = exported_model(export, export_dir, word)
     recipe = make_recipe(transform, str(export["model"]["timm_name"]))
-    guessed = tuple(getattr(getattr(model, "description", None), "guessed", ()))
+    _, guessed = guesses_of(model)
     if guessed:
         log.warning(
             "nobody said how the model's images are prepared; the bundle's runner does as was guessed: %s. Extract again with a "

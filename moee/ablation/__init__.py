@@ -1,4 +1,7 @@
-"""Ablations: the paper's tables and sweeps at the scale of one machine, resumable, with a verdict on each published ordering."""
+"""Ablations: the paper's tables and sweeps at the scale of one machine, resumable, with a verdict on each published ordering.
+
+Imports store, calibrate, mlps, places, measure, methods and stages.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Clusterings of hidden activations behind one interface, chosen by the configuration."""
+"""Clusterings of hidden activations behind one interface, chosen by the configuration.
+
+Imports no other room.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """Images with labels from folders, shards and built-in sets; class names.
 
 A source comes in; numbered image sets go out.
-Imports store, parallel and models.
+Imports parallel, store and models.
 """

@@ -17,8 +17,7 @@ from moee.interface.spec import InputConfig
 from moee.libraries.from_torchvision import crop_share
 
 WHOLE = {"Compose", "Sequential"}
-TO_TENSOR = {"ToTensor", "PILToTensor", "ToImage"}
-HARMLESS = {"RGB", "Identity", *TO_TENSOR}
+HARMLESS = {"RGB", "Identity", "ToTensor", "PILToTensor", "ToImage"}
 ORDERS = (["Resize", "Normalize"], ["Resize", "CenterCrop", "Normalize"])  # the only ones that timm's transform can repeat
 PARTS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 

@@ -1,5 +1,5 @@
 """How any model speaks here, and how it is recorded.
 
 A module comes in; one that speaks as timm's models do goes out, and the spec that makes it again.
-Imports nothing of the project but what everyone may use.
+Imports no other room.
 """

@@ -41,6 +41,13 @@ class Description:
     guessed: tuple[str, ...] = ()
 
 
+def guesses_of(model: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Sentences about what was guessed of a model, and the parts of its images' preparation that nobody said; nothing of a model
+    that speaks for itself."""
+    told = model.description if isinstance(model, AdaptedModel) else None
+    return (told.notes, told.guessed) if told is not None else ((), ())
+
+
 class AdaptedModel(nn.Module):
     """A model `net` of another library behind timm's interface: images [B, C, H, W] to outputs [B, num_classes], or features."""
 

@@ -40,9 +40,9 @@ class LayerRecord(BaseModel):
     activation: Text
 
     @property
+    @abstractmethod
     def num_experts(self) -> int:
         """Experts of the layer."""
-        raise NotImplementedError
 
     @property
     def parts(self) -> tuple[str, ...]:

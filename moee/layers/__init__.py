@@ -1,5 +1,5 @@
 """The layers that take an MLP's place, and their operators.
 
 Tokens come in; tokens go out.
-Imports nothing of the project but what everyone may use.
+Imports no other room.
 """

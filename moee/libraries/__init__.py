@@ -1,5 +1,5 @@
 """Models of other libraries behind one interface.
 
 A module or a name comes in; a model that speaks as timm's do goes out.
-Imports nothing of the project but what everyone may use.
+Imports interface, store and weights.
 """

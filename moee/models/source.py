@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from moee.errors import UserError
-from moee.interface.adapted import AdaptedModel
+from moee.interface.adapted import guesses_of
 from moee.libraries import from_python, from_torchvision, from_transformers
 from moee.libraries.library import Named
 from moee.models.input_size import sized
@@ -118,7 +118,7 @@ def guesses(spec: ModelSpec) -> tuple[str, ...]:
         return ()
     with torch.device("meta"):
         model = build_model(spec)
-    return model.description.notes if isinstance(model, AdaptedModel) else ()
+    return guesses_of(model)[0]
 
 
 def _with_classes(spec: ModelSpec, count: int) -> ModelSpec:

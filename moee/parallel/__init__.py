@@ -1,5 +1,5 @@
 """Ranks, their devices, and what they tell each other.
 
 A launcher's environment comes in; a group goes out.
-Imports nothing of the project but what everyone may use.
+Imports no other room.
 """

@@ -1,4 +1,7 @@
-"""Planning: what wins on a given model, data and device."""
+"""Planning: what wins on a given model, data and device.
+
+Imports layers, store, models, data, calibrate, mlps, places, measure, methods and stages.
+"""
 
 from moee.planning.budget import Budget, Point, choose, margins, pareto
 from moee.planning.plan import PLAN, check_ways, make_plan, planned_on, read_plan

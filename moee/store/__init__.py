@@ -1,5 +1,5 @@
 """Folders that appear whole or not at all, their manifests and hashes, the cache.
 
 Bytes and JSON come in; artifacts go out.
-Imports nothing of the project but what everyone may use.
+Imports no other room.
 """

@@ -1,5 +1,5 @@
 """Distillation from the dense model.
 
 A model, its dense original and images come in; tuned weights go out.
-Imports data, models, mlps, layers, measure, places and parallel.
+Imports interface, layers, parallel, store, weights, models, data, mlps, places and measure.
 """
