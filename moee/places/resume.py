@@ -36,22 +36,34 @@ def alone_on(place: Path, leader: bool = True) -> Iterator[None]:
     digest = hashlib.sha256(os.path.realpath(place).encode(errors="surrogateescape")).hexdigest()[:16]
     path = cache_dir() / "locks" / f"state-{digest}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:  # a cache that cannot be written to
+        descriptor = _locked(path)
+    except BlockingIOError:
+        name = shown(str(place).removesuffix(".resume"), quoted=False)
+        raise UserError(f"another run is working on {name} at this moment; wait for it, or choose another place") from None
+    except OSError:  # a cache that cannot be written to, or a file system without locks
         yield
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        name = shown(str(place).removesuffix(".resume"), quoted=False)
-        raise UserError(f"another run is working on {name} at this moment; wait for it, or choose another place") from None
-    except OSError:
-        pass
-    try:
         yield
     finally:
+        path.unlink(missing_ok=True)  # while it is held: who opened it meanwhile finds that it is no longer the file of this name
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    """Descriptor of the file at `path`, which is made where there is none, with the lock on it. Raises `OSError` without the lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:  # its holder ended between the two
+            pass
+        except BaseException:
+            os.close(descriptor)
+            raise
         os.close(descriptor)
 
 

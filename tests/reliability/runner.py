@@ -133,11 +133,12 @@ def _shape(value: Any) -> Any:
 
 
 def tree(root: Path, raw: bool = False) -> dict[str, str]:
-    """Relative path to hash of every file below `root`, hidden ones included; folders end in a slash."""
+    """Relative path to hash of every file below `root`, hidden ones included; folders end in a slash. The cache's locks are left
+    out: they hold nothing, and a process that was killed leaves its own."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        if path.is_symlink():
+        if path.is_symlink() or f"{name}/".startswith("cache/locks/"):
             continue
         if path.is_dir():
             found[f"{name}/"] = ""
