@@ -4,6 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs/demo
+JOBS   ?= 2
 
 # threads that wait must not spin: with a second process on the cores, torch is about five times slower otherwise
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -22,8 +23,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/moee demo --out $(OUT) --force
 
+# JOBS processes, each with files of its own
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pip install -q -c constraints.txt atheris || echo "no atheris here: its fuzz targets are skipped"

@@ -40,7 +40,7 @@ from moee.libraries.preparation import UNSAID, described
 from moee.libraries.wrapped import plain
 from moee.measure.accuracy import comparison
 from moee.measure.evaluation import Retention, retention, run
-from moee.measure.probe import classes_told
+from moee.measure.probe import classes_told, head_drawn
 from moee.methods.clear_moe import ClearConfig
 from moee.models.model import load_model as load_spec
 from moee.models.source import ModelOptions, named_model, with_pretrained
@@ -195,7 +195,8 @@ def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", rep
     outputs = run(model.model, held_out, report, "MoEE", group=group)
     logits = reference.features if model.probe is None else model.probe.logits(reference.features)
     told = classes_told(dense, model.probe)
-    compared = comparison(reference.labels, held_out.num_classes, told, held_out.name, logits)
+    drawn = head_drawn(model.spec, model.probe)
+    compared = comparison(reference.labels, held_out.num_classes, told, held_out.name, logits, drawn)
     return retention(reference, outputs, model.probe, told, compared)
 
 

@@ -29,7 +29,7 @@ from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet, batches, merge_skipped
 from moee.errors import UserError
 from moee.measure.accuracy import NO_ANSWER, Comparison, comparison, top1
-from moee.measure.probe import classes_told
+from moee.measure.probe import classes_told, head_drawn
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.progress import Reporter, silent
 from moee.schema import json_safe
@@ -257,7 +257,8 @@ class _AccuracyCheck:
         if self.images == 0:
             return Comparison(len(self.data), 0, "switched off with --images 0")
         told = classes_told(self.moee.model, self.moee.probe)
-        return comparison(self.data.labels, self.data.num_classes, told, self.data.name)
+        drawn = head_drawn(self.moee.spec, self.moee.probe)
+        return comparison(self.data.labels, self.data.num_classes, told, self.data.name, drawn=drawn)
 
     def chosen(self) -> Tensor:
         """Positions of the images that are looked at: labelled ones, drawn once."""
@@ -309,7 +310,9 @@ class _AccuracyCheck:
         with self.group.agreed():
             if self.group.leader:
                 told = classes_told(self.moee.model, self.moee.probe)
-                reason = comparison(dense["labels"], self.data.num_classes, told, self.data.name, dense["logits"]).reason
+                drawn = head_drawn(self.moee.spec, self.moee.probe)
+                compared = comparison(dense["labels"], self.data.num_classes, told, self.data.name, dense["logits"], drawn)
+                reason = compared.reason
                 silent = int((top1(dense["logits"]) == NO_ANSWER).sum())
                 failure = f"its outputs are NaN or infinite on {silent} of {len(dense['logits'])} images; export again"
                 found = [reason, f"the graph of the dense model is broken: {failure}" if silent else ""]

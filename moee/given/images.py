@@ -23,6 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from moee.data.class_names import listed
 from moee.data.image_set import ImageSet, Source, TensorSet, divide
 from moee.data.leaks import digest, refuse_shared, rows, same_content, sources_of
 from moee.data.sources import numbered
@@ -64,7 +65,8 @@ def given_splits(
     `seed`, is held out.
 
     A loader's sampler says which images are taken; their order and repetitions do not count. Label i is the i-th of the
-    dataset's `classes`, where it has such names; both splits are numbered alike, as `moee.data.sources` does, `labels` included.
+    dataset's `classes`, where it has such names, or the other split's; both are numbered alike, as `moee.data.sources` does,
+    `labels` included.
     Raises `UserError` for images that are not of `shape`, or not float; for labels that are no numbers; for images that fill
     the memory; for held-out images that are training images. """
     if val is not None and val is train:
@@ -77,9 +79,19 @@ def given_splits(
         sets["val"] = _opened(val, shape, report)
         refuse_shared(_sources(sets["train"], train), _sources(sets["val"], val))
         shared = same_content(_digests(sets["train"]), _digests(sets["val"]))
-    names = _names(train)
     notes = [*shared, *_renamed(train), *(_renamed(val) if val is not None else [])]
-    source = Source(sets, divided=val is not None, indices=not names and not _names(val), order=names, notes=notes)
+    both = {split: given for split, given in (("train", train), ("val", val)) if given is not None}
+    named = {split: _names(given) for split, given in both.items()}
+    order = next((names for names in named.values() if names), ())
+    for split, names in named.items():
+        if order and not names and not _renamed(both[split]):
+            sets[split].classes = tuple(
+                order[i] if i < len(order) else str(i) for i in range(max(len(order), sets[split].num_classes))
+            )
+            notes.append(
+                f"{split} has no class names: its labels are taken as positions in the other images' {len(order)} classes"
+            )
+    source = Source(sets, divided=val is not None, indices=not order, order=order, notes=notes)
     found = numbered(source, classes, head_classes, labels)
     return found["train"], found["val"]
 
@@ -217,8 +229,16 @@ def _names(given: Any) -> tuple[str, ...]:
         return dataset.classes
     if any(getattr(part, "target_transform", None) is not None for part in _inside(dataset)):
         return ()  # they name what its labels were before
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
+    if isinstance(dataset, Subset):
+        return _names(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        found = list(dict.fromkeys(names for names in map(_names, dataset.datasets) if names))
+        if len(found) > 1:
+            raise UserError(
+                f"{_named(given)} joins datasets of different classes, {listed(found[0])} and {listed(found[1])}, so that a "
+                "label means one class in one and another in the other; give datasets with the same classes"
+            )
+        return found[0] if found else ()
     classes = getattr(dataset, "classes", None)
     if not isinstance(classes, (list, tuple)):
         return ()

@@ -23,9 +23,8 @@ Z = 1.959963984540054  # 95 %, two-sided
 RESAMPLES = 2000
 CHANCE_P = 0.01  # of as many hits or more by the best constant answer: below it the dense model is better than that
 MAX_NAME = 200  # characters of a data set's name in a reason
-OTHER_CLASSES = (
-    "extract with --num-classes 0, and features are compared, and a probe on them, or give images of the model's classes"
-)
+FEATURES = "extract with --num-classes 0, and features are compared, and a probe on them"
+OTHER_CLASSES = f"{FEATURES}, or give images of the model's classes"
 NO_ANSWER = -2  # the class of an output that is not a number; -1 is the label of an image without one
 Interval = tuple[float, float]
 
@@ -122,13 +121,13 @@ def counted(labelled: int, images: int, probe: bool = False) -> str:
 
 
 def comparison(
-    labels: Sequence[int] | Tensor, classes: int, told: int, name: str, logits: Tensor | None = None
+    labels: Sequence[int] | Tensor, classes: int, told: int, name: str, logits: Tensor | None = None, drawn: bool = False
 ) -> Comparison:
     """Whether accuracy can be compared on images with `labels` [N] (-1: none) of `classes` classes.
 
     `told`: how many classes the model's head or probe tells apart (0: it has neither). `name`: the data's, for the reason.
     `logits` [N, told] are the dense model's; without them the answer is what is known before anything has run, and a comparison
-    that is not refused yet may still be.
+    that is not refused yet may still be. `drawn`: the head's weights are random ones, whose accuracy may beat a guess by chance.
     """
     given, name = np.asarray(labels, np.int64), shown(name, quoted=False, limit=MAX_NAME)
     known = given[given >= 0]
@@ -146,6 +145,9 @@ def comparison(
     elif told != classes:
         reason = f"the model tells {told} classes apart, {name} has {classes}"
         cure = OTHER_CLASSES
+    elif drawn:
+        reason = "the model's head has the weights that --random-weights drew, so that its accuracy means nothing"
+        cure = f"give --checkpoint or --pretrained, or {FEATURES}"
     elif guess == 1.0:
         reason = f"the {len(known)} labelled images from {name} are all of one class, so that a constant answer is always right"
     elif guess ** len(known) >= CHANCE_P:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.errors import UserError
+from moee.interface.spec import ModelSpec
 from moee.measure.accuracy import class_count
 
 NEVER = 50.0  # nats by which another class always beats one that the probe has not seen
@@ -51,6 +52,11 @@ def fit_probe(x: Tensor, labels: Tensor, classes: int = 2) -> Probe:
     places = torch.from_numpy(fitted.classes_)
     filled.weight[places], filled.bias[places] = weight, bias
     return Probe(filled.weight.float(), filled.bias.float())
+
+
+def head_drawn(spec: ModelSpec, probe: Probe | None) -> bool:
+    """Whether classes would be told apart by a head with random weights."""
+    return probe is None and spec.random_seed is not None
 
 
 def classes_told(model: nn.Module, probe: Probe | None) -> int:

@@ -30,6 +30,7 @@ from moee.store.result_kinds import (
     ENGINE,
     EXPORT,
     FINETUNE_STATE,
+    FOLDER_KINDS,
     LATENCY,
     MODEL,
     PARITY,
@@ -315,12 +316,23 @@ class OutputFile(Output):
             raise UserError(f"{self.said} is a folder's name; name a file")
         super().check()
         place = self.place
+        self._refuse_manifest(place)
         surrounding = None if os.path.lexists(place) else self._surrounding_input(place, artifact=True)
         if surrounding is None or (place.suffix in self.kind.endings and not self.kind.sealed):
             return
         endings = " or ".join(self.kind.endings)
         how = "" if self.kind.sealed else f", or let the name end in {endings}"
         raise UserError(f"{self.said} lies in the input {surrounding}; choose another place{how}")
+
+    def _refuse_manifest(self, place: Path) -> None:
+        """A file in an artifact must not look like the manifest of another one."""
+        other = next((k for k in FOLDER_KINDS if k.manifest == place.name and k.schema != self.kind.schema), None)
+        holder = kind_of(place.parent) if other is not None else None
+        if other is not None and holder is not None:
+            raise UserError(
+                f"{self.said}: {place.name} is how the manifest of {other.what} is called, and {place.parent} is {holder.what}; "
+                "choose another name"
+            )
 
     def _refuse_existing(self, path: Path) -> None:
         """What is at `path`, which is the place or what was there a moment ago, must not be lost."""

@@ -51,7 +51,7 @@ def alone_on(place: Path, leader: bool = True) -> Iterator[None]:
 
 
 def _locked(path: Path) -> int:
-    """Descriptor of the file at `path`, which is made where there is none, with the lock on it. Raises `OSError` without the lock."""
+    """Descriptor of the file at `path`, which is made where there is none, with the lock on it. Raises `OSError` without it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -23,7 +23,7 @@ from moee.given.images import given_splits
 from moee.measure.accuracy import Comparison, class_count, comparison
 from moee.measure.evaluation import Outputs, retention, run
 from moee.measure.metrics import dense_macs, model_cost, tokens_per_image
-from moee.measure.probe import Probe, classes_told, fit_probe
+from moee.measure.probe import Probe, classes_told, fit_probe, head_drawn
 from moee.methods.convert import ffn_budget
 from moee.methods.exchange import check_same_data, share_attention, share_dense
 from moee.methods.identity import IMAGES, check_attentions, check_ffns
@@ -221,14 +221,16 @@ class Session:
         leader alone."""
         logits = self.reference.features if probe is None else probe.logits(self.reference.features)
         told = classes_told(self.dense, probe)
-        return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits)
+        drawn = head_drawn(self.spec, probe)
+        return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits, drawn)
 
     def early_comparison(self, probe: Probe | None = None) -> Comparison:
         """What models and labels alone, with nothing run yet, say of a comparison of accuracies."""
         told = classes_told(self.dense, probe)
+        drawn = told > 0 and head_drawn(self.spec, probe)
         if told == 0 and len({label for label in self.train.labels if label >= 0}) > 1:
             told = class_count(self.train.labels, self.train.num_classes)  # as the probe will
-        return comparison(self.held_out.labels, self.held_out.num_classes, told, self.held_out.name)
+        return comparison(self.held_out.labels, self.held_out.num_classes, told, self.held_out.name, drawn=drawn)
 
     def warn_early(self, probe: Probe | None = None) -> None:
         """Say before the work that accuracies will not be compared, where the user can change that."""

@@ -17,8 +17,10 @@ from exporter.parity.ties import only_ties
 from exporter.quantization.calibrate import calibrate, sqnr_db
 from exporter.runners import PluginCheck
 from exporter.verdict import MIN_PAIRS, judge
-from exporter.verification.suite import EngineParity, VerifyResult
+from exporter.verification.suite import EngineParity, VerifyResult, _AccuracyCheck
 from moee.errors import UserError
+from moee.parallel.group import SOLO
+from moee.progress import silent
 from tests.conftest import tiny_images
 
 HALF = np.array([[1.0, 1.0, 1.0], [np.nan, np.nan, np.nan]], np.float32)
@@ -149,3 +151,14 @@ def test_fail_if_slower_fails_where_nothing_could_be_told(tiny_export, monkeypat
     monkeypatch.setattr("exporter.timing.latency.time_pairs", lambda *args, **kwargs: np.ones((2, 3)))
     assert cli.main(command) == 1 and "FAILED: whether MoEE is slower could not be told" in capsys.readouterr().out
     assert cli.main([a for a in command if a != "--fail-if-slower"]) == 0
+
+
+def test_a_random_head_has_no_accuracy_that_a_gate_could_be_held_against(tiny_export):
+    """Its images are told apart without an error here, as a lucky draw might."""
+    moee = tiny_export.moee
+    drawn = replace(moee, spec=moee.spec.model_copy(update={"weights": None, "weights_sha256": None, "random_seed": 0}))
+    for model, refused in ((moee, False), (drawn, True)):
+        check = _AccuracyCheck(tiny_export.folder(), model, tiny_export.data, None, "cpu", None, silent, SOLO)
+        answers = check.outputs("dense")
+        assert ("--random-weights drew" in check.early().reason) == refused
+        assert bool(check.judge(answers)[0]) == refused

@@ -152,7 +152,7 @@ def test_ablation_command(tmp_path, capsys, monkeypatch):
     assert "Dense accuracy 100.00% (91.2% to 100.0%)." in table and "accuracy (95 % interval)" in table
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec())
     assert cli.main([*argv, "--force"]) == 0
-    said = "accuracy is not compared: the dense model is right on "
+    said = "accuracy is not compared: the model's head has the weights that --random-weights drew"
     text = capsys.readouterr().out
     assert said in text and "by accuracy" not in text
     assert said.capitalize() in (tmp_path / "a" / "table.md").read_text()

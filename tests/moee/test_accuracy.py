@@ -20,7 +20,7 @@ from moee.models.model import ModelSpec
 from moee.planning import Budget, Point, choose, make_plan, pareto
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
-from tests.conftest import TINY, tiny_images, tiny_spec
+from tests.conftest import TINY, teach, tiny_images, tiny_spec
 
 
 def scores(answers, classes):
@@ -236,15 +236,39 @@ def test_the_cosine_of_single_outputs_is_more_than_their_sign():
     assert mean_cosine(dense, torch.tensor([[9.0], [0.1], [0.1], [-0.1]])) < 0.7
 
 
+def test_a_head_that_was_drawn_passes_no_gate_by_chance(monkeypatch, tmp_path):
+    """Drawn under some seeds, a head tells separable classes apart better than a guess."""
+    torch.manual_seed(0)
+    data = tiny_images(40, classes=10)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
+    session = Session(tiny_spec(), "tiny")
+    teach(session.dense, data)  # as chance might have it
+    assert "--random-weights drew" in session.early_comparison().advised
+    assert "--random-weights drew" in session.comparison(None).reason
+    kept = session.measure(session.dense, session.probe(), "")["retention"]
+    assert kept["accuracy"] is None and "means nothing" in kept["no_accuracy"]
+    features = Session(tiny_spec(num_classes=0), "tiny")
+    assert features.early_comparison() and features.comparison(features.probe()), "a probe is no head, and was fitted"
+
+
 @pytest.mark.parametrize(
-    "classes, reason, ran", [(10, "no better than a guess", True), (4, "tells 10 classes apart, tiny has 4", False)]
+    "classes, reason, ran, drawn",
+    [
+        (10, "no better than a guess", True, False),
+        (10, "--random-weights drew", False, True),
+        (4, "tells 10 classes apart, tiny has 4", False, True),
+    ],
 )
-def test_a_plan_whose_accuracy_cannot_be_measured_is_refused_before_any_point(classes, reason, ran, monkeypatch, tmp_path):
-    """A random head of 10 classes and labels that have nothing to do with it: a model of cosine 0.02 used to win."""
+def test_a_plan_whose_accuracy_cannot_be_measured_is_refused_before_any_point(
+    classes, reason, ran, drawn, monkeypatch, tmp_path
+):
+    """A head of 10 classes and labels that have nothing to do with it: a model of cosine 0.02 used to win."""
     torch.manual_seed(0)
     data = tiny_images(40, classes=classes)
     monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
     session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
+    if not drawn:
+        session.spec = session.spec.model_copy(update={"random_seed": None})
     monkeypatch.setattr("moee.planning.search.Planner.point", lambda *a: pytest.fail("a point was made"))
     cure = "" if ran else "--num-classes 0.*"
     with pytest.raises(UserError, match=f"--max-drop cannot be checked: .*{reason}.*{cure}use --min-cosine"):

@@ -114,6 +114,32 @@ def test_names_of_classes_number_both_splits_by_the_training_sets_order():
     assert [label for _, label in seen(one)] == [0, 1, 2] and [label for _, label in seen(two)] == [2, 0, 0]
 
 
+NAMES = ["zebra", "ant", "mole"]
+
+
+@pytest.mark.parametrize("named", [0, 1])
+def test_labels_without_names_are_positions_in_the_named_sets_classes(named):
+    """As they are where the same images are evaluated later; a label beyond the names is none of them."""
+    splits = [Pairs([0, 1, 2, 2], NAMES if named == 0 else None), Pairs([2, 0, 3], NAMES if named == 1 else None, apart=0.5)]
+    splits[named].labels = [label % 3 for label in splits[named].labels]
+    one, two = given_splits(*splits, shape=SHAPE, head_classes=3)
+    assert one.classes == two.classes == ("zebra", "ant", "mole") and one.labels == [0, 1, 2, 2]
+    assert two.labels == ([2, 0, -1] if named == 0 else [2, 0, 0])
+    assert any("has no class names: its labels are taken as positions" in note for note in one.notes)
+    later = given_images(splits[1], shape=SHAPE, classes=one.classes, head_classes=3)
+    assert later.labels == two.labels
+
+
+def test_joined_datasets_have_the_names_that_they_share():
+    joined = ConcatDataset([Pairs([0, 1], NAMES), Pairs([2], NAMES, apart=0.5)])
+    assert given_images(DataLoader(joined), shape=SHAPE, classes=["mole", "ant", "zebra"]).labels == [2, 1, 0]
+    unlike = ConcatDataset([Pairs([0, 1], ["ant", "bee"]), Pairs([0, 1], ["bee", "ant"], apart=0.5)])
+    part = Subset(unlike, [0])
+    for give in (lambda: given_splits(unlike, shape=SHAPE), lambda: given_images(part, shape=SHAPE, classes=["ant", "bee"])):
+        with pytest.raises(UserError, match="joins datasets of different classes, 'ant', 'bee' and 'bee', 'ant'"):
+            give()
+
+
 def test_labels_stand_for_their_numbers_in_a_larger_head():
     train, val = given_splits(Pairs([1, 3, 3, 1]), Pairs([3], apart=0.5), shape=SHAPE, head_classes=6)
     assert [label for _, label in seen(train)] == [1, 3, 3, 1] and seen(val) == [(0, 3)] and len(train.classes) == 6

@@ -284,10 +284,11 @@ def test_inputs_are_never_replaced(work, writer, capsys):
 def test_parts_of_any_artifact_are_never_overwritten(work, writer, capsys):
     """Not those of an artifact that this command does not read either."""
     if writer == "verify --out":  # a file, if its name ends so
-        places = ["plan/plan.json", "verify/parity.json", "model/moee.json", "export/export.json"]
+        places = ["plan/plan.json", "verify/parity.json", "model/moee.json", "export/export.json", "export/engine.json"]
     else:
         places = ["model/moee.json", "model/model.safetensors", "export/moee.data", "engine/moee.plan", "engine/engine.json",
-                  "verify/junit.xml", "verify/parity.json", "deployment/models/dense.onnx", "bundle/csrc/a.cpp"]  # fmt: skip
+                  "verify/junit.xml", "verify/parity.json", "deployment/models/dense.onnx", "bundle/csrc/a.cpp",
+                  "export/moee.json", "model/export.json", "engine/plan.json"]  # fmt: skip
     for place in places:
         for more in forms(writer):
             refused(work, capsys, writer, str(work / place), *more)
