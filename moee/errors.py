@@ -56,3 +56,11 @@ def chosen(table: Mapping[str, T], name: str, what: str) -> T:
     if name not in table:
         raise UserError(f"unknown {what} {name!r}; expected one of {', '.join(table)}")
     return table[name]
+
+
+class OptionError(UserError):
+    """An option that is unknown, or whose value does not fit; `option` is its name, empty where several do not go together."""
+
+    def __init__(self, text: str, option: str = ""):
+        super().__init__(text)
+        self.option = option

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moee.calibrate.calibration import CHUNK, LayerTokens, hidden_activations
+from moee.calibrate.options import CalibrationOptions, GroupingOptions
 from moee.calibrate.selection import MomentAccumulator, Moments
 from moee.clustering import NOISE, cluster_tokens
-from moee.config import ExtractConfig
+from moee.config import PAPER_TOKENS
 from moee.errors import chosen
 from moee.layers.report import LayerReport, left_dense
 from moee.layers.routing import make_router, route
@@ -19,7 +20,6 @@ from moee.parallel.devices import CPU
 from moee.progress import Reporter, silent
 from moee.store.cache import read_labels, tensor_hash, write_labels
 
-CLUSTERING_FIELDS = {"seed", "clustering", "components", "min_cluster_size", "min_samples", "clusters", "eps"}
 MIN_EXPERT_TOKENS = 2  # an expert needs a variance
 
 
@@ -37,18 +37,16 @@ class GroupedLayer:
 
 
 def find_routes(
-    ffn: FFN, sampled: LayerTokens, config: ExtractConfig, report: Reporter = silent, device: torch.device = CPU
+    ffn: FFN, sampled: LayerTokens, config: GroupingOptions, report: Reporter = silent, device: torch.device = CPU
 ) -> GroupedLayer | LayerReport:
     """Cluster one layer's tokens and make its router; a `LayerReport` with the reason when it stays dense. Activations are
     computed, clustered by HDBSCAN and averaged on `device`; scikit-learn's clusterings run on the CPU."""
     near = ffn.to(device)
-    generator = torch.Generator().manual_seed(config.seed)
-    rows = torch.randperm(sampled.count, generator=generator)[: config.cluster_tokens].sort().values
-    members = sampled.load(rows)
+    members = _drawn(sampled, config.cluster_tokens, config.seed)
     labels = _labels(ffn, members, config, report, device)
     count = int(labels.max()) + 1 if len(labels) else 0
     noise = float((labels == NOISE).double().mean())
-    if count < (1 if config.clustering == "none" else 2):
+    if count < 2:
         return stays_dense(ffn, f"dense: {count} cluster{'s' if count != 1 else ''}, {noise:.0%} noise", noise)
     router, bias = make_router(config.routing, members, labels, count, config.seed)
     router, bias, routes = _routes_without_idle(sampled, router, bias, device)
@@ -63,17 +61,28 @@ def find_routes(
     return GroupedLayer(ffn, router, bias, moments, share, noise)
 
 
+def one_group(ffn: FFN, sampled: LayerTokens, config: CalibrationOptions, device: torch.device = CPU) -> GroupedLayer:
+    """All tokens of a layer as one group, whose router has nothing to choose."""
+    members = _drawn(sampled, PAPER_TOKENS, config.seed)
+    router, bias = make_router("cosine", members, torch.zeros(len(members), dtype=torch.int64), 1, config.seed)
+    moments = _moments(ffn.to(device), sampled, torch.zeros(sampled.count, dtype=torch.int64), 1)
+    return GroupedLayer(ffn, router, bias, moments, torch.ones(1, dtype=torch.float64), 0.0)
+
+
+def _drawn(sampled: LayerTokens, most: int, seed: int) -> Tensor:
+    """At most so many of a layer's tokens, drawn by the seed, in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    return sampled.load(torch.randperm(sampled.count, generator=generator)[:most].sort().values)
+
+
 def stays_dense(ffn: FFN, reason: str, noise: float = 0.0) -> LayerReport:
     """The report of a layer that was left as it was."""
     return left_dense(ffn.name, reason, ffn.hidden, noise)
 
 
-def _labels(ffn: FFN, tokens: Tensor, config: ExtractConfig, report: Reporter, device: torch.device) -> Tensor:
+def _labels(ffn: FFN, tokens: Tensor, config: GroupingOptions, report: Reporter, device: torch.device) -> Tensor:
     """Cluster labels [N] of a layer's tokens, from the cache if the same tokens were clustered the same way before."""
-    if config.clustering == "none":
-        return torch.zeros(len(tokens), dtype=torch.int64)
-    how = config.model_dump_json(include=CLUSTERING_FIELDS)
-    key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/2 {ffn.activation} {how}")
+    key = tensor_hash(tokens, ffn.w_up, ffn.b_up, extra=f"labels/2 {ffn.activation} {config.clustering_json()}")
     labels = read_labels(key, len(tokens))
     if labels is None:
         hidden = hidden_activations(ffn.to(device), tokens.to(device))

@@ -1,4 +1,4 @@
-"""Clusterings of hidden activations behind one interface, chosen by the configuration.
+"""Clusterings of hidden activations behind one interface, chosen by the options.
 
 Imports no other room.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from moee.clustering.base import NOISE, Clusterer, principal_components, relabel
 from moee.clustering.hdbscan import FIRST_PASS, HDBSCAN
 from moee.clustering.kmeans import KMeans
+from moee.clustering.options import PARTITIONS, ClusteringOptions
 from moee.clustering.sklearn_methods import DBSCAN, OPTICS, Birch, RandomPartition
-from moee.config import PARTITIONS, ExtractConfig
 from moee.errors import UserError, chosen
 from moee.progress import Reporter, silent
 
@@ -28,7 +28,7 @@ DBSCAN_SAMPLES = 10
 
 
 def make_clusterer(
-    config: ExtractConfig, points: int, clusters: int | None = None, report: Reporter = silent, name: str = "cluster"
+    config: ClusteringOptions, points: int, clusters: int | None = None, report: Reporter = silent, name: str = "cluster"
 ) -> Clusterer:
     """The clusterer of a configuration for `points` rows; partition methods make `clusters`, `name` heads the progress."""
     size = max(MIN_CLUSTER_POINTS, round(config.min_cluster_size * points))
@@ -53,7 +53,7 @@ def make_clusterer(
 
 
 def cluster_tokens(
-    activations: Tensor, config: ExtractConfig, report: Reporter = silent, name: str = "cluster"
+    activations: Tensor, config: ClusteringOptions, report: Reporter = silent, name: str = "cluster"
 ) -> Tensor:
     """Labels [N] int64 on the CPU of hidden activations [N, H], noise -1, renumbered by first appearance.
 
@@ -63,8 +63,6 @@ def cluster_tokens(
     bad = int((~torch.isfinite(activations).all(1)).sum())
     if bad:
         raise UserError(f"{bad} of {len(activations)} tokens have NaN or infinite activations; check the model's weights")
-    if config.clustering == "none":
-        return torch.zeros(len(activations), dtype=torch.int64)
     smallest = config.clusters or MIN_CLUSTER_POINTS
     if len(activations) < smallest:
         raise UserError(
@@ -74,7 +72,7 @@ def cluster_tokens(
         activations = principal_components(activations, config.components)
     clusters = config.clusters
     if config.clustering in PARTITIONS and clusters is None:
-        density = config.model_copy(update={"clustering": "hdbscan"})
+        density = config.model_copy(update={"clustering": "hdbscan", "clusters": None})
         found = make_clusterer(density, len(activations), report=report, name=name).fit_predict(activations)
         clusters = max(2, int(found.max()) + 1)
     labels = relabel(make_clusterer(config, len(activations), clusters, report, name).fit_predict(activations))

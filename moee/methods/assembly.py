@@ -7,20 +7,19 @@ from torch import Tensor
 
 from moee.calibrate.grouping import GroupedLayer, stays_dense
 from moee.calibrate.selection import Moments
-from moee.config import ExtractConfig
 from moee.layers.report import LayerReport
 from moee.layers.routed import LOAD_UNIT, Experts, RoutedFFN
 from moee.models.ffn import FFN
 
 
 def build_layer(
-    routed: GroupedLayer, kept: list[Tensor] | None, config: ExtractConfig
+    routed: GroupedLayer, kept: list[Tensor] | None, compensation: str
 ) -> tuple[RoutedFFN | None, LayerReport]:
     """The layer whose experts keep the given neurons; None and the reason where it stays dense."""
     ffn = routed.ffn
     if kept is None:
         return None, stays_dense(ffn, "dense: experts would cost as much", routed.noise)
-    experts = assemble(ffn, routed.moments, routed.router, routed.bias, kept, config.compensation, routed.share)
+    experts = assemble(ffn, routed.moments, routed.router, routed.bias, kept, compensation, routed.share)
     widths = experts.widths
     return RoutedFFN(experts, ffn.channels_first), LayerReport(
         ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, routed.share.tolist(), routed.noise,

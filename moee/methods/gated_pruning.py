@@ -10,21 +10,20 @@ import torch
 from torch import Tensor
 
 from moee.calibrate.grouping import GroupedLayer, stays_dense
-from moee.config import ExtractConfig
 from moee.layers.report import LayerReport
 from moee.mlps.gated import GatedFFN, GatedMLP, GatedWeights
 from moee.models.ffn import FFN
 
 
 def prune_gated(
-    grouped: GroupedLayer, kept: list[Tensor] | None, config: ExtractConfig
+    grouped: GroupedLayer, kept: list[Tensor] | None, compensation: str
 ) -> tuple[GatedFFN | None, LayerReport]:
     """A gated MLP with the neurons `kept[0]` alone; None and the reason where it stays dense."""
     ffn = grouped.ffn
     assert isinstance(ffn, GatedMLP), f"{ffn.name} is {type(ffn).__name__}"
     if kept is None:
         return None, stays_dense(ffn, "dense: the pruned layer would cost as much", grouped.noise)
-    layer = narrower(ffn, kept[0], grouped.moments.mean[0] if config.compensation != "none" else None)
+    layer = narrower(ffn, kept[0], grouped.moments.mean[0] if compensation != "none" else None)
     report = LayerReport(
         ffn.name, "routed", ffn.hidden, 1, layer.union, layer.widths, grouped.share.tolist(), grouped.noise,
         int(grouped.moments.count.sum()),

@@ -8,21 +8,83 @@ selected experts. Dropped experts can be replaced by their mean, which the bias 
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from moee.calibrate.calibration import CHUNK, LayerTokens, hidden_activations
+from moee.calibrate.options import CalibrationOptions
 from moee.calibrate.ridge import solve_ridge
-from moee.config import ExtractConfig
-from moee.errors import UserError, chosen
+from moee.config import Count
+from moee.errors import OutOfReach, UserError, chosen
 from moee.layers.report import LayerReport
 from moee.layers.routed import LOAD_UNIT, Experts
 from moee.layers.routing import route
+from moee.measure.metrics import original_macs, tokens_per_image
+from moee.methods.base import Shares, Variant
+from moee.methods.choice import ffn_budget
+from moee.methods.convert import LayerMethod
+from moee.methods.exchange import Finding
+from moee.mlps.attention import macs_saved
+from moee.mlps.find import find_ffns
 from moee.models.ffn import FFN
 from moee.parallel.devices import CPU
+from moee.progress import Reporter
 
 RIDGE = 1e-3  # of the trained router's Gram matrix, share of its mean diagonal
 ITERATIONS = 20
+
+
+class MoeficationOptions(CalibrationOptions):
+    """How the neurons are divided, and how a token finds its experts."""
+
+    experts: Count = Field(description="experts a layer: equal shares of its neurons")
+    top_k: Count = Field(1, description="experts that each token is routed to")
+    split: Literal["weights", "coactivation"] = Field(
+        "weights", description="what neurons are divided by: clusters of fc1's rows, or how often two are active together"
+    )
+    selector: Literal["centre", "router"] = Field(
+        "centre", description="how a token finds its experts: their parameters' centre, or a linear map that is fitted"
+    )
+    compensation: Literal["none", "mean"] = Field(
+        "mean", description="experts that a token does not get are ignored, or replaced by their mean output"
+    )
+
+    @model_validator(mode="after")
+    def _within(self) -> MoeficationOptions:
+        if self.top_k > self.experts:
+            raise ValueError(f"method moefication needs --top-k (now {self.top_k}) within --experts (now {self.experts})")
+        return self
+
+
+class MoeficationMethod(LayerMethod[MoeficationOptions]):
+    name, options = "moefication", MoeficationOptions
+    summary = "disjoint experts of equal size; every token goes to the best few"
+    shares: ClassVar[Shares] = "tokens"
+    presets: ClassVar = {"moefication": {}}
+    variants: ClassVar = {"moefication": Variant({"experts": 32, "selector": "router"})}
+    allocations: ClassVar = {"top-k": {}}  # the same number of experts a token in every layer
+
+    def find(
+        self, ffn: FFN, sampled: LayerTokens, options: MoeficationOptions, report: Reporter, device: torch.device
+    ) -> Finding:
+        return find_moefication(ffn, sampled, options, device)
+
+    def within(
+        self, options: MoeficationOptions, target: float, model: nn.Module, shape: tuple[int, int, int]
+    ) -> MoeficationOptions:
+        """The most experts a token whose MACs, router included, meet the target."""
+        ffns = {f.name: f for f in find_ffns(model, options.exclude).ffns}
+        tokens = tokens_per_image(model, ffns, shape)
+        whole = sum(tokens[n] * f.macs for n, f in ffns.items())
+        routers = sum(tokens[n] * f.dim * options.experts for n, f in ffns.items())
+        budget = ffn_budget(original_macs(model, shape), whole, target, macs_saved(model, shape))
+        most = int((budget - routers) * options.experts / whole)
+        if most < 1:
+            raise OutOfReach(f"--target-macs {target:g}: not one of {options.experts} experts a token fits")
+        return options.model_copy(update={"top_k": min(most, options.experts)})
 
 
 def balanced_groups(rows: Tensor, groups: int, seed: int) -> Tensor:
@@ -59,22 +121,21 @@ def coactivation_features(ffn: FFN, sampled: LayerTokens, components: int) -> Te
 
 
 def find_moefication(
-    ffn: FFN, sampled: LayerTokens, config: ExtractConfig, device: torch.device = CPU
+    ffn: FFN, sampled: LayerTokens, options: MoeficationOptions, device: torch.device = CPU
 ) -> tuple[Experts, LayerReport]:
     """Disjoint experts of one layer; activations are computed and summed up on `device`. Raises `UserError` if there are more
     experts than neurons."""
     near = ffn.to(device)
-    assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
-    count = min(config.experts, ffn.hidden)
+    count = min(options.experts, ffn.hidden)
     makers = {"weights": lambda: ffn.w_up, "coactivation": lambda: coactivation_features(near, sampled, count)}
-    features = chosen(makers, config.split, "split")()
-    group = balanced_groups(features, config.experts, config.seed)
-    members = [(group == e).nonzero()[:, 0] for e in range(config.experts)]
-    router, bias = _router(near, sampled, members, config)
-    top_k = min(config.top_k, config.experts)
+    features = chosen(makers, options.split, "split")()
+    group = balanced_groups(features, options.experts, options.seed)
+    members = [(group == e).nonzero()[:, 0] for e in range(options.experts)]
+    router, bias = _router(near, sampled, members, options)
+    top_k = min(options.top_k, options.experts)
     means, share = _means_when_dropped(near, sampled, group, router, bias, top_k)
     outputs = torch.stack([ffn.w_down.double()[:, m] @ means[m] for m in members])
-    if config.compensation == "none":
+    if options.compensation == "none":
         outputs = torch.zeros_like(outputs)
     b_out = (ffn.b_down.double() + outputs.sum(0)) / top_k - outputs
     widths = [len(m) for m in members]
@@ -88,10 +149,10 @@ def find_moefication(
     )
 
 
-def _router(ffn: FFN, sampled: LayerTokens, members: list[Tensor], config: ExtractConfig) -> tuple[Tensor, Tensor]:
+def _router(ffn: FFN, sampled: LayerTokens, members: list[Tensor], options: MoeficationOptions) -> tuple[Tensor, Tensor]:
     """Router rows [K, D] and biases [K]: each expert's parameter centre, or a linear map trained (ridge regression) to
     predict the norm-weighted magnitude of the expert's activations."""
-    rows, bias = chosen({"centre": _centres, "router": _trained}, config.selector, "selector")(ffn, sampled, members)
+    rows, bias = chosen({"centre": _centres, "router": _trained}, options.selector, "selector")(ffn, sampled, members)
     return rows.cpu(), bias.cpu()
 
 

@@ -2,54 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
-from torch import nn
-
-from moee.config import ExtractConfig, MethodOptions
-from moee.layers.report import LayerReport
-from moee.methods.base import Context, Method, Shares
+from moee.config import Options, validated
+from moee.errors import OptionError, UserError
+from moee.methods.base import Method
 from moee.methods.clear_moe.method import ClearMethod
-from moee.methods.convert import extract
-from moee.schema import checked
+from moee.methods.experts import ExpertsMethod
+from moee.methods.heads.method import HeadsMethod
+from moee.methods.moefication import MoeficationMethod
+from moee.methods.static import StaticMethod
+from moee.schema import shown
+
+METHODS: list[Method[Any]] = [
+    ExpertsMethod(),
+    StaticMethod(),
+    MoeficationMethod(),
+    ClearMethod(),
+    HeadsMethod(),
+]
 
 
-class ExpertsMethod(Method[ExtractConfig]):
-    """Experts of neurons: the paper's, and static pruning, which is one expert."""
-
-    name, options = "moee", ExtractConfig
-    shares: ClassVar[Shares] = "groups"
-
-    def convert(self, model: nn.Module, options: ExtractConfig, context: Context) -> Sequence[LayerReport]:
-        return extract(
-            model, context.data, options, context.report, jobs=context.jobs, sampled=context.sampled, group=context.group
-        )
+def method_named(name: str) -> Method[Any]:
+    """The method of a name, or of an older one. Raises `UserError` that lists the names."""
+    for method in METHODS:
+        if name in (method.name, *method.also):
+            return method
+    raise UserError(f"unknown method {shown(name)}; expected one of {', '.join(method.name for method in METHODS)}")
 
 
-class MoeficationMethod(ExpertsMethod):
-    """Disjoint experts of equal size, several a token."""
-
-    name = "moefication"
-    shares = "tokens"
-
-
-FIRST = ExpertsMethod()
-METHODS: dict[str, Method[Any]] = {method.name: method for method in (FIRST, MoeficationMethod(), ClearMethod())}
-
-
-def method_of(options: MethodOptions) -> Method[Any]:
+def method_of(options: Options) -> Method[Any]:
     """The method that options are of."""
-    return METHODS[options.method]
+    return next(method for method in METHODS if method.options is type(options))
 
 
-def options_of(values: Any) -> type[MethodOptions]:
-    """The model of a method's options, for their `values` as a file has them; what names no method is of the first."""
-    name = values.get("method") if isinstance(values, dict) else None
-    return (METHODS.get(name, FIRST) if isinstance(name, str) else FIRST).options
+def cutting(part: str) -> Iterator[Method[Any]]:
+    """The methods that cut the attention, or the MLPs."""
+    return (method for method in METHODS if method.cuts == part)
 
 
-def read_options(values: Any, path: Path) -> Any:
-    """A method's options as the file `path` has them, checked. Raises `UserError` for wrong ones."""
-    return checked(options_of(values), values, path)
+def presets() -> dict[str, Method[Any]]:
+    """Every preset's name and its method."""
+    return {name: method for method in METHODS for name in method.presets}
+
+
+def options_for(method: Method[Any], values: dict[str, Any]) -> Options:
+    """A method's options. Raises `UserError` that names the first value that does not fit; for an option of another method it
+    says whose it is."""
+    known = method.options.model_fields
+    for name in values:
+        if name not in known:
+            owners = [other.name for other in METHODS if name in other.options.model_fields]
+            flag = f"--{shown(name, quoted=False).replace('_', '-')}"
+            if owners:
+                raise OptionError(f"{flag} is for method {' or '.join(owners)}, and not for {method.name}; leave it out", name)
+            raise OptionError(f"{flag} is no option of method {method.name}; expected some of {', '.join(known)}", name)
+    return validated(method.options, values)

@@ -14,7 +14,6 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from moee.config import MethodOptions
 from moee.errors import UserError
 from moee.models.model import Shape, on_meta
 
@@ -92,14 +91,6 @@ def _obstacle(attention: Attention) -> str:
 def narrow_attentions(model: nn.Module) -> dict[str, NarrowAttention]:
     """The narrowed attentions of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NarrowAttention)}
-
-
-def refuse_wide(model: nn.Module, config: MethodOptions) -> None:
-    """Raise `UserError` if `config` asks for narrower heads than `model` has: it would be recorded without being true."""
-    if config.narrows is not None and not narrow_attentions(model):
-        raise UserError(
-            "attention_macs is given for a model whose attention is whole; narrow it first (moee.methods.narrowing.narrow)"
-        )
 
 
 def attention_macs(dim: int, heads: int, widths: Widths, images: int, tokens: int) -> int:

@@ -6,7 +6,7 @@ between; `layer.ClearFFN` is what takes an MLP's place.
 """
 
 from moee.layers.clear import ClearFFN
-from moee.methods.clear_moe.config import ClearConfig
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.convert import convert
 
-__all__ = ["ClearConfig", "ClearFFN", "convert"]
+__all__ = ["ClearOptions", "ClearFFN", "convert"]

@@ -13,7 +13,7 @@ from moee.calibrate.calibration import collect_tokens
 from moee.data.image_set import ImageSet, TensorSet, batches
 from moee.errors import UserError
 from moee.layers.clear_routers import Router, fit_router
-from moee.methods.clear_moe.config import ClearConfig
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.decompose import (
     Moments,
     dense_hidden,
@@ -79,7 +79,7 @@ def cluster(tokens: Tensor, experts: int, seed: int, name: str = "layer") -> Ten
 
 
 def analyse(
-    model: nn.Module, ffns: list[FFN], chosen: TensorSet, config: ClearConfig, report: Reporter, device: torch.device = CPU
+    model: nn.Module, ffns: list[FFN], chosen: TensorSet, config: ClearOptions, report: Reporter, device: torch.device = CPU
 ) -> list[Analysis]:
     """Clusters, routers, loss tables and scores of all layers on the dense model's own tokens; the model runs on `device`."""
     found = []
@@ -112,7 +112,7 @@ def analyse(
     return found
 
 
-def _tables(ffn: FFN, tokens: Tensor, router: Router, config: ClearConfig) -> tuple[LossTable, LossTable]:
+def _tables(ffn: FFN, tokens: Tensor, router: Router, config: ClearOptions) -> tuple[LossTable, LossTable]:
     """Loss tables of both maps on the dense layer's tokens."""
     routes = router.route(tokens)
     root, _ = sqrt_and_inverse(up_metric(ffn, tokens, config.metric))

@@ -13,7 +13,7 @@ from moee.layers.activations import activate
 from moee.layers.clear import ClearFFN, ClearParts
 from moee.layers.report import RefitReport
 from moee.methods.clear_moe.analysis import Analysis
-from moee.methods.clear_moe.config import ClearConfig
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.decompose import (
     decompose_down,
     decompose_up,
@@ -29,7 +29,7 @@ from moee.progress import Reporter
 class _BuildStep(nn.Module):
     """Stands where a layer will be for one forward pass: builds it on the pass's own input, then applies it."""
 
-    def __init__(self, analysis: Analysis, config: ClearConfig, done):
+    def __init__(self, analysis: Analysis, config: ClearOptions, done):
         super().__init__()
         self.analysis, self.config, self.done = analysis, config, done
         self.built: Built | None = None
@@ -55,7 +55,7 @@ class Built:
     refit: RefitReport | None
 
 
-def build_layer(a: Analysis, tokens: Tensor, config: ClearConfig) -> Built:
+def build_layer(a: Analysis, tokens: Tensor, config: ClearOptions) -> Built:
     """A layer from its input tokens [N, D]. Raises `UserError` for NaN or infinite ones."""
     assert a.ranks is not None, "only layers with ranks are built"
     r1, q1, r2, q2 = a.ranks
@@ -70,7 +70,7 @@ def build_layer(a: Analysis, tokens: Tensor, config: ClearConfig) -> Built:
     hidden = _hidden(up, tokens, routes, ffn.activation)
     target = dense_hidden(ffn, tokens) @ ffn.w_down.T
     weight, refit = ffn.w_down, None
-    if config.refit:
+    if config.compensation == "refit":
         weight, refit = refit_down(ffn, hidden, target, routes, k, config.refit_lambda)
     down = decompose_down(ffn, hidden, target, routes, k, r2, q2, weight)
     share = torch.bincount(routes, minlength=k).double() / len(routes)
@@ -88,7 +88,7 @@ def _hidden(up, tokens: Tensor, routes: Tensor, activation: str) -> Tensor:
 
 
 def build_layers(
-    model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearConfig, report: Reporter,
+    model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearOptions, report: Reporter,
     device: torch.device = CPU,
 ) -> dict[str, Built]:  # fmt: skip
     """Put the layers in place, front to back, in one forward pass on `device`; an error puts the dense ones back."""

@@ -7,12 +7,12 @@ from torch import nn
 from moee.errors import UserError
 from moee.measure.metrics import dense_macs, original_macs, tokens_per_image
 from moee.methods.clear_moe.analysis import Analysis, Ranks
-from moee.methods.clear_moe.config import ClearConfig
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.ranks import LayerCost, ranks_for_budget
 from moee.models.model import Shape
 
 
-def choose_ranks(model: nn.Module, found: list[Analysis], shape: Shape, config: ClearConfig) -> None:
+def choose_ranks(model: nn.Module, found: list[Analysis], shape: Shape, config: ClearOptions) -> None:
     """Fill in the ranks of the layers to convert, and the reason of the others."""
     tokens = tokens_per_image(model, [a.ffn.name for a in found], shape)
     costs = [

@@ -17,12 +17,11 @@ from moee.layers.report import LayerReport
 from moee.methods.clear_moe.analysis import Analysis, Ranks, analyse, calibration_set
 from moee.methods.clear_moe.build import Built, build_layers
 from moee.methods.clear_moe.choice import choose_ranks
-from moee.methods.clear_moe.config import ClearConfig
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.decompose import (
     check_rank,
 )
 from moee.methods.clear_moe.scoring import LayerScore
-from moee.mlps.attention import refuse_wide
 from moee.mlps.find import find_ffns, reports_of
 from moee.parallel.devices import CPU
 from moee.progress import Reporter, silent
@@ -40,7 +39,7 @@ class ClearLayerReport(LayerReport):
 
 @torch.no_grad()
 def convert(
-    model: nn.Module, data: ImageSet, config: ClearConfig, report: Reporter = silent, device: torch.device = CPU
+    model: nn.Module, data: ImageSet, config: ClearOptions, report: Reporter = silent, device: torch.device = CPU
 ) -> list[ClearLayerReport]:
     """Replace MLPs of `model` in place by `ClearFFN` layers found on `data`; returns one report a layer.
 
@@ -48,7 +47,6 @@ def convert(
     Deterministic for one configuration, data set and thread count. Weights outside the replaced MLPs keep their bits. Raises
     `UserError` for input that it cannot work with; the model is then unchanged.
     """
-    refuse_wide(model, config)
     mlps = find_ffns(model, config.exclude)
     ffns = mlps.ffns
     if config.layers is not None and config.layers > len(ffns):

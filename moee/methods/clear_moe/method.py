@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import nn
 
 from moee.layers.report import LayerReport
-from moee.methods.base import Context, Method
-from moee.methods.clear_moe.config import ClearConfig
+from moee.methods.base import Context, Method, Variant
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.convert import convert
 from moee.methods.exchange import share_layers
 
 
-class ClearMethod(Method[ClearConfig]):
-    name, shares, options = "clear-moe", "nothing", ClearConfig
+class ClearMethod(Method[ClearOptions]):
+    name, also, options = "clear-moe", ("clear_moe",), ClearOptions
+    summary = "a low-rank basis that a layer's experts share, and a small low-rank map for each"
+    variants: ClassVar = {"clear-moe": Variant({})}
+    allocations: ClassVar = {"ranks": {}}  # a rank for every map
 
-    def convert(self, model: nn.Module, options: ClearConfig, context: Context) -> Sequence[LayerReport]:
+    def convert(self, model: nn.Module, options: ClearOptions, context: Context) -> Sequence[LayerReport]:
         """Rank 0 works alone: layers are built front to back on 200 images, so there is little to share."""
         layers: Sequence[LayerReport] = ()
         with context.group.agreed():

@@ -1,46 +1,53 @@
-"""Configuration of CLEAR-MoE: frozen, validated, JSON round trip."""
+"""Options of CLEAR-MoE."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from moee.config import MOST_COUNT, MOST_FACTOR, Count, MethodOptions, Seed
+from moee.config import MOST_COUNT, MOST_FACTOR, Count, Options, Seed
 
 DEFAULT_ENERGY = 0.98  # of each map's output variance, when neither rank nor budget is given
 
 
-class ClearConfig(MethodOptions):
+class ClearOptions(Options):
     """How layers are chosen and decomposed. Ranks come from one of `rank` (by hand), `energy` or `target_macs`.
 
     `target_macs` together with `rank` selects layers: the best scored ones, until the model is within the budget.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    method: Literal["clear-moe"] = "clear-moe"
-    seed: Seed = 0
-    exclude: tuple[str, ...] = ()
-    experts: Count = Field(4, description="clusters of each layer's inputs")
-    rank: Count | None = Field(None, description="of the shared basis, both maps")
+    seed: Seed = Field(0, description="seed of everything that is drawn")
+    exclude: tuple[str, ...] = Field((), description="MLP or block that stays dense, such as blocks.3; may be repeated")
+    experts: Count = Field(4, description="experts a layer: clusters of its inputs")
+    rank: Count | None = Field(
+        None, description="rank of the basis that a layer's experts share, of both maps; needs --residual-rank "
+        "(default: by --energy or --target-macs)",
+    )  # fmt: skip
     residual_rank: int | None = Field(
-        None, ge=0, le=MOST_COUNT, description="of each expert; None divides the rank by the least error"
+        None, ge=0, le=MOST_COUNT, description="rank of each expert beside the basis (default: divided by the least error)"
     )
-    energy: float | None = Field(None, gt=0, le=1, description="share of each map's output variance that is kept")
-    target_macs: float | None = Field(None, gt=0, lt=1, description="share of the dense model's MACs")
-    layers: Count | None = Field(None, description="how many layers, best scores first; None converts all that pay")
-    router: Literal["linear", "mlp", "centroid", "random"] = "linear"
+    energy: float | None = Field(
+        None, gt=0, le=1, description=f"share of each map's output variance that is kept (default: {DEFAULT_ENERGY}, without a rank "
+        "or a target)",
+    )  # fmt: skip
+    target_macs: float | None = Field(
+        None, gt=0, lt=1, description="MACs of the result as a share of the dense model's; ranks, or with --rank layers, are then found"
+    )
+    layers: Count | None = Field(None, description="how many layers are cut, best scores first (default: all that pay)")
+    router: Literal["linear", "mlp", "centroid", "random"] = Field("linear", description="how a token finds its expert")
     router_width: Count = Field(32, description="hidden units of the mlp router")
-    calibration_images: Count = 200
+    calibration_images: Count = Field(200, description="training images that are looked at")
     tokens: int = Field(16_384, ge=2, le=MOST_COUNT, description="calibration tokens a layer")
-    metric: Literal["output", "plain"] = "output"
-    refit: bool = True
-    refit_lambda: float = Field(0.01, gt=0, le=MOST_FACTOR, description="share of the Gram matrix's mean diagonal")
-    score: bool = Field(True, description="off: skip the layer scores, which a run over all layers does not need")
+    metric: Literal["output", "plain"] = Field("output", description="whether errors are weighed by what the output makes of them")
+    compensation: Literal["mean", "refit"] = Field("refit", description="whether the down maps are refitted to the basis first")
+    refit_lambda: float = Field(
+        0.01, gt=0, le=MOST_FACTOR, description="ridge of the refit, as a share of the Gram matrix's mean diagonal"
+    )
+    score: bool = Field(True, description="score the layers, which a run over all of them does not need")
 
     @model_validator(mode="after")
-    def _consistent(self) -> ClearConfig:
+    def _consistent(self) -> ClearOptions:
         if self.energy is not None and (self.rank is not None or self.target_macs is not None):
             raise ValueError("--energy chooses the ranks itself; give it without --rank and --target-macs")
         if self.rank is not None and self.target_macs is not None and self.layers is not None:

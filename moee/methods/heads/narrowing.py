@@ -1,4 +1,4 @@
-"""Fewer dimensions a head, and in which layers: what `--attention-macs` does, by the closed form of `moee.methods.head_fit`.
+"""Fewer dimensions a head, and in which layers: what `--attention-macs` does, by the closed form of `moee.methods.heads.fit`.
 
 How many dimensions each layer keeps is measured: the loss of the model's output on calibration images with one layer narrowed
 at a time, then steps of STEP dimensions where they cost least a MAC. The layers are then made front to back, each on the inputs
@@ -7,10 +7,8 @@ that the narrowed ones before it produce.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from timm.layers import Attention
@@ -19,16 +17,15 @@ from torch import Tensor, nn
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
 from moee.interface.adapted import run_model
-from moee.methods.head_fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
-from moee.mlps.attention import NarrowAttention, Widths, attention_macs, find_attentions, input_shapes
+from moee.methods.heads.fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
+from moee.methods.heads.widths import check_reach, choose_widths, moves, whole
+from moee.mlps.attention import NarrowAttention, Widths, find_attentions, input_shapes
 from moee.models.ffn import channels_last
 from moee.models.model import Shape, replace_module
 from moee.parallel.devices import CPU, placed
 from moee.progress import Reporter, silent, track
 from moee.train.step import distillation_loss, token_loss
 
-STEP = 8  # dimensions: what tensor cores and fused attention want multiples of
-LEAST = 0.5  # share of a head's dimensions that stays, at least
 NUMBERS = 120_000 * 384  # tokens times their width in the fit, which holds all of a layer's inputs at once
 TRIAL_TOKENS = 40_000  # for the moments with which widths are tried
 PROBES = 48  # images on which each width of each layer is tried; none of those with which it was made
@@ -78,7 +75,7 @@ def narrow(
     model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, shape)
-    _check_reach(attentions, shapes, share)
+    check_reach(attentions, shapes, share)
     if losses is None:
         losses = width_losses(model, data, shape, equal, report, device)
     _, images = _images(data, *_numbers(attentions, shapes))
@@ -86,7 +83,7 @@ def narrow(
     steps = {
         name: _NarrowStep(name, attentions[name], widths, _scale(model, name), _prefix(model))
         for name, widths in chosen.items()
-        if widths != _whole(attentions[name])
+        if widths != whole(attentions[name])
     }
     for name, step in steps.items():
         replace_module(model, name, step)
@@ -152,50 +149,11 @@ def _prefix(model: nn.Module) -> int:
     return int(getattr(model, "num_prefix_tokens", 0) or 0)
 
 
-def _whole(attention: Attention) -> Widths:
-    return Widths(attention.head_dim, attention.head_dim)
-
-
 def _scale(model: nn.Module, name: str) -> Tensor | None:
     """Weight [D] of the LayerScale behind an attention, if there is one."""
     block = model.get_submodule(name.rpartition(".")[0])
     gamma = getattr(getattr(block, "ls1", None) or getattr(block, "ls", None), "gamma", None)  # `ls`: timm's parallel blocks
     return gamma.detach().flatten() if isinstance(gamma, Tensor) else None
-
-
-def levels(head_dim: int) -> list[int]:
-    """Dimensions to try, from all of them down to LEAST, in multiples of STEP."""
-    first = (head_dim - 1) // STEP * STEP
-    return [head_dim, *range(first, max(STEP, -(-int(LEAST * head_dim) // STEP) * STEP) - 1, -STEP)]
-
-
-def moves(head_dim: int, equal: bool) -> list[Widths]:
-    """The widths whose loss is measured: query and key alone, values alone; or both as one, where they are to be equal."""
-    narrower = levels(head_dim)[1:]
-    if equal:
-        return [Widths(width, width) for width in narrower]
-    return [Widths(width, head_dim) for width in narrower] + [Widths(head_dim, width) for width in narrower]
-
-
-def check_share(model: nn.Module, shape: Shape, share: float) -> None:
-    """Raise `UserError` if the attentions of `model`, on images of `shape`, cannot be narrowed to `share` of their MACs."""
-    attentions = find_attentions(model)
-    _check_reach(attentions, input_shapes(model, attentions, shape), share)
-
-
-def _check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], share: float) -> None:
-    narrowest = {name: levels(attention.head_dim)[-1] for name, attention in attentions.items()}
-    low = sum(_macs(a, Widths(narrowest[n], narrowest[n]), shapes[n]) for n, a in attentions.items())
-    least = low / sum(_macs(a, _whole(a), shapes[n]) for n, a in attentions.items())
-    if share < least * (1 - 1e-9):
-        raise UserError(
-            f"--attention-macs {share:g}: heads keep at least half of their dimensions, in multiples of {STEP}, so give "
-            f"{math.ceil(least * 100) / 100:.2f} or more"
-        )
-
-
-def _macs(attention: Attention, widths: Widths, shape: tuple[int, int]) -> int:
-    return attention_macs(attention.qkv.in_features, attention.num_heads, widths, *shape)
 
 
 def _losses(
@@ -274,38 +232,3 @@ def _standing_in(model: nn.Module, name: str, made: NarrowAttention, block_input
         replace_module(model, name, original)
 
 
-def choose_widths(
-    attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], losses: dict[tuple[str, Widths], float],
-    share: float, equal: bool,
-) -> dict[str, Widths]:  # fmt: skip
-    """Widths whose MACs are at most `share` of all: the cheapest loss a MAC first, over one or several steps."""
-    current = {name: _whole(attention) for name, attention in attentions.items()}
-    whole = sum(_macs(a, current[name], shapes[name]) for name, a in attentions.items())
-    total = whole
-
-    def loss(name: str, widths: Widths) -> float:
-        """Losses of query with key and of values are taken to add up."""
-        full = attentions[name].head_dim
-        if equal:
-            return losses.get((name, widths), 0.0)
-        return losses.get((name, Widths(widths.qk, full)), 0.0) + losses.get((name, Widths(full, widths.v)), 0.0)
-
-    while total > share * whole * (1 + 1e-9):
-        best: tuple[float, str, Widths] | None = None
-        for name, attention in attentions.items():
-            now = current[name]
-            for width in levels(attention.head_dim):
-                if equal:
-                    options = [Widths(width, width)]
-                else:
-                    options = [replace(now, qk=min(width, now.qk)), replace(now, v=min(width, now.v))]
-                for option in options:
-                    freed = _macs(attention, now, shapes[name]) - _macs(attention, option, shapes[name])
-                    if freed > 0:
-                        price = (loss(name, option) - loss(name, now)) / freed
-                        best = min(best or (price, name, option), (price, name, option), key=lambda item: item[0])
-        assert best is not None, "_check_reach saw that the share can be met"
-        _, name, option = best
-        total -= _macs(attentions[name], current[name], shapes[name]) - _macs(attentions[name], option, shapes[name])
-        current[name] = option
-    return current

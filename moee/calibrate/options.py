@@ -1,0 +1,84 @@
+"""What calibration sees, which neurons an expert keeps, and how what they drop is made good."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moee.clustering.options import ClusteringOptions
+from moee.config import MOST_FACTOR, PAPER_TOKENS, Count, Options, Seed, Views
+
+
+class CalibrationOptions(Options):
+    """The tokens that a method looks at."""
+
+    seed: Seed = Field(0, description="seed of everything that is drawn")
+    exclude: tuple[str, ...] = Field((), description="MLP or block that stays dense, such as blocks.3; may be repeated")
+    tokens: Count = Field(PAPER_TOKENS, description="calibration tokens a layer")
+    collages: Views = Field(0, description="collages a training image that calibration and refit see beside it")
+
+
+class SelectionOptions(Options):
+    """Which neurons stay: those that hold the share `keep` of a criterion, in each expert with `allocation` expert, over all
+    layers and experts together with `allocation` model. `target_macs` finds the share that meets a cost instead."""
+
+    criterion: Literal["sensitivity", "output_variance", "variance", "magnitude", "random"] = Field(
+        "output_variance", description="what neurons are ranked by"
+    )
+    keep: float = Field(0.95, gt=0, le=1, description="share of the criterion that the kept neurons hold")
+    target_macs: float | None = Field(
+        None, gt=0, lt=1,
+        description="MACs of the result as a share of the dense model's; --keep is then found (default: as --keep leaves them)",
+    )  # fmt: skip
+    allocation: Literal["expert", "model"] = Field(
+        "expert",
+        description="whether each expert keeps its share, or all layers share one threshold, which needs --criterion sensitivity",
+    )
+    objective: Literal["output", "tokens", "both"] = Field(
+        "both", description="what the sensitivity is measured on: the output, the tokens of the last feature map, or both"
+    )
+    sensitivity_tokens: Count = Field(32_768, description="tokens a layer that the sensitivity is measured on")
+
+    @model_validator(mode="after")
+    def _comparable(self) -> SelectionOptions:
+        if self.allocation == "model" and self.criterion != "sensitivity":
+            raise ValueError(
+                f"--allocation model compares neurons across layers, so it needs --criterion sensitivity (came {self.criterion})"
+            )
+        return self
+
+
+class RefitOptions(Options):
+    """How the down maps make good what was dropped."""
+
+    compensation: Literal["none", "mean", "refit"] = Field(
+        "refit", description="dropped neurons are ignored, replaced by their mean, or made good by a refit of the down maps"
+    )
+    refit_lambda: float | None = Field(
+        None, gt=0, le=MOST_FACTOR,
+        description="ridge of the refit, as a share of the Gram matrix's mean diagonal (default: chosen by held-out images)",
+    )  # fmt: skip
+    refit_tokens: Count = Field(PAPER_TOKENS, description="tokens a layer that the refit may use")
+    augment: Views = Field(0, description="random views of each training image that the refit sees beside it")
+
+    @model_validator(mode="after")
+    def _refitted(self) -> RefitOptions:
+        if self.augment and self.compensation != "refit":
+            raise ValueError(f"--augment is for the refit; compensation {self.compensation} has none")
+        return self
+
+
+class GroupingOptions(ClusteringOptions, CalibrationOptions):
+    """How the tokens of a layer become groups with a router."""
+
+    statistics: Literal["cluster", "routed"] = Field(
+        "routed", description="whether an expert's statistics are of its cluster's tokens, or of all tokens that are routed to it"
+    )
+    routing: Literal["cosine", "euclidean", "hash", "random"] = Field(
+        "cosine", description="how a token finds its expert: the nearest mean input by this measure, or without looking at it"
+    )
+
+
+class NeuronOptions(RefitOptions, SelectionOptions, CalibrationOptions):
+    """What experts of neurons and static pruning share."""

@@ -1,0 +1,94 @@
+"""Which neurons the experts keep, and what that costs: by the share of the criterion, or by a budget of MACs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moee.calibrate.grouping import GroupedLayer
+from moee.calibrate.options import NeuronOptions
+from moee.calibrate.selection import keep_by_share, select_neurons
+from moee.data.image_set import ImageSet, batches, image_shape
+from moee.errors import OutOfReach
+from moee.measure.metrics import original_macs, tokens_per_image
+from moee.methods.allocation import Candidate, allocate
+from moee.mlps.attention import macs_saved
+
+SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
+
+
+def choose_neurons(
+    model: nn.Module, routed: dict[str, GroupedLayer], error: dict[str, Tensor], data: ImageSet, config: NeuronOptions
+) -> dict[str, list[Tensor]]:
+    """Per layer and expert, the ascending ids of the neurons to keep; a layer that would cost as much as dense is left out.
+
+    `error` [K, H] a layer is needed by the criterion sensitivity alone.
+    """
+    if not routed:
+        return {}
+    if config.target_macs is None and config.allocation == "expert":
+        return {name: _by_expert(r, error.get(name), config, config.keep) for name, r in routed.items()}
+    shape = image_shape(next(batches(data, 1)).images)
+    tokens = tokens_per_image(model, routed, shape)
+    dense = {n: tokens[n] * r.ffn.macs for n, r in routed.items()}
+    budget = None
+    if config.target_macs is not None:
+        budget = ffn_budget(original_macs(model, shape), sum(dense.values()), config.target_macs, macs_saved(model, shape))
+    if config.allocation == "expert":
+        assert budget is not None
+        kept = _share_for(budget, routed, error, tokens, config)
+    else:
+        candidates = {
+            n: Candidate(error[n], r.share, tokens[n], r.ffn.neuron_macs, r.ffn.routing_macs(len(error[n])))
+            for n, r in routed.items()
+        }
+        kept = allocate(candidates, budget, config.keep).kept
+    return {n: k for n, k in kept.items() if _macs(routed[n], k, tokens[n]) < dense[n]}
+
+
+def _by_expert(routed: GroupedLayer, error: Tensor | None, config: NeuronOptions, keep: float) -> list[Tensor]:
+    """Each expert's neurons that hold the share `keep` of the criterion in that expert."""
+    if config.criterion == "sensitivity":
+        assert error is not None
+        return [keep_by_share(row, keep) for row in error]
+    return select_neurons(routed.moments, routed.ffn, config.criterion, keep, config.seed)
+
+
+def _macs(routed: GroupedLayer, kept: list[Tensor], tokens: int) -> float:
+    """MACs an image of a layer with the given neurons, router included."""
+    widths = torch.tensor([len(k) for k in kept], dtype=torch.float64)
+    return tokens * (routed.ffn.routing_macs(len(kept)) + routed.ffn.neuron_macs * float(widths @ routed.share))
+
+
+def _share_for(
+    budget: float, routed: dict[str, GroupedLayer], error: dict[str, Tensor], tokens: dict[str, int], config: NeuronOptions
+) -> dict[str, list[Tensor]]:
+    """The largest share `keep` whose experts cost at most `budget` MACs an image, by bisection."""
+    low, high = 0.0, 1.0
+    best = {name: _by_expert(r, error.get(name), config, 1e-9) for name, r in routed.items()}
+    for _ in range(SHARE_STEPS):
+        middle = (low + high) / 2
+        kept = {name: _by_expert(r, error.get(name), config, middle) for name, r in routed.items()}
+        if sum(_macs(routed[n], k, tokens[n]) for n, k in kept.items()) <= budget:
+            best, low = kept, middle
+        else:
+            high = middle
+    return best
+
+
+def ffn_budget(total: int, ffn: int, target: float, saved: int = 0) -> float:
+    """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`,
+    when narrower attention has `saved` some already. Raises `OutOfReach` if nothing would be left.
+    """
+    budget = ffn - ((1 - target) * total - saved)
+    if budget >= ffn:
+        raise OutOfReach(
+            f"--target-macs {target:g}: narrower attention alone leaves {1 - saved / total:.2f} of the MACs, so nothing is to "
+            "be cut from the MLPs; give a smaller share, or a larger --attention-macs"
+        )
+    if budget <= 0:
+        raise OutOfReach(
+            f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
+            f"{1 - (ffn + saved) / total:.2f}"
+        )
+    return budget

@@ -1,0 +1,93 @@
+"""Experts of neurons (MoEE): groups of a layer's tokens, and for each the neurons that matter to it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import model_validator
+from torch import nn
+
+from moee.calibrate.calibration import LayerTokens
+from moee.calibrate.grouping import find_routes
+from moee.calibrate.options import GroupingOptions, NeuronOptions
+from moee.clustering.options import PARTITIONS
+from moee.layers.report import LayerReport
+from moee.methods.base import Context, Shares, Values, Variant
+from moee.methods.convert import LayerMethod, Prepared, sensitivity_of
+from moee.methods.exchange import Finding
+from moee.models.ffn import FFN
+from moee.progress import Reporter
+
+log = logging.getLogger("moee")
+MANY_TOKENS = 30_000  # HDBSCAN's time grows with their square: above it a layer takes minutes on two cores
+# How a plan spends a budget: every expert keeps the same share, or all neurons of the model are held against one threshold.
+ALLOCATIONS: dict[str, Values] = {
+    "share": {"criterion": "output_variance", "allocation": "expert"},
+    "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
+}
+
+
+class ExpertsOptions(NeuronOptions, GroupingOptions):
+    """How experts are found, and what they keep."""
+
+    @model_validator(mode="after")
+    def _measured_where_routed(self) -> ExpertsOptions:
+        if self.criterion == "sensitivity" and self.statistics == "cluster":
+            raise ValueError("--criterion sensitivity is measured on routed tokens; use --statistics routed")
+        return self
+
+
+class NeuronMethod(LayerMethod[Any]):
+    """What experts and static pruning share: a layer's groups serve every budget, and a sensitivity may choose the neurons."""
+
+    shares: ClassVar[Shares] = "groups"
+    allocations = ALLOCATIONS
+
+    def budget(self, options: NeuronOptions) -> float | None:
+        return options.target_macs
+
+    def prepare(self, model: nn.Module, options: Any, context: Context) -> Prepared:
+        prepared = super().prepare(model, options, context)
+        with context.group.agreed():
+            if context.group.leader:  # sums over tokens depend on their order, and a few thousand are enough: one rank's work
+                self._measure(model, prepared, options, context)
+        return prepared
+
+    def apply(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> list[LayerReport]:
+        self._measure(model, prepared, options, context)
+        return super().apply(model, prepared, options, context)
+
+    def _measure(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> None:
+        """The error that dropping each neuron makes, once it is asked for."""
+        if options.criterion == "sensitivity" and prepared.routed and not prepared.error:
+            prepared.error.update(sensitivity_of(model, prepared.routed, options, context))
+
+
+class ExpertsMethod(NeuronMethod):
+    name, also, options = "experts", ("moee",), ExpertsOptions
+    summary = "experts of neurons, found by clustering each layer's tokens; every token goes to one"
+    presets: ClassVar = {
+        "compensated": {},
+        "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},
+    }
+    variants: ClassVar = {
+        "hdbscan": Variant({"clustering": "hdbscan"}),
+        "kmeans-8": Variant({"clustering": "kmeans", "clusters": 8, "components": 50}),
+        "kmeans-32": Variant({"clustering": "kmeans", "clusters": 32, "components": 50}),
+        "kmeans-64": Variant({"clustering": "kmeans", "clusters": 64, "components": 50}, usual=False),  # pays on varied data only
+    }
+
+    def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> Finding:
+        return find_routes(ffn, sampled, options, report, device)
+
+    def announce(self, counts: Sequence[int], options: ExpertsOptions) -> None:
+        dense = options.clustering == "hdbscan" or (options.clustering in PARTITIONS and options.clusters is None)
+        most = min(max(counts, default=0), options.cluster_tokens)
+        if dense and most > MANY_TOKENS:
+            log.info(
+                "%s tokens a layer are clustered, minutes a layer; --cluster-tokens 6000 takes seconds and changes little",
+                f"{most:,}",
+            )

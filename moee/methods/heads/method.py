@@ -1,0 +1,65 @@
+"""Narrower attention heads as a method among others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from moee.config import Options, Seed, Views
+from moee.data.transform import model_transform
+from moee.data.views import widened
+from moee.layers.report import LayerReport
+from moee.methods.base import Context, Method, Part
+from moee.methods.exchange import share_attention
+from moee.methods.heads.narrowing import narrow, width_losses
+from moee.methods.heads.widths import check_share
+
+
+class HeadsOptions(Options):
+    """How far the heads are narrowed, and what is seen for it."""
+
+    seed: Seed = Field(0, description="seed of everything that is drawn")
+    attention_macs: float | None = Field(
+        None, gt=0, le=1,
+        description="narrow the attention's heads to this share of its MACs; --target-macs counts what that saves "
+        "(default: they stay)",
+    )  # fmt: skip
+    attention_heads: Literal["separate", "equal"] = Field(
+        "separate", description="whether a layer's queries and keys may have another width than its values"
+    )
+    collages: Views = Field(0, description="collages a training image that calibration sees beside it")
+
+    @model_validator(mode="after")
+    def _met(self) -> HeadsOptions:
+        if self.attention_macs is None and self.attention_heads != "separate":
+            raise ValueError("--attention-heads says how --attention-macs is met; give that too")
+        return self
+
+
+class HeadsMethod(Method[HeadsOptions]):
+    name, options = "heads", HeadsOptions
+    cuts: ClassVar[Part] = "attention"
+    summary = "fewer dimensions in the attention's heads, beside any method that cuts MLPs"
+
+    def changes(self, options: HeadsOptions) -> bool:
+        return options.attention_macs not in (None, 1)
+
+    def convert(self, model: nn.Module, options: HeadsOptions, context: Context) -> Sequence[LayerReport]:
+        """What was measured of a model's widths serves every share: it is left in the context."""
+        share = options.attention_macs
+        if share is None or share == 1:
+            return []
+        equal, transform, device = options.attention_heads == "equal", model_transform(model), context.group.device
+        seen = widened(context.data, transform, 0, options.collages, options.seed)
+        key = ("widths", equal, options.collages, options.seed)
+        with context.group.agreed():
+            if context.group.leader:
+                check_share(model, transform.shape, share)  # before minutes of trials
+                if key not in context.left:
+                    context.left[key] = width_losses(model, seen, transform.shape, equal, context.report, device)
+                narrow(model, seen, transform.shape, share, equal, context.report, context.left[key], device)
+        share_attention(model, context.group)
+        return []

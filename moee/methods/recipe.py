@@ -1,0 +1,245 @@
+"""What is done to a dense model: methods with their options, one after another, then the tuning.
+
+An artifact records its recipe, a plan writes its winner's, and a TOML file may hold one:
+
+    seed = 0
+
+    [[step]]
+    method = "heads"
+    attention_macs = 0.8
+
+    [[step]]
+    method = "static"
+    target_macs = 0.6
+
+    [tune]
+    epochs = 5
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moee.config import FinetuneConfig, Options, validated
+from moee.errors import OptionError, UserError
+from moee.keywords import spoken
+from moee.methods.base import Method
+from moee.methods.registry import METHODS, cutting, method_named, method_of, options_for, presets
+from moee.schema import shown
+
+DEFAULT_PRESET = "compensated"
+PARTS = ("attention", "mlps")  # in the order in which they are cut
+_PART = {"attention": "the attention", "mlps": "MLPs"}  # as sentences call them
+MAX_BYTES = 1 << 20  # of a recipe's file
+
+
+class StepError(UserError):
+    """What is wrong with the step at a position, and with which option of it, if it is one."""
+
+    def __init__(self, at: int, text: str, option: str = ""):
+        super().__init__(text)
+        self.at, self.option = at, option
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`steps` are the options of methods: at most one that narrows the attention, then one that cuts MLPs. `tune` is what it was
+    tuned by, or is to be. Raises `UserError` for other orders."""
+
+    steps: tuple[Options, ...]
+    tune: FinetuneConfig | None = None
+
+    def __post_init__(self) -> None:
+        methods = [method_of(step) for step in self.steps]
+        for at, method in enumerate(methods):
+            if method in methods[:at]:
+                raise StepError(at, f"{method.name} comes twice; expected it once")
+            if at and method.cuts == methods[at - 1].cuts:
+                raise StepError(at, f"{method.name} after {methods[at - 1].name}: both cut {_PART[method.cuts]}; expected one of them")
+            if at and PARTS.index(method.cuts) < PARTS.index(methods[at - 1].cuts):
+                raise StepError(at, f"{method.name} after {methods[at - 1].name}: {_PART['attention']} is cut first; change the order")
+        if not methods or methods[-1].cuts != "mlps":
+            names = ", ".join(method.name for method in cutting("mlps"))
+            raise UserError(f"a recipe has no step that cuts MLPs; expected one of {names}")
+
+    @classmethod
+    def of(cls, options: Options | Recipe) -> Recipe:
+        """A recipe of one step; a recipe is its own."""
+        return options if isinstance(options, Recipe) else cls((options,))
+
+    @property
+    def cut(self) -> Any:
+        """Options of the step that cuts the MLPs."""
+        return self.steps[-1]
+
+    @property
+    def first(self) -> tuple[Options, ...]:
+        """The steps before it."""
+        return self.steps[:-1]
+
+    @property
+    def method(self) -> Method[Any]:
+        """The method that cuts the MLPs."""
+        return method_of(self.cut)
+
+    @property
+    def seed(self) -> int:
+        """What images are divided by."""
+        return self.cut.seed
+
+    def to_json(self) -> dict[str, Any]:
+        steps = [{"method": method_of(step).name, **step.model_dump(mode="json")} for step in self.steps]
+        return {"steps": steps, "tune": self.tune.model_dump(mode="json") if self.tune else None}
+
+    def to_toml(self) -> str:
+        """The text of a recipe's file: what differs from the defaults."""
+        parts = [f"seed = {self.seed}\n"]
+        for step in self.steps:
+            changed = _lines(step, {"seed": self.seed})
+            parts.append("\n".join(["[[step]]", f'method = "{method_of(step).name}"', *changed]) + "\n")
+        if self.tune is not None:
+            parts.append("\n".join(["[tune]", *_lines(self.tune)]) + "\n")
+        return "\n".join(parts)
+
+
+def make_recipe(method: str | None = None, preset: str | None = None, values: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that flags, or the keywords of Python, ask for: the values that are not None, each given to every step that
+    knows it. Raises `UserError` for what does not fit."""
+    given = {name: value for name, value in (values or {}).items() if value is not None}
+    known = presets()
+    if preset is not None and preset not in known:
+        raise UserError(f"unknown preset {shown(preset)}; expected one of {', '.join(known)}")
+    if method is None:
+        chosen = known[preset or DEFAULT_PRESET]
+        if given.get("clustering") == "none":
+            chosen = method_named("static")
+    else:
+        chosen = method_named(method)
+    if chosen.cuts != "mlps":
+        raise UserError(f"--method {chosen.name} goes beside another one; give --attention-macs with --method {METHODS[0].name}")
+    if preset is not None and known[preset] is not chosen:
+        raise UserError(f"--preset {preset} is of method {known[preset].name}, and not of {chosen.name}; leave one of them out")
+    if given.get("clustering") == "none":
+        if chosen.name not in ("experts", "static"):
+            raise UserError(f"--clustering is not for method {chosen.name}; leave it out")
+        chosen = method_named("static")  # its older name
+        del given["clustering"]
+    steps = []
+    for other in cutting("attention"):
+        own = {name: value for name, value in given.items() if name in other.options.model_fields}
+        foreign = set(chosen.options.model_fields)
+        if set(own) - foreign:
+            steps.append(options_for(other, own))
+            given = {name: value for name, value in given.items() if name not in own or name in foreign}
+    start = chosen.presets.get(preset, {}) if preset is not None else {}
+    steps.append(options_for(chosen, {**start, **given}))
+    return Recipe(tuple(step for step in steps if method_of(step).changes(step)))
+
+
+def method_options(preset: str | None = None, **values: Any) -> Any:
+    """The options of the step that cuts the MLPs, as `make_recipe`."""
+    return make_recipe(values.pop("method", None), preset, values).cut
+
+
+def read_recipe_json(body: Any, path: Path | str) -> Recipe:
+    """A recipe as a manifest has it. Raises `UserError` for a damaged one."""
+    try:
+        if not isinstance(body, dict) or not isinstance(body.get("steps"), list) or not all(isinstance(s, dict) for s in body["steps"]):
+            raise UserError(f"expected an object with steps, came {shown(body)}")
+        return _recipe(body["steps"], body.get("tune"))
+    except UserError as error:
+        raise UserError(f"{path}: recipe: {error}; make it again") from error
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """The recipe in a TOML file. Raises `UserError` that names the line of what does not fit."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no recipe is")
+        text = path.read_text(encoding="utf-8")
+        body = tomllib.loads(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; name a recipe's file") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is no TOML: {error}") from error
+    unknown = [name for name in body if name not in ("seed", "step", "tune")]
+    if unknown:
+        raise UserError(f"{path}, line {_line(text, unknown[0])}: unknown {shown(unknown[0])}; expected seed, [[step]] or [tune]")
+    steps = body.get("step", [])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise UserError(f"{path}, line {_line(text, 'step')}: expected steps as [[step]], each with its method")
+    if "seed" in body:
+        steps = [{"seed": body["seed"], **step} for step in steps]
+    try:
+        return _recipe(steps, body.get("tune"))
+    except StepError as error:
+        option = "" if error.option not in body.get("step", [])[error.at] else error.option  # perhaps the seed of the whole
+        line = _line(text, "seed") if error.option == "seed" and not option else _line(text, option, error.at)
+        raise UserError(f"{path}, line {line}: {_spoken(error)}") from error
+    except OptionError as error:
+        raise UserError(f"{path}, line {_line(text, error.option, TUNE)}: {_spoken(error)}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {_spoken(error)}") from error
+
+
+def _recipe(steps: list[dict[str, Any]], tune: Any) -> Recipe:
+    made: list[Options] = []
+    for at, step in enumerate(steps):
+        values = dict(step)
+        name = values.pop("method", None)
+        try:
+            if not isinstance(name, str):
+                known = ", ".join(method.name for method in METHODS)
+                raise UserError(f"a step needs its method, one of {known}" + ("" if name is None else f" (came {shown(name)})"))
+            made.append(options_for(method_named(name), {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}))
+        except OptionError as error:
+            raise StepError(at, str(error), error.option) from error
+        except UserError as error:
+            raise StepError(at, str(error), "method") from error
+    return Recipe(tuple(made), None if tune is None else validated(FinetuneConfig, tune))
+
+
+def _spoken(error: UserError) -> str:
+    """A sentence about flags as one about options."""
+    names = {name for kind in (FinetuneConfig, *(method.options for method in METHODS)) for name in kind.model_fields}
+    return spoken(str(error), {name: name for name in (*names, "method")})
+
+
+TUNE = -1  # the position of the table [tune], for `_line`
+
+
+def _line(text: str, option: str, at: int | None = None) -> int:
+    """The number of the line that sets an option: in the step at a position, in `[tune]`, or else before all tables; that of the
+    table itself where it does not name the option."""
+    table, steps = 1 if at is None else 0, 0
+    inside = at is None
+    for number, line in enumerate(text.splitlines(), 1):
+        header = re.match(r"\s*(\[\[?)\s*['\"]?([^]'\"]*)", line)
+        if header is not None:
+            if at is None and header[2].strip() == option:
+                return number
+            is_step = header[1] == "[[" and header[2].strip() == "step"
+            inside = (is_step and steps == at) or (at == TUNE and header[2].strip() == "tune")
+            steps += is_step
+            table = number if inside else table
+        elif inside and option and re.match(rf"\s*['\"]?{re.escape(option)}['\"]?\s*=", line):
+            return number
+    return max(table, 1)
+
+
+def _lines(options: Options, like: Mapping[str, Any] | None = None) -> list[str]:
+    """`name = value` of every option that differs from its default, or from what it is `like`."""
+    plain = {name: field.get_default() for name, field in type(options).model_fields.items()} | dict(like or {})
+    values = options.model_dump(mode="json")
+    return [
+        f"{name} = {json.dumps(value, ensure_ascii=False)}"
+        for name, value in values.items()
+        if value is not None and value != (list(plain[name]) if isinstance(plain[name], tuple) else plain[name])
+    ]

@@ -1,0 +1,29 @@
+"""Static pruning: one expert, whose neurons every token gets."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from moee.calibrate.calibration import LayerTokens
+from moee.calibrate.grouping import GroupedLayer, one_group
+from moee.calibrate.options import NeuronOptions
+from moee.methods.base import Variant
+from moee.methods.experts import NeuronMethod
+from moee.models.ffn import FFN
+from moee.progress import Reporter
+
+
+class StaticOptions(NeuronOptions):
+    """What the one expert keeps."""
+
+
+class StaticMethod(NeuronMethod):
+    name, options, gated = "static", StaticOptions, True
+    summary = "the same neurons for every token: plain pruning, which needs no plugin and takes gated MLPs too"
+    presets: ClassVar = {"static": {}}
+    variants: ClassVar = {"static": Variant({})}
+
+    def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> GroupedLayer:
+        return one_group(ffn, sampled, options, device)
