@@ -21,7 +21,10 @@ from pydantic import Field
 from moee.config import validated
 from moee.errors import UserError
 from moee.measure.accuracy import seeds_interval
-from moee.methods.clear_moe import ClearConfig, convert
+from moee.methods.clear_moe.convert import convert
+from moee.methods.clear_moe.options import ClearOptions
+from moee.methods.recipe import Recipe
+from moee.migrations import recipe_of
 from moee.places.placement import OutputFile, OutputFolder
 from moee.places.resume import check_identity, difference, fingerprint
 from moee.progress import Reporter, silent
@@ -83,20 +86,20 @@ class Grid:
         for setting in self.settings(design):
             self.config(setting, 0)
 
-    def config(self, setting: dict[str, Any], seed: int) -> ClearConfig:
+    def config(self, setting: dict[str, Any], seed: int) -> ClearOptions:
         """The configuration of a cell."""
         values = {
             **setting, "rank": setting["rank"] - self.residual_rank, "residual_rank": self.residual_rank, "seed": seed,
             "tokens": self.tokens, "score": False,
         }  # fmt: skip
-        return validated(ClearConfig, values)
+        return validated(ClearOptions, values)
 
 
 def cell_name(setting: dict[str, Any], seed: int) -> str:
     return "-".join([*(f"{setting[name]}" for name in FACTORS), f"s{seed}"])
 
 
-def run_cell(session: Session, probe: Any, config: ClearConfig, setting: dict[str, Any]) -> dict[str, Any]:
+def run_cell(session: Session, probe: Any, config: ClearOptions, setting: dict[str, Any]) -> dict[str, Any]:
     """Convert, measure on the held-out images, and describe the result."""
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
@@ -123,7 +126,10 @@ def stored_cell(path: Path, grid: Grid, setting: dict[str, Any], seed: int) -> d
     cell: dict[str, Any] = read_json(path)
     checked(StoredCell, cell, path)
     other = difference({"setting": cell["setting"]}, {"setting": setting})
-    other = other or difference(cell.get("config") or {}, grid.config(setting, seed).model_dump(mode="json"))
+    config = cell.get("config") or {}
+    if "method" in config:  # of before recipes
+        config = {name: value for name, value in recipe_of(config)["steps"][-1].items() if name != "method"}
+    other = other or difference(config, grid.config(setting, seed).model_dump(mode="json"))
     if other is not None:
         name, stored, ours = other
         raise UserError(f"{path} was made with {name} {stored!r}, now {ours!r}; give another --out or remove it")
@@ -157,7 +163,7 @@ def ablate(
         if path.name in stored:
             cell = stored[path.name]
         else:
-            session.prove(config)
+            session.prove(Recipe.of(config))
             probe = probe or session.probe()
             cell = run_cell(session, probe, config, setting)
             write_json(path, cell)

@@ -10,9 +10,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import shtab
 
 from exporter import ranks
 from exporter.commands import (
+    BAD_INPUT,
     GATE_FAILED,
     ablate,
     ablate_clear,
@@ -35,7 +39,7 @@ from exporter.commands import (
 )
 from exporter.failures import explain
 from exporter.ui import plain_console
-from moee.errors import UserError
+from moee.errors import UserError, plain
 from moee.version import VERSION
 
 COMMANDS = (
@@ -44,15 +48,39 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="moee", description="Extract experts from Vision Transformers and ship them.")
+class Parser(argparse.ArgumentParser):
+    """Whole names of flags alone, and one sentence for what is wrong with a line."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{**kwargs, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {plain(message)}; see {self.prog} --help\n")
+
+
+def build_parser(shown: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands. `shown`: the method whose options `extract --help` shows."""
+    parser = Parser(prog="moee", description="Extract experts from Vision Transformers and ship them.")
     parser.add_argument("--version", action="version", version=f"moee {VERSION}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in COMMANDS:
-        module.add_parser(subparsers)
+        if module is extract:
+            extract.add_parser(subparsers, shown)
+        else:
+            module.add_parser(subparsers)
+    shtab.add_argument_to(parser, ["--print-completion"], help="print a script that completes commands and flags in this shell")
     return parser
+
+
+def shown_method(argv: Sequence[str]) -> str | None:
+    """The method, or else the preset, that a line names, before it is parsed."""
+    for flag in ("--method", "--preset"):
+        for at, word in enumerate(argv):
+            name, equals, value = word.partition("=")
+            if name == flag and (equals or at + 1 < len(argv)):
+                return value if equals else argv[at + 1]
+    return None
 
 
 def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -76,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
-    parser = build_parser()
+    parser = build_parser(shown_method(sys.argv[1:] if argv is None else argv))
     args = parser.parse_args(argv)
     console = plain_console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     try:

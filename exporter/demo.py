@@ -17,9 +17,10 @@ from exporter.report import write_report
 from exporter.timing.latency import LatencyResult, bench
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.data.image_set import batches
 from moee.errors import MissingDependency, StepFailed
+from moee.methods.recipe import make_recipe
 from moee.parallel.joining import alone
 from moee.places.placement import DemoFolder
 from moee.progress import Reporter, silent
@@ -70,11 +71,9 @@ def run_demo(
     for name in place.files:
         (out / name).unlink(missing_ok=True)
     session = Session(resolve(model, data, report=report), data, report=report, group=group)
-    config = make_extract_config(
-        "compensated", keep=KEEP, tokens=tokens, cluster_tokens=CLUSTER_TOKENS, refit_tokens=REFIT_TOKENS
-    )
+    values = {"keep": KEEP, "tokens": tokens, "cluster_tokens": CLUSTER_TOKENS, "refit_tokens": REFIT_TOKENS}
     extracted, tuned, exported = out / "extracted", out / "tuned", out / "export"
-    run_extract(session.spec, data, config, extracted, True, report, session)
+    run_extract(session.spec, data, make_recipe(values=values), extracted, True, report, session)
     place.folder("tuned.resume").remove()
     run_finetune(extracted, FinetuneConfig(epochs=epochs, lr=LEARNING_RATE), tuned, None, True, report, session)
     moee = checkpoint.load(tuned)

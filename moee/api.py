@@ -25,7 +25,7 @@ from moee.artifacts import checkpoint
 from moee.artifacts.loaded import Loaded
 from moee.artifacts.model import MoeeModel, recorded_data
 from moee.bounds import CLASSES, JOBS, WORKERS, whole
-from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
+from moee.config import FinetuneConfig, validated
 from moee.data.image_set import ImageSet
 from moee.data.sources import same_data
 from moee.data.transform import model_transform
@@ -41,7 +41,8 @@ from moee.libraries.wrapped import plain
 from moee.measure.accuracy import comparison
 from moee.measure.evaluation import Retention, retention, run
 from moee.measure.probe import classes_told, head_drawn
-from moee.methods.clear_moe import ClearConfig
+from moee.methods.recipe import make_recipe, read_recipe
+from moee.methods.registry import METHODS
 from moee.models.model import load_model as load_spec
 from moee.models.source import ModelOptions, named_model, with_pretrained
 from moee.parallel.joining import alone
@@ -83,45 +84,46 @@ def load_model(
     return model
 
 
-@in_python([*ExtractConfig.model_fields, *ClearConfig.model_fields], {"img_size": INPUT_SIZE, **OF_INPUT})
+@in_python([name for method in METHODS for name in method.options.model_fields], {"img_size": INPUT_SIZE, **OF_INPUT})
 def extract(
-    model: nn.Module | str, data: Images, val: Images = None, *, preset: str = "compensated", method: str | None = None,
-    classes: Sequence[str] = (), num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None,
-    out: str | Path | None = None, force: bool = False, device: str = "auto", jobs: int = 1, workers: int = 0,
-    report: Reporter | None = None, **options: Any,
+    model: nn.Module | str, data: Images, val: Images = None, *, method: str | None = None, preset: str | None = None,
+    recipe: str | Path | None = None, classes: Sequence[str] = (), num_classes: int | None = None,
+    input: InputConfig | Mapping[str, Any] | None = None, out: str | Path | None = None, force: bool = False,
+    device: str = "auto", jobs: int = 1, workers: int = 0, report: Reporter | None = None, **options: Any,
 ) -> MoeeModel:  # fmt: skip
-    """Find experts in the MLPs of `model` on the images `data`, and measure the result on the held-out images `val`.
+    """Cut the MLPs of `model`, found on the images `data`, and measure the result on the held-out images `val`.
 
     `model` is a `torch.nn.Module`, which stays as it is, or a name with pretrained weights. `data` and `val`: a DataLoader, a
     dataset, or an iterable of (images [B, C, H, W] as the model takes them, labels [B]); or a source of the command line, such
-    as a folder of images. Without `val` a fifth of `data` is held out. `method`: `moee`, `moefication` or `clear-moe`;
-    `options` are the fields of `moee.config.ExtractConfig` or `moee.methods.clear_moe.ClearConfig`, such as `keep` and
-    `target_macs`. `classes` orders the class names. `num_classes` says how many classes a module tells apart, 0 for features,
-    where it does not say it; `input` how its images are prepared. `out`: a folder to write the artifact to. `device`: `auto`,
-    `cuda`, `cuda:1` or `cpu`.
+    as a folder of images. Without `val` a fifth of `data` is held out. `method`: `experts` (the default), `static`,
+    `moefication` or `clear-moe`; `options` are its options, such as `keep` and `target_macs`, and `attention_macs` of narrower
+    heads: `moee extract --method NAME --help` lists them. `recipe`: a TOML file that says both instead. `classes` orders the
+    class names. `num_classes` says how many classes a module tells apart, 0 for features, where it does not say it; `input` how
+    its images are prepared. `out`: a folder to write the artifact to. `device`: `auto`, `cuda`, `cuda:1` or `cpu`.
 
     Raises `UserError` for bad input. Deterministic for the same model, images and options.
     """
     report = report or to_stderr()
     whole("jobs", jobs, JOBS)
     whole("workers", workers, WORKERS)
-    if method == "clear-moe":
-        if preset != "compensated":
-            raise UserError(f"preset {preset!r} is not for method clear-moe; leave it out")
-        config: Any = validated(ClearConfig, options)
+    if recipe is not None:
+        taken = [name for name, value in (("method", method), ("preset", preset)) if value is not None] + list(options)
+        if taken:
+            raise UserError(f"recipe decides the methods and their options; leave {', '.join(taken)} out")
+        steps = read_recipe(recipe)
     else:
-        config = make_extract_config(preset, **({"method": method} if method is not None else {}), **_tuples(options))
+        steps = make_recipe(method, preset, _tuples(options))
     group = alone(device)
     spec = spec_of(model, num_classes, input)
     source, given = _source(data, val)
     prepared = None if given is None else read_preparation(data if val is None else val)
     if spec.library == "module" and input is None and prepared is not None:
         spec = spec.model_copy(update={"input": prepared})
-    session = Session(spec, source, config.seed, report, group, workers, classes, given=given)
+    session = Session(spec, source, steps.seed, report, group, workers, classes, given=given)
     _say_guesses(session)
     if given is not None:
         _say_preparation(prepared, session)
-    return run_extract(spec, session.source, config, out, force, report, session, jobs, group, workers, classes)
+    return run_extract(spec, session.source, steps, out, force, report, session, jobs, group, workers, classes)
 
 
 def _say_guesses(session: Session) -> None:
@@ -170,7 +172,7 @@ def finetune(
     if out is not None:
         state = resume_folder(out, FINETUNE_STATE, inputs)
         check_all([OutputFolder(out, MODEL, force, inputs), state])
-    seed = model.config.seed if model.config else 0
+    seed = model.seed
     with alone_on(state.place) if out is not None else nullcontext():
         session = Session(model.dense_spec, source, seed, report, alone(device), workers, model.classes, given=given)
         tuned = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))

@@ -37,28 +37,32 @@ class Options(BaseModel):
 class FinetuneConfig(Options):
     """Distillation from the dense model. Defaults are the paper's recipe; a last-feature match serves backbones."""
 
-    seed: Seed = 0
-    epochs: int = Field(30, ge=1, le=MOST_EPOCHS)
-    batch_size: int = Field(32, ge=1, le=MOST_BATCH)
-    lr: float = Field(1.5e-5, gt=0, le=MOST_FACTOR)
-    weight_decay: float = Field(0.01, ge=0, le=MOST_FACTOR)
-    temperature: float = Field(1.0, gt=0, le=MOST_FACTOR, description="of the logits KL, classifiers only")
-    distil: Literal["output", "tokens"] = "output"
-    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero")
-    train_router: bool = False
-    validation: float = Field(0.1, gt=0, lt=1, description="share of the images that chooses the best epoch")
-    accumulate: int = Field(
-        1, ge=1, le=MOST_BATCH, description="parts that a rank computes its share of a batch in, one after another"
+    seed: Seed = Field(0, description="seed of the order of the images and of everything that is drawn")
+    epochs: int = Field(30, ge=1, le=MOST_EPOCHS, description="passes over the training images")
+    batch_size: int = Field(32, ge=1, le=MOST_BATCH, description="images of a step, of all ranks together")
+    lr: float = Field(1.5e-5, gt=0, le=MOST_FACTOR, description="learning rate of AdamW, which falls to zero by a cosine")
+    weight_decay: float = Field(0.01, ge=0, le=MOST_FACTOR, description="weight decay of AdamW")
+    temperature: float = Field(1.0, gt=0, le=MOST_FACTOR, description="temperature of the logits' KL divergence, of classifiers")
+    distil: Literal["output", "tokens"] = Field(
+        "output", description="what is matched: the output, as in the paper, or the tokens of the last feature map too"
     )
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    force_amp: bool = Field(False, description="keep amp on a CPU without instructions for it, where it is many times slower")
-    checkpointing: bool = False
+    warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero")
+    train_router: bool = Field(False, description="train the routers too")
+    validation: float = Field(0.1, gt=0, lt=1, description="share of the training images that chooses the best epoch")
+    accumulate: int = Field(
+        1, ge=1, le=MOST_BATCH, description="parts that a batch is computed in, one after another: less memory, the same gradient"
+    )
+    amp: Literal["off", "bf16", "fp16"] = Field("off", description="half precision for the student's products")
+    force_amp: bool = Field(False, description="keep --amp on a CPU without instructions for it, where it is many times slower")
+    checkpointing: bool = Field(False, description="compute activations again in the backward pass: less memory, more time")
     augment: Views = Field(0, description="random views of each training image that an epoch has beside it")
     collages: Views = Field(0, description="collages a training image that an epoch has beside it")
-    train: Literal["all", "experts"] = Field("all", description="all weights, or those of routed layers and narrowed attention")
-    relative_lr: bool = Field(False, description="lr is a share of each tensor's root mean square instead of an absolute step")
-    masked: bool = Field(False, description="compute every stored neuron under a mask while experts have few tokens of a batch")
-    clip_norm: float = Field(0.0, ge=0, le=MOST_FACTOR, description="largest norm of a step's gradient; 0: as it is")
+    train: Literal["all", "experts"] = Field(
+        "all", description="which weights are trained: all, or those of routed layers and narrowed attention alone"
+    )
+    relative_lr: bool = Field(False, description="take --lr as a share of each tensor's root mean square")
+    masked: bool = Field(False, description="faster steps while experts have few tokens of a batch; the result is the same")
+    clip_norm: float = Field(0.0, ge=0, le=MOST_FACTOR, description="largest norm of a step's gradient (default: no limit)")
 
 
 def validated(kind: type, values: dict[str, Any]) -> Any:

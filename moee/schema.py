@@ -10,23 +10,19 @@ from __future__ import annotations
 import json
 import math
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from moee.errors import UserError, plain
+from moee.migrations import MIGRATIONS, Migration
 
 MAX_JSON_BYTES = 32 << 20  # the manifests of the largest timm ViTs are below 1 MiB
 MAX_JSON_DEPTH = 64
 MAX_SHOWN = 200  # characters of a value in a message
 Model = TypeVar("Model", bound=BaseModel)
-
-Migration = Callable[[dict[str, Any]], dict[str, Any]]
-
-# (name, version) to the step that makes version + 1 of it. Every schema is at version 1, so there is none yet.
-MIGRATIONS: Mapping[tuple[str, int], Migration] = {}
 
 
 def split(schema: Any) -> tuple[str, int] | None:

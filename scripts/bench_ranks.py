@@ -11,12 +11,13 @@ import torch
 
 from exporter.pretrained import resolve
 from moee.calibrate.calibration import collect_tokens, gather_tokens
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.data.image_set import TensorSet
 from moee.data.sources import load_data
 from moee.data.transform import model_transform
 from moee.measure.evaluation import run
 from moee.methods.convert import extract
+from moee.methods.recipe import method_options
 from moee.mlps.find import find_ffns
 from moee.models.model import load_model
 from moee.parallel.joining import joined
@@ -39,7 +40,7 @@ def main() -> None:
         del whole
         ffns, seconds = find_ffns(dense).ffns, {}
         moee = copy.deepcopy(dense)
-        config = make_extract_config(
+        config = method_options(
             clustering="random", clusters=8, tokens=2000, cluster_tokens=2000, compensation="mean", keep=0.9
         )
         small = TensorSet("digits", data.images[:40], data.labels[:40], 10)

@@ -8,11 +8,12 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from moee.config import make_extract_config  # noqa: E402
 from moee.data.image_set import TensorSet  # noqa: E402
 from moee.measure.probe import fit_probe  # noqa: E402
-from moee.methods.convert import extract  # noqa: E402
+from moee.methods.context import Context  # noqa: E402
+from moee.methods.recipe import Recipe, method_options  # noqa: E402
 from moee.models.model import ModelSpec, load_model  # noqa: E402
+from moee.progress import silent  # noqa: E402
 
 TINY = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=10)
 
@@ -32,6 +33,11 @@ def tiny_images(count: int = 48, size: int = 32, classes: int = 4) -> TensorSet:
     labels = [i % classes for i in range(count)]
     noise = torch.randn(count, 3, size, size, generator=generator) * 0.3
     return TensorSet("tiny", patterns[labels] + noise, labels, classes)
+
+
+def extract(model, data, options, report=silent, **context):
+    """Cut the MLPs of a `model` by the method that the options are of; returns its reports."""
+    return Recipe.of(options).method.convert(model, options, Context(data, report, **context))
 
 
 @torch.no_grad()
@@ -70,6 +76,6 @@ def tiny_moee(tiny_model):
 
     dense = copy.deepcopy(tiny_model)
     data = tiny_images()
-    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
+    config = method_options(clustering="kmeans", clusters=4, cluster_tokens=500)
     reports = extract(tiny_model, data, config)
     return tiny_model, dense, data, config, reports

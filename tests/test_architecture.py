@@ -127,7 +127,7 @@ def test_a_room_says_what_it_is_and_is_not_crowded():
 
 
 def test_nobody_asks_what_class_options_or_layers_are_outside_of_their_own_room():
-    asked = ("ExtractConfig", "ClearConfig", "RoutedFFN", "ClearFFN", "GatedFFN", "GatedMLP", "NarrowAttention")
+    asked = ("ExpertsOptions", "ClearOptions", "RoutedFFN", "ClearFFN", "GatedFFN", "GatedMLP", "NarrowAttention")
     at_home = {"moee/layers", "moee/methods", "moee/mlps", "moee/kinds"}
     wrong = []
     for package in ("moee", "exporter"):

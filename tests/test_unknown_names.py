@@ -7,8 +7,7 @@ from exporter.precision import dtype_of
 from exporter.quantization.calibrate import Histogram
 from moee.calibrate.selection import Moments, select_neurons
 from moee.calibrate.sensitivity import measure_sensitivity
-from moee.clustering import make_clusterer
-from moee.config import ExtractConfig
+from moee.clustering.cluster import make_clusterer
 from moee.data.sources import load_data
 from moee.errors import chosen
 from moee.layers.clear_dispatch import backend
@@ -17,7 +16,8 @@ from moee.layers.report import LayerReport
 from moee.layers.routing import make_router
 from moee.methods.clear_moe.decompose import up_metric
 from moee.methods.exchange import pack_finding, unpack_finding
-from moee.methods.moefication import find_moefication
+from moee.methods.experts import ExpertsOptions
+from moee.methods.moefication.split import find_moefication
 from moee.models.ffn import FFN
 from moee.parallel.group import Parcel
 from moee.train.step import AMP
@@ -42,7 +42,7 @@ class Stored:
 
 def config(**changes):
     """A configuration with a value that its validation would not let in."""
-    return ExtractConfig(method="moefication", experts=2, compensation="mean").model_copy(update=changes)
+    return ExpertsOptions(method="moefication", experts=2, compensation="mean").model_copy(update=changes)
 
 
 def histogram():

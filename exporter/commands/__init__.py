@@ -208,18 +208,6 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, given)
 
 
-def add_attention(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """Narrower heads, which every method can have beside it; with `several` a list of shares, to be parsed."""
-    share = "narrow the heads of the attention to this share of its MACs; --target-macs counts what that saves"
-    if several:
-        share = "comma-separated shares of the attention's MACs to try, heads narrowed to them; 1 leaves them (1)"
-        parser.add_argument("--attention-macs", metavar="SHARES", help=share)
-    else:
-        parser.add_argument("--attention-macs", type=float, metavar="SHARE", help=share)
-    how = "separate: queries and keys may differ from values in width (default); equal: they may not"
-    parser.add_argument("--attention-heads", help=how)
-
-
 def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
     """Name the images that could not be read, if there are any. `data_read`: `Session.data_facts` or a part of it."""
     from moee.data.image_set import skipped_line

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from exporter.cli_options import add_options
 from exporter.commands import (
     OK,
-    add_attention,
     add_device,
     add_model,
     add_out,
@@ -27,9 +27,14 @@ from exporter.ui import ProgressDisplay, data_title, number, percent, span
 from moee.config import MOST_BATCH
 from moee.errors import UserError
 from moee.measure.accuracy import counted
+from moee.methods.experts import ALLOCATIONS, ExpertsOptions
+from moee.methods.heads.method import HeadsOptions
+from moee.methods.registry import METHODS
 from moee.places.placement import Output, OutputFolder, resume_folder
 from moee.store.result_kinds import PLAN, PLAN_STATE
 
+BASE = ("seed", "tokens", "cluster_tokens", "refit_tokens", "collages", "attention_heads")  # options that all points share
+BASE_OF = (ExpertsOptions, HeadsOptions)  # whose help says what they are
 TEXT = "try methods and budgets, print what wins and by how much over static pruning and dense"
 
 
@@ -45,16 +50,17 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="batch size of latencies (8)")
     add_device(sub, target=True)
-    methods = "hdbscan, kmeans-8, kmeans-32, kmeans-64, static, moefication, clear-moe"
-    sub.add_argument("--methods", help=f"comma-separated: {methods} (all but kmeans-64)")
-    sub.add_argument("--allocations", help="comma-separated: share, sensitivity (both)")
-    sub.add_argument("--targets", help="comma-separated shares of MACs to try (0.8,0.7,0.6,0.5)")
-    sub.add_argument("--cluster-tokens", type=int, default=6000, help="tokens a layer that are clustered (6000)")
-    sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (126080)")
-    sub.add_argument("--tokens", type=int, help="calibration tokens a layer (126080)")
-    sub.add_argument("--collages", type=int, metavar="N", help="collages a training image for calibration and refit (0)")
-    add_attention(sub, several=True)
-    sub.add_argument("--seed", type=int)
+    usual = ",".join(name for method in METHODS for name, variant in method.variants.items() if variant.usual)
+    tried = ", ".join(name for method in METHODS for name in method.variants)
+    sub.add_argument("--methods", metavar="NAMES", help=f"comma-separated ways that are tried, of {tried} (default: {usual})")
+    spent = ", ".join(ALLOCATIONS)
+    sub.add_argument("--allocations", metavar="NAMES", help=f"comma-separated ways to spend a budget, of {spent} (default: all)")
+    sub.add_argument("--targets", metavar="SHARES", help="comma-separated shares of MACs to try (default: 0.8,0.7,0.6,0.5)")
+    share = "comma-separated shares of the attention's MACs to try, heads narrowed to them; 1 leaves them (default: 1)"
+    sub.add_argument("--attention-macs", metavar="SHARES", help=share)
+    group = sub.add_argument_group("options of every method that has them")
+    for kind in BASE_OF:
+        add_options(group, kind, BASE, {"cluster_tokens": 6000})
     add_trial(sub)
     add_out(sub, "plan.json")
     add_outputs(sub, _outputs)
@@ -81,7 +87,7 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.timing.device import latency_of
     from moee.config import validated
-    from moee.planning import ALLOCATIONS, TARGETS, USUAL, Budget, check_ways, make_plan
+    from moee.planning import TARGETS, USUAL, Budget, check_ways, make_plan
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
     targets = parse_shares("--targets", args.targets) or TARGETS
@@ -89,8 +95,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     budget = validated(Budget, {name: getattr(args, name) for name in names})
     methods = tuple(args.methods.split(",")) if args.methods is not None else USUAL
     allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
-    common = ("cluster_tokens", "refit_tokens", "tokens", "collages", "attention_heads", "seed")
-    base = {name: getattr(args, name) for name in common if getattr(args, name) is not None}
+    base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
     check_ways(methods, allocations, attention, base)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
@@ -109,13 +114,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def points_table(plan: dict[str, Any]) -> Table:
     """All points by MACs; those on the Pareto front are marked, and the winner."""
-    front = [p["config"] for p in plan["front"]]
+    front = [p["recipe"] for p in plan["front"]]
     narrowed = any(_attention(p) < 1 for p in plan["points"])
     table = Table(min_width=76, title=f"{plan['model']['name']} on {data_title(plan['data'])}")
     for column in ("", "method", "allocation", *["attention"] * narrowed, "MACs", "params", "cosine", "accuracy", "latency ms"):
         table.add_column(column, justify="left" if column in ("", "method", "allocation") else "right", no_wrap=True)
     for p in sorted(plan["points"], key=lambda p: p["macs"]):
-        mark = "winner" if p["config"] == plan["winner"]["config"] else "front" if p["config"] in front else ""
+        mark = "winner" if p["recipe"] == plan["winner"]["recipe"] else "front" if p["recipe"] in front else ""
         ms = p["latency"]
         timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x ({ms['kind']})" if ms else ""
         table.add_row(
@@ -127,7 +132,8 @@ def points_table(plan: dict[str, Any]) -> Table:
 
 def _attention(point: dict[str, Any]) -> float:
     """Share of the attention's MACs that a point keeps."""
-    return (point["config"] or {}).get("attention_macs") or 1.0
+    share: float = point["attention"]
+    return share
 
 
 def _accuracy(point: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from exporter.report.choice import choose
 from exporter.report.sources import KINDS, NAMES, Artifact, Sources
 from moee.errors import UserError
-from moee.schema import shown
+from moee.schema import shown, upgraded
 from moee.store.artifact import read_json, sha256_file, stays_inside
 
 PLOTS = "*.svg"
@@ -69,6 +69,9 @@ def _read(path: Path, sources: Sources, verify: bool) -> None:
         number = version.partition(".")[0]
         if kind not in KINDS or not number.isdecimal() or not number.isascii() or len(number) > 9:
             raise UserError(f"{path} has schema {shown(schema)}; expected one of {', '.join(KINDS)}")
+        if int(number) < KINDS[kind][0]:
+            number = str(KINDS[kind][0])
+            body = upgraded(body, f"{kind}/{number}", path)
     except UserError as error:
         sources.problems.append(str(error))
         return

@@ -1,20 +1,19 @@
-"""The commands that make an artifact again, rebuilt from the configuration that it records."""
+"""The commands that make an artifact again, rebuilt from the recipe that it records."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
-from exporter.commands import extract, finetune
+from exporter.cli_options import flag_of
 from exporter.report.sources import Sources
 from exporter.report.values import dig
-from moee.config import ExtractConfig, FinetuneConfig
+from moee.config import FinetuneConfig, Options
+from moee.methods.registry import METHODS
 
 ALIASES = ("dinov2-s", "vit-scratch")  # models that bring their weights and arguments (exporter/pretrained.py)
 
@@ -28,10 +27,7 @@ def commands(sources: Sources) -> list[str]:
         tuned = dig(model, "info", "stages", "tuned", "config")
         if isinstance(tuned, dict):
             other = ["--data", str(model["data"])] if model.get("data") and str(model["data"]) != _extracted_on(model) else []
-            lines.append(
-                _line("moee", "finetune", "extracted", *other, *_flags(tuned, FinetuneConfig), "--out", "tuned")
-                + _python_only(tuned, FinetuneConfig)
-            )
+            lines.append(_line("moee", "finetune", "extracted", *other, *_flags(tuned, FinetuneConfig), "--out", "tuned"))
     source = "tuned" if len(lines) > 1 else "extracted"
     export = sources.body("moee.export")
     if export:
@@ -66,7 +62,7 @@ def _extracted_on(body: dict[str, Any]) -> str:
 
 
 def _extract(body: dict[str, Any]) -> str:
-    spec, config = body["model"], body.get("config")
+    spec = body["model"]
     alias = spec.get("name") in ALIASES
     words = ["moee", "extract", _name(spec), "--data", _extracted_on(body)]
     if spec.get("pretrained"):
@@ -76,16 +72,20 @@ def _extract(body: dict[str, Any]) -> str:
     elif isinstance(spec.get("random_seed"), int):
         words += ["--random-weights", spec["random_seed"]]
     words += _image_size(spec) if spec.get("name") == ALIASES[0] else [] if alias else _model_arguments(spec)
-    config = config if isinstance(config, dict) else {}
-    if config.get("method") != "clear-moe":
-        return _line(*words, *_flags(config, ExtractConfig), "--out", "extracted") + _python_only(config, ExtractConfig)
-    from moee.methods.clear_moe.config import ClearConfig  # brings torch, which a report does without
+    return _line(*words, *_recipe_words(body.get("recipe")), "--out", "extracted")
 
-    words += ["--method", "clear-moe", *_flags(config, ClearConfig)]
-    if config.get("refit") is False:
-        words += ["--compensation", "mean"]
-        config = {**config, "refit": True}
-    return _line(*words, "--out", "extracted") + _python_only(config, ClearConfig)
+
+def _recipe_words(recipe: Any) -> list[Any]:
+    """The flags of a recipe's steps."""
+    steps = [step for step in recipe.get("steps", []) if isinstance(step, dict)] if isinstance(recipe, dict) else []
+    words: list[Any] = []
+    for step in steps:
+        method = next((method for method in METHODS if method.name == step.get("method")), None)
+        if method is not None and method.cuts == "mlps" and method is not METHODS[0]:
+            words += ["--method", method.name]
+        if method is not None:
+            words += [word for word in _flags(step, method.options, words)]
+    return words
 
 
 def _name(spec: dict[str, Any]) -> str:
@@ -129,16 +129,15 @@ def _image_size(spec: dict[str, Any]) -> list[Any]:
     return ["--img-size", *(size if isinstance(size, (list, tuple)) else [size])] if size else []
 
 
-def _flags(values: dict[str, Any], kind: type[BaseModel]) -> list[Any]:
-    """Flags of the settings that differ from their default. Those without a flag are left to `_python_only`."""
+def _flags(values: dict[str, Any], kind: type[Options], said: Sequence[Any] = ()) -> list[Any]:
+    """Flags of the settings that differ from their default, but for those that were `said`."""
     words: list[Any] = []
-    known = _known_flags("finetune" if kind is FinetuneConfig else "extract")
     for name, value in _changed(values, kind):
-        flag = f"--{name.replace('_', '-')}"
-        if flag not in known:
+        flag = flag_of(name)
+        if flag in said:
             continue
         if isinstance(value, bool):
-            words += [flag] if value else []
+            words += [flag if value else f"--no-{flag.removeprefix('--')}"]
         elif isinstance(value, (list, tuple)):
             words += [w for item in value for w in (flag, item)]
         else:
@@ -146,25 +145,11 @@ def _flags(values: dict[str, Any], kind: type[BaseModel]) -> list[Any]:
     return words
 
 
-def _python_only(values: dict[str, Any], kind: type[BaseModel]) -> str:
-    """A shell comment that names the changed settings without a flag, or nothing."""
-    known = _known_flags("finetune" if kind is FinetuneConfig else "extract")
-    rest = [f"{name}={value!r}" for name, value in _changed(values, kind) if f"--{name.replace('_', '-')}" not in known]
-    return f"   # set in Python: {', '.join(rest)}".replace("\n", " ") if rest else ""
-
-
-def _changed(values: dict[str, Any], kind: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+def _changed(values: dict[str, Any], kind: type[Options]) -> Iterator[tuple[str, Any]]:
     for name, info in kind.model_fields.items():
         value = values.get(name, info.default)
-        if value is not None and value != info.default:
+        if value is not None and value != info.default and value is not PydanticUndefined:
             yield name, value
-
-
-@cache
-def _known_flags(command: str) -> frozenset[str]:
-    parsers = argparse.ArgumentParser().add_subparsers()
-    (finetune if command == "finetune" else extract).add_parser(parsers)
-    return frozenset(parsers.choices[command]._option_string_actions)
 
 
 def _build(engine: dict[str, Any]) -> str:

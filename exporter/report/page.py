@@ -108,11 +108,20 @@ def _policy() -> str:
     return f"default-src 'none'; style-src {digest(STYLE)}; script-src {digest(SCRIPT)}; img-src data:; base-uri 'none'"
 
 
+MAIN_OPTIONS = ("attention_macs", "clustering", "experts", "top_k", "target_macs", "keep")  # of a step
+
+
 def _method(model: dict[str, Any]) -> str:
-    config = model.get("config")
-    if not isinstance(config, dict):
+    """The steps of a model's recipe, each with its main options."""
+    steps = dig(model, "recipe", "steps")
+    if not isinstance(steps, list):
         return ""
-    return f"{config.get('method', 'moee')}, {config.get('clustering', DASH)}, kept variance {fixed(config.get('keep'), 2)}."
+    said = []
+    for step in (step for step in steps if isinstance(step, dict)):
+        known = {name: step[name] for name in MAIN_OPTIONS if isinstance(step.get(name), (str, int, float))}
+        main = [f"{name.replace('_', ' ')} {value}" for name, value in known.items()]
+        said.append(", ".join([str(step.get("method", DASH)), *main]))
+    return f"{'; then '.join(said)}." if said else ""
 
 
 def _cards(sources: Sources) -> Html:

@@ -9,7 +9,7 @@ from typing import Any
 NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json")
 # Schema, the highest version whose fields are known here, and the command that makes it.
 KINDS = {
-    "moee.model": (1, "moee extract"),
+    "moee.model": (2, "moee extract"),
     "moee.export": (1, "moee export"),
     "moee.parity": (1, "moee verify --out verify"),
     "moee.latency": (1, "moee bench --out latency.json"),

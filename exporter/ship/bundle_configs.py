@@ -13,7 +13,7 @@ QUEUE_US = 1000  # how long a request waits for others: a fraction of what a bat
 
 @dataclass(frozen=True)
 class Facts:
-    """What the texts say. `given` and `output` are `bundle.Tensor`, `recipe` is `bundle.Recipe`, `batch` (min, opt, max).
+    """What the texts say. `given` and `output` are `bundle.Tensor`, `recipe` is `bundle.Preprocessing`, `batch` (min, opt, max).
 
     `classes` is None where neither the graph nor a classifier beside it gives classes; `classifies`: the graph does.
     `names` of the classes are printable and differ, as manifests are checked; none where they are not known. `plugin`: the MoEE

@@ -54,7 +54,7 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Preprocessing:
     """timm's evaluation transform: the image is shrunk or enlarged until it just covers `resize` (or to it, if `crop` is squash),
     then the middle `size`; each height and width."""
 
@@ -106,7 +106,7 @@ def write_deployment(
         says = export["plugin_nodes"]
         raise UserError(f"{export_dir / TENSORRT} has {nodes} plugin nodes, its manifest says {says}; export again")
     model, transform = exported_model(export, export_dir, word)
-    recipe = make_recipe(transform, str(export["model"]["timm_name"]))
+    recipe = make_preprocessing(transform, str(export["model"]["timm_name"]))
     _, guessed = guesses_of(model)
     if guessed:
         log.warning(
@@ -171,7 +171,7 @@ def _tensor(path: Path, value: onnx.ValueInfoProto) -> Tensor:
     return Tensor(value.name, TYPES[kind.elem_type], shape)
 
 
-def make_recipe(transform: Transform, name: str) -> Recipe:
+def make_preprocessing(transform: Transform, name: str) -> Preprocessing:
     """timm's evaluation transform of the model called `name` as the runner does it.
 
     Raises `UserError` for a filter, crop mode or number of channels that the runner does not know.
@@ -185,7 +185,7 @@ def make_recipe(transform: Transform, name: str) -> Recipe:
         raise UserError(f"{name} is evaluated with {kind} resizing and crop mode {crop}; the runner knows bicubic and "
                         "bilinear, center and squash")  # fmt: skip
     tall, wide = (max(side, int(side / float(transform.config["crop_pct"]))) for side in (height, width))
-    return Recipe((height, width), (tall, wide), crop, kind, transform.mean, transform.std)
+    return Preprocessing((height, width), (tall, wide), crop, kind, transform.mean, transform.std)
 
 
 def _check_models(export_dir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import time
 from pathlib import Path
@@ -12,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from moee.ablation.grid import AblationConfig, Cell, cells_of
 from moee.calibrate.calibration import LayerTokens, collect_tokens
-from moee.config import ExtractConfig
+from moee.config import Options
 from moee.errors import NothingRouted, UserError
 from moee.measure.probe import Probe
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, read_recipe_json
 from moee.mlps.find import find_ffns
 from moee.places.placement import OutputFolder
 from moee.places.resume import check_identity, compare_identity, fingerprint
@@ -27,14 +28,14 @@ from moee.store.cache import tensor_hash
 from moee.store.result_kinds import ABLATION
 
 CELLS, SETUP = "cells", "setup.json"
-SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/1"
+SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/2"
 WORST = -1.0  # of a cosine
 RETAINED = ("dense_accuracy", "accuracy", "top1_agreement", "class_cosine", "token_cosine", "labelled", "no_accuracy")
 
 
-def cell_key(config: ExtractConfig) -> str:
-    """Name of a configuration's result file."""
-    return tensor_hash(extra=config.model_dump_json())[:16]
+def cell_key(options: Options) -> str:
+    """Name of the result file of a method's options."""
+    return tensor_hash(extra=json.dumps(Recipe.of(options).to_json()))[:16]
 
 
 class CellResult(BaseModel):
@@ -73,7 +74,7 @@ def read_cells(out: Path) -> dict[str, dict[str, Any]]:
     for path in sorted((out / CELLS).glob("*.json")):
         try:
             cell = read_json(path)
-            if cell["schema"] == CELL_SCHEMA and cell_key(ExtractConfig(**cell["config"])) == path.stem:
+            if cell["schema"] == CELL_SCHEMA and cell_key(read_recipe_json(cell["recipe"], path).cut) == path.stem:
                 found[path.stem] = CellResult(**cell["result"]).model_dump()
         except (UserError, ValidationError, KeyError, TypeError):
             continue
@@ -117,9 +118,9 @@ def run_cells(
     sweep_all(out / CELLS)
     cells = list(cells_of(ablation))
     finished = read_cells(out)
-    missing = {key: cell for cell in cells if (key := cell_key(cell.config)) not in finished}
+    missing = {key: cell for cell in cells if (key := cell_key(cell.options)) not in finished}
     if missing:
-        session.prove(next(iter(missing.values())).config)
+        session.prove(Recipe.of(next(iter(missing.values())).options))
         probe, _ = session.probe(), session.reference
         quiet = copy.copy(session)  # shares the dense outputs; a cell's own steps are not reported
         quiet.report = silent
@@ -128,19 +129,19 @@ def run_cells(
             sampled = collect_tokens(session.dense, ffns, session.train, folder, ablation.tokens, 0, report, session.group)
             report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
             for done, (key, cell) in enumerate(missing.items(), 1):
-                finished[key] = run_cell(quiet, cell.config, sampled, probe)
-                body = {"schema": CELL_SCHEMA, "config": cell.config.model_dump(mode="json"), "result": finished[key]}
+                finished[key] = run_cell(quiet, cell.options, sampled, probe)
+                body = {"schema": CELL_SCHEMA, "recipe": Recipe.of(cell.options).to_json(), "result": finished[key]}
                 write_json(out / CELLS / f"{key}.json", body)
                 report("cells", done, len(missing))
-    return [(cell, finished[cell_key(cell.config)]) for cell in cells]
+    return [(cell, finished[cell_key(cell.options)]) for cell in cells]
 
 
-def run_cell(session: Session, config: ExtractConfig, sampled: list[LayerTokens], probe: Probe | None) -> dict[str, Any]:
-    """Extract and measure one configuration: retention, MACs and parameters relative to the dense model, seconds."""
+def run_cell(session: Session, options: Options, sampled: list[LayerTokens], probe: Probe | None) -> dict[str, Any]:
+    """Extract and measure by one method's options: retention, MACs and parameters relative to the dense model, seconds."""
     model = copy.deepcopy(session.dense)
     started = time.perf_counter()
     try:
-        layers = extract(model, session.train, config, sampled=sampled, group=session.group)
+        layers = Recipe.of(options).method.convert(model, options, session.context(sampled=sampled))
     except NothingRouted:
         return CellResult(status="dense", seconds=time.perf_counter() - started).model_dump()
     seconds = time.perf_counter() - started

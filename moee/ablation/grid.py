@@ -6,13 +6,14 @@ alone; here they compare methods and routings, and nothing published is claimed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moee.config import MOST_COUNT, MOST_SEEDS, Count, ExtractConfig, make_extract_config, validated
+from moee.config import MOST_COUNT, MOST_SEEDS, Count, Options, validated
+from moee.methods.registry import METHODS, cutting, method_named, options_for
 
 Compensation = Literal["none", "mean", "refit"]
 
@@ -25,8 +26,8 @@ class Row:
     """
 
     label: str
-    changes: dict[str, Any] = field(default_factory=dict)
-    sweep: tuple[dict[str, Any], ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    sweep: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,15 @@ class Table:
 
     key: str
     title: str
-    rows: tuple[Row, ...]
+    own: tuple[Row, ...] = ()
     orderings: tuple[Ordering, ...] = ()
     note: str = ""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Its `own` rows; without any those of every method."""
+        methods = ((method.name, label, row) for method in cutting("mlps") for label, row in method.rows.items())
+        return self.own or tuple(Row(label, {"method": name, **row.values}, row.sweep) for name, label, row in methods)
 
     @property
     def reference(self) -> str:
@@ -55,9 +62,6 @@ class Table:
 
 MOEE = "MoEE"
 _CLUSTERINGS = ("hdbscan", "dbscan", "optics", "kmeans", "birch")
-_MOEFICATION_EXPERTS = 16
-_MOEFICATION = {"method": "moefication", "experts": _MOEFICATION_EXPERTS, "selector": "router"}
-_TOP_K = tuple({"top_k": k} for k in (4, 8, 12, 14))
 _SIZES = (0.003, 0.006, 0.0125, 0.025, 0.05)
 _KEEPS = (0.30, 0.50, 0.70, 0.80, 0.90, 0.95)
 
@@ -81,13 +85,7 @@ TABLES: dict[str, Table] = {
         ),
         Table(
             "3", "methods",
-            (
-                Row(MOEE),
-                Row("static pruning", {"clustering": "none"}),
-                Row("MoEfication, weights", {**_MOEFICATION, "split": "weights"}, _TOP_K),
-                Row("MoEfication, co-activation", {**_MOEFICATION, "split": "coactivation"}, _TOP_K),
-            ),
-            note=f"MoEfication: {_MOEFICATION_EXPERTS} experts, trained router, mean compensation where the others are refitted.",
+            note="MoEfication: 16 experts, trained router, mean compensation where the others are refitted.",
         ),
         Table(
             "7", "clusterings",
@@ -169,13 +167,14 @@ class AblationConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: where it stands in which table, and the configuration that makes it."""
+    """One run: where it stands in which table, and the options that make it."""
 
     table: str
     row: str
     compensation: str
     seed: int
-    config: ExtractConfig
+    options: Options
+    point: str
 
 
 def cells_of(ablation: AblationConfig) -> Iterator[Cell]:
@@ -184,11 +183,30 @@ def cells_of(ablation: AblationConfig) -> Iterator[Cell]:
         for seed in range(ablation.seeds):
             for compensation in ablation.compensation:
                 for row in TABLES[key].rows:
-                    for point in row.sweep or tuple({"keep": keep} for keep in ablation.keeps):
-                        changes = {**ablation.base(), **row.changes, **point, "compensation": compensation, "seed": seed}
-                        if changes.get("method") == "moefication" and compensation == "refit":
-                            changes["compensation"] = "mean"  # MoEfication has no refit
-                        yield Cell(key, row.label, compensation, seed, make_extract_config(**changes))
+                    yield from _cells_of_row(ablation, key, row, compensation, seed)
+
+
+def _cells_of_row(ablation: AblationConfig, table: str, row: Row, compensation: str, seed: int) -> Iterator[Cell]:
+    values = dict(row.changes)
+    method = method_named(values.pop("method", METHODS[0].name))
+    known = method.options.model_fields
+    base = {name: value for name, value in ablation.base().items() if name in known}
+    if "compensation" in known:
+        allowed = get_args(known["compensation"].annotation)
+        base["compensation"] = compensation if compensation in allowed else "mean"  # not every method has a refit
+    keeps = tuple({"keep": keep} for keep in ablation.keeps) if "keep" in known else ({},)
+    for point in row.sweep or keeps:
+        made = options_for(method, {**base, **values, **point, "seed": seed})
+        yield Cell(table, row.label, compensation, seed, made, _point(point))
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    """How a table calls a point: the kept share, or the options that it sets."""
+    named = {"keep": "", "top_k": "top "}
+    return ", ".join(
+        f"{named.get(name, f'{name} ')}{value:.2f}" if isinstance(value, float) else f"{named.get(name, f'{name} ')}{value}"
+        for name, value in point.items()
+    )
 
 
 def make_ablation_config(**values: Any) -> AblationConfig:

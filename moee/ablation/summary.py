@@ -29,7 +29,7 @@ def summarise(setup: dict[str, Any], ablation: AblationConfig, results: list[Res
         mine = [(cell, result) for cell, result in results if cell.table == key]
         groups: dict[tuple[str, str, str], list[Result]] = {}
         for cell, result in mine:
-            groups.setdefault((cell.row, cell.compensation, _point(cell.config)), []).append((cell, result))
+            groups.setdefault((cell.row, cell.compensation, cell.point), []).append((cell, result))
         tables[key] = {
             "title": TABLES[key].title,
             "note": TABLES[key].note,
@@ -53,10 +53,6 @@ def summarise(setup: dict[str, Any], ablation: AblationConfig, results: list[Res
         "dense_accuracy_interval": seeds_interval([result for _, result in results], "dense_accuracy"), "no_accuracy": why,
         "tables": tables, "verdicts": verdicts,
     }  # fmt: skip
-
-
-def _point(config: Any) -> str:
-    return f"top {config.top_k}" if config.method == "moefication" else f"{config.keep:.2f}"
 
 
 def _mean_experts(result: dict[str, Any]) -> float | None:

@@ -1,4 +1,4 @@
-"""MoEE models on disk: `moee.json` and `model.safetensors` in one folder (schema `moee.model/1`)."""
+"""MoEE models on disk: `moee.json` and `model.safetensors` in one folder (schema `moee.model/2`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moee.kinds.kind import LayerRecord
 from moee.kinds.registry import layer_records, read_record, rebuild_layer
 from moee.libraries.from_python import is_function_name
 from moee.measure.probe import Probe, classes_told
-from moee.methods.registry import read_options
+from moee.methods.recipe import read_recipe_json
 from moee.mlps.structure import read_mlp
 from moee.models.model import MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of
 from moee.places.placement import OutputFolder
@@ -26,7 +26,7 @@ from moee.store.tensor_file import write_tensors
 from moee.weights.weights_file import checkpoint_sha256, read_safetensors
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
-SCHEMA = "moee.model/1"
+SCHEMA = "moee.model/2"
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
 
 
@@ -43,7 +43,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
             write_tensors(moee.probe.state(), folder / PROBE)
         body = {
             "model": spec.model_dump(),
-            "config": moee.config.model_dump(mode="json") if moee.config else None,
+            "recipe": moee.recipe.to_json() if moee.recipe else None,
             "data": moee.data,
             "classes": list(moee.classes),
             "layers": layer_records(moee.model),
@@ -69,7 +69,7 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
     if spec.weights is not None and spec.weights_sha256 is None:
         named = shown(spec.weights)
         raise UserError(f"{path / MANIFEST} has no hash of the weights {named} that it names; make the artifact again")
-    config = read_options(body.config, path / MANIFEST) if body.config else None
+    recipe = read_recipe_json(body.recipe, path / MANIFEST) if body.recipe else None
     info = {"stages": {}, "layers": [], **manifest["info"]}
     _check_shares(body.info, records, path)
     for name in (WEIGHTS, PROBE):
@@ -87,7 +87,7 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
     probe = _probe(path / PROBE, made)
-    return MoeeModel(made.eval(), spec, config, data, probe, info, _classes(body.classes, made, probe, path))
+    return MoeeModel(made.eval(), spec, recipe, data, probe, info, _classes(body.classes, made, probe, path))
 
 
 def _classes(names: list[str], model: nn.Module, probe: Probe | None, path: Path) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ class Manifest(Body):
     """The body of `moee.json`."""
 
     model: ModelSpec
-    config: dict[str, Any] | None
+    recipe: dict[str, Any] | None
     data: Text
     classes: Classes = []
     layers: list[dict[str, Any]] = Field(min_length=1)

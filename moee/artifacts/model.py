@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from moee.config import MethodOptions
 from moee.data import sources
 from moee.data.image_set import Division, ImageSet
 from moee.data.shards import PREFIX as SHARDS
@@ -19,6 +18,7 @@ from moee.data.transform import Transform, model_transform
 from moee.errors import UserError
 from moee.given.images import PREFIX
 from moee.measure.probe import Probe
+from moee.methods.recipe import Recipe
 from moee.models.model import ModelSpec, build_model, load_model
 from moee.progress import Reporter, silent
 from moee.schema import shown
@@ -63,13 +63,14 @@ class ImageRecord:
 class MoeeModel:
     """A model with routed layers and everything that an artifact records about it.
 
-    `info` is free-form: the commands' results, such as metrics and per-layer reports. `classes` name what the outputs (the
+    `info` is free-form: the commands' results, such as metrics and per-layer reports. `recipe`: how it was made; None for
+    artifacts that nobody extracted. `classes` name what the outputs (the
     probe's, where there is one) stand for; none where that is not known.
     """
 
     model: nn.Module
     spec: ModelSpec
-    config: MethodOptions | None
+    recipe: Recipe | None
     data: str
     probe: Probe | None = None
     info: dict[str, Any] = field(default_factory=dict)
@@ -88,9 +89,13 @@ class MoeeModel:
     @property
     def record(self) -> ImageRecord:
         """How its images are read again."""
-        seed = self.config.seed if self.config else 0
         transform, told = model_transform(self.model), head_classes(self.model)
-        return ImageRecord(self.data, transform, seed, self.classes, told, self.division, self.data)
+        return ImageRecord(self.data, transform, self.seed, self.classes, told, self.division, self.data)
+
+    @property
+    def seed(self) -> int:
+        """What its images were divided by."""
+        return self.recipe.seed if self.recipe else 0
 
     @property
     def division(self) -> Division | None:

@@ -10,7 +10,8 @@ from torch import Tensor
 from moee.calibrate.calibration import CHUNK, LayerTokens, hidden_activations
 from moee.calibrate.options import CalibrationOptions, GroupingOptions
 from moee.calibrate.selection import MomentAccumulator, Moments
-from moee.clustering import NOISE, cluster_tokens
+from moee.clustering.base import NOISE
+from moee.clustering.cluster import cluster_tokens
 from moee.config import PAPER_TOKENS
 from moee.errors import chosen
 from moee.layers.report import LayerReport, left_dense

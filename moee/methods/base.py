@@ -1,21 +1,22 @@
-"""What a method that cuts a model is to the rest of the project. `moee.methods.registry` lists them."""
+"""What a method that cuts a model is to the rest of the project. `moee.methods.registry` lists them.
+
+The file of a method imports its work where it does it: names, options and help are read without torch.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from torch import nn
-
-from moee.calibrate.calibration import LayerTokens
 from moee.config import Options
-from moee.data.image_set import ImageSet
-from moee.layers.report import LayerReport
-from moee.parallel.group import SOLO, Group
-from moee.progress import Reporter, silent
+
+if TYPE_CHECKING:  # a registry of names and options is read without torch, whose import takes seconds
+    from torch import nn
+
+    from moee.layers.report import LayerReport
+    from moee.methods.context import Context
 
 Chosen = TypeVar("Chosen", bound=Options)
 Shares = Literal["tokens", "groups", "nothing"]
@@ -24,31 +25,20 @@ Values = Mapping[str, Any]  # of options, by their names
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a method works with: the calibration images, where it reports progress, the ranks that share the work (and their
-    devices), how many layers are clustered side by side, tokens that an earlier calibration of the same model collected, where
-    calibration tokens lie (a temporary folder of their own by default), and what a method leaves for its next call on the same
-    dense model and data."""
-
-    data: ImageSet
-    report: Reporter = silent
-    group: Group = SOLO
-    jobs: int = 1
-    sampled: Sequence[LayerTokens] | None = None
-    scratch: Path | None = None
-    left: dict[Any, Any] = field(default_factory=dict)
-
-    def of(self, sampled: Sequence[LayerTokens] | None) -> Context:
-        """The same with other tokens."""
-        return replace(self, sampled=sampled)
-
-
-@dataclass(frozen=True)
 class Variant:
     """A way of a method that a plan tries: its `values`, and whether a plan tries it when nobody says which."""
 
     values: Values
     usual: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the ablation's table of methods: its `values`, and the values of each of its points; without a `sweep` the kept
+    shares that the ablation asks for."""
+
+    values: Values
+    sweep: tuple[Values, ...] = ()
 
 
 class Method(ABC, Generic[Chosen]):
@@ -72,14 +62,30 @@ class Method(ABC, Generic[Chosen]):
     variants: ClassVar[Mapping[str, Variant]] = {}
     allocations: ClassVar[Mapping[str, Values]] = {"": {}}
 
+    @property
+    def rows(self) -> Mapping[str, Row]:
+        """Its lines in the ablation's table of methods."""
+        return {self.name: Row({})} if self.cuts == "mlps" else {}
+
     @abstractmethod
     def convert(self, model: nn.Module, options: Chosen, context: Context) -> Sequence[LayerReport]:
         """Replace layers of `model` in place; one report an MLP, of rank 0 alone where ranks share the work. Raises `UserError`
         for input that it cannot work with."""
 
+    def prepare(self, model: nn.Module, options: Chosen, context: Context) -> Any:
+        """What models of all budgets have in common, where the method `shares` groups; `model` stays as it is."""
+        raise NotImplementedError(f"{self.name} shares {self.shares}")
+
+    def apply(self, model: nn.Module, prepared: Any, options: Chosen, context: Context) -> Sequence[LayerReport]:
+        """As `convert`, from what `prepare` gave for a model like this one."""
+        raise NotImplementedError(f"{self.name} shares {self.shares}")
+
     def changes(self, options: Chosen) -> bool:
         """Whether the options ask for anything at all."""
         return True
+
+    def check(self, model: nn.Module, shape: tuple[int, int, int], options: Chosen) -> None:
+        """Raise `UserError` for what can be said of a model, on images of `shape`, without any work."""
 
     def budget(self, options: Chosen) -> float | None:
         """Share of the model's MACs that cutting its MLPs must reach, where that can be held against the model before any work;

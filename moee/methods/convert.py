@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ from moee.errors import NothingRouted, StepFailed
 from moee.layers.report import LayerReport
 from moee.layers.routed import NeuronLayer, RoutedFFN
 from moee.methods.assembly import build_layer
-from moee.methods.base import Chosen, Context, Method
 from moee.methods.choice import choose_neurons
+from moee.methods.context import Context
 from moee.methods.exchange import Finding, pack_finding, share_layers, unpack_finding
 from moee.methods.gated_pruning import prune_gated
 from moee.mlps.find import find_ffns, reports_of
@@ -52,43 +51,38 @@ class Prepared:
         return {r.ffn.name: r for r in self.layers if isinstance(r, GroupedLayer)}
 
 
-class LayerMethod(Method[Chosen]):
-    """A method that finds the experts of each layer from that layer's calibration tokens alone."""
+class FindsExperts(Protocol):
+    """What is asked here of a method; `moee.methods.layerwise.LayerMethod` says what each does."""
 
-    @abstractmethod
-    def find(self, ffn: FFN, sampled: LayerTokens, options: Chosen, report: Reporter, device: torch.device) -> Finding:
-        """A layer's groups of tokens, its experts with their report, or the report of a layer that stays dense."""
+    gated: ClassVar[bool]
 
-    def announce(self, counts: Sequence[int], options: Chosen) -> None:
-        """Say before the work what will take long. `counts`: calibration tokens of each layer."""
+    def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> Finding: ...
 
-    def convert(self, model: nn.Module, options: Chosen, context: Context) -> Sequence[LayerReport]:
-        """Replace the MLPs of `model` in place by experts; returns one report a layer.
+    def announce(self, counts: Sequence[int], options: Any) -> None: ...
 
-        Calibration tokens lie on disk while it runs. Deterministic for the same options, images and thread count. Cluster labels
-        are cached, so an interrupted run does not cluster a finished layer again. In a group the ranks share the images of the
-        calibration and then the layers; rank 0 chooses the neurons and refits, and every rank gets its layers (the reports are
-        rank 0's alone). Raises `UserError` for input that it cannot work with; the model is then unchanged.
-        """
-        grouped = self.prepare(model, options, context)
-        reports: list[LayerReport] = []
-        with context.group.agreed():
-            if context.group.leader:
-                reports = self.apply(model, grouped, options, context)
-        share_layers(model, context.group)
-        return reports
+    def prepare(self, model: nn.Module, options: Any, context: Context) -> Prepared: ...
 
-    def prepare(self, model: nn.Module, options: Chosen, context: Context) -> Prepared:
-        """The first half: calibrate, group each layer's tokens, measure the sensitivity. `model` stays as it is. In a group only
-        rank 0's result is whole; the others' holds the layers that they worked on."""
-        return group_layers(self, model, options, context)
-
-    def apply(self, model: nn.Module, prepared: Prepared, options: Chosen, context: Context) -> list[LayerReport]:
-        """The second half, of rank 0: choose the neurons, replace the MLPs of `model`, which `prepared` was made from, refit."""
-        return install_experts(model, prepared, options, context)
+    def apply(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> Sequence[LayerReport]: ...
 
 
-def group_layers(method: LayerMethod[Any], model: nn.Module, options: Any, context: Context) -> Prepared:
+def convert_layers(method: FindsExperts, model: nn.Module, options: Any, context: Context) -> list[LayerReport]:
+    """Replace the MLPs of `model` in place by experts; returns one report a layer.
+
+    Calibration tokens lie on disk while it runs. Deterministic for the same options, images and thread count. Cluster labels
+    are cached, so an interrupted run does not cluster a finished layer again. In a group the ranks share the images of the
+    calibration and then the layers; rank 0 chooses the neurons and refits, and every rank gets its layers (the reports are
+    rank 0's alone). Raises `UserError` for input that it cannot work with; the model is then unchanged.
+    """
+    prepared = method.prepare(model, options, context)
+    reports: list[LayerReport] = []
+    with context.group.agreed():
+        if context.group.leader:
+            reports = list(method.apply(model, prepared, options, context))
+    share_layers(model, context.group)
+    return reports
+
+
+def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: Context) -> Prepared:
     """Calibrate and find each layer's groups or experts, the layers divided over the ranks."""
     group, report = context.group, context.report
     with group.agreed():
@@ -113,7 +107,7 @@ def group_layers(method: LayerMethod[Any], model: nn.Module, options: Any, conte
             report("experts", 0, len(share))
             pool = ThreadPoolExecutor(max(1, context.jobs))
             try:
-                for layer in pool.map(lambda pair: method.find(*pair, options, report, group.device), share):
+                for layer in pool.map(lambda pair: method.find(pair[0], pair[1], options, report, group.device), share):
                     layers.append(layer)
                     report("experts", len(layers), len(share))
             finally:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import model_validator
-from torch import nn
 
-from moee.calibrate.calibration import LayerTokens
-from moee.calibrate.grouping import find_routes
 from moee.calibrate.options import GroupingOptions, NeuronOptions
 from moee.clustering.options import PARTITIONS
-from moee.layers.report import LayerReport
-from moee.methods.base import Context, Shares, Values, Variant
-from moee.methods.convert import LayerMethod, Prepared, sensitivity_of
-from moee.methods.exchange import Finding
-from moee.models.ffn import FFN
-from moee.progress import Reporter
+from moee.methods.base import Row, Shares, Values, Variant
+from moee.methods.layerwise import LayerMethod
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from moee.calibrate.calibration import LayerTokens
+    from moee.layers.report import LayerReport
+    from moee.methods.context import Context
+    from moee.methods.convert import Prepared
+    from moee.methods.exchange import Finding
+    from moee.models.ffn import FFN
+    from moee.progress import Reporter
 
 log = logging.getLogger("moee")
 MANY_TOKENS = 30_000  # HDBSCAN's time grows with their square: above it a layer takes minutes on two cores
@@ -56,12 +60,14 @@ class NeuronMethod(LayerMethod[Any]):
                 self._measure(model, prepared, options, context)
         return prepared
 
-    def apply(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> list[LayerReport]:
+    def apply(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> Sequence[LayerReport]:
         self._measure(model, prepared, options, context)
         return super().apply(model, prepared, options, context)
 
     def _measure(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> None:
         """The error that dropping each neuron makes, once it is asked for."""
+        from moee.methods.convert import sensitivity_of
+
         if options.criterion == "sensitivity" and prepared.routed and not prepared.error:
             prepared.error.update(sensitivity_of(model, prepared.routed, options, context))
 
@@ -80,7 +86,11 @@ class ExpertsMethod(NeuronMethod):
         "kmeans-64": Variant({"clustering": "kmeans", "clusters": 64, "components": 50}, usual=False),  # pays on varied data only
     }
 
+    rows = {"MoEE": Row({})}  # type: ignore[assignment]
+
     def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> Finding:
+        from moee.calibrate.grouping import find_routes
+
         return find_routes(ffn, sampled, options, report, device)
 
     def announce(self, counts: Sequence[int], options: ExpertsOptions) -> None:

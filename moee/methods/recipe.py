@@ -61,9 +61,9 @@ class Recipe:
             if method in methods[:at]:
                 raise StepError(at, f"{method.name} comes twice; expected it once")
             if at and method.cuts == methods[at - 1].cuts:
-                raise StepError(at, f"{method.name} after {methods[at - 1].name}: both cut {_PART[method.cuts]}; expected one of them")
+                raise StepError(at, f"{method.name} after {methods[at - 1].name}: both cut {_PART[method.cuts]}; keep one")
             if at and PARTS.index(method.cuts) < PARTS.index(methods[at - 1].cuts):
-                raise StepError(at, f"{method.name} after {methods[at - 1].name}: {_PART['attention']} is cut first; change the order")
+                raise StepError(at, f"{method.name} after {methods[at - 1].name}: attention is cut first; change the order")
         if not methods or methods[-1].cuts != "mlps":
             names = ", ".join(method.name for method in cutting("mlps"))
             raise UserError(f"a recipe has no step that cuts MLPs; expected one of {names}")
@@ -112,34 +112,35 @@ def make_recipe(method: str | None = None, preset: str | None = None, values: Ma
     """The recipe that flags, or the keywords of Python, ask for: the values that are not None, each given to every step that
     knows it. Raises `UserError` for what does not fit."""
     given = {name: value for name, value in (values or {}).items() if value is not None}
+    chosen, start = _chosen(method, preset)
+    if given.get("clustering") == "none":  # an older way to ask for static pruning
+        del given["clustering"]
+        static = method_named("static")
+        if chosen is METHODS[0]:
+            chosen, start = static, {name: value for name, value in start.items() if name in static.options.model_fields}
+        elif chosen is not static:
+            raise OptionError(f"--clustering is not for method {chosen.name}; leave it out", "clustering")
+    steps, known = [], chosen.options.model_fields
+    for beside in cutting("attention"):
+        own = {name: value for name, value in given.items() if name in beside.options.model_fields}
+        if own.keys() - known:  # asked for by name
+            steps.append(options_for(beside, own))
+            given = {name: value for name, value in given.items() if name not in own or name in known}
+    steps.append(options_for(chosen, {**start, **given}))
+    return Recipe(tuple(step for step in steps if method_of(step).changes(step)))
+
+
+def _chosen(name: str | None, preset: str | None) -> tuple[Method[Any], Mapping[str, Any]]:
+    """The method of a name or a preset, and the preset's values."""
     known = presets()
     if preset is not None and preset not in known:
         raise UserError(f"unknown preset {shown(preset)}; expected one of {', '.join(known)}")
-    if method is None:
-        chosen = known[preset or DEFAULT_PRESET]
-        if given.get("clustering") == "none":
-            chosen = method_named("static")
-    else:
-        chosen = method_named(method)
-    if chosen.cuts != "mlps":
-        raise UserError(f"--method {chosen.name} goes beside another one; give --attention-macs with --method {METHODS[0].name}")
-    if preset is not None and known[preset] is not chosen:
-        raise UserError(f"--preset {preset} is of method {known[preset].name}, and not of {chosen.name}; leave one of them out")
-    if given.get("clustering") == "none":
-        if chosen.name not in ("experts", "static"):
-            raise UserError(f"--clustering is not for method {chosen.name}; leave it out")
-        chosen = method_named("static")  # its older name
-        del given["clustering"]
-    steps = []
-    for other in cutting("attention"):
-        own = {name: value for name, value in given.items() if name in other.options.model_fields}
-        foreign = set(chosen.options.model_fields)
-        if set(own) - foreign:
-            steps.append(options_for(other, own))
-            given = {name: value for name, value in given.items() if name not in own or name in foreign}
-    start = chosen.presets.get(preset, {}) if preset is not None else {}
-    steps.append(options_for(chosen, {**start, **given}))
-    return Recipe(tuple(step for step in steps if method_of(step).changes(step)))
+    method = method_named(name) if name is not None else known[preset or DEFAULT_PRESET]
+    if method.cuts != "mlps":
+        raise UserError(f"--method {method.name} goes beside another one; give --attention-macs with --method {METHODS[0].name}")
+    if preset is not None and known[preset] is not method:
+        raise UserError(f"--preset {preset} is of method {known[preset].name}, and not of {method.name}; leave one of them out")
+    return method, method.presets[preset] if preset is not None else {}
 
 
 def method_options(preset: str | None = None, **values: Any) -> Any:
@@ -150,9 +151,10 @@ def method_options(preset: str | None = None, **values: Any) -> Any:
 def read_recipe_json(body: Any, path: Path | str) -> Recipe:
     """A recipe as a manifest has it. Raises `UserError` for a damaged one."""
     try:
-        if not isinstance(body, dict) or not isinstance(body.get("steps"), list) or not all(isinstance(s, dict) for s in body["steps"]):
+        steps = body.get("steps") if isinstance(body, dict) else None
+        if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
             raise UserError(f"expected an object with steps, came {shown(body)}")
-        return _recipe(body["steps"], body.get("tune"))
+        return _recipe(steps, body.get("tune"))
     except UserError as error:
         raise UserError(f"{path}: recipe: {error}; make it again") from error
 
@@ -198,7 +200,8 @@ def _recipe(steps: list[dict[str, Any]], tune: Any) -> Recipe:
             if not isinstance(name, str):
                 known = ", ".join(method.name for method in METHODS)
                 raise UserError(f"a step needs its method, one of {known}" + ("" if name is None else f" (came {shown(name)})"))
-            made.append(options_for(method_named(name), {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}))
+            tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            made.append(options_for(method_named(name), tuples))
         except OptionError as error:
             raise StepError(at, str(error), error.option) from error
         except UserError as error:
@@ -208,8 +211,8 @@ def _recipe(steps: list[dict[str, Any]], tune: Any) -> Recipe:
 
 def _spoken(error: UserError) -> str:
     """A sentence about flags as one about options."""
-    names = {name for kind in (FinetuneConfig, *(method.options for method in METHODS)) for name in kind.model_fields}
-    return spoken(str(error), {name: name for name in (*names, "method")})
+    kinds: list[type[Options]] = [FinetuneConfig, *(method.options for method in METHODS)]
+    return spoken(str(error), {name: name for kind in kinds for name in kind.model_fields} | {"method": "method"})
 
 
 TUNE = -1  # the position of the table [tune], for `_line`

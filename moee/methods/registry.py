@@ -11,7 +11,7 @@ from moee.methods.base import Method
 from moee.methods.clear_moe.method import ClearMethod
 from moee.methods.experts import ExpertsMethod
 from moee.methods.heads.method import HeadsMethod
-from moee.methods.moefication import MoeficationMethod
+from moee.methods.moefication.method import MoeficationMethod
 from moee.methods.static import StaticMethod
 from moee.schema import shown
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from moee.calibrate.calibration import LayerTokens
-from moee.calibrate.grouping import GroupedLayer, one_group
 from moee.calibrate.options import NeuronOptions
-from moee.methods.base import Variant
+from moee.methods.base import Row, Variant
 from moee.methods.experts import NeuronMethod
-from moee.models.ffn import FFN
-from moee.progress import Reporter
+
+if TYPE_CHECKING:
+    import torch
+
+    from moee.calibrate.calibration import LayerTokens
+    from moee.calibrate.grouping import GroupedLayer
+    from moee.models.ffn import FFN
+    from moee.progress import Reporter
 
 
 class StaticOptions(NeuronOptions):
@@ -25,5 +27,9 @@ class StaticMethod(NeuronMethod):
     presets: ClassVar = {"static": {}}
     variants: ClassVar = {"static": Variant({})}
 
+    rows = {"static pruning": Row({})}  # type: ignore[assignment]
+
     def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> GroupedLayer:
+        from moee.calibrate.grouping import one_group
+
         return one_group(ffn, sampled, options, device)

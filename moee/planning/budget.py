@@ -45,8 +45,9 @@ class Budget(BaseModel):
 
 @dataclass(frozen=True)
 class Point:
-    """One model that was made and measured: `macs` and `params` as shares of dense, `drop` the share of accuracy lost,
-    latency in ms. None is what was not measured: it meets no limit."""
+    """One model that was made and measured: `macs` and `params` as shares of dense, `drop` the share of accuracy lost, latency in
+    ms. None is what was not measured: it meets no limit. `recipe` makes it again, and is None for dense; `attention` is the share
+    of the attention's MACs that it keeps."""
 
     method: str
     allocation: str
@@ -57,13 +58,9 @@ class Point:
     accuracy: float | None
     drop: float | None
     latency: dict[str, Any] | None
-    config: dict[str, Any] | None
+    recipe: dict[str, Any] | None
     accuracy_interval: list[float] | None = None
-
-    @property
-    def attention(self) -> float:
-        """Share of the attention's MACs that stays."""
-        return (self.config or {}).get("attention_macs") or 1.0
+    attention: float = 1.0
 
     def shortfalls(self, budget: Budget) -> dict[str, float]:
         """By how much each figure misses the budget, relative to the limit; infinite for one that was not measured. Empty if the
@@ -114,8 +111,9 @@ class StoredPoint(Body):
     accuracy: float | None
     drop: float | None
     latency: StoredLatency | None
-    config: dict[str, Any] | None
+    recipe: dict[str, Any] | None
     accuracy_interval: list[float] | None = None
+    attention: float = 1.0
 
 
 def checked_point(body: Any, path: Path) -> Point:

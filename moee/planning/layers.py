@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moee.config import validated
 from moee.data.image_set import batches
 from moee.layers.routed import RoutedLayer, routed_layers
 from moee.measure.metrics import mean_cosine
-from moee.methods.registry import options_of
+from moee.methods.recipe import read_recipe_json
 from moee.mlps.sites import mlp_replaced
 from moee.planning.budget import Point
-from moee.planning.search import Planner
+from moee.planning.search import PLAN_POINT, Planner
 from moee.progress import Reporter, silent
 from moee.stages.session import Session
 
@@ -24,12 +23,12 @@ ALONE_IMAGES = 32
 def layer_table(session: Session, planner: Planner, winner: Point, report: Reporter = silent) -> list[dict[str, Any]]:
     """Per MLP of the winner: share of the neurons a token uses, and the cosine of the model's output if this layer alone is
     replaced (measured on the first held-out images). Empty for dense."""
-    if winner.config is None:
+    if winner.recipe is None:
         return []
     model, reports = planner.made(winner)
     images = next(batches(session.held_out, ALONE_IMAGES)).images
     reference = session.reference.features[: len(images)]
-    base = session.start(validated(options_of(winner.config), winner.config))
+    base = session.start(read_recipe_json(winner.recipe, PLAN_POINT))
     rows = []
     routed = routed_layers(model)
     for position, layer in enumerate(reports, 1):

@@ -12,18 +12,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moee.config import ExtractConfig, MethodOptions, make_extract_config
 from moee.errors import UserError
 from moee.measure.accuracy import Comparison
-from moee.methods.narrowing import check_share
-from moee.methods.registry import read_options
+from moee.methods.recipe import Recipe, read_recipe_json
+from moee.methods.registry import method_of
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec
 from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
 from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import ALLOCATIONS, METHODS, TARGETS, USUAL, Latency, Planner, ways
+from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, USUAL, VARIANTS, Latency, Planner, recipe_of, ways
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
 from moee.stages.session import Session
@@ -32,9 +31,8 @@ from moee.store.result_kinds import PLAN as PLAN_FOLDER
 from moee.store.result_kinds import PLAN_STATE
 
 log = logging.getLogger("moee")
-STATIC = "static"  # of METHODS: the one that cuts gated MLPs
-SCHEMA, STORE_SCHEMA = "moee.plan/1", "moee.plan-store/3"
-PLAN = "plan.json"
+SCHEMA, STORE_SCHEMA = "moee.plan/2", "moee.plan-store/4"
+PLAN, RECIPE = "plan.json", "recipe.toml"
 
 
 class Plan(Body):
@@ -69,7 +67,7 @@ def _planned(
     allocations: tuple[str, ...], attention: tuple[float, ...],
 ) -> dict[str, Any]:  # fmt: skip
     """`make_plan`, of whose places nobody else works on."""
-    configs = check_ways(methods, allocations, attention, base or {})
+    check_ways(methods, allocations, attention, base or {})
     if budget.max_drop is not None:
         _refuse_incomparable(session.early_comparison())  # what is known before anything has run
     session.warn_early()
@@ -80,11 +78,11 @@ def _planned(
     told = {"model": model, "base": base or {}}
     stored, what, cure = store.place / "identity.json", "an interrupted plan", "finish that one or remove the folder"
     compare_identity(stored, STORE_SCHEMA, told, what, cure)  # before trials, and before all images are read
-    for share, common in zip(attention, configs, strict=True):  # said before a resumed plan is bound to the options
-        if common.narrows is not None:
-            check_share(session.dense, session.transform.shape, share)
-        for static in dict.fromkeys(name == STATIC for name in methods):
-            session.prove(common.model_copy(update=METHODS[STATIC]) if static else common)
+    for way in ways(methods, allocations, attention):  # said before a resumed plan is bound to the options
+        recipe = recipe_of(way, base or {})
+        for step in recipe.first:
+            method_of(step).check(session.dense, session.transform.shape, step)
+        session.prove(recipe)
     fresh = not store.place.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
@@ -100,7 +98,7 @@ def _planned(
     wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
     points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
     points += planner.refine(points, targets)
-    points = list({json.dumps(p.config, sort_keys=True): p for p in points}.values())
+    points = list({json.dumps(p.recipe, sort_keys=True): p for p in points}.values())
     dense = planner.dense(points, compared)
     everything = [*points, dense]
     winner = choose(everything, budget)
@@ -116,6 +114,9 @@ def _planned(
                      "probe": planner.probe is not None},
     }  # fmt: skip
     with output.write() as folder:
+        if winner.recipe is not None:
+            recipe = read_recipe_json(winner.recipe, PLAN)
+            (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
         write_manifest(folder, PLAN, SCHEMA, result)
     store.remove()
     return result
@@ -123,17 +124,18 @@ def _planned(
 
 def check_ways(
     methods: tuple[str, ...], allocations: tuple[str, ...], attention: tuple[float, ...], base: dict[str, Any]
-) -> list[ExtractConfig]:
-    """What can be said of a plan's options without its model: the options `base` with each share of the attention. Raises
-    `UserError` for names that are unknown and for values that do not fit."""
-    for kind, given, known in (("method", methods, METHODS), ("allocation", allocations, ALLOCATIONS)):
-        unknown = sorted(set(given) - known.keys())
+) -> None:
+    """Raise `UserError` for what can be said of a plan's options without its model: names that are unknown, values that do not
+    fit."""
+    for kind, given, known in (("method", methods, tuple(VARIANTS)), ("allocation", allocations, ALLOCATIONS)):
+        unknown = sorted(set(given) - set(known))
         if unknown or not given:
             came = ", ".join(shown(name, quoted=False) for name in unknown) or "(none)"
             raise UserError(f"--{kind}s: unknown {kind} {came}; expected some of {', '.join(known)}")
     if "attention_macs" in base:
         raise ValueError("shares of the attention go into `attention`, not into `base`")
-    return [make_extract_config(**{**base, "attention_macs": None if attention == (1.0,) else share}) for share in attention]
+    for way in ways(VARIANTS, ALLOCATIONS, attention):
+        recipe_of(way, base)
 
 
 def _applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
@@ -158,8 +160,8 @@ def planned_on(path: Path | str) -> str:
     return data if isinstance(data, str) else ""
 
 
-def read_plan(path: Path | str, spec: ModelSpec) -> MethodOptions:
-    """The winner's configuration from `plan.json` (or its folder). Raises `UserError` for a plan of another model, or for one
+def read_plan(path: Path | str, spec: ModelSpec) -> Recipe:
+    """The winner's recipe from `plan.json` (or its folder). Raises `UserError` for a plan of another model, or for one
     whose winner is the dense model."""
     path = Path(path)
     plan = read_manifest(path, PLAN, SCHEMA) if path.is_dir() else read_manifest(path.parent, path.name, SCHEMA)
@@ -170,7 +172,7 @@ def read_plan(path: Path | str, spec: ModelSpec) -> MethodOptions:
         if ours != theirs:
             came = f"made for {shown(made_for.name, quoted=False)} with {key} {shown(theirs)}"
             raise UserError(f"{path} was {came}, but this model has {shown(ours)}; plan again")
-    config = plan["winner"].get("config")
-    if not config:
+    recipe = plan["winner"].get("recipe")
+    if not recipe:
         raise UserError(f"{path} says that the dense model wins; there is nothing to extract")
-    return read_options(config, path)
+    return read_recipe_json(recipe, path)

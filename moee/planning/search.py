@@ -9,23 +9,21 @@ import statistics
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from moee.calibrate.calibration import LayerTokens
-from moee.config import ExtractConfig, MethodOptions, make_extract_config, validated
+from moee.config import Options
 from moee.errors import NothingRouted, OutOfReach, UserError
 from moee.layers.report import LayerReport
 from moee.measure.accuracy import Comparison
-from moee.measure.metrics import original_macs, tokens_per_image
-from moee.methods.base import Context
-from moee.methods.clear_moe import ClearConfig
-from moee.methods.convert import Prepared, apply, calibrate, ffn_budget, prepare, sensitivity_of
-from moee.methods.registry import method_of, options_of
-from moee.mlps.attention import macs_saved
+from moee.methods.convert import Prepared, calibrate
+from moee.methods.experts import ALLOCATIONS as EXPERT_ALLOCATIONS
+from moee.methods.recipe import Recipe, make_recipe, read_recipe_json
+from moee.methods.registry import METHODS, cutting
 from moee.mlps.find import find_ffns
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.progress import Reporter
@@ -33,34 +31,23 @@ from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.atomic import temporary_folder
 
-METHODS: dict[str, dict[str, Any]] = {
-    "hdbscan": {"clustering": "hdbscan"},
-    "kmeans-8": {"clustering": "kmeans", "clusters": 8, "components": 50},
-    "kmeans-32": {"clustering": "kmeans", "clusters": 32, "components": 50},
-    "kmeans-64": {"clustering": "kmeans", "clusters": 64, "components": 50},
-    "static": {"clustering": "none"},
-    "moefication": {"method": "moefication", "experts": 32, "selector": "router", "compensation": "mean"},
-    "clear-moe": {"method": "clear-moe"},
-}
-USUAL = tuple(name for name in METHODS if name != "kmeans-64")  # whose router pays on varied data only
-ALLOCATIONS: dict[str, dict[str, Any]] = {
-    "share": {"criterion": "output_variance", "allocation": "expert"},
-    "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
-}
-TOP_K = "top-k"  # how MoEfication meets a budget: the same number of experts a token in every layer
-RANKS = "ranks"  # how CLEAR-MoE does: a rank for every map
-OWN = {"moefication": TOP_K, "clear-moe": RANKS}
+PLAN_POINT = "a plan's point"  # what a message calls the recipe of one
+VARIANTS = {name: (method, variant) for method in METHODS for name, variant in method.variants.items()}
+USUAL = tuple(name for name, (_, variant) in VARIANTS.items() if variant.usual)
+ALLOCATIONS = tuple(EXPERT_ALLOCATIONS)
+STATIC = "static"  # the variant that cuts gated MLPs
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
 
 
-def allocations_of(method: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The ways in which a method can spend a budget, of those `wanted`."""
-    return (OWN[method],) if method in OWN else wanted
+def allocations_of(variant: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """The ways in which a variant of a method can spend a budget: of those `wanted`, or its method's own."""
+    own = tuple(VARIANTS[variant][0].allocations)
+    return wanted if set(own) == set(ALLOCATIONS) else own
 
 
 class Way(NamedTuple):
-    """How a point is made, but for its budget: key of `METHODS`, how it spends the budget, share of the attention's MACs."""
+    """How a point is made, but for its budget: key of `VARIANTS`, how it spends the budget, share of the attention's MACs."""
 
     method: str
     allocation: str
@@ -70,6 +57,18 @@ class Way(NamedTuple):
 def ways(methods: Iterable[str], allocations: tuple[str, ...], attention: Iterable[float]) -> list[Way]:
     """Every way of these, by share of the attention: what is calibrated for one share is of no use to another."""
     return [Way(m, a, share) for share in attention for m in methods for a in allocations_of(m, allocations)]
+
+
+def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
+    """The recipe of a way, of the options `base` those that its steps know, without a budget. Raises `UserError` for values that
+    do not fit."""
+    method, variant = VARIANTS[way.method]
+    attention = {"attention_macs": way.attention} if way.attention < 1 else {}
+    known = set(method.options.model_fields)
+    for heads in cutting("attention") if attention else ():
+        known |= set(heads.options.model_fields)
+    given = {name: value for name, value in base.items() if name in known}
+    return make_recipe(method.name, values={**given, **attention, **variant.values, **method.allocations[way.allocation]})
 
 
 @dataclass(frozen=True)
@@ -93,99 +92,65 @@ class Planner:
         self.sampled: list[LayerTokens] = []
         self.scratch = ExitStack()
         weakref.finalize(self, self.scratch.close)
-        self.attention = 1.0  # that `prepared` and `sampled` are of
+        self.first: tuple[Options, ...] = ()  # the steps that `prepared` and `sampled` come after
         self.obstacle = ""  # why the last point that could not be made was not
         self.best: tuple[Point, nn.Module, Sequence[LayerReport]] | None = None  # of the points made by this process
 
-    def config(self, way: Way, target: float) -> MethodOptions:
+    def recipe(self, way: Way, target: float) -> Recipe:
         """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
-        attention = {"attention_macs": way.attention, "attention_heads": self.base.get("attention_heads", "separate")}
-        common = {k: v for k, v in self.base.items() if k not in attention}
-        if way.attention < 1:
-            common |= attention
-        if way.allocation == RANKS:
-            return ClearConfig(target_macs=target, **{k: v for k, v in common.items() if k in ("seed", *attention)})
-        common |= METHODS[way.method]
-        if way.allocation == TOP_K:
-            common.pop("refit_tokens", None)
-            return make_extract_config(**common, top_k=self._top_k(make_extract_config(**common), target))
-        return make_extract_config(**common, **ALLOCATIONS[way.allocation], target_macs=target)
+        recipe = recipe_of(way, self.base)
+        start, shape = self.session.start(recipe), self.session.transform.shape
+        return replace(recipe, steps=(*recipe.first, recipe.method.within(recipe.cut, target, start, shape)))
 
-    def _turn_to(self, config: ExtractConfig) -> None:
-        """Drop what was calibrated for another share of the attention: tokens fill the disk, groups and statistics the memory."""
-        share = config.narrows[0] if config.narrows else 1.0
-        if share != self.attention:
+    def _turn_to(self, recipe: Recipe) -> None:
+        """Drop what was calibrated after other steps: tokens fill the disk, groups and statistics the memory."""
+        if recipe.first != self.first:
             self.prepared, self.sampled = {}, []
             self.scratch.close()
-            self.attention = share
+            self.first = recipe.first
 
-    def prepare(self, method: str, config: ExtractConfig) -> Prepared:
-        """What all budgets of a method share; of `config` counts what they have in common."""
-        self._turn_to(config)
-        if method not in self.prepared:
-            config = config.model_copy(update={**ALLOCATIONS["share"], "target_macs": None})
-            sampled = self.calibrate(config)
-            self.prepared[method] = prepare(
-                self.session.start(config), self.session.train, config, self.report, sampled=sampled, group=self.session.group
-            )
-        return self.prepared[method]
+    def prepare(self, variant: str, recipe: Recipe) -> Prepared:
+        """What all budgets of a variant share; of the options counts what they have in common."""
+        self._turn_to(recipe)
+        if variant not in self.prepared:
+            common = recipe.cut.model_copy(update={**next(iter(recipe.method.allocations.values())), "target_macs": None})
+            context = self.session.context(sampled=self.calibrate(recipe))
+            self.prepared[variant] = recipe.method.prepare(self.session.start(recipe), common, context)
+        return self.prepared[variant]
 
-    def _with_sensitivity(self, method: str, config: ExtractConfig) -> Prepared:
-        """What `prepare` gives and, once an allocation asks for it, the error that dropping each neuron makes."""
-        prepared = self.prepare(method, config)
-        if config.criterion == "sensitivity" and prepared.routed and not prepared.error:
-            model, data = self.session.start(config), self.session.train
-            prepared.error.update(sensitivity_of(model, prepared.routed, data, config, self.report, self.session.group.device))
-        return prepared
-
-    def calibrate(self, config: ExtractConfig) -> list[LayerTokens]:
-        """Calibration tokens, which all methods beside one share of the attention have in common; on disk until another's are."""
-        self._turn_to(config)
+    def calibrate(self, recipe: Recipe) -> list[LayerTokens]:
+        """Calibration tokens, which all methods after the same steps have in common; on disk until another's are."""
+        self._turn_to(recipe)
         if not self.sampled:
-            model, folder = self.session.start(config), self.scratch.enter_context(temporary_folder())
-            ffns = find_ffns(model, config.exclude, gated=True).ffns  # of all methods
-            self.sampled = calibrate(model, ffns, self.session.train, folder, config, self.report, self.session.group)
+            model, folder = self.session.start(recipe), self.scratch.enter_context(temporary_folder())
+            ffns = find_ffns(model, recipe.cut.exclude, gated=True).ffns  # of all methods
+            self.sampled = calibrate(model, ffns, folder, recipe.cut, self.session.context())
         return self.sampled
 
-    def make(self, method: str, config: Any) -> tuple[nn.Module, Sequence[LayerReport]]:
-        """A model by one of the plan's configurations. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
-        model, group = copy.deepcopy(self.session.start(config)), self.session.group
-        how = method_of(config)
-        if how.shares == "groups":
-            prepared = self._with_sensitivity(method, config)
-            return model, apply(model, prepared, self.session.train, config, self.report, group.device)
-        sampled = self.calibrate(config) if how.shares == "tokens" else None
-        return model, how.convert(model, config, Context(self.session.train, self.report, group, sampled=sampled))
-
-    def _top_k(self, config: ExtractConfig, target: float) -> int:
-        """The most experts a token whose MACs, router included, meet `target`."""
-        ffns = {f.name: f for f in find_ffns(self.session.dense, config.exclude).ffns}
-        tokens = tokens_per_image(self.session.dense, ffns, self.session.transform.shape)
-        assert config.experts is not None, "ExtractConfig validates that MoEfication has a number of experts"
-        whole = sum(tokens[n] * f.macs for n, f in ffns.items())
-        routers = sum(tokens[n] * f.dim * config.experts for n, f in ffns.items())
-        start, shape = self.session.start(config), self.session.transform.shape
-        budget = ffn_budget(original_macs(start, shape), whole, target, macs_saved(start, shape))
-        most = int((budget - routers) * config.experts / whole)
-        if most < 1:
-            raise OutOfReach(f"--target-macs {target:g}: not one of {config.experts} experts a token fits")
-        return min(most, config.experts)
+    def make(self, variant: str, recipe: Recipe) -> tuple[nn.Module, Sequence[LayerReport]]:
+        """A model by one of the plan's recipes. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
+        model, method = copy.deepcopy(self.session.start(recipe)), recipe.method
+        if method.shares == "groups":
+            prepared = self.prepare(variant, recipe)
+            return model, method.apply(model, prepared, recipe.cut, self.session.context())
+        sampled = self.calibrate(recipe) if method.shares == "tokens" else None
+        return model, method.convert(model, recipe.cut, self.session.context(sampled=sampled))
 
     def point(self, way: Way, target: float) -> Point | None:
         """Make and measure one model, or read its figures if an interrupted run has; None if it cannot be made."""
         try:
-            config = self.config(way, target)
+            recipe = self.recipe(way, target)
         except OutOfReach as error:
             self.obstacle = str(error)
             return None
-        identity = json.dumps([config.model_dump(mode="json"), self.latency and self.latency.label])
+        identity = json.dumps([recipe.to_json(), self.latency and self.latency.label])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         file = self.store / f"{key}.json"
         if file.is_file():
             stored = read_json(file)
-            return None if stored is None else self._known(checked_point(stored, file), way, config, file)
+            return None if stored is None else self._known(checked_point(stored, file), way, recipe, file)
         try:
-            model, reports = self.make(way.method, config)
+            model, reports = self.make(way.method, recipe)
         except (NothingRouted, OutOfReach) as error:
             self.obstacle = str(error)
             write_json(file, None)
@@ -197,7 +162,7 @@ class Planner:
         result = Point(
             way.method, way.allocation, cost["moee"]["macs"] / cost["dense"]["macs"],
             cost["moee"]["params"] / cost["dense"]["params"], kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
-            self.latency.of(model) if self.latency else None, config.model_dump(mode="json"), kept["accuracy_interval"],
+            self.latency.of(model) if self.latency else None, recipe.to_json(), kept["accuracy_interval"], way.attention,
         )  # fmt: skip
         write_json(file, asdict(result))
         if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
@@ -205,18 +170,18 @@ class Planner:
         return result
 
     @staticmethod
-    def _known(point: Point, way: Way, config: MethodOptions, file: Path) -> Point:
+    def _known(point: Point, way: Way, recipe: Recipe, file: Path) -> Point:
         """Raises `UserError` if a stored point is not the one that its file's name says."""
-        if (point.method, point.allocation, point.config) != (way.method, way.allocation, config.model_dump(mode="json")):
+        if (point.method, point.allocation, point.recipe) != (way.method, way.allocation, recipe.to_json()):
             raise UserError(f"{file} holds a point of other options; remove {file.parent} and plan again")
         return point
 
     def made(self, point: Point) -> tuple[nn.Module, Sequence[LayerReport]]:
         """The model of a point that is not dense: the one at hand if it is the best made so far, else made again."""
-        assert point.config is not None
-        if self.best is not None and self.best[0].config == point.config:
+        assert point.recipe is not None
+        if self.best is not None and self.best[0].recipe == point.recipe:
             return self.best[1:]
-        return self.make(point.method, validated(options_of(point.config), point.config))
+        return self.make(point.method, read_recipe_json(point.recipe, PLAN_POINT))
 
     def dense(self, points: list[Point], compared: Comparison) -> Point:
         """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""
@@ -261,6 +226,6 @@ class Planner:
         for p in points:
             made.setdefault(Way(p.method, p.allocation, p.attention), []).append(p)
         ranked = sorted(sorted(made), key=lambda way: standing(made[way], self.budget))
-        static = [way for way in ranked if way.method == "static"][:1]
+        static = [way for way in ranked if way.method == STATIC][:1]
         leaders = dict.fromkeys([*ranked[:2], *static])
-        return sorted(leaders, key=lambda way: way.attention != self.attention)  # begin with the share at hand
+        return sorted(leaders, key=lambda way: recipe_of(way, self.base).first != self.first)  # begin with the model at hand

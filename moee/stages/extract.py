@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from moee.artifacts.inspection import attention_figures
 from moee.artifacts.model import MoeeModel
-from moee.config import MethodOptions
-from moee.methods.base import Context
-from moee.methods.registry import method_of
+from moee.config import Options
+from moee.methods.recipe import Recipe
 from moee.models.model import ModelSpec
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
@@ -25,38 +24,39 @@ from moee.store.result_kinds import MODEL
 
 
 def run_extract(
-    spec: ModelSpec, source: str, config: MethodOptions, out: Path | str | None, force: bool = False,
+    spec: ModelSpec, source: str, recipe: Recipe | Options, out: Path | str | None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
     classes: Sequence[str] = (), trial: Trial | None = None,
 ) -> MoeeModel:  # fmt: skip
-    """`moee extract`: find experts in the model of `spec` on the training images of `source` and save the artifact.
+    """`moee extract`: cut the model of `spec` by a recipe, or by the options of its one step, on the training images of
+    `source`, and save the artifact.
 
     In a `group` (a `session` has its own) the ranks share the work and rank 0 writes; the experts do not depend on the number
     of ranks. Probe and measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where
     measuring the model fails or is interrupted, the artifact is written without measurements, and the error has a note that
     says so. Without `out` nothing is written at all.
     """
-    inputs = source_paths(source, spec.weights)
+    recipe, inputs = Recipe.of(recipe), source_paths(source, spec.weights)
     group = group if session is None else session.group
     with group.agreed():
         if group.leader and out is not None:
             OutputFolder(out, MODEL, force, inputs).check()
-    session = session or Session(spec, source, config.seed, report, group, workers, classes, trial)
+    session = session or Session(spec, source, recipe.seed, report, group, workers, classes, trial)
     with group.agreed():
         session.check_names(classes)
     session.warn_early()
-    session.prove(config)
+    session.prove(recipe)
     probe = session.probe()
     started = time.perf_counter()
-    model = copy.deepcopy(session.start(config))
-    layers = method_of(config).convert(model, config, Context(session.train, report, group, jobs))
+    model = copy.deepcopy(session.start(recipe))
+    layers = recipe.method.convert(model, recipe.cut, replace(session.context(jobs), report=report))
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
         "stages": {"extracted": {"data": session.source, "seconds": seconds, "device": title_of(group.device)}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
-    moee = MoeeModel(model.eval(), spec, config, session.source, probe, info, session.classes(probe))
+    moee = MoeeModel(model.eval(), spec, replace(recipe, tune=None), session.source, probe, info, session.classes(probe))
     with kept(moee, "extracted", out, force, group, inputs):
         measured = session.measure(model, probe, "extracted on held-out images")
         info["stages"]["extracted"] = {**measured, **info["stages"]["extracted"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from moee.artifacts import checkpoint
@@ -54,7 +55,7 @@ def run_finetune(
                     f"the artifact's probe was fitted on {moee.data}, so it cannot be tuned on {source}; extract on {source}"
                 )
             recorded = source or (recorded_data(moee.data) if session is None else moee.data)
-        seed = moee.config.seed if moee.config else 0
+        seed = moee.seed
         session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
         session.warn_early(moee.probe)
         tune(moee, session, config, state.place, out, force, inputs)
@@ -84,6 +85,8 @@ def tune(
         "best_epoch": result.best_epoch, "losses": losses,
     }  # fmt: skip
     stages = moee.info["stages"]
+    if moee.recipe is not None:
+        moee.recipe = replace(moee.recipe, tune=config)
     if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on
         read = {"data_read": moee.info["data_read"]} if "data_read" in moee.info else {}
         stages["extracted"] = {"data": moee.data, **read, **stages["extracted"]}

@@ -12,23 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moee.config import MethodOptions
+from moee.calibrate.calibration import LayerTokens
+from moee.config import Options
 from moee.data.class_names import listed
 from moee.data.image_set import ImageSet, batches, say_read
 from moee.data.sources import load_splits, located
 from moee.data.transform import model_transform
-from moee.data.views import widened
 from moee.errors import UserError
 from moee.given.images import given_splits
 from moee.measure.accuracy import Comparison, class_count, comparison
 from moee.measure.evaluation import Outputs, retention, run
 from moee.measure.metrics import dense_macs, model_cost, tokens_per_image
 from moee.measure.probe import Probe, classes_told, fit_probe, head_drawn
-from moee.methods.convert import ffn_budget
-from moee.methods.exchange import check_same_data, share_attention, share_dense
+from moee.methods.choice import ffn_budget
+from moee.methods.context import Context
+from moee.methods.exchange import check_same_data, share_dense
 from moee.methods.identity import IMAGES, check_attentions, check_ffns
-from moee.methods.narrowing import check_share, narrow, width_losses
-from moee.mlps.attention import Widths, find_attentions
+from moee.methods.recipe import Recipe
+from moee.methods.registry import method_of
+from moee.mlps.attention import find_attentions
 from moee.mlps.find import find_ffns, grouped
 from moee.mlps.proof import random_images
 from moee.models.ffn import FFN
@@ -86,9 +88,9 @@ class Session:
             say_read(train=self.train, val=self.held_out)
         self._reference: Outputs | None = None
         self._train_outputs: Outputs | None = None
-        self._narrowed: dict[tuple[Any, ...], nn.Module] = {}
+        self._started: dict[tuple[Options, ...], nn.Module] = {}
         self._proved: set[tuple[Any, ...]] = set()
-        self._width_losses: dict[tuple[Any, ...], dict[tuple[str, Widths], float]] = {}
+        self._left: dict[Any, Any] = {}
 
     def check_names(self, classes: Sequence[str]) -> None:
         """Raise `UserError` where `classes`, which a user names, are none of those that the images have."""
@@ -113,19 +115,23 @@ class Session:
             self._train_outputs = self._run(self.dense, self.train, "dense on training images")
         return self._train_outputs
 
-    def prove(self, config: MethodOptions) -> None:
+    def context(self, jobs: int = 1, sampled: Sequence[LayerTokens] | None = None) -> Context:
+        """What methods work with on this model and its training images."""
+        return Context(self.train, self.report, self.group, jobs, sampled, left=self._left)
+
+    def prove(self, recipe: Recipe) -> None:
         """See that the model was read rightly, and that its costs can be counted, before hours are spent on it.
 
         Raises `UserError` that names the layer whose replacement, with everything kept, does not give the dense output.
         """
-        gated = config.cuts_gated
-        mlps, attention = ("method", gated, *config.exclude), ("attention",)
+        method, exclude = recipe.method, recipe.cut.exclude
+        mlps, attention = ("method", method.gated, *exclude), ("attention",)
         with self.group.agreed():
             if not self.group.leader:
                 return
             if mlps not in self._proved:
-                found = find_ffns(self.dense, config.exclude, self.transform.shape, gated)
-                self._count_costs(found.ffns, config)
+                found = find_ffns(self.dense, exclude, self.transform.shape, method.gated)
+                self._count_costs(found.ffns, recipe)
                 names = ("mlps", *(ffn.name for ffn in found.ffns))  # methods that cut the same layers share the check
                 if names not in self._proved:
                     check_ffns(self.dense, found.ffns, self._few_images(), self.report)
@@ -138,11 +144,11 @@ class Session:
                         grouped(found.unscaled),
                     )
                 self._proved.add(mlps)
-            if config.narrows is not None and attention not in self._proved:
+            if attention not in self._proved and any(method_of(step).cuts == "attention" for step in recipe.first):
                 check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
                 self._proved.add(attention)
 
-    def _count_costs(self, ffns: Sequence[FFN], config: MethodOptions) -> None:
+    def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> None:
         """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Raises
         `UserError`."""
         try:
@@ -151,8 +157,9 @@ class Session:
         except Exception as error:  # the counter runs a stranger's model on shapes alone
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
-        if config.mlp_budget is not None:
-            ffn_budget(whole, sum(tokens[ffn.name] * ffn.macs for ffn in ffns), config.mlp_budget)
+        target = recipe.method.budget(recipe.cut)
+        if target is not None and not recipe.first:  # what comes before saves some, which only its work tells
+            ffn_budget(whole, sum(tokens[ffn.name] * ffn.macs for ffn in ffns), target)
 
     def _few_images(self) -> Tensor:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""
@@ -161,26 +168,16 @@ class Session:
         found = torch.cat(images) if images else random_images(self.transform.shape, next(self.dense.parameters()))
         return found[:IMAGES]
 
-    def start(self, config: MethodOptions) -> nn.Module:
-        """The model that extraction starts from: the dense one, its attention narrowed if `config` says so. Not to be changed."""
-        if config.narrows is None:
+    def start(self, recipe: Recipe) -> nn.Module:
+        """The model that the recipe's last step starts from: the dense one after the steps before it. Not to be changed."""
+        if not recipe.first:
             return self.dense
-        share, equal = config.narrows
-        collages = config.seen_collages
-        alike = (equal, collages, config.seed)
-        key = (share, *alike)
-        if key not in self._narrowed:
-            model, shape = copy.deepcopy(self.dense), self.transform.shape
-            seen, device = widened(self.train, self.transform, 0, collages, config.seed), self.group.device
-            with self.group.agreed():
-                if self.group.leader:
-                    check_share(model, shape, share)  # before minutes of trials
-                    if alike not in self._width_losses:
-                        self._width_losses[alike] = width_losses(model, seen, shape, equal, self.report, device)
-                    narrow(model, seen, shape, share, equal, self.report, self._width_losses[alike], device)
-            share_attention(model, self.group)
-            self._narrowed[key] = model
-        return self._narrowed[key]
+        if recipe.first not in self._started:
+            model = copy.deepcopy(self.dense)
+            for step in recipe.first:
+                method_of(step).convert(model, step, self.context())
+            self._started[recipe.first] = model
+        return self._started[recipe.first]
 
     def classes(self, probe: Probe | None) -> tuple[str, ...]:
         """Names of what the model's outputs, or the probe's, stand for; none where the images' classes do not fit them."""

@@ -12,14 +12,13 @@ import torch
 from exporter.graph.export import export
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.data.image_set import TensorSet
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import load_model
 from moee.store.artifact import read_manifest, write_json
 from moee.store.artifact import sha256_file as sha256
 from moee.store.tensor_file import write_tensors
-from tests.conftest import teach, tiny_images, tiny_spec
+from tests.conftest import extract, teach, tiny_images, tiny_spec
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,9 @@ def tiny_export(tmp_path_factory) -> TinyExport:
     write_tensors(model.state_dict(), weights)
     found = {"weights": str(weights), "weights_sha256": sha256(weights), "random_seed": None}
     spec = tiny_spec().model_copy(update=found)
-    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500, routing="euclidean")
+    config = method_options(clustering="kmeans", clusters=4, cluster_tokens=500, routing="euclidean")
     extract(model, data, config)
-    moee = MoeeModel(model.eval(), spec, config, "digits")
+    moee = MoeeModel(model.eval(), spec, Recipe.of(config), "digits")
     checkpoint.save(moee, root / "model")
     return TinyExport(moee, data, root)
 

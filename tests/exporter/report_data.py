@@ -47,13 +47,13 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny", we
         spec = {"name": model, "timm_name": "vit_tiny_patch16_224", "kwargs": {}, "pretrained": False}
         body = {
             "model": spec,
-            "config": {"keep": 0.9, "clustering": "kmeans", "clusters": 3},
+            "recipe": {"steps": [{"method": "experts", "keep": 0.9, "clustering": "kmeans", "clusters": 3}], "tune": None},
             "data": "digits",
             "classes": ["<b>zero", "one"],
             "layers": [],
             "info": info,
         }
-        _write(folder / name, "moee.json", "moee.model/1", body, "model.safetensors", weights)
+        _write(folder / name, "moee.json", "moee.model/2", body, "model.safetensors", weights)
         made_from = source_ids(folder / name)
     body = {"model": {"name": model}, "data": "digits", "belongs_to": made_from}
     _write(folder / "export", "export.json", "moee.export/1", body, "moee.data", weights)

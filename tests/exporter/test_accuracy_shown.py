@@ -82,7 +82,7 @@ def test_the_accuracy_of_a_probe_is_called_so():
 def test_a_plan_shows_them():
     point = {
         "method": "static", "allocation": "share", "macs": 0.6, "params": 0.7, "cosine": 0.98, "accuracy": 0.9,
-        "accuracy_interval": [0.769, 0.96], "latency": None, "config": {},
+        "accuracy_interval": [0.769, 0.96], "latency": None, "recipe": {}, "attention": 1.0,
     }  # fmt: skip
     plan = {"model": {"name": "m"}, "data": "d", "points": [point], "front": [], "winner": point, "margins": {}}
     table = text_of(points_table(plan))

@@ -18,13 +18,13 @@ from exporter.graph.export import export
 from exporter.parity import check_parity
 from moee.artifacts.checkpoint import load, save
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.data.sources import load_data
 from moee.data.transform import model_transform
 from moee.layers.routed import routed_layers
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec, load_model
+from tests.conftest import extract
 from tests.plugins import built
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10)
@@ -75,11 +75,11 @@ def extracted(name: str, kwargs: dict, folder: Path, images: int, tokens: int):
     spec = spec.model_copy(update={"weights": str(weights), "random_seed": None})
     transform = model_transform(model)
     source = str(write_images(folder / "images", images, transform.shape[1]))
-    config = make_extract_config(
+    config = method_options(
         clustering="kmeans", clusters=4, components=8, cluster_tokens=tokens, tokens=4 * tokens, keep=0.9, compensation="mean"
     )
     extract(model, load_data(source, transform), config)
-    moee = MoeeModel(model.eval(), spec, config, source)
+    moee = MoeeModel(model.eval(), spec, Recipe.of(config), source)
     return moee, load_data(source, transform, "val")
 
 

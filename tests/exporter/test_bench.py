@@ -217,16 +217,15 @@ def test_two_benches_agree_and_a_model_does_not_beat_itself(tiny_export, tmp_pat
     """Real timings of a larger graph, so that a run takes milliseconds."""
     from exporter.graph.export import export
     from moee.artifacts.model import MoeeModel
-    from moee.config import make_extract_config
-    from moee.methods.convert import extract
+    from moee.methods.recipe import Recipe, method_options
     from moee.models.model import load_model
-    from tests.conftest import tiny_images, tiny_spec
+    from tests.conftest import extract, tiny_images, tiny_spec
 
     spec = tiny_spec(embed_dim=192, num_heads=3, depth=6, img_size=64)
-    model, config = load_model(spec), make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
+    model, config = load_model(spec), method_options(clustering="kmeans", clusters=4, cluster_tokens=500)
     extract(model, tiny_images(size=64), config)
     folder = tmp_path / "export"
-    export(MoeeModel(model.eval(), spec, config, "tiny"), folder)
+    export(MoeeModel(model.eval(), spec, Recipe.of(config), "tiny"), folder)
     first, second = (bench(folder, 4, 80, 1, duration_s=5).verdict for _ in range(2))
     assert first.low <= second.high and second.low <= first.high
     for name in ("dense.onnx", "dense.data"):

@@ -11,6 +11,7 @@ from exporter.graph.export import export
 from exporter.timing.profile import batch_profile
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
+from moee.methods.recipe import Recipe
 from tests.conftest import tiny_spec
 from tests.exporter.test_cli import refused, run
 from tests.plugins import built
@@ -21,7 +22,7 @@ needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None,
 @pytest.fixture
 def exported(tiny_moee, tmp_path):
     model, _, _, config, _ = tiny_moee
-    export(MoeeModel(model.eval(), tiny_spec(), config, "tiny"), tmp_path / "export")
+    export(MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), "tiny"), tmp_path / "export")
     return tmp_path / "export"
 
 

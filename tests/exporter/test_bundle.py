@@ -24,20 +24,27 @@ from exporter.graph.export import SCHEMA, export
 from exporter.manifests import exported_model, read_export
 from exporter.passes.raw_pixels import take_raw_pixels
 from exporter.ship import bundle_configs, deployment
-from exporter.ship.deployment import DEPLOYMENT_SCHEMA, Recipe, Tensor, ends_in_classes, make_recipe, read_head, write_deployment
+from exporter.ship.deployment import (
+    DEPLOYMENT_SCHEMA,
+    Preprocessing,
+    Tensor,
+    ends_in_classes,
+    make_preprocessing,
+    read_head,
+    write_deployment,
+)
 from moee.artifacts import checkpoint
 from moee.artifacts.checkpoint import laid_out
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.measure.probe import Probe
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, load_model
 from moee.store.artifact import read_manifest, sha256_file, write_manifest
 from moee.store.tensor_file import write_tensors
 from plugins.build import select_headers
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter.textproto import parse
 from tests.plugins import built
 
@@ -51,9 +58,9 @@ def shared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEE_CACHE", str(folder / "cache"))
         model = load_model(tiny_spec())
-        config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
+        config = method_options(clustering="kmeans", clusters=4, cluster_tokens=500)
         extract(model, tiny_images(), config)
-    export(MoeeModel(model.eval(), tiny_spec(), config, "tiny"), folder / "export")
+    export(MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), "tiny"), folder / "export")
     write_deployment(folder / "export", folder / "bundle", 87, built.kernels, (1, 4, 16))
     return folder
 
@@ -71,7 +78,7 @@ def exported(shared, tmp_path):
 
 def facts(**changes) -> bundle_configs.Facts:
     given = Tensor("input", "float32", (3, 32, 32))
-    recipe = Recipe((32, 32), (35, 35), "center", "bicubic", MEAN, STD)
+    recipe = Preprocessing((32, 32), (35, 35), "center", "bicubic", MEAN, STD)
     values = dict(given=given, output=Tensor("output", "float32", (10,)), recipe=recipe,
                   batch=(1, 4, 16), classes=10, classifies=True, sm=87, model="tiny")  # fmt: skip
     return bundle_configs.Facts(**{**values, **changes})
@@ -281,7 +288,7 @@ def test_the_recipe_is_that_of_timm(name, size):
     size = size or config["input_size"][-1]
     config["input_size"] = (3, *size) if isinstance(size, list) else (3, size, size)
     spec = ModelSpec(name=name, timm_name=name, kwargs={"img_size": size})
-    recipe = make_recipe(model_transform(laid_out(spec, Path("export.json"))), name)
+    recipe = make_preprocessing(model_transform(laid_out(spec, Path("export.json"))), name)
     steps = create_transform(**config, is_training=False).transforms
     assert recipe.resize == ((steps[0].size,) * 2 if isinstance(steps[0].size, int) else steps[0].size)
     assert recipe.size == tuple(steps[1].size) and recipe.filter == steps[0].interpolation.value == config["interpolation"]
@@ -291,10 +298,10 @@ def test_the_recipe_is_that_of_timm(name, size):
 def test_the_head_travels_with_a_backbone(tmp_path):
     spec = tiny_spec(num_classes=0, depth=1)
     model = load_model(spec)
-    config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=300)
+    config = method_options(clustering="kmeans", clusters=2, cluster_tokens=300)
     extract(model, tiny_images(), config)
     probe = Probe(torch.randn(7, 32), torch.randn(7))
-    moee = MoeeModel(model.eval(), spec, config, "tiny", probe, {})
+    moee = MoeeModel(model.eval(), spec, Recipe.of(config), "tiny", probe, {})
     checkpoint.save(moee, tmp_path / "model")
     export(moee, tmp_path / "export", source=tmp_path / "model")
     out = write_deployment(tmp_path / "export", tmp_path / "bundle", 87, built.kernels)
@@ -398,8 +405,8 @@ def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch
 
     assert "min <= opt <= max" in refused(batch=(4, 2, 8))
     assert "expected" in refused(sm=75) or "75" in refused(sm=75)
-    other = Recipe((64, 64), (64, 64), "center", "bicubic", MEAN, STD)
-    monkeypatch.setattr(deployment, "make_recipe", lambda transform, name: other)
+    other = Preprocessing((64, 64), (64, 64), "center", "bicubic", MEAN, STD)
+    monkeypatch.setattr(deployment, "make_preprocessing", lambda transform, name: other)
     assert "its manifest says size 64 x 64" in refused()
     monkeypatch.undo()
     (exported / "moee.data").write_bytes(b"changed")

@@ -13,7 +13,7 @@ from moee.artifacts import checkpoint
 from moee.errors import UserError
 from moee.layers.clear_dispatch import Sorted, backend
 from moee.layers.routed import routed_layers
-from moee.methods.clear_moe import ClearConfig, ClearFFN
+from moee.methods.clear_moe.options import ClearFFN, ClearOptions
 from moee.parallel.group import SOLO
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
@@ -37,20 +37,20 @@ class TinySession(Session):
         self.transform = model_transform(self.dense)
         self.train, self.held_out = tiny_images(40), tiny_images(24)
         self._reference = self._train_outputs = None
-        self._proved, self._narrowed, self._width_losses = set(), {}, {}
+        self._proved, self._started, self._left = set(), {}, {}
 
 
 @pytest.fixture
 def artifact(tmp_path):
     session = TinySession()
-    config = ClearConfig(rank=8, residual_rank=4, experts=3, calibration_images=40)
+    config = ClearOptions(rank=8, residual_rank=4, experts=3, calibration_images=40)
     run_extract(session.spec, "tiny", config, tmp_path / "model", session=session)
     return tmp_path / "model"
 
 
 def test_extract_writes_scores_ranks_and_costs(artifact):
-    manifest = read_manifest(artifact, "moee.json", "moee.model/1")
-    assert manifest["config"]["method"] == "clear-moe"
+    manifest = read_manifest(artifact, "moee.json", "moee.model/2")
+    assert manifest["recipe"]["steps"][-1]["method"] == "clear-moe"
     for layer in manifest["info"]["layers"]:
         assert layer["ranks"] == [8, 4, 8, 4] and layer["router_accuracy"] > 0.5 and layer["scores"]["sensitivity"] > 0
     stage = manifest["info"]["stages"]["extracted"]
@@ -77,10 +77,10 @@ def test_a_damaged_artifact_is_refused(artifact):
 
 @pytest.mark.parametrize("flags, message", [
     (["--method", "clear-moe", "--rank", "8"], "--rank by hand needs --residual-rank too"),
-    (["--method", "clear-moe", "--keep", "0.9"], "--keep is not for --method clear-moe"),
-    (["--rank", "8"], "--rank is for --method clear-moe"),
+    (["--method", "clear-moe", "--keep", "0.9"], "--keep is for method experts or static, and not for clear-moe"),
+    (["--rank", "8"], "--rank is for method clear-moe, and not for experts"),
     (["--method", "clear-moe", "--experts", "8", "--calibration-images", "4"], "is smaller than the 8 experts"),
-    (["--method", "clear-moe", "--compensation", "none"], "clear-moe takes mean or refit"),
+    (["--method", "clear-moe", "--compensation", "none"], "--compensation: Input should be 'mean' or 'refit'"),
 ])  # fmt: skip
 def test_flags_that_do_not_belong(flags, message, tmp_path, capsys):
     assert main(["extract", "vit_tiny_patch16_224", "--data", "digits", "--out", str(tmp_path / "x"), *flags]) == 2

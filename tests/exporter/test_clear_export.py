@@ -22,7 +22,9 @@ from moee.artifacts.model import MoeeModel
 from moee.layers.clear import ClearFFN, ClearParts
 from moee.layers.clear_dispatch import Factors
 from moee.layers.clear_routers import Router
-from moee.methods.clear_moe import ClearConfig, convert
+from moee.methods.clear_moe.convert import convert
+from moee.methods.clear_moe.options import ClearOptions
+from moee.methods.recipe import Recipe
 from moee.models.model import load_model
 from tests.conftest import tiny_images, tiny_spec
 from tests.exporter import one_layer
@@ -111,9 +113,9 @@ def exported(tmp_path_factory):
     """A converted model, the same saved and loaded, its images, its folder. Tests that change the model take a copy."""
     torch.manual_seed(0)
     model, data, folder = load_model(tiny_spec()), tiny_images(), tmp_path_factory.mktemp("clear")
-    config = ClearConfig(rank=8, residual_rank=2, experts=3, calibration_images=40)
+    config = ClearOptions(rank=8, residual_rank=2, experts=3, calibration_images=40)
     convert(model, data, config)
-    moee = MoeeModel(model.eval(), tiny_spec(), config, "tiny")
+    moee = MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), "tiny")
     checkpoint.save(moee, folder / "model")
     loaded = checkpoint.load(folder / "model")
     export(loaded, folder / "export")

@@ -9,10 +9,9 @@ from exporter.engines.build import build_engines
 from exporter.graph.export import export
 from exporter.parity import check_parity
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, load_model
-from tests.conftest import tiny_images
+from tests.conftest import extract, tiny_images
 from tests.plugins import built
 
 
@@ -21,11 +20,11 @@ def deit():
     torch.manual_seed(0)
     spec = ModelSpec(name="deit_small_patch16_224", timm_name="deit_small_patch16_224", random_seed=0)
     model, data = load_model(spec), tiny_images(count=12, size=224)
-    config = make_extract_config(
+    config = method_options(
         clustering="kmeans", clusters=4, cluster_tokens=1000, tokens=2000, keep=0.8, compensation="mean"
     )
     extract(model, data, config)
-    return MoeeModel(model.eval(), spec, config, "tiny"), data
+    return MoeeModel(model.eval(), spec, Recipe.of(config), "tiny"), data
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from exporter.graph.export import export as export_model
 from moee.artifacts.model import MoeeModel
 from moee.errors import MissingDependency, UserError
 from moee.layers.routed import routed_layers
+from moee.methods.recipe import Recipe
 from moee.store.artifact import sha256_file
 from tests.conftest import tiny_spec
 from tests.exporter.graphs import write_export, write_export_manifest
@@ -203,7 +204,7 @@ def test_nodes_are_counted_without_reading_weights(export):
 def test_model_from_the_exporter_builds(tiny_moee, tmp_path):
     """What `moee export` writes, external weights included, becomes an engine with one plugin layer a routed FFN."""
     model, _, _, config, _ = tiny_moee
-    export_model(MoeeModel(model.eval(), tiny_spec(), config, "tiny"), tmp_path / "export")
+    export_model(MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), "tiny"), tmp_path / "export")
     report = build_engines(
         *(tmp_path / "export", tmp_path / "engine"), plugin=built.plugin(), batch=(1, 2, 4), log=tmp_path / "log.txt"
     )

@@ -15,6 +15,7 @@ import torch
 from exporter.engines.build import build_engines
 from exporter.graph.export import export
 from moee.artifacts.model import MoeeModel
+from moee.methods.recipe import Recipe
 from plugins import aot
 from plugins.build import build_plugin
 from tests.conftest import tiny_spec
@@ -65,7 +66,7 @@ def plugin():
 
 def test_parity_with_onnx_runtime(tiny_moee, plugin, tmp_path):
     model, _, _, config, _ = tiny_moee
-    export(MoeeModel(model.eval(), tiny_spec(), config, "tiny"), tmp_path / "export")
+    export(MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), "tiny"), tmp_path / "export")
     build_engines(tmp_path / "export", tmp_path / "engine", plugin=plugin, batch=(1, 4, 8))
     engine = Engine(tmp_path / "engine" / "moee.plan", plugin)
     session = ort.InferenceSession(tmp_path / "export" / "portable.onnx", providers=["CPUExecutionProvider"])

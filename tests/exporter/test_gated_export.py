@@ -20,13 +20,12 @@ from exporter.timing.device import DEVICES, dense_facts, modelled
 from exporter.timing.ffn_bench import ffn_speeds
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.layers.routed import routed_layers
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.mlps.gated import GATES, GatedFFN, GatedWeights, weight_shapes
 from moee.models.model import ModelSpec, load_model
 from plugins.contract import DOMAIN
-from tests.conftest import tiny_images
+from tests.conftest import extract, tiny_images
 from tests.exporter.conftest import rehash
 
 KW = dict(img_size=56, depth=2, embed_dim=48, num_heads=2, num_classes=10)
@@ -49,9 +48,9 @@ def made(request, tmp_path_factory):
     """A model whose only cut layers are gated, its images, its artifact and its float32 export."""
     spec = ModelSpec(name=NAMES[request.param], timm_name=NAMES[request.param], kwargs=KW, random_seed=0)
     data, model, root = tiny_images(48, 56, classes=10), load_model(spec), tmp_path_factory.mktemp(request.param)
-    config = make_extract_config("static", target_macs=0.75, refit_tokens=2000)
+    config = method_options("static", target_macs=0.75, refit_tokens=2000)
     extract(model, data, config)
-    moee = MoeeModel(model.eval(), spec, config, "digits")
+    moee = MoeeModel(model.eval(), spec, Recipe.of(config), "digits")
     checkpoint.save(moee, root / "model")
     export(moee, root / "fp32", source=root / "model")
     return moee, data, root

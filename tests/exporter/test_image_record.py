@@ -11,15 +11,14 @@ from exporter import cli
 from exporter.graph.export import export
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.data.sources import load_data
 from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import load_model
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 SEED, CLASSES = 3, tuple("abcdefghij")
 TRANSFORM = model_transform(load_model(tiny_spec()))
@@ -37,9 +36,9 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEE_CACHE", str(root / "cache"))
         model = load_model(tiny_spec())
-        config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=300, seed=SEED)
+        config = method_options(clustering="kmeans", clusters=2, cluster_tokens=300, seed=SEED)
         extract(model, tiny_images(), config)
-    moee = MoeeModel(model.eval(), tiny_spec(), config, str(root / "pictures"), classes=CLASSES)
+    moee = MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), str(root / "pictures"), classes=CLASSES)
     checkpoint.save(moee, root / "model")
     export(moee, root / "export", source=root / "model")
     return root

@@ -212,20 +212,20 @@ def test_dinov2_small(tmp_path, precision):
     """The real backbone with its weights: exported, verified, accurate, and built on the CPU."""
     from exporter.pretrained import resolve
     from moee.artifacts.model import MoeeModel
-    from moee.config import make_extract_config
     from moee.data.sources import load_data
     from moee.data.transform import model_transform
-    from moee.methods.convert import extract
+    from moee.methods.recipe import Recipe, method_options
     from moee.models.model import load_model
+    from tests.conftest import extract
 
     spec = resolve("dinov2-s", "digits")
     model = load_model(spec)
     train, val = (load_data("digits", model_transform(model), split) for split in ("train", "val"))
-    config = make_extract_config(
+    config = method_options(
         clustering="kmeans", clusters=8, cluster_tokens=1000, tokens=4000, keep=0.95, compensation="mean"
     )
     extract(model, train, config)
-    moee = MoeeModel(model.eval(), spec, config, "digits")
+    moee = MoeeModel(model.eval(), spec, Recipe.of(config), "digits")
     export(moee, tmp_path / "export", precision=precision)
     result = verify(tmp_path / "export", moee, val, sizes=(1, 4), images=0)
     assert result, [c for c in result.cases() if c.failure]

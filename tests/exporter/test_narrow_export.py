@@ -13,12 +13,12 @@ from exporter.parity import check_parity
 from exporter.timing.device import DEVICES, dense_facts, modelled
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
-from moee.methods.convert import extract
-from moee.methods.narrowing import narrow
+from moee.methods.heads.method import HeadsOptions
+from moee.methods.heads.narrowing import narrow
+from moee.methods.recipe import Recipe, method_options
 from moee.mlps.attention import narrow_attentions
 from moee.models.model import load_model
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter.conftest import rehash
 
 
@@ -28,9 +28,9 @@ def made(tmp_path_factory):
     torch.manual_seed(0)
     model, data = load_model(tiny_spec()), tiny_images(classes=10)
     narrow(model, data, (3, 32, 32), 0.7)
-    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500, attention_macs=0.7)
+    config = method_options(clustering="kmeans", clusters=4, cluster_tokens=500)
     extract(model, data, config)
-    moee = MoeeModel(model.eval(), tiny_spec(), config, "digits")
+    moee = MoeeModel(model.eval(), tiny_spec(), Recipe((HeadsOptions(attention_macs=0.7), config)), "digits")
     path = tmp_path_factory.mktemp("narrow") / "model"
     checkpoint.save(moee, path)
     return moee, data, path

@@ -89,7 +89,7 @@ def test_a_plan_takes_no_other_option_of_the_method(tmp_path, monkeypatch, capsy
 def test_clear_moe_takes_no_preset(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     method = ["--method", "clear-moe", "--preset", "static"]
-    assert "--preset is not for" in refusal(capsys, *EXTRACT, "--data", "digits", *method)
+    assert "--preset static is of method static, and not of clear-moe" in refusal(capsys, *EXTRACT, "--data", "digits", *method)
 
 
 def test_a_plan_of_other_data_is_said(tmp_path, monkeypatch, capsys):

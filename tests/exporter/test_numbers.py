@@ -125,7 +125,7 @@ def _models(kind=BaseModel):
 def test_no_configuration_holds_a_number_that_json_has_no_word_for():
     mine = {m for m in _models() if m.__module__.split(".")[0] in ("moee", "exporter") and not issubclass(m, Body)}
     floats = {m for m in mine if any("float" in str(f.annotation) for f in m.model_fields.values())}
-    assert {m.__name__ for m in floats} >= {"ExtractConfig", "ClearConfig", "FinetuneConfig", "Budget", "AblationConfig"}
+    assert {m.__name__ for m in floats} >= {"ExpertsOptions", "ClearOptions", "FinetuneConfig", "Budget", "AblationConfig"}
     assert [m.__name__ for m in floats if m.model_config.get("allow_inf_nan", True)] == []
 
 

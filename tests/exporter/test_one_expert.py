@@ -26,14 +26,13 @@ from exporter.ship.deployment import write_deployment
 from exporter.verification import verify
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.errors import UserError
 from moee.layers.activations import ACTIVATIONS
 from moee.layers.routed import RoutedFFN, routed_layers
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import load_model, replace_module
 from plugins.contract import DOMAIN
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter import one_layer
 from tests.exporter.conftest import rehash
 from tests.moee.reference import random_problem
@@ -52,12 +51,12 @@ def made(root, clusterings):
         torch.manual_seed(0)
         parts[clustering] = load_model(SPEC)
         clusters = {} if clustering == "none" else {"clusters": 4, "cluster_tokens": 500}
-        config = make_extract_config(clustering=clustering, keep=0.9, **clusters)
+        config = method_options(clustering=clustering, keep=0.9, **clusters)
         extract(parts[clustering], data, config)
     model = parts[clusterings[0]]
     for name, clustering in zip(list(routed_layers(model)), clusterings, strict=True):
         replace_module(model, name, parts[clustering].get_submodule(name))
-    moee = MoeeModel(model.eval(), SPEC, make_extract_config(clustering="none"), "digits")
+    moee = MoeeModel(model.eval(), SPEC, Recipe.of(method_options(clustering="none")), "digits")
     checkpoint.save(moee, root / "model")
     return moee, data, root
 

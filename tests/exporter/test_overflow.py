@@ -58,7 +58,7 @@ def test_weights_that_all_become_zero_are_said(caplog):
 def test_an_export_that_would_hold_infinite_weights_is_not_written(tiny_export, tmp_path, part, precision):
     ours = copy.deepcopy(tiny_export.moee.model)
     getattr(routed_layers(ours)["blocks.1.mlp"], part).data.view(-1)[0] = 1e5
-    moee = MoeeModel(ours, tiny_export.moee.spec, tiny_export.moee.config, "digits")
+    moee = MoeeModel(ours, tiny_export.moee.spec, tiny_export.moee.recipe, "digits")
     with pytest.raises(UserError, match=rf"`blocks.1.mlp.{part}` of the model with experts holds 1e\+05"):
         export(moee, tmp_path / "out", precision=precision, calibration=tiny_export.data, calibration_images=8)
     assert not (tmp_path / "out").exists()
@@ -119,7 +119,7 @@ def test_an_agreement_that_any_constant_has_is_none():
 def test_a_model_of_constant_output_is_said_to_show_little(tiny_export, tmp_path):
     ours = copy.deepcopy(tiny_export.moee.model)
     nn.init.zeros_(ours.head.weight)
-    moee = MoeeModel(ours, tiny_export.moee.spec, tiny_export.moee.config, "digits")
+    moee = MoeeModel(ours, tiny_export.moee.spec, tiny_export.moee.recipe, "digits")
     export(moee, tmp_path / "out")
     result = verify(tmp_path / "out", moee, tiny_export.data, sizes=(2,), images=0)
     assert result.parity and result.parity.top1_agreement is None

@@ -15,6 +15,7 @@ from moee.artifacts.model import MoeeModel
 from moee.data.image_set import batches
 from moee.data.transform import model_transform
 from moee.layers.routed import routed_layers
+from moee.methods.recipe import Recipe
 from moee.mlps.find import find_ffns
 from tests.conftest import tiny_spec
 
@@ -22,7 +23,7 @@ from tests.conftest import tiny_spec
 @pytest.fixture
 def artifact(tiny_moee):
     model, _, data, config, _ = tiny_moee
-    return MoeeModel(model.eval(), tiny_spec(), config, "digits"), data
+    return MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), "digits"), data
 
 
 def test_routing_is_counted_by_class(artifact):

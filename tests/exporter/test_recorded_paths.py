@@ -98,5 +98,5 @@ def test_an_artifact_of_before_names_its_images_as_they_were_typed(workplace, ti
     ],
 )  # fmt: skip
 def test_commands_of_a_report_name_local_models_by_where_they_lay(name, weights, said):
-    line = _extract({"model": {"name": name, "weights": weights}, "data": "digits", "config": None})
+    line = _extract({"model": {"name": name, "weights": weights}, "data": "digits", "recipe": None})
     assert line.startswith(f"moee extract {said}") and ("--checkpoint" in line) == ("--checkpoint" in said)

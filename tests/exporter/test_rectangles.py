@@ -17,19 +17,18 @@ from exporter.parity import check_parity
 from exporter.plots import data as plot_data
 from exporter.report.collect import collect
 from exporter.report.commands import commands
-from exporter.ship.deployment import make_recipe, write_deployment
+from exporter.ship.deployment import make_preprocessing, write_deployment
 from exporter.timing.profile import batch_profile
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.data.image_set import TensorSet
 from moee.data.sources import load_data
 from moee.data.transform import model_transform
 from moee.errors import UserError
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import load_model
 from moee.schema import checked
-from tests.conftest import tiny_spec
+from tests.conftest import extract, tiny_spec
 from tests.exporter.test_bundle_runner import ours
 from tests.plugins import built
 
@@ -111,7 +110,7 @@ def test_the_bundle_prepares_pictures_as_the_accuracy_saw_them(chain, pictures, 
     assert f"x{height}x{width}" in (out / "bundle.env").read_text()
     assert f"infer-dims=3;{height};{width}" in (out / "deepstream" / "config_infer_moee.txt").read_text()
     data = load_data(str(pictures), model_transform(checkpoint.load(root / "tuned").model), "val")
-    recipe = make_recipe(exported_model(read_export(root / "export"), root / "export")[1], "model")
+    recipe = make_preprocessing(exported_model(read_export(root / "export"), root / "export")[1], "model")
     for i in range(3):
         np.testing.assert_allclose(ours(data.picture(i), recipe, tmp_path), data.load(i).numpy(), rtol=0, atol=1e-6)
 
@@ -132,11 +131,12 @@ def test_a_bundle_of_grey_images_is_refused_before_kernels_are_compiled(tmp_path
     monkeypatch.setattr("exporter.engines.plugin_cache.ensure_kernels", lambda *args: pytest.fail("compiled"))
     model = load_model(tiny_spec(in_chans=1))
     images = TensorSet("grey", torch.randn(24, 1, 32, 32), [-1] * 24)
-    config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, compensation="mean")
+    config = method_options(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, compensation="mean")
     extract(model, images, config)
-    export(MoeeModel(model.eval(), tiny_spec(in_chans=1), config, "grey"), tmp_path / "export")
+    export(MoeeModel(model.eval(), tiny_spec(in_chans=1), Recipe.of(config), "grey"), tmp_path / "export")
     assert json.loads((tmp_path / "export" / "export.json").read_text())["input"]["channels"] == 1
-    assert check_parity(tmp_path / "export", MoeeModel(model, tiny_spec(in_chans=1), config, "grey"), images, sizes=(1, 4))
+    grey = MoeeModel(model, tiny_spec(in_chans=1), Recipe.of(config), "grey")
+    assert check_parity(tmp_path / "export", grey, images, sizes=(1, 4))
     assert run("bundle", tmp_path / "export", "--sm", 87, "--out", tmp_path / "bundle") == 2
     assert "takes images of 1 channel; the bundle knows RGB alone" in capsys.readouterr().err
 

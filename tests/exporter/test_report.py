@@ -2,18 +2,20 @@
 
 import json
 import re
+import shlex
 from html.parser import HTMLParser
+from typing import get_args, get_origin
 
 import pytest
 
 from exporter import cli
-from exporter.commands.extract import clear_config
+from exporter.cli_options import _plain, given_options
 from exporter.report import collect, render, write_report
 from exporter.report.commands import commands
 from exporter.report.page import MAX_BYTES
-from moee.config import ExtractConfig
 from moee.errors import UserError
-from moee.methods.clear_moe import ClearConfig
+from moee.methods.recipe import make_recipe
+from moee.methods.registry import METHODS
 from tests.exporter.report_data import EVIL, write_run
 
 VOID = {"meta", "img", "br", "hr"}
@@ -216,19 +218,22 @@ def test_commands_reproduce_the_configuration(run):
         parser.parse_args(line.split()[1:])
 
 
-def test_every_setting_is_in_the_command_or_named_beside_it(tmp_path):
-    """Each field of the configuration in turn, at a value that is not its default."""
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_setting_is_in_the_command(tmp_path, method):
+    """Each option of every method in turn, at a value that is not its default; the command parses to the same value."""
     run = write_run(tmp_path / "run")
     path = run / "tuned" / "moee.json"
     body = json.loads(path.read_text())
-    for name, info in ExtractConfig.model_fields.items():
-        body["config"] = {name: ["a"] if isinstance(info.default, tuple) else "x" if isinstance(info.default, str) else 7}
+    for name, info in method.options.model_fields.items():
+        kind = _plain(info.annotation)
+        choices = [choice for choice in get_args(kind) if choice != info.default]
+        value = ["a"] if get_origin(kind) is tuple else choices[0] if choices else (not info.default) if kind is bool else 7
+        body["recipe"] = {"steps": [{"method": method.name, name: value}]}
         path.write_text(json.dumps(body))
-        line = commands(collect([run]))[0]
-        flag, comment = f"--{name.replace('_', '-')} ", f"set in Python: {name}="
-        assert (flag in line) != (comment in line), line
-        if flag in line:
-            cli.build_parser().parse_args(line.split()[1:])
+        words = shlex.split(commands(collect([run]))[0])[1:]
+        assert given_options(cli.build_parser(method.name).parse_args(words), [method.options]) == {
+            name: tuple(value) if isinstance(value, list) else value
+        }
 
 
 def test_an_unknown_path_is_one_sentence(tmp_path):
@@ -236,21 +241,20 @@ def test_an_unknown_path_is_one_sentence(tmp_path):
         collect([tmp_path / "absent"])
 
 
-def test_clear_moe_is_reported_with_its_own_flags(tmp_path):
-    """Each field of its configuration in turn; the command parses to the same configuration."""
+def test_the_command_makes_the_same_recipe(tmp_path):
     run = write_run(tmp_path / "run")
     path = run / "tuned" / "moee.json"
     body = json.loads(path.read_text())
-    base = {"method": "clear-moe", "rank": 8, "residual_rank": 4}
-    changes = {"experts": 3, "router": "mlp", "layers": 2, "calibration_images": 50, "refit": False, "seed": 5, "router_width": 7}
-    for name, value in changes.items():
-        body["config"] = {**base, name: value}
+    heads = {"attention_macs": 0.8, "seed": 5}
+    clear = {"rank": 8, "residual_rank": 4, "router": "mlp", "compensation": "mean", "score": False, "seed": 5}
+    for method, values in (("clear-moe", clear), ("static", {"keep": 0.5, "exclude": ("a", "b"), "seed": 5}),
+                           ("moefication", {"experts": 8, "top_k": 2, "seed": 5})):  # fmt: skip
+        recipe = make_recipe(method, values={**heads, **values})
+        body["recipe"] = recipe.to_json()
         path.write_text(json.dumps(body))
-        line = commands(collect([run]))[0]
-        command, _, comment = line.partition("   # set in Python: ")
-        assert comment == ("router_width=7" if name == "router_width" else "")
-        config = clear_config(cli.build_parser().parse_args(command.split()[1:]))
-        assert config == ClearConfig(**{**base, name: 32 if name == "router_width" else value})
+        args = cli.build_parser(method).parse_args(shlex.split(commands(collect([run]))[0])[1:])
+        assert make_recipe(args.method, args.preset, given_options(args, [m.options for m in METHODS])) == recipe
+    body["recipe"] = make_recipe("clear-moe", values=clear).to_json()
     body["info"]["layers"][0]["ranks"] = [8, 4, 8, 4]
     path.write_text(json.dumps(body))
     engine = json.loads((run / "engine" / "engine.json").read_text())

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from moee.methods.clear_moe.config import ClearOptions
 
 from exporter.graph.export import export
 from exporter.parity import check_parity
@@ -12,15 +13,14 @@ from exporter.timing.ffn_bench import ffn_speeds
 from moee.artifacts.checkpoint import MANIFEST, load, save
 from moee.artifacts.inspection import inspect_artifact
 from moee.artifacts.model import MoeeModel
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
-from moee.methods.clear_moe.config import ClearConfig
 from moee.methods.clear_moe.convert import convert
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, load_model
 from moee.train.finetuning import finetune
-from tests.conftest import tiny_images
+from tests.conftest import extract, tiny_images
 
 # its MLPs are a norm, fc1, act and fc2 in one module
 TINY_VIT = ModelSpec(
@@ -35,17 +35,17 @@ FASTVIT = ModelSpec(
 )  # fmt: skip
 EXPERTS = dict(clustering="kmeans", clusters=3, components=8, cluster_tokens=300, tokens=900)
 METHODS = {
-    "experts": make_extract_config(**EXPERTS, criterion="sensitivity"),
-    "static": make_extract_config(clustering="none", tokens=900),
-    "moefication": make_extract_config(method="moefication", experts=4, top_k=2, compensation="mean", tokens=900),
-    "clear-moe": ClearConfig(experts=2, rank=3, residual_rank=1, tokens=900),
+    "experts": method_options(**EXPERTS, criterion="sensitivity"),
+    "static": method_options(clustering="none", tokens=900),
+    "moefication": method_options(method="moefication", experts=4, top_k=2, compensation="mean", tokens=900),
+    "clear-moe": ClearOptions(experts=2, rank=3, residual_rank=1, tokens=900),
 }
 
 
 def made(spec: ModelSpec, config) -> tuple[MoeeModel, object]:
     model, data = load_model(spec), tiny_images(36, size=64, classes=3)
-    (convert if isinstance(config, ClearConfig) else extract)(model, data, config)
-    return MoeeModel(model.eval(), spec, config, "tiny"), data
+    (convert if isinstance(config, ClearOptions) else extract)(model, data, config)
+    return MoeeModel(model.eval(), spec, Recipe.of(config), "tiny"), data
 
 
 @pytest.mark.parametrize("spec", [TINY_VIT, FASTVIT], ids=lambda spec: spec.name)

@@ -16,6 +16,7 @@ from exporter.parity.yardsticks import yardsticks
 from exporter.verification import verify
 from moee.artifacts.model import MoeeModel
 from moee.layers.routed import routed_layers
+from moee.methods.recipe import Recipe
 from tests.conftest import tiny_spec
 
 LAYER = 1
@@ -29,7 +30,7 @@ def tied(tiny_moee):
     layer = list(routed_layers(model).values())[LAYER]
     layer.router.data[1] = layer.router.data[0]
     layer.router_bias[1] = layer.router_bias[0]
-    return MoeeModel(model.eval(), tiny_spec(), config, "tiny"), data
+    return MoeeModel(model.eval(), tiny_spec(), Recipe.of(config), "tiny"), data
 
 
 def turn(monkeypatch, by=1e-12, damage=lambda model: None):

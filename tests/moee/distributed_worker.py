@@ -18,13 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 from moee.calibrate.calibration import collect_tokens, gather_tokens
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.data.image_set import TensorSet
 from moee.errors import UserError
 from moee.measure.evaluation import run
-from moee.methods.clear_moe import ClearConfig, convert
-from moee.methods.convert import extract
+from moee.methods.clear_moe.convert import convert
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.exchange import share_layers
+from moee.methods.recipe import make_recipe, method_options
 from moee.mlps.find import find_ffns
 from moee.models.model import load_model
 from moee.parallel.group import Group, Parcel
@@ -32,15 +33,15 @@ from moee.parallel.joining import joined
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune
 from moee.train.finetuning import finetune
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)
 TUNE = dict(epochs=2, lr=1e-3, batch_size=7)  # 43 training images: the last batch holds one, fewer than there are ranks
 EXTRACTIONS = {
-    "kmeans": make_extract_config(**KMEANS),
-    "hdbscan": make_extract_config(min_cluster_size=0.02, keep=0.8, cluster_tokens=400, components=8),
-    "sensitivity": make_extract_config(criterion="sensitivity", allocation="model", target_macs=0.8, **KMEANS),
-    "moefication": make_extract_config("moefication", experts=4, top_k=2),
+    "kmeans": method_options(**KMEANS),
+    "hdbscan": method_options(min_cluster_size=0.02, keep=0.8, cluster_tokens=400, components=8),
+    "sensitivity": method_options(criterion="sensitivity", allocation="model", target_macs=0.8, **KMEANS),
+    "moefication": method_options("moefication", experts=4, top_k=2),
 }
 TUNINGS = {
     "plain": {},
@@ -75,7 +76,7 @@ def experts(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
         found[name] = {"reports": [r.to_json() for r in reports], "shares": run(model, data, batch_size=9, group=group).shares}
     model = copy.deepcopy(dense)
     if group.leader:
-        convert(model, data, ClearConfig(experts=2, rank=12, residual_rank=2, calibration_images=40))
+        convert(model, data, ClearOptions(experts=2, rank=12, residual_rank=2, calibration_images=40))
     share_layers(model, group)
     keep(group, model, folder / "clear.safetensors")
     return found
@@ -108,7 +109,7 @@ def sample(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
 def tunings(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
     data, found = tiny_images(48), {}
     cut = copy.deepcopy(dense)
-    extract(cut, data, make_extract_config("paper", keep=0.5, clustering="kmeans", clusters=4))
+    extract(cut, data, method_options("paper", keep=0.5, clustering="kmeans", clusters=4))
     for name, options in TUNINGS.items():
         model = copy.deepcopy(cut)
         resume = folder / f"resume-{name}"
@@ -159,7 +160,7 @@ def commands(group: Group, folder: Path) -> dict:
     torch.manual_seed(group.rank)
     spec = tiny_spec(num_classes=0)
     given = dict(clustering="kmeans", clusters=3, cluster_tokens=600, tokens=1200, refit_tokens=2000)
-    config = make_extract_config(**given, attention_macs=0.8)
+    config = make_recipe(values={**given, "attention_macs": 0.8})
     run_extract(spec, "digits", config, folder / "extracted", group=group)
     tuned = run_finetune(
         folder / "extracted", FinetuneConfig(epochs=1, lr=1e-4, batch_size=128), folder / "tuned", group=group

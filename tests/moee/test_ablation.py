@@ -10,8 +10,9 @@ from moee.ablation.cells import cell_key, read_cells
 from moee.ablation.grid import TABLES, Cell, cells_of
 from moee.ablation.summary import summarise
 from moee.ablation.verdict import interpolate, judge
-from moee.config import make_extract_config
 from moee.errors import UserError
+from moee.methods.moefication.options import MoeficationOptions
+from moee.methods.recipe import method_options
 from moee.stages.session import Session
 from tests.conftest import tiny_images, tiny_spec
 
@@ -99,10 +100,10 @@ def test_a_folder_of_something_else_is_refused(session, tmp_path):
 
 def test_tables_share_cells_and_every_row_is_a_valid_configuration():
     cells = list(cells_of(make_ablation_config(seeds=1)))
-    assert len({cell_key(c.config) for c in cells}) < len(cells)
-    reference = {t: {cell_key(c.config) for c in cells if c.table == t and c.row == TABLES[t].reference} for t in TABLES}
+    assert len({cell_key(c.options) for c in cells}) < len(cells)
+    reference = {t: {cell_key(c.options) for c in cells if c.table == t and c.row == TABLES[t].reference} for t in TABLES}
     assert reference["2"] == reference["3"] == reference["7"] == reference["8"] == reference["9"]
-    assert {c.config.compensation for c in cells if c.config.method == "moefication"} == {"none", "mean"}
+    assert {c.options.compensation for c in cells if isinstance(c.options, MoeficationOptions)} == {"none", "mean"}
 
 
 @pytest.mark.parametrize(("bad", "message"), [
@@ -129,7 +130,7 @@ def results(table: str, figures: dict[str, list[tuple[float, list[float]]]]):
     for row, points in figures.items():
         for macs, accuracies in points:
             for seed, accuracy in enumerate(accuracies):
-                cell = Cell(table, row, "none", seed, make_extract_config(keep=1 + macs, seed=seed))
+                cell = Cell(table, row, "none", seed, method_options(keep=1 + macs, seed=seed))
                 figure = {"macs_change": macs, "accuracy": accuracy} if accuracy is not None else {}
                 made.append((cell, {"status": "routed", **figure}))
     return made

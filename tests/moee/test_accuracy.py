@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
-from moee.config import make_extract_config
 from moee.errors import UserError
 from moee.measure.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, paired_drop, recorded_interval, top1, wilson
 from moee.measure.evaluation import Outputs, retention
 from moee.measure.metrics import mean_cosine
 from moee.measure.probe import fit_probe
+from moee.methods.recipe import method_options
 from moee.models.model import ModelSpec
 from moee.planning import Budget, Point, choose, make_plan, pareto
 from moee.stages.extract import run_extract
@@ -224,7 +224,7 @@ def test_other_classes_than_the_models_are_told_before_the_work(classes, said, m
     monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
     monkeypatch.setattr("moee.stages.session.Session.prove", lambda *args: pytest.fail("the work began"))
     with pytest.raises(pytest.fail.Exception):
-        run_extract(tiny_spec(num_classes=10), "tiny", make_extract_config("static"), tmp_path / "out")
+        run_extract(tiny_spec(num_classes=10), "tiny", method_options("static"), tmp_path / "out")
     told = "will not be compared: the model tells 10 classes apart, tiny has 4; extract with --num-classes 0" in caplog.text
     assert told == said
 
@@ -279,7 +279,7 @@ def test_a_plan_whose_accuracy_cannot_be_measured_is_refused_before_any_point(
 
 def point(**figures):
     values = dict(method="static", allocation="share", macs=0.5, params=0.5, cosine=0.99, token_cosine=None, accuracy=0.9)
-    return Point(**{**values, "drop": 0.0, "latency": None, "config": {}, **figures})
+    return Point(**{**values, "drop": 0.0, "latency": None, "recipe": {}, **figures})
 
 
 NAN = math.nan

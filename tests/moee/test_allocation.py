@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 
 from moee.calibrate.calibration import hidden_activations
 from moee.calibrate.sensitivity import RoutedStats, measure_sensitivity, output_projection
-from moee.config import make_extract_config
 from moee.data.image_set import TensorSet, image_shape
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import mean_cosine, model_cost
 from moee.methods.allocation import Candidate, allocate
-from moee.methods.convert import extract, ffn_budget
+from moee.methods.choice import ffn_budget
+from moee.methods.recipe import method_options
 from moee.mlps.find import find_ffns
 from moee.models.model import load_model
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)
 MODEL = dict(criterion="sensitivity", allocation="model", **KMEANS)
@@ -127,7 +127,7 @@ def test_a_single_logit_has_the_metric_of_its_two_classes():
 
 def test_target_macs_is_met_and_weights_are_untouched(tiny_model):
     dense, data = copy.deepcopy(tiny_model), tiny_images(48)
-    extract(tiny_model, data, make_extract_config(target_macs=0.8, **MODEL))
+    extract(tiny_model, data, method_options(target_macs=0.8, **MODEL))
     layers = routed_layers(tiny_model)
     shares = {}
     for name, layer in layers.items():
@@ -152,8 +152,8 @@ def test_allocation_over_the_model_beats_equal_shares_where_layers_differ(tiny_m
     dense, data = copy.deepcopy(tiny_model), tiny_images(64)
     cosines = {}
     for name, config in {
-        "model": make_extract_config(target_macs=0.75, compensation="mean", **MODEL),
-        "expert": make_extract_config(keep=0.72, compensation="mean", criterion="variance", **KMEANS),
+        "model": method_options(target_macs=0.75, compensation="mean", **MODEL),
+        "expert": method_options(keep=0.72, compensation="mean", criterion="variance", **KMEANS),
     }.items():
         model = copy.deepcopy(dense)
         extract(model, data, config)
@@ -184,7 +184,7 @@ def test_a_target_below_the_rest_of_the_model_is_refused():
 )
 def test_contradictory_options_are_refused(bad, match):
     with pytest.raises(UserError, match=match):
-        make_extract_config(**bad)
+        method_options(**bad)
 
 
 def test_token_objective_needs_only_a_feature_map(tiny_model):

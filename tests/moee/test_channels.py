@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-from moee.config import make_extract_config
 from moee.data.collage import Collages
 from moee.data.image_set import TensorSet, batches
 from moee.data.sources import load_data
@@ -14,9 +13,9 @@ from moee.data.views import Views
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import dense_macs
-from moee.methods.convert import extract
+from moee.methods.recipe import method_options
 from moee.models.model import load_model
-from tests.conftest import tiny_spec
+from tests.conftest import extract, tiny_spec
 
 
 def transform_of(channels: int):
@@ -89,6 +88,6 @@ def test_five_channels_come_as_tensors_and_files_are_refused(tmp_path):
     images = torch.randn(24, 5, 32, 32, generator=torch.Generator().manual_seed(0))
     assert transform.normalise(images).shape == images.shape
     assert dense_macs(model, (5, 32, 32)) == dense_macs(load_model(tiny_spec()), (3, 32, 32)) + 2 * 64 * 16 * 32
-    config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, target_macs=0.9)
+    config = method_options(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, target_macs=0.9)
     extract(model, TensorSet("bands", images, [-1] * 24), config)
     assert routed_layers(model) and model(images[:2]).shape == (2, 10)

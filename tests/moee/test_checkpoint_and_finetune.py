@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import ExtractConfig, FinetuneConfig, make_extract_config, validated
+from moee.config import FinetuneConfig, validated
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
+from moee.methods.experts import ExpertsOptions
+from moee.methods.recipe import Recipe, method_options
 from moee.store.artifact import atomic_folder, sha256_file
 from moee.train.finetuning import finetune
 from moee.train.rate import rate
@@ -23,14 +25,14 @@ from tests.conftest import tiny_spec
 def saved(tiny_moee, tmp_path):
     model, _, data, config, _ = tiny_moee
     path = tmp_path / "artifact"
-    checkpoint.save(MoeeModel(model, tiny_spec(), config, "tiny"), path)
+    checkpoint.save(MoeeModel(model, tiny_spec(), Recipe.of(config), "tiny"), path)
     return model, data, path
 
 
 def test_round_trip(saved):
     model, data, path = saved
     again = checkpoint.load(path)
-    assert again.config == make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=500)
+    assert again.recipe == Recipe.of(method_options(clustering="kmeans", clusters=4, cluster_tokens=500))
     with torch.no_grad():
         assert torch.equal(again.model(data.images), model(data.images))
     assert [layer.load for layer in routed_layers(again.model).values()] == [
@@ -95,7 +97,7 @@ def _schema(manifest, state):
         (_no_mlp, "cannot be right: `blocks.0.attn` is no plain MLP: .*; extract again"),
         (_wrong_count, "should have shape"),
         (_unknown_field, "Extra inputs"),
-        (_schema, "expected 'moee.model/1'"),
+        (_schema, "expected 'moee.model/2'"),
     ],
 )
 def test_damage_is_named(saved, change, message):
@@ -132,8 +134,8 @@ def test_existing_folder_is_refused_and_failure_leaves_it_alone(tmp_path):
 
 
 def test_config_round_trip_and_refusals():
-    config = make_extract_config("paper", keep=0.8, exclude=("blocks.1",))
-    assert ExtractConfig.model_validate_json(config.model_dump_json()) == config
+    config = method_options("paper", keep=0.8, exclude=("blocks.1",))
+    assert ExpertsOptions.model_validate_json(config.model_dump_json()) == config
     for bad, message in [
         (dict(keep=1.5), "--keep"),
         (dict(clusters=4), "chooses their number itself"),
@@ -142,9 +144,9 @@ def test_config_round_trip_and_refusals():
         (dict(nonsense=1), "nonsense"),
     ]:
         with pytest.raises(UserError, match=message):
-            validated(ExtractConfig, bad)
+            validated(ExpertsOptions, bad)
     with pytest.raises(UserError, match="unknown preset"):
-        make_extract_config("best")
+        method_options("best")
 
 
 TUNE = FinetuneConfig(epochs=4, lr=1e-3, batch_size=8)
@@ -153,11 +155,11 @@ TUNE = FinetuneConfig(epochs=4, lr=1e-3, batch_size=8)
 @pytest.fixture
 def lossy(tiny_moee):
     """A model that has something to learn: experts cut without compensation."""
-    from moee.methods.convert import extract
+    from tests.conftest import extract
 
     _, dense, data, _, _ = tiny_moee
     model = copy.deepcopy(dense)
-    extract(model, data, make_extract_config("paper", keep=0.5, clustering="kmeans", clusters=4))
+    extract(model, data, method_options("paper", keep=0.5, clustering="kmeans", clusters=4))
     return model, dense, data
 
 

@@ -8,16 +8,18 @@ import torch
 from moee.config import validated
 from moee.data.image_set import TensorSet
 from moee.errors import UserError
+from moee.layers.clear import ClearFFN
 from moee.layers.routed import routed_layers
 from moee.measure.evaluation import run
 from moee.measure.metrics import dense_macs, model_cost
-from moee.methods.clear_moe import ClearConfig, ClearFFN, convert
+from moee.methods.clear_moe.convert import convert
+from moee.methods.clear_moe.options import ClearOptions
 from tests.conftest import tiny_images
 
 
 def converted(model, data=None, **kwargs):
     data = data or tiny_images()
-    config = ClearConfig(**{"calibration_images": 40, "experts": 3, "score": False, **kwargs})
+    config = ClearOptions(**{"calibration_images": 40, "experts": 3, "score": False, **kwargs})
     changed = copy.deepcopy(model)
     return changed, data, convert(changed, data, config)
 
@@ -137,7 +139,7 @@ BAD = {
 def test_bad_input_is_one_sentence_and_changes_nothing(tiny_model, case):
     kwargs, message = BAD[case]
     before = copy.deepcopy(tiny_model.state_dict())
-    config = ClearConfig(**{"calibration_images": 40, "experts": 3, "score": False, **kwargs})
+    config = ClearOptions(**{"calibration_images": 40, "experts": 3, "score": False, **kwargs})
     with pytest.raises(UserError, match=message):
         convert(tiny_model, tiny_images(), config)
     after = tiny_model.state_dict()
@@ -160,7 +162,7 @@ def test_singular_layer(tiny_model):
 
 def test_calibration_smaller_than_the_experts(tiny_model):
     with pytest.raises(UserError, match="--calibration-images 4 is smaller than the 8 experts"):
-        validated(ClearConfig, {"experts": 8, "calibration_images": 4})
+        validated(ClearOptions, {"experts": 8, "calibration_images": 4})
     with pytest.raises(UserError, match="5 calibration images are fewer than the 8 experts"):
         converted(tiny_model, tiny_images(5), rank=8, residual_rank=0, experts=8)
 
@@ -171,4 +173,4 @@ def test_calibration_smaller_than_the_experts(tiny_model):
 ])  # fmt: skip
 def test_contradictory_configurations(values):
     with pytest.raises(UserError):
-        validated(ClearConfig, values)
+        validated(ClearOptions, values)

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.data.collage import Collages, _noise, _outline
 from moee.data.sources import load_data
 from moee.data.transform import Transform, model_transform
 from moee.data.views import widened
 from moee.errors import UserError
-from moee.methods.convert import extract
+from moee.methods.recipe import method_options
 from moee.models.model import load_model
 from moee.train.finetuning import finetune
 from moee.train.step import Trainer
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SMALL = Transform((3, 32, 32), MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})
@@ -84,13 +84,13 @@ def test_nothing_but_unreadable_images_is_refused(folder):
         Path(data.describe(i)).write_bytes(b"no image")
     model = load_model(tiny_spec())
     with pytest.raises(UserError, match=f"none of the {len(data)} images"):
-        extract(model, data, make_extract_config(**FAST, collages=3))
+        extract(model, data, method_options(**FAST, collages=3))
 
 
 def test_unreadable_images_of_an_extraction_are_counted_once(folder):
     data = load_data(str(folder), SMALL, "train")
     Path(data.describe(3)).write_bytes(b"no image")
-    extract(load_model(tiny_spec()), data, make_extract_config(**FAST, collages=1))
+    extract(load_model(tiny_spec()), data, method_options(**FAST, collages=1))
     assert list(data.skipped) == [3]
 
 
@@ -112,11 +112,11 @@ def test_calibration_and_refit_see_the_collages():
     layers = []
     for collages in (0, 1):
         model = copy.deepcopy(dense)
-        extract(model, data, make_extract_config(**FAST, collages=collages))
+        extract(model, data, method_options(**FAST, collages=collages))
         layers.append(model.blocks[0].mlp)
     assert not torch.equal(layers[0].router, layers[1].router)
     again = copy.deepcopy(dense)
-    extract(again, data, make_extract_config(**FAST, collages=1))
+    extract(again, data, method_options(**FAST, collages=1))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)), "deterministic"
 
 
@@ -125,7 +125,7 @@ def test_distillation_pairs_each_collage_with_its_own_teacher(monkeypatch, disti
     torch.manual_seed(0)
     dense, data = load_model(tiny_spec()), tiny_images(20)
     model = copy.deepcopy(dense)
-    extract(model, data, make_extract_config(**FAST))
+    extract(model, data, method_options(**FAST))
     seen: dict[int, torch.Tensor] = {}
     real = Trainer._loss
 

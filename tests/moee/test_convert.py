@@ -8,14 +8,15 @@ import torch
 from moee.calibrate.calibration import collect_tokens, hidden_activations
 from moee.calibrate.grouping import find_routes
 from moee.calibrate.refit import refit_layer
-from moee.config import make_extract_config
 from moee.data.image_set import TensorSet, batches
 from moee.errors import UserError
 from moee.layers.routed import RoutedFFN, routed_layers
 from moee.methods.assembly import build_layer
-from moee.methods.convert import _say_clustered, choose_neurons, extract
+from moee.methods.choice import choose_neurons
+from moee.methods.recipe import method_options
+from moee.methods.registry import method_of
 from moee.mlps.find import find_ffns
-from tests.conftest import tiny_images
+from tests.conftest import extract, tiny_images
 
 KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)
 
@@ -55,7 +56,7 @@ def test_full_share_reproduces_the_dense_model(tiny_model):
     dense, data = copy.deepcopy(tiny_model), tiny_images()
     for compensation in ("none", "mean", "refit"):
         model = copy.deepcopy(dense)
-        extract(model, data, make_extract_config(keep=1.0, compensation=compensation, **KMEANS))
+        extract(model, data, method_options(keep=1.0, compensation=compensation, **KMEANS))
         with torch.no_grad():
             torch.testing.assert_close(model(data.images), dense(data.images), rtol=1e-3, atol=1e-4)
 
@@ -65,7 +66,7 @@ def test_each_step_of_compensation_brings_the_output_closer(tiny_model):
     errors = {}
     for compensation in ("none", "mean", "refit"):
         model = copy.deepcopy(dense)
-        extract(model, data, make_extract_config(keep=0.7, compensation=compensation, **KMEANS))
+        extract(model, data, method_options(keep=0.7, compensation=compensation, **KMEANS))
         with torch.no_grad():
             errors[compensation] = float((model(data.images) - dense(data.images)).square().mean())
     assert errors["refit"] < errors["mean"] < errors["none"]
@@ -75,7 +76,7 @@ def test_refit_leaves_no_mean_error_and_solves_the_ridge_problem(tiny_model):
     data, ffn = tiny_images(64), find_ffns(tiny_model).ffns[0]
     tokens = first_inputs(tiny_model, ffn.name, data.images)
     model = copy.deepcopy(tiny_model)
-    extract(model, data, make_extract_config(keep=0.6, compensation="mean", **KMEANS))
+    extract(model, data, method_options(keep=0.6, compensation="mean", **KMEANS))
     layer = routed_layers(model)[ffn.name]
     dense_out = hidden_activations(ffn, tokens) @ ffn.w_down.T + ffn.b_down
     before = (layer(tokens) - dense_out).square().mean()
@@ -99,14 +100,14 @@ def test_same_seed_same_experts_bit_for_bit(tiny_model):
     states = []
     for _ in range(2):
         model = copy.deepcopy(tiny_model)
-        extract(model, tiny_images(), make_extract_config(min_cluster_size=0.02, keep=0.8, cluster_tokens=400))
+        extract(model, tiny_images(), method_options(min_cluster_size=0.02, keep=0.8, cluster_tokens=400))
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
 def test_static_preset_is_one_expert(tiny_model):
-    reports = extract(tiny_model, tiny_images(), make_extract_config("static", keep=0.9))
+    reports = extract(tiny_model, tiny_images(), method_options("static", keep=0.9))
     assert [r.experts for r in reports] == [1, 1, 1]
     assert all(r.union == r.widths[0] < r.hidden for r in reports)
 
@@ -120,7 +121,7 @@ def test_reports_agree_with_the_layers(tiny_moee):
 
 
 def test_excluded_layers_stay_as_they_are(tiny_model):
-    extract(tiny_model, tiny_images(), make_extract_config(exclude=("blocks.1",), **KMEANS))
+    extract(tiny_model, tiny_images(), method_options(exclude=("blocks.1",), **KMEANS))
     assert list(routed_layers(tiny_model)) == ["blocks.0.mlp", "blocks.2.mlp"]
 
 
@@ -134,7 +135,7 @@ def test_a_layer_without_clusters_stays_dense(tiny_model, monkeypatch):
         return torch.arange(len(activations)) % count if count else torch.full((len(activations),), -1)
 
     monkeypatch.setattr(moee.calibrate.grouping, "cluster_tokens", labels)
-    reports = extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
+    reports = extract(tiny_model, tiny_images(), method_options(**KMEANS))
     assert reports[0].status == "dense: 0 clusters, 100% noise"
     assert [r.status for r in reports[1:]] == ["routed", "routed"]
     assert not isinstance(tiny_model.blocks[0].mlp, RoutedFFN)
@@ -146,21 +147,21 @@ def test_no_clusters_anywhere_is_refused(tiny_model, monkeypatch):
     monkeypatch.setattr(moee.calibrate.grouping, "cluster_tokens", lambda a, *rest: torch.full((len(a),), -1))
     before = {k: v.clone() for k, v in tiny_model.state_dict().items()}
     with pytest.raises(UserError, match="would stay dense"):
-        extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
+        extract(tiny_model, tiny_images(), method_options(**KMEANS))
     assert all(torch.equal(v, before[k]) for k, v in tiny_model.state_dict().items())
 
 
 def test_too_little_calibration_is_refused(tiny_model):
     one = TensorSet("one", tiny_images(1).images, [0], 4)
     with pytest.raises(UserError, match="minimum cluster size|clusters needs"):
-        extract(tiny_model, one, make_extract_config(clustering="kmeans", clusters=40))
+        extract(tiny_model, one, method_options(clustering="kmeans", clusters=40))
 
 
 def test_nan_activations_name_the_layer(tiny_model):
     with torch.no_grad():
         tiny_model.blocks[1].norm2.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="`blocks.1.mlp` receives NaN"):
-        extract(tiny_model, tiny_images(), make_extract_config(**KMEANS))
+        extract(tiny_model, tiny_images(), method_options(**KMEANS))
 
 
 def test_cluster_statistics_use_the_members_only(tiny_model, tmp_path):
@@ -168,7 +169,7 @@ def test_cluster_statistics_use_the_members_only(tiny_model, tmp_path):
     sampled = collect_tokens(tiny_model, ffns, data, tmp_path, 10**6)
     routed, cluster = (
         build_layer(found, kept[ffns[0].name], config)[0]
-        for config in (make_extract_config(keep=0.7, **KMEANS), make_extract_config("paper", **KMEANS))
+        for config in (method_options(keep=0.7, **KMEANS), method_options("paper", **KMEANS))
         for found in [find_routes(ffns[0], sampled[0], config)]
         for kept in [choose_neurons(tiny_model, {ffns[0].name: found}, {}, data, config)]
     )
@@ -206,7 +207,7 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
         return real(activations, config, report, name)
 
     monkeypatch.setattr(moee.calibrate.grouping, "cluster_tokens", counted)
-    config = make_extract_config(**KMEANS)
+    config = method_options(**KMEANS)
     with pytest.raises(KeyboardInterrupt):
         extract(copy.deepcopy(tiny_model), tiny_images(), config)
     resumed = copy.deepcopy(tiny_model)
@@ -227,9 +228,10 @@ def test_finished_layers_are_not_clustered_again(tiny_model, tmp_path, monkeypat
                       ({"clustering": "none"}, "")],
 )  # fmt: skip
 def test_long_clusterings_are_told_with_what_makes_them_short(options, said, monkeypatch, caplog):
-    monkeypatch.setattr("moee.methods.convert.MANY_TOKENS", 300)
+    monkeypatch.setattr("moee.methods.experts.MANY_TOKENS", 300)
     caplog.set_level("INFO", "moee")
-    _say_clustered([100, 512], make_extract_config(**options))
+    options = method_options(**options)
+    method_of(options).announce([100, 512], options)
     assert ("--cluster-tokens 6000" in caplog.text) == bool(said) and said in caplog.text
 
 
@@ -237,7 +239,7 @@ def test_jobs_do_not_change_the_result(tiny_model):
     states = []
     for jobs in (1, 3):
         model = copy.deepcopy(tiny_model)
-        extract(model, tiny_images(), make_extract_config(**KMEANS), jobs=jobs)
+        extract(model, tiny_images(), method_options(**KMEANS), jobs=jobs)
         states.append(model.state_dict())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
@@ -245,13 +247,13 @@ def test_jobs_do_not_change_the_result(tiny_model):
 @pytest.mark.parametrize("clustering", ["hdbscan", "dbscan", "optics", "kmeans", "birch", "random"])
 def test_every_clustering_finds_experts(tiny_model, clustering):
     settings = dict(clustering=clustering, components=8, cluster_tokens=300, min_cluster_size=0.02, compensation="mean")
-    reports = extract(tiny_model, tiny_images(), make_extract_config(**settings))
+    reports = extract(tiny_model, tiny_images(), method_options(**settings))
     assert any(r.experts >= 2 for r in reports)
 
 
 @pytest.mark.parametrize("routing", ["cosine", "euclidean", "hash", "random"])
 def test_every_routing_spreads_the_tokens(tiny_model, routing):
-    reports = extract(tiny_model, tiny_images(), make_extract_config(routing=routing, **KMEANS))
+    reports = extract(tiny_model, tiny_images(), method_options(routing=routing, **KMEANS))
     assert all(max(r.share) < 0.95 for r in reports), "an expert took everything"
 
 
@@ -280,6 +282,6 @@ def test_criteria_to_compare_with_cost_what_variance_costs(tiny_model, criterion
     widths = {}
     for name in ("variance", criterion):
         model = copy.deepcopy(tiny_model)
-        reports = extract(model, tiny_images(), make_extract_config(criterion=name, compensation="mean", **KMEANS))
+        reports = extract(model, tiny_images(), method_options(criterion=name, compensation="mean", **KMEANS))
         widths[name] = [r.widths for r in reports]
     assert widths["variance"] == widths[criterion]

@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
-from moee.methods.convert import extract
+from moee.methods.recipe import method_options
 from moee.models.model import load_model
 from moee.train.finetuning import finetune
 from moee.train.rate import LEAST_RMS, make_optimiser
 from moee.train.step import Trainer
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def pair():
     torch.manual_seed(0)
     dense, data = load_model(tiny_spec()), tiny_images(16)
     model = copy.deepcopy(dense)
-    extract(model, data, make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=300, keep=0.8, compensation="mean"))
+    extract(model, data, method_options(clustering="kmeans", clusters=3, cluster_tokens=300, keep=0.8, compensation="mean"))
     return dense, model, data
 
 

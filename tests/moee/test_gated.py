@@ -18,19 +18,20 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
 from moee.calibrate.refit import refit_layer
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.kinds.registry import layer_records, rebuild_layers
 from moee.layers.routed import RoutedFFN, routed_layers
 from moee.measure.metrics import dense_macs, dense_params, model_cost
-from moee.methods.clear_moe import ClearConfig, convert
-from moee.methods.convert import extract
+from moee.methods.clear_moe.convert import convert
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.gated_pruning import narrower, whole
+from moee.methods.recipe import Recipe, method_options
 from moee.mlps.find import find_ffns
 from moee.mlps.gated import GatedFFN, GatedMLP
 from moee.models.model import ModelSpec, load_model
 from moee.train.finetuning import finetune
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 DIM, HIDDEN = 12, 20
 KW = dict(img_size=56, depth=2, embed_dim=48, num_heads=2, num_classes=10)
@@ -208,7 +209,7 @@ def test_pruning_with_refit_is_the_reference(form):
 def static(spec, data, **options):
     """The pruned model of `spec`, and its layer reports."""
     model = load_model(spec)
-    reports = extract(model, data, make_extract_config("static", **{"refit_tokens": 2000, **options}))
+    reports = extract(model, data, method_options("static", **{"refit_tokens": 2000, **options}))
     return model.eval(), reports
 
 
@@ -251,7 +252,7 @@ def mixed():
 def test_one_budget_for_gated_and_ordinary_mlps_of_a_model(options):
     model, data = mixed(), tiny_images(48, classes=10)
     dense = copy.deepcopy(model)
-    extract(model, data, make_extract_config("static", target_macs=0.7, refit_tokens=2000, **options))
+    extract(model, data, method_options("static", target_macs=0.7, refit_tokens=2000, **options))
     layers = routed_layers(model)
     assert [type(layer) for layer in layers.values()] == [RoutedFFN, GatedFFN, RoutedFFN]
     cost = model_cost(dense, model, {name: [1.0] for name in layers}, (3, 32, 32))
@@ -263,9 +264,9 @@ def test_one_budget_for_gated_and_ordinary_mlps_of_a_model(options):
 def test_experts_leave_gated_mlps_dense_with_the_reason():
     data = tiny_images(48, classes=10)
     for convert_it in (
-        lambda model: extract(model, data, make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=400)),
-        lambda model: extract(model, data, make_extract_config("moefication", experts=4, top_k=2)),
-        lambda model: convert(model, data, ClearConfig(calibration_images=16, rank=8, residual_rank=0)),
+        lambda model: extract(model, data, method_options(clustering="kmeans", clusters=2, cluster_tokens=400)),
+        lambda model: extract(model, data, method_options("moefication", experts=4, top_k=2)),
+        lambda model: convert(model, data, ClearOptions(calibration_images=16, rank=8, residual_rank=0)),
     ):
         model = mixed()
         reports = {report.name: report for report in convert_it(model)}
@@ -310,7 +311,7 @@ def test_finetuning_trains_the_pruned_weights(images):
 def saved(tmp_path_factory, images):
     model, _ = static(EVA, images, target_macs=0.75)
     path = tmp_path_factory.mktemp("gated") / "model"
-    checkpoint.save(MoeeModel(model, EVA, make_extract_config("static"), "digits"), path)
+    checkpoint.save(MoeeModel(model, EVA, Recipe.of(method_options("static")), "digits"), path)
     return model, path
 
 

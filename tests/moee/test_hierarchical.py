@@ -13,17 +13,16 @@ from moee.calibrate.entry import find_entry, gather, run_until_reached, taken_up
 from moee.calibrate.image_budget import image_groups, spread, tokens_an_image
 from moee.calibrate.refit import refit, refit_layer
 from moee.calibrate.sensitivity import RoutedStats, measure_sensitivity
-from moee.config import make_extract_config
 from moee.errors import UserError
 from moee.layers.routed import Experts, RoutedFFN, routed_layers
 from moee.measure.accuracy import Comparison
 from moee.measure.evaluation import retention, run
-from moee.methods.convert import extract
+from moee.methods.recipe import method_options
 from moee.mlps.find import find_ffns
 from moee.mlps.structure import read_mlp
 from moee.models.ffn import FFN
 from moee.models.model import ModelSpec, load_model, replace_module
-from tests.conftest import tiny_images
+from tests.conftest import extract, tiny_images
 
 SWIN = dict(img_size=32, patch_size=4, window_size=2, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), num_classes=10)
 CONVNEXT = dict(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), num_classes=10)
@@ -46,7 +45,7 @@ def hierarchical(name):
 def mean_compensated(model, data):
     """The model with static layers that are not refitted yet, and its dense MLPs."""
     ffns = {f.name: f for f in find_ffns(model).ffns}
-    extract(model, data, make_extract_config(compensation="mean", **STATIC))
+    extract(model, data, method_options(compensation="mean", **STATIC))
     return ffns, routed_layers(model)
 
 
@@ -60,7 +59,7 @@ def test_every_layer_is_refitted_on_its_own_number_of_tokens(name):
     data = tiny_images(64)
     counts = counts_of(model, data)
     assert max(counts.values()) >= 13 * min(counts.values())
-    reports = extract(model, data, make_extract_config(refit_tokens=512, **STATIC))
+    reports = extract(model, data, method_options(refit_tokens=512, **STATIC))
     for report in reports:
         own = counts[report.name]
         assert report.refit.tokens == min(64, 512 // own) * own
@@ -294,7 +293,7 @@ def test_token_cosine_of_every_shape_of_feature_map(name):
     model = hierarchical(name)
     data = tiny_images(8)
     changed = copy.deepcopy(model)
-    extract(changed, data, make_extract_config(compensation="none", clustering="none", keep=0.2))
+    extract(changed, data, method_options(compensation="none", clustering="none", keep=0.2))
     kept = retention(run(model, data), run(changed, data), None, 0, UNLABELLED)
     with torch.no_grad():
         features, others = model.forward_features(data.images), changed.forward_features(data.images)
@@ -338,7 +337,7 @@ def test_what_the_stage_hands_to_all_its_blocks_makes_the_stage_the_entry():
 
 def test_starved_layers_are_named_in_report_and_notes():
     model = hierarchical("swin")
-    reports = extract(model, tiny_images(12), make_extract_config(**STATIC))
+    reports = extract(model, tiny_images(12), method_options(**STATIC))
     last = reports[-1].to_json()
     assert last["tokens"] == 12
     assert last["notes"][0] == "experts from 12 calibration tokens for 512 neurons: give more images or --tokens"

@@ -7,12 +7,12 @@ import torch
 from timm.layers import Attention
 from torch import nn
 
-from moee.config import make_extract_config
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.methods import identity
+from moee.methods.heads.widths import check_share
 from moee.methods.identity import _attention_distance, check_attentions, check_ffns, whole_attention
-from moee.methods.narrowing import check_share
+from moee.methods.recipe import make_recipe, method_options
 from moee.mlps.attention import find_attentions
 from moee.mlps.find import find_ffns
 from moee.mlps.proof import random_images
@@ -134,24 +134,24 @@ def test_extraction_refuses_before_the_work(tiny_model, tmp_path, monkeypatch):
     """Every method comes through the same check, once a session."""
     session = Session(tiny_spec(), "digits")
     monkeypatch.setattr(session.dense.blocks[1].attn, "forward", lambda x, *args, **kwargs: x)
-    session.prove(make_extract_config())
-    monkeypatch.setattr("moee.stages.session.narrow", None)
+    session.prove(make_recipe())
+    monkeypatch.setattr("moee.methods.heads.narrowing.narrow", None)
     with pytest.raises(UserError, match="`blocks.1.attn`"):
-        run_extract(tiny_spec(), "digits", make_extract_config(attention_macs=0.9), tmp_path / "out", session=session)
+        run_extract(tiny_spec(), "digits", make_recipe(values={"attention_macs": 0.9}), tmp_path / "out", session=session)
     assert not (tmp_path / "out").exists()
     check_share(session.dense, SHAPE, 0.9)  # nothing else would have refused
     monkeypatch.setattr("moee.stages.session.check_ffns", None)
-    session.prove(make_extract_config())
+    session.prove(make_recipe())
 
 
 def test_wrong_reading_ends_every_method(tmp_path, monkeypatch):
-    from moee.methods.clear_moe import ClearConfig
+    from moee.methods.clear_moe.options import ClearOptions
 
     whole = identity.whole_ffn
     monkeypatch.setattr(identity, "whole_ffn", lambda ffn: whole(dataclasses.replace(ffn, activation="relu")))
     for config in (
-        make_extract_config(clustering="none"), ClearConfig(experts=2),
-        make_extract_config(method="moefication", experts=4, top_k=2, compensation="mean"),
+        method_options(clustering="none"), ClearOptions(experts=2),
+        method_options(method="moefication", experts=4, top_k=2, compensation="mean"),
     ):  # fmt: skip
         with pytest.raises(UserError, match="`blocks.0.mlp`: experts that keep every neuron"):
             run_extract(tiny_spec(), "digits", config, tmp_path / "out")

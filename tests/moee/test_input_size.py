@@ -10,7 +10,6 @@ from timm.layers import resample_abs_pos_embed
 
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
 from moee.data.built_in import photo_path
 from moee.data.collage import Collages
 from moee.data.image_set import TensorSet
@@ -19,10 +18,10 @@ from moee.data.transform import model_transform
 from moee.data.views import Views
 from moee.errors import UserError
 from moee.measure.metrics import dense_macs, tokens_per_image
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.input_size import sized
 from moee.models.model import ModelSpec, build_model, load_model
-from tests.conftest import tiny_spec
+from tests.conftest import extract, tiny_spec
 
 TALL = (96, 64)
 
@@ -178,9 +177,9 @@ def test_an_artifact_keeps_its_rectangle(tmp_path, spec):
     names = [f"blocks.{i}.mlp" for i in range(3)] if "img_size" in spec.kwargs else ["stages.3.blocks.0.mlp"]
     tokens = tokens_per_image(model, names, (3, *TALL))
     images = torch.randn(24, 3, *TALL, generator=torch.Generator().manual_seed(0))
-    config = make_extract_config(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, compensation="mean")
+    config = method_options(clustering="kmeans", clusters=2, cluster_tokens=200, components=4, compensation="mean")
     extract(model, TensorSet("noise", images, [-1] * 24), config)
-    checkpoint.save(MoeeModel(model.eval(), spec, config, "noise"), tmp_path / "model")
+    checkpoint.save(MoeeModel(model.eval(), spec, Recipe.of(config), "noise"), tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model")
     assert model_transform(loaded.model).shape == model_transform(loaded.dense()).shape == (3, *TALL)
     assert tokens == tokens_per_image(loaded.dense(), names, (3, *TALL)) and tokens[names[0]] in (12 * 8 + 1, 6)

@@ -7,6 +7,7 @@ import pytest
 from moee.artifacts.inspection import inspect_artifact, inspect_dense, routing_entropy
 from moee.artifacts.model import MoeeModel
 from moee.layers.routed import routed_layers
+from moee.methods.recipe import Recipe
 from moee.models.model import ModelSpec
 from tests.conftest import tiny_spec
 
@@ -35,7 +36,7 @@ def test_dense_figures_of_the_papers_models(name):
 def test_artifact_layers_add_up(tiny_moee):
     model, _, _, config, _ = tiny_moee
     shares = {name: [0.7, 0.1, 0.1, 0.1] for name in routed_layers(model)}
-    moee = MoeeModel(model, tiny_spec(), config, "tiny", info={"stages": {"extracted": {"shares": shares}}})
+    moee = MoeeModel(model, tiny_spec(), Recipe.of(config), "tiny", info={"stages": {"extracted": {"shares": shares}}})
     result = inspect_artifact(moee)
     assert result.moee is not None
     saved = sum(layer.dense_macs - layer.macs for layer in result.layers)

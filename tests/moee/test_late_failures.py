@@ -6,16 +6,17 @@ from exporter.failures import explain
 from exporter.ui import stage_table
 from moee.artifacts import checkpoint
 from moee.artifacts.inspection import inspect_artifact
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
+from moee.methods.recipe import method_options
 from moee.models.model import ModelSpec
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune
 from moee.stages.session import Session
 from tests.conftest import tiny_spec
 
-STATIC = make_extract_config(clustering="none", keep=0.8, compensation="mean")
+STATIC = method_options(clustering="none", keep=0.8, compensation="mean")
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_a_cost_out_of_reach_is_said_before_the_work(tmp_path, monkeypatch):
     session = Session(tiny_spec(), "digits")
     monkeypatch.setattr("moee.methods.registry.extract", failing(AssertionError("too late")))
     with pytest.raises(UserError, match="--target-macs 0.05: the routed MLPs hold .* stays above"):
-        run_extract(session.spec, "digits", make_extract_config("static", target_macs=0.05), tmp_path / "out", session=session)
+        run_extract(session.spec, "digits", method_options("static", target_macs=0.05), tmp_path / "out", session=session)
 
 
 def test_a_model_with_attention_pooling_is_extracted(tmp_path):

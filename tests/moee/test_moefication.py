@@ -5,16 +5,15 @@ import copy
 import pytest
 import torch
 
-from moee.config import make_extract_config
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
-from moee.methods.convert import extract
-from moee.methods.moefication import balanced_groups
-from tests.conftest import tiny_images
+from moee.methods.moefication.split import balanced_groups
+from moee.methods.recipe import Recipe, method_options
+from tests.conftest import extract, tiny_images
 
 
 def config(**changes):
-    return make_extract_config("moefication", **{"experts": 8, "top_k": 4, **changes})
+    return method_options("moefication", **{"experts": 8, "top_k": 4, **changes})
 
 
 @pytest.mark.parametrize(("count", "groups"), [(12, 4), (13, 4), (9, 9), (7, 1)])
@@ -57,9 +56,9 @@ def test_mean_compensation_and_more_experts_help(tiny_model):
 def test_contradictions_are_refused(tiny_model):
     for bad in (dict(experts=None), dict(top_k=9), dict(compensation="refit")):
         with pytest.raises(UserError, match="moefication"):
-            config(**bad) if "experts" not in bad else make_extract_config("moefication")
+            config(**bad) if "experts" not in bad else method_options("moefication")
     with pytest.raises(UserError, match="for --method moefication"):
-        make_extract_config(top_k=2)
+        method_options(top_k=2)
     with pytest.raises(UserError, match="cannot split 128 neurons into 500"):
         extract(tiny_model, tiny_images(), config(experts=500))
 
@@ -75,7 +74,7 @@ def test_parity_of_the_exported_graph(tiny_model, tmp_path, split, selector, top
     chosen = config(split=split, selector=selector, top_k=top_k)
     extract(tiny_model, data, chosen)
     assert {layer.top_k for layer in routed_layers(tiny_model).values()} == {top_k}
-    moee = MoeeModel(tiny_model.eval(), tiny_spec(), chosen, "tiny")
+    moee = MoeeModel(tiny_model.eval(), tiny_spec(), Recipe.of(chosen), "tiny")
     export(moee, tmp_path / "export")
     result = check_parity(tmp_path / "export", moee, data)
     assert result and min(result.route_agreement.values()) == 1.0

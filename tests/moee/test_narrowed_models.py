@@ -8,9 +8,9 @@ import torch
 
 from exporter.cli import main
 from moee.artifacts import checkpoint
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
-from moee.methods.clear_moe import ClearConfig
+from moee.methods.recipe import make_recipe, read_recipe
 from moee.mlps.attention import narrow_attentions
 from moee.models.model import build_model
 from moee.planning import PLAN, Budget, make_plan, read_plan
@@ -29,21 +29,23 @@ def session(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config",
+    "method, values",
     [
-        make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=200, attention_macs=0.8, target_macs=0.7),
-        make_extract_config("moefication", experts=4, top_k=2, attention_macs=0.8),
-        ClearConfig(experts=2, attention_macs=0.8, target_macs=0.7, calibration_images=20),
+        ("experts", {"clustering": "kmeans", "clusters": 4, "cluster_tokens": 200, "target_macs": 0.7}),
+        ("moefication", {"experts": 4, "top_k": 2}),
+        ("clear-moe", {"experts": 2, "target_macs": 0.7, "calibration_images": 20}),
     ],
     ids=["moee", "moefication", "clear-moe"],
 )
-def test_every_method_starts_from_the_narrowed_model(session, tmp_path, config):
-    moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
+def test_every_method_starts_from_the_narrowed_model(session, tmp_path, method, values):
+    recipe = make_recipe(method, values={**values, "attention_macs": 0.8})
+    moee = run_extract(tiny_spec(), "tiny", recipe, tmp_path / "out", session=session)
+    assert moee.recipe == recipe and len(recipe.steps) == 2
     assert narrow_attentions(moee.model) and not narrow_attentions(session.dense)
     cost = moee.info["stages"]["extracted"]["cost"]
-    if config.target_macs:
-        bound = 1.005 if isinstance(config, ClearConfig) else 1.02  # held-out images route a little differently
-        assert 0.6 * cost["dense"]["macs"] < cost["moee"]["macs"] <= bound * config.target_macs * cost["dense"]["macs"]
+    if "target_macs" in values:
+        bound = 1.005 if method == "clear-moe" else 1.02  # held-out images route a little differently
+        assert 0.6 * cost["dense"]["macs"] < cost["moee"]["macs"] <= bound * values["target_macs"] * cost["dense"]["macs"]
     again = checkpoint.load(tmp_path / "out")
     images = tiny_images(4).images
     with torch.no_grad():
@@ -57,9 +59,10 @@ def test_a_plan_narrows_every_method_alike(session, tmp_path):
     methods = ("kmeans-8", "static", "moefication", "clear-moe")
     budget = Budget(target_macs=0.75)
     plan = make_plan(session, budget, tmp_path / "plan", methods, base=base, allocations=("share",), attention=(0.8,))
-    configs = [p["config"] for p in plan["points"] if p["config"]]
-    assert len(configs) >= 3 and all(c["attention_macs"] == 0.8 for c in configs)
-    assert all(p["macs"] <= 0.76 for p in plan["points"] if p["config"])
+    recipes = [p["recipe"] for p in plan["points"] if p["recipe"]]
+    assert len(recipes) >= 3 and all(r["steps"][0]["attention_macs"] == 0.8 and len(r["steps"]) == 2 for r in recipes)
+    assert all(p["macs"] <= 0.76 and p["attention"] == 0.8 for p in plan["points"] if p["recipe"])
+    assert read_recipe(tmp_path / "plan" / "recipe.toml") == read_plan(tmp_path / "plan", tiny_spec())
     config = read_plan(tmp_path / "plan", tiny_spec())
     moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
     assert narrow_attentions(moee.model)
@@ -71,7 +74,7 @@ def test_a_plan_tries_shares_of_the_attention(session, tmp_path, monkeypatch):
     """Whole and narrower attention in one front, the widths of every share from one measurement, one calibration a share; a plan
     broken off between two shares ends the same."""
     calls = []
-    for place, name in (("moee.stages.session", "width_losses"), ("moee.planning.search", "calibrate")):
+    for place, name in (("moee.methods.heads.narrowing", "width_losses"), ("moee.planning.search", "calibrate")):
         real = getattr(importlib.import_module(place), name)
         monkeypatch.setattr(f"{place}.{name}", lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k))
     options = {
@@ -81,8 +84,8 @@ def test_a_plan_tries_shares_of_the_attention(session, tmp_path, monkeypatch):
     plan = make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **options)
     # refinement may turn back to the share of a leader
     assert calls[:4] == ["calibrate", "width_losses", "calibrate", "calibrate"] and calls.count("width_losses") == 1
-    shares = [p["config"]["attention_macs"] for p in plan["points"] if p["config"]]
-    assert all(shares.count(s) >= 2 for s in (None, 0.8, 0.6))
+    shares = [p["attention"] for p in plan["points"] if p["recipe"]]
+    assert all(shares.count(s) >= 2 for s in (1.0, 0.8, 0.6))
     config = read_plan(tmp_path / "plan", tiny_spec())
     moee = run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
     made = moee.info["stages"]["extracted"]
@@ -100,7 +103,7 @@ def test_a_plan_tries_shares_of_the_attention(session, tmp_path, monkeypatch):
 
 @pytest.fixture
 def artifact(session, tmp_path):
-    config = make_extract_config(clustering="kmeans", clusters=4, cluster_tokens=200, attention_macs=0.8)
+    config = make_recipe(values={"clustering": "kmeans", "clusters": 4, "cluster_tokens": 200, "attention_macs": 0.8})
     run_extract(tiny_spec(), "tiny", config, tmp_path / "out", session=session)
     return tmp_path / "out"
 
@@ -195,9 +198,9 @@ def test_bad_options_end_with_one_sentence(capsys):
 
 
 def test_start_depends_on_what_was_seen(session):
-    plain, collages = (session.start(make_extract_config(attention_macs=0.8, collages=n)) for n in (0, 1))
-    assert plain is not collages and session.start(make_extract_config(attention_macs=0.8)) is plain
-    assert session.start(make_extract_config()) is session.dense
+    plain, collages = (session.start(make_recipe(values={"attention_macs": 0.8, "collages": n})) for n in (0, 1))
+    assert plain is not collages and session.start(make_recipe("static", values={"attention_macs": 0.8})) is plain
+    assert session.start(make_recipe()) is session.dense
     same = all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), collages.state_dict().values(), strict=True))
     assert not same
 

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Attention
 
-import moee.methods.narrowing
-from moee.config import ExtractConfig, make_extract_config, validated
+import moee.methods.heads.narrowing
 from moee.errors import UserError
 from moee.measure.metrics import dense_macs, model_cost, original_macs
-from moee.methods.clear_moe import ClearConfig
-from moee.methods.convert import extract
-from moee.methods.head_fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
-from moee.methods.narrowing import _images, _standing_in, choose_widths, levels, moves, narrow, width_losses
+from moee.methods.heads.fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
+from moee.methods.heads.method import HeadsOptions
+from moee.methods.heads.narrowing import _images, _standing_in, narrow, width_losses
+from moee.methods.heads.widths import choose_widths, levels, moves
+from moee.methods.recipe import make_recipe
 from moee.mlps.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
 from moee.models.model import load_model, replace_module
 from tests.conftest import tiny_images, tiny_spec
@@ -121,7 +121,7 @@ def test_class_tokens_count_for_more(attention, monkeypatch):
             refit_projection(made, attention, x, prefix)
             return float((made(x) - attention(x))[:, 0].square().mean())
 
-    monkeypatch.setattr("moee.methods.head_fit.PREFIX_SHARE", 10.0)
+    monkeypatch.setattr("moee.methods.heads.fit.PREFIX_SHARE", 10.0)
     assert class_error(1) < class_error(0)
 
 
@@ -302,7 +302,7 @@ def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkey
     def fail(*args):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr("moee.methods.narrowing.refit_projection", fail)
+    monkeypatch.setattr("moee.methods.heads.narrowing.refit_projection", fail)
     with pytest.raises(RuntimeError, match="stop"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.7)
     assert len(find_attentions(tiny_model)) == 3
@@ -311,21 +311,16 @@ def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkey
 def test_activations_that_break_behind_a_narrowed_layer_name_the_attention(tiny_model, monkeypatch):
     """The trials saw the dense model's activations; the fit sees those that the narrowed layers before it make."""
     losses = width_losses(tiny_model, tiny_images(24), SIZE)
-    real = moee.methods.narrowing.refit_projection
+    real = moee.methods.heads.narrowing.refit_projection
 
     def broken(made, *args):
         real(made, *args)
         made.proj.bias.data[:] = float("inf")
 
-    monkeypatch.setattr("moee.methods.narrowing.refit_projection", broken)
+    monkeypatch.setattr("moee.methods.heads.narrowing.refit_projection", broken)
     with pytest.raises(UserError, match=r"`blocks\.\d\.attn` receives NaN or infinite"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.55, losses=losses)
     assert len(find_attentions(tiny_model)) == 3
-
-
-def test_a_whole_model_is_not_recorded_as_narrowed(tiny_model):
-    with pytest.raises(UserError, match="narrow it first"):
-        extract(tiny_model, tiny_images(24), make_extract_config(attention_macs=0.8))
 
 
 def test_older_timm_has_no_gate(tiny_model):
@@ -334,14 +329,15 @@ def test_older_timm_has_no_gate(tiny_model):
 
 
 def test_options():
-    assert ExtractConfig().narrows is None and ClearConfig().narrows is None
-    assert ExtractConfig(attention_macs=1.0).narrows is None, "nothing to measure"
-    assert make_extract_config(attention_macs=0.8, attention_heads="equal").narrows == (0.8, True)
-    for kind in (ExtractConfig, ClearConfig):
+    assert not make_recipe().first and not make_recipe("clear-moe").first
+    assert not make_recipe(values={"attention_macs": 1.0}).first, "nothing to measure"
+    for method in ("experts", "static", "clear-moe"):
+        recipe = make_recipe(method, values={"attention_macs": 0.8, "attention_heads": "equal", "seed": 3})
+        assert recipe.first == (HeadsOptions(attention_macs=0.8, attention_heads="equal", seed=3),) and recipe.cut.seed == 3
         with pytest.raises(UserError, match="--attention-macs"):
-            validated(kind, {"attention_heads": "equal"})
+            make_recipe(method, values={"attention_heads": "equal"})
         with pytest.raises(UserError, match="--attention-macs"):
-            validated(kind, {"attention_macs": 1.5})
+            make_recipe(method, values={"attention_macs": 1.5})
 
 
 def test_masks_reach_the_products(attention):

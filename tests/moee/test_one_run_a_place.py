@@ -7,8 +7,9 @@ import sys
 import pytest
 
 import moee
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
+from moee.methods.recipe import method_options
 from moee.places.resume import alone_on
 from moee.planning import Budget, make_plan
 from moee.stages.extract import run_extract
@@ -28,7 +29,7 @@ def work(monkeypatch, tmp_path):
 
 
 def test_a_second_fine_tuning_on_a_place_is_refused_while_the_first_one_lives(work, monkeypatch):
-    run_extract(tiny_spec(), "digits", make_extract_config(**KMEANS), work / "model")
+    run_extract(tiny_spec(), "digits", method_options(**KMEANS), work / "model")
     config, out = FinetuneConfig(epochs=1, batch_size=8), work / "tuned"
     with alone_on(work / "tuned.resume"):
         with pytest.raises(UserError, match="another run is working on .*tuned at this moment; wait for it, or choose"):

@@ -8,18 +8,18 @@ import timm.layers
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.layers.routed import RoutedFFN
 from moee.measure.evaluation import run
-from moee.methods.clear_moe import ClearConfig
-from moee.methods.clear_moe import convert as convert_clear
-from moee.methods.convert import extract
-from moee.methods.narrowing import narrow
+from moee.methods.clear_moe.convert import convert as convert_clear
+from moee.methods.clear_moe.options import ClearOptions
+from moee.methods.heads.narrowing import narrow
+from moee.methods.recipe import method_options
 from moee.mlps.gated import GatedFFN
 from moee.models.model import ModelSpec, load_model
 from moee.parallel.group import Group
 from moee.train.finetuning import finetune
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 from tests.stand_in import DEVICE, Placed, StandIn, autocast_enabled
 
 KMEANS = dict(clustering="kmeans", clusters=3, cluster_tokens=300)
@@ -74,7 +74,7 @@ def same(a, b) -> None:
 
 @pytest.mark.parametrize("which", CONFIGS)
 def test_an_extraction_on_a_device_is_the_one_on_the_cpu(which):
-    config, model, data = make_extract_config(**CONFIGS[which]), load_model(tiny_spec()), tiny_images()
+    config, model, data = method_options(**CONFIGS[which]), load_model(tiny_spec()), tiny_images()
     far = copy.deepcopy(model)
     expected = extract(model, data, config)
     with StandIn() as device:
@@ -87,7 +87,7 @@ def test_an_extraction_on_a_device_is_the_one_on_the_cpu(which):
 @pytest.mark.gpu
 @pytest.mark.parametrize("which", CONFIGS)
 def test_an_extraction_on_a_gpu_gives_the_same_model_as_far_as_rounding_lets_it(which):
-    config, model, data = make_extract_config(**CONFIGS[which]), load_model(tiny_spec()), tiny_images()
+    config, model, data = method_options(**CONFIGS[which]), load_model(tiny_spec()), tiny_images()
     far = copy.deepcopy(model)
     extract(model, data, config)
     extract(far, data, config, group=Group(device=torch.device("cuda", 0)))
@@ -102,7 +102,7 @@ def test_heads_and_clear_moe_on_a_gpu():
     wide = load_model(tiny_spec(embed_dim=64))
     far, low_rank = copy.deepcopy(wide), copy.deepcopy(wide)
     assert narrow(far, data, (3, 32, 32), 0.75, device=gpu)
-    convert_clear(low_rank, data, ClearConfig(experts=2, target_macs=0.7), device=gpu)
+    convert_clear(low_rank, data, ClearOptions(experts=2, target_macs=0.7), device=gpu)
     for model in (far, low_rank):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
         alike = torch.nn.functional.cosine_similarity(run(wide, data).features, run(model, data).features)
@@ -113,7 +113,7 @@ def test_a_hierarchical_model_is_refitted_on_a_device():
     """Its later layers take the forward pass up where the earlier ones left it."""
     spec = ModelSpec(name="swin", timm_name="swin_tiny_patch4_window7_224", kwargs=SWIN, random_seed=0)
     model, data = load_model(spec), tiny_images(size=64)
-    config = make_extract_config(**KMEANS, criterion="sensitivity", allocation="model", target_macs=0.8, refit_tokens=600)
+    config = method_options(**KMEANS, criterion="sensitivity", allocation="model", target_macs=0.8, refit_tokens=600)
     far = copy.deepcopy(model)
     extract(model, data, config)
     with StandIn():
@@ -123,7 +123,7 @@ def test_a_hierarchical_model_is_refitted_on_a_device():
 
 def test_gated_mlps_are_pruned_on_a_device():
     spec = ModelSpec(name="eva", timm_name="eva02_tiny_patch14_224", kwargs=EVA, random_seed=0)
-    model, data, config = load_model(spec), tiny_images(size=56), make_extract_config("static", target_macs=0.7)
+    model, data, config = load_model(spec), tiny_images(size=56), method_options("static", target_macs=0.7)
     far = copy.deepcopy(model)
     extract(model, data, config)
     with StandIn():
@@ -146,7 +146,7 @@ def test_heads_are_narrowed_on_a_device():
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 def test_clear_moe_runs_the_model_on_a_device(router):
     model, data = load_model(tiny_spec()), tiny_images()
-    config = ClearConfig(experts=2, target_macs=0.7, router=router)
+    config = ClearOptions(experts=2, target_macs=0.7, router=router)
     far = copy.deepcopy(model)
     expected = convert_clear(model, data, config)
     with StandIn() as device:

@@ -7,8 +7,9 @@ import torch
 
 from moee.artifacts.checkpoint import load
 from moee.errors import UserError
+from moee.methods import convert
 from moee.models.model import ModelSpec
-from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan, search
+from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan
 from moee.planning.budget import standing
 from moee.planning.plan import STORE_SCHEMA
 from moee.stages.extract import run_extract
@@ -90,7 +91,7 @@ def test_margins_are_against_the_best_static_model_within_the_budget():
 def test_the_plan_is_what_extract_then_measures(session, tmp_path, more):
     options = {**FAST, "base": {**FAST["base"], **more}}
     plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **options)
-    assert more.items() <= plan["winner"]["config"].items()
+    assert more.items() <= plan["winner"]["recipe"]["steps"][-1].items()
     assert json.loads((tmp_path / "plan" / PLAN).read_text())["winner"] == plan["winner"]
     winner = plan["winner"]
     assert winner["method"] != "dense" and winner["macs"] <= 0.805
@@ -106,7 +107,7 @@ def test_the_plan_is_what_extract_then_measures(session, tmp_path, more):
 def test_moefication_takes_as_many_experts_as_the_budget_allows(session, tmp_path):
     fast = {**FAST, "methods": ("moefication",)}
     plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **fast)
-    config = plan["winner"]["config"]
+    config = plan["winner"]["recipe"]["steps"][-1]
     share, top_k = plan["winner"]["macs"], config["top_k"]
     assert config["method"] == "moefication" and share <= 0.8 < share + (1 - share) / (config["experts"] - top_k)
     assert len(plan["layers"]) == 3
@@ -139,14 +140,14 @@ def test_a_budget_below_the_smallest_ranks_is_no_point(session, tmp_path):
 def test_what_no_point_needs_is_not_computed(session, tmp_path, monkeypatch):
     """Sensitivity only for the allocation that asks for it, and the winner is not made a second time."""
     calls = []
-    for name in ("sensitivity_of", "apply"):
-        real = getattr(search, name)
-        monkeypatch.setattr(search, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+    for name in ("sensitivity_of", "install_experts"):
+        real = getattr(convert, name)
+        monkeypatch.setattr(convert, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
     make_plan(session, Budget(min_cosine=0.01), tmp_path / "share", **FAST, allocations=("share",))
-    assert calls == ["apply"] * 4
+    assert calls == ["install_experts"] * 4
     calls.clear()
     make_plan(session, Budget(target_macs=0.8), tmp_path / "sensitivity", **FAST, allocations=("sensitivity",))
-    assert calls == ["sensitivity_of", "apply"] * 2
+    assert calls == ["sensitivity_of", "install_experts"] * 2
 
 
 def stopped(session, monkeypatch, call):
@@ -254,7 +255,7 @@ def test_a_damaged_point_is_one_sentence(session, tmp_path):
         make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", **FAST)
 
 
-@pytest.mark.parametrize("change", [{"method": "x"}, {"allocation": "x"}, {"config": {"attention_macs": "x"}}, {"config": None}])
+@pytest.mark.parametrize("change", [{"method": "x"}, {"allocation": "x"}, {"recipe": {"steps": "x"}}, {"recipe": None}])
 def test_a_point_of_other_options_is_one_sentence(session, tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
         interrupted(session, tmp_path)

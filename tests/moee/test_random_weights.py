@@ -14,8 +14,9 @@ from exporter.runners import OnnxRunner
 from moee.artifacts import checkpoint
 from moee.artifacts.inspection import inspect_artifact
 from moee.artifacts.model import MoeeModel
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, build_model, load_model
 from moee.models.source import ModelOptions, named_model, named_spec, with_random
 from moee.planning.plan import read_plan
@@ -53,7 +54,7 @@ def images(monkeypatch):
 @pytest.fixture
 def artifact(images, tmp_path):
     """An extraction from random weights, by a session that is gone when others read it."""
-    config = make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=200)
+    config = method_options(clustering="kmeans", clusters=3, cluster_tokens=200)
     run_extract(SPEC, "tiny", config, tmp_path / "artifact")
     torch.manual_seed(99)  # later commands start somewhere else
     return tmp_path / "artifact"
@@ -279,7 +280,7 @@ def test_a_classifier_of_imagenet_21k_is_no_size_beyond_any_model():
 
 def test_loading_an_artifact_leaves_the_random_state(tmp_path, tiny_moee):
     model, _, _, config, _ = tiny_moee
-    checkpoint.save(MoeeModel(model, tiny_spec(), config, "tiny"), tmp_path / "model")
+    checkpoint.save(MoeeModel(model, tiny_spec(), Recipe.of(config), "tiny"), tmp_path / "model")
     before = torch.get_rng_state()
     checkpoint.load(tmp_path / "model").layout()
     assert torch.equal(torch.get_rng_state(), before)
@@ -291,7 +292,7 @@ def test_weights_that_a_manifest_names_need_a_hash(tmp_path, tiny_moee):
     save_file(dense.state_dict(), tmp_path / "w.safetensors")
     spec = tiny_spec().model_copy(update={"random_seed": None, "weights": str(tmp_path / "w.safetensors")})
     assert equal(load_model(spec), dense)
-    checkpoint.save(MoeeModel(model, spec, config, "tiny"), tmp_path / "model")
+    checkpoint.save(MoeeModel(model, spec, Recipe.of(config), "tiny"), tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model")
     assert len(loaded.spec.weights_sha256) == 64 and equal(loaded.dense(), dense)
     body = json.loads((tmp_path / "model" / "moee.json").read_text())

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from moee.artifacts.checkpoint import SCHEMA
-from moee.config import ExtractConfig
 from moee.errors import UserError
 from moee.kinds.routed import RoutedRecord
+from moee.methods.recipe import read_recipe_json
 from moee.models.model import ModelSpec
 from moee.schema import MIGRATIONS, split, upgraded
 from moee.store.artifact import read_manifest, write_manifest
@@ -22,7 +22,8 @@ def test_a_stored_manifest_of_version_1_still_reads():
     assert body["schema"] == SCHEMA
     assert [RoutedRecord(**layer).name for layer in body["layers"]] == ["blocks.0.mlp", "blocks.1.mlp"]
     assert ModelSpec(**body["model"]).timm_name == "vit_tiny_patch16_224"
-    assert ExtractConfig(**body["config"]).keep == 0.9
+    recipe = read_recipe_json(body["recipe"], STORED)
+    assert recipe.cut.keep == 0.9 and recipe.method.name == "experts" and recipe.tune is None
     assert body["info"]["stages"]["extracted"]["retention"]["images"] == 719
 
 

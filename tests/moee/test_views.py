@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.data.sources import load_data
 from moee.data.transform import Transform, model_transform
 from moee.data.views import Joined, Views, widened
 from moee.errors import UserError
-from moee.methods.convert import extract
+from moee.methods.recipe import method_options
 from moee.models.model import load_model
 from moee.train.finetuning import finetune
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 SMALL = Transform((3, 32, 32), MEAN, STD, {"mean": MEAN, "std": STD, "interpolation": "bicubic", "crop_pct": 0.9})
@@ -102,13 +102,13 @@ def test_only_the_refit_sees_the_views():
     layers = []
     for augment in (0, 1):
         model = copy.deepcopy(dense)
-        extract(model, data, make_extract_config(**FAST, augment=augment))
+        extract(model, data, method_options(**FAST, augment=augment))
         layers.append(model.blocks[0].mlp)
     for name in ("router", "w_up", "neurons", "offsets"):
         assert torch.equal(getattr(layers[0], name), getattr(layers[1], name))
     assert not torch.equal(layers[0].w_down, layers[1].w_down)
     with pytest.raises(UserError, match="--augment is for the refit; compensation mean has none"):
-        make_extract_config(**FAST, augment=1, compensation="mean")
+        method_options(**FAST, augment=1, compensation="mean")
 
 
 def test_distillation_on_views_pairs_each_with_its_own_teacher(monkeypatch):
@@ -118,7 +118,7 @@ def test_distillation_on_views_pairs_each_with_its_own_teacher(monkeypatch):
     torch.manual_seed(0)
     dense, data = load_model(tiny_spec()), tiny_images(20)
     model = copy.deepcopy(dense)
-    extract(model, data, make_extract_config(**FAST))
+    extract(model, data, method_options(**FAST))
     seen = set()
     real = training.Trainer._loss
 

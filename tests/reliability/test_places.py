@@ -26,8 +26,9 @@ from exporter.plots import write_plots
 from exporter.report import write_report
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import FinetuneConfig, make_extract_config
+from moee.config import FinetuneConfig
 from moee.errors import UserError
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, build_model
 from moee.places import placement
 from moee.places.placement import OutputFile, OutputFolder
@@ -553,8 +554,8 @@ def weights_in(path):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda w: run_extract(SPEC, str(w / "images"), make_extract_config(), w / "images", True),
-        lambda w: run_extract(weights_in(w / "model/model.safetensors"), "digits", make_extract_config(), w / "model", True),
+        lambda w: run_extract(SPEC, str(w / "images"), method_options(), w / "images", True),
+        lambda w: run_extract(weights_in(w / "model/model.safetensors"), "digits", method_options(), w / "model", True),
         lambda w: run_finetune(w / "model", FinetuneConfig(), w / "model", force=True),
         lambda w: run_finetune(w / "model", FinetuneConfig(), w / "photos", force=True),
         lambda w: build_engines(w / "export", w / "export", plugin=None, force=True),
@@ -660,7 +661,7 @@ def test_what_cannot_be_put_back_gets_a_free_name(work, names):
 
 
 def late_model():
-    return MoeeModel(build_model(tiny_spec()), tiny_spec(), make_extract_config(), "tiny")
+    return MoeeModel(build_model(tiny_spec()), tiny_spec(), Recipe.of(method_options()), "tiny")
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -672,7 +673,7 @@ def test_a_model_is_written_beside_a_place_that_appears_during_the_work(work, fo
         checkpoint.save(late_model(), work / "new", force)
     assert [p.name for p in (work / "new").iterdir()] == ["wedding.jpg"]
     (kept,) = beside(work, "new")
-    assert read_manifest(kept, "moee.json", "moee.model/1")["data"] == "tiny"
+    assert read_manifest(kept, "moee.json", "moee.model/2")["data"] == "tiny"
     assert not [p for p in work.iterdir() if p.name.startswith(".")]
 
 

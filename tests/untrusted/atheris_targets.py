@@ -21,8 +21,8 @@ import atheris
 with atheris.instrument_imports(include=["moee", "exporter"], enable_loader_override=False):
     from exporter.onnx_safety import check_onnx, load_ir
     from moee.artifacts import checkpoint
-    from moee.config import make_extract_config
     from moee.errors import UserError
+    from moee.methods.recipe import Recipe, method_options
     from moee.models.model import ModelSpec
     from moee.planning.plan import read_plan
     from moee.weights.weights_file import read_safetensors
@@ -39,8 +39,8 @@ def manifest(folder: Path) -> Target:
 def plan(folder: Path) -> Target:
     spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs={"depth": 2})
     body = {
-        **{"schema": "moee.plan/1", "files": {}, "model": spec.model_dump(mode="json")},
-        "winner": {"method": "kmeans", "config": make_extract_config().model_dump(mode="json")},
+        **{"schema": "moee.plan/2", "files": {}, "model": spec.model_dump(mode="json")},
+        "winner": {"method": "kmeans", "recipe": Recipe.of(method_options()).to_json()},
     }
     (folder / "plan.json").write_text(json.dumps(body))
     return folder / "plan.json", lambda: read_plan(folder / "plan.json", spec)

@@ -5,10 +5,9 @@ import pytest
 from exporter.graph.export import export
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.config import make_extract_config
-from moee.methods.convert import extract
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import load_model
-from tests.conftest import tiny_images, tiny_spec
+from tests.conftest import extract, tiny_images, tiny_spec
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +18,9 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEE_CACHE", str(folder / "cache"))
         model = load_model(spec)
-        config = make_extract_config(clustering="kmeans", clusters=3, cluster_tokens=300)
+        config = method_options(clustering="kmeans", clusters=3, cluster_tokens=300)
         extract(model, tiny_images(24), config)
-    moee = MoeeModel(model.eval(), spec, config, "tiny", None, {"stages": {}, "layers": []})
+    moee = MoeeModel(model.eval(), spec, Recipe.of(config), "tiny", None, {"stages": {}, "layers": []})
     checkpoint.save(moee, folder / "model")
     export(moee, folder / "export", source=folder / "model")
     return folder

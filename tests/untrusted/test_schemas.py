@@ -15,8 +15,8 @@ from exporter.runners import EngineRunner, check_plugin
 from exporter.timing import latency
 from exporter.timing.profile import batch_profile
 from moee.ablation.cells import read_cells
-from moee.config import make_extract_config
 from moee.errors import MissingDependency, UserError
+from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec
 from moee.planning.budget import checked_point
 from moee.planning.plan import read_plan
@@ -85,19 +85,19 @@ def test_engine_manifests(made, tmp_path, count):
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_plans(tmp_path, count):
-    spec, config = tiny_spec(), make_extract_config(clustering="kmeans", clusters=4)
-    winner = {"method": "kmeans", "allocation": "share", "macs": 0.7, "config": config.model_dump(mode="json")}
+    spec, config = tiny_spec(), method_options(clustering="kmeans", clusters=4)
+    winner = {"method": "kmeans", "allocation": "share", "macs": 0.7, "recipe": Recipe.of(config).to_json(), "attention": 1.0}
     body = {"model": spec.model_dump(mode="json"), "data": "digits", "winner": winner, "points": [winner]}
     folder = tmp_path / "plan"
     folder.mkdir()
-    write_manifest(folder, "plan.json", "moee.plan/1", body)
-    assert read_plan(folder, spec) == config and read_plan(folder / "plan.json", spec) == config
+    write_manifest(folder, "plan.json", "moee.plan/2", body)
+    assert read_plan(folder, spec) == Recipe.of(config) and read_plan(folder / "plan.json", spec) == Recipe.of(config)
     every_text(count, folder / "plan.json", lambda: read_plan(folder, spec))
 
 
 POINT = {
     "method": "kmeans", "allocation": "share", "macs": 0.7, "params": 0.8, "cosine": 0.99, "token_cosine": 0.98, "accuracy": None,
-    "drop": None, "latency": {"kind": "measured", "dense_ms": 2.0, "moee_ms": 1.0}, "config": {"keep": 0.9},
+    "drop": None, "latency": {"kind": "measured", "dense_ms": 2.0, "moee_ms": 1.0}, "recipe": {"steps": []},
 }  # fmt: skip
 CELL = {
     "schema": "moee.clear-cell/1", "setting": {"router": "linear", "rank": 96}, "config": {"seed": 0}, "dense_accuracy": 0.9,
@@ -122,7 +122,7 @@ def test_results_of_interrupted_runs(tmp_path, kind, count):
 @pytest.mark.parametrize("count", COUNTS)
 def test_cells_of_an_ablation_count_as_not_run(tmp_path, count):
     (tmp_path / "cells").mkdir()
-    body = {"schema": "moee.ablation-cell/1", "config": make_extract_config().model_dump(mode="json"),
+    body = {"schema": "moee.ablation-cell/2", "recipe": Recipe.of(method_options()).to_json(),
             "result": {"status": "dense", "seconds": 1.0}}  # fmt: skip
     path = tmp_path / "cells" / "0123456789abcdef.json"
     path.write_text(json.dumps(body))

@@ -13,7 +13,6 @@ from moee.calibrate.calibration import collect_tokens
 from moee.data.image_set import ImageSet, TensorSet, batches
 from moee.errors import UserError
 from moee.layers.clear_routers import Router, fit_router
-from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.decompose import (
     Moments,
     dense_hidden,
@@ -23,6 +22,7 @@ from moee.methods.clear_moe.decompose import (
     sqrt_and_inverse,
     up_metric,
 )
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.ranks import LossTable, loss_table
 from moee.methods.clear_moe.scoring import LayerScore, combine, score_layer
 from moee.models.ffn import FFN

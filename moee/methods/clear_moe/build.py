@@ -13,7 +13,6 @@ from moee.layers.activations import activate
 from moee.layers.clear import ClearFFN, ClearParts
 from moee.layers.report import RefitReport
 from moee.methods.clear_moe.analysis import Analysis
-from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.decompose import (
     decompose_down,
     decompose_up,
@@ -21,6 +20,7 @@ from moee.methods.clear_moe.decompose import (
     refit_down,
     up_metric,
 )
+from moee.methods.clear_moe.options import ClearOptions
 from moee.mlps.sites import put_mlp, restore_mlp
 from moee.parallel.devices import CPU, placed
 from moee.progress import Reporter

@@ -17,10 +17,10 @@ from moee.layers.report import LayerReport
 from moee.methods.clear_moe.analysis import Analysis, Ranks, analyse, calibration_set
 from moee.methods.clear_moe.build import Built, build_layers
 from moee.methods.clear_moe.choice import choose_ranks
-from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.decompose import (
     check_rank,
 )
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.clear_moe.scoring import LayerScore
 from moee.mlps.find import find_ffns, reports_of
 from moee.parallel.devices import CPU

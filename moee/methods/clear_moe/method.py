@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
-
-from moee.layers.report import LayerReport
-from moee.methods.base import Context, Method, Variant
+from moee.methods.base import Method, Variant
 from moee.methods.clear_moe.options import ClearOptions
-from moee.methods.clear_moe.convert import convert
-from moee.methods.exchange import share_layers
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moee.layers.report import LayerReport
+    from moee.methods.context import Context
 
 
 class ClearMethod(Method[ClearOptions]):
@@ -20,8 +21,13 @@ class ClearMethod(Method[ClearOptions]):
     variants: ClassVar = {"clear-moe": Variant({})}
     allocations: ClassVar = {"ranks": {}}  # a rank for every map
 
+    rows: ClassVar = {}  # it has an ablation of its own
+
     def convert(self, model: nn.Module, options: ClearOptions, context: Context) -> Sequence[LayerReport]:
         """Rank 0 works alone: layers are built front to back on 200 images, so there is little to share."""
+        from moee.methods.clear_moe.convert import convert
+        from moee.methods.exchange import share_layers
+
         layers: Sequence[LayerReport] = ()
         with context.group.agreed():
             if context.group.leader:

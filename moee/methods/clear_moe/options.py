@@ -28,18 +28,19 @@ class ClearOptions(Options):
         None, ge=0, le=MOST_COUNT, description="rank of each expert beside the basis (default: divided by the least error)"
     )
     energy: float | None = Field(
-        None, gt=0, le=1, description=f"share of each map's output variance that is kept (default: {DEFAULT_ENERGY}, without a rank "
-        "or a target)",
+        None, gt=0, le=1,
+        description=f"share of each map's output variance that is kept (default: {DEFAULT_ENERGY}, without a rank or target)",
     )  # fmt: skip
     target_macs: float | None = Field(
-        None, gt=0, lt=1, description="MACs of the result as a share of the dense model's; ranks, or with --rank layers, are then found"
-    )
+        None, gt=0, lt=1,
+        description="MACs of the result as a share of the dense model's; ranks, or with --rank layers, are then found",
+    )  # fmt: skip
     layers: Count | None = Field(None, description="how many layers are cut, best scores first (default: all that pay)")
     router: Literal["linear", "mlp", "centroid", "random"] = Field("linear", description="how a token finds its expert")
     router_width: Count = Field(32, description="hidden units of the mlp router")
     calibration_images: Count = Field(200, description="training images that are looked at")
     tokens: int = Field(16_384, ge=2, le=MOST_COUNT, description="calibration tokens a layer")
-    metric: Literal["output", "plain"] = Field("output", description="whether errors are weighed by what the output makes of them")
+    metric: Literal["output", "plain"] = Field("output", description="whether the errors of the maps are weighed by their effect")
     compensation: Literal["mean", "refit"] = Field("refit", description="whether the down maps are refitted to the basis first")
     refit_lambda: float = Field(
         0.01, gt=0, le=MOST_FACTOR, description="ridge of the refit, as a share of the Gram matrix's mean diagonal"

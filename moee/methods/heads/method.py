@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
 
 from moee.config import Options, Seed, Views
-from moee.data.transform import model_transform
-from moee.data.views import widened
-from moee.layers.report import LayerReport
-from moee.methods.base import Context, Method, Part
-from moee.methods.exchange import share_attention
-from moee.methods.heads.narrowing import narrow, width_losses
-from moee.methods.heads.widths import check_share
+from moee.methods.base import Method, Part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from moee.layers.report import LayerReport
+    from moee.methods.context import Context
 
 
 class HeadsOptions(Options):
@@ -47,8 +46,20 @@ class HeadsMethod(Method[HeadsOptions]):
     def changes(self, options: HeadsOptions) -> bool:
         return options.attention_macs not in (None, 1)
 
+    def check(self, model: nn.Module, shape: tuple[int, int, int], options: HeadsOptions) -> None:
+        from moee.methods.heads.widths import check_share
+
+        if options.attention_macs is not None:
+            check_share(model, shape, options.attention_macs)
+
     def convert(self, model: nn.Module, options: HeadsOptions, context: Context) -> Sequence[LayerReport]:
         """What was measured of a model's widths serves every share: it is left in the context."""
+        from moee.data.transform import model_transform
+        from moee.data.views import widened
+        from moee.methods.exchange import share_attention
+        from moee.methods.heads.narrowing import narrow, width_losses
+        from moee.methods.heads.widths import check_share
+
         share = options.attention_macs
         if share is None or share == 1:
             return []

@@ -8,83 +8,21 @@ selected experts. Dropped experts can be replaced by their mean, which the bias 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
-from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from moee.calibrate.calibration import CHUNK, LayerTokens, hidden_activations
-from moee.calibrate.options import CalibrationOptions
 from moee.calibrate.ridge import solve_ridge
-from moee.config import Count
-from moee.errors import OutOfReach, UserError, chosen
+from moee.errors import UserError, chosen
 from moee.layers.report import LayerReport
 from moee.layers.routed import LOAD_UNIT, Experts
 from moee.layers.routing import route
-from moee.measure.metrics import original_macs, tokens_per_image
-from moee.methods.base import Shares, Variant
-from moee.methods.choice import ffn_budget
-from moee.methods.convert import LayerMethod
-from moee.methods.exchange import Finding
-from moee.mlps.attention import macs_saved
-from moee.mlps.find import find_ffns
+from moee.methods.moefication.options import MoeficationOptions
 from moee.models.ffn import FFN
 from moee.parallel.devices import CPU
-from moee.progress import Reporter
 
 RIDGE = 1e-3  # of the trained router's Gram matrix, share of its mean diagonal
 ITERATIONS = 20
-
-
-class MoeficationOptions(CalibrationOptions):
-    """How the neurons are divided, and how a token finds its experts."""
-
-    experts: Count = Field(description="experts a layer: equal shares of its neurons")
-    top_k: Count = Field(1, description="experts that each token is routed to")
-    split: Literal["weights", "coactivation"] = Field(
-        "weights", description="what neurons are divided by: clusters of fc1's rows, or how often two are active together"
-    )
-    selector: Literal["centre", "router"] = Field(
-        "centre", description="how a token finds its experts: their parameters' centre, or a linear map that is fitted"
-    )
-    compensation: Literal["none", "mean"] = Field(
-        "mean", description="experts that a token does not get are ignored, or replaced by their mean output"
-    )
-
-    @model_validator(mode="after")
-    def _within(self) -> MoeficationOptions:
-        if self.top_k > self.experts:
-            raise ValueError(f"method moefication needs --top-k (now {self.top_k}) within --experts (now {self.experts})")
-        return self
-
-
-class MoeficationMethod(LayerMethod[MoeficationOptions]):
-    name, options = "moefication", MoeficationOptions
-    summary = "disjoint experts of equal size; every token goes to the best few"
-    shares: ClassVar[Shares] = "tokens"
-    presets: ClassVar = {"moefication": {}}
-    variants: ClassVar = {"moefication": Variant({"experts": 32, "selector": "router"})}
-    allocations: ClassVar = {"top-k": {}}  # the same number of experts a token in every layer
-
-    def find(
-        self, ffn: FFN, sampled: LayerTokens, options: MoeficationOptions, report: Reporter, device: torch.device
-    ) -> Finding:
-        return find_moefication(ffn, sampled, options, device)
-
-    def within(
-        self, options: MoeficationOptions, target: float, model: nn.Module, shape: tuple[int, int, int]
-    ) -> MoeficationOptions:
-        """The most experts a token whose MACs, router included, meet the target."""
-        ffns = {f.name: f for f in find_ffns(model, options.exclude).ffns}
-        tokens = tokens_per_image(model, ffns, shape)
-        whole = sum(tokens[n] * f.macs for n, f in ffns.items())
-        routers = sum(tokens[n] * f.dim * options.experts for n, f in ffns.items())
-        budget = ffn_budget(original_macs(model, shape), whole, target, macs_saved(model, shape))
-        most = int((budget - routers) * options.experts / whole)
-        if most < 1:
-            raise OutOfReach(f"--target-macs {target:g}: not one of {options.experts} experts a token fits")
-        return options.model_copy(update={"top_k": min(most, options.experts)})
 
 
 def balanced_groups(rows: Tensor, groups: int, seed: int) -> Tensor:

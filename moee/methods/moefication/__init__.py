@@ -1,0 +1,1 @@
+"""MoEfication: `method` is the method among others, `split` divides a layer's neurons into experts."""

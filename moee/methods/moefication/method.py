@@ -1,0 +1,63 @@
+"""MoEfication as a method among others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from moee.errors import OutOfReach
+from moee.methods.base import Row, Shares, Variant
+from moee.methods.layerwise import LayerMethod
+from moee.methods.moefication.options import MoeficationOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from moee.calibrate.calibration import LayerTokens
+    from moee.methods.exchange import Finding
+    from moee.models.ffn import FFN
+    from moee.progress import Reporter
+
+
+_ROW = {"experts": 16, "selector": "router"}
+_TOP_K = tuple({"top_k": k} for k in (4, 8, 12, 14))
+
+
+class MoeficationMethod(LayerMethod[MoeficationOptions]):
+    name, options = "moefication", MoeficationOptions
+    summary = "disjoint experts of equal size; every token goes to the best few"
+    shares: ClassVar[Shares] = "tokens"
+    presets: ClassVar = {"moefication": {}}
+    variants: ClassVar = {"moefication": Variant({"experts": 32, "selector": "router"})}
+    allocations: ClassVar = {"top-k": {}}  # the same number of experts a token in every layer
+
+    rows = {  # type: ignore[assignment]
+        "MoEfication, weights": Row({**_ROW, "split": "weights"}, _TOP_K),
+        "MoEfication, co-activation": Row({**_ROW, "split": "coactivation"}, _TOP_K),
+    }
+
+    def find(
+        self, ffn: FFN, sampled: LayerTokens, options: MoeficationOptions, report: Reporter, device: torch.device
+    ) -> Finding:
+        from moee.methods.moefication.split import find_moefication
+
+        return find_moefication(ffn, sampled, options, device)
+
+    def within(
+        self, options: MoeficationOptions, target: float, model: nn.Module, shape: tuple[int, int, int]
+    ) -> MoeficationOptions:
+        """The most experts a token whose MACs, router included, meet the target."""
+        from moee.measure.metrics import original_macs, tokens_per_image
+        from moee.methods.choice import ffn_budget
+        from moee.mlps.attention import macs_saved
+        from moee.mlps.find import find_ffns
+
+        ffns = {f.name: f for f in find_ffns(model, options.exclude).ffns}
+        tokens = tokens_per_image(model, ffns, shape)
+        whole = sum(tokens[n] * f.macs for n, f in ffns.items())
+        routers = sum(tokens[n] * f.dim * options.experts for n, f in ffns.items())
+        budget = ffn_budget(original_macs(model, shape), whole, target, macs_saved(model, shape))
+        most = int((budget - routers) * options.experts / whole)
+        if most < 1:
+            raise OutOfReach(f"--target-macs {target:g}: not one of {options.experts} experts a token fits")
+        return options.model_copy(update={"top_k": min(most, options.experts)})
