@@ -14,31 +14,13 @@ from typing import Any, NoReturn
 
 import shtab
 
-from exporter import ranks
-from exporter.commands import (
-    BAD_INPUT,
-    GATE_FAILED,
-    ablate,
-    ablate_clear,
-    bench,
-    bench_dispatch,
-    build,
-    bundle,
-    check_outputs,
-    demo,
-    doctor,
-    export,
-    extract,
-    finetune,
-    inspect,
-    plan,
-    plots,
-    plugin,
-    report,
-    verify,
-)
-from exporter.failures import explain
-from exporter.ui import plain_console
+from exporter.commands import demo, doctor, plots, report
+from exporter.commands.engines import bench, bench_dispatch, build, bundle, export, plugin, verify
+from exporter.commands.models import ablate, ablate_clear, extract, finetune, inspect, plan
+from exporter.terminal import ranks
+from exporter.terminal.failures import explain
+from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, check_outputs
+from exporter.terminal.ui import plain_console
 from moee.errors import UserError, plain
 from moee.version import VERSION
 

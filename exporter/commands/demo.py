@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import GATE_FAILED, OK, add_device, add_out, add_outputs, at_least
-from exporter.commands.bench import latency_table
-from exporter.ui import ProgressDisplay, number, percent, stage_table
+from exporter.commands.engines.bench import latency_table
+from exporter.terminal.flags import GATE_FAILED, OK, add_device, add_out, add_outputs, at_least
+from exporter.terminal.ui import ProgressDisplay, number, percent, stage_table
 from moee.config import MOST_EPOCHS
 from moee.places.placement import DemoFolder
 

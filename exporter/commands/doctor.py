@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import ENVIRONMENT, OK
+from exporter.terminal.flags import ENVIRONMENT, OK
 
 TEXT = "what is installed, what is missing, how to add it"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_outputs
+from exporter.terminal.flags import OK, add_outputs
 from moee.places.placement import OutputFile, source_paths
 from moee.store.result_kinds import REPORT
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from exporter.cli_options import flag_of
 from exporter.report.sources import Sources
 from exporter.report.values import dig
+from exporter.terminal.options import flag_of
 from moee.config import FinetuneConfig, Options
 from moee.methods.registry import METHODS
 

@@ -15,7 +15,7 @@ from exporter.report.markup import Html, join, raw_text_element, tag
 from exporter.report.sources import Sources
 from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
-from exporter.ui import data_title
+from exporter.terminal.ui import data_title
 from moee.measure.accuracy import recorded_interval
 from moee.places.placement import OutputFile, source_paths
 from moee.schema import shown

@@ -22,7 +22,7 @@ from moee.places.placement import OutputFolder, check_all, resume_folder, source
 from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, USUAL, VARIANTS, Latency, Planner, recipe_of, ways
+from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Latency, Planner, recipe_of, usual, variants, ways
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
 from moee.stages.session import Session
@@ -43,9 +43,9 @@ class Plan(Body):
 
 
 def make_plan(
-    session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] = USUAL,
+    session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | None = None,
-    force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = tuple(ALLOCATIONS),
+    force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
     attention: tuple[float, ...] = (1.0,),
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
@@ -57,6 +57,7 @@ def make_plan(
     inputs = source_paths(session.source, session.spec.weights)
     output, store = OutputFolder(out, PLAN_FOLDER, force, inputs), resume_folder(out, PLAN_STATE, inputs)
     check_all([output, store])
+    methods = usual() if methods is None else methods
     with alone_on(store.place, session.group.leader):
         return _planned(session, budget, output, store, methods, targets, base, latency, report, allocations, attention)
 
@@ -127,14 +128,14 @@ def check_ways(
 ) -> None:
     """Raise `UserError` for what can be said of a plan's options without its model: names that are unknown, values that do not
     fit."""
-    for kind, given, known in (("method", methods, tuple(VARIANTS)), ("allocation", allocations, ALLOCATIONS)):
+    for kind, given, known in (("method", methods, tuple(variants())), ("allocation", allocations, ALLOCATIONS)):
         unknown = sorted(set(given) - set(known))
         if unknown or not given:
             came = ", ".join(shown(name, quoted=False) for name in unknown) or "(none)"
             raise UserError(f"--{kind}s: unknown {kind} {came}; expected some of {', '.join(known)}")
     if "attention_macs" in base:
         raise ValueError("shares of the attention go into `attention`, not into `base`")
-    for way in ways(VARIANTS, ALLOCATIONS, attention):
+    for way in ways(variants(), ALLOCATIONS, attention):
         recipe_of(way, base)
 
 

@@ -20,6 +20,7 @@ from moee.config import Options
 from moee.errors import NothingRouted, OutOfReach, UserError
 from moee.layers.report import LayerReport
 from moee.measure.accuracy import Comparison
+from moee.methods.base import Method, Variant
 from moee.methods.convert import Prepared, calibrate
 from moee.methods.experts import ALLOCATIONS as EXPERT_ALLOCATIONS
 from moee.methods.recipe import Recipe, make_recipe, read_recipe_json
@@ -32,22 +33,30 @@ from moee.store.artifact import read_json, write_json
 from moee.store.atomic import temporary_folder
 
 PLAN_POINT = "a plan's point"  # what a message calls the recipe of one
-VARIANTS = {name: (method, variant) for method in METHODS for name, variant in method.variants.items()}
-USUAL = tuple(name for name, (_, variant) in VARIANTS.items() if variant.usual)
 ALLOCATIONS = tuple(EXPERT_ALLOCATIONS)
 STATIC = "static"  # the variant that cuts gated MLPs
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
 
 
+def variants() -> dict[str, tuple[Method[Any], Variant]]:
+    """Every way of a method that a plan can try, by name."""
+    return {name: (method, variant) for method in METHODS for name, variant in method.variants.items()}
+
+
+def usual() -> tuple[str, ...]:
+    """Those that it tries when nobody says which."""
+    return tuple(name for name, (_, variant) in variants().items() if variant.usual)
+
+
 def allocations_of(variant: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
     """The ways in which a variant of a method can spend a budget: of those `wanted`, or its method's own."""
-    own = tuple(VARIANTS[variant][0].allocations)
+    own = tuple(variants()[variant][0].allocations)
     return wanted if set(own) == set(ALLOCATIONS) else own
 
 
 class Way(NamedTuple):
-    """How a point is made, but for its budget: key of `VARIANTS`, how it spends the budget, share of the attention's MACs."""
+    """How a point is made, but for its budget: key of `variants`, how it spends the budget, share of the attention's MACs."""
 
     method: str
     allocation: str
@@ -62,7 +71,7 @@ def ways(methods: Iterable[str], allocations: tuple[str, ...], attention: Iterab
 def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
     """The recipe of a way, of the options `base` those that its steps know, without a budget. Raises `UserError` for values that
     do not fit."""
-    method, variant = VARIANTS[way.method]
+    method, variant = variants()[way.method]
     attention = {"attention_macs": way.attention} if way.attention < 1 else {}
     known = set(method.options.model_fields)
     for heads in cutting("attention") if attention else ():

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from exporter.clear_ablation import Grid, markdown, summarise
-from exporter.commands.plan import points_table, verdict
+from exporter.commands.models.plan import points_table, verdict
 from exporter.demo import _summary
 from exporter.report import write_report
 from exporter.report.agreement import _accuracy_notes
-from exporter.ui import plain_console, retention_notes, stage_table, title_of
+from exporter.terminal.ui import plain_console, retention_notes, stage_table, title_of
 from exporter.verification.accuracy import compare_accuracy
 from moee.measure.accuracy import wilson
 from tests.exporter.report_data import write_run

@@ -3,7 +3,7 @@
 import pytest
 
 from exporter.figures import macs_unit, status_of
-from exporter.ui import layer_table, stage_table
+from exporter.terminal.ui import layer_table, stage_table
 from tests.exporter.test_accuracy_shown import stage, text_of
 
 

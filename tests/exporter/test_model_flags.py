@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from exporter import cli
-from exporter.commands import add_model, model_flags
 from exporter.pretrained import ModelOptions, resolve
 from exporter.report.commands import _extract
+from exporter.terminal.flags import add_model, model_flags
 from moee.artifacts import checkpoint
 from moee.data.class_map import read_class_map
 from moee.data.transform import model_transform

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from exporter import cli
-from exporter.commands import extract as extract_command
+from exporter.commands.models import extract as extract_command
 from moee.data.sources import load_data
 from moee.errors import UserError
 from moee.places.placement import OutputFolder, source_paths

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from exporter import cli
-from exporter.commands.plan import parse_shares, points_table, verdict
+from exporter.commands.models.plan import parse_shares, points_table, verdict
 from exporter.forms.roofline import operation_ms
+from exporter.terminal.ui import plain_console
 from exporter.timing.device import DEVICES, dense_facts, latency_of, modelled
-from exporter.ui import plain_console
 from moee.data.image_set import image_shape
 from moee.errors import UserError
 from moee.methods.clear_moe.convert import convert

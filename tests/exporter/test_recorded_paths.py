@@ -7,7 +7,7 @@ import torch
 
 from exporter import cli
 from exporter.report.commands import _extract
-from exporter.ui import data_title, title_of
+from exporter.terminal.ui import data_title, title_of
 from moee.artifacts import checkpoint
 from moee.artifacts.model import recorded_data
 from moee.data.sources import located, same_data

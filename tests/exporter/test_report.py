@@ -9,10 +9,10 @@ from typing import get_args, get_origin
 import pytest
 
 from exporter import cli
-from exporter.cli_options import _plain, given_options
 from exporter.report import collect, render, write_report
 from exporter.report.commands import commands
 from exporter.report.page import MAX_BYTES
+from exporter.terminal.options import _plain, given_options
 from moee.errors import UserError
 from moee.methods.recipe import make_recipe
 from moee.methods.registry import METHODS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exporter.cli import main
-from exporter.failures import explain
+from exporter.terminal.failures import explain
 from moee.clustering.pairwise import full_precision_products
 from moee.errors import UserError
 from moee.parallel import devices, joining

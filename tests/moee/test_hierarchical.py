@@ -8,7 +8,7 @@ from torch import nn
 
 import moee.calibrate.refit
 import moee.calibrate.sensitivity
-from exporter.ui import layer_notes
+from exporter.terminal.ui import layer_notes
 from moee.calibrate.entry import find_entry, gather, run_until_reached, taken_up
 from moee.calibrate.image_budget import image_groups, spread, tokens_an_image
 from moee.calibrate.refit import refit, refit_layer

@@ -2,8 +2,8 @@
 
 import pytest
 
-from exporter.failures import explain
-from exporter.ui import stage_table
+from exporter.terminal.failures import explain
+from exporter.terminal.ui import stage_table
 from moee.artifacts import checkpoint
 from moee.artifacts.inspection import inspect_artifact
 from moee.config import FinetuneConfig

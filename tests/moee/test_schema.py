@@ -60,7 +60,7 @@ def test_what_is_no_object_is_refused(body):
 
 
 def test_manifests_are_read_through_it(tmp_path):
-    write_manifest(tmp_path, "moee.json", "moee.model/2", {})
+    write_manifest(tmp_path, "moee.json", "moee.model/3", {})
     with pytest.raises(UserError, match="upgrade moee"):
         read_manifest(tmp_path, "moee.json", SCHEMA)
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from exporter.failures import explain
+from exporter.terminal.failures import explain
 from moee.errors import UserError
 from moee.store import atomic
 from moee.store.artifact import read_manifest, write_json, write_manifest

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from exporter import cli
-from exporter.commands import check_outputs
 from exporter.engines.build import build_engines
 from exporter.plots import write_plots
 from exporter.report import write_report
+from exporter.terminal.flags import check_outputs
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig

@@ -154,7 +154,7 @@ def test_names_that_leave_the_folder(tmp_path, name):
 
 def test_no_command_fetches_data_that_a_file_names(made, tmp_path, monkeypatch):
     """bench falls back to noise, int8 asks for --data; neither opens the data set."""
-    from exporter.commands import bench
+    from exporter.commands.engines import bench
     from exporter.graph.export import export
 
     def opened(source, *args):

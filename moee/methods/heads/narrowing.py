@@ -18,7 +18,7 @@ from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
 from moee.interface.adapted import run_model
 from moee.methods.heads.fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
-from moee.methods.heads.widths import check_reach, choose_widths, moves, whole
+from moee.methods.heads.widths import check_reach, choose_widths, full_widths, moves
 from moee.mlps.attention import NarrowAttention, Widths, find_attentions, input_shapes
 from moee.models.ffn import channels_last
 from moee.models.model import Shape, replace_module
@@ -83,7 +83,7 @@ def narrow(
     steps = {
         name: _NarrowStep(name, attentions[name], widths, _scale(model, name), _prefix(model))
         for name, widths in chosen.items()
-        if widths != whole(attentions[name])
+        if widths != full_widths(attentions[name])
     }
     for name, step in steps.items():
         replace_module(model, name, step)

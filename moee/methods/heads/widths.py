@@ -16,7 +16,7 @@ STEP = 8  # dimensions: what tensor cores and fused attention want multiples of
 LEAST = 0.5  # share of a head's dimensions that stays, at least
 
 
-def whole(attention: Attention) -> Widths:
+def full_widths(attention: Attention) -> Widths:
     return Widths(attention.head_dim, attention.head_dim)
 
 
@@ -43,7 +43,7 @@ def check_share(model: nn.Module, shape: Shape, share: float) -> None:
 def check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], share: float) -> None:
     narrowest = {name: levels(attention.head_dim)[-1] for name, attention in attentions.items()}
     low = sum(macs_of(a, Widths(narrowest[n], narrowest[n]), shapes[n]) for n, a in attentions.items())
-    least = low / sum(macs_of(a, whole(a), shapes[n]) for n, a in attentions.items())
+    least = low / sum(macs_of(a, full_widths(a), shapes[n]) for n, a in attentions.items())
     if share < least * (1 - 1e-9):
         raise UserError(
             f"--attention-macs {share:g}: heads keep at least half of their dimensions, in multiples of {STEP}, so give "
@@ -60,9 +60,9 @@ def choose_widths(
     share: float, equal: bool,
 ) -> dict[str, Widths]:  # fmt: skip
     """Widths whose MACs are at most `share` of all: the cheapest loss a MAC first, over one or several steps."""
-    current = {name: whole(attention) for name, attention in attentions.items()}
-    whole = sum(macs_of(a, current[name], shapes[name]) for name, a in attentions.items())
-    total = whole
+    current = {name: full_widths(attention) for name, attention in attentions.items()}
+    dense = sum(macs_of(a, current[name], shapes[name]) for name, a in attentions.items())
+    total = dense
 
     def loss(name: str, widths: Widths) -> float:
         """Losses of query with key and of values are taken to add up."""
@@ -71,7 +71,7 @@ def choose_widths(
             return losses.get((name, widths), 0.0)
         return losses.get((name, Widths(widths.qk, full)), 0.0) + losses.get((name, Widths(full, widths.v)), 0.0)
 
-    while total > share * whole * (1 + 1e-9):
+    while total > share * dense * (1 + 1e-9):
         best: tuple[float, str, Widths] | None = None
         for name, attention in attentions.items():
             now = current[name]

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import NAMES, OK, add_weights, add_word, model_flags, options_of, speak
 from exporter.figures import macs_unit
-from exporter.ui import attention_table, number
+from exporter.terminal.flags import NAMES, OK, add_weights, add_word, model_flags, options_of, speak
+from exporter.terminal.ui import attention_table, number
 
 TEXT = "MACs, parameters, experts and routing, layer by layer"
 

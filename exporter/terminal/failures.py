@@ -7,7 +7,7 @@ import os
 import re
 import sys
 
-from exporter.commands import BAD_INPUT, ENVIRONMENT, GATE_FAILED, INTERRUPTED
+from exporter.terminal.flags import BAD_INPUT, ENVIRONMENT, GATE_FAILED, INTERRUPTED
 from moee.errors import MissingDependency, StepFailed, UserError, plain
 
 # what the machine lacks, as opposed to a path that was given wrongly

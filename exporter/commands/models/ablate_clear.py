@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import (
+from exporter.terminal.flags import (
     OK,
     add_device,
     add_model,
@@ -19,7 +19,7 @@ from exporter.commands import (
     several,
     show_skipped,
 )
-from exporter.ui import ProgressDisplay
+from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_SEEDS
 from moee.places.placement import OutputFile, OutputFolder
 from moee.store.result_kinds import CLEAR_ABLATION, CLEAR_PLOT, CLEAR_TABLE

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_outputs, add_word, at_least, finite
-from exporter.ui import ProgressDisplay
+from exporter.terminal.flags import GATE_FAILED, OK, add_outputs, add_word, at_least, finite
+from exporter.terminal.ui import ProgressDisplay
 from moee.bounds import BATCH, JOBS, RUNS, SECONDS
 from moee.places.placement import OutputFile, source_paths
 from moee.progress import Reporter, silent

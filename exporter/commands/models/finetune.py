@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.cli_options import add_options, flag_of, given_options
-from exporter.commands import OK, add_device, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
-from exporter.ui import stage_table, title_of
+from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
+from exporter.terminal.options import add_options, flag_of, given_options
+from exporter.terminal.ui import stage_table, title_of
 from moee.config import FinetuneConfig, validated
 from moee.errors import UserError
 from moee.methods.recipe import read_recipe

@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.cli_options import add_options
-from exporter.commands import (
+from exporter.terminal.flags import (
     OK,
     add_device,
     add_model,
@@ -23,7 +22,8 @@ from exporter.commands import (
     session_of,
     show_skipped,
 )
-from exporter.ui import ProgressDisplay, data_title, number, percent, span
+from exporter.terminal.options import add_options
+from exporter.terminal.ui import ProgressDisplay, data_title, number, percent, span
 from moee.config import MOST_BATCH
 from moee.errors import UserError
 from moee.measure.accuracy import counted
@@ -87,13 +87,13 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.timing.device import latency_of
     from moee.config import validated
-    from moee.planning import TARGETS, USUAL, Budget, check_ways, make_plan
+    from moee.planning import TARGETS, Budget, check_ways, make_plan, usual
 
     names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
     targets = parse_shares("--targets", args.targets) or TARGETS
     attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
     budget = validated(Budget, {name: getattr(args, name) for name in names})
-    methods = tuple(args.methods.split(",")) if args.methods is not None else USUAL
+    methods = tuple(args.methods.split(",")) if args.methods is not None else usual()
     allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
     check_ways(methods, allocations, attention, base)

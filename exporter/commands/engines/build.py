@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import GATE_FAILED, OK, add_out, add_outputs
 from exporter.engines.sms import parse_sms
-from exporter.ui import ProgressDisplay
+from exporter.terminal.flags import GATE_FAILED, OK, add_out, add_outputs
+from exporter.terminal.ui import ProgressDisplay
 from moee.places.placement import Output, OutputFile, OutputFolder, source_paths
 from moee.store.result_kinds import ENGINE, TIMING_CACHE
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_moved, add_out, add_outputs, at_least, open_artifact
-from exporter.ui import ProgressDisplay
+from exporter.terminal.flags import OK, add_moved, add_out, add_outputs, at_least, open_artifact
+from exporter.terminal.ui import ProgressDisplay
 from moee.bounds import CALIBRATION
 from moee.places.placement import OutputFolder, source_paths
 from moee.store.result_kinds import EXPORT

@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import OK, add_outputs, add_word, at_least
-from exporter.ui import ProgressDisplay
+from exporter.terminal.flags import OK, add_outputs, add_word, at_least
+from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_BATCH, MOST_WORKERS
 from moee.errors import UserError
 from moee.places.placement import OutputFile, source_paths

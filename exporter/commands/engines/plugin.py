@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import OK, add_out, add_outputs
 from exporter.engines.sms import parse_sms
-from exporter.ui import ProgressDisplay
+from exporter.terminal.flags import OK, add_out, add_outputs
+from exporter.terminal.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.places.placement import OutputFile, OutputFolder
 from moee.store.result_kinds import PLUGIN, PLUGIN_BUNDLE

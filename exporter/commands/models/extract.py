@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.cli_options import add_options, flag_of, given_options
-from exporter.commands import (
+from exporter.terminal.flags import (
     OK,
     add_device,
     add_model,
@@ -26,7 +25,8 @@ from exporter.commands import (
     show_skipped,
     trial_of,
 )
-from exporter.ui import attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
+from exporter.terminal.options import add_options, flag_of, given_options
+from exporter.terminal.ui import attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
 from moee.bounds import JOBS
 from moee.errors import UserError
 from moee.methods.recipe import make_recipe, read_recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands import (
+from exporter.terminal.flags import (
     OK,
     add_class_map,
     add_device,
@@ -18,7 +18,7 @@ from exporter.commands import (
     session_of,
     show_skipped,
 )
-from exporter.ui import ProgressDisplay
+from exporter.terminal.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.places.placement import OutputFolder
 from moee.store.result_kinds import ABLATION

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.commands import (
+from exporter.terminal.flags import (
     GATE_FAILED,
     OK,
     add_device,
@@ -25,7 +25,7 @@ from exporter.commands import (
     rank_display,
     show_skipped,
 )
-from exporter.ui import percent, within
+from exporter.terminal.ui import percent, within
 from moee.bounds import AGREEMENT, DROP, IMAGES, JOBS
 from moee.config import MOST_FACTOR
 from moee.errors import MissingDependency, UserError

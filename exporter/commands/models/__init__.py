@@ -1,0 +1,1 @@
+"""Commands about models: what is cut, how, and what is left."""

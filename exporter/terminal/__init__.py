@@ -1,0 +1,1 @@
+"""What commands share: flags, progress and tables, exit codes, ranks."""
