@@ -12,9 +12,10 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from exporter.quantization import Quantization
 from moee.artifacts.manifest import Classes, Costs
+from moee.config import MAX_SIDE
 from moee.errors import UserError
 from moee.models.ffn import plain_size
-from moee.models.model import MAX_SIDE, ModelSpec, Shape
+from moee.models.model import ModelSpec, Shape
 from moee.schema import Body, Text, checked, shown
 from moee.store.artifact import read_manifest, sha256_file, stays_inside
 

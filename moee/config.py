@@ -21,6 +21,7 @@ MOST_EPOCHS = 1_000_000
 MOST_FACTOR = 1e6  # a ridge, rate, radius or norm beyond it is a slip
 MOST_SEEDS = 1000  # runs of an ablation's cell
 MOST_VIEWS = 1000  # of one training image
+MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's and scikit-learn's range
 Count = Annotated[int, Field(ge=1, le=MOST_COUNT)]

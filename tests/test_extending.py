@@ -13,7 +13,8 @@ from exporter.report import write_report
 from moee.artifacts import checkpoint
 from moee.methods.recipe import make_recipe
 from moee.methods.registry import METHODS
-from moee.planning import Budget, make_plan
+from moee.planning.budget import Budget
+from moee.planning.plan import make_plan
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
 from tests.conftest import tiny_images, tiny_spec
@@ -77,8 +78,7 @@ def test_a_plan_and_an_ablation_try_it(norms, session, tmp_path):
     plan = make_plan(session, Budget(target_macs=0.7), tmp_path / "plan", ("norms", "static"), base={"tokens": 400})
     point = next(p for p in plan["points"] if p["method"] == "norms")
     assert point["macs"] == pytest.approx(0.7, abs=0.01) and point["recipe"]["steps"][0]["method"] == "norms"
-    from moee.ablation import TABLES, make_ablation_config
-    from moee.ablation.grid import cells_of
+    from moee.ablation.grid import TABLES, cells_of, make_ablation_config
 
     assert "norms" in [row.label for row in TABLES["3"].rows]
     cells = [cell for cell in cells_of(make_ablation_config(tables=("3",), seeds=1)) if cell.row == "norms"]

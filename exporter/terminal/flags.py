@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moee.bounds import CLASSES, DAY, JOBS, WORKERS
-from moee.config import MOST_COUNT
-from moee.interface.spec import MAX_SIDE
+from moee.config import MAX_SIDE, MOST_COUNT
 from moee.places.placement import Output, check_all, source_paths
 from moee.schema import shown
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from moee.config import MOST_COUNT, MOST_SEEDS, Count, Options, validated
 from moee.methods.registry import METHODS, cutting, method_named, options_for
@@ -126,22 +126,22 @@ TABLES: dict[str, Table] = {
 }  # fmt: skip
 
 
-class AblationConfig(BaseModel):
+class AblationConfig(Options):
     """Which tables, at which scale. The fields of `shared` must not change between runs into one folder; the others only
     add cells."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     tables: tuple[str, ...] = tuple(TABLES)
-    seeds: int = Field(3, ge=1, le=MOST_SEEDS)
+    seeds: int = Field(3, ge=1, le=MOST_SEEDS, description="runs of a cell, with seeds 0, 1, ...")
     compensation: tuple[Compensation, ...] = ("none", "refit")
     keeps: tuple[float, ...] = (0.50, 0.70, 0.90)
-    tokens: Count = 20_000
-    cluster_tokens: int = Field(4000, ge=2, le=MOST_COUNT)
-    components: Count = 50
-    min_cluster_size: float = Field(0.006, gt=0, lt=1)
-    statistics: Literal["cluster", "routed"] = "cluster"
-    refit_tokens: Count = 41_600
+    tokens: Count = Field(20_000, description="calibration tokens a layer")
+    cluster_tokens: int = Field(4000, ge=2, le=MOST_COUNT, description="tokens a layer that are clustered")
+    components: Count = Field(50, description="principal components of the activations that are clustered")
+    min_cluster_size: float = Field(0.006, gt=0, lt=1, description="smallest cluster, as a share of the clustered tokens")
+    statistics: Literal["cluster", "routed"] = Field(
+        "cluster", description="whether statistics are of an expert's cluster, as in the paper, or of the tokens routed to it"
+    )
+    refit_tokens: Count = Field(41_600, description="tokens a layer that the refit may use")
 
     @model_validator(mode="after")
     def _known(self) -> AblationConfig:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import nn
 
-MAX_SIDE = 4096  # pixels; a batch of images of that size is gigabytes
+from moee.config import MAX_SIDE
 
 LibraryName = Literal["timm", "torchvision", "hf", "python", "module"]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moee.config import MAX_SIDE
 from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, Description, on_meta, output_of, tensor_in
-from moee.interface.spec import MAX_SIDE, InputConfig, LibraryName
+from moee.interface.spec import InputConfig, LibraryName
 from moee.libraries.preparation import channels_of, described_input
 from moee.schema import reason_of
 

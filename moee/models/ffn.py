@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from moee.interface.adapted import on_meta as on_meta
-from moee.interface.spec import MAX_SIDE as MAX_SIDE
 from moee.interface.spec import InputConfig as InputConfig
 from moee.interface.spec import WeightsPart as WeightsPart
 from moee.layers.activations import activate

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moee.config import MAX_SIDE
 from moee.errors import MissingDependency, UserError
 from moee.interface.adapted import AdaptedModel
 from moee.models.ffn import plain_size
-from moee.models.model import LIBRARIES, MAX_SIDE, ModelSpec, build_model
+from moee.models.model import LIBRARIES, ModelSpec, build_model
 from moee.schema import reason_of
 
 VALUES = re.compile(r"\bmeta\b.*\bnumpy\b|\bon meta tensors\b|\bdata out of meta\b|\bmeta tensor", re.IGNORECASE)

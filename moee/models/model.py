@@ -14,7 +14,6 @@ from torch import nn
 
 from moee.errors import MissingDependency, UserError
 from moee.interface.adapted import on_meta as on_meta
-from moee.interface.spec import MAX_SIDE as MAX_SIDE
 from moee.interface.spec import InputConfig as InputConfig
 from moee.interface.spec import ModelSpec
 from moee.interface.spec import WeightsPart as WeightsPart

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from timm.models import split_model_name_tag
 from torch import Tensor
 
+from moee.config import MAX_SIDE
 from moee.errors import UserError
 from moee.models.input_size import sized
-from moee.models.model import MAX_SIDE, InputConfig, ModelSpec, build_model
+from moee.models.model import InputConfig, ModelSpec, build_model
 from moee.schema import shown
 
 PREPARATION = ("crop_pct", "mean", "std", "interpolation", "crop_mode")

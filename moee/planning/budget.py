@@ -8,9 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from moee.config import Options
 from moee.schema import Body, checked
 
 COST_TOLERANCE = 0.005  # of the dense MACs: routing on held-out images differs a little from calibration
@@ -19,16 +20,14 @@ MOST_MS = 1e6  # of a batch: a quarter of an hour
 ALIKE = 0.05  # of dense, half the distance between the usual targets
 
 
-class Budget(BaseModel):
+class Budget(Options):
     """What a plan must meet. Shares are of the dense model; `max_drop` is in percentage points of accuracy."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    max_drop: float | None = Field(None, ge=0, lt=100)
-    min_cosine: float | None = Field(None, gt=0, le=1)
-    target_macs: float | None = Field(None, gt=0, lt=1)
-    target_params: float | None = Field(None, gt=0, lt=1)
-    target_latency_ms: float | None = Field(None, gt=0, le=MOST_MS)
+    max_drop: float | None = Field(None, ge=0, lt=100, description="percentage points of accuracy it may lose; needs labels")
+    min_cosine: float | None = Field(None, gt=0, le=1, description="least mean cosine of the outputs to the dense model's")
+    target_macs: float | None = Field(None, gt=0, lt=1, description="most MACs, as a share of the dense model's")
+    target_params: float | None = Field(None, gt=0, lt=1, description="most parameters, as a share of the dense model's")
+    target_latency_ms: float | None = Field(None, gt=0, le=MOST_MS, description="longest p50 of a batch on --device, in ms")
 
     @model_validator(mode="after")
     def _something(self) -> Budget:

@@ -10,7 +10,7 @@ from exporter.commands.models import extract as extract_command
 from moee.data.sources import load_data
 from moee.errors import UserError
 from moee.places.placement import OutputFolder, source_paths
-from moee.planning import planned_on
+from moee.planning.plan import planned_on
 from moee.stages.session import Session
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import EXPORT, MODEL, PLAN
@@ -98,7 +98,7 @@ def test_a_plan_of_other_data_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "plan").mkdir()
     write_manifest(tmp_path / "plan", "plan.json", "moee.plan/1", {"data": "photos"})
     assert planned_on("plan") == planned_on("plan/plan.json") == "photos"
-    monkeypatch.setattr("moee.planning.read_plan", lambda *a: None)
+    monkeypatch.setattr("moee.planning.plan.read_plan", lambda *a: None)
     monkeypatch.setattr(extract_command, "_shared_spec", lambda *a: tiny_spec())
 
     def stopped(*args):

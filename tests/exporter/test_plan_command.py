@@ -17,7 +17,8 @@ from moee.errors import UserError
 from moee.methods.clear_moe.convert import convert
 from moee.methods.clear_moe.options import ClearOptions
 from moee.models.model import ModelSpec
-from moee.planning import Budget, make_plan
+from moee.planning.budget import Budget
+from moee.planning.plan import make_plan
 from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images
 

@@ -5,10 +5,10 @@ import json
 import pytest
 
 import moee.ablation.cells
-from moee.ablation import make_ablation_config, markdown, run_ablation
 from moee.ablation.cells import cell_key, read_cells
-from moee.ablation.grid import TABLES, Cell, cells_of
-from moee.ablation.summary import summarise
+from moee.ablation.grid import TABLES, Cell, cells_of, make_ablation_config
+from moee.ablation.run import run_ablation
+from moee.ablation.summary import markdown, summarise
 from moee.ablation.verdict import interpolate, judge
 from moee.errors import UserError
 from moee.methods.moefication.options import MoeficationOptions

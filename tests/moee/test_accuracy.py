@@ -17,7 +17,8 @@ from moee.measure.metrics import mean_cosine
 from moee.measure.probe import fit_probe
 from moee.methods.recipe import method_options
 from moee.models.model import ModelSpec
-from moee.planning import Budget, Point, choose, make_plan, pareto
+from moee.planning.budget import Budget, Point, choose, pareto
+from moee.planning.plan import make_plan
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
 from tests.conftest import TINY, teach, tiny_images, tiny_spec

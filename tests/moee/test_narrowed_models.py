@@ -13,7 +13,8 @@ from moee.errors import UserError
 from moee.methods.recipe import make_recipe, read_recipe
 from moee.mlps.attention import narrow_attentions
 from moee.models.model import build_model
-from moee.planning import PLAN, Budget, make_plan, read_plan
+from moee.planning.budget import Budget
+from moee.planning.plan import PLAN, make_plan, read_plan
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
 from moee.train.finetuning import finetune

@@ -11,7 +11,8 @@ from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.methods.recipe import method_options
 from moee.places.resume import alone_on
-from moee.planning import Budget, make_plan
+from moee.planning.budget import Budget
+from moee.planning.plan import make_plan
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune
 from moee.stages.session import Session

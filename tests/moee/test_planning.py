@@ -9,9 +9,9 @@ from moee.artifacts.checkpoint import load
 from moee.errors import UserError
 from moee.methods import convert
 from moee.models.model import ModelSpec
-from moee.planning import PLAN, Budget, Latency, Point, choose, make_plan, margins, pareto, read_plan
-from moee.planning.budget import standing
-from moee.planning.plan import STORE_SCHEMA
+from moee.planning.budget import Budget, Point, choose, margins, pareto, standing
+from moee.planning.plan import PLAN, STORE_SCHEMA, make_plan, read_plan
+from moee.planning.search import Latency
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images

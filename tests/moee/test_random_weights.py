@@ -172,9 +172,10 @@ def test_inspect_needs_no_weights(capsys):
 
 
 def test_results_of_another_draw_do_not_go_together(images, tmp_path):
-    from moee.ablation import make_ablation_config
     from moee.ablation.cells import check_setup, setup_of
-    from moee.planning import Budget, make_plan
+    from moee.ablation.grid import make_ablation_config
+    from moee.planning.budget import Budget
+    from moee.planning.plan import make_plan
 
     other = tiny_spec().model_copy(update={"random_seed": 1})
     ablation = make_ablation_config()

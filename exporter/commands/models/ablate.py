@@ -18,11 +18,14 @@ from exporter.terminal.flags import (
     session_of,
     show_skipped,
 )
+from exporter.terminal.options import add_options
 from exporter.terminal.ui import ProgressDisplay
+from moee.ablation.grid import AblationConfig
 from moee.errors import UserError
 from moee.places.placement import OutputFolder
 from moee.store.result_kinds import ABLATION
 
+SCALE = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")  # options
 TEXT = "the paper's ablation tables and sweeps, and whether their orderings hold here"
 
 
@@ -34,15 +37,9 @@ def add_parser(subparsers: Any) -> None:
     add_weights(sub)
     add_class_map(sub)
     sub.add_argument("--tables", help="comma-separated: 2, 3, 7, 8, 9, fig6, fig7 (all)")
-    sub.add_argument("--seeds", type=int, help="runs a cell, with seeds 0, 1, ... (3)")
     sub.add_argument("--compensation", help="comma-separated: none, mean, refit (none,refit)")
     sub.add_argument("--keep", help="comma-separated kept shares that each row is run at (0.50,0.70,0.90)")
-    sub.add_argument("--tokens", type=int, help="calibration tokens a layer (20000)")
-    sub.add_argument("--cluster-tokens", type=int, help="of these, how many are clustered (4000)")
-    sub.add_argument("--components", type=int, help="principal components before clustering (50)")
-    sub.add_argument("--min-cluster-size", type=float, help="share of the clustered tokens (0.006)")
-    sub.add_argument("--statistics", help="cluster (the paper's, default) or routed")
-    sub.add_argument("--refit-tokens", type=int, help="tokens a layer that the refit may use (41600)")
+    add_options(sub.add_argument_group("the scale of every cell"), AblationConfig, SCALE)
     add_device(sub)
     sub.add_argument("--out", required=True, help="folder; finished cells in it are not run again")
     sub.add_argument("--force", action="store_true", help="delete the ablation in the output folder first")
@@ -64,13 +61,14 @@ def _list(text: str | None, kind: type = str) -> tuple | None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.plots.ablation import draw_ablation
-    from moee.ablation import make_ablation_config, run_ablation, verdict_lines
+    from moee.ablation.grid import make_ablation_config
+    from moee.ablation.run import run_ablation
+    from moee.ablation.summary import verdict_lines
 
     tables = _list(args.tables)
-    names = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")
     ablation = make_ablation_config(
         tables=tables, compensation=_list(args.compensation), keeps=_list(args.keep, float),
-        **{name: getattr(args, name) for name in names},
+        **{name: getattr(args, name) for name in SCALE},
     )  # fmt: skip
     with ProgressDisplay() as report:
         session = session_of(args, report, console)

@@ -82,7 +82,7 @@ def add_method_options(sub: argparse.ArgumentParser, shown: str | None) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.data.sources import same_data
     from moee.parallel.joining import joined
-    from moee.planning import planned_on, read_plan
+    from moee.planning.plan import planned_on, read_plan
     from moee.stages.extract import run_extract
 
     values = given_options(args, [method.options for method in METHODS])

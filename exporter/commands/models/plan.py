@@ -22,7 +22,7 @@ from exporter.terminal.flags import (
     session_of,
     show_skipped,
 )
-from exporter.terminal.options import add_options
+from exporter.terminal.options import add_options, given_options
 from exporter.terminal.ui import ProgressDisplay, data_title, number, percent, span
 from moee.config import MOST_BATCH
 from moee.errors import UserError
@@ -31,6 +31,7 @@ from moee.methods.experts import ALLOCATIONS, ExpertsOptions
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.registry import METHODS
 from moee.places.placement import Output, OutputFolder, resume_folder
+from moee.planning.budget import Budget
 from moee.store.result_kinds import PLAN, PLAN_STATE
 
 BASE = ("seed", "tokens", "cluster_tokens", "refit_tokens", "collages", "attention_heads")  # options that all points share
@@ -42,11 +43,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plan", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     add_model(sub)
-    sub.add_argument("--max-drop", type=float, metavar="POINTS", help="percentage points of accuracy it may lose; needs labels")
-    sub.add_argument("--min-cosine", type=float, help="mean cosine of the output features to dense that must stay")
-    sub.add_argument("--target-macs", type=float, help="MACs as a share of dense")
-    sub.add_argument("--target-params", type=float, help="parameters as a share of dense")
-    sub.add_argument("--target-latency-ms", type=float, help="p50 of a batch on --device")
+    add_options(sub.add_argument_group("the budget, one of these or more"), Budget)
     sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="batch size of latencies (8)")
     add_device(sub, target=True)
@@ -87,12 +84,12 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.timing.device import latency_of
     from moee.config import validated
-    from moee.planning import TARGETS, Budget, check_ways, make_plan, usual
+    from moee.planning.plan import check_ways, make_plan
+    from moee.planning.search import TARGETS, usual
 
-    names = ("max_drop", "min_cosine", "target_macs", "target_params", "target_latency_ms")
     targets = parse_shares("--targets", args.targets) or TARGETS
     attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
-    budget = validated(Budget, {name: getattr(args, name) for name in names})
+    budget = validated(Budget, given_options(args, [Budget]))
     methods = tuple(args.methods.split(",")) if args.methods is not None else usual()
     allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
