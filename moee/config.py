@@ -76,5 +76,7 @@ def validated(kind: type, values: dict[str, Any]) -> Any:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         came = f" (came {shown(first['input'])})" if where else ""
+        if first["type"] == "missing":
+            raise OptionError(f"--{where.replace('_', '-')} is needed; give it", where) from error
         option = f"--{shown(where, quoted=False).replace('_', '-')}: " if where else ""
         raise OptionError(f"{option}{first['msg'].removeprefix('Value error, ')}{came}", where) from error

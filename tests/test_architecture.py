@@ -87,7 +87,7 @@ ROOMS = {
     "train": "interface layers parallel store weights models data mlps places measure",
     "methods": "clustering interface layers parallel store models data calibrate mlps kinds measure train",
     "artifacts": "interface layers store weights libraries models data given mlps places kinds measure methods",
-    "stages": "parallel store models data given mlps places measure train methods artifacts",
+    "stages": "parallel store models data calibrate given mlps places measure train methods artifacts",
     "ablation": "store calibrate mlps places measure methods stages",
     "planning": "layers store models data calibrate mlps places measure methods stages",
 }

@@ -72,7 +72,7 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
     """The recipe of a way, of the options `base` those that its steps know, without a budget. Raises `UserError` for values that
     do not fit."""
     method, variant = variants()[way.method]
-    attention = {"attention_macs": way.attention} if way.attention < 1 else {}
+    attention = {"attention_macs": way.attention} if way.attention != 1 else {}
     known = set(method.options.model_fields)
     for heads in cutting("attention") if attention else ():
         known |= set(heads.options.model_fields)

@@ -130,7 +130,7 @@ def results(table: str, figures: dict[str, list[tuple[float, list[float]]]]):
     for row, points in figures.items():
         for macs, accuracies in points:
             for seed, accuracy in enumerate(accuracies):
-                cell = Cell(table, row, "none", seed, method_options(keep=1 + macs, seed=seed))
+                cell = Cell(table, row, "none", seed, method_options(keep=1 + macs, seed=seed), "")
                 figure = {"macs_change": macs, "accuracy": accuracy} if accuracy is not None else {}
                 made.append((cell, {"status": "routed", **figure}))
     return made

@@ -138,7 +138,7 @@ def test_config_round_trip_and_refusals():
     assert ExpertsOptions.model_validate_json(config.model_dump_json()) == config
     for bad, message in [
         (dict(keep=1.5), "--keep"),
-        (dict(clusters=4), "chooses their number itself"),
+        (dict(clusters=4, clustering="hdbscan"), "chooses their number itself"),
         (dict(eps=0.5), "--eps is for dbscan"),
         (dict(clustering="magic"), "--clustering"),
         (dict(nonsense=1), "nonsense"),

@@ -168,7 +168,7 @@ def test_cluster_statistics_use_the_members_only(tiny_model, tmp_path):
     data, ffns = tiny_images(), find_ffns(tiny_model).ffns
     sampled = collect_tokens(tiny_model, ffns, data, tmp_path, 10**6)
     routed, cluster = (
-        build_layer(found, kept[ffns[0].name], config)[0]
+        build_layer(found, kept[ffns[0].name], config.compensation)[0]
         for config in (method_options(keep=0.7, **KMEANS), method_options("paper", **KMEANS))
         for found in [find_routes(ffns[0], sampled[0], config)]
         for kept in [choose_neurons(tiny_model, {ffns[0].name: found}, {}, data, config)]

@@ -111,7 +111,7 @@ def test_a_full_disk_at_the_end_is_said_as_well(session, tmp_path, monkeypatch):
 def test_costs_are_counted_before_the_work(tmp_path, monkeypatch):
     session = Session(tiny_spec(), "digits")
     monkeypatch.setattr("moee.stages.session.dense_macs", failing(AssertionError("Expected gradient function to be set")))
-    monkeypatch.setattr("moee.methods.registry.extract", failing(AssertionError("too late")))
+    monkeypatch.setattr("moee.methods.convert.convert_layers", failing(AssertionError("too late")))
     with pytest.raises(UserError, match="MACs of tiny cannot be counted .Expected gradient function to be set"):
         run_extract(session.spec, "digits", STATIC, tmp_path / "out", session=session)
     assert not list(tmp_path.iterdir())
@@ -119,7 +119,7 @@ def test_costs_are_counted_before_the_work(tmp_path, monkeypatch):
 
 def test_a_cost_out_of_reach_is_said_before_the_work(tmp_path, monkeypatch):
     session = Session(tiny_spec(), "digits")
-    monkeypatch.setattr("moee.methods.registry.extract", failing(AssertionError("too late")))
+    monkeypatch.setattr("moee.methods.convert.convert_layers", failing(AssertionError("too late")))
     with pytest.raises(UserError, match="--target-macs 0.05: the routed MLPs hold .* stays above"):
         run_extract(session.spec, "digits", method_options("static", target_macs=0.05), tmp_path / "out", session=session)
 

@@ -250,7 +250,7 @@ def test_a_scale_that_cannot_be_proved_is_said(tmp_path, caplog):
         def forward(self, x, *args, **kwargs):
             return torch.tanh(self.gamma * self.mlp(x)) + x
 
-    from moee.methods.recipe import method_options
+    from moee.methods.recipe import Recipe, method_options
     from moee.stages.session import Session
 
     session = Session(tiny_spec(), "digits")
@@ -259,7 +259,7 @@ def test_a_scale_that_cannot_be_proved_is_said(tmp_path, caplog):
     name = found.ffns[1].name
     assert found.unscaled == [name] and found.ffns[1].scale is None
     with caplog.at_level(logging.WARNING, "moee"):
-        session.prove(method_options())
+        session.prove(Recipe.of(method_options()))
     assert f"what scales the output of `{name}` could not be proved" in caplog.text
 
 

@@ -54,10 +54,12 @@ def test_mean_compensation_and_more_experts_help(tiny_model):
 
 
 def test_contradictions_are_refused(tiny_model):
-    for bad in (dict(experts=None), dict(top_k=9), dict(compensation="refit")):
-        with pytest.raises(UserError, match="moefication"):
-            config(**bad) if "experts" not in bad else method_options("moefication")
-    with pytest.raises(UserError, match="for --method moefication"):
+    for bad, said in ((dict(top_k=9), "within --experts"), (dict(compensation="refit"), "'none' or 'mean'")):
+        with pytest.raises(UserError, match=said):
+            config(**bad)
+    with pytest.raises(UserError, match="--experts is needed"):
+        method_options("moefication")
+    with pytest.raises(UserError, match="--top-k is for method moefication"):
         method_options(top_k=2)
     with pytest.raises(UserError, match="cannot split 128 neurons into 500"):
         extract(tiny_model, tiny_images(), config(experts=500))
