@@ -59,11 +59,11 @@ class Recipe:
         methods = [method_of(step) for step in self.steps]
         for at, method in enumerate(methods):
             if method in methods[:at]:
-                raise StepError(at, f"{method.name} comes twice; expected it once")
+                raise StepError(at, f"{method.name} comes twice; expected it once", "method")
             if at and method.cuts == methods[at - 1].cuts:
-                raise StepError(at, f"{method.name} after {methods[at - 1].name}: both cut {_PART[method.cuts]}; keep one")
+                raise StepError(at, f"{method.name} after {methods[at - 1].name}: both cut {_PART[method.cuts]}; keep one", "method")
             if at and PARTS.index(method.cuts) < PARTS.index(methods[at - 1].cuts):
-                raise StepError(at, f"{method.name} after {methods[at - 1].name}: attention is cut first; change the order")
+                raise StepError(at, f"{method.name} after {methods[at - 1].name}: attention is cut first; change the order", "method")
         if not methods or methods[-1].cuts != "mlps":
             names = ", ".join(method.name for method in cutting("mlps"))
             raise UserError(f"a recipe has no step that cuts MLPs; expected one of {names}")
@@ -156,7 +156,7 @@ def read_recipe_json(body: Any, path: Path | str) -> Recipe:
             raise UserError(f"expected an object with steps, came {shown(body)}")
         return _recipe(steps, body.get("tune"))
     except UserError as error:
-        raise UserError(f"{path}: recipe: {error}; make it again") from error
+        raise UserError(f"{path}: recipe: {_spoken(error)}; make it again") from error
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -212,7 +212,8 @@ def _recipe(steps: list[dict[str, Any]], tune: Any) -> Recipe:
 def _spoken(error: UserError) -> str:
     """A sentence about flags as one about options."""
     kinds: list[type[Options]] = [FinetuneConfig, *(method.options for method in METHODS)]
-    return spoken(str(error), {name: name for kind in kinds for name in kind.model_fields} | {"method": "method"})
+    names = {name for kind in kinds for name in kind.model_fields} | {"method", getattr(error, "option", "")}
+    return spoken(str(error), {name: name for name in names})
 
 
 TUNE = -1  # the position of the table [tune], for `_line`

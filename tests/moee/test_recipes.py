@@ -1,0 +1,144 @@
+"""Recipes: from a file or flags to steps and back, and what is refused with its line."""
+
+import pytest
+
+from moee.config import FinetuneConfig
+from moee.errors import UserError
+from moee.methods.experts import ExpertsOptions
+from moee.methods.heads.method import HeadsOptions
+from moee.methods.recipe import Recipe, make_recipe, read_recipe, read_recipe_json
+from moee.methods.registry import METHODS
+from moee.methods.static import StaticOptions
+from moee.migrations import recipe_of
+
+HALF = """seed = 3
+
+[[step]]
+method = "heads"
+attention_macs = 0.75
+
+[[step]]  # the MLPs
+method = 'static'
+target_macs = 0.5
+
+[tune]
+epochs = 5
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_is_read_and_written_again(tmp_path):
+    recipe = read_recipe(written(tmp_path, HALF))
+    assert recipe.steps == (HeadsOptions(attention_macs=0.75, seed=3), StaticOptions(target_macs=0.5, seed=3))
+    assert recipe.tune == FinetuneConfig(epochs=5) and recipe.seed == 3 and recipe.method.name == "static"
+    assert read_recipe(written(tmp_path, recipe.to_toml())) == recipe
+    assert read_recipe_json(recipe.to_json(), "x") == recipe
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.cuts == "mlps"], ids=lambda m: m.name)
+def test_every_option_of_every_method_survives_the_file(tmp_path, method):
+    """Each at a value that is not its default, as far as one alone fits."""
+    needed = {"experts": 5} if method.name == "moefication" else {}
+    values = {"seed": 7, "exclude": ("a b", 'c"d')}
+    recipe = make_recipe(method.name, values={**needed, **values})
+    assert read_recipe(written(tmp_path, recipe.to_toml())) == recipe
+    for name, field in method.options.model_fields.items():
+        for value in (0.25, 3, "random", "mean", "model", True, False, ("x",)):
+            try:
+                one = make_recipe(method.name, values={**needed, name: value})
+            except UserError:
+                continue
+            assert read_recipe(written(tmp_path, one.to_toml())) == one, (name, value, field)
+
+
+@pytest.mark.parametrize(
+    "old, new, line, said",
+    [
+        ('method = "heads"', 'method = "head"', 4, "unknown method 'head'; expected one of experts, static"),
+        ("target_macs = 0.5", "target_mac = 0.5", 9, "target_mac is no option of method static; expected some of"),
+        ("target_macs = 0.5", "clusters = 4", 9, "clusters is for method experts, and not for static"),
+        ("target_macs = 0.5", "target_macs = 5", 9, "target_macs: Input should be less than 1 (came 5)"),
+        ("target_macs = 0.5", "target_macs = 'half'", 9, "target_macs: Input should be a valid number"),
+        ("target_macs = 0.5", "allocation = 'model'", 7, "it needs criterion sensitivity"),
+        ("seed = 3", "seed = -1", 1, "seed: Input should be greater than or equal to 0"),
+        ("seed = 3", "speed = 3", 1, "unknown 'speed'; expected seed, [[step]] or [tune]"),
+        ("'static'", "7", 8, "a step needs its method, one of experts"),
+        ("epochs = 5", "epochs = 0", 12, "epochs: Input should be greater than or equal to 1"),
+        ("epochs = 5", "epoch = 5", 12, "epoch"),
+        ("[tune]", "[tuned]", 11, "unknown 'tuned'"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_its_line(tmp_path, old, new, line, said):
+    with pytest.raises(UserError) as refusal:
+        read_recipe(written(tmp_path, HALF.replace(old, new)))
+    assert f"recipe.toml, line {line}: " in str(refusal.value) and said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "no step that cuts MLPs; expected one of experts"),
+        ('[[step]]\nmethod = "heads"\nattention_macs = 0.8\n', "no step that cuts MLPs"),
+        ('[[step]]\nmethod = "static"\n[[step]]\nmethod = "heads"\n', "line 4: heads after static: attention is cut first"),
+        ('[[step]]\nmethod = "static"\n[[step]]\nmethod = "experts"\n', "line 4: experts after static: both cut MLPs"),
+        ('[[step]]\nmethod = "heads"\n' * 2 + '[[step]]\nmethod = "static"\n', "line 4: heads comes twice"),
+        ('step = "static"', "line 1: expected steps as [[step]]"),
+        ('[[step]]\nmethod = "static"\ntune = 3\n', "line 3: tune is no option"),
+        ('tune = 3\n[[step]]\nmethod = "static"\n', "tune"),
+        ("[[step]\n", "is no TOML"),
+    ],
+)
+def test_other_files_are_one_sentence(tmp_path, text, said):
+    with pytest.raises(UserError) as refusal:
+        read_recipe(written(tmp_path, text))
+    assert said in str(refusal.value), str(refusal.value)
+
+
+def test_no_file_at_all(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        read_recipe(tmp_path / "none.toml")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_recipe(tmp_path)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is no TOML"):
+        read_recipe(tmp_path / "bytes")
+
+
+def test_older_names_mean_what_they_say():
+    assert make_recipe("moee") == make_recipe("experts") == make_recipe(preset="compensated") == make_recipe()
+    assert make_recipe("static") == make_recipe(preset="static") == make_recipe(values={"clustering": "none"})
+    assert make_recipe(values={"clusters": 8}).cut.clustering == "kmeans"
+    paper = make_recipe(preset="paper", values={"clustering": "none"}).cut
+    assert isinstance(paper, StaticOptions) and paper.criterion == "variance" and paper.keep == 0.8
+    none = {"clustering": "none"}
+    for bad in (dict(method="heads"), dict(method="static", preset="paper"), dict(method="moefication", values=none)):
+        with pytest.raises(UserError, match="leave|give"):
+            make_recipe(**bad)
+
+
+def test_steps_in_another_order_cannot_be_made():
+    for steps in ((StaticOptions(), HeadsOptions()), (StaticOptions(), ExpertsOptions()), (HeadsOptions(),), ()):
+        with pytest.raises(UserError):
+            Recipe(steps)
+
+
+@pytest.mark.parametrize(
+    "config, recipe",
+    [
+        ({"method": "moee", "clustering": "hdbscan", "keep": 0.9, "experts": None, "top_k": 1, "seed": 2},
+         make_recipe(values={"keep": 0.9, "seed": 2})),
+        ({"clustering": "none", "statistics": "routed", "attention_macs": 0.8, "attention_heads": "equal", "seed": 1},
+         make_recipe("static", values={"attention_macs": 0.8, "attention_heads": "equal", "seed": 1})),
+        ({"method": "moefication", "experts": 8, "top_k": 2, "compensation": "mean", "keep": 0.95, "attention_macs": 1.0},
+         make_recipe("moefication", values={"experts": 8, "top_k": 2})),
+        ({"method": "clear-moe", "refit": False, "energy": 0.9, "attention_macs": None},
+         make_recipe("clear-moe", values={"energy": 0.9, "compensation": "mean"})),
+    ],
+)  # fmt: skip
+def test_options_of_the_former_version_are_recipes_now(config, recipe):
+    assert read_recipe_json(recipe_of(config), "x") == recipe
