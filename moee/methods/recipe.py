@@ -60,10 +60,11 @@ class Recipe:
         for at, method in enumerate(methods):
             if method in methods[:at]:
                 raise StepError(at, f"{method.name} comes twice; expected it once", "method")
-            if at and method.cuts == methods[at - 1].cuts:
-                raise StepError(at, f"{method.name} after {methods[at - 1].name}: both cut {_PART[method.cuts]}; keep one", "method")
-            if at and PARTS.index(method.cuts) < PARTS.index(methods[at - 1].cuts):
-                raise StepError(at, f"{method.name} after {methods[at - 1].name}: attention is cut first; change the order", "method")
+            before = methods[at - 1] if at else None
+            if before is not None and method.cuts == before.cuts:
+                raise StepError(at, f"{method.name} after {before.name}: both cut {_PART[method.cuts]}; keep one", "method")
+            if before is not None and PARTS.index(method.cuts) < PARTS.index(before.cuts):
+                raise StepError(at, f"{method.name} after {before.name}: attention is cut first; change the order", "method")
         if not methods or methods[-1].cuts != "mlps":
             names = ", ".join(method.name for method in cutting("mlps"))
             raise UserError(f"a recipe has no step that cuts MLPs; expected one of {names}")
@@ -163,6 +164,8 @@ def read_recipe(path: Path | str) -> Recipe:
     """The recipe in a TOML file. Raises `UserError` that names the line of what does not fit."""
     path = Path(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path} is no ordinary file; name a recipe's file")
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no recipe is")
         text = path.read_text(encoding="utf-8")

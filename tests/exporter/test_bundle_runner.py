@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from exporter.ship.bundle_configs import preprocess as recipe_text
-from exporter.ship.deployment import Recipe
+from exporter.ship.deployment import Preprocessing
 from moee.data.built_in import photo_path
 from tests.exporter import runner_doubles as doubles
 
@@ -21,7 +21,7 @@ SIDE, CLASSES = 8, 5
 ELEMENTS = 3 * SIDE * SIDE
 
 
-def timm_transform(recipe: Recipe):
+def timm_transform(recipe: Preprocessing):
     """Of the crop percentage that gives `recipe.resize`."""
     crop_pct = next(p for p in (1.0, 0.9, 0.875) if recipe.resize == tuple(math.floor(side / p) for side in recipe.size))
     return create_transform(
@@ -30,7 +30,7 @@ def timm_transform(recipe: Recipe):
     )  # fmt: skip
 
 
-def ours(image: Image.Image, recipe: Recipe, folder) -> np.ndarray:
+def ours(image: Image.Image, recipe: Preprocessing, folder) -> np.ndarray:
     image.save(folder / "image.ppm")
     (folder / "preprocess.txt").write_text(recipe_text(recipe))
     command = [doubles.preprocess(), folder / "preprocess.txt", folder / "image.ppm", folder / "out.raw"]
@@ -40,13 +40,13 @@ def ours(image: Image.Image, recipe: Recipe, folder) -> np.ndarray:
 
 
 RECIPES = {
-    "deit": Recipe((224, 224), (248, 248), "center", "bicubic", MEAN, STD),
-    "dinov2": Recipe((112, 112), (112, 112), "center", "bicubic", MEAN, STD),
-    "squash": Recipe((97, 97), (97, 97), "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "enlarged": Recipe((518, 518), (592, 592), "center", "bicubic", MEAN, STD),
-    "tall": Recipe((96, 64), (106, 71), "center", "bicubic", MEAN, STD),
-    "wide": Recipe((97, 224), (97, 224), "center", "bilinear", MEAN, STD),
-    "squashed to a rectangle": Recipe((64, 96), (73, 109), "squash", "bicubic", MEAN, STD),
+    "deit": Preprocessing((224, 224), (248, 248), "center", "bicubic", MEAN, STD),
+    "dinov2": Preprocessing((112, 112), (112, 112), "center", "bicubic", MEAN, STD),
+    "squash": Preprocessing((97, 97), (97, 97), "squash", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "enlarged": Preprocessing((518, 518), (592, 592), "center", "bicubic", MEAN, STD),
+    "tall": Preprocessing((96, 64), (106, 71), "center", "bicubic", MEAN, STD),
+    "wide": Preprocessing((97, 224), (97, 224), "center", "bilinear", MEAN, STD),
+    "squashed to a rectangle": Preprocessing((64, 96), (73, 109), "squash", "bicubic", MEAN, STD),
 }
 
 
@@ -69,17 +69,17 @@ def test_every_step_of_the_preprocessing_matters(tmp_path):
     image = Image.open(photo_path("coffee.png")).convert("RGB")
     right = RECIPES["deit"]
     expected = timm_transform(right)(image).numpy()
-    for wrong in (Recipe((224, 224), (248, 248), "center", "bilinear", MEAN, STD),
-                  Recipe((224, 224), (248, 248), "squash", "bicubic", MEAN, STD),
-                  Recipe((224, 224), (256, 256), "center", "bicubic", MEAN, STD),
-                  Recipe((224, 224), (248, 248), "center", "bicubic", STD, STD)):  # fmt: skip
+    for wrong in (Preprocessing((224, 224), (248, 248), "center", "bilinear", MEAN, STD),
+                  Preprocessing((224, 224), (248, 248), "squash", "bicubic", MEAN, STD),
+                  Preprocessing((224, 224), (256, 256), "center", "bicubic", MEAN, STD),
+                  Preprocessing((224, 224), (248, 248), "center", "bicubic", STD, STD)):  # fmt: skip
         assert np.abs(ours(image, wrong, tmp_path) - expected).max() > 0.05
 
 
 def test_grey_images_and_comments_in_the_header(tmp_path):
     pixels = np.arange(12 * 12, dtype=np.uint8)
     (tmp_path / "grey.ppm").write_bytes(b"P5\n# a comment\n12 12\n# another\n255\n" + pixels.tobytes())
-    recipe = Recipe((12, 12), (12, 12), "center", "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    recipe = Preprocessing((12, 12), (12, 12), "center", "bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     (tmp_path / "preprocess.txt").write_text(recipe_text(recipe))
     command = [doubles.preprocess(), tmp_path / "preprocess.txt", tmp_path / "grey.ppm", tmp_path / "out.raw"]
     assert subprocess.run(command, capture_output=True).returncode == 0
@@ -154,7 +154,7 @@ def test_runner_on_images_with_head_and_labels(engine, tmp_path):
     rng = np.random.default_rng(1)
     folder = tmp_path / "ppm"
     folder.mkdir()
-    recipe = Recipe((SIDE, SIDE), (SIDE, SIDE), "center", "bicubic", MEAN, STD)
+    recipe = Preprocessing((SIDE, SIDE), (SIDE, SIDE), "center", "bicubic", MEAN, STD)
     (tmp_path / "preprocess.txt").write_text(recipe_text(recipe))
     expected = []
     for i in range(3):

@@ -28,7 +28,7 @@ TEXT = WRITTEN | {
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device",
     "--torch-device", "--methods", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
-    "--targets", "plan --attention-macs",
+    "--targets", "plan --attention-macs", "extract --metric", "--print-completion",
     # a function's name, of an artifact whose model comes from one
     *(f"{command} --model" for command in ("finetune", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")),
 }  # fmt: skip
@@ -47,6 +47,8 @@ PATHS = {
     "extract --checkpoint": ("extract", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
     "extract --class-map": ("extract", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", "--out", "OUT"),
     "extract --plan": ("extract", *SMALL, *DRAWN, "--data", "digits", "--plan", "PICKLE", "--out", "OUT"),
+    "extract --recipe": ("extract", *SMALL, *DRAWN, "--data", "digits", "--recipe", "PICKLE", "--out", "OUT"),
+    "finetune --recipe": ("finetune", "MODEL", "--data", "digits", "--recipe", "PICKLE", "--out", "OUT"),
     "finetune path": ("finetune", "PICKLE", "--data", "digits", "--out", "OUT"),
     "finetune --data": ("finetune", "MODEL", "--data", "PICKLE", "--out", "OUT"),
     "finetune --out": ("finetune", "MODEL", "--data", "digits", "--out", "PICKLE"),
