@@ -10,6 +10,9 @@ from moee.methods.recipe import Recipe, make_recipe, read_recipe, read_recipe_js
 from moee.methods.registry import METHODS
 from moee.methods.static import StaticOptions
 from moee.migrations import recipe_of
+from moee.planning.plan import read_plan
+from moee.store.artifact import write_manifest
+from tests.conftest import tiny_spec
 
 HALF = """seed = 3
 
@@ -142,3 +145,19 @@ def test_steps_in_another_order_cannot_be_made():
 )  # fmt: skip
 def test_options_of_the_former_version_are_recipes_now(config, recipe):
     assert read_recipe_json(recipe_of(config), "x") == recipe
+
+
+def test_a_plan_of_the_former_version_is_read(tmp_path):
+    spec = tiny_spec()
+    config = {"method": "moee", "clustering": "none", "target_macs": 0.7, "seed": 0, "attention_macs": 0.8}
+    point = {"method": "static", "allocation": "share", "macs": 0.7, "config": config}
+    dense = {**point, "method": "dense", "config": None}
+    body = {"model": spec.model_dump(mode="json"), "data": "digits", "winner": point, "points": [point, dense], "front": [point]}
+    write_manifest(tmp_path, "plan.json", "moee.plan/1", body)
+    assert read_plan(tmp_path, spec) == make_recipe("static", values={"target_macs": 0.7, "attention_macs": 0.8})
+    write_manifest(tmp_path, "plan.json", "moee.plan/1", {**body, "winner": dense})
+    with pytest.raises(UserError, match="the dense model wins"):
+        read_plan(tmp_path, spec)
+    write_manifest(tmp_path, "plan.json", "moee.plan/1", {**body, "winner": {**point, "config": 7}})
+    with pytest.raises(UserError, match="recipe: expected an object with steps, came 7"):
+        read_plan(tmp_path, spec)
