@@ -25,7 +25,8 @@ from moee.methods.clear_moe.convert import convert
 from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.recipe import Recipe
 from moee.migrations import recipe_of
-from moee.places.placement import OutputFile, OutputFolder
+from moee.places.output_file import OutputFile
+from moee.places.output_folder import OutputFolder
 from moee.places.resume import check_identity, difference, fingerprint
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked

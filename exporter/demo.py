@@ -22,7 +22,7 @@ from moee.data.image_set import batches
 from moee.errors import MissingDependency, StepFailed
 from moee.methods.recipe import make_recipe
 from moee.parallel.joining import alone
-from moee.places.placement import DemoFolder
+from moee.places.demo_folder import DemoFolder
 from moee.progress import Reporter, silent
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from exporter.quantization import Quantization
+from exporter.precision import Quantization
 from moee.artifacts.manifest import Classes, Costs
 from moee.config import MAX_SIDE
 from moee.errors import UserError

@@ -25,8 +25,8 @@ from moee.models.source import ModelOptions as ModelOptions
 from moee.models.source import named_model, sized_model, with_file
 from moee.progress import Reporter, silent
 from moee.store.artifact import sha256_file
-from moee.store.atomic import temporary_folder
 from moee.store.cache import cache_dir, cache_lock
+from moee.store.scratch import temporary_folder
 from moee.store.tensor_file import write_tensors
 from moee.train.scratch import NAME as SCRATCH
 from moee.train.scratch import TIMM_NAME as SCRATCH_TIMM_NAME

@@ -46,14 +46,16 @@ from moee.methods.registry import METHODS
 from moee.models.model import load_model as load_spec
 from moee.models.source import ModelOptions, named_model, with_pretrained
 from moee.parallel.joining import alone
-from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder, resume_folder
+from moee.places.placement import check_all
 from moee.places.resume import alone_on
 from moee.progress import Reporter, to_stderr
 from moee.stages.extract import run_extract
 from moee.stages.finetune import tune
 from moee.stages.session import Session
-from moee.store.atomic import temporary_folder
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
+from moee.store.scratch import temporary_folder
 
 log = logging.getLogger("moee")
 SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and what it was then

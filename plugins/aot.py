@@ -24,9 +24,11 @@ from pathlib import Path
 import triton
 
 from moee.parallel.machine import usable_cpus
-from moee.places.placement import OutputFolder
-from moee.store.atomic import atomic_folder, sweep_all, temporary_folder
+from moee.places.output_folder import OutputFolder
+from moee.store.atomic import atomic_folder
+from moee.store.leftovers import sweep_all
 from moee.store.result_kinds import KERNELS
+from moee.store.scratch import temporary_folder
 from plugins import manifest
 from plugins.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
 from plugins.contract import DTYPES

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from moee.places.placement import OutputFolder
+from moee.places.output_folder import OutputFolder
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import PLUGIN_BUNDLE
 from plugins.build import LIBRARY, SOURCE

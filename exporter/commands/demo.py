@@ -12,7 +12,7 @@ from exporter.commands.engines.bench import latency_table
 from exporter.terminal.flags import GATE_FAILED, OK, add_device, add_out, add_outputs, at_least
 from exporter.terminal.ui import ProgressDisplay, number, percent, stage_table
 from moee.config import MOST_EPOCHS
-from moee.places.placement import DemoFolder
+from moee.places.demo_folder import DemoFolder
 
 TEXT = "everything, on a real pretrained ViT-S and scikit-learn's digits"
 

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from exporter.terminal.flags import OK, add_moved, add_out, add_outputs, at_least, open_artifact
 from exporter.terminal.ui import ProgressDisplay
-from moee.places.placement import OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import PLOTS
 
 TEXT = "routing, similarity of experts, neuron curves and patches of an extracted model, as SVG and JSON"

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 
 from exporter.terminal.flags import OK, add_outputs
-from moee.places.placement import OutputFile, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
 from moee.store.result_kinds import REPORT
 
 TEXT = "one HTML file about a run: cost, retention, parity, latency, routing"

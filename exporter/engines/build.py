@@ -19,11 +19,14 @@ from exporter.belonging import BELONGS_TO, export_ids
 from exporter.manifests import BACKENDS, ENGINE, ENGINE_SCHEMA, read_engine, read_export
 from exporter.onnx_safety import check_onnx
 from moee.errors import MissingDependency, StepFailed, UserError
-from moee.places.placement import OutputFile, OutputFolder, check_all, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
+from moee.places.output_folder import OutputFolder
+from moee.places.placement import check_all
 from moee.store.artifact import read_manifest, sha256_file, write_manifest
-from moee.store.atomic import temporary_folder
 from moee.store.result_kinds import ENGINE as ENGINE_FOLDER
 from moee.store.result_kinds import TIMING_CACHE
+from moee.store.scratch import temporary_folder
 from plugins.build import describe_plugin
 from plugins.contract import DOMAIN, OP_TYPE
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter import manifests
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.passes.gated import lower_gated
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
@@ -36,8 +36,8 @@ from moee.models.model import ModelSpec, Shape
 from moee.progress import Reporter, silent
 from moee.schema import parse_json
 from moee.store.artifact import write_json
-from moee.store.atomic import temporary_folder
 from moee.store.cache import cache_dir
+from moee.store.scratch import temporary_folder
 from plugins import contract
 from plugins.contract import DOMAIN
 

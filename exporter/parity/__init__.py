@@ -1,9 +1,10 @@
 """Numerical parity: a graph or an engine against the torch model it was made from, layer by layer, with float64 as yardstick."""
 
 from exporter.forms.form import WeightProblem
-from exporter.parity.check import DEFAULT_BATCHES, ParityResult, check_parity
+from exporter.parity.check import DEFAULT_BATCHES, check_parity
 from exporter.parity.layers import Deviation, LayerParity
 from exporter.parity.outputs import SAFETY, BatchError
+from exporter.parity.result import ParityResult
 from exporter.parity.weights import check_weights
 
 __all__ = [

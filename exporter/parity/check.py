@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +15,11 @@ from exporter.graph.export import PORTABLE, TENSORRT, read_quantization
 from exporter.manifests import read_export
 from exporter.onnx_safety import load_ir
 from exporter.parity.int8 import check_int8
-from exporter.parity.layers import Deviation, LayerParity, first_deviation, layer_parity
+from exporter.parity.layers import LayerParity, layer_parity
 from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers, standard_layers
+from exporter.parity.refusals import refuse_foreign, refuse_unrouted
+from exporter.parity.result import ParityResult
 from exporter.parity.taps import Tap, copied, hooked, tapped_graph, taps_of
 from exporter.parity.ties import dictated, excuse_ties, only_ties, with_own_error
 from exporter.parity.weights import check_weights
@@ -36,113 +35,12 @@ from moee.measure.accuracy import shared_answers
 from moee.measure.probe import classes_told
 from moee.parallel.group import SOLO, Group
 from moee.progress import Reporter, silent
-from moee.schema import json_safe, shown
 
 DEFAULT_BATCHES = DEFAULT_BATCH
 AGREEMENT_IMAGES = 64
 LAYER_IMAGES = 8  # every layer's tokens are held in memory at once, in float64
 # Routes that must equal the float64 run's. In half precision and int8 near ties flip, so only wrong routes fail there.
 MIN_ROUTE_AGREEMENT = {"fp32": 0.9999}
-
-
-@dataclass(frozen=True)
-class ParityResult:
-    """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head, and
-    where the model names one class alone). `rule` says in words what the outputs' tolerance is. `notes`: what was compared and
-    shows little. `belongs_to`: the export (`exporter.belonging`).
-    `only_ties`: routes that differ from the float64 run's are near ties."""
-
-    runtime: str
-    batches: list[BatchError]
-    route_agreement: dict[str, float]
-    top1_agreement: float | None
-    images: int
-    precision: str = "fp32"
-    arithmetic: str = "float32"
-    layers: list[LayerParity] = field(default_factory=list)
-    weight_problems: list[WeightProblem] = field(default_factory=list)
-    min_route_agreement: float = 0.0
-    rule: str = ""
-    only_ties: bool = False
-    notes: list[str] = field(default_factory=list)
-    belongs_to: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def max_abs_error(self) -> float:
-        return max((b.max_abs_error for b in self.batches), default=math.inf)
-
-    @property
-    def mean_route_agreement(self) -> float | None:
-        """None where no layer chooses between experts."""
-        return sum(self.route_agreement.values()) / len(self.route_agreement) if self.route_agreement else None
-
-    @property
-    def routes_passed(self) -> bool:
-        return self.only_ties or all(v >= self.min_route_agreement for v in self.route_agreement.values())
-
-    @property
-    def passed(self) -> bool:
-        parts = [*(b.passed for b in self.batches), *(layer.passed for layer in self.layers)]
-        return not self.unchecked and all(parts) and self.routes_passed and not self.weight_problems
-
-    @property
-    def unchecked(self) -> list[str]:
-        """What nothing was compared of: with nothing to check a gate has not passed."""
-        return [name for name, found in (("batches", self.batches), ("layers", self.layers)) if not found]
-
-    def __bool__(self) -> bool:
-        return self.passed
-
-    @property
-    def first_deviation(self) -> Deviation | None:
-        """The first layer that leaves the model, and how; None if none does."""
-        damaged = {p.layer: p.message for p in reversed(self.weight_problems)}
-        return first_deviation(self.layers, all(b.passed for b in self.batches), damaged)
-
-    def to_json(self) -> dict[str, Any]:
-        deviation = self.first_deviation
-        largest = max((b.tolerance_abs / max(b.output_rms, 1e-30) for b in self.batches), default=math.nan)
-        body = {
-            "schema": "moee.parity/1",
-            **{k: v for k, v in asdict(self).items() if k not in ("layers", "batches", "min_route_agreement", "rule")},
-            "batches": [{**asdict(b), "passed": b.passed} for b in self.batches],
-            "layers": [layer.to_json() for layer in self.layers],
-            "max_abs_error": self.max_abs_error,
-            "tolerance": {
-                "max_relative_error": largest,
-                "min_route_agreement": self.min_route_agreement,
-                "rule": self.rule,
-            },
-            "first_deviation": asdict(deviation) if deviation else None,
-            "passed": self.passed,
-        }
-        return json_safe(body)
-
-
-def refuse_unrouted(moee: MoeeModel, min_route_agreement: float | None) -> None:
-    """Raise `UserError` for a share of equal routes that is wanted of a model which chooses no routes."""
-    if min_route_agreement is not None and all(layer.num_experts < 2 for layer in routed_layers(moee.model).values()):
-        raise UserError("--min-route-agreement has nothing to check: no layer has more than one expert; leave it out")
-
-
-def refuse_foreign(folder: Path, moee: MoeeModel) -> None:
-    """Raise `UserError` for an export of another model than `moee`, as far as `export.json` tells without running anything."""
-    manifest = read_export(folder, verify=False)
-    layers = {name: layer.num_experts for name, layer in routed_layers(moee.model).items()}
-    differs = ""
-    if manifest["model"]["timm_name"] != moee.spec.timm_name:
-        differs = f"that was {shown(manifest['model']['timm_name'])}, this is {shown(moee.spec.timm_name)}"
-    elif set(manifest["routed_layers"]) != set(layers):
-        name = sorted(set(manifest["routed_layers"]) ^ set(layers))[0]
-        differs = f"only one of the two has experts in {shown(name)}"
-    for name, count in manifest.get("experts", {}).items():
-        if not differs and layers.get(name) != count:
-            differs = f"{shown(name)} has {count} experts there, {layers.get(name, 0)} here"
-    if differs:
-        raise UserError(
-            f"{folder} was not exported from the model it is held against: {differs}; give --model the artifact that it was made "
-            "from, or export again"
-        )
 
 
 def image_pool(data: ImageSet, count: int) -> tuple[Tensor, int]:

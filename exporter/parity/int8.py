@@ -12,7 +12,8 @@ from torch import nn
 
 from exporter.forms.form import WeightProblem
 from exporter.onnx_safety import load_ir
-from exporter.quantization import QuantConv2d, Quantization, QuantLinear, quantizable, quantized
+from exporter.precision import Quantization
+from exporter.quantization import QuantConv2d, QuantLinear, quantizable, quantized
 
 
 def check_int8(

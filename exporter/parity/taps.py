@@ -22,7 +22,7 @@ from exporter.passes.widen import widen_bfloat16
 from moee.errors import UserError
 from moee.layers.routed import RoutedLayer, routed_layers
 from moee.schema import reason_of
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 ONNX_TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 PARTS = ("tokens", "route", "result")

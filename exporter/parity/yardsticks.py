@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from exporter.parity.outputs import INT8_SAFETY, SAFETY
-from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
-from exporter.quantization import Quantization, quantized
+from exporter.precision import Quantization, RoundedModel, TypedModel, dtype_of, typed
+from exporter.quantization import quantized
 from moee.layers.routed import RoutedLayer, routed_layers
 
 

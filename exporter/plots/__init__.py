@@ -11,7 +11,7 @@ from exporter.plots.figure import save_svg
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet
 from moee.data.transform import model_transform
-from moee.places.placement import OutputFolder
+from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
 from moee.store.artifact import write_json
 from moee.store.result_kinds import PLOTS

@@ -18,7 +18,7 @@ from moee.mlps.find import find_ffns
 from moee.models.ffn import plain_size
 from moee.models.model import Shape
 from moee.progress import Reporter, silent, track
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 BATCH = 32
 CURVE_TOKENS = 20_000

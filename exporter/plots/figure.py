@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moee.store.artifact import write_text
+from moee.store.atomic import write_text
 
 COLUMNS = 4
 SETTINGS: dict[Any, Any] = {"svg.hashsalt": "moee", "svg.fonttype": "none", "font.size": 8}

@@ -1,7 +1,8 @@
 """8-bit weights and activations for the dense parts of a model: linear layers and convolutions outside the routed layers."""
 
+from exporter.precision import Quantization
 from exporter.quantization.calibrate import CALIBRATION_IMAGES, MIN_SQNR_DB, calibrate
-from exporter.quantization.modules import QuantConv2d, Quantization, QuantLinear, quantizable, quantized
+from exporter.quantization.modules import QuantConv2d, QuantLinear, quantizable, quantized
 
 __all__ = [
     "CALIBRATION_IMAGES",

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.quantization.modules import Quantization, quantizable, quantized
+from exporter.precision import Quantization
+from exporter.quantization.modules import quantizable, quantized
 from exporter.quantization.ops import HIGH
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError

@@ -17,7 +17,8 @@ from exporter.report.style import SCRIPT, STYLE
 from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
 from exporter.terminal.ui import data_title
 from moee.measure.accuracy import recorded_interval
-from moee.places.placement import OutputFile, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
 from moee.schema import shown
 from moee.store.result_kinds import REPORT
 

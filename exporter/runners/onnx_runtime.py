@@ -15,7 +15,7 @@ from exporter.runners.base import Runner
 from moee.errors import MissingDependency, UserError
 from moee.parallel.machine import usable_cpus
 from moee.schema import shown
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 # name on the command line: ONNX Runtime's name, label in results, what it needs
 PROVIDERS = {

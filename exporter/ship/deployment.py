@@ -29,7 +29,8 @@ from moee.errors import UserError
 from moee.interface.adapted import guesses_of
 from moee.libraries.preparation import described
 from moee.measure.probe import Probe
-from moee.places.placement import OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder
 from moee.schema import shown
 from moee.store.artifact import read_json, sha256_file, write_json, write_manifest
 from moee.store.result_kinds import DEPLOYMENT

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from moee.bounds import CLASSES, DAY, JOBS, WORKERS
 from moee.config import MAX_SIDE, MOST_COUNT
-from moee.places.placement import Output, check_all, source_paths
+from moee.places.inputs import source_paths
+from moee.places.placement import Output, check_all
 from moee.schema import shown
 
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` should not

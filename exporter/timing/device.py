@@ -23,7 +23,7 @@ from moee.models.ffn import FFN
 from moee.models.model import Shape
 from moee.planning.search import Latency
 from moee.stages.session import Session
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 CPU_RUNS = 20
 

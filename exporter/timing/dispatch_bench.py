@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.passes.clear import lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes
 from moee.layers.activations import activate

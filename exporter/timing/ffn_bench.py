@@ -10,7 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.passes.gated import lower_gated
 from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
@@ -22,7 +22,7 @@ from moee.errors import UserError
 from moee.layers.routed import NeuronLayer, RoutedLayer, routed_layers
 from moee.mlps.sites import mlp_module
 from moee.progress import Reporter, silent
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 ROWS = 8  # leading dimension of the input: as many images
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from exporter.runners import OnnxRunner
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 WARM_UP, RUNS = 3, 10
 

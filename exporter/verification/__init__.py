@@ -1,6 +1,7 @@
 """`moee verify`: parity, routes, accuracy and engines in one verdict, and the files that a CI job reads."""
 
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy
-from exporter.verification.suite import Case, VerifyResult, verify
+from exporter.verification.result import Case, VerifyResult
+from exporter.verification.suite import verify
 
 __all__ = ["AccuracyResult", "Case", "VerifyResult", "compare_accuracy", "verify"]

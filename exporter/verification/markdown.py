@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from exporter.verification.suite import VerifyResult
+from exporter.verification.result import VerifyResult
 from moee.measure.accuracy import Proportion
 
 

@@ -18,14 +18,15 @@ from moee.errors import NothingRouted, UserError
 from moee.measure.probe import Probe
 from moee.methods.recipe import Recipe, read_recipe_json
 from moee.mlps.find import find_ffns
-from moee.places.placement import OutputFolder
+from moee.places.output_folder import OutputFolder
 from moee.places.resume import check_identity, compare_identity, fingerprint
 from moee.progress import Reporter, silent
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
-from moee.store.atomic import sweep_all, sweep_scratch, temporary_folder
 from moee.store.cache import tensor_hash
+from moee.store.leftovers import sweep_all
 from moee.store.result_kinds import ABLATION
+from moee.store.scratch import sweep_scratch, temporary_folder
 
 CELLS, SETUP = "cells", "setup.json"
 SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/2"

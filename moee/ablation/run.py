@@ -10,7 +10,8 @@ from moee.ablation.grid import AblationConfig
 from moee.ablation.summary import markdown, summarise
 from moee.progress import Reporter, silent
 from moee.stages.session import Session
-from moee.store.artifact import tool_versions, write_json, write_text
+from moee.store.artifact import tool_versions, write_json
+from moee.store.atomic import write_text
 
 
 def run_ablation(session: Session, ablation: AblationConfig, out: Path | str, report: Reporter = silent) -> dict[str, Any]:

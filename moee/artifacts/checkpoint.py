@@ -18,7 +18,7 @@ from moee.measure.probe import Probe, classes_told
 from moee.methods.recipe import read_recipe_json
 from moee.mlps.structure import read_mlp
 from moee.models.model import MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of
-from moee.places.placement import OutputFolder
+from moee.places.output_folder import OutputFolder
 from moee.schema import checked, shown
 from moee.store.artifact import read_manifest, write_manifest
 from moee.store.result_kinds import MODEL

@@ -16,7 +16,7 @@ from moee.data.shards import PREFIX as SHARDS
 from moee.data.timm_sets import named
 from moee.data.transform import Transform, model_transform
 from moee.errors import UserError
-from moee.given.images import PREFIX
+from moee.given.datasets import PREFIX
 from moee.measure.probe import Probe
 from moee.methods.recipe import Recipe
 from moee.models.model import ModelSpec, build_model, load_model

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from moee.data import built_in, folders, shards, timm_sets
+from moee.data import built_in, shards, timm_sets
 from moee.data.class_names import SYNSET, Labels, Numbering, listed, number_classes
+from moee.data.folders.image_folder import open_folder
 from moee.data.image_set import ImageSet, Source
 from moee.data.transform import Transform, mode_of
 from moee.errors import UserError
@@ -77,7 +78,7 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
         return shards.open_shards(source, transform, seed)
     if timm_sets.named(source):
         return timm_sets.open_timm(source, transform)
-    return folders.open_folder(source, transform, splits, seed, report)
+    return open_folder(source, transform, splits, seed, report)
 
 
 def numbered(

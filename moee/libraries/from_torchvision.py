@@ -28,7 +28,7 @@ from moee.libraries.library import Library, Named
 from moee.libraries.positions import resized_positions
 from moee.schema import reason_of, shown
 from moee.store.artifact import sha256_file
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 from moee.weights.hub import host_reachable
 from moee.weights.loading import load_weights
 

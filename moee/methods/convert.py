@@ -33,7 +33,7 @@ from moee.models.ffn import FFN
 from moee.parallel.devices import computing_on
 from moee.parallel.group import Group
 from moee.progress import Reporter
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from moee.errors import UserError
 from moee.progress import Reporter, silent
 from moee.schema import shown
 from moee.store.artifact import read_json, write_json
-from moee.store.atomic import sweep_all
 from moee.store.cache import cache_dir
+from moee.store.leftovers import sweep_all
 
 CONTENT = "bytes:"  # of a fingerprint, before its digits
 OUTDATED = "which knew its images by names and sizes alone, so they may be others now"

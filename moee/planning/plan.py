@@ -18,7 +18,9 @@ from moee.methods.recipe import Recipe, read_recipe_json
 from moee.methods.registry import method_of
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec
-from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder, resume_folder
+from moee.places.placement import check_all
 from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table

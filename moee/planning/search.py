@@ -30,7 +30,7 @@ from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.progress import Reporter
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 PLAN_POINT = "a plan's point"  # what a message calls the recipe of one
 ALLOCATIONS = tuple(EXPERT_ALLOCATIONS)

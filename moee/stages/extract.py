@@ -16,7 +16,8 @@ from moee.methods.recipe import Recipe
 from moee.models.model import ModelSpec
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
-from moee.places.placement import OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
 from moee.stages.results import kept, save
 from moee.stages.session import Session, Trial

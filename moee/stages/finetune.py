@@ -14,7 +14,9 @@ from moee.data.sources import same_data
 from moee.errors import UserError
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
-from moee.places.placement import OutputFolder, check_all, resume_folder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder, resume_folder
+from moee.places.placement import check_all
 from moee.places.resume import alone_on
 from moee.progress import Reporter, silent
 from moee.stages.results import kept, save

@@ -10,12 +10,8 @@ from typing import Any
 
 from moee.errors import UserError
 from moee.schema import json_text, parse_json, shown, upgraded
-from moee.store.atomic import atomic_file, atomic_folder, recover, write_text
-
-__all__ = [
-    "atomic_file", "atomic_folder", "read_json", "read_manifest", "sha256_file", "stays_inside",
-    "tool_versions", "write_json", "write_manifest", "write_text",
-]  # fmt: skip
+from moee.store.atomic import write_text
+from moee.store.leftovers import recover
 
 MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and temporary ones that a killed process does not leave for ever.
+"""Files and folders that appear whole or not at all.
 
 What is being written lies beside its destination as `.NAME.xxxxxxxx.tmp`, is synced to disk and then renamed, so a reader sees
 the former content or the new one and never a part. Its maker holds a lock (flock) on that folder, which ends with the process:
@@ -7,27 +7,15 @@ whoever writes NAME next removes what a killed process left, and never what anot
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import functools
 import os
-import re
-import shutil
-import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from moee.errors import UserError
-
-_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # linux/fcntl.h, linux/fs.h
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
-_UNFOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # to lock whatever is there: no link's target, and no pipe waited for
-SCRATCH = "moee-tmp-"
-
-Accept = Callable[[Path], None]
+from moee.store.exchange import NOREPLACE, Accept, Appeared, exchange, free_name, put_back, rename_at
+from moee.store.leftovers import locked, make_locked, recover, remove_any, sweep, temporary_name
 
 
 def whatever(path: Path) -> None:
@@ -90,21 +78,15 @@ def probe(path: Path) -> None:
     try:
         if rest:  # what a killed probe left there; what lies beside `path` goes when that is written
             sweep(first)
-        temporary, lock = _make_locked(lambda: _temporary_name(first))
+        temporary, lock = make_locked(lambda: temporary_name(first))
         try:
             if rest:
-                (temporary / Path(*(part.name for part in rest[:-1])) / _temporary_name(path).name).mkdir(parents=True)
+                (temporary / Path(*(part.name for part in rest[:-1])) / temporary_name(path).name).mkdir(parents=True)
         finally:
-            _remove(temporary)
+            remove_any(temporary)
             os.close(lock)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another output folder") from error
-
-
-def free_name(path: Path, folder: bool) -> Path:
-    """A name beside `path` that nothing has, for a finished result that its place refuses."""
-    mark = uuid.uuid4().hex[:8]
-    return path.with_name(f"{path.name}-{mark}" if folder else f"{path.stem}-{mark}{path.suffix}")
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -117,61 +99,10 @@ def remove_folder(path: Path) -> None:
     """Remove a folder so that a kill in between leaves all of it or none under its name."""
     if not path.is_dir():
         return
-    gone = _temporary_name(path)
+    gone = temporary_name(path)
     os.rename(path, gone)
-    _remove(gone)
+    remove_any(gone)
     sweep(path)
-
-
-def sweep(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it: their work, and the former content once there is a new one."""
-    kinds = "tmp|old" if os.path.lexists(path) else "tmp"
-    _sweep(path.parent, re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.({kinds})"))
-
-
-def sweep_all(folder: Path) -> None:
-    """Remove what killed writers of any file left in `folder`, which must be this program's own: its cache, a store of results.
-
-    A writer killed after its file was in place leaves an empty folder, and nobody writes a finished file again.
-    """
-    _sweep(folder, re.compile(r"\..+\.[0-9a-f]{8}\.tmp"))
-
-
-def recover(path: Path) -> None:
-    """Put the former content back if a replacement was killed between its two renames (see `_publish`)."""
-    if os.path.lexists(path) or not path.parent.is_dir():
-        return
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.old")
-    for name in sorted(os.listdir(path.parent)):
-        if pattern.fullmatch(name):
-            with _locked(path.parent / name) as alone:
-                if not alone:  # its writer lives, and is between the two
-                    continue
-                with suppress(FileNotFoundError):  # that writer, or another reader, was faster
-                    if not os.path.lexists(path):
-                        os.rename(path.parent / name, path)
-                    return
-
-
-def sweep_scratch(base: Path | None = None) -> None:
-    """Remove the scratch folders that killed processes left below `base` (default: the system's temporary folder)."""
-    _sweep(base or Path(tempfile.gettempdir()), re.compile(rf"{SCRATCH}[0-9a-f]{{8}}"))
-
-
-@contextmanager
-def temporary_folder(parent: Path | str | None = None) -> Iterator[Path]:
-    """A scratch folder below `parent` (default: the system's) that is removed at the end.
-
-    One that a killed process left is removed by the next call with the same parent.
-    """
-    base = Path(parent) if parent is not None else Path(tempfile.gettempdir())
-    sweep_scratch(base)
-    folder, lock = _make_locked(lambda: base / f"{SCRATCH}{uuid.uuid4().hex[:8]}", mode=0o700)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 @contextmanager
@@ -180,60 +111,14 @@ def _workspace(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path)
-        temporary, lock = _make_locked(lambda: _temporary_name(path))
+        temporary, lock = make_locked(lambda: temporary_name(path))
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}; choose another output folder") from error
     try:
         yield temporary
     finally:
-        _remove(temporary)
+        remove_any(temporary)
         os.close(lock)
-
-
-def _make_locked(name, mode: int = 0o777) -> tuple[Path, int]:
-    """Make a folder and lock it; again under another name if a sweep took the folder before it was locked."""
-    while True:
-        folder = name()
-        os.mkdir(folder, mode)
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: nobody sweeps there
-            return folder, lock
-        if _same(folder, lock):
-            return folder, lock
-        os.close(lock)
-
-
-def _sweep(parent: Path, pattern: re.Pattern[str]) -> None:
-    try:
-        with os.scandir(parent) as entries:
-            found = [Path(e.path) for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-    except OSError:
-        return
-    for folder in found:
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same(folder, lock) and os.fstat(lock).st_uid == os.getuid():
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # its maker lives, or this file system has no locks
-            continue
-        finally:
-            os.close(lock)
-
-
-def _same(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _publish(temporary: Path, path: Path, accept: Accept | None) -> None:
@@ -242,17 +127,17 @@ def _publish(temporary: Path, path: Path, accept: Accept | None) -> None:
     Where the file system cannot exchange names, two renames do it; `recover` mends a kill in between.
     """
     if accept is None:
-        if not _renameat2(temporary, path, _NOREPLACE):
+        if not rename_at(temporary, path, NOREPLACE):
             if os.path.lexists(path):
-                raise _appeared(path)
+                raise Appeared(path)
             os.rename(temporary, path)
         return
     if not os.path.lexists(path):
         os.rename(temporary, path)
         return
     accept(path)
-    with _locked(path):
-        if _exchange(temporary, path, accept):
+    with locked(path):
+        if exchange(temporary, path, accept):
             return
         ours, former = os.lstat(temporary), path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.old"
         try:
@@ -261,77 +146,22 @@ def _publish(temporary: Path, path: Path, accept: Accept | None) -> None:
             os.rename(temporary, path)
         except BaseException:
             if os.path.lexists(former) and os.path.lexists(temporary):
-                _put_back(former, path, ours)
+                put_back(former, path, ours)
             raise
-        _remove(former)
-
-
-def _exchange(temporary: Path, path: Path, accept: Accept) -> bool:
-    """Exchange two names and let `accept` look at what was taken away; whatever that raises, an interrupt too, puts it back.
-
-    False, with nothing done, where names cannot be exchanged.
-    """
-    ours = os.lstat(temporary)
-    try:
-        if not _renameat2(temporary, path, _EXCHANGE):
-            return False
-        accept(temporary)
-    except BaseException:
-        if not os.path.samestat(os.lstat(temporary), ours):
-            _put_back(temporary, path, ours)
-        raise
-    return True
-
-
-def _put_back(taken: Path, path: Path, ours: os.stat_result) -> None:
-    """Give what was taken away its name again, which the result, `ours`, may have meanwhile.
-
-    If that fails, it gets a free name and `UserError` tells which: under a temporary one it would be removed.
-    """
-    with suppress(OSError):
-        if not os.path.lexists(path):
-            os.rename(taken, path)
-            return
-        if os.path.samestat(os.lstat(path), ours) and _renameat2(taken, path, _EXCHANGE):
-            return
-    free = free_name(path, taken.is_dir())
-    os.rename(taken, free)
-    raise UserError(f"{path} was taken by another process; what was there before is now {free}")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Lock what is at `path`, whatever name it has meanwhile, so that no `sweep` or `recover` takes it; False if another has it.
-
-    What cannot be locked, such as a link, counts as free.
-    """
-    try:
-        lock = os.open(path, _UNFOLLOWED)
-    except OSError:
-        yield True
-        return
-    try:
-        free = True
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            free = not isinstance(error, BlockingIOError)
-        yield free
-    finally:
-        os.close(lock)
+        remove_any(former)
 
 
 def _publish_file(temporary: Path, path: Path, accept: Accept) -> None:
     """Give the file `temporary` the name `path`; a file that is there, or has appeared, is looked at by `accept` first."""
     try:
         if not os.path.lexists(path):
-            if not _renameat2(temporary, path, _NOREPLACE):
+            if not rename_at(temporary, path, NOREPLACE):
                 os.rename(temporary, path)
             return
-    except _Appeared:
+    except Appeared:
         pass
     accept(path)
-    if not _exchange(temporary, path, accept):
+    if not exchange(temporary, path, accept):
         os.replace(temporary, path)
 
 
@@ -348,50 +178,6 @@ def _kept(temporary: Path, path: Path) -> Iterator[None]:
             raise error from None
         reason = str(error) if isinstance(error, UserError) else f"{path} cannot be written: {error.strerror or error}"
         raise UserError(f"{reason}; the result is kept as {free}") from error
-
-
-def _renameat2(source: Path, target: Path, flags: int) -> bool:
-    """False where this system lacks the call, or the file system the flag. Raises `UserError` if NOREPLACE finds a target."""
-    call = _libc_renameat2()
-    if call is None:
-        return False
-    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _UNSUPPORTED:
-        return False
-    if code in (errno.EEXIST, errno.ENOTEMPTY) and flags == _NOREPLACE:
-        raise _appeared(target)
-    raise OSError(code, os.strerror(code), str(target))
-
-
-class _Appeared(UserError):
-    """Another process made the output first."""
-
-
-def _appeared(path: Path) -> _Appeared:
-    return _Appeared(f"{path} appeared while this ran, and is left as it is")
-
-
-@functools.cache
-def _libc_renameat2():
-    try:
-        call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return None
-    call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return call
-
-
-def _temporary_name(path: Path) -> Path:
-    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

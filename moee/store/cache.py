@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moee.errors import UserError
 from moee.progress import Reporter, silent
-from moee.store.atomic import sweep_all
+from moee.store.leftovers import sweep_all
 from moee.store.tensor_file import write_tensors
 
 

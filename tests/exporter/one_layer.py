@@ -3,7 +3,7 @@
 import onnx_ir as ir
 import torch
 
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.passes.name_routes import name_routed_nodes
 
 

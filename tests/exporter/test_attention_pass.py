@@ -11,8 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from exporter.graph import export as onnx_export
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.passes.attention import rewrite_attention
 from exporter.passes.tape import Tape
 
@@ -30,7 +29,7 @@ MODELS = {
 @pytest.fixture
 def traced(monkeypatch):
     """Trace without the rewrite, which a test applies itself."""
-    monkeypatch.setattr(onnx_export, "rewrite_attention", lambda graph: (0, 0))
+    monkeypatch.setattr("exporter.graph.trace.rewrite_attention", lambda graph: (0, 0))
 
     def trace(model: nn.Module, size: int) -> ir.Model:
         return to_onnx(model.eval(), (3, size, size))

@@ -12,7 +12,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from exporter.forms.clear import ClearForm
-from exporter.graph.export import export, to_onnx
+from exporter.graph.export import export
+from exporter.graph.trace import to_onnx
 from exporter.parity import check_parity
 from exporter.passes.clear import OP_TYPE, lower_clear_ffn
 from exporter.passes.name_routes import name_routed_nodes

@@ -10,8 +10,8 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from exporter.graph import export as onnx_export
-from exporter.graph.export import MANIFEST, SCHEMA, export, to_onnx
+from exporter.graph.export import MANIFEST, SCHEMA, export
+from exporter.graph.trace import to_onnx
 from exporter.parity import check_parity
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import MIN_ROWS, lower_routed_ffn
@@ -249,7 +249,7 @@ def test_a_graph_that_cannot_be_read_back_is_one_sentence(tiny_export, tmp_path,
         for node in list(graph.graph)[:2]:
             node.outputs[0].name = "product"
 
-    monkeypatch.setattr(onnx_export, "rewrite_attention", rename)
+    monkeypatch.setattr("exporter.graph.trace.rewrite_attention", rename)
     with pytest.raises(UserError, match="^the model's graph cannot be written as ONNX .*'product' is redeclared.*report this"):
         export(copy.deepcopy(tiny_export.moee), tmp_path / "out")
     assert not (tmp_path / "out").exists()

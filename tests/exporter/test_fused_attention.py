@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.runners import OnnxRunner
 from moee.errors import UserError
 

@@ -12,7 +12,8 @@ import torch
 
 from exporter.cli import main
 from exporter.engines.build import needs_plugin
-from exporter.graph.export import export, to_onnx
+from exporter.graph.export import export
+from exporter.graph.trace import to_onnx
 from exporter.parity import check_parity
 from exporter.passes.gated import STORED_AT, lower_gated
 from exporter.ship.deployment import write_deployment

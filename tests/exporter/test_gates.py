@@ -17,7 +17,8 @@ from exporter.parity.ties import only_ties
 from exporter.quantization.calibrate import calibrate, sqnr_db
 from exporter.runners import PluginCheck
 from exporter.verdict import MIN_PAIRS, judge
-from exporter.verification.suite import EngineParity, VerifyResult, _AccuracyCheck
+from exporter.verification.graph_accuracy import GraphAccuracy
+from exporter.verification.result import EngineParity, VerifyResult
 from moee.errors import UserError
 from moee.parallel.group import SOLO
 from moee.progress import silent
@@ -158,7 +159,7 @@ def test_a_random_head_has_no_accuracy_that_a_gate_could_be_held_against(tiny_ex
     moee = tiny_export.moee
     drawn = replace(moee, spec=moee.spec.model_copy(update={"weights": None, "weights_sha256": None, "random_seed": 0}))
     for model, refused in ((moee, False), (drawn, True)):
-        check = _AccuracyCheck(tiny_export.folder(), model, tiny_export.data, None, "cpu", None, silent, SOLO)
+        check = GraphAccuracy(tiny_export.folder(), model, tiny_export.data, None, "cpu", None, silent, SOLO)
         answers = check.outputs("dense")
         assert ("--random-weights drew" in check.early().reason) == refused
         assert bool(check.judge(answers)[0]) == refused

@@ -17,7 +17,7 @@ from exporter.graph.export import export
 from exporter.report import write_report
 from exporter.ship.deployment import write_deployment
 from exporter.verification import verify
-from exporter.verification.suite import run_engine
+from exporter.verification.engine import run_engine
 from moee.errors import UserError
 from moee.models.model import replace_module
 from moee.store.artifact import read_manifest, write_json

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from exporter.cli import main
-from exporter.graph.export import export, to_onnx
+from exporter.graph.export import export
+from exporter.graph.trace import to_onnx
 from exporter.parity import check_parity
 from exporter.timing.device import DEVICES, dense_facts, modelled
 from moee.artifacts import checkpoint

@@ -9,7 +9,8 @@ from exporter import cli
 from exporter.commands.models import extract as extract_command
 from moee.data.sources import load_data
 from moee.errors import UserError
-from moee.places.placement import OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder
 from moee.planning.plan import planned_on
 from moee.stages.session import Session
 from moee.store.artifact import write_manifest

@@ -17,7 +17,8 @@ import exporter
 from exporter import cli
 from exporter.engines.build import needs_plugin
 from exporter.graph import export as onnx_export
-from exporter.graph.export import export, to_onnx
+from exporter.graph.export import export
+from exporter.graph.trace import to_onnx
 from exporter.parity import check_parity, check_weights
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
@@ -178,7 +179,7 @@ def run(*arguments):
 
 
 def test_routes_that_a_static_model_does_not_choose_are_refused_before_any_graph_runs(static, monkeypatch):
-    monkeypatch.setattr("exporter.verification.suite.opened", lambda *a: pytest.fail("a graph was run"))
+    monkeypatch.setattr("exporter.verification.graph_accuracy.opened", lambda *a: pytest.fail("a graph was run"))
     moee, data, _ = static
     with pytest.raises(UserError, match="--min-route-agreement has nothing to check"):
         verify(exported(static), moee, data, sizes=(2,), min_route_agreement=0.9)

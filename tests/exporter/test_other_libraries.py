@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from exporter import cli
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.pretrained import ModelOptions, layout_of, resolve
 from exporter.report.commands import _extract
 from exporter.runners import OnnxRunner

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from exporter.graph.export import export
-from exporter.parity.check import refuse_foreign
+from exporter.parity.refusals import refuse_foreign
 from exporter.precision import refuse_overflow
 from exporter.verification import verify
 from moee.artifacts.model import MoeeModel

@@ -7,7 +7,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.graph.export import export, to_onnx
+from exporter.graph.export import export
+from exporter.graph.trace import to_onnx
 from exporter.passes.widen import widen_bfloat16
 from exporter.precision import RoundedModel, TypedModel, dtype_of, typed
 from moee.errors import UserError

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from exporter.runners import EngineRunner, OnnxRunner, TorchRunner
-from exporter.verification.suite import run_engine
+from exporter.verification.engine import run_engine
 from moee.errors import MissingDependency, UserError
 from tests.exporter.engines import LIBRARY, CpuDevice, FakeBinding, write_engine
 

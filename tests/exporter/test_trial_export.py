@@ -10,7 +10,7 @@ from torch import nn
 
 from exporter.cli import main
 from exporter.graph import trial_export
-from exporter.graph.export import to_onnx
+from exporter.graph.trace import to_onnx
 from exporter.graph.trial_export import try_export
 from moee.errors import UserError, plain
 from moee.layers.routed import routed_layers

@@ -84,7 +84,7 @@ def test_a_gate_on_data_of_another_head_is_refused_from_the_manifests_alone(arti
     assert run("finetune", artifact, "--epochs", 1, "--lr", 1e-6, "--data", "two", "--out", tuned) == 0
     assert "the model tells 10 classes apart, two has 2" in " ".join(capsys.readouterr().out.split())
     assert run("export", tuned, "--out", tmp_path / "export") == 0
-    monkeypatch.setattr("exporter.verification.suite.opened", lambda *a: pytest.fail("a graph was run"))
+    monkeypatch.setattr("exporter.verification.graph_accuracy.opened", lambda *a: pytest.fail("a graph was run"))
     monkeypatch.setattr("exporter.verification.suite.check_parity", lambda *a, **k: pytest.fail("parity was checked"))
     assert run("verify", tmp_path / "export", "--max-drop", 0.5) == 2
     said = capsys.readouterr().err

@@ -232,7 +232,7 @@ def test_a_gate_that_has_nothing_to_check_is_refused_before_parity(tiny_export, 
 
 def test_a_head_of_another_size_is_refused_without_running_anything(tiny_export, monkeypatch, capsys):
     monkeypatch.setattr("moee.data.sources.load_data", lambda *a, **k: TensorSet("two", tiny_export.data.images, [0, 1] * 24, 2))
-    monkeypatch.setattr("exporter.verification.suite.opened", lambda *a: pytest.fail("a graph was run"))
+    monkeypatch.setattr("exporter.verification.graph_accuracy.opened", lambda *a: pytest.fail("a graph was run"))
     assert run("verify", tiny_export.folder(), "--max-drop", 0.5) == 2
     assert "the model tells 10 classes apart, two has 2" in capsys.readouterr().err
 

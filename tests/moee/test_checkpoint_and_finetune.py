@@ -14,7 +14,8 @@ from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.methods.experts import ExpertsOptions
 from moee.methods.recipe import Recipe, method_options
-from moee.store.artifact import atomic_folder, sha256_file
+from moee.store.artifact import sha256_file
+from moee.store.atomic import atomic_folder
 from moee.train.finetuning import finetune
 from moee.train.rate import rate
 from moee.train.step import distillation_loss

@@ -170,7 +170,7 @@ def interrupted_run(pair, folder, monkeypatch):
 def test_another_run_is_refused_before_the_work(pair, tmp_path, monkeypatch, fields, message):
     interrupted_run(pair, tmp_path, monkeypatch)
     dense, model, data = pair
-    monkeypatch.setattr("moee.train.finetuning.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
+    monkeypatch.setattr("moee.train.resume.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
     with pytest.raises(UserError, match=message):
         finetune(model, dense, data, FinetuneConfig(**{"epochs": 2, "batch_size": 4, **fields}), resume=tmp_path, teacher=not_run)
 

@@ -16,7 +16,8 @@ from torch.utils.data import (
 
 from moee.data.image_set import TensorSet, batches
 from moee.errors import UserError
-from moee.given.images import DatasetSet, given_images, given_splits
+from moee.given.datasets import DatasetSet
+from moee.given.images import given_images, given_splits
 
 SHAPE = (3, 8, 8)
 

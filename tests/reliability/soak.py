@@ -16,7 +16,7 @@ import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from moee.store.atomic import SCRATCH
+from moee.store.scratch import SCRATCH
 
 
 def main() -> None:

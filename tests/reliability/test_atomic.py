@@ -14,9 +14,10 @@ import pytest
 
 from exporter.terminal.failures import explain
 from moee.errors import UserError
-from moee.store import atomic
+from moee.store import exchange
 from moee.store.artifact import read_manifest, write_json, write_manifest
-from moee.store.atomic import atomic_file, atomic_folder, remove_folder, temporary_folder
+from moee.store.atomic import atomic_file, atomic_folder, remove_folder
+from moee.store.scratch import temporary_folder
 from tests.reliability import faults
 from tests.reliability.commands import COMMANDS, copy, prepare
 from tests.reliability.runner import tree
@@ -30,7 +31,7 @@ def hidden(folder):
 @pytest.fixture(params=["exchange", "two renames"])
 def names(request, monkeypatch):
     if request.param == "two renames":
-        monkeypatch.setattr(atomic, "_libc_renameat2", lambda: None)
+        monkeypatch.setattr(exchange, "libc_renameat2", lambda: None)
 
 
 def test_replacing_a_folder(tmp_path, names):
@@ -60,7 +61,8 @@ def test_a_failure_leaves_the_former_content(tmp_path, names):
 
 DIE = """
 import os, signal, sys
-from moee.store.atomic import atomic_folder, temporary_folder
+from moee.store.atomic import atomic_folder
+from moee.store.scratch import temporary_folder
 with atomic_folder(sys.argv[1]) as folder, temporary_folder(sys.argv[2]) as scratch:
     (folder / "half").write_text("x")
     (scratch / "tokens").write_text("x")
@@ -132,7 +134,7 @@ def test_a_kill_between_two_renames_is_mended(tmp_path):
 
 def test_a_reader_does_not_take_what_a_living_writer_has_moved_aside(tmp_path, monkeypatch):
     """Between the two renames the place is empty; a reader then waits for nothing and changes nothing."""
-    monkeypatch.setattr(atomic, "_libc_renameat2", lambda: None)
+    monkeypatch.setattr(exchange, "libc_renameat2", lambda: None)
     with atomic_folder(tmp_path / "out") as folder:
         write_manifest(folder, "m.json", "moee.model/1", {"text": "former"})
     seen = []

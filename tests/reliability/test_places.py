@@ -30,11 +30,13 @@ from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, build_model
-from moee.places import placement
-from moee.places.placement import OutputFile, OutputFolder
+from moee.places import paths, placement
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
+from moee.places.output_folder import OutputFolder
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune
-from moee.store import atomic, result_kinds
+from moee.store import exchange, leftovers, result_kinds
 from moee.store.artifact import read_manifest
 from moee.store.atomic import atomic_file, atomic_folder
 from plugins import aot
@@ -461,24 +463,24 @@ def test_an_artifact_under_the_name_of_built_in_data_is_an_input(work, capsys, m
     with pytest.raises(UserError, match="is the input photos"):
         check_outputs(cli.build_parser().parse_args(["finetune", "photos", "--out", "photos", "--force"]))
     with pytest.raises(UserError, match="is the input digits"):
-        OutputFile("digits", result_kinds.LATENCY, True, placement.source_paths("digits")).check()
+        OutputFile("digits", result_kinds.LATENCY, True, source_paths("digits")).check()
 
 
 def test_built_in_data_is_no_folder_that_lies_around_under_its_name(work, monkeypatch):
     """Neither as a flag's value nor as what a manifest says."""
     monkeypatch.chdir(work)
-    assert placement.source_paths("photos", "photos:5") == ()
+    assert source_paths("photos", "photos:5") == ()
     body = json.loads((work / "model" / "moee.json").read_text())
     (work / "model" / "moee.json").write_text(json.dumps({**body, "data": "digits"}))
     artifact(work / "digits", result_kinds.MODEL)
-    assert placement.source_paths("model") == (Path("model"),)
+    assert source_paths("model") == (Path("model"),)
 
 
 def test_artifacts_that_name_each_other_are_walked_once(work):
     for name, other in (("export", "../engine"), ("engine", "../export")):
         path = work / name / f"{name}.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "source": other}))
-    found = placement.source_paths(work / "export")
+    found = source_paths(work / "export")
     assert sorted(os.path.realpath(path) for path in found) == [str(work / "engine"), str(work / "export")]
     assert len(found) == 2
 
@@ -527,7 +529,7 @@ def test_a_mount_point_cannot_be_replaced(work, capsys, monkeypatch, tmp_path):
     """The kernel would refuse the exchange, after the work."""
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"36 35 98:0 / {work / 'empty'} rw,noatime shared:1 - ext4 /dev/root rw\n")
-    monkeypatch.setattr(placement, "MOUNTS", mounts)
+    monkeypatch.setattr(paths, "MOUNTS", mounts)
     assert "mount point" in refused(work, capsys, "extract --out", str(work / "empty"), "--force")
 
 
@@ -577,7 +579,7 @@ def test_python_functions_refuse_too(work, function, monkeypatch):
 @pytest.fixture(params=["exchange", "two renames"])
 def names(request, monkeypatch):
     if request.param == "two renames":
-        monkeypatch.setattr(atomic, "_libc_renameat2", lambda: None)
+        monkeypatch.setattr(exchange, "libc_renameat2", lambda: None)
 
 
 def beside(folder: Path, stem: str) -> list[Path]:
@@ -614,7 +616,7 @@ def test_what_was_taken_away_is_put_back_whatever_happens(work, names, error, fo
             with atomic_file(place, accept) as temporary:
                 temporary.write_text("result")
 
-    if not folder and atomic._libc_renameat2() is None:
+    if not folder and exchange.libc_renameat2() is None:
         return write()  # never taken away there
     with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as raised:
         write()
@@ -632,7 +634,7 @@ def test_what_was_taken_away_is_never_swept(work):
     """Another writer of the same place sweeps while ours looks at what it took."""
 
     def accept(path):
-        atomic.sweep(work / "photos")
+        leftovers.sweep(work / "photos")
         if path != work / "photos":
             raise UserError("not ours")
 
@@ -756,7 +758,7 @@ def test_kinds_agree_with_what_is_written():
     from moee.ablation import cells
     from moee.artifacts import checkpoint
     from moee.planning import plan
-    from moee.train import finetuning
+    from moee.train import resume
     from moee.train import state as finetune_state
     from plugins import bundle as plugin_bundle
     from plugins import manifest
@@ -769,12 +771,12 @@ def test_kinds_agree_with_what_is_written():
         result_kinds.PLUGIN_BUNDLE: ("bundle.json", plugin_bundle.SCHEMA),
         result_kinds.KERNELS: (manifest.FILE_NAME, manifest.SCHEMA), result_kinds.ABLATION: (cells.SETUP, cells.SETUP_SCHEMA),
         result_kinds.CLEAR_ABLATION: (clear_ablation.SETUP, clear_ablation.SETUP_SCHEMA),
-        result_kinds.FINETUNE_STATE: (finetuning.STATE, finetune_state.SCHEMA),
+        result_kinds.FINETUNE_STATE: (resume.STATE, finetune_state.SCHEMA),
         result_kinds.PLAN_STATE: ("identity.json", plan.STORE_SCHEMA),
     }  # fmt: skip
     for kind, (name, schema) in written.items():
         assert (kind.manifest, kind.schema) == (name, schema.partition("/")[0])
     assert result_kinds.SUMMARY.schema == demo.SCHEMA.partition("/")[0]
     assert result_kinds.DISPATCH.schema == dispatch_bench.SCHEMA.partition("/")[0]
-    state = finetuning.TENSORS.format(epoch=12)
+    state = resume.TENSORS.format(epoch=12)
     assert result_kinds.matches(state, result_kinds.FINETUNE_STATE.beside)

@@ -53,7 +53,7 @@ def _warm_up(parts: list[str]) -> None:
     import tests.reliability.tiny_vit  # noqa: F401
 
     if "trace" in parts:  # what the first torch.onnx.export imports takes seconds
-        from exporter.graph.export import to_onnx
+        from exporter.graph.trace import to_onnx
 
         to_onnx(torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.zeros(2, 4))
 

@@ -22,7 +22,7 @@ from exporter.ship.deployment import write_deployment
 from exporter.timing.latency import bench
 from exporter.timing.layer_profile import profile_layers
 from exporter.verification import verify
-from exporter.verification.suite import opened
+from exporter.verification.graph_accuracy import opened
 from moee.artifacts import checkpoint
 from moee.errors import MissingDependency, UserError
 from moee.layers.routed import routed_layers
@@ -51,7 +51,7 @@ GUARDED = {
     },
     "ctypes.CDLL": {
         "exporter/engines/worker.py": "the driver, by its fixed name",
-        "moee/store/atomic.py": "the C library, which is loaded already",
+        "moee/store/exchange.py": "the C library, which is loaded already",
     },
     "torch.load": {"moee/weights/weights_file.py": "with weights_only, the user's checkpoint"},
     "load_file": {"moee/weights/weights_file.py": "read_safetensors", "moee/store/cache.py": "the user's own cache"},

@@ -12,7 +12,8 @@ from rich.table import Table
 from exporter.terminal.flags import GATE_FAILED, OK, add_outputs, add_word, at_least, finite
 from exporter.terminal.ui import ProgressDisplay
 from moee.bounds import BATCH, JOBS, RUNS, SECONDS
-from moee.places.placement import OutputFile, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
 from moee.progress import Reporter, silent
 from moee.store.result_kinds import LATENCY
 

@@ -12,7 +12,8 @@ from exporter.terminal.flags import OK, add_outputs, add_word, at_least
 from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_BATCH, MOST_WORKERS
 from moee.errors import UserError
-from moee.places.placement import OutputFile, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
 from moee.store.result_kinds import DISPATCH
 
 MOST_RUNS = 1_000_000

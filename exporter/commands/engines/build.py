@@ -12,7 +12,10 @@ from rich.table import Table
 from exporter.engines.sms import parse_sms
 from exporter.terminal.flags import GATE_FAILED, OK, add_out, add_outputs
 from exporter.terminal.ui import ProgressDisplay
-from moee.places.placement import Output, OutputFile, OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
+from moee.places.output_folder import OutputFolder
+from moee.places.placement import Output
 from moee.store.result_kinds import ENGINE, TIMING_CACHE
 
 TEXT = "build dense and MoEE engines from an export"

@@ -13,7 +13,8 @@ from exporter.engines.sms import parse_sms
 from exporter.terminal.flags import OK, add_out, add_outputs, add_word
 from exporter.terminal.ui import ProgressDisplay
 from moee.errors import UserError
-from moee.places.placement import OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import DEPLOYMENT
 
 TEXT = "everything a device needs: graphs, plugin, runner, server configurations, build.sh"

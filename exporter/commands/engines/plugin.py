@@ -12,7 +12,8 @@ from exporter.engines.sms import parse_sms
 from exporter.terminal.flags import OK, add_out, add_outputs
 from exporter.terminal.ui import ProgressDisplay
 from moee.errors import UserError
-from moee.places.placement import OutputFile, OutputFolder
+from moee.places.output_file import OutputFile
+from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import PLUGIN, PLUGIN_BUNDLE
 
 

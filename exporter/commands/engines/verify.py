@@ -29,7 +29,9 @@ from exporter.terminal.ui import percent, within
 from moee.bounds import AGREEMENT, DROP, IMAGES, JOBS
 from moee.config import MOST_FACTOR
 from moee.errors import MissingDependency, UserError
-from moee.places.placement import OutputFile, OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_file import OutputFile
+from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import PARITY, VERIFY
 
 RESULT = "RESULT, IMAGES) with what moee.extract or moee.load returned as RESULT"

@@ -22,7 +22,7 @@ from exporter.terminal.options import add_options
 from exporter.terminal.ui import ProgressDisplay
 from moee.ablation.grid import AblationConfig
 from moee.errors import UserError
-from moee.places.placement import OutputFolder
+from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import ABLATION
 
 SCALE = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")  # options

@@ -21,7 +21,8 @@ from exporter.terminal.flags import (
 )
 from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_SEEDS
-from moee.places.placement import OutputFile, OutputFolder
+from moee.places.output_file import OutputFile
+from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import CLEAR_ABLATION, CLEAR_PLOT, CLEAR_TABLE
 
 TEXT = "CLEAR-MoE over routers, ranks, experts, calibration sizes and seeds; resumable"

@@ -31,7 +31,9 @@ from moee.bounds import JOBS
 from moee.errors import UserError
 from moee.methods.recipe import make_recipe, read_recipe
 from moee.methods.registry import METHODS, cutting, presets
-from moee.places.placement import Output, OutputFolder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder
+from moee.places.placement import Output
 from moee.store.result_kinds import MODEL
 
 TEXT = "find experts in a dense model's MLPs"

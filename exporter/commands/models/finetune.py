@@ -13,7 +13,9 @@ from exporter.terminal.ui import stage_table, title_of
 from moee.config import FinetuneConfig, validated
 from moee.errors import UserError
 from moee.methods.recipe import read_recipe
-from moee.places.placement import Output, OutputFolder, resume_folder, source_paths
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder, resume_folder
+from moee.places.placement import Output
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
 
 TEXT = "distil the dense model into an extracted one"

@@ -30,7 +30,8 @@ from moee.measure.accuracy import counted
 from moee.methods.experts import ALLOCATIONS, ExpertsOptions
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.registry import METHODS
-from moee.places.placement import Output, OutputFolder, resume_folder
+from moee.places.output_folder import OutputFolder, resume_folder
+from moee.places.placement import Output
 from moee.planning.budget import Budget
 from moee.store.result_kinds import PLAN, PLAN_STATE
 

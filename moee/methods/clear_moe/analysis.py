@@ -29,7 +29,7 @@ from moee.models.ffn import FFN
 from moee.parallel.devices import CPU, placed
 from moee.parallel.group import Group
 from moee.progress import Reporter
-from moee.store.atomic import temporary_folder
+from moee.store.scratch import temporary_folder
 
 CLUSTER_TOKENS = 4096  # of a layer that k-means sees; the router learns from the same
 SCORE_IMAGES = 32
