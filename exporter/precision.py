@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from timm.layers import RmsNorm, SimpleNorm
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -37,6 +38,21 @@ ARITHMETIC = {
     for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "multiply", "divide", "subtract", "pow")
     for prefix, suffix in (("", ""), ("__", "__"), ("__r", "__"))
 } | {"rsub"}  # fmt: skip
+
+
+class Quantization(BaseModel):
+    """What calibration decided for one model. `input_scales`: step of the input of each quantised layer, by name.
+    `kept`: layers that stay in floating point, and why. `method`: how the steps were set. `sqnr_db`: power of the model's output
+    over that of the quantisation noise, in decibels, on calibration images (`images` of `data`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    input_scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    kept: dict[str, str]
+    method: str
+    sqnr_db: float
+    images: int
+    data: str
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -67,63 +67,131 @@ def test_no_circle_of_files(package):
     assert not left, f"these import one another in a circle, or lead into one: {sorted(left)}"
 
 
-# Rooms of `moee/` and what each may import, beside what everyone may: the files that lie in no room. From the ground up.
+# Rooms and what each may import, from the ground up: rooms of its package, whole packages, and files on top. Files that lie in
+# no room import none and serve all, but for those on top.
 ROOMS = {
-    "clustering": "",
-    "interface": "",
-    "layers": "",
-    "parallel": "",
-    "store": "",
-    "weights": "interface store",
-    "libraries": "interface store weights",
-    "models": "interface layers store weights libraries",
-    "data": "parallel store models",
-    "calibrate": "clustering interface layers parallel store models data",
-    "given": "interface libraries models data",
-    "mlps": "interface layers models data",
-    "places": "store data",
-    "kinds": "layers models mlps",
-    "measure": "interface layers parallel models data mlps",
-    "train": "interface layers parallel store weights models data mlps places measure",
-    "methods": "clustering interface layers parallel store models data calibrate mlps kinds measure train",
-    "artifacts": "interface layers store weights libraries models data given mlps places kinds measure methods",
-    "stages": "parallel store models data calibrate given mlps places measure train methods artifacts",
-    "ablation": "store calibrate mlps places measure methods stages",
-    "planning": "layers store models data calibrate mlps places measure methods stages",
+    "moee": {
+        "clustering": "",
+        "interface": "",
+        "layers": "",
+        "parallel": "",
+        "store": "",
+        "weights": "interface store",
+        "libraries": "interface store weights",
+        "models": "interface layers store weights libraries",
+        "data": "parallel store models",
+        "calibrate": "clustering interface layers parallel store models data",
+        "given": "interface libraries models data",
+        "mlps": "interface layers models data",
+        "places": "store data",
+        "kinds": "layers models mlps",
+        "measure": "interface layers parallel models data mlps",
+        "train": "interface layers parallel store weights models data mlps places measure",
+        "methods": "clustering interface layers parallel store models data calibrate mlps kinds measure train",
+        "artifacts": "interface layers store weights libraries models data given mlps places kinds measure methods",
+        "stages": "parallel store models data calibrate given mlps places measure train methods artifacts",
+        "ablation": "store calibrate mlps places measure methods stages",
+        "planning": "layers store models data calibrate mlps places measure methods stages",
+    },
+    "exporter": {
+        "deploy": "",
+        "engines": "moee plugins",
+        "passes": "moee plugins",
+        "plots": "moee",
+        "quantization": "moee",
+        "forms": "moee plugins passes",
+        "runners": "moee engines",
+        "graph": "moee plugins passes quantization forms runners",
+        "ship": "moee plugins deploy engines passes graph",
+        "terminal": "moee graph",
+        "timing": "moee plugins engines passes forms runners graph",
+        "parity": "moee plugins passes quantization forms runners graph timing",
+        "report": "moee terminal",
+        "verification": "moee runners graph parity",
+        "commands": "moee plugins engines plots quantization graph ship terminal timing report verification "
+        "clear_ablation demo doctor",
+    },
+}  # fmt: skip
+ON_TOP = {  # what the command line and Python's users import, and no room that does not name it
+    "moee": {"moee.api"},
+    "exporter": {"exporter.api", "exporter.cli", "exporter.clear_ablation", "exporter.demo", "exporter.doctor"},
 }
-ON_TOP = {"moee.api"}  # what only the commands and Python's users import
-MOST_FILES = 15
+MOST_FILES, MOST_LINES = 15, 300
 
 
 def room_of(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else ""
+    """The room that a module lies in; nothing for a file in none."""
+    package, _, inside = module.partition(".")
+    room = inside.partition(".")[0]
+    return room if room in ROOMS.get(package, {}) else ""
 
 
-def test_rooms_import_only_what_they_may():
-    files = {module_of(path): path for path in (ROOT / "moee").rglob("*.py")}
-    assert {path.name for path in (ROOT / "moee").iterdir() if path.is_dir() and list(path.glob("*.py"))} == set(ROOMS)
+def known_modules(*packages: str) -> dict[str, Path]:
+    return {module_of(path): path for package in packages for path in (ROOT / package).rglob("*.py")}
+
+
+def needed_rooms(package: str) -> dict[str, dict[str, list[str]]]:
+    """By room, or by file where that lies in none, what it imports of other rooms, packages and files on top, and who does."""
+    known = known_modules(*FORBIDDEN, "exporter")
+    needed: dict[str, dict[str, list[str]]] = {room: {} for room in ROOMS[package]}
+    for name, path in known_modules(package).items():
+        here = room_of(name) or name
+        for other in modules_imported(path, set(known)):
+            there = room_of(other) or (other.rpartition(".")[2] if other in ON_TOP[package] else "")
+            there = there if other.startswith(f"{package}.") else other.partition(".")[0]
+            if there and there != here:
+                needed.setdefault(here, {}).setdefault(there, []).append(f"{name} imports {other}")
+    return needed
+
+
+@pytest.mark.parametrize("package", sorted(ROOMS))
+def test_rooms_import_only_what_they_may(package):
+    rooms = ROOMS[package]
+    assert {path.name for path in (ROOT / package).iterdir() if path.is_dir() and list(path.glob("*.py"))} == set(rooms)
     wrong = []
-    for name, path in files.items():
-        for needed in modules_imported(path, set(files)):
-            here, there = room_of(name), room_of(needed)
-            allowed = needed not in ON_TOP if not there else here in ("", there) or there in ROOMS[here].split()
-            if here and not allowed:
-                wrong.append(f"{name} imports {needed}")
+    for here, needed in needed_rooms(package).items():
+        if here not in rooms and here in {package, *ON_TOP[package]}:
+            continue
+        allowed = rooms[here].split() if here in rooms else ["moee", "plugins"]
+        for there, imports in needed.items():
+            wrong += imports if there not in allowed else []
     assert not wrong, "\n".join(wrong)
-    order = list(ROOMS)
-    for room, needs in ROOMS.items():
+    order = [*FORBIDDEN, *(name.rpartition(".")[2] for name in ON_TOP[package]), *rooms]
+    for room, needs in rooms.items():
         assert all(order.index(need) < order.index(room) for need in needs.split()), f"{room} needs a room above it"
 
 
-def test_a_room_says_what_it_is_and_is_not_crowded():
-    for room in ROOMS:
-        folder = ROOT / "moee" / room
-        assert len(list(folder.glob("*.py"))) <= MOST_FILES, f"{folder} has more than {MOST_FILES} files"
-        said = " ".join((ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "").split())
-        *first, last = ROOMS[room].split() or ["no other room"]
-        imports = f"Imports {' and '.join(part for part in (', '.join(first), last) if part)}."
-        assert said.endswith(imports), f"{folder} says something else than: {imports}"
+@pytest.mark.parametrize("package", sorted(ROOMS))
+def test_a_room_is_allowed_nothing_that_it_does_not_use(package):
+    needed = needed_rooms(package)
+    unused = {room: sorted(left) for room, needs in ROOMS[package].items() if (left := set(needs.split()) - needed[room].keys())}
+    assert not unused, f"take these out of the table and out of the rooms' docstrings: {unused}"
+
+
+@pytest.mark.parametrize("room", [f"{package}/{room}" for package, rooms in ROOMS.items() for room in rooms])
+def test_a_room_says_what_it_is(room):
+    package, _, name = room.partition("/")
+    said = " ".join((ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())) or "").split())
+    *first, last = ROOMS[package][name].split() or ["no other room"]
+    imports = f"Imports {' and '.join(part for part in (', '.join(first), last) if part)}."
+    assert said.endswith(imports), f"{room} says something else than: {imports}"
+
+
+def test_no_folder_is_crowded_and_no_file_long():
+    folders = [folder for package in ROOMS for folder in [ROOT / package, *(ROOT / package).rglob("*/")]]
+    crowded = {
+        str(folder.relative_to(ROOT)): count
+        for folder in folders
+        if folder.name != "__pycache__" and (count := sum(path.is_file() for path in folder.iterdir())) > MOST_FILES
+    }
+    assert not crowded, f"more than {MOST_FILES} files: {crowded}"
+    files = [path for package in ("moee", "exporter", "plugins") for path in (ROOT / package).rglob("*")]
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in files
+        if path.suffix in (".py", ".cpp", ".h") and (count := len(path.read_text(encoding="utf-8").splitlines())) > MOST_LINES
+    }
+    assert not long, f"more than {MOST_LINES} lines: {long}"
 
 
 def test_nobody_asks_what_class_options_or_layers_are_outside_of_their_own_room():

@@ -1,4 +1,8 @@
-"""Files that `moee bundle` copies: the C++ runner and build.sh."""
+"""Files that `moee bundle` copies: the C++ runner and build.sh.
+
+Nothing comes in; their folder goes out.
+Imports no other room.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,8 @@
-"""Numerical parity: a graph or an engine against the torch model it was made from, layer by layer, with float64 as yardstick."""
+"""Numerical parity: a graph or an engine against the torch model it was made from, layer by layer, with float64 as yardstick.
+
+An export, its model and images come in; a result with its verdict goes out.
+Imports moee, plugins, passes, quantization, forms, runners, graph and timing.
+"""
 
 from exporter.forms.form import WeightProblem
 from exporter.parity.check import DEFAULT_BATCHES, check_parity

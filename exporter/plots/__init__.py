@@ -1,4 +1,8 @@
-"""Plots of an extracted artifact and of an ablation: `data` computes the numbers, `draw` and `ablation` turn them into SVG."""
+"""Plots of an extracted artifact and of an ablation: `data` computes the numbers, `draw` and `ablation` turn them into SVG.
+
+A model, images or tables come in; JSON and SVG files go out.
+Imports moee.
+"""
 
 from __future__ import annotations
 

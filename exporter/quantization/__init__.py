@@ -1,4 +1,8 @@
-"""8-bit weights and activations for the dense parts of a model: linear layers and convolutions outside the routed layers."""
+"""8-bit weights and activations for the dense parts of a model: linear layers and convolutions outside the routed layers.
+
+A model and images come in; scales, and the model with int8 layers, go out.
+Imports moee.
+"""
 
 from exporter.precision import Quantization
 from exporter.quantization.calibrate import CALIBRATION_IMAGES, MIN_SQNR_DB, calibrate
@@ -9,7 +13,6 @@ __all__ = [
     "MIN_SQNR_DB",
     "QuantConv2d",
     "QuantLinear",
-    "Quantization",
     "calibrate",
     "quantizable",
     "quantized",

@@ -7,30 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from exporter.quantization.ops import HIGH, dequantize, quantize_dequantize
 from moee.errors import UserError
 from moee.layers.routed import RoutedLayer
-
-
-class Quantization(BaseModel):
-    """What calibration decided for one model. `input_scales`: step of the input of each quantised layer, by name.
-    `kept`: layers that stay in floating point, and why. `method`: how the steps were set. `sqnr_db`: power of the model's output
-    over that of the quantisation noise, in decibels, on calibration images (`images` of `data`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    input_scales: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
-    kept: dict[str, str]
-    method: str
-    sqnr_db: float
-    images: int
-    data: str
 
 
 class _Int8(nn.Module):

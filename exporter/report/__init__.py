@@ -1,4 +1,8 @@
-"""One self-contained HTML page about a model: what changed, what was kept, whether it agrees, how fast it is."""
+"""One self-contained HTML page about a model: what changed, what was kept, whether it agrees, how fast it is.
+
+Files that other commands wrote come in; a page goes out.
+Imports moee and terminal.
+"""
 
 from exporter.report.collect import collect
 from exporter.report.page import render, write_report

@@ -1,4 +1,8 @@
-"""Runners: one interface over everything that executes a model. Context managers, NumPy in and out, one runtime a file."""
+"""Runners: one interface over everything that executes a model. Context managers, one runtime a file.
+
+A model, a graph or an engine comes in; NumPy arrays go in and out of it.
+Imports moee and engines.
+"""
 
 from exporter.runners.base import Runner
 from exporter.runners.onnx_runtime import PROVIDERS, OnnxRunner, provider_works

@@ -1,4 +1,8 @@
-"""`moee verify`: parity, routes, accuracy and engines in one verdict, and the files that a CI job reads."""
+"""`moee verify`: parity, routes, accuracy and engines in one verdict, and the files that a CI job reads.
+
+An export, its model and images come in; a result, JUnit XML and Markdown go out.
+Imports moee, runners, graph and parity.
+"""
 
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy
 from exporter.verification.result import Case, VerifyResult
