@@ -16,6 +16,7 @@ from torch import Tensor
 
 from exporter.forms.roofline import Device
 from exporter.precision import ROUTER_BIASES
+from moee.layers.ops import expert_rows
 from moee.layers.routed import NeuronLayer, RoutedLayer
 
 Layer = TypeVar("Layer", bound=RoutedLayer)
@@ -84,14 +85,11 @@ class LayerForm(ABC, Generic[Layer]):
 def by_neurons(layer: RoutedLayer, tokens: Tensor, chosen: Tensor) -> Tensor:
     """`LayerForm.apply` of layers whose experts are neurons of one store."""
     assert isinstance(layer, NeuronLayer), f"{type(layer).__name__} has no store of neurons"
-    dtype, bounds = tokens.dtype, layer.offsets.tolist()
+    dtype = tokens.dtype
     y = torch.zeros(tokens.shape, dtype=torch.promote_types(dtype, torch.float32))
-    for e in range(layer.num_experts):
-        rows = (chosen == e).any(1).nonzero()[:, 0]
-        if len(rows):
-            kept = layer.neurons[bounds[e] : bounds[e + 1]].long()
-            hidden = layer.activations(tokens[rows], kept)
-            y[rows] += torch.addmm(layer.b_out[e], hidden, layer.w_down[kept]).to(y.dtype)
+    for e, rows, kept in expert_rows(chosen, layer.neurons, layer.offsets):
+        hidden = layer.activations(tokens[rows], kept)
+        y[rows] += torch.addmm(layer.b_out[e], hidden, layer.w_down[kept]).to(y.dtype)
     return y.to(dtype)
 
 

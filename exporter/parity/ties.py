@@ -20,6 +20,7 @@ from exporter.parity.layers import LayerParity, wrong_routes
 from exporter.parity.outputs import BatchError
 from exporter.parity.stats import error_stats, within
 from exporter.parity.taps import Tap
+from moee.interface.watch import watched
 from moee.layers.routed import RoutedLayer, routed_layers
 
 
@@ -55,30 +56,19 @@ def with_own_error(exact: nn.Module, own: nn.Module, x: Tensor, ties: bool) -> t
     with _chosen(exact) as best, _chosen(own) as taken:
         reference, result = exact(x).numpy(), own(x).float().numpy()
     followed = reference
-    if any((a != b).any() for a, b in zip(best, taken, strict=True)):
-        with dictated(exact, taken):
+    if any((a != b).any() for a, b in zip(best.values(), taken.values(), strict=True)):
+        with dictated(exact, [*taken.values()]):
             followed = exact(x).numpy()
     return reference, error_stats(result, followed).max_abs_error
 
 
 @contextmanager
-def _chosen(model: nn.Module) -> Iterator[list[Tensor]]:
+def _chosen(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """The experts [T, k] that each routed layer takes in a forward pass, in the order of the layers."""
-    layers = list(routed_layers(model).values())
-    routes = [torch.empty(0) for _ in layers]
-
-    def hook(position: int):
-        def note(module: RoutedLayer, args: tuple[Tensor, ...]) -> None:
-            routes[position] = module.routes(args[0])
-
-        return note
-
-    handles = [layer.register_forward_pre_hook(hook(i)) for i, layer in enumerate(layers)]
-    try:
+    layers = routed_layers(model)
+    routes = {name: torch.empty(0) for name in layers}
+    with watched(model, layers, lambda name, x: routes.__setitem__(name, layers[name].routes(x))):
         yield routes
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def only_ties(judged: Sequence[LayerParity]) -> bool:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from moee.artifacts.model import MoeeModel
 from moee.calibrate.calibration import CHUNK, collect_tokens, hidden_activations
+from moee.calibrate.image_budget import spread
 from moee.data.image_set import ImageSet, batches
 from moee.data.transform import model_transform
+from moee.interface.watch import watched
 from moee.layers.routed import routed_layers
 from moee.mlps.find import find_ffns
 from moee.models.ffn import plain_size
@@ -52,25 +54,18 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
     grids: dict[str, tuple[int, int, int] | None] = {}
     shape = model_transform(moee.model).shape
 
-    def hook(name: str):
-        def record(module: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            grids[name] = _grid(x, prefix, module.channels_first, shape)
-            collected[name].append(module.routes(x).reshape(len(x), -1, module.top_k))
+    def record(name: str, x: Tensor) -> None:
+        layer = layers[name]
+        grids[name] = _grid(x, prefix, layer.channels_first, shape)
+        collected[name].append(layer.routes(x).reshape(len(x), -1, layer.top_k))
 
-        return record
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    order = torch.linspace(0, len(data) - 1, min(images, len(data))).round().long().unique()
+    order = spread(len(data), min(images, len(data)))
     indices, labels = [], []
-    try:
+    with watched(moee.model, layers, record):
         for batch in track(batches(data, BATCH, order=order), "routes", math.ceil(len(order) / BATCH), report):
             moee.model(batch.images)
             indices.append(batch.indices)
             labels.append(batch.labels)
-    finally:
-        for handle in handles:
-            handle.remove()
     routes = {name: torch.cat(parts) for name, parts in collected.items()}
     return RoutingTrace(
         shape, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids,

@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from exporter.quantization.modules import quantizable, quantized
 from exporter.quantization.ops import HIGH
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
+from moee.interface.watch import watched
 from moee.progress import Reporter, silent
 
 CALIBRATION_IMAGES = 128
@@ -130,33 +129,18 @@ def _not_quantised(model: nn.Module, image: Tensor) -> dict[str, str]:
 
 def _rows(model: nn.Module, images: Tensor) -> dict[str, int]:
     """First dimension of the input of every layer that can be quantised and runs."""
-    found: dict[str, int] = {}
-    with _watched(model, lambda name, x: found.update({name: x.shape[0]})):
+    rows: dict[str, int] = {}
+    with watched(model, quantizable(model), lambda name, x: rows.__setitem__(name, x.shape[0])):
         model(images)
-    return found
-
-
-@contextmanager
-def _watched(model: nn.Module, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Call `see` with name and input of every layer that can be quantised, as often as one runs."""
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: see(name, args[0])
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in quantizable(model).items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return rows
 
 
 def _observe(model: nn.Module, data: ImageSet, order: Tensor, report: Reporter) -> dict[str, Histogram]:
     """Histograms of the inputs of the layers that run, by name."""
-    found: dict[str, Histogram] = {}
+    histograms: dict[str, Histogram] = {}
     total = -(-len(order) // BATCH)
-    with _watched(model, lambda name, x: found.setdefault(name, Histogram()).add(x)):
+    with watched(model, quantizable(model), lambda name, x: histograms.setdefault(name, Histogram()).add(x)):
         for done, batch in enumerate(batches(data, BATCH, order=order), 1):
             model(batch.images)
             report("calibrate int8", done, total)
-    return found
+    return histograms

@@ -19,6 +19,7 @@ from moee.artifacts.model import MoeeModel
 from moee.calibrate.calibration import as_tokens
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
+from moee.interface.watch import watched
 from moee.layers.routed import NeuronLayer, RoutedLayer, routed_layers
 from moee.mlps.sites import mlp_module
 from moee.progress import Reporter, silent
@@ -73,22 +74,13 @@ def ffn_speeds(
 
 def layer_inputs(model: nn.Module, layers: dict[str, NeuronLayer], data: ImageSet, tokens: int) -> dict[str, Tensor]:
     """The first `tokens` input tokens [tokens, D] of each layer."""
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
-
-    def keep(name: str):
-        return lambda module, args: found[name].append(as_tokens(args[0].detach(), False))
-
-    handles = [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            for batch in batches(data, 8):
-                model(batch.images)
-                if all(sum(map(len, parts)) >= tokens for parts in found.values()):
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: torch.cat(parts)[:tokens] for name, parts in found.items()}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with watched(model, layers, lambda name, x: inputs[name].append(as_tokens(x.detach(), False))), torch.inference_mode():
+        for batch in batches(data, 8):
+            model(batch.images)
+            if all(sum(map(len, parts)) >= tokens for parts in inputs.values()):
+                break
+    return {name: torch.cat(parts)[:tokens] for name, parts in inputs.items()}
 
 
 def ideal_speedup(dense_macs_per_token: float, layer: RoutedLayer, x: Tensor) -> float:

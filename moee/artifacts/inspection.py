@@ -12,7 +12,7 @@ from torch import nn
 from moee.artifacts.model import MoeeModel
 from moee.data.transform import model_transform
 from moee.layers.routed import routed_layers
-from moee.measure.metrics import dense_macs, dense_params, model_cost, routed_macs_per_token, tokens_per_image
+from moee.measure.metrics import dense_macs, dense_params, model_cost, tokens_per_image
 from moee.mlps.attention import narrowing_costs
 from moee.mlps.find import find_ffns
 from moee.models.ffn import FFN, plain_size
@@ -122,7 +122,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
         widths = layer.widths
         layers.append(
             LayerFigures(
-                ffn.name, tokens, ffn.hidden, round(tokens * routed_macs_per_token(layer, share)),
+                ffn.name, tokens, ffn.hidden, round(tokens * layer.macs_per_token(share)),
                 layer.stored_numbers(), macs, params,
                 experts=layer.num_experts, union=layer.union, min_width=min(widths),
                 mean_width=sum(w * s for w, s in zip(widths, share, strict=True)), max_width=max(widths),

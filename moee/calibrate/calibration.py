@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moee.data.image_set import ImageSet, batches, merge_skipped
 from moee.errors import UserError
+from moee.interface.watch import watched
 from moee.models.ffn import FFN
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.progress import Reporter, silent, track
@@ -69,8 +70,8 @@ def reserve(path: Path, size_bytes: int) -> None:
 class _Sampler:
     """Writes the sampled tokens of one layer; the sample is drawn when the first batch shows the tokens an image."""
 
-    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor], mine: range):
-        self.ffn, self.budget, self.images, self.seed, self.drawn, self.mine = ffn, budget, images, seed, drawn, mine
+    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor], part: range):
+        self.ffn, self.budget, self.images, self.seed, self.drawn, self.part = ffn, budget, images, seed, drawn, part
         self.path = folder / f"{ffn.name}.f16"
         self.filled = 0
         self.chosen: Tensor | None = None
@@ -94,7 +95,7 @@ class _Sampler:
         if self.chosen is None or self.map is None:
             self.per_image = len(tokens) // len(indices)
             self.chosen = self._draw(self.per_image)
-            ends = torch.tensor([self.mine.start, self.mine.stop]) * self.per_image
+            ends = torch.tensor([self.part.start, self.part.stop]) * self.per_image
             # what falls on this rank's images; an empty file cannot be mapped
             shape = (max(1, int(torch.searchsorted(self.chosen, ends).diff())), self.ffn.dim)
             reserve(self.path, 2 * shape[0] * shape[1])
@@ -129,23 +130,19 @@ def collect_tokens(
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[int, Tensor] = {}
-    mine = group.part(len(data), BATCH_SIZE)
-    samplers = [_Sampler(ffn, folder, budget, len(data), seed, drawn, mine) for ffn in ffns]
-    current: dict[str, Tensor] = {}
+    part = group.part(len(data), BATCH_SIZE)
+    samplers = [_Sampler(ffn, folder, budget, len(data), seed, drawn, part) for ffn in ffns]
+    by_name = {sampler.ffn.name: sampler for sampler in samplers}
+    indices = torch.empty(0)  # of the batch that runs
 
-    def hook(sampler: _Sampler):
-        return lambda module, args: sampler.add(args[0].detach(), current["indices"])
+    def sample(name: str, x: Tensor) -> None:
+        by_name[name].add(x.detach(), indices)
 
-    handles = [model.get_submodule(s.ffn.name).register_forward_pre_hook(hook(s)) for s in samplers]
-    try:
-        with group.agreed(), group.placed(model), torch.inference_mode():
-            own = batches(data, BATCH_SIZE, order=torch.arange(mine.start, mine.stop), strict=group.alone)
-            for batch in track(own, "calibrate", -(-len(mine) // BATCH_SIZE), report):
-                current["indices"] = batch.indices
-                model(batch.images.to(group.device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with watched(model, by_name, sample), group.agreed(), group.placed(model), torch.inference_mode():
+        shared = batches(data, BATCH_SIZE, order=torch.arange(part.start, part.stop), strict=group.alone)
+        for batch in track(shared, "calibrate", -(-len(part) // BATCH_SIZE), report):
+            indices = batch.indices
+            model(batch.images.to(group.device))
     if not group.alone:
         merge_skipped(data, group)
     for sampler in samplers:

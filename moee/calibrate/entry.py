@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moee.interface.watch import watched
+
 TOLERANCE = 1e-4  # of the largest value: what the order of additions may change
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)  # of a model whose inputs do not fit together
 
@@ -48,7 +50,7 @@ def find_entry(model: nn.Module, names: Sequence[str], earlier: Iterable[str], i
     the same whether the model runs as a whole or is taken up there. None if no module does. `image` [1, C, H, W] gives the size.
     """
     pair = torch.randn(2, *image.shape[1:], generator=torch.Generator().manual_seed(0)).to(image)
-    expected = _seen(model, names, pair)
+    expected = _inputs_of(model, names, pair)
     earlier = tuple(earlier)
     block = names[0].rpartition(".")[0]
     while block and not any(name.startswith(f"{block}.") for name in earlier):
@@ -56,7 +58,7 @@ def find_entry(model: nn.Module, names: Sequence[str], earlier: Iterable[str], i
             entry = _describe(model, block, pair)
             if entry is not None:
                 with taken_up(model, entry, gather(model, entry, [pair], 2)):
-                    got = _seen(model, names, pair[1:])
+                    got = _inputs_of(model, names, pair[1:])
                 if all(_alike(a, b) for a, b in zip(got, expected, strict=True)):
                     return entry
         except FAILURES:  # its inputs depend on the number of images in a way that arguments do not show
@@ -125,36 +127,29 @@ def _doubles(two: Any, one: Any) -> bool:
 
 def _arguments(model: nn.Module, name: str, images: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a module for some images; the model runs no further."""
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
+        calls.append((args, kwargs))
         raise Reached
 
     with _hooked(model, name, stop):
         run_until_reached(model, images)
-    return found[0]
+    return calls[0]
 
 
-def _seen(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Tensor]:
+def _inputs_of(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Tensor]:
     """Inputs of the named layers; the model runs no further than the last."""
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
-    def see(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = args[0].detach().clone()
-            if len(found) == len(names):
-                raise Reached
+    def keep(name: str, x: Tensor) -> None:
+        inputs[name] = x.detach().clone()
+        if len(inputs) == len(names):
+            raise Reached
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in names]
-    try:
+    with watched(model, names, keep):
         run_until_reached(model, images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[name] for name in names]
+    return [inputs[name] for name in names]
 
 
 def run_until_reached(model: nn.Module, images: Tensor) -> None:

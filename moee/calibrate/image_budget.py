@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.errors import UserError
+from moee.interface.watch import watched
 
 
 @dataclass(frozen=True)
@@ -27,25 +28,13 @@ def tokens_an_image(model: nn.Module, dims: Mapping[str, int], image: Tensor) ->
     """Tokens that each named layer of width `dims` sees of one `image` [1, C, H, W], in the order in which the layers run.
 
     Raises `UserError` for a layer that takes no part in the forward pass."""
-    found: dict[str, int] = {}
-
-    def hook(name: str):
-        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found[name] = args[0].numel() // dims[name]
-
-        return count
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in dims]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    counts: dict[str, int] = {}
+    with watched(model, dims, lambda name, x: counts.__setitem__(name, x.numel() // dims[name])), torch.no_grad():
+        model(image)
     for name in dims:
-        if not found.get(name):
+        if not counts.get(name):
             raise UserError(f"`{name}` takes no part in the forward pass; skip it with --exclude {name}")
-    return found
+    return counts
 
 
 def image_groups(counts: Mapping[str, int], images: int, tokens: int, least: int = 1) -> list[ImageGroup]:

@@ -24,6 +24,7 @@ from moee.calibrate.image_budget import ImageGroup, image_groups, spread, tokens
 from moee.calibrate.ridge import error_change, held_out_runs, solve_ridge
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
+from moee.layers.ops import expert_rows
 from moee.layers.report import RefitReport
 from moee.layers.routed import NeuronLayer
 from moee.models.ffn import FFN
@@ -46,8 +47,7 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
     Raises `UserError` that names the layer for NaN or infinite activations.
     """
     device = tokens.device
-    routes = layer.routes(tokens.movedim(-1, 1) if layer.channels_first else tokens)[:, 0]
-    bounds = layer.offsets.tolist()
+    routes = layer.routes(tokens.movedim(-1, 1) if layer.channels_first else tokens)[:, :1]
     parts_wanted = 2 if ridge is None else 1
     grams = [torch.zeros(layer.union, layer.union, device=device) for _ in range(parts_wanted)]
     crosses = [torch.zeros(layer.union, layer.b_out.shape[1], device=device) for _ in range(parts_wanted)]
@@ -55,11 +55,7 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
     held_out = held_out_runs(len(tokens)).to(device)
     means: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     moment = 0.0
-    for e in range(layer.num_experts):
-        rows = (routes == e).nonzero()[:, 0]
-        if not len(rows):
-            continue
-        kept = layer.neurons[bounds[e] : bounds[e + 1]].long()
+    for e, rows, kept in expert_rows(routes, layer.neurons, layer.offsets):
         target_sum = torch.zeros(layer.b_out.shape[1], dtype=torch.float64, device=device)
         hidden_sum = torch.zeros(len(kept), dtype=torch.float64, device=device)
         parts = rows.split(CHUNK)

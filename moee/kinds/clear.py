@@ -28,10 +28,6 @@ class ClearRecord(LayerRecord):
     channels_first: bool = False
     bypassed: Bypassed = ()
 
-    @property
-    def num_experts(self) -> int:
-        return self.experts
-
 
 class ClearKind(LayerKind[ClearRecord, ClearFFN]):
     name, module, record = "clear-moe", ClearFFN, ClearRecord

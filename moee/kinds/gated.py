@@ -22,10 +22,6 @@ class GatedRecord(LayerRecord):
     dim: StrictInt = Field(ge=1)
     channels_first: bool = False
 
-    @property
-    def num_experts(self) -> int:
-        return 1
-
 
 class GatedKind(LayerKind[GatedRecord, GatedFFN]):
     name, module, record = "gated", GatedFFN, GatedRecord

@@ -40,9 +40,9 @@ class LayerRecord(BaseModel):
     activation: Text
 
     @property
-    @abstractmethod
     def num_experts(self) -> int:
-        """Experts of the layer."""
+        """Experts of the layer; a record that counts none is of a single function."""
+        return getattr(self, "experts", 1)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -25,10 +25,6 @@ class RoutedRecord(LayerRecord):
     channels_first: bool = False
     bypassed: Bypassed = ()
 
-    @property
-    def num_experts(self) -> int:
-        return self.experts
-
 
 class RoutedKind(LayerKind[RoutedRecord, RoutedFFN]):
     name, module, record = "moee", RoutedFFN, RoutedRecord

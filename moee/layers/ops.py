@@ -8,7 +8,8 @@ Routing is piecewise constant, so the router gets no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +17,22 @@ from torch import Tensor
 from moee.layers.activations import find_activation
 from moee.layers.routing import exact_arithmetic, route
 
-SCHEMA = (
-    "(Tensor x, Tensor router, Tensor router_bias, Tensor w_up, Tensor b_up, Tensor w_down, Tensor b_out, Tensor neurons, "
-    "Tensor offsets, str activation, int top_k, int max_width, int[] load) -> Tensor"
-)
+STORE = "Tensor w_up, Tensor b_up, Tensor w_down, Tensor b_out, Tensor neurons, Tensor offsets, str activation"
+FFN = f"(Tensor x, Tensor router, Tensor router_bias, {STORE}, int top_k, int max_width, int[] load) -> Tensor"
+EXPERTS = f"(Tensor x, Tensor routes, {STORE}) -> Tensor"
+EXPERTS_BACKWARD = f"(Tensor grad, Tensor x, Tensor routes, {STORE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+class Store(NamedTuple):
+    """What the experts of a layer share, and which neurons each keeps; as in `plugins.contract`, and in the order of `STORE`."""
+
+    w_up: Tensor
+    b_up: Tensor
+    w_down: Tensor
+    b_out: Tensor
+    neurons: Tensor
+    offsets: Tensor
+    activation: str
 
 
 def _groups(chosen: Tensor, experts: int) -> list[Tensor]:
@@ -30,8 +43,17 @@ def _groups(chosen: Tensor, experts: int) -> list[Tensor]:
     return list((order // chosen.shape[1]).split(counts))
 
 
-def _check_routes(x: Tensor, routes: Tensor, w_up: Tensor, b_out: Tensor, offsets: Tensor) -> None:
-    k, d = b_out.shape
+def expert_rows(routes: Tensor, neurons: Tensor, offsets: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert that some token takes: its number, the ascending rows of routes [T, top_k] that name it, and the neurons of the
+    store that it keeps; both int64."""
+    bounds = offsets.tolist()
+    for e, rows in enumerate(_groups(routes, len(bounds) - 1)):
+        if len(rows):
+            yield e, rows, neurons[bounds[e] : bounds[e + 1]].long()
+
+
+def _check_routes(x: Tensor, routes: Tensor, store: Store) -> None:
+    w_up, offsets, (k, d) = store.w_up, store.offsets, store.b_out.shape
     tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
     if x.shape[-1] != d or w_up.shape[1] != d or routes.dim() != 2 or len(routes) != tokens or len(offsets) != k + 1:
         raise ValueError(
@@ -40,8 +62,8 @@ def _check_routes(x: Tensor, routes: Tensor, w_up: Tensor, b_out: Tensor, offset
         )
 
 
-def _check(x: Tensor, router: Tensor, router_bias: Tensor, w_up: Tensor, b_out: Tensor, offsets: Tensor, top_k: int) -> None:
-    k, d = router.shape
+def _check(x: Tensor, router: Tensor, router_bias: Tensor, store: Store, top_k: int) -> None:
+    w_up, b_out, offsets, (k, d) = store.w_up, store.b_out, store.offsets, router.shape
     if x.shape[-1] != d or w_up.shape[1] != d or b_out.shape != (k, d) or router_bias.shape != (k,):
         raise ValueError(
             f"moee::ffn: expected x [..., {d}], w_up [U, {d}], router_bias [{k}] and b_out [{k}, {d}]; "
@@ -51,21 +73,15 @@ def _check(x: Tensor, router: Tensor, router_bias: Tensor, w_up: Tensor, b_out: 
         raise ValueError(f"moee::ffn: expected {k + 1} offsets and top_k in 1..{k}; came {len(offsets)} and {top_k}")
 
 
-def _forward(
-    x: Tensor, routes: Tensor, w_up: Tensor, b_up: Tensor, w_down: Tensor, b_out: Tensor, neurons: Tensor, offsets: Tensor,
-    activation: str,
-) -> Tensor:  # fmt: skip
+def _forward(x: Tensor, routes: Tensor, store: Store) -> Tensor:
     tokens, top_k = x.reshape(-1, x.shape[-1]), routes.shape[1]
-    act, bounds = find_activation(activation), offsets.tolist()
+    act = find_activation(store.activation)
     exact = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(tokens.shape, dtype=exact if top_k > 1 else x.dtype, device=x.device)
     with exact_arithmetic(x.device):
-        for e, rows in enumerate(_groups(routes, len(b_out))):
-            if not len(rows):
-                continue
-            kept = neurons[bounds[e] : bounds[e + 1]]
-            hidden = act.forward(torch.addmm(b_up[kept], tokens[rows], w_up[kept].T))
-            part = torch.addmm(b_out[e], hidden, w_down[kept])
+        for e, rows, kept in expert_rows(routes, store.neurons, store.offsets):
+            hidden = act.forward(torch.addmm(store.b_up[kept], tokens[rows], store.w_up[kept].T))
+            part = torch.addmm(store.b_out[e], hidden, store.w_down[kept])
             if top_k == 1:
                 y[rows] = part
             else:
@@ -73,96 +89,61 @@ def _forward(
     return y.to(x.dtype).reshape(x.shape)
 
 
-@torch.library.custom_op("moee::ffn", mutates_args=(), schema=SCHEMA)
-def ffn(
-    x: Tensor,
-    router: Tensor,
-    router_bias: Tensor,
-    w_up: Tensor,
-    b_up: Tensor,
-    w_down: Tensor,
-    b_out: Tensor,
-    neurons: Tensor,
-    offsets: Tensor,
-    activation: str,
-    top_k: int,
-    max_width: int,
-    load: Sequence[int],
-) -> Tensor:
+@torch.library.custom_op("moee::ffn", mutates_args=(), schema=FFN)
+def ffn(x: Tensor, router: Tensor, router_bias: Tensor, *others: Any) -> Tensor:
     """x [..., D] to y [..., D]; arguments as in `plugins.contract`. Sums in float32 (float64 for
     a float64 x), result in x's dtype."""
-    _check(x, router, router_bias, w_up, b_out, offsets, top_k)
-    routes = route(x.reshape(-1, x.shape[-1]), router, router_bias, top_k)
-    return _forward(x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation)
+    *stored, top_k, _, _ = others  # the widest expert and the load are for plugins
+    store = Store(*stored)
+    _check(x, router, router_bias, store, top_k)
+    return _forward(x, route(x.reshape(-1, x.shape[-1]), router, router_bias, top_k), store)
 
 
 @ffn.register_fake
-def _(x, router, router_bias, w_up, b_up, w_down, b_out, neurons, offsets, activation, top_k, max_width, load):
+def _(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("moee::experts", mutates_args=())
-def experts(
-    x: Tensor,
-    routes: Tensor,
-    w_up: Tensor,
-    b_up: Tensor,
-    w_down: Tensor,
-    b_out: Tensor,
-    neurons: Tensor,
-    offsets: Tensor,
-    activation: str,
-) -> Tensor:
-    """x [..., D] to y [..., D] by `routes` [tokens, top_k] int64, each in 0..K-1; other arguments as in `plugins.contract`."""
-    _check_routes(x, routes, w_up, b_out, offsets)
-    return _forward(x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation)
+@torch.library.custom_op("moee::experts", mutates_args=(), schema=EXPERTS)
+def experts(x: Tensor, routes: Tensor, *stored: Any) -> Tensor:
+    """x [..., D] to y [..., D] by `routes` [tokens, top_k] int64, each in 0..K-1; the others are those of a `Store`."""
+    store = Store(*stored)
+    _check_routes(x, routes, store)
+    return _forward(x, routes, store)
 
 
 @experts.register_fake
-def _(x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation):
+def _(x, routes, *stored):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("moee::experts_backward", mutates_args=())
-def experts_backward(
-    grad: Tensor,
-    x: Tensor,
-    routes: Tensor,
-    w_up: Tensor,
-    b_up: Tensor,
-    w_down: Tensor,
-    b_out: Tensor,
-    neurons: Tensor,
-    offsets: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op("moee::experts_backward", mutates_args=(), schema=EXPERTS_BACKWARD)
+def experts_backward(grad: Tensor, x: Tensor, routes: Tensor, *stored: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w_up, b_up, w_down and b_out, in their types; what experts share is summed in float32. Hidden activations
     are computed again, not stored."""
+    store = Store(*stored)
     tokens, upstream = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
-    act, bounds = find_activation(activation), offsets.tolist()
+    act = find_activation(store.activation)
     exact = torch.promote_types(x.dtype, torch.float32)
-    g_x, g_up, g_down, g_b, g_out = (torch.zeros_like(t, dtype=exact) for t in (tokens, w_up, w_down, b_up, b_out))
+    shared = (store.w_up, store.b_up, store.w_down, store.b_out)
+    g_x, g_up, g_b, g_down, g_out = (torch.zeros_like(t, dtype=exact) for t in (tokens, *shared))
     with exact_arithmetic(x.device):  # the engine runs this under whatever autocast is on where backward() is called
-        for e, rows in enumerate(_groups(routes, len(b_out))):
-            if not len(rows):
-                continue
-            kept = neurons[bounds[e] : bounds[e + 1]].long()
-            inputs, outputs, up, down = tokens[rows], upstream[rows], w_up[kept], w_down[kept]
-            before = torch.addmm(b_up[kept], inputs, up.T)
+        for e, rows, kept in expert_rows(routes, store.neurons, store.offsets):
+            inputs, outputs, up, down = tokens[rows], upstream[rows], store.w_up[kept], store.w_down[kept]
+            before = torch.addmm(store.b_up[kept], inputs, up.T)
             g_before = act.gradient(outputs @ down.T, before)
             g_x[rows] += g_before @ up
             g_up[kept] += g_before.T @ inputs
             g_b[kept] += g_before.sum(0, dtype=exact)
             g_down[kept] += act.forward(before).T @ outputs
             g_out[e] = outputs.sum(0, dtype=exact)
-    stores = ((g_up, w_up), (g_b, b_up), (g_down, w_down), (g_out, b_out))
-    g_up, g_b, g_down, g_out = (gradient.to(store.dtype) for gradient, store in stores)
+    g_up, g_b, g_down, g_out = (g.to(of.dtype) for g, of in zip((g_up, g_b, g_down, g_out), shared, strict=True))
     return g_x.to(x.dtype).reshape(x.shape), g_up, g_b, g_down, g_out
 
 
 @experts_backward.register_fake
-def _(grad, x, routes, w_up, b_up, w_down, b_out, neurons, offsets, activation):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w_up, b_up, w_down, b_out))
+def _(grad, x, routes, *stored):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, *stored[:4]))
 
 
 def _save(ctx, inputs, output) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moee.data.image_set import ImageSet, batches, merge_skipped
 from moee.interface.adapted import run_model, title_of_model
-from moee.layers.routed import RoutedLayer, routed_layers
+from moee.interface.watch import watched
+from moee.layers.routed import routed_layers
 from moee.measure.accuracy import Comparison, Interval, paired_drop, shared_answers, top1, wilson
 from moee.measure.metrics import mean_cosine
 from moee.measure.probe import Probe
@@ -72,29 +73,22 @@ def run(
     layers = routed_layers(model)
     counts = {name: torch.zeros(layer.num_experts, dtype=torch.int64) for name, layer in layers.items()}
 
-    def count(name: str, layer: RoutedLayer):
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            counts[name] += torch.bincount(layer.routes(args[0]).flatten(), minlength=layer.num_experts).cpu()
+    def count(name: str, x: Tensor) -> None:
+        layer = layers[name]
+        counts[name] += torch.bincount(layer.routes(x).flatten(), minlength=layer.num_experts).cpu()
 
-        return hook
-
-    handles = [layer.register_forward_pre_hook(count(name, layer)) for name, layer in layers.items()]
     features, tokens, labels = [], [], []
     no_tokens = ""
-    mine = group.part(len(data), batch_size)
-    try:
-        with group.agreed(), group.placed(model):
-            own = batches(data, batch_size, order=torch.arange(mine.start, mine.stop), strict=group.alone)
-            for batch in track(own, message, -(-len(mine) // batch_size), report):
-                output, last = run_model(model, batch.images.to(group.device))
-                features.append(output.cpu())
-                labels.append(batch.labels)
-                no_tokens = no_tokens or _no_token_map(last, model, len(data))
-                if not no_tokens:
-                    tokens.append(channels_last(last, model).half().cpu())
-    finally:
-        for handle in handles:
-            handle.remove()
+    part = group.part(len(data), batch_size)
+    with watched(model, layers, count), group.agreed(), group.placed(model):
+        shared = batches(data, batch_size, order=torch.arange(part.start, part.stop), strict=group.alone)
+        for batch in track(shared, message, -(-len(part) // batch_size), report):
+            output, last = run_model(model, batch.images.to(group.device))
+            features.append(output.cpu())
+            labels.append(batch.labels)
+            no_tokens = no_tokens or _no_token_map(last, model, len(data))
+            if not no_tokens:
+                tokens.append(channels_last(last, model).half().cpu())
     if not group.alone:
         merge_skipped(data, group)
     found = {"features": torch.cat(features), "labels": torch.cat(labels)} if features else {}

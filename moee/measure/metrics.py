@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from moee.layers.routed import RoutedLayer, routed_layers
+from moee.interface.watch import shapes_given
+from moee.layers.routed import routed_layers
 from moee.mlps.attention import macs_saved, narrow_attentions
 from moee.mlps.structure import read_mlp
 from moee.models.model import Shape, on_meta
@@ -33,31 +34,16 @@ def original_macs(model: nn.Module, shape: Shape) -> int:
 
 def tokens_per_image(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, int]:
     """Tokens an image that each named MLP sees."""
-    found: dict[str, int] = {}
-    shadow = on_meta(model)
+    def width(name: str) -> int:
+        first = next(p for p in model.get_submodule(name).parameters() if p.dim() > 1)
+        return first.shape[1]
 
-    def hook(name: str):
-        def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            first = next(p for p in module.parameters() if p.dim() > 1)
-            found[name] = args[0].numel() // first.shape[1]
-
-        return count
-
-    for name in names:
-        shadow.get_submodule(name).register_forward_pre_hook(hook(name))
-    with torch.no_grad():
-        shadow(torch.empty(1, *shape, device="meta"))
-    return found
+    return {name: given.numel() // width(name) for name, given in shapes_given(model, names, shape).items()}
 
 
 def dense_params(model: nn.Module) -> int:
     """Trainable numbers of a model."""
     return sum(p.numel() for p in model.parameters())
-
-
-def routed_macs_per_token(layer: RoutedLayer, share: Iterable[float] | Tensor) -> float:
-    """MACs a token of a routed layer: its router, and its experts weighted by their share of the tokens."""
-    return layer.macs_per_token(list(share))
 
 
 def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], shape: Shape) -> dict[str, Any]:
@@ -73,7 +59,7 @@ def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]]
         moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
     for name, layer in layers.items():
         ffn = read_mlp(dense, name, layer.bypassed)
-        moee_macs += tokens[name] * (routed_macs_per_token(layer, shares[name]) - float(ffn.macs))
+        moee_macs += tokens[name] * (layer.macs_per_token(shares[name]) - float(ffn.macs))
         moee_params += layer.stored_numbers() - ffn.params
     return {"dense": {"macs": macs, "params": params}, "moee": {"macs": round(moee_macs), "params": moee_params}}
 

@@ -7,15 +7,15 @@ can be written with fewer dimensions without another change to the model. `moee.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee.errors import UserError
-from moee.models.model import Shape, on_meta
+from moee.interface.watch import shapes_given
+from moee.models.model import Shape
 
 
 @dataclass(frozen=True)
@@ -100,17 +100,7 @@ def attention_macs(dim: int, heads: int, widths: Widths, images: int, tokens: in
 
 def input_shapes(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, tuple[int, int]]:
     """(images, tokens) that each named attention sees of one image of `shape`. Works on shapes alone."""
-    found: dict[str, tuple[int, int]] = {}
-    shadow = on_meta(model)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, args: found.__setitem__(name, tuple(args[0].shape[:2]))
-
-    for name in names:
-        shadow.get_submodule(name).register_forward_pre_hook(hook(name))
-    with torch.no_grad():
-        shadow(torch.empty(1, *shape, device="meta"))
-    return found
+    return {name: (given[0], given[1]) for name, given in shapes_given(model, names, shape).items()}
 
 
 def narrowing_costs(model: nn.Module, dense: nn.Module, shape: Shape) -> dict[str, tuple[NarrowAttention, int, int]]:
