@@ -149,8 +149,8 @@ def _layers(
     standard = standard_layers(folder, exact)
 
     def judge(name: str, held_against: dict[str, Tap]) -> LayerParity:
-        seen = (got[name], probes[name].tap, held_against[name], by_torch[name])
-        return layer_parity(name, exact[name], own[name], *seen, plain=name in standard)
+        taps = (got[name], probes[name].tap, held_against[name], by_torch[name])
+        return layer_parity(name, exact[name], own[name], *taps, plain=name in standard)
 
     judged = []
     for done, name in enumerate(names):
@@ -173,7 +173,7 @@ def _without_ties(
 ) -> list[BatchError]:
     """The errors again, those that are too large with near ties between experts taken out."""
     names = list(yard.layers()[0])
-    found = []
+    excused = []
     with ExitStack() as stack:
         path = stack.enter_context(tapped_graph(folder / PORTABLE, names))
         tapped = stack.enter_context(OnnxRunner(path, threads, provider))
@@ -183,8 +183,8 @@ def _without_ties(
                 x = pool[: error.batch].contiguous()
                 taps, got = taps_of(tapped.run(x.numpy()), names), plain.run(x.numpy())[0]
                 error = excuse_ties(error, got, yard.exact(x).numpy(), yard.exact, x, taps)
-            found.append(error)
-    return found
+            excused.append(error)
+    return excused
 
 
 def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]:

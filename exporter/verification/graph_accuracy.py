@@ -79,23 +79,23 @@ class GraphAccuracy:
         precision = read_export(self.folder, verify=False).get("precision", "fp32")
         graph = PORTABLE if name == "moee" else REFERENCE if precision in INT8 else DENSE
         order = self.chosen()
-        mine = self.group.part(len(order), ACCURACY_BATCH)
-        order = order[mine.start : mine.stop]
-        found: dict[str, list[Tensor]] = {"outputs": [], "labels": []}
+        share = self.group.part(len(order), ACCURACY_BATCH)
+        order = order[share.start : share.stop]
+        answers: dict[str, list[Tensor]] = {"outputs": [], "labels": []}
         with opened(self.folder / graph, self.threads, self.provider, precision == "bf16" and self.provider == "cpu") as runner:
             total = -(-len(order) // ACCURACY_BATCH)
             message = f"accuracy, {name}"
             self.report(message, 0, total)
             for done, batch in enumerate(batches(self.data, ACCURACY_BATCH, order=order, strict=False), 1):
-                found["outputs"].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
-                found["labels"].append(batch.labels)
+                answers["outputs"].append(torch.from_numpy(runner.run(batch.images.numpy())[0]))
+                answers["labels"].append(batch.labels)
                 self.report(message, done, total)
-        return {key: torch.cat(part) for key, part in found.items() if part}
+        return {key: torch.cat(part) for key, part in answers.items() if part}
 
     def judge(self, dense: dict[str, Tensor]) -> list[str]:
         """Why the dense graph's answers allow no comparison, and what is wrong with that graph, the same on every rank; each is
         empty for nothing. Extraction takes no model whose outputs are not finite, so such a graph is not what the model is."""
-        found = None
+        verdict = None
         with self.group.agreed():
             if self.group.leader:
                 told = classes_told(self.moee.model, self.moee.probe)
@@ -104,8 +104,8 @@ class GraphAccuracy:
                 reason = compared.reason
                 silent = int((top1(dense["logits"]) == NO_ANSWER).sum())
                 failure = f"its outputs are NaN or infinite on {silent} of {len(dense['logits'])} images; export again"
-                found = [reason, f"the graph of the dense model is broken: {failure}" if silent else ""]
-        return self.group.broadcast(Parcel(found) if self.group.leader else None).body
+                verdict = [reason, f"the graph of the dense model is broken: {failure}" if silent else ""]
+        return self.group.broadcast(Parcel(verdict) if self.group.leader else None).body
 
     def compare(self, dense: dict[str, Tensor], ours: dict[str, Tensor], max_drop_pp: float | None) -> AccuracyResult | None:
         """Both graphs' answers compared; None on ranks other than 0."""

@@ -64,20 +64,20 @@ class VerifyResult:
 
     def cases(self) -> list[Case]:
         """Every check in the order of the model."""
-        found = [Case("parity", name, failure=f"no {name} were compared") for name in self.parity.unchecked]
-        found += [_batch_case("parity", b) for b in self.parity.batches]
+        cases = [Case("parity", name, failure=f"no {name} were compared") for name in self.parity.unchecked]
+        cases += [_batch_case("parity", b) for b in self.parity.batches]
         damaged: dict[str, str] = {}
         for problem in self.parity.weight_problems:
             damaged.setdefault(problem.layer, problem.message)
         for layer in self.parity.layers:
             held = f"{TENSORRT} holds the model's weights" + (" and computes the layer" if layer.kind != "moee" else "")
-            found.append(Case("weights", layer.name, held, damaged.pop(layer.name, None)))
+            cases.append(Case("weights", layer.name, held, damaged.pop(layer.name, None)))
             off = layer.output_message
-            found.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
+            cases.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
             if layer.routes:
-                found.append(self._route_case(layer))
-        found += [Case("weights", name, "", message) for name, message in damaged.items()]
-        return found + [self._accuracy_case()] + self._engine_cases()
+                cases.append(self._route_case(layer))
+        cases += [Case("weights", name, "", message) for name, message in damaged.items()]
+        return cases + [self._accuracy_case()] + self._engine_cases()
 
     def _route_case(self, layer: Any) -> Case:
         floor = self.parity.min_route_agreement

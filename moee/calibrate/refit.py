@@ -164,16 +164,16 @@ def _refit(
     groups = image_groups(tokens_an_image(model, widths, image), len(data), tokens)
     fewest = min(group.images for group in groups)  # as many as pass the whole model together
     most_kept = KEPT * tokens * max(widths.values())
-    found: dict[str, RefitReport] = {}
+    reports: dict[str, RefitReport] = {}
 
     def done(name: str, facts: RefitReport) -> None:
-        found[name] = facts
-        report("refit", len(found), len(layers))
+        reports[name] = facts
+        report("refit", len(reports), len(layers))
 
     report("refit", 0, len(layers))
     while groups:
         group = groups.pop(0)
-        entry = find_entry(model, group.names, found, image) if group.images > fewest else None
+        entry = find_entry(model, group.names, reports, image) if group.images > fewest else None
         if entry is None and group.images > fewest and len(group.names) > 1:  # something goes past the first: one pass a layer
             groups[:0] = [ImageGroup((name,), group.images) for name in group.names]
             continue
@@ -188,7 +188,7 @@ def _refit(
         finally:
             for name in group.names:
                 replace_module(model, name, layers[name])
-    return {name: found[name] for name in layers}
+    return {name: reports[name] for name in layers}
 
 
 def _run_from(

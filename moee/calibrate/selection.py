@@ -48,8 +48,8 @@ class MomentAccumulator:
 
     def finish(self) -> Moments:
         count = self.count.clamp(min=1)[:, None]
-        found = (self.count, self.mean, self.squares / count, self.absolute / count)
-        return Moments(*(part.cpu() for part in found))
+        moments = (self.count, self.mean, self.squares / count, self.absolute / count)
+        return Moments(*(part.cpu() for part in moments))
 
 
 def output_weight(ffn: FFN) -> Tensor:

@@ -151,8 +151,8 @@ def _measure(
     try:
         counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, next(batches(data, 1)).images.to(device))
         for group in image_groups(counts, len(data), tokens, least=2):
-            own = max(counts[name] for name in group.names)
-            size = max(1, min(BATCH_TOKENS // own, EARLY_TOKENS // max(counts.values())))
+            most = max(counts[name] for name in group.names)
+            size = max(1, min(BATCH_TOKENS // most, EARLY_TOKENS // max(counts.values())))
             order = spread(len(data), group.images)
             handles = [model.get_submodule(name).register_forward_pre_hook(before(layers[name])) for name in group.names]
             handles += [

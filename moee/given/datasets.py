@@ -65,9 +65,9 @@ def indexed(dataset: Any, positions: Sequence[int], shape: Shape, report: Report
         return DatasetSet(name, dataset, (), (), ())
     check_shape(item_of(dataset[positions[0]], name)[0], shape, name)
     labels, digests = _labels(dataset, positions, name, report)
-    found = DatasetSet(name, dataset, positions, labels, class_names_of(dataset) or max(labels) + 1)
-    found.digests = digests
-    return found
+    data = DatasetSet(name, dataset, positions, labels, class_names_of(dataset) or max(labels) + 1)
+    data.digests = digests
+    return data
 
 
 def _labels(dataset: Any, positions: Sequence[int], name: str, report: Reporter) -> tuple[list[int], list[bytes]]:
@@ -76,15 +76,15 @@ def _labels(dataset: Any, positions: Sequence[int], name: str, report: Reporter)
     targets = _targets(dataset)
     if targets is not None:
         return [label_of(targets[i], name) for i in positions], []
-    found: list[int] = []
+    labels: list[int] = []
     digests: list[bytes] = []
     report("labels", 0, len(positions))
     for i in positions:
         image, label = item_of(dataset[i], name)
-        found.append(label)
+        labels.append(label)
         digests.append(digest(image))
-        report("labels", len(found), len(positions))
-    return found, digests
+        report("labels", len(labels), len(positions))
+    return labels, digests
 
 
 def _targets(dataset: Any) -> Sequence[Any] | None:
@@ -129,13 +129,13 @@ def class_names_of(given: Any) -> tuple[str, ...]:
     if isinstance(dataset, Subset):
         return class_names_of(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
-        found = list(dict.fromkeys(names for names in map(class_names_of, dataset.datasets) if names))
-        if len(found) > 1:
+        named = list(dict.fromkeys(names for names in map(class_names_of, dataset.datasets) if names))
+        if len(named) > 1:
             raise UserError(
-                f"{name_of(given)} joins datasets of different classes, {listed(found[0])} and {listed(found[1])}, so that a "
+                f"{name_of(given)} joins datasets of different classes, {listed(named[0])} and {listed(named[1])}, so that a "
                 "label means one class in one and another in the other; give datasets with the same classes"
             )
-        return found[0] if found else ()
+        return named[0] if named else ()
     classes = getattr(dataset, "classes", None)
     if not isinstance(classes, (list, tuple)):
         return ()

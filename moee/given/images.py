@@ -67,8 +67,8 @@ def given_splits(
                 f"{split} has no class names: its labels are taken as positions in the other images' {len(order)} classes"
             )
     source = Source(sets, divided=val is not None, indices=not order, order=order, notes=notes)
-    found = numbered(source, classes, head_classes, labels)
-    return found["train"], found["val"]
+    splits = numbered(source, classes, head_classes, labels)
+    return splits["train"], splits["val"]
 
 
 def given_images(

@@ -69,13 +69,13 @@ def _scaled(steps: list[Any]) -> list[Any] | None:
     return left
 
 
-def differences(found: InputConfig, transform: Transform) -> list[str]:
+def differences(given: InputConfig, transform: Transform) -> list[str]:
     """What a loader's preparation and the model's description say differently, each as `mean 0.5 0.5 0.5, not 0.4 0.4 0.4`."""
     wanted: Mapping[str, Any] = {**transform.config, "mean": transform.mean, "std": transform.std}
     told = []
     for name in PARTS:
-        ours, theirs = getattr(found, name), wanted.get(name)
-        if name == "crop_mode" and float(wanted.get("crop_pct") or 0) == 1 == found.crop_pct and _square(transform):
+        ours, theirs = getattr(given, name), wanted.get(name)
+        if name == "crop_mode" and float(wanted.get("crop_pct") or 0) == 1 == given.crop_pct and _square(transform):
             continue  # with nothing cut off a square, the ways to crop differ in pictures that are not square alone
         if ours is not None and not _equal(ours, theirs):
             told.append(f"{name} {_text(ours)}, not {_text(theirs)}")

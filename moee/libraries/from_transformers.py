@@ -77,9 +77,9 @@ def _architecture(body: dict[str, Any], folder: Path) -> tuple[str, list[str]]:
 
 def _fields(row: Architecture, body: Any) -> dict[str, Any]:
     """What a configuration says of the fields that its class has of its own: no code, no files, no implementation to choose."""
-    own = own_fields(row.config)
+    fields = own_fields(row.config)
     given = body if isinstance(body, dict) else {}
-    return {name: value for name, value in given.items() if name in own}
+    return {name: value for name, value in given.items() if name in fields}
 
 
 def _labels(body: dict[str, Any]) -> tuple[str, ...]:
@@ -99,9 +99,9 @@ def _check(spec: ModelSpec) -> None:
     if spec.timm_name not in ARCHITECTURES:
         raise UserError(f"{shown(spec.timm_name)} is no vision model of transformers that is known here")
     row = ARCHITECTURES[spec.timm_name]
-    own = own_fields(row.config)
+    fields = own_fields(row.config)
     for name in (spec.config or {}).keys() | spec.kwargs.keys():
-        if name not in own | {"num_labels", "num_classes", "in_chans"}:
+        if name not in fields | {"num_labels", "num_classes", "in_chans"}:
             raise UserError(f"{spec.called} has no argument {shown(name)}; {row.config} of transformers lists them")
 
 
@@ -149,15 +149,15 @@ def _filter(state: Mapping[str, Tensor], net: Any) -> dict[str, Tensor]:
     text = TEXT if row.tower else ()
     kept = {name: t for name, t in state.items() if not name.startswith(text) and not any(part in name for part in left)}
     with _quiet(), torch.device("cpu"):
-        made, found = type(net).from_pretrained(
+        made, loading = type(net).from_pretrained(
             None, config=net.config, state_dict=dict(kept), output_loading_info=True, ignore_mismatched_sizes=True,
             dtype=torch.float32,
         )  # fmt: skip
-    missing, mismatched = set(found["missing_keys"]), {item[0]: item[1] for item in found["mismatched_keys"]}
+    missing, mismatched = set(loading["missing_keys"]), {item[0]: item[1] for item in loading["mismatched_keys"]}
     result = {name: tensor for name, tensor in made.state_dict().items() if name not in missing | mismatched.keys()}
     for name, shape in mismatched.items():
         result[name] = kept.get(name, torch.empty(shape, device="meta"))
-    result |= {name: kept[name] for name in found["unexpected_keys"] if name in kept}
+    result |= {name: kept[name] for name in loading["unexpected_keys"] if name in kept}
     prefix = sum(name.endswith(("cls_token", "class_embedding", "distillation_token")) for name in expected)
     return resized_positions(result, net, prefix)
 

@@ -31,10 +31,10 @@ def read_input(folder: Path, row: Architecture, config: dict[str, Any]) -> tuple
     """How images are prepared, and what the folder does not say of it."""
     path = folder / PROCESSOR
     size = config.get(SIZE, getattr(class_named(row.config)(), SIZE, 224))
-    own = _sides(size)
+    model_sides = _sides(size)
     channels = config.get("num_channels", 3)
     usual = InputConfig(
-        input_size=(channels, *own), mean=row.scale[0], std=row.scale[1], interpolation="bicubic", crop_pct=1.0,
+        input_size=(channels, *model_sides), mean=row.scale[0], std=row.scale[1], interpolation="bicubic", crop_pct=1.0,
         crop_mode="squash",
     )  # fmt: skip
     if not path.is_file():
@@ -54,7 +54,7 @@ def read_input(folder: Path, row: Architecture, config: dict[str, Any]) -> tuple
     if body.get("resample") is not None:
         change["interpolation"] = FILTERS.get(body["resample"])
     try:
-        change |= _resized(body, own, channels)
+        change |= _resized(body, model_sides, channels)
         given = InputConfig.model_validate({**usual.model_dump(), **change})
     except UserError:
         raise
@@ -65,7 +65,7 @@ def read_input(folder: Path, row: Architecture, config: dict[str, Any]) -> tuple
     return given, notes
 
 
-def _resized(body: dict[str, Any], own: tuple[int, int], channels: int) -> dict[str, Any]:
+def _resized(body: dict[str, Any], model_sides: tuple[int, int], channels: int) -> dict[str, Any]:
     """`size`, `crop_size` and so on of an image processor as timm describes them."""
     size, crop = body.get("size"), body.get("crop_size")
     if size is None or body.get("do_resize") is False:
@@ -83,7 +83,7 @@ def _resized(body: dict[str, Any], own: tuple[int, int], channels: int) -> dict[
     if share is not None:
         return _described((shortest, shortest), (shortest, shortest), "squash", channels)
     if target is None:  # the model takes one size all the same
-        return _described(own, (max(shortest, min(own)),), "center", channels)
+        return _described(model_sides, (max(shortest, min(model_sides)),), "center", channels)
     return _described(target, (shortest,), "center", channels)
 
 

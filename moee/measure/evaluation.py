@@ -91,14 +91,14 @@ def run(
                 tokens.append(channels_last(last, model).half().cpu())
     if not group.alone:
         merge_skipped(data, group)
-    found = {"features": torch.cat(features), "labels": torch.cat(labels)} if features else {}
+    answers = {"features": torch.cat(features), "labels": torch.cat(labels)} if features else {}
     keep = not no_tokens
     if not group.alone:
-        found, tokens, keep = _merged(found, tokens, keep, group)
+        answers, tokens, keep = _merged(answers, tokens, keep, group)
         for name in counts:
             group.sum(counts[name])
     shares = {name: (c.double() / c.sum()).tolist() for name, c in counts.items()}
-    return Outputs(found["features"], torch.cat(tokens) if keep else None, found["labels"], shares, no_tokens)
+    return Outputs(answers["features"], torch.cat(tokens) if keep else None, answers["labels"], shares, no_tokens)
 
 
 def _no_token_map(features: Any, model: nn.Module, images: int) -> str:
@@ -117,10 +117,10 @@ def _no_token_map(features: Any, model: nn.Module, images: int) -> str:
 
 
 def _merged(
-    found: dict[str, Tensor], tokens: list[Tensor], keep: bool, group: Group
+    answers: dict[str, Tensor], tokens: list[Tensor], keep: bool, group: Group
 ) -> tuple[dict[str, Tensor], list[Tensor], bool]:
     """The ranks' parts in rank order, which is the order of the images: features and labels everywhere, tokens on rank 0."""
-    own = {**found, "tokens": torch.cat(tokens)} if keep and found else found
+    own = {**answers, "tokens": torch.cat(tokens)} if keep and answers else answers
     parts = [p for p in group.gather(Parcel(None, own)) if p.tensors]
     whole = {name: torch.cat([p.tensors[name] for p in parts]) for name in ("features", "labels")} if parts else {}
     keep = bool(parts) and all("tokens" in p.tensors for p in parts)

@@ -14,15 +14,15 @@ def source_paths(*sources: str | Path | None) -> tuple[Path, ...]:
     A source such as `wds/FOLDER` names a folder behind its kind. The name of built-in data names a file or an artifact too, if
     one lies under it; any other folder of that name is read by no command, and no result ever replaces it.
     """
-    found: dict[str, Path] = {}  # by real path, so that artifacts that name each other come to an end
+    paths: dict[str, Path] = {}  # by real path, so that artifacts that name each other come to an end
     waiting = [os.fspath(source) for source in sources if source]
     while waiting:
         text = waiting.pop(0)
         path = next((Path(name) for name in (text, text.partition("/")[2]) if name and os.path.lexists(name)), None)
-        if path is None or os.path.realpath(path) in found:
+        if path is None or os.path.realpath(path) in paths:
             continue
         if text.partition(":")[0] in BUILT_IN_DATA and path.is_dir() and kind_of(path) is None:
             continue
-        found[os.path.realpath(path)] = path
+        paths[os.path.realpath(path)] = path
         waiting += made_from(path)
-    return tuple(found.values())
+    return tuple(paths.values())

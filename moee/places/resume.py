@@ -92,9 +92,9 @@ def compare_identity(path: Path, schema: str, identity: dict[str, Any], what: st
     before = read_json(path)
     if not isinstance(before, dict) or before.get("schema") != schema:
         raise UserError(f"{path} is not {what} of this version; {cure}")
-    found = difference({name: before.get(name) for name in identity}, identity)
-    if found is not None:
-        name, stored, ours = found
+    differing = difference({name: before.get(name) for name in identity}, identity)
+    if differing is not None:
+        name, stored, ours = differing
         if outdated(stored, ours):
             raise UserError(f"{path.parent} holds {what} of an earlier version, {OUTDATED}; {cure}")
         raise UserError(f"{path.parent} holds {what} with {name} {_short(stored)}, now {_short(ours)}; {cure}")
@@ -105,9 +105,9 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, A
     for name in [*now, *(n for n in before if n not in now)]:
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found = difference(old, new)
-            if found is not None:
-                return f"{name}.{found[0]}", *found[1:]
+            differing = difference(old, new)
+            if differing is not None:
+                return f"{name}.{differing[0]}", *differing[1:]
         elif old != new:
             return name, old, new
     return None

@@ -61,9 +61,9 @@ def finetune(
         if config.distil == "tokens" and not has_feature_map(model):
             raise UserError(f"--distil tokens needs a model with one feature map; {title_of_model(model)} has none, use output")
     config = affordable(config, group)
-    own, given = len(data), data
-    order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed))
-    held_out = order[: max(1, round(own * config.validation))].sort().values
+    count, given = len(data), data
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
+    held_out = order[: max(1, round(count * config.validation))].sort().values
     train = order[len(held_out) :].sort().values
     made: ImageSet | None = None
     if config.augment or config.collages:
@@ -71,8 +71,8 @@ def finetune(
         views = Views(data, transform, config.augment, config.seed)
         collages = Collages(data, transform, config.collages, config.seed, train.tolist())
         # held-out images have no views in it, and collages show nothing of them
-        views_of = [train + own * k for k in range(1 + config.augment)]
-        train = torch.cat([*views_of, torch.arange(len(collages)) + own * (1 + config.augment)])
+        views_of = [train + count * k for k in range(1 + config.augment)]
+        train = torch.cat([*views_of, torch.arange(len(collages)) + count * (1 + config.augment)])
         data, made = Joined(data, views, collages), Joined(views, collages)
     identity: dict[str, Any] = {}
     with group.agreed():

@@ -57,7 +57,7 @@ def read_tensors(folder: Path, state: Mapping[str, Any], trainable: Mapping[str,
     for name, parameter in trainable.items():
         slots = ("exp_avg", "exp_avg_sq") if f"exp_avg.{name}" in tensors else ()  # a parameter without gradients has none
         for part in ("model", "best", *slots):
-            found = tensors.get(f"{part}.{name}")
-            if found is None or found.shape != parameter.shape or found.dtype != parameter.dtype:
+            tensor = tensors.get(f"{part}.{name}")
+            if tensor is None or tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
                 raise UserError(f"{path} holds no fitting {part}.{name}; remove {folder} to start the fine-tuning again")
     return tensors

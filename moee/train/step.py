@@ -110,8 +110,8 @@ class Trainer:
         plan = [self._parts(batch) for batch in whole]
         loaded = listed_batches(data, [part.tolist() for parts in plan for part in parts], strict=False)
         for batch, parts in zip(whole, plan, strict=True):
-            mine = [next(loaded, None) for _ in parts]
-            yield len(batch), [self._whole(data, made, part) for made, part in zip(mine, parts, strict=True)]
+            images_made = [next(loaded, None) for _ in parts]
+            yield len(batch), [self._whole(data, made, part) for made, part in zip(images_made, parts, strict=True)]
 
     @staticmethod
     def _whole(data: ImageSet, made: Batch | None, part: Tensor) -> Batch:
@@ -120,21 +120,21 @@ class Trainer:
         return made
 
     def _parts(self, batch: Tensor) -> Sequence[Tensor]:
-        own = self.group.part(len(batch))
-        if not own:  # a last batch smaller than the group: the rank goes along with a weight of zero
+        share = self.group.part(len(batch))
+        if not share:  # a last batch smaller than the group: the rank goes along with a weight of zero
             return (batch[:1],)
-        return batch[own.start : own.stop].chunk(self.config.accumulate)
+        return batch[share.start : share.stop].chunk(self.config.accumulate)
 
     def backward(self, images: int, parts: list[Batch]) -> float:
         """Add the gradients of a batch of `images`, of which `parts` are this rank's, to the parameters; returns the loss
         summed over the images of all ranks."""
-        own = len(self.group.part(images)) > 0
+        has_share = len(self.group.part(images)) > 0
         wanted = [self._wanted(part) for part in parts]
-        power = self._power(images, parts, wanted) if own or not self.group.alone else None
+        power = self._power(images, parts, wanted) if has_share or not self.group.alone else None
         total = torch.zeros(1, dtype=torch.float64)
         for position, part in enumerate(parts):
             last = position == len(parts) - 1
-            count = len(part.images) if own else 0
+            count = len(part.images) if has_share else 0
             with nullcontext() if last else self._apart():
                 loss = self._loss(self.student, part, wanted[position], power)
                 # DistributedDataParallel divides by the number of ranks
@@ -144,14 +144,14 @@ class Trainer:
 
     def measure(self, data: ImageSet, order: Tensor) -> float:
         """Mean loss over the images of `order`, in float32; batches are divided over the ranks as they are."""
-        own = self.group.part(len(order), self.config.batch_size)
-        found = []
+        share = self.group.part(len(order), self.config.batch_size)
+        losses = []
         with torch.no_grad():
-            parts = [part.tolist() for part in order[own.start : own.stop].split(self.config.batch_size) if len(part)]
+            parts = [part.tolist() for part in order[share.start : share.stop].split(self.config.batch_size) if len(part)]
             for batch in listed_batches(data, parts, strict=False):
                 loss = self._loss(self.plain, batch, self._wanted(batch), None, amp=False)
-                found.append(float(loss) * len(batch.images))
-        return sum(value for rank in self.group.all_json(found) for value in rank) / len(order)
+                losses.append(float(loss) * len(batch.images))
+        return sum(value for rank in self.group.all_json(losses) for value in rank) / len(order)
 
     @property
     def plain(self) -> nn.Module:

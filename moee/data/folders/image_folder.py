@@ -142,8 +142,8 @@ def _unwrapped(listings: dict[str, Listing]) -> list[str]:
     wrappers = {split: _wrapper({split: listing}) for split, listing in listings.items()}
     choices = [((split, None), *([(split, folder)] if folder else [])) for split, folder in wrappers.items()]
     for choice in sorted(product(*choices), key=lambda taken: sum(folder is not None for _, folder in taken)):
-        found = {split: listings[split].below(folder) if folder else listings[split] for split, folder in choice}
-        if set.intersection(*(set(listing.counts()) for listing in found.values())):
+        chosen = {split: listings[split].below(folder) if folder else listings[split] for split, folder in choice}
+        if set.intersection(*(set(listing.counts()) for listing in chosen.values())):
             notes = []
             for split, folder in choice:
                 if folder:
@@ -151,6 +151,6 @@ def _unwrapped(listings: dict[str, Listing]) -> list[str]:
                     but = f" but {count_images(beside)}, which {'is' if beside == 1 else 'are'} left out" if beside else ""
                     said = f"all images of {split} lie in the folder {class_name(folder)!r}{but}"
                     notes.append(f"{said}, so the folders below it are its classes")
-            listings.update(found)
+            listings.update(chosen)
             return notes
     return []

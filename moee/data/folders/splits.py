@@ -58,10 +58,10 @@ def find_splits(source: str, root: Path, wanted: Sequence[str]) -> tuple[dict[st
 def _plain_pair(source: str, place: Path, folders: list[str], full: list[str]) -> tuple[str, str] | None:
     """The folders that are called train and val by nothing but one of their usual names, whatever lies beside them; such folders
     without images count where none has any."""
-    found = []
+    pairs = []
     for names in (Names(folders), Names(full)):
-        found.append((names.trained(plain=True), names.held_out(plain=True)))
-    (train, held_out), (full_train, full_held_out) = found
+        pairs.append((names.trained(plain=True), names.held_out(plain=True)))
+    (train, held_out), (full_train, full_held_out) = pairs
     if not train or not held_out:
         return None
     return _only(source, place, full_train or train), _only(source, place, full_held_out or held_out)
@@ -129,14 +129,14 @@ def _holds_splits(folder: Path) -> bool:
 
 
 def _both(place: Path, train: str, held_out: str, notes: list[str]) -> tuple[dict[str, Path], list[str]]:
-    found = {"train": train, "val": held_out}
-    if found != {"train": "train", "val": "val"}:
-        notes = [*notes, f"{found['train']!r} is trained on and {found['val']!r} is held out"]
-    beside = [f for f in visible_folders(place) if f not in found.values() and holds_images(place / f)]
+    splits = {"train": train, "val": held_out}
+    if splits != {"train": "train", "val": "val"}:
+        notes = [*notes, f"{splits['train']!r} is trained on and {splits['val']!r} is held out"]
+    beside = [f for f in visible_folders(place) if f not in splits.values() and holds_images(place / f)]
     if beside:
         names = listed([class_name(f) for f in beside])
-        notes = [*notes, f"images beside {found['train']!r} and {found['val']!r} are not read ({names})"]
-    return {split: place / name for split, name in found.items()}, notes
+        notes = [*notes, f"images beside {splits['train']!r} and {splits['val']!r} are not read ({names})"]
+    return {split: place / name for split, name in splits.items()}, notes
 
 
 def _only(source: str, place: Path, folders: list[str]) -> str:
