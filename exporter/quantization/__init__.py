@@ -4,7 +4,6 @@ A model and images come in; scales, and the model with int8 layers, go out.
 Imports moee.
 """
 
-from exporter.precision import Quantization
 from exporter.quantization.calibrate import CALIBRATION_IMAGES, MIN_SQNR_DB, calibrate
 from exporter.quantization.modules import QuantConv2d, QuantLinear, quantizable, quantized
 

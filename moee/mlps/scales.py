@@ -56,7 +56,7 @@ def following_scales(model: nn.Module, outputs: Mapping[str, tuple[int, int]], i
             for name in names:
                 if found[name].weight is None:
                     width, axis = outputs[name]
-                    scale = _find(_Run(model.get_submodule(name), axis, block, args, kwargs, given), _weights(block, width))
+                    scale = _proved(_Run(model.get_submodule(name), axis, block, args, kwargs, given), _weights(block, width))
                     if scale.weight is not None or name not in judged:  # the innermost says whether there is none
                         found[name] = scale
                     judged.add(name)
@@ -106,7 +106,7 @@ class _Run:
     output: Tensor
 
 
-def _find(run: _Run, choices: list[Tensor]) -> Scale:
+def _proved(run: _Run, choices: list[Tensor]) -> Scale:
     for weight in choices:
         if _answers(run, weight):
             return Scale(weight)
