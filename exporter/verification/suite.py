@@ -1,4 +1,4 @@
-"""Everything that `moee verify` checks, as a list of named cases with one verdict."""
+"""Runs everything that `moee verify` checks; what can refuse at once goes first."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from moee.parallel.machine import fast_on_cpu
 from moee.progress import Reporter, silent
 from moee.train.rate import make_optimiser, rate
 from moee.train.result import FinetuneResult
-from moee.train.resume import identity_of, restore_state, share_state, store_state
+from moee.train.resume import Learner, Standing, identity_of, restore_standing, share_standing, store_standing
 from moee.train.step import Trainer
 
 log = logging.getLogger("moee")
@@ -160,14 +160,15 @@ def _train(
     steps = -(-len(train) // config.batch_size)
     # the modules stay in eval mode: timm's dropout and stochastic depth would act on the student alone
     result = FinetuneResult()
-    first, best = 0, {name: p.detach().clone() for name, p in trainable.items()}
-    restored = None
+    learner = Learner(trainable, optimiser, trainer.scaler)
+    first, best = 0, learner.weights()
+    standing = None
     with group.agreed():
         if resume is not None and group.leader:
-            restored = restore_state(resume, identity, trainable, optimiser, trainer.scaler)
-    restored = share_state(restored, trainable, optimiser, trainer.scaler, group)
-    if restored is not None:
-        first, best, result = restored
+            standing = restore_standing(resume, identity, learner)
+    standing = share_standing(standing, learner, group)
+    if standing is not None:
+        first, best, result = standing.epochs, standing.best, standing.result
     else:
         result.validation_loss.append(trainer.measure(data, held_out))
         result.train_loss.append(math.nan)
@@ -195,10 +196,10 @@ def _train(
         result.validation_loss.append(trainer.measure(data, held_out))
         if result.validation_loss[-1] < min(result.validation_loss[:-1]):
             result.best_epoch = epoch + 1
-            best = {name: p.detach().clone() for name, p in trainable.items()}
+            best = learner.weights()
         with group.agreed():
             if resume is not None and group.leader:
-                store_state(resume, epoch + 1, identity, trainable, best, optimiser, result, trainer.scaler)
+                store_standing(resume, identity, learner, Standing(epoch + 1, best, result))
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(best[name])

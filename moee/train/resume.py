@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,53 @@ from moee.train.result import FinetuneResult
 from moee.train.state import SCHEMA, read_state, read_tensors, stored_tensors
 
 STATE, TENSORS = "state.json", "state-{epoch}.safetensors"
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What the steps change: the trained parameters by name, their optimiser, the scaler of their gradients."""
+
+    trainable: dict[str, nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the parameters."""
+        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+
+    def step(self) -> dict[str, float]:
+        return {"step": float(next(iter(self.optimiser.state.values()))["step"])}
+
+    def tensors(self, best: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters, the `best` ones so far, and the optimiser's averages, by names that tell them apart."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.trainable.items():
+            slots = self.optimiser.state[parameter]
+            tensors |= {f"model.{name}": parameter.detach(), f"best.{name}": best[name]}
+            tensors |= {f"{key}.{name}": slots[key] for key in ("exp_avg", "exp_avg_sq") if key in slots}
+        return tensors
+
+    def put(self, tensors: Mapping[str, Tensor], step: float) -> dict[str, Tensor]:
+        """Set parameters and the optimiser's averages to what `tensors` gave; returns the best weights so far."""
+        best = {}
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(tensors[f"model.{name}"])
+                best[name] = tensors[f"best.{name}"].to(parameter.device)
+                if f"exp_avg.{name}" not in tensors:  # it never had a gradient
+                    continue
+                averages = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                self.optimiser.state[parameter] = {"step": torch.tensor(step), **averages}
+        return best
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come: epochs done, the best weights so far, the losses."""
+
+    epochs: int
+    best: dict[str, Tensor]
+    result: FinetuneResult
 
 
 def identity_of(
@@ -58,84 +106,50 @@ def _checksum(model: nn.Module) -> str:
     return f"{sum(float(p.detach().double().abs().sum()) for p in model.parameters()):.6f}"
 
 
-def share_state(
-    restored: tuple[int, dict[str, Tensor], FinetuneResult] | None, trainable: dict[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler, group: Group,
-) -> tuple[int, dict[str, Tensor], FinetuneResult] | None:  # fmt: skip
-    """What rank 0 restored, on every rank: `trainable` and `optimiser` too."""
+def share_standing(standing: Standing | None, learner: Learner, group: Group) -> Standing | None:
+    """What rank 0 restored, on every rank: the `learner` too."""
     if group.alone:
-        return restored
+        return standing
     parcel = None
-    if group.leader and restored is None:
+    if group.leader and standing is None:
         parcel = Parcel(None)
-    elif group.leader and restored is not None:
-        epoch, best, result = restored
-        tensors = _state_tensors(trainable, best, optimiser)
-        parcel = Parcel({"epoch": epoch, "result": asdict(result), "scaler": scaler.state_dict(), **_step(optimiser)}, tensors)
-    body, theirs = group.broadcast(parcel)
-    if body is None or restored is not None:
-        return restored
-    scaler.load_state_dict(body["scaler"])
-    best = _put_state(dict(theirs), body["step"], trainable, optimiser)
-    return body["epoch"], best, FinetuneResult(**body["result"])
+    elif group.leader and standing is not None:
+        body = {"epoch": standing.epochs, "result": asdict(standing.result), **learner.step()}
+        body["scaler"] = learner.scaler.state_dict()
+        parcel = Parcel(body, learner.tensors(standing.best))
+    told, tensors = group.broadcast(parcel)
+    if told is None or standing is not None:
+        return standing
+    learner.scaler.load_state_dict(told["scaler"])
+    return Standing(told["epoch"], learner.put(dict(tensors), told["step"]), FinetuneResult(**told["result"]))
 
 
-def _step(optimiser: torch.optim.Optimizer) -> dict[str, float]:
-    return {"step": float(next(iter(optimiser.state.values()))["step"])}
-
-
-def _state_tensors(trainable, best, optimiser) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trainable.items():
-        slots = optimiser.state[parameter]
-        tensors |= {f"model.{name}": parameter.detach(), f"best.{name}": best[name]}
-        tensors |= {f"{key}.{name}": slots[key] for key in ("exp_avg", "exp_avg_sq") if key in slots}
-    return tensors
-
-
-def _put_state(tensors: dict[str, Tensor], step: float, trainable, optimiser) -> dict[str, Tensor]:
-    """Set parameters and the optimiser's averages; returns the best weights so far."""
-    best = {}
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            best[name] = tensors[f"best.{name}"].to(parameter.device)
-            if f"exp_avg.{name}" not in tensors:  # it never had a gradient
-                continue
-            averages = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimiser.state[parameter] = {"step": torch.tensor(step), **averages}
-    return best
-
-
-def store_state(
-    folder: Path, epoch: int, identity: dict, trainable, best, optimiser, result: FinetuneResult, scaler: torch.amp.GradScaler
-) -> None:
+def store_standing(folder: Path, identity: dict[str, Any], learner: Learner, standing: Standing) -> None:
     """Write the tensors first and the pointer to them last, so that a kill in between leaves the former state."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _state_tensors(trainable, best, optimiser)
-    path = folder / TENSORS.format(epoch=epoch)
-    write_tensors(tensors, path)
+    result = standing.result
+    path = folder / TENSORS.format(epoch=standing.epochs)
+    write_tensors(learner.tensors(standing.best), path)
     losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss, "best_epoch": result.best_epoch}
     write_json(
         folder / STATE,
-        {"schema": SCHEMA, "epoch": epoch, "identity": identity, "file": path.name,
-         "sha256": sha256_file(path), **_step(optimiser), "scaler": scaler.state_dict(), **losses},
+        {"schema": SCHEMA, "epoch": standing.epochs, "identity": identity, "file": path.name,
+         "sha256": sha256_file(path), **learner.step(), "scaler": learner.scaler.state_dict(), **losses},
     )  # fmt: skip
     for old in folder.glob(TENSORS.format(epoch="*")):
         if old != path:
             old.unlink()
 
 
-def restore_state(
-    folder: Path, identity: dict, trainable, optimiser, scaler: torch.amp.GradScaler
-) -> tuple[int, dict[str, Tensor], FinetuneResult] | None:
-    """The epochs done, the best weights so far and the losses, with `trainable`, `optimiser` and `scaler` set to what they were.
-    None where `folder` holds no state; raises `UserError` for one of another run, or damaged."""
+def restore_standing(folder: Path, identity: dict[str, Any], learner: Learner) -> Standing | None:
+    """How far the run in `folder` came, with the `learner` set to what it was. None where `folder` holds no state.
+
+    Raises `UserError` for the state of another run, or a damaged one."""
     if not (folder / STATE).is_file():
         return None
     state = read_state(folder / STATE)
     _refuse_another(folder, state["identity"], identity)
-    best = _put_state(read_tensors(folder, state, trainable), state["step"], trainable, optimiser)
-    scaler.load_state_dict(state.get("scaler", {}))
+    best = learner.put(read_tensors(folder, state, learner.trainable), state["step"])
+    learner.scaler.load_state_dict(state.get("scaler", {}))
     result = FinetuneResult([math.nan, *state["train_loss"]], state["validation_loss"], state["best_epoch"])
-    return int(state["epoch"]), best, result
+    return Standing(int(state["epoch"]), best, result)
