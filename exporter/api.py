@@ -20,7 +20,6 @@ from torch import nn
 
 from exporter.engines.build import EngineReport, build_engines, needs_plugin, require_backend
 from exporter.engines.plugin_cache import ensure_kernels, ensure_plugin
-from exporter.engines.sms import known_sms
 from exporter.graph import export as onnx_export
 from exporter.manifests import image_record, read_export, refuse_lost_dense
 from exporter.precision import dtype_of, refuse_calibration
@@ -32,11 +31,12 @@ from exporter.verification import VerifyResult
 from exporter.verification import verify as verify_export
 from moee.api import Images, held_out_images
 from moee.artifacts.model import MoeeModel
-from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, SM, real, several, whole
+from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, real, several, whole
 from moee.data.image_set import batches
 from moee.errors import UserError
 from moee.keywords import in_python
 from moee.progress import Reporter, to_stderr
+from plugins.devices import known_sms
 
 BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
 
@@ -125,15 +125,17 @@ def bench(
 @in_python()
 def build(
     export_dir: str | Path, out: str | Path, *, backend: str = "tensorrt-rtx", batch: tuple[int, int, int] = BATCHES,
-    sms: Sequence[int] | None = None, plugin: str | Path | None = None, force: bool = False, report: Reporter | None = None,
+    sms: Sequence[int | str] | str | None = None, plugin: str | Path | None = None, force: bool = False,
+    report: Reporter | None = None,
 ) -> EngineReport:  # fmt: skip
     """Build the dense and the routed engine of an export into the folder `out`.
 
-    `batch`: smallest, optimal and largest of the profile. `sms`: compute capabilities, such as 87, that the plugin's kernels
-    are compiled for (default: all); `plugin`: a library that was built before. Raises `BuildFailed` with the builder's words.
+    `batch`: smallest, optimal and largest of the profile. `sms`: devices that the plugin's kernels are compiled for, each by its
+    name or its SM: "orin", 87, "sm_87" or "8.7" (default: all); `plugin`: a library that was built before. Raises `BuildFailed`
+    with the builder's words.
     """
     report = report or to_stderr()
-    wanted = None if sms is None else known_sms(sms)
+    wanted = None if sms is None else known_sms(sms.split(",") if isinstance(sms, str) else sms)
     require_backend(backend)
     batch = _profile(batch)
     library = Path(plugin) if plugin is not None else None
@@ -144,19 +146,20 @@ def build(
 
 @in_python()
 def bundle(
-    export_dir: str | Path, out: str | Path, *, sm: int, batch: tuple[int, int, int] = BATCHES,
+    export_dir: str | Path, out: str | Path, *, sm: int | str, batch: tuple[int, int, int] = BATCHES,
     model: MoeeModel | nn.Module | str | None = None, force: bool = False, report: Reporter | None = None,
 ) -> Path:  # fmt: skip
-    """Write everything that a device of compute capability `sm` needs into the folder `out`: graphs, plugin, runner, build.sh.
+    """Write everything that a device needs into the folder `out`: graphs, plugin, runner, build.sh.
 
-    `model`: a dense model of your own, as the `MoeeModel` that was exported, the module, or the name `package.module:function`.
+    `sm`: the device by its name or its SM: "orin", 87, "sm_87" or "8.7". `model`: a dense model of your own, as the `MoeeModel`
+    that was exported, the module, or the name `package.module:function`.
     """
     report, probe = report or to_stderr(), None
     if isinstance(model, MoeeModel):
         probe = model.probe
         model = model.spec.module or (model.spec.name if model.spec.library == "python" else None)
-    (sm,), batch = known_sms([whole("sm", sm, SM)]), _profile(batch)
-    return write_deployment(export_dir, out, sm, partial(ensure_kernels, (sm,), report), batch, force, model, probe)
+    sms, batch = known_sms([sm]), _profile(batch)
+    return write_deployment(export_dir, out, sms[0], partial(ensure_kernels, sms, report), batch, force, model, probe)
 
 
 def _profile(batch: Sequence[int]) -> tuple[int, int, int]:

@@ -28,7 +28,6 @@ class Counts(NamedTuple):
 DAY = 86_400  # seconds
 IMAGES = Counts(0, MOST_COUNT)  # that accuracy is measured on
 BATCH = Counts(1, MOST_BATCH)
-SM = Counts(1, 9999)  # a compute capability without its dot
 RUNS = Counts(1, 1_000_000)
 JOBS = Counts(1, MOST_WORKERS)  # and threads, and requests in flight
 WORKERS = Counts(0, MOST_WORKERS)

@@ -32,6 +32,7 @@ from moee.store.scratch import temporary_folder
 from plugins import manifest
 from plugins.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
 from plugins.contract import DTYPES
+from plugins.devices import HOW, sm_named
 from plugins.manifest import Argument, Kernel, Manifest, TacticEntry
 from plugins.tactics import SPECS, TACTICS, VARIANTS, config
 from plugins.targets import DEFAULT_SMS, target
@@ -205,7 +206,7 @@ def _compile_all(jobs: list[Job], store: Path, workers: int | None) -> Iterator[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; exit code 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(description="Build the kernels for the given GPUs (no GPU needed).")
-    parser.add_argument("--sm", type=int, action="append", help=f"architecture, repeatable; default {DEFAULT_SMS}")
+    parser.add_argument("--sm", action="append", help=f"device, repeatable: {HOW}; default {DEFAULT_SMS}")
     parser.add_argument("--out", default="build/kernels")
     parser.add_argument("--workers", type=int, default=None, help="processes; default: one a core, at most 8")
     parser.add_argument("--cache-dir", default=None, help=f"compiled kernels; default {default_cache()}")
@@ -215,9 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"[{done}/{total}] {label}", flush=True)
 
     try:
-        result = build(
-            options.out, options.sm or DEFAULT_SMS, show, cache_dir=options.cache_dir, workers=options.workers
-        )
+        sms = [sm_named(name) for name in options.sm or map(str, DEFAULT_SMS)]
+        result = build(options.out, sms, show, cache_dir=options.cache_dir, workers=options.workers)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from typing import Any
 from moee.errors import UserError
 from moee.schema import checked, parse_json, shown
 from plugins import tables
+from plugins.devices import HOW, parse_sms
 from plugins.kernel_schema import Kernels
 
 SCHEMA = "moee.kernels/1"
@@ -167,10 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the plugin's tables from a folder of compiled kernels.")
     parser.add_argument("--kernels", type=Path, required=True, help="folder with kernels.json")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sm", required=True, help="such as 87 or 87,89")
+    parser.add_argument("--sm", required=True, help=f"devices, separated by commas: {HOW}, or all")
     args = parser.parse_args(arguments)
     try:
-        embed(args.kernels, args.out, [int(sm) for sm in args.sm.split(",")])
+        embed(args.kernels, args.out, parse_sms(args.sm))
     except ValueError as error:
         print(f"plugins.embed: {error}", file=sys.stderr)
         return 2

@@ -6,12 +6,12 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from exporter.engines.sms import known_sms
 from moee.errors import StepFailed
 from moee.progress import Reporter, silent
 from moee.store.cache import cache_dir, cache_lock
 from plugins import aot, build, manifest
 from plugins.compile import GateError
+from plugins.devices import known_sms
 from plugins.targets import DEFAULT_SMS
 
 DEMO_SMS = (87, 89)  # Jetson Orin and one desktop generation: enough to prove the path in a minute

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from exporter.forms.form import LayerForm, StoredGraph, WeightProblem, compare, half_ulps, lacks
-from exporter.forms.roofline import BYTES, TILE_TOKENS, Device, operation_ms
+from exporter.forms.roofline import BYTES, TILE_TOKENS, operation_ms
 from exporter.passes.clear import STORED_AT, Form
 from moee.layers.activations import activate
 from moee.layers.clear import ClearFFN
 from moee.layers.clear_dispatch import Loop, apply_ffn
+from plugins.devices import Profile
 
 # Portable form by what was faster in ONNX Runtime on the CPU (docs/results/clear_moe.md): segments of fewer tokens than this make
 # poor products, and without residual rank there is nothing to sort for
@@ -66,7 +67,7 @@ class ClearForm(LayerForm[ClearFFN]):
             found += compare(name, part, value, expected, graph.dtype)
         return found
 
-    def milliseconds(self, device: Device, layer: ClearFFN, tokens: int) -> float:
+    def milliseconds(self, device: Profile, layer: ClearFFN, tokens: int) -> float:
         """TensorRT gets plain masked products: its products in turn."""
         rows = math.ceil(tokens / TILE_TOKENS) * TILE_TOKENS
         units = sum(layer.rank_units(masked=True))

@@ -14,10 +14,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from exporter.forms.roofline import Device
 from exporter.precision import ROUTER_BIASES
 from moee.layers.ops import expert_rows
 from moee.layers.routed import NeuronLayer, RoutedLayer
+from plugins.devices import Profile
 
 Layer = TypeVar("Layer", bound=RoutedLayer)
 
@@ -78,7 +78,7 @@ class LayerForm(ABC, Generic[Layer]):
         """How what the graph stores for the layer `name` differs from the model's; empty if it does not."""
 
     @abstractmethod
-    def milliseconds(self, device: Device, layer: Layer, tokens: int) -> float:
+    def milliseconds(self, device: Profile, layer: Layer, tokens: int) -> float:
         """Modelled time of the layer on `tokens` tokens."""
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from exporter.forms.form import LayerForm, StoredGraph, WeightProblem, by_neurons, read_by_nodes
-from exporter.forms.roofline import Device, mlp_ms
+from exporter.forms.roofline import mlp_ms
 from exporter.passes.gated import READERS, STORED_AT
 from moee.mlps.gated import GatedFFN
+from plugins.devices import Profile
 
 
 class GatedForm(LayerForm[GatedFFN]):
@@ -29,5 +30,5 @@ class GatedForm(LayerForm[GatedFFN]):
         }  # fmt: skip
         return read_by_nodes(name, weights, STORED_AT, graph)
 
-    def milliseconds(self, device: Device, layer: GatedFFN, tokens: int) -> float:
+    def milliseconds(self, device: Profile, layer: GatedFFN, tokens: int) -> float:
         return mlp_ms(device, layer.w_up.shape[1], layer.union, tokens, 3)

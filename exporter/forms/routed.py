@@ -8,10 +8,11 @@ import onnx_ir as ir
 from torch import Tensor
 
 from exporter.forms.form import LayerForm, StoredGraph, WeightProblem, by_neurons, compare, read_by_nodes
-from exporter.forms.roofline import BYTES, TILE_TOKENS, TILE_WIDTH, Device, mlp_ms, operation_ms
+from exporter.forms.roofline import BYTES, TILE_TOKENS, TILE_WIDTH, mlp_ms, operation_ms
 from exporter.passes.plain import FIRST, STORED_AT
 from moee.layers.routed import RoutedFFN
 from plugins.contract import INPUT_NAMES
+from plugins.devices import Profile
 
 
 class RoutedForm(LayerForm[RoutedFFN]):
@@ -33,7 +34,7 @@ class RoutedForm(LayerForm[RoutedFFN]):
             found += compare(name, part, value, getattr(layer, part), graph.dtype)
         return found + _attributes(name, node, layer)
 
-    def milliseconds(self, device: Device, layer: RoutedFFN, tokens: int) -> float:
+    def milliseconds(self, device: Profile, layer: RoutedFFN, tokens: int) -> float:
         """Route, up, down: whole tiles an expert, at the calibrated load; one expert is two plain products."""
         dim, widths = layer.w_up.shape[1], layer.widths
         if len(widths) == 1:

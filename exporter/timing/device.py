@@ -13,8 +13,7 @@ from typing import Any
 from torch import nn
 
 from exporter.forms.registry import form_of
-from exporter.forms.roofline import BYTES, Device, mlp_ms, operation_ms
-from moee.errors import UserError
+from exporter.forms.roofline import BYTES, mlp_ms, operation_ms
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import dense_macs, tokens_per_image
 from moee.mlps.attention import macs_saved, narrow_attentions
@@ -24,32 +23,24 @@ from moee.models.model import Shape
 from moee.planning.search import Latency
 from moee.stages.session import Session
 from moee.store.scratch import temporary_folder
+from plugins.devices import Profile, profile_named
 
-CPU_RUNS = 20
+CPU, CPU_RUNS = "cpu", 20
 
 
-DEVICES = {
-    d.name: d
-    for d in (
-        # Jetson data sheets give sparse int8 TOPS of the GPU: a quarter of them is dense float16
-        Device("orin-agx", 42.5, 204.8, 6.0, "NVIDIA Jetson AGX Orin 64GB data sheet, 170 sparse int8 TOPS"),
-        Device("orin-nano", 10.0, 68.0, 8.0, "NVIDIA Jetson Orin Nano 8GB data sheet, 40 sparse int8 TOPS"),
-        Device("rtx-4090", 165.2, 1008.0, 3.0, "NVIDIA Ada architecture white paper"),
-        Device("rtx-3090", 71.0, 936.0, 3.0, "NVIDIA GA102 white paper"),
-        Device("l4", 121.0, 300.0, 3.0, "NVIDIA L4 data sheet: 242 TFLOP/s with sparsity"),
-    )
-}
+def timed_board(device: str) -> Profile | None:
+    """The GPU of a device's name, which is modelled; None for the CPU, which is measured. Raises `UserError` for an unknown
+    name, and for one that stands for several boards."""
+    return None if device == CPU else profile_named(device, (CPU,))
 
 
 def latency_of(device: str, session: Session, batch: int) -> Latency:
-    """How `moee plan` times models for a device name. Raises `UserError` for an unknown one."""
-    label = f"{device}, batch {batch}"
-    if device == "cpu":
-        return Latency(label, lambda model: measure_on_cpu(model, session, batch))
-    if device not in DEVICES:
-        raise UserError(f"unknown device {device!r}; expected cpu, {', '.join(DEVICES)}")
+    """How `moee plan` times models for a device; its name as `timed_board` takes it."""
+    board = timed_board(device)
+    if board is None:
+        return Latency(f"{CPU}, batch {batch}", lambda model: measure_on_cpu(model, session, batch))
     facts = dense_facts(session.dense, session.transform.shape)
-    return Latency(label, lambda model: modelled(DEVICES[device], session.dense, model, facts, batch))
+    return Latency(f"{board.name}, batch {batch}", lambda model: modelled(board, session.dense, model, facts, batch))
 
 
 def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, Any]:
@@ -65,7 +56,7 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, 
         export(MoeeModel(model.eval(), session.spec, None, session.source), target, True)
         result = bench(target, batch, CPU_RUNS, images=images)
     return {
-        "kind": "measured on CPU", "device": "cpu", "batch": batch, "dense_ms": result.dense_ms["p50"],
+        "kind": "measured on CPU", "device": CPU, "batch": batch, "dense_ms": result.dense_ms["p50"],
         "moee_ms": result.moee_ms["p50"], "speedup": result.speedup,
     }  # fmt: skip
 
@@ -86,7 +77,7 @@ def dense_facts(dense: nn.Module, shape: Shape) -> DenseFacts:
     return DenseFacts(shape, ffns, tokens_per_image(dense, list(ffns), shape), dense_macs(dense, shape))
 
 
-def modelled(device: Device, dense: nn.Module, model: nn.Module, facts: DenseFacts, batch: int) -> dict[str, Any]:
+def modelled(device: Profile, dense: nn.Module, model: nn.Module, facts: DenseFacts, batch: int) -> dict[str, Any]:
     """Dense and candidate in milliseconds by the roofline; MLPs one by one, the rest (attention too) as a product a block."""
     ffns, tokens, routed = facts.ffns, facts.tokens, routed_layers(model)
     dense_ffn = {

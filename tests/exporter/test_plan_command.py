@@ -11,7 +11,7 @@ from exporter import cli
 from exporter.commands.models.plan import parse_shares, points_table, verdict
 from exporter.forms.roofline import operation_ms
 from exporter.terminal.ui import plain_console
-from exporter.timing.device import DEVICES, dense_facts, latency_of, modelled
+from exporter.timing.device import dense_facts, latency_of, modelled
 from moee.data.image_set import image_shape
 from moee.errors import UserError
 from moee.methods.clear_moe.convert import convert
@@ -20,22 +20,23 @@ from moee.models.model import ModelSpec
 from moee.planning.budget import Budget
 from moee.planning.plan import make_plan
 from moee.stages.session import Session
+from plugins.devices import PROFILES
 from tests.conftest import TINY, tiny_images
 
 
 def test_a_gpu_figure_is_labelled_modelled_and_falls_with_the_width(tiny_moee):
     model, dense, data, *_ = tiny_moee
     shape = image_shape(data.images)
-    whole = modelled(DEVICES["orin-agx"], dense, copy.deepcopy(dense), dense_facts(dense, shape), 8)
+    whole = modelled(PROFILES["orin-agx"], dense, copy.deepcopy(dense), dense_facts(dense, shape), 8)
     assert whole["kind"] == "modelled" and whole["speedup"] == pytest.approx(1.0)
-    ours = modelled(DEVICES["orin-agx"], dense, model, dense_facts(dense, shape), 8)
+    ours = modelled(PROFILES["orin-agx"], dense, model, dense_facts(dense, shape), 8)
     assert ours["dense_ms"] == whole["dense_ms"] and ours["moee_ms"] != whole["moee_ms"]
 
 
 def test_clear_moe_is_modelled_by_the_products_that_tensorrt_gets(tiny_moee):
     """Masked products: more experts of the same rank cost time, which the MACs of a token's own expert do not show."""
     _, dense, data, *_ = tiny_moee
-    device, shape = DEVICES["orin-nano"], image_shape(data.images)
+    device, shape = PROFILES["orin-nano"], image_shape(data.images)
 
     def milliseconds(experts, rank):
         model = copy.deepcopy(dense)
@@ -47,7 +48,7 @@ def test_clear_moe_is_modelled_by_the_products_that_tensorrt_gets(tiny_moee):
 
 
 def test_roofline_takes_the_slower_of_arithmetic_and_memory():
-    device = DEVICES["rtx-4090"]
+    device = PROFILES["rtx-4090"]
     assert operation_ms(device, 0, device.gbytes * 1e6, 0) == pytest.approx(1.0)
     assert operation_ms(device, 1e12, 0, 0) > 10 * operation_ms(device, 1e10, 0, 0)
     assert operation_ms(device, 0, 0, 10) == pytest.approx(device.launch_us * 1e-2)
@@ -56,7 +57,7 @@ def test_roofline_takes_the_slower_of_arithmetic_and_memory():
 def test_small_batches_pay_for_tiles(tiny_moee):
     """At one image the experts' tiles are mostly empty: the modelled gain must shrink or turn into a loss."""
     model, dense, data, *_ = tiny_moee
-    device, shape = DEVICES["orin-agx"], image_shape(data.images)
+    device, shape = PROFILES["orin-agx"], image_shape(data.images)
     facts = dense_facts(dense, shape)
     assert modelled(device, dense, model, facts, 1)["speedup"] < modelled(device, dense, model, facts, 512)["speedup"]
 

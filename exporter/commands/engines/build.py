@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from exporter.engines.sms import parse_sms
 from exporter.terminal.flags import GATE_FAILED, OK, add_out, add_outputs
 from exporter.terminal.ui import ProgressDisplay
 from moee.places.inputs import source_paths
@@ -17,6 +16,7 @@ from moee.places.output_file import OutputFile
 from moee.places.output_folder import OutputFolder
 from moee.places.placement import Output
 from moee.store.result_kinds import ENGINE, TIMING_CACHE
+from plugins.devices import HOW, parse_sms
 
 TEXT = "build dense and MoEE engines from an export"
 
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--backend", default="tensorrt-rtx", help="tensorrt-rtx (needs no GPU) or tensorrt")
     sub.add_argument("--plugin", help="plugin library (default: compiled and cached for --sm)")
-    sub.add_argument("--sm", default="all", help="SMs of the plugin's kernels, such as 87 or 87,89 (all)")
+    sub.add_argument("--sm", default="all", help=f"devices of the plugin's kernels, separated by commas: {HOW} (all)")
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")

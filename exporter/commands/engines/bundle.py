@@ -9,13 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.engines.sms import parse_sms
 from exporter.terminal.flags import OK, add_out, add_outputs, add_word
 from exporter.terminal.ui import ProgressDisplay
-from moee.errors import UserError
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import DEPLOYMENT
+from plugins.devices import HOW, parse_sm
 
 TEXT = "everything a device needs: graphs, plugin, runner, server configurations, build.sh"
 
@@ -24,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bundle", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
-    sub.add_argument("--sm", required=True, help="the device's SM: 87 for Jetson Orin, 110 for Thor")
+    sub.add_argument("--sm", required=True, help=f"the device: {HOW}")
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
@@ -39,17 +38,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.ship.deployment import write_deployment
     from exporter.timing.profile import batch_profile
 
-    sms = parse_sms(args.sm)
-    if sms is None or len(sms) != 1:
-        raise UserError(f"--sm {args.sm}: a bundle is for one SM, for example --sm 87")
-    call = f"exporter.bundle({args.path!r}, {args.out!r}, sm={sms[0]}, model=MODULE) with that module as MODULE"
+    sm = parse_sm(args.sm)
+    call = f"exporter.bundle({args.path!r}, {args.out!r}, sm={sm}, model=MODULE) with that module as MODULE"
     refuse_module(read_export(args.path, verify=False), args.path, call)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
-        kernels = partial(ensure_kernels, sms, report)
-        folder = write_deployment(args.path, args.out, sms[0], kernels, batch, args.force, args.word)
+        kernels = partial(ensure_kernels, (sm,), report)
+        folder = write_deployment(args.path, args.out, sm, kernels, batch, args.force, args.word)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
-    console.print(
-        f"bundle for sm_{sms[0]} written to {args.out} ({size:.0f} MiB); run build.sh in it on the device", soft_wrap=True
-    )
+    console.print(f"bundle for sm_{sm} written to {args.out} ({size:.0f} MiB); run build.sh in it on the device", soft_wrap=True)
     return OK

@@ -8,26 +8,25 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.engines.sms import parse_sms
 from exporter.terminal.flags import OK, add_out, add_outputs
 from exporter.terminal.ui import ProgressDisplay
-from moee.errors import UserError
 from moee.places.output_file import OutputFile
 from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import PLUGIN, PLUGIN_BUNDLE
+from plugins.devices import HOW, parse_sm, parse_sms
 
 
 def add_parser(subparsers: Any) -> None:
     plugin = subparsers.add_parser("plugin", help="the TensorRT plugin: build it, or bundle it for a device")
     actions = plugin.add_subparsers(dest="action", required=True, metavar="ACTION")
     sub = actions.add_parser("build", help="compile the kernels and the library (cached)")
-    sub.add_argument("--sm", default="all", help="such as 87 or 87,89 (all)")
+    sub.add_argument("--sm", default="all", help=f"devices of the kernels, separated by commas: {HOW} (all)")
     sub.add_argument("--out", metavar="FILE", help="copy the library to this file; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
     add_outputs(sub, lambda args: [OutputFile(args.out, PLUGIN, args.force)] if args.out is not None else [])
     sub.set_defaults(run=run_build)
     sub = actions.add_parser("bundle", help="a folder that compiles on the device with g++ and cmake alone")
-    sub.add_argument("--sm", required=True, help="the device's SM: 87 for Jetson Orin, 110 for Thor")
+    sub.add_argument("--sm", required=True, help=f"the device: {HOW}")
     add_out(sub, "the bundle")
     add_outputs(sub, lambda args: [OutputFolder(args.out, PLUGIN_BUNDLE, args.force)])
     sub.set_defaults(run=run_bundle)
@@ -52,10 +51,8 @@ def run_bundle(args: argparse.Namespace, console: Console) -> int:
     from exporter.engines.plugin_cache import ensure_kernels
     from plugins.bundle import write_bundle
 
-    sms = parse_sms(args.sm)
-    if sms is None or len(sms) != 1:
-        raise UserError(f"--sm {args.sm}: a bundle is for one SM, for example --sm 87")
+    sm = parse_sm(args.sm)
     with ProgressDisplay() as report:
-        write_bundle(Path(args.out), sms[0], ensure_kernels(sms, report), args.force)
-    console.print(f"bundle for sm_{sms[0]} written to {args.out}; its README says how to compile it on the device")
+        write_bundle(Path(args.out), sm, ensure_kernels((sm,), report), args.force)
+    console.print(f"bundle for sm_{sm} written to {args.out}; its README says how to compile it on the device")
     return OK

@@ -34,6 +34,7 @@ from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import Output
 from moee.planning.budget import Budget
 from moee.store.result_kinds import PLAN, PLAN_STATE
+from plugins.devices import PROFILES
 
 BASE = ("seed", "tokens", "cluster_tokens", "refit_tokens", "collages", "attention_heads")  # options that all points share
 BASE_OF = (ExpertsOptions, HeadsOptions)  # whose help says what they are
@@ -45,7 +46,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     add_model(sub)
     add_options(sub.add_argument_group("the budget, one of these or more"), Budget)
-    sub.add_argument("--device", help="cpu (measured here by ONNX Runtime), or a GPU profile (modelled): orin-agx, rtx-4090, ...")
+    sub.add_argument("--device", help=f"cpu (measured here by ONNX Runtime), or a GPU (modelled): {', '.join(PROFILES)}")
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="batch size of latencies (8)")
     add_device(sub, target=True)
     usual = ",".join(name for method in METHODS for name, variant in method.variants.items() if variant.usual)
@@ -83,7 +84,7 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.timing.device import latency_of
+    from exporter.timing.device import latency_of, timed_board
     from moee.config import validated
     from moee.planning.plan import check_ways, make_plan
     from moee.planning.search import TARGETS, usual
@@ -95,6 +96,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
     check_ways(methods, allocations, attention, base)
+    if args.device is not None:
+        timed_board(args.device)  # refuses an unknown one before a model is loaded
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
         latency = latency_of(args.device, session, args.batch) if args.device else None
