@@ -12,8 +12,6 @@ from torch import nn
 
 from moee.data import sources
 from moee.data.image_set import Division, ImageSet
-from moee.data.shards import PREFIX as SHARDS
-from moee.data.timm_sets import named
 from moee.data.transform import Transform, model_transform
 from moee.errors import UserError
 from moee.given.datasets import PREFIX
@@ -130,10 +128,11 @@ def recorded_data(source: str) -> str:
     if source.startswith(PREFIX):
         given = shown(source.removeprefix(PREFIX))
         raise UserError(f"the artifact's images were given in Python ({given}); give some with --data")
-    if named(source):
+    origin = sources.source_of(source)
+    if origin.fetched:
         raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
-    folder = source.removeprefix(SHARDS)
-    if os.path.isabs(folder) and not os.path.isdir(folder):
+    path = origin.path(source)
+    if os.path.isabs(path) and not os.path.exists(path):
         raise UserError(f"the artifact was made on {shown(source)}, where no folder is now; say where it lies with --data")
     return source
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,9 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_tensor
 
-from moee.data.image_set import ImageSet, TensorSet
+from moee.data.image_set import ImageSet, Source, TensorSet
+from moee.data.source import DataSource
 from moee.data.transform import Transform, mode_of
 from moee.errors import UserError
+from moee.progress import Reporter, silent
 
 CALIBRATION_PHOTOS = (
     "astronaut.png", "motorcycle_left.png", "retina.jpg", "hubble_deep_field.jpg", "moon.png", "grass.png", "brick.png",
@@ -25,6 +28,31 @@ CALIBRATION_PHOTOS = (
 HELD_OUT_PHOTOS = ("coffee.png", "chelsea.png", "rocket.jpg", "horse.png", "china.jpg", "flower.jpg")
 CALIBRATION_CROPS, HELD_OUT_CROPS = 22, 16  # a photograph: 308 crops for calibration, 96 held out
 DIGITS_HELD_OUT = 0.4
+
+
+class Digits(DataSource):
+    """`digits`."""
+
+    def takes(self, name: str) -> bool:
+        return name == "digits"
+
+    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+        return Source({split: digits(transform, split) for split in splits}, notes=_beside(name))
+
+
+class Photos(DataSource):
+    """`photos`, or `photos:N` with N crops a photograph."""
+
+    def takes(self, name: str) -> bool:
+        return name.partition(":")[0] == "photos"
+
+    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+        return Source({split: photos(name, transform, split, seed) for split in splits}, notes=_beside(name))
+
+
+def _beside(name: str) -> list[str]:
+    """A sentence if a folder of the user's has the name too."""
+    return [f"these are the built-in {name}; give ./{name} for your folder"] if os.path.isdir(name) else []
 
 
 class PhotoSet(TensorSet):

@@ -14,7 +14,7 @@ import io
 import logging
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moee.data.class_names import listed
 from moee.data.image_set import SPLITS, Division, ImageSet, Source, divide
+from moee.data.source import DataSource
 from moee.data.split_names import Names
 from moee.data.transform import Transform, decoded, evaluation
 from moee.errors import MissingDependency, UserError
@@ -42,6 +43,19 @@ OPEN_FILES = 8
 
 Member = tuple[int, int, int, int]  # number of the shard, first byte, bytes, label (-1: none)
 Unlabelled = dict[str, tuple[int, str]]  # why images have no label: how many, and what the first one has instead
+
+
+class Shards(DataSource):
+    """`wds/FOLDER`."""
+
+    def takes(self, name: str) -> bool:
+        return name.startswith(PREFIX)
+
+    def path(self, name: str) -> str:
+        return name.removeprefix(PREFIX)
+
+    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+        return open_shards(name, transform, seed)
 
 
 class ShardSet(ImageSet):

@@ -1,17 +1,47 @@
-"""Opening a source of images by its name, and numbering its classes alike in both splits."""
+"""Every source of images, one line each; opening one by its name, and numbering its classes alike in both splits."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from moee.data import built_in, shards, timm_sets
+from moee.data.built_in import Digits, Photos
 from moee.data.class_names import SYNSET, Labels, Numbering, listed, number_classes
 from moee.data.folders.image_folder import open_folder
 from moee.data.image_set import ImageSet, Source
+from moee.data.shards import Shards
+from moee.data.source import DataSource
+from moee.data.timm_sets import TimmSets
 from moee.data.transform import Transform, mode_of
 from moee.errors import UserError
 from moee.progress import Reporter, silent
+
+
+class Folders(DataSource):
+    """An image folder: whatever has no other meaning is the path of one."""
+
+    def takes(self, name: str) -> bool:
+        return True
+
+    def path(self, name: str) -> str:
+        return name
+
+    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+        return open_folder(name, transform, splits, seed, report)
+
+
+SOURCES: list[DataSource] = [
+    Digits(),
+    Photos(),
+    Shards(),
+    TimmSets(),
+]
+FOLDERS = Folders()
+
+
+def source_of(name: str) -> DataSource:
+    """The source that a name is of."""
+    return next((source for source in SOURCES if source.takes(name)), FOLDERS)
 
 
 def load_splits(
@@ -45,23 +75,15 @@ def load_data(
 
 def same_data(source: str, other: str) -> bool:
     """Whether two names are of the same data; a folder may be spelled in many ways."""
-    one, two = source.removeprefix(shards.PREFIX), other.removeprefix(shards.PREFIX)
+    one, two = (source_of(name).path(name) for name in (source, other))
     return source == other or (os.path.exists(one) and os.path.exists(two) and os.path.samefile(one, two))
 
 
 def located(source: str) -> str:
-    """`source` as it is recorded: a folder by its absolute path, so that a command in another folder takes no other one of that
-    name; names of built-in data and of timm's sets as they are."""
-    prefix = shards.PREFIX if source.startswith(shards.PREFIX) else ""
-    path = source.removeprefix(prefix)
-    if not prefix and (is_built_in(source) or timm_sets.named(source)):
-        return source
-    return prefix + os.path.abspath(path) if os.path.isdir(path) else source
-
-
-def is_built_in(source: str) -> bool:
-    """Whether a source is one of the sets that lie in no file of the user's."""
-    return source == "digits" or source.partition(":")[0] == "photos"
+    """`source` as it is recorded: a folder or file by its absolute path, so that a command in another folder takes no other one
+    of that name; names of built-in data and of timm's sets as they are."""
+    path = source_of(source).path(source)
+    return source.removesuffix(path) + os.path.abspath(path) if path and os.path.exists(path) else source
 
 
 def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:
@@ -69,16 +91,7 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
     mode_of(transform.shape)  # refuses channels that no file has
     if not source.strip():
         raise UserError("the name of the data is empty; expected digits, photos, an image folder or a timm.data dataset string")
-    if is_built_in(source):
-        taken = [f"these are the built-in {source}; give ./{source} for your folder"] if os.path.isdir(source) else []
-        if source == "digits":
-            return Source({split: built_in.digits(transform, split) for split in splits}, notes=taken)
-        return Source({split: built_in.photos(source, transform, split, seed) for split in splits}, notes=taken)
-    if source.startswith(shards.PREFIX):
-        return shards.open_shards(source, transform, seed)
-    if timm_sets.named(source):
-        return timm_sets.open_timm(source, transform)
-    return open_folder(source, transform, splits, seed, report)
+    return source_of(source).open(source, transform, splits, seed, report)
 
 
 def numbered(

@@ -14,12 +14,26 @@ from torch import Tensor
 
 from moee.data.class_names import class_name
 from moee.data.image_set import SPLITS, ImageSet, Source
+from moee.data.source import DataSource
 from moee.data.transform import Transform, converted, decoded, evaluation
 from moee.errors import MissingDependency, UserError
+from moee.progress import Reporter, silent
 from moee.schema import reason_of
 
 INDEXED, STREAMS = ("torch", "hfds"), ("tfds", "hfids")
 PACKAGES = {"hfds": "datasets"}
+
+
+class TimmSets(DataSource):
+    """Names that `timm.data` knows."""
+
+    fetched = True
+
+    def takes(self, name: str) -> bool:
+        return "/" in name and name.partition("/")[0] in INDEXED + STREAMS and not Path(name).exists()
+
+    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+        return open_timm(name, transform)
 
 
 class TimmSet(ImageSet):
@@ -37,11 +51,6 @@ class TimmSet(ImageSet):
             return converted(self.dataset[index][0], self.transform)
         # not dataset[index]: timm quietly returns the next image in the place of an unreadable one
         return decoded(self.dataset.reader[index][0], self.transform)
-
-
-def named(source: str) -> bool:
-    """Whether a source is one of timm's names, and no path."""
-    return "/" in source and source.partition("/")[0] in INDEXED + STREAMS and not Path(source).exists()
 
 
 def open_timm(source: str, transform: Transform) -> Source:
