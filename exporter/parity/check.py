@@ -25,7 +25,7 @@ from exporter.parity.ties import dictated, excuse_ties, only_ties, with_own_erro
 from exporter.parity.weights import check_weights
 from exporter.parity.yardsticks import Yardsticks, yardsticks
 from exporter.precision import dtype_of
-from exporter.runners import OnnxRunner, Runner
+from exporter.runners import Runner, graph_runner
 from exporter.timing.profile import DEFAULT_BATCH
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet, batches
@@ -97,7 +97,7 @@ def check_parity(
     pool, distinct = image_pool(data, max(sizes[-1], min(len(data), AGREEMENT_IMAGES)))
     with ExitStack() as stack:
         plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
-        runner = stack.enter_context(OnnxRunner(plain, threads, provider))
+        runner = stack.enter_context(graph_runner(plain, threads, provider))
         errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
         agreement, images, notes = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1], group)
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
@@ -140,7 +140,7 @@ def _layers(
     """
     exact, own = yard.layers()
     names = list(exact)
-    with tapped_graph(folder / PORTABLE, names, widened) as path, OnnxRunner(path, threads, provider) as runner:
+    with tapped_graph(folder / PORTABLE, names, widened) as path, graph_runner(path, threads, provider) as runner:
         got = taps_of(runner.run(x.numpy()), names)
     reference, by_torch = _hooked_run(yard.exact, names, x), _hooked_run(yard.own, names, x)
     where = (threads, provider, widened)
@@ -176,8 +176,8 @@ def _without_ties(
     excused = []
     with ExitStack() as stack:
         path = stack.enter_context(tapped_graph(folder / PORTABLE, names))
-        tapped = stack.enter_context(OnnxRunner(path, threads, provider))
-        plain = stack.enter_context(OnnxRunner(folder / PORTABLE, threads, provider))
+        tapped = stack.enter_context(graph_runner(path, threads, provider))
+        plain = stack.enter_context(graph_runner(folder / PORTABLE, threads, provider))
         for error in errors:
             if not error.passed:
                 x = pool[: error.batch].contiguous()

@@ -17,7 +17,7 @@ from exporter.parity.stats import within
 from exporter.parity.taps import Tap, probe_graph
 from exporter.parity.weights import stored_graph
 from exporter.precision import PRECISIONS
-from exporter.runners import OnnxRunner
+from exporter.runners import graph_runner
 from moee.layers.routed import RoutedLayer
 
 PROBES = 16  # tokens for each expert
@@ -51,7 +51,7 @@ def probe_layers(
         tokens = tokens.to(dtype).float()
         feeds[f"{name}/probe_tokens"], feeds[f"{name}/probe_route"] = tokens.numpy(), routes.reshape(-1).numpy()
         taps[name] = Tap(tokens, routes, tokens)
-    with probe_graph(graph, list(layers), precision, widened) as path, OnnxRunner(path, threads, provider) as runner:
+    with probe_graph(graph, list(layers), precision, widened) as path, graph_runner(path, threads, provider) as runner:
         outputs = [torch.from_numpy(a) for a in runner.run_feeds(feeds)]
     found = {}
     for name, result, wanted in zip(layers, outputs[::2], outputs[1::2], strict=True):

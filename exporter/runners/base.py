@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -34,4 +35,17 @@ class Runner(ABC):
 
     @abstractmethod
     def run(self, images: np.ndarray) -> list[np.ndarray]:
-        """images [B, 3, H, W] float32 to the model's outputs; returns when they are complete, in host memory."""
+        """images [B, C, H, W] float32 to the model's outputs; returns when they are complete, in host memory."""
+
+    def bound(self, images: np.ndarray) -> Callable[[], Any]:
+        """One inference on `images` as a call that returns when it is complete, for timing: what can be done before the call is
+        done here."""
+        return lambda: self.run(images)
+
+
+class GraphRunner(Runner):
+    """Executes an ONNX graph. `exporter.runners.registry` lists the runtimes that have one."""
+
+    @abstractmethod
+    def run_feeds(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Run a graph of any inputs, given by name. Raises `UserError` if the runtime fails at it."""

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from exporter.onnx_safety import check_onnx
-from exporter.runners.base import Runner
+from exporter.runners.base import GraphRunner
 from moee.errors import MissingDependency, UserError
 from moee.parallel.machine import usable_cpus
 from moee.schema import shown
@@ -26,7 +26,7 @@ PROVIDERS = {
 FATAL = 4
 
 
-class OnnxRunner(Runner):
+class OnnxRunner(GraphRunner):
     """ONNX Runtime on `provider` (cpu, cuda, tensorrt). `profile` is a path prefix for a trace of every node's time.
 
     Entering raises `UserError` for a file that `check_onnx` or ONNX Runtime refuses.
@@ -88,7 +88,6 @@ class OnnxRunner(Runner):
         return self.run_feeds({inputs[0].name: images})
 
     def run_feeds(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Run a graph of several inputs, given by name. Raises `UserError` if ONNX Runtime fails at it."""
         session = self._open()
         try:
             return list(session.run(None, feeds))

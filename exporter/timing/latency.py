@@ -17,7 +17,7 @@ from exporter.belonging import built_from, export_ids
 from exporter.engines.environment import environment
 from exporter.graph.export import DENSE, PORTABLE
 from exporter.manifests import input_shape, read_engine, read_export
-from exporter.runners import EngineRunner, OnnxRunner, Runner
+from exporter.runners import EngineRunner, Runner, graph_runner
 from exporter.timing.layer_profile import LayerProfile, profile_layers
 from exporter.verdict import Verdict, judge
 from moee.errors import UserError
@@ -168,9 +168,9 @@ def bench(
         if engine is not None:
             both: list[Runner] = [_engine_runner(engine, name, cuda_graph, trust_engine) for name in ("dense", "moee")]
         else:
-            both = [OnnxRunner(folder / name, threads, provider) for name in (DENSE, PORTABLE)]
+            both = [graph_runner(folder / name, threads, provider) for name in (DENSE, PORTABLE)]
         runners = [stack.enter_context(runner) for runner in both]
-        calls = (_call(runners[0], images), _call(runners[1], images))
+        calls = (runners[0].bound(images), runners[1].bound(images))
         times = time_pairs(calls, runs, duration_s, report)
         rate = None
         if throughput_s > 0:
@@ -216,17 +216,3 @@ def _require_same_export(folder: Path, export: dict[str, Any], engine: Path, tru
 
 def _engine_runner(folder: Path | str, model: str, cuda_graph: bool, trust: bool = False) -> EngineRunner:
     return EngineRunner(folder, model, cuda_graph=cuda_graph, trust=trust)
-
-
-def _call(runner: Runner, images: np.ndarray) -> Callable[[], Any]:
-    """One synchronous inference. Engines keep their input on the device: the copy is not what is compared."""
-    if not isinstance(runner, EngineRunner):
-        return lambda: runner.run(images)
-    work = runner.bind(images)
-    runner.wait()
-
-    def once() -> None:
-        work()
-        runner.wait()
-
-    return once

@@ -15,7 +15,7 @@ from exporter.onnx_safety import load_ir
 from exporter.parity.check import logits
 from exporter.parity.taps import copied
 from exporter.precision import INT8
-from exporter.runners import OnnxRunner
+from exporter.runners import graph_runner
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet, batches, merge_skipped
@@ -125,8 +125,8 @@ class GraphAccuracy:
 def opened(graph: Path, threads: int | None, provider: str, widen: bool):
     """A runner of a graph as it lies there, or of a float32 copy of a bfloat16 one."""
     if not widen:
-        with OnnxRunner(graph, threads, provider) as runner:
+        with graph_runner(graph, threads, provider) as runner:
             yield runner
         return
-    with copied(load_ir(graph), graph, True) as path, OnnxRunner(path, threads, provider) as runner:
+    with copied(load_ir(graph), graph, True) as path, graph_runner(path, threads, provider) as runner:
         yield runner
