@@ -30,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
-    sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
+    sub.add_argument("--provider", default="cpu", help="what runs the graphs: cpu, cuda or tensorrt of ONNX Runtime (cpu)")
     sub.add_argument("--batch", type=at_least(*BATCH), default=8, help="images of a batch (8)")
     sub.add_argument("--runs", "--iterations", type=at_least(*RUNS), default=40, help="pairs of runs, at least (40)")
     sub.add_argument("--duration", type=finite(*SECONDS), default=3.0, metavar="S", help="seconds of pairs, at least (3)")

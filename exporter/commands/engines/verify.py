@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(word=None)
     sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
     sub.add_argument("--images", type=at_least(*IMAGES), default=1000, help="labelled images for accuracy, 0 for none (1000)")
-    sub.add_argument("--provider", default="cpu", help="of ONNX Runtime: cpu, cuda or tensorrt (cpu)")
+    sub.add_argument("--provider", default="cpu", help="what runs the graphs: cpu, cuda or tensorrt of ONNX Runtime (cpu)")
     sub.add_argument("--max-drop", type=finite(*DROP), metavar="POINTS", help="fail if top-1 falls by more percentage points")
     sub.add_argument("--min-route-agreement", type=finite(*AGREEMENT), metavar="SHARE", help="(fp32: 0.9999; else none)")
     sub.add_argument("--rtol", type=finite(0, MOST_FACTOR), help="allow atol + rtol x rms instead of 8 times torch's own error")
