@@ -91,6 +91,7 @@ def test_tactic_top_k(name, dtype):
 @pytest.mark.parametrize("name", ["tile16", "masked16", "fused_d192"])
 def test_activations(name, activation):
     inputs = operator(8, 32, (20, 18), 24, "float32", seed=2)
+    inputs["b_up"] *= 3  # hidden values far from 0 too, where clipped forms differ
     y, buffers = run_checked(NAMES[name], inputs, activation=activation)
     close(y, inputs, buffers, activation=activation)
 
