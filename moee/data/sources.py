@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from moee.data.built_in import Digits, Photos
 from moee.data.class_names import SYNSET, Labels, Numbering, listed, number_classes
-from moee.data.folders.image_folder import open_folder
+from moee.data.folders.image_folder import Folders
 from moee.data.image_set import ImageSet, Source
 from moee.data.shards import Shards
 from moee.data.source import DataSource
@@ -15,20 +15,6 @@ from moee.data.timm_sets import TimmSets
 from moee.data.transform import Transform, mode_of
 from moee.errors import UserError
 from moee.progress import Reporter, silent
-
-
-class Folders(DataSource):
-    """An image folder: whatever has no other meaning is the path of one."""
-
-    def takes(self, name: str) -> bool:
-        return True
-
-    def path(self, name: str) -> str:
-        return name
-
-    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
-        return open_folder(name, transform, splits, seed, report)
-
 
 SOURCES: list[DataSource] = [
     Digits(),

@@ -15,10 +15,24 @@ from moee.data.folders.doubles import count_images, take_apart, without_doubles
 from moee.data.folders.splits import LAYOUT, TYPES, find_splits
 from moee.data.folders.walk import Listing, Walk
 from moee.data.image_set import Division, ImageSet, Source, divide
+from moee.data.source import DataSource
 from moee.data.transform import Transform, decoded, evaluation
 from moee.errors import UserError
 from moee.progress import Reporter, silent
 from moee.store.file_content import files_digest
+
+
+class Folders(DataSource):
+    """An image folder: whatever has no other meaning is the path of one."""
+
+    def takes(self, name: str) -> bool:
+        return True
+
+    def path(self, name: str) -> str:
+        return name
+
+    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+        return open_folder(name, transform, splits, seed, report)
 
 
 class FolderSet(ImageSet):
