@@ -17,6 +17,7 @@ from moee.layers.routing import make_router
 from moee.methods.clear_moe.decompose import up_metric
 from moee.methods.exchange import pack_finding, unpack_finding
 from moee.methods.experts import ExpertsOptions
+from moee.methods.moefication.options import MoeficationOptions
 from moee.methods.moefication.split import find_moefication
 from moee.models.ffn import FFN
 from moee.parallel.group import Parcel
@@ -40,9 +41,9 @@ class Stored:
         return TOKENS[rows]
 
 
-def config(**changes):
-    """A configuration with a value that its validation would not let in."""
-    return ExpertsOptions(method="moefication", experts=2, compensation="mean").model_copy(update=changes)
+def config(kind=MoeficationOptions, **changes):
+    """Options with a value that their validation would not let in."""
+    return kind(**({"experts": 2} if kind is MoeficationOptions else {})).model_copy(update=changes)
 
 
 def histogram():
@@ -53,7 +54,7 @@ def histogram():
 
 CASES = {
     "criterion": lambda: select_neurons(MOMENTS, MLP, "unheard", 0.9),
-    "clustering": lambda: make_clusterer(config(clustering="unheard"), 100),
+    "clustering": lambda: make_clusterer(config(ExpertsOptions, clustering="unheard"), 100),
     "split": lambda: find_moefication(MLP, Stored(), config(split="unheard")),
     "selector": lambda: find_moefication(MLP, Stored(), config(selector="unheard")),
     "routing": lambda: make_router("unheard", TOKENS, LABELS, 2),

@@ -137,6 +137,8 @@ def check_ways(
             raise UserError(f"--{kind}s: unknown {kind} {came}; expected some of {', '.join(known)}")
     if "attention_macs" in base:
         raise ValueError("shares of the attention go into `attention`, not into `base`")
+    if "attention_heads" in base and all(share == 1 for share in attention):
+        raise UserError("--attention-heads says how --attention-macs is met; give that too")
     for way in ways(variants(), ALLOCATIONS, attention):
         recipe_of(way, base)
 

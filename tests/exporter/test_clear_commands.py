@@ -11,9 +11,10 @@ from exporter.timing.dispatch_bench import Machine, bench_backend, bench_dispatc
 from exporter.timing.triton_dispatch import KernelDispatch, install
 from moee.artifacts import checkpoint
 from moee.errors import UserError
+from moee.layers.clear import ClearFFN
 from moee.layers.clear_dispatch import Sorted, backend
 from moee.layers.routed import routed_layers
-from moee.methods.clear_moe.options import ClearFFN, ClearOptions
+from moee.methods.clear_moe.options import ClearOptions
 from moee.parallel.group import SOLO
 from moee.stages.extract import run_extract
 from moee.stages.session import Session

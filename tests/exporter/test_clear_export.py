@@ -125,7 +125,7 @@ def exported(tmp_path_factory):
 
 def test_saved_model_comes_back_bit_for_bit(exported):
     moee, loaded, data, _ = exported
-    assert loaded.config == moee.config
+    assert loaded.recipe == moee.recipe
     for name, tensor in moee.model.state_dict().items():
         assert torch.equal(tensor, loaded.model.state_dict()[name]), name
     with torch.no_grad():

@@ -160,7 +160,7 @@ def test_a_class_map_with_very_many_lines_is_refused_at_once(tmp_path):
     started = time.perf_counter()
     with pytest.raises(UserError, match="400001 names"):
         read_class_map(tmp_path / "map.txt")
-    assert time.perf_counter() - started < 5, "seconds"
+    assert time.perf_counter() - started < 20, "one that compares all with all takes minutes"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_without_a_network_one_line_and_no_waiting(monkeypatch, tmp_path, pretra
     model = ["test_vit", "--pretrained"] if pretrained else ["hf-hub:someone/some-model"]
     started = time.perf_counter()
     assert run("extract", *model, "--data", "digits", "--out", tmp_path / "out") == 3
-    assert time.perf_counter() - started < 5, "seconds"
+    assert time.perf_counter() - started < 20, "one that compares all with all takes minutes"
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and "Retry" not in error
     command = "hf download timm/test_vit.r160_in1k" if pretrained else "hf download someone/some-model"

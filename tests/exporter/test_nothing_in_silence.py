@@ -9,6 +9,7 @@ from exporter import cli
 from exporter.commands.models import extract as extract_command
 from moee.data.sources import load_data
 from moee.errors import UserError
+from moee.methods.recipe import make_recipe
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.planning.plan import planned_on
@@ -99,10 +100,10 @@ def test_a_plan_of_other_data_is_said(tmp_path, monkeypatch, capsys):
     (tmp_path / "plan").mkdir()
     write_manifest(tmp_path / "plan", "plan.json", "moee.plan/1", {"data": "photos"})
     assert planned_on("plan") == planned_on("plan/plan.json") == "photos"
-    monkeypatch.setattr("moee.planning.plan.read_plan", lambda *a: None)
+    monkeypatch.setattr("moee.planning.plan.read_plan", lambda *a: make_recipe())
     monkeypatch.setattr(extract_command, "_shared_spec", lambda *a: tiny_spec())
 
-    def stopped(*args):
+    def stopped(*args, **kwargs):
         raise UserError("stopped")
 
     monkeypatch.setattr("moee.stages.extract.run_extract", stopped)

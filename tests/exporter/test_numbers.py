@@ -76,7 +76,7 @@ def test_the_options_are_found():
 @pytest.mark.parametrize(("command", "option"), CASES, ids=[" ".join(case) for case in CASES])
 def test_a_number_is_taken_on_purpose_or_refused_by_name_before_anything_is_read(command, option, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "build_parser", lambda: PARSER)
+    monkeypatch.setattr(cli, "build_parser", lambda shown=None: PARSER)
     parser = next(p for c, o, p in options() if (c, o) == (command, option))
     words = [*command.split(), *BESIDE.get((command, option), ())]
     for action in parser._actions:

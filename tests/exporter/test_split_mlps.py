@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from moee.methods.clear_moe.config import ClearOptions
 
 from exporter.graph.export import export
 from exporter.parity import check_parity
@@ -17,6 +16,7 @@ from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.methods.clear_moe.convert import convert
+from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, load_model
 from moee.train.finetuning import finetune

@@ -61,7 +61,7 @@ def test_the_demo_keeps_its_results_when_the_engines_fail(tmp_path, monkeypatch,
         raise BuildFailed("the tensorrt-rtx build\nwas killed by SIGABRT")
 
     monkeypatch.setattr(demo, "Session", lambda *a, **k: type("S", (), {"spec": None, "held_out": tiny_export.data})())
-    for name in ("resolve", "run_extract", "run_finetune", "export", "method_options"):
+    for name in ("resolve", "run_extract", "run_finetune", "export", "make_recipe"):
         monkeypatch.setattr(demo, name, lambda *a, **k: None)
     monkeypatch.setattr(demo.checkpoint, "load", lambda path: tiny_export.moee)
     for name in ("check_parity", "bench"):

@@ -62,7 +62,7 @@ def command(name, tmp_path, *more):
 
 def test_an_operator_that_onnx_lacks_is_refused_before_calibration(monkeypatch, tmp_path, capsys):
     append(monkeypatch, lambda y: y + torch.special.bessel_j0(y))
-    monkeypatch.setattr("moee.methods.registry.extract", lambda *_, **__: pytest.fail("calibration began"))
+    monkeypatch.setattr("moee.methods.convert.convert_layers", lambda *_, **__: pytest.fail("calibration began"))
     assert command("extract", tmp_path) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "a trial export of one layer of experts failed" in said and "bessel_j0" in said and "--no-trial-export" in said
