@@ -104,8 +104,8 @@ def profile_named(text: str, beside: tuple[str, ...] = ()) -> Profile:
         raise UserError(f"unknown device {shown(text, limit=40)}; expected one of {known}")
     sm = _NUMBERS[key] if device is None else device.sm
     boards = [name for name, profile in PROFILES.items() if profile.sm == sm]
-    cure = f"name a board of sm_{sm} that has: {', '.join(boards)}" if boards else f"expected one of {known}"
-    raise UserError(f"device {shown(text, limit=40)} has no figures of its own; {cure}")
+    cure = f"name a board of sm_{sm} that has them: {', '.join(boards)}" if boards else f"expected one of {known}"
+    raise UserError(f"device {shown(text, limit=40)} has no figures to model it by; {cure}")
 
 
 def known_sms(sms: Iterable[int | str]) -> tuple[int, ...]:
