@@ -137,7 +137,7 @@ def test_a_plan_takes_a_board_by_any_of_its_names(spelling, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        *[(name, "name a board of sm_87 that has them: orin-agx, orin-nano") for name in ("orin", "87", "sm_87", "8.7", "orin-nx")],
+        *[(name, "a board of sm_87 that has them: orin-agx, orin-nano") for name in ("orin", "87", "sm_87", "8.7", "orin-nx")],
         ("rtx-40", "name a board of sm_89 that has them: l4, rtx-4090"), ("h100", "expected one of cpu, rtx-3090, orin-agx"),
         ("abacus", "unknown device 'abacus'; expected one of cpu, rtx-3090"), ("99", "unknown device '99'; expected one of cpu"),
     ],
