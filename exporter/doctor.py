@@ -33,7 +33,7 @@ def checks() -> list[Check]:
     """Everything that some command needs, in the order of the pipeline."""
     from exporter.pretrained import TIMM_NAME
     from moee.store.cache import cache_dir
-    from plugins.build import find_cmake
+    from plugins.library.build import find_cmake
 
     weights = cache_dir() / f"{TIMM_NAME}.safetensors"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None

@@ -25,24 +25,23 @@ foreach(line IN LISTS modules)
       message(FATAL_ERROR "ptxas cannot compile ${name}.ptx for ${sm}: ${reason}")
     endif()
   endif()
-  file(SIZE ${file} bytes)
   string(APPEND data "MOEE_MODULE(${index}, \"${file}\")\n")
-  string(APPEND entries "        {moee_module_${index}, ${bytes}, ${bytes}, 0U, false},\n")
+  string(APPEND entries "        moee_module_${index},\n")
   math(EXPR index "${index} + 1")
 endforeach()
 set(MOEE_MODULES ${rebuilt}/modules.cpp)
 file(WRITE ${MOEE_MODULES} "// Written by rebuild.cmake.
-#include \"tables.h\"
+#include \"operator/tables.h\"
 #define MOEE_MODULE(i, path) \\
   __asm__(\".pushsection .rodata\\n.balign 16\\n.globl moee_module_\" #i \"\\n.hidden moee_module_\" #i \\
           \"\\nmoee_module_\" #i \":\\n.incbin \\\"\" path \"\\\"\\n.byte 0\\n.popsection\\n\"); \\
   extern \"C\" unsigned char const moee_module_##i[];
 ${data}
 namespace moee {
-Embedded const& embedded(int32_t module) {
-    static Embedded const modules[] = {
+unsigned char const* moduleImage(int32_t module) {
+    static unsigned char const* const images[] = {
 ${entries}    };
-    return modules[module];
+    return images[module];
 }
 }
 ")

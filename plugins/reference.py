@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
+from plugins.contract import INPUT_NAMES
 from plugins.kernels.common import activate_reference
 
 
@@ -20,15 +23,14 @@ def routes(x: torch.Tensor, router: torch.Tensor, router_bias: torch.Tensor, top
 
 
 def moee_ffn(
-    x: torch.Tensor, router: torch.Tensor, router_bias: torch.Tensor, w_up: torch.Tensor, b_up: torch.Tensor,
-    w_down: torch.Tensor, b_out: torch.Tensor, neurons: torch.Tensor, offsets: torch.Tensor, *, activation: int,
-    top_k: int = 1, chosen: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Inputs as in plugins/contract.py with x [T, D]; result [T, D] float64.
+    inputs: Mapping[str, torch.Tensor], *, activation: int, top_k: int = 1, chosen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`inputs` by the names of plugins/contract.py, x [T, D]; result [T, D] float64.
 
     `activation` is an index into ACTIVATIONS. `chosen` [T, top_k] replaces the routing, so that numerics can be
     compared where a near tie was decided the other way.
     """
+    x, router, router_bias, w_up, b_up, w_down, b_out, neurons, offsets = (inputs[name] for name in INPUT_NAMES)
     chosen = routes(x, router, router_bias, top_k) if chosen is None else chosen
     y = torch.zeros(x.shape, dtype=torch.float64)
     for t in range(x.shape[0]):

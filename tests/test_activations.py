@@ -18,8 +18,8 @@ from moee.errors import UserError
 from moee.layers.activations import ACTIVATIONS, activate, activation_name, find_activation
 from moee.layers.routed import Experts, RoutedFFN
 from plugins import contract, dispatch
-from plugins.build import SOURCE
 from plugins.kernels.common import REFERENCES, activate_reference
+from plugins.library.build import SOURCE
 from tests.moee.reference import random_problem
 
 # How each is written down by its authors, in float64.
@@ -33,7 +33,7 @@ FORMULAS = {
 
 
 def test_every_language_has_the_same_rows():
-    cpp = re.search(r"kActivations\{(.*?)\}", (SOURCE / "csrc" / "operator.h").read_text(), re.DOTALL)
+    cpp = re.search(r"kActivations\{(.*?)\}", (SOURCE / "csrc" / "operator" / "operator.h").read_text(), re.DOTALL)
     assert cpp and re.findall(r'"(\w+)"', cpp.group(1)) == list(contract.ACTIVATIONS)
     for table in (ACTIVATIONS, FORMS, REFERENCES, FORMULAS):
         assert sorted(table) == sorted(contract.ACTIVATIONS)

@@ -46,7 +46,7 @@ def test_the_wheel_holds_every_file_of_the_packages(dist):
         metadata = wheel.read(next(n for n in names if n.endswith("METADATA"))).decode()
     inside = {n for n in names if ".dist-info/" not in n}
     assert inside == package_files()
-    assert {f"{p}/py.typed" for p in PACKAGES} <= inside and "plugins/csrc/plugin.cpp" in inside
+    assert {f"{p}/py.typed" for p in PACKAGES} <= inside and "plugins/csrc/plugin/plugin.cpp" in inside
     licences = {n.rpartition("/")[2] for n in names if "/licenses/" in n}
     assert licences == {"LICENSE", "THIRD_PARTY_NOTICES.md"}
     assert "License-Expression: Apache-2.0" in metadata and f"Version: {__version__}\n" in metadata
@@ -85,7 +85,7 @@ def test_the_installed_wheel_works_without_the_source_tree(dist, tmp_path):
 import sys
 sys.path.insert(0, {str(tmp_path / "synthetic")!r})
 from pathlib import Path
-from plugins.build import build_plugin, describe_plugin
+from plugins.library.build import build_plugin, describe_plugin
 from synthetic import write_kernels
 from exporter.deploy import DEPLOY
 print(describe_plugin(build_plugin(Path("plugin"), write_kernels(Path("kernels")))).headers, (DEPLOY / "build.sh").is_file())

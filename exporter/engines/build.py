@@ -27,8 +27,8 @@ from moee.store.artifact import read_manifest, sha256_file, write_manifest
 from moee.store.result_kinds import ENGINE as ENGINE_FOLDER
 from moee.store.result_kinds import TIMING_CACHE
 from moee.store.scratch import temporary_folder
-from plugins.build import describe_plugin
 from plugins.contract import DOMAIN, OP_TYPE
+from plugins.library.build import describe_plugin
 
 SCHEMA = ENGINE_SCHEMA
 

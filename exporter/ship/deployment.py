@@ -35,8 +35,8 @@ from moee.schema import shown
 from moee.store.artifact import read_json, sha256_file, write_json, write_manifest
 from moee.store.result_kinds import DEPLOYMENT
 from moee.weights.weights_file import read_safetensors
-from plugins.build import SOURCE
-from plugins.bundle import write_bundle
+from plugins.library.build import SOURCE
+from plugins.library.bundle import write_bundle
 
 log = logging.getLogger("moee")
 DEPLOYMENT_SCHEMA = "moee.deployment/2"

@@ -1,7 +1,7 @@
 """The activations that a routed layer may have: one row each, by the name that the operator's contract gives it.
 
-To add one: a row here, its name in `plugins/contract.py` and `plugins/csrc/operator.h`, its form in `plugins/kernels/common.py`
-and `exporter/passes/activation.py`. `tests/test_activations.py` fails until all five have it.
+To add one: a row here, its name in `plugins/contract.py` and `plugins/csrc/operator/operator.h`, its form in
+`plugins/kernels/common.py` and `exporter/passes/activation.py`. `tests/test_activations.py` fails until all five have it.
 """
 
 from __future__ import annotations

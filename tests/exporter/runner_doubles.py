@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from exporter.deploy import DEPLOY
-from plugins.build import SOURCE, select_headers
+from plugins.library.build import SOURCE, select_headers
 
 CSRC = Path(__file__).parent / "csrc"
 ROOT = Path(__file__).resolve().parent.parent.parent / "build" / "test-runner"

@@ -74,10 +74,10 @@ def test_the_plugin_is_compiled_once(tmp_path, monkeypatch):
     def compile_once(folder, kernels):
         calls.append(folder)
         folder.mkdir(parents=True)
-        (folder / plugin_cache.build.LIBRARY).write_bytes(b"x")
+        (folder / plugin_cache.LIBRARY).write_bytes(b"x")
 
     monkeypatch.setattr(plugin_cache, "cache_dir", lambda: tmp_path)
     monkeypatch.setattr(plugin_cache, "ensure_kernels", lambda sms, report: tmp_path / "kernels-87")
-    monkeypatch.setattr(plugin_cache.build, "build_plugin", compile_once)
+    monkeypatch.setattr(plugin_cache, "build_plugin", compile_once)
     first = plugin_cache.ensure_plugin((87,))
     assert plugin_cache.ensure_plugin((87,)) == first and len(calls) == 1

@@ -43,7 +43,7 @@ from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, load_model
 from moee.store.artifact import read_manifest, sha256_file, write_manifest
 from moee.store.tensor_file import write_tensors
-from plugins.build import select_headers
+from plugins.library.build import select_headers
 from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter.textproto import parse
 from tests.plugins import built

@@ -16,8 +16,8 @@ from exporter.engines.build import build_engines
 from exporter.graph.export import export
 from moee.artifacts.model import MoeeModel
 from moee.methods.recipe import Recipe
-from plugins import aot
-from plugins.build import build_plugin
+from plugins.aot.build import build_kernels
+from plugins.library.build import build_plugin
 from tests.conftest import tiny_spec
 from tests.exporter.graphs import write_export
 from tests.plugins import built
@@ -60,7 +60,7 @@ class Engine:
 def plugin():
     major, minor = torch.cuda.get_device_capability()
     folder = built.ROOT / f"gpu-{major}{minor}"
-    aot.build(folder / "kernels", (10 * major + minor,))
+    build_kernels(folder / "kernels", (10 * major + minor,))
     return build_plugin(folder / "plugin", folder / "kernels")
 
 

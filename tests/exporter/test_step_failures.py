@@ -9,8 +9,8 @@ from exporter import cli
 from exporter.engines import plugin_cache
 from exporter.engines.build import BuildFailed
 from moee.errors import StepFailed
-from plugins import build
-from plugins.compile import GateError
+from plugins.aot.compile import GateError
+from plugins.library import build
 
 
 def sentence(capsys) -> str:
@@ -38,7 +38,7 @@ def test_a_kernel_that_breaks_a_promise_is_one_sentence(tmp_path, monkeypatch, c
         raise GateError("fused/0/float16/sm_87 spills 8 bytes,\nstack 0; use a smaller tile")
 
     monkeypatch.setattr(plugin_cache, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(plugin_cache.aot, "build", fail)
+    monkeypatch.setattr(plugin_cache, "build_kernels", fail)
     assert cli.main(["plugin", "build", "--sm", "87"]) == 1
     assert "compiling the kernels failed: fused/0/float16/sm_87 spills 8 bytes, stack 0" in sentence(capsys)
 

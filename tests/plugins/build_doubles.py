@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from plugins.build import SOURCE, select_headers
+from plugins.library.build import SOURCE, select_headers
 
 CSRC = Path(__file__).parent / "csrc"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from plugins.build import build_plugin
+from plugins.library.build import build_plugin
 from tests.plugins.build_doubles import CSRC, build_driver, build_harness
 from tests.plugins.synthetic import write_kernels
 

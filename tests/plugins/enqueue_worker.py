@@ -133,7 +133,7 @@ def run_case(
     attached = harness.attach(plain)
     device = Device(manifest, dtype, sm)
     device.sizes = sizes
-    want = moee_ffn(**inputs, activation=activation, top_k=top_k)
+    want = moee_ffn(inputs, activation=activation, top_k=top_k)
     results = []
     harness.shape_change(attached, case)
     for tactic in tactics:
@@ -153,7 +153,7 @@ def run_case(
         assert code == 0, (harness.log(), device.problems)
         routes = layout(sizes, dtype, kind).split(memory)["routes"].view(tokens, top_k).long()
         # In the build phase tokens go where the load says, so the result is compared for that routing.
-        due = moee_ffn(**inputs, activation=activation, top_k=top_k, chosen=routes) if calibrated else want
+        due = moee_ffn(inputs, activation=activation, top_k=top_k, chosen=routes) if calibrated else want
         error = (y.double() - due).abs().max().item()
         shares = routes.flatten().bincount(minlength=len(widths)) / routes.numel()
         results.append(

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from plugins import aot, compile, cubin, manifest
-from plugins.compile import GateError, Job
-from plugins.manifest import Argument
+from plugins.aot import build, compile, cubin, manifest
+from plugins.aot.build import build_kernels
+from plugins.aot.compile import GateError, Job
+from plugins.aot.manifest import Argument
 from plugins.tactics import GEMM_ROLES, TACTICS, VARIANTS
 from plugins.targets import DEFAULT_SMS, TARGETS, occupancy, target
 
@@ -22,7 +23,7 @@ def built(tmp_path_factory):
     """Float16 kernels for Orin and Ada through the user's own cache, and the progress calls of the build."""
     calls = []
     out = tmp_path_factory.mktemp("aot") / "kernels"
-    result = aot.build(out, [87, 89], lambda *a: calls.append(a), dtypes=["float16"])
+    result = build_kernels(out, [87, 89], lambda *a: calls.append(a), dtypes=["float16"])
     return result, out, calls
 
 
@@ -30,14 +31,14 @@ def built(tmp_path_factory):
 def store(built, tmp_path_factory):
     """A private copy of the cache entries behind `built`, which a test may damage."""
     store = tmp_path_factory.mktemp("cache")
-    for job, _ in aot.plan([87, 89], ["float16"]):
-        shutil.copytree(aot.default_cache() / aot.key(job), store / aot.key(job))
+    for job, _ in build.plan([87, 89], ["float16"]):
+        shutil.copytree(build.default_cache() / build.key(job), store / build.key(job))
     return store
 
 
 def test_every_tactic_is_complete(built):
     result, out, calls = built
-    jobs = {job for job, _ in aot.plan([87, 89], ["float16"])}
+    jobs = {job for job, _ in build.plan([87, 89], ["float16"])}
     assert calls[-1][:2] == (len(jobs), len(jobs))
     assert len(result.kernels) == 2 * len(VARIANTS["float16"]) and result.sms == (87, 89)
     loaded = manifest.load(out)
@@ -115,49 +116,49 @@ def test_the_second_build_comes_from_the_cache(built, store, tmp_path, monkeypat
     def refuse(*_):
         raise AssertionError("compiled although cached")
 
-    monkeypatch.setattr(aot, "compile_into", refuse)
+    monkeypatch.setattr(build, "compile_into", refuse)
     calls = []
-    again = aot.build(tmp_path / "k", [89], lambda *a: calls.append(a), dtypes=["float16"], cache_dir=store)
+    again = build_kernels(tmp_path / "k", [89], lambda *a: calls.append(a), dtypes=["float16"], cache_dir=store)
     assert len(calls) == 1 and "from cache" in calls[0][2]
     assert again.kernels == tuple(k for k in built[0].kernels if k.sm == 89)
     # A damaged entry is compiled again.
     job = Job("combine", "sum", "float16", 89)
-    file = store / aot.key(job) / "kernel.cubin"
+    file = store / build.key(job) / "kernel.cubin"
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(AssertionError, match="compiled although cached"):
-        aot.build(tmp_path / "k2", [89], dtypes=["float16"], cache_dir=store)
+        build_kernels(tmp_path / "k2", [89], dtypes=["float16"], cache_dir=store)
     assert not (tmp_path / "k2").exists() and list(tmp_path.iterdir()) == [tmp_path / "k"], "nothing half-written stays"
 
 
 def test_a_cold_build_compiles(tmp_path):
     """One small kernel through the whole path, whatever the user's cache holds."""
     job = Job("combine", "sum", "float16", 87)
-    assert not aot.cached(tmp_path, job)
-    aot.compile_into(tmp_path, job, aot.key(job))
-    assert aot.read_cache(tmp_path, job).kernel.symbol == "combine_kernel"
-    assert [p.name for p in tmp_path.iterdir()] == [aot.key(job)]
+    assert not build.cached(tmp_path, job)
+    build.compile_into(tmp_path, job, build.key(job))
+    assert build.read_cache(tmp_path, job).kernel.symbol == "combine_kernel"
+    assert [p.name for p in tmp_path.iterdir()] == [build.key(job)]
 
 
 def test_bad_input(tmp_path, capsys):
     with pytest.raises(ValueError, match="unknown SM 88; known are 75, 80, 86"):
-        aot.build(tmp_path / "k", [88])
+        build_kernels(tmp_path / "k", [88])
     with pytest.raises(ValueError, match="no SM given"):
-        aot.build(tmp_path / "k", [])
+        build_kernels(tmp_path / "k", [])
     with pytest.raises(ValueError, match="dtypes must be some of"):
-        aot.build(tmp_path / "k", [87], dtypes=["int8"])
+        build_kernels(tmp_path / "k", [87], dtypes=["int8"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep me")
     with pytest.raises(ValueError, match="holds thesis.txt and not compiled kernels"):
-        aot.build(tmp_path / "mine", [87])
-    assert aot.main(["--sm", "12", "--out", str(tmp_path / "k")]) == 2
+        build_kernels(tmp_path / "mine", [87])
+    assert build.main(["--sm", "12", "--out", str(tmp_path / "k")]) == 2
     assert "unknown SM 12" in capsys.readouterr().err
 
 
 def test_a_rebuild_replaces_the_folder(built, store, tmp_path):
     out = tmp_path / "k"
-    aot.build(out, [87], dtypes=["float16"], cache_dir=store)
-    aot.build(out, [89], dtypes=["float16"], cache_dir=store)
+    build_kernels(out, [87], dtypes=["float16"], cache_dir=store)
+    build_kernels(out, [89], dtypes=["float16"], cache_dir=store)
     assert manifest.load(out).sms == (89,) and not list(out.glob("*sm87*"))
     assert [p.name for p in tmp_path.iterdir()] == ["k"]
 
@@ -233,7 +234,7 @@ def test_target_table():
 @pytest.mark.slow
 @pytest.mark.parametrize("sm", DEFAULT_SMS)
 def test_all_targets_pass_the_gates(sm, tmp_path):
-    result = aot.build(tmp_path / "k", [sm])
+    result = build_kernels(tmp_path / "k", [sm])
     assert len(result.kernels) == 3 * len(VARIANTS["float16"])
     assert manifest.load(tmp_path / "k") == result
 
@@ -241,7 +242,7 @@ def test_all_targets_pass_the_gates(sm, tmp_path):
 @pytest.mark.slow
 def test_sm75_builds_without_tensor_cores(tmp_path):
     """Triton 3.4 and later emit no tensor-core instruction for Turing; the kernels are correct but slow there."""
-    result = aot.build(tmp_path / "k", [75])
+    result = build_kernels(tmp_path / "k", [75])
     assert all(k.mma_count == 0 for k in result.kernels)
 
 

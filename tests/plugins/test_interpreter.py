@@ -82,7 +82,7 @@ def test_compilation_still_works_afterwards():
 
 def test_a_kernel_compiles_after_it_was_interpreted():
     from plugins import dispatch
-    from plugins.compile import Job, to_ptx
+    from plugins.aot.compile import Job, to_ptx
     from plugins.tactics import TACTICS
     from tests.plugins.cases import operator
 

@@ -54,7 +54,7 @@ def close(y, inputs, buffers, *, top_k=1, activation=0):
     """Assert that y is the operator's result for the routes the kernel chose."""
     dtype = str(inputs["x"].dtype).removeprefix("torch.")
     chosen = buffers["routes"].view(-1, top_k).long()
-    want = reference.moee_ffn(**inputs, activation=activation, top_k=top_k, chosen=chosen)
+    want = reference.moee_ffn(inputs, activation=activation, top_k=top_k, chosen=chosen)
     error = (y.double() - want).abs()
     worst = int((error / bound(want, dtype)).argmax())
     assert (error <= bound(want, dtype)).all(), f"element {worst}: {y.flatten()[worst]} for {want.flatten()[worst]}"
@@ -131,7 +131,7 @@ def test_tokens_that_are_not_finite(name, value):
     assert torch.isfinite(y).all(1).tolist() == [t not in (3, 17) for t in range(20)]
     others = [t for t in range(20) if t not in (3, 17)]
     clean = {**inputs, "x": inputs["x"][others].contiguous()}
-    want = reference.moee_ffn(**clean, activation=0, top_k=2)
+    want = reference.moee_ffn(clean, activation=0, top_k=2)
     assert ((y[others].double() - want).abs() <= bound(want, "float32")).all()
 
 

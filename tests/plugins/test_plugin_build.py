@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from moee.errors import MissingDependency, UserError
-from plugins import build
-from plugins.bundle import write_bundle
-from plugins.embed import embed
+from plugins.library import build
+from plugins.library.bundle import write_bundle
+from plugins.library.embed import embed
 from tests.plugins import built
 
 FIRST = build.select_headers()
@@ -70,7 +71,7 @@ def test_headers_of_another_major_version_are_refused(tmp_path, version):
 
 def test_compiler_refuses_old_headers_too(tmp_path):
     folder = header_folder(tmp_path / "include", "8.6.1")
-    source = build.SOURCE / "csrc" / "registration.cpp"
+    source = build.SOURCE / "csrc" / "tensorrt" / "registration.cpp"
     done = subprocess.run(["c++", "-std=c++17", "-E", f"-I{folder}", str(source)], capture_output=True, text=True)
     assert done.returncode != 0 and "MoeeFfn needs the headers of TensorRT 10.0" in done.stderr
 
@@ -113,11 +114,23 @@ def test_embedding_one_sm_leaves_the_others_out(tmp_path):
     both = embed(built.kernels(), tmp_path / "both")
     one = embed(built.kernels(), tmp_path / "one", [87])
     assert both.sms == (80, 87) and one.sms == (87,)
-    assert one.packed_bytes < both.packed_bytes < both.raw_bytes
+    assert one.module_bytes < both.module_bytes
     assert all("sm87" in name for name in one.files)
     assert any(name.endswith(".ptx") for name in one.files)
     bare = embed(built.kernels(), tmp_path / "bare", [87], ptx=False)
     assert not any(name.endswith(".ptx") for name in bare.files)
+
+
+def test_modules_lie_as_they_are_on_boundaries_with_a_zero_behind(tmp_path):
+    """The driver reads them where they lie: a cubin is an ELF file, PTX is text."""
+    embedded = embed(built.kernels(), tmp_path)
+    blob = (tmp_path / "kernels.bin").read_bytes()
+    offsets = [int(at) for at in re.findall(r"moee_blob \+ (\d+),", (tmp_path / "modules.cpp").read_text())]
+    assert len(offsets) == len(embedded.files)
+    contents = [(built.kernels() / name).read_bytes() for name in embedded.files]
+    for at, content in zip(offsets, contents, strict=True):
+        assert at % 16 == 0 and blob[at : at + len(content) + 1] == content + b"\0"
+    assert sum(map(len, contents)) == embedded.module_bytes
 
 
 def test_embedding_again_touches_no_file(tmp_path):
@@ -219,4 +232,4 @@ def test_cmake_alone_can_choose_the_sm(tmp_path):
     assert {p.name for p in (tmp_path / "generated").iterdir()} == {"tables.cpp", "modules.cpp", "kernels.bin"}
     command[5] = "-DMOEE_SM=99"
     failed = subprocess.run(command, capture_output=True, text=True)
-    assert failed.returncode and "plugins.embed:" in failed.stderr
+    assert failed.returncode and "plugins.library.embed:" in failed.stderr

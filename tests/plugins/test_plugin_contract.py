@@ -4,8 +4,6 @@ import re
 
 import pytest
 
-from plugins import tables
-from plugins.build import SOURCE
 from plugins.contract import (
     ACTIVATIONS,
     ATTRIBUTE_NAMES,
@@ -16,6 +14,8 @@ from plugins.contract import (
     PLUGIN_VERSION,
 )
 from plugins.kernels.spec import AXES, POINTERS, SCALARS
+from plugins.library import tables
+from plugins.library.build import SOURCE
 
 
 def source(name: str) -> str:
@@ -33,37 +33,37 @@ def enumerators(text: str, kind: str) -> list[str]:
 
 
 def test_inputs_have_the_contracts_order():
-    assert [snake(n) for n in enumerators(source("operator.h"), "Input")] == list(INPUT_NAMES)
+    assert [snake(n) for n in enumerators(source("operator/operator.h"), "Input")] == list(INPUT_NAMES)
 
 
 def test_activations_have_the_contracts_codes():
-    line = re.search(r"kActivations\{(.*?)\}", source("operator.h"))
+    line = re.search(r"kActivations\{(.*?)\}", source("operator/operator.h"))
     assert line and tuple(re.findall(r'"(\w+)"', line.group(1))) == ACTIVATIONS
 
 
 def test_plugin_name_version_and_namespace():
-    text = source("operator.h")
+    text = source("operator/operator.h")
     for name, value in (("Name", OP_TYPE), ("Version", PLUGIN_VERSION), ("Namespace", PLUGIN_NAMESPACE)):
         assert f'kPlugin{name} = "{value}";' in text
 
 
 def test_creator_fields_are_the_contracts_attributes():
     kinds = {"string": "kCHAR", "int": "kINT32", "ints": "kINT32"}
-    found = re.findall(r'emplace_back\("(\w+)", nullptr, PluginFieldType::(\w+)', source("creator.cpp"))
+    found = re.findall(r'emplace_back\("(\w+)", nullptr, PluginFieldType::(\w+)', source("plugin/creator.cpp"))
     assert found == [(a.name, kinds[a.kind]) for a in ATTRIBUTES]
     assert tuple(name for name, _ in found) == ATTRIBUTE_NAMES
 
 
 def test_kernel_arguments_are_known_to_the_generator_and_to_the_launcher():
     assert set(tables.POINTERS) == set(POINTERS) and set(tables.SCALARS) == set(SCALARS)
-    known = enumerators(source("tables.h"), "Arg")
+    known = enumerators(source("operator/tables.h"), "Arg")
     assert [snake(n) for n in known] == [*POINTERS, "scratch", *SCALARS]
     assert {f"k{n}" for n in known} == {*tables.POINTERS.values(), *tables.SCALARS.values(), "kScratch"}
 
 
 def test_grid_axes_are_known_to_the_generator_and_to_the_launcher():
     assert list(tables.AXES) == list(AXES)
-    assert [snake(n) for n in enumerators(source("tables.h"), "Axis")] == list(AXES)
+    assert [snake(n) for n in enumerators(source("operator/tables.h"), "Axis")] == list(AXES)
 
 
 @pytest.mark.parametrize("forbidden", ["<cuda.h>", "getPluginRegistry()", "REGISTER_TENSORRT_PLUGIN", "std::exit"])

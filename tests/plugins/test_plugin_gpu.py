@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 import torch
 
-from plugins import aot
-from plugins.build import build_plugin
+from plugins.aot.build import build_kernels
+from plugins.library.build import build_plugin
 from plugins.reference import moee_ffn
 from plugins.tactics import by_id
 from plugins.workspace import TORCH_DTYPES, Sizes
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 def harness() -> Harness:
     major, minor = torch.cuda.get_device_capability()
     folder = built.ROOT / f"gpu-{major}{minor}"
-    aot.build(folder / "kernels", (10 * major + minor,))
+    build_kernels(folder / "kernels", (10 * major + minor,))
     torch.zeros(1, device="cuda")  # makes the context current, as TensorRT does
     return Harness(build_harness(folder), build_plugin(folder / "plugin", folder / "kernels"))
 
@@ -71,7 +71,7 @@ def milliseconds(run, repeats: int = 50) -> list[float]:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_every_tactic_matches_float64(dtype, top_k):
     layer = Layer(dtype, 57, [37, 5, 80, 1, 64, 33, 17], 96, 101, top_k)
-    want = moee_ffn(**layer.host, activation=0, top_k=top_k)
+    want = moee_ffn(layer.host, activation=0, top_k=top_k)
     for tactic in layer.tactics:
         layer.y.fill_(float("nan"))
         harness().set_tactic(layer.attached, tactic)

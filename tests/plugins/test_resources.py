@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from plugins import aot, manifest, resources
+from plugins.aot import manifest, resources
+from plugins.aot.build import build_kernels
 from plugins.contract import DTYPES
 from plugins.tactics import VARIANTS
 from plugins.targets import DEFAULT_SMS
@@ -15,7 +16,7 @@ from plugins.targets import DEFAULT_SMS
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    return aot.build(tmp_path_factory.mktemp("r") / "k", [87], dtypes=["float16"])
+    return build_kernels(tmp_path_factory.mktemp("r") / "k", [87], dtypes=["float16"])
 
 
 def test_table(built):

@@ -124,16 +124,16 @@ print(scratch.scratch_spec(scratch.ScratchRecipe(depth=1, embed_dim=12, num_head
 KERNELS = """
 import sys
 from exporter.engines.plugin_cache import ensure_kernels
-from plugins import aot
-real = aot.compile_into
+from plugins.aot import build
+real = build.compile_into
 def compile_into(*args):
     with open(sys.argv[1], "a") as file:
         file.write("x")
     return real(*args)
-aot.compile_into = compile_into
-aot.POOL_FROM = 1 << 30
-aot.DTYPES = ("float32",)
-aot.build.__kwdefaults__["dtypes"] = ("float32",)
+build.compile_into = compile_into
+build.POOL_FROM = 1 << 30
+build.DTYPES = ("float32",)
+build.build_kernels.__kwdefaults__["dtypes"] = ("float32",)
 print((ensure_kernels([87]) / "kernels.json").read_text())
 """
 

@@ -39,7 +39,7 @@ from moee.stages.finetune import run_finetune
 from moee.store import exchange, leftovers, result_kinds
 from moee.store.artifact import read_manifest
 from moee.store.atomic import atomic_file, atomic_folder
-from plugins import aot
+from plugins.aot.build import build_kernels
 from tests.conftest import tiny_spec
 from tests.untrusted.test_pickle_commands import PATHS, TEXT, WRITTEN, options
 
@@ -564,7 +564,7 @@ def weights_in(path):
         lambda w: build_engines(w / "export", w / "new", plugin=None, timing_cache=w / "notes.txt"),
         lambda w: write_report([w / "model"], w / "model" / "moee.json", force=True),
         lambda w: write_plots(None, None, None, w / "photos", force=True),  # type: ignore[arg-type]
-        lambda w: aot.build(w / "photos", [87]),
+        lambda w: build_kernels(w / "photos", [87]),
     ],
     ids=["extract data", "extract weights", "finetune", "finetune photos", "build", "timing cache", "report", "plots", "kernels"],
 )  # fmt: skip
@@ -760,8 +760,8 @@ def test_kinds_agree_with_what_is_written():
     from moee.planning import plan
     from moee.train import resume
     from moee.train import state as finetune_state
-    from plugins import bundle as plugin_bundle
-    from plugins import manifest
+    from plugins.aot import manifest
+    from plugins.library import bundle as plugin_bundle
 
     written = {
         result_kinds.MODEL: (checkpoint.MANIFEST, checkpoint.SCHEMA),

@@ -23,8 +23,8 @@ from moee.planning.plan import read_plan
 from moee.schema import checked
 from moee.store.artifact import read_json, write_manifest
 from moee.train.state import read_state, read_tensors
-from plugins.embed import embed
-from plugins.manifest import parse
+from plugins.aot.manifest import parse
+from plugins.library.embed import embed
 from tests.conftest import tiny_spec
 from tests.exporter.engines import write_engine
 from tests.plugins.synthetic import write_kernels

@@ -49,7 +49,7 @@ def run_build(args: argparse.Namespace, console: Console) -> int:
 
 def run_bundle(args: argparse.Namespace, console: Console) -> int:
     from exporter.engines.plugin_cache import ensure_kernels
-    from plugins.bundle import write_bundle
+    from plugins.library.bundle import write_bundle
 
     sm = parse_sm(args.sm)
     with ProgressDisplay() as report:

@@ -1,7 +1,7 @@
 // Random input for everything of the plugin that a file or TensorRT hands over: `moee_host fuzz SEED COUNT`, COUNT inputs of each
 // kind. Buffers are as large as their description says, so that the sanitizers see each access beyond.
 #include "host_checks.h"
-#include "tables.h"
+#include "operator/tables.h"
 
 #include <algorithm>
 #include <limits>

@@ -1,6 +1,6 @@
 // Clone, serialise, recreate, attach, enqueue: each tactic within exactly the workspace that was asked for.
 #include "host_checks.h"
-#include "tables.h"
+#include "operator/tables.h"
 
 #include <algorithm>
 #include <map>

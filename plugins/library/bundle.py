@@ -1,0 +1,81 @@
+"""A folder that compiles into the plugin on a device with only g++, cmake and TensorRT's headers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from moee.places.output_folder import OutputFolder
+from moee.store.artifact import write_manifest
+from moee.store.result_kinds import PLUGIN_BUNDLE
+from plugins.library.build import LIBRARY, SOURCE
+from plugins.library.embed import embed, read_kernels, select_sms
+from plugins.targets import target
+
+SCHEMA = "moee.bundle/1"
+
+
+def write_bundle(out_dir: Path, sm: int, kernels_dir: Path, force: bool = False) -> Path:
+    """Write the bundle for one SM and return its path.
+
+    Holds the C++ sources, the kernels for `sm` (cubins, and PTX for a driver that refuses them), CMakeLists.txt and a
+    README. Raises `UserError` for an SM that `kernels_dir` lacks, or an existing `out_dir` without `force`.
+    """
+    out_dir, kernels_dir = Path(out_dir), Path(kernels_dir)
+    manifest = read_kernels(kernels_dir)
+    select_sms(manifest, [sm])
+    with OutputFolder(out_dir, PLUGIN_BUNDLE, force).write() as folder:
+        shutil.copytree(SOURCE / "csrc", folder / "csrc")
+        for name in ("CMakeLists.txt", "rebuild.cmake"):
+            shutil.copy2(SOURCE / name, folder / name)
+        embedded = embed(kernels_dir, folder / "generated", [sm])
+        _copy_ptx(manifest, kernels_dir, folder, embedded.files, sm)
+        (folder / "README.md").write_text(_README.format(sm=sm, library=LIBRARY), encoding="utf-8")
+        body = {
+            **{"sm": sm, "modules": len(embedded.files), "module_bytes": embedded.module_bytes},
+            **{key: manifest[key] for key in ("source_sha256", "triton", "ptxas")},
+        }
+        write_manifest(folder, "bundle.json", SCHEMA, body)
+    return out_dir
+
+
+def _copy_ptx(manifest: dict[str, Any], kernels_dir: Path, folder: Path, files: tuple[str, ...], sm: int) -> None:
+    """`ptx/`, and `generated/modules.txt` for rebuild.cmake: of each embedded module its PTX, architecture and kind."""
+    sources = {kernel["cubin"]: kernel["ptx"] for kernel in manifest["kernels"]}
+    (folder / "ptx").mkdir()
+    lines = []
+    for name in files:
+        kind = "ptx" if name.endswith(".ptx") else "cubin"
+        source = name if kind == "ptx" else sources[name]
+        stem = Path(source).stem
+        shutil.copyfile(kernels_dir / source, folder / "ptx" / f"{stem}.ptx")
+        lines.append(f"{stem} {target(sm).arch} {kind}")
+    (folder / "generated" / "modules.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+_README = """# MoeeFfn TensorRT plugin for sm_{sm}
+
+Needs g++ (C++17), cmake 3.16 or later and TensorRT 10.0 or later with its headers. JetPack ships all three
+(`apt-get install cmake libnvinfer-headers-dev` if they are missing). No nvcc, Python or Triton.
+
+    cmake -S . -B build
+    cmake --build build -j
+
+makes `build/{library}`. If TensorRT lies elsewhere, add `-DTENSORRT_ROOT=/path/to/TensorRT`.
+
+Use it with trtexec:
+
+    trtexec --onnx=tensorrt.onnx --dynamicPlugins=build/{library} --setPluginsToSerialize=build/{library} \\
+            --stronglyTyped --saveEngine=moee.plan \\
+            --minShapes=input:1x3x224x224 --optShapes=input:8x3x224x224 --maxShapes=input:32x3x224x224
+    trtexec --loadEngine=moee.plan --shapes=input:8x3x224x224
+
+(TensorRT 11 has no `--stronglyTyped`: every network is. Leave it out there.)
+
+The kernels are embedded as cubins, and as PTX that the driver compiles if it refuses a cubin. To compile the cubins
+with the toolkit on this device instead, for example because its driver is older than the compiler that made them:
+
+    cmake -S . -B build -DMOEE_REBUILD_CUBINS=ON
+    cmake --build build -j
+"""
