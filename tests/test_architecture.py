@@ -194,6 +194,12 @@ def test_no_folder_is_crowded_and_no_file_long():
     assert not long, f"more than {MOST_LINES} lines: {long}"
 
 
+def test_no_folder_of_the_plugin_is_crowded():
+    for folder in (ROOT / "plugins", *(path for path in (ROOT / "plugins").rglob("*") if path.is_dir())):
+        files = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".pyc"]
+        assert len(files) <= MOST_FILES, f"{folder} has more than {MOST_FILES} files"
+
+
 def test_nobody_asks_what_class_options_or_layers_are_outside_of_their_own_room():
     asked = ("ExpertsOptions", "ClearOptions", "RoutedFFN", "ClearFFN", "GatedFFN", "GatedMLP", "NarrowAttention")
     at_home = {"moee/layers", "moee/methods", "moee/mlps", "moee/kinds"}

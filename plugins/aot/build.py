@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,7 +31,7 @@ from moee.store.result_kinds import KERNELS
 from moee.store.scratch import temporary_folder
 from plugins.aot import manifest
 from plugins.aot.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
-from plugins.aot.manifest import Argument, Kernel, Manifest, TacticEntry
+from plugins.aot.manifest import Kernel, Manifest, TacticEntry
 from plugins.contract import DTYPES
 from plugins.devices import HOW, sm_named
 from plugins.tactics import SPECS, TACTICS, VARIANTS, config
@@ -92,12 +92,10 @@ def build_kernels(
             triton=triton.__version__,
             ptxas=", ".join(sorted({ptxas_version(target(sm).ptxas) for sm in sms})),
             tactics=tuple(
-                TacticEntry(
-                    t.id, t.name, t.top_k, t.max_d, t.max_tokens, tuple(dict(vars(step)) for step in t.launches)
-                )
-                for t in TACTICS
+                TacticEntry.model_validate({name: fields[name] for name in TacticEntry.model_fields})
+                for fields in map(asdict, TACTICS)
             ),
-            kernels=tuple(replace(compiled[job].kernel, dtype=dtype) for job, dtype in entries),
+            kernels=tuple(compiled[job].kernel.model_copy(update={"dtype": dtype}) for job, dtype in entries),
         )
         (staging / manifest.FILE_NAME).write_bytes(result.to_json().encode())
     return manifest.load(out, verify_files=False)
@@ -162,8 +160,7 @@ def read_cache(store: Path, job: Job) -> Compiled:
     """The cached kernel; ValueError if its files do not match their hash."""
     folder = store / key(job)
     data = json.loads((folder / "kernel.json").read_text())
-    entry = data["kernel"]
-    kernel = Kernel(**{**entry, "grid": tuple(entry["grid"]), "args": tuple(Argument(**a) for a in entry["args"])})
+    kernel = Kernel.model_validate(data["kernel"])
     binary, ptx = (folder / "kernel.cubin").read_bytes(), (folder / "kernel.ptx").read_text()
     if hashlib.sha256(binary).hexdigest() != kernel.sha256 or hashlib.sha256(ptx.encode()).hexdigest() != data["ptx"]:
         raise ValueError(f"{folder} is damaged")
@@ -181,7 +178,7 @@ def compile_into(store: Path, job: Job, name: str) -> Job:
     with atomic_folder(store / name, force=True) as staging:
         (staging / "kernel.cubin").write_bytes(result.cubin)
         (staging / "kernel.ptx").write_bytes(result.ptx.encode())
-        entry = {"kernel": asdict(result.kernel), "ptx": hashlib.sha256(result.ptx.encode()).hexdigest()}
+        entry = {"kernel": result.kernel.model_dump(), "ptx": hashlib.sha256(result.ptx.encode()).hexdigest()}
         (staging / "kernel.json").write_bytes(json.dumps(entry).encode())
     return job
 

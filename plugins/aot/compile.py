@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from plugins.aot import cubin
-from plugins.aot.manifest import ARGUMENT_BYTES, Argument, Kernel
+from plugins.aot.manifest import ARGUMENT_BYTES, Argument, Block, Kernel
 from plugins.kernels.spec import POINTERS, KernelSpec, check_arguments
 from plugins.tactics import GEMM_ROLES, SPECS, Config, config, grid_axes
 from plugins.targets import Target, target
@@ -82,14 +82,14 @@ def arguments(spec: KernelSpec, metadata: Any) -> tuple[Argument, ...]:
 
     Raises GateError if a scratch buffer is really needed: the plugin passes null.
     """
-    listed = [Argument(n, "ptr" if n in POINTERS else "i32") for n in spec.arguments]
+    listed = [Argument(name=n, type="ptr" if n in POINTERS else "i32") for n in spec.arguments]
     for name in ("global_scratch", "profile_scratch"):
         size = getattr(metadata, f"{name}_size", None)
         if size is None:
             continue
         if size:
             raise GateError(f"{spec.role} needs {size} bytes of {name}; the plugin cannot provide it")
-        listed.append(Argument(name, "scratch_ptr"))
+        listed.append(Argument(name=name, type="scratch_ptr"))
     return tuple(listed)
 
 
@@ -210,7 +210,7 @@ def compile_job(job: Job, gates: bool = True) -> Compiled:
         mma_count=counts.mma,
         cp_async_count=counts.cp_async,
         ptx_version=goal.ptx_version,
-        block=asdict(settings.block),
+        block=Block(**asdict(settings.block)),
         grid=grid_axes(job.role, settings),
         args=listed,
         constants=dict(settings.constants),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from moee.errors import UserError
+from moee.schema import Body, checked, parse_json, upgraded
 from plugins.contract import DTYPES
 from plugins.kernels.spec import AXES, POINTERS, SCALARS
 
@@ -15,65 +19,113 @@ SCHEMA = "moee.kernels/1"
 FILE_NAME = "kernels.json"
 SCRATCH = ("global_scratch", "profile_scratch")
 ARGUMENT_BYTES = {"ptr": 8, "scratch_ptr": 8, "i32": 4}
+NAMES = {"ptr": POINTERS, "i32": SCALARS, "scratch_ptr": SCRATCH}
+MAX_ARGUMENTS = 32  # csrc/cuda/launch.cpp
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One kernel argument; `type` is ptr, i32, or scratch_ptr (passed as null)."""
+def one_of(*names: str) -> Callable[[str], str]:
+    """A validator that lets only these through."""
+
+    def check(value: str) -> str:
+        if value not in names:
+            raise ValueError(f"expected one of {', '.join(names)}")
+        return value
+
+    return check
+
+
+def file_name(value: str) -> str:
+    if Path(value).name != value:
+        raise ValueError("expected a plain file name")
+    return value
+
+
+# What goes into C++ source is a name of these tables, a number, or text that needs no escape there.
+Name = Annotated[str, StringConstraints(max_length=200, pattern=r"^[ !#-\[\]-~]*$")]
+FileName = Annotated[Name, AfterValidator(file_name)]
+Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what is divided by, or counts
+Listed = Field(strict=False)  # JSON has lists, not tuples
+
+
+class Entry(Body):
+    model_config = ConfigDict(frozen=True)
+
+
+class Argument(Entry):
+    """One kernel argument; `scratch_ptr` is passed as null."""
 
     name: str
-    type: str
+    type: Literal["ptr", "i32", "scratch_ptr"]
+
+    @model_validator(mode="after")
+    def _known(self) -> Argument:
+        if self.name not in NAMES[self.type]:
+            raise ValueError(f"argument {self.name!r} of type {self.type!r} is unknown")
+        return self
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One compiled kernel. Sizes in bytes, `grid` names of spec.AXES, `args` in launch order."""
+class Block(Entry):
+    """Tile of one program, as `plugins.kernels.spec.Block`."""
 
-    role: str
-    variant: str
-    dtype: str
-    sm: int
-    symbol: str
-    cubin: str
-    ptx: str
-    sha256: str
-    num_warps: int
-    shared_bytes: int
-    registers: int
-    spill_bytes: int
-    stack_bytes: int
-    mma_count: int
-    cp_async_count: int
-    ptx_version: int
-    block: dict[str, int]
-    grid: tuple[str, ...]
-    args: tuple[Argument, ...]
-    constants: dict[str, int] = field(default_factory=dict)
+    m: Count
+    n: Count
+    k: Size
 
 
-@dataclass(frozen=True)
-class TacticEntry:
-    """One tactic: `launches` are (role, variant) in order."""
+class Kernel(Entry):
+    """One compiled kernel. Sizes in bytes, `grid` names of spec.AXES, `args` in launch order. In the builder's cache, dtype "any"
+    stands for a kernel that never touches T."""
 
-    id: int
-    name: str
-    top_k: str
-    max_d: int
-    max_tokens: int
-    launches: tuple[dict[str, str], ...]
+    role: Name
+    variant: Name
+    dtype: Annotated[str, AfterValidator(one_of(*DTYPES, "any"))]
+    sm: Count
+    symbol: Name
+    cubin: FileName
+    ptx: FileName
+    sha256: Name
+    num_warps: int = Field(ge=1, le=32)
+    shared_bytes: Size
+    registers: Size
+    spill_bytes: Size
+    stack_bytes: Size
+    mma_count: Size
+    cp_async_count: Size
+    ptx_version: Size
+    block: Block
+    grid: Annotated[tuple[Annotated[str, AfterValidator(one_of(*AXES))], ...], Listed, Field(min_length=3, max_length=3)]
+    args: Annotated[tuple[Argument, ...], Listed, Field(max_length=MAX_ARGUMENTS)]
+    constants: dict[str, int] = {}
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Step(Entry):
+    """One launch of a tactic."""
+
+    role: Name
+    variant: Name
+
+
+class TacticEntry(Entry):
+    """One tactic: `launches` in order."""
+
+    id: Count
+    name: Name
+    top_k: Literal["any", "one"]
+    max_d: Size
+    max_tokens: Size
+    launches: Annotated[tuple[Step, ...], Listed, Field(min_length=1)]
+
+
+class Manifest(Entry):
     """The whole file. `folder` is where it was loaded from; it is not part of the JSON."""
 
-    source_sha256: str
+    source_sha256: Name
     triton: str
     ptxas: str
-    tactics: tuple[TacticEntry, ...]
-    kernels: tuple[Kernel, ...]
-    schema: str = SCHEMA
-    folder: Path | None = None
+    tactics: Annotated[tuple[TacticEntry, ...], Listed]
+    kernels: Annotated[tuple[Kernel, ...], Listed]
+    folder: Path | None = Field(default=None, exclude=True)
 
     @property
     def sms(self) -> tuple[int, ...]:
@@ -87,94 +139,72 @@ class Manifest:
                 return k
         raise ValueError(f"no kernel {role}/{variant} for {dtype}, sm_{sm} in the manifest; it holds sm {self.sms}")
 
+    def select(self, sms: Iterable[int] | None) -> tuple[int, ...]:
+        """The wanted SMs, ascending (None: all). Raises `UserError` for one that there are no kernels for."""
+        wanted = self.sms if sms is None else tuple(sorted(set(sms)))
+        unknown = [sm for sm in wanted if sm not in self.sms]
+        if unknown or not wanted:
+            names = ", ".join(f"sm_{sm}" for sm in unknown) or "any SM"
+            have = ", ".join(f"sm_{sm}" for sm in self.sms) or "none"
+            raise UserError(f"no kernels for {names}; built are: {have}; pass one of these or build the missing ones")
+        return wanted
+
     def to_json(self) -> str:
         """Text of `kernels.json`, stable for equal content."""
-        data = asdict(self)
-        del data["folder"]
-        return json.dumps({"schema": data.pop("schema"), **data}, indent=1) + "\n"
+        return json.dumps({"schema": SCHEMA, **self.model_dump()}, indent=1) + "\n"
+
+    @model_validator(mode="after")
+    def _whole(self) -> Manifest:
+        """Every tactic has its kernels, for every SM and type that there are kernels for."""
+        ids = [t.id for t in self.tactics]
+        if not ids or len(set(ids)) != len(ids):
+            raise ValueError(f"tactic ids must be positive and unique, got {ids}")
+        keys = {(k.role, k.variant, k.dtype, k.sm) for k in self.kernels}
+        if len(keys) != len(self.kernels) or any(k.dtype == "any" for k in self.kernels):
+            raise ValueError("a kernel is listed twice, or without its type")
+        steps = [(t.name, step) for t in self.tactics for step in t.launches]
+        for sm, dtype in {(k.sm, k.dtype) for k in self.kernels}:
+            for name, step in steps:
+                for role in (step.role, "route_load") if step.role == "route" else (step.role,):
+                    if (role, step.variant, dtype, sm) not in keys:
+                        raise ValueError(f"tactic {name} needs {role}/{step.variant} for {dtype}, sm_{sm}, which is not listed")
+        return self
 
 
 def load(path: str | Path, verify_files: bool = True) -> Manifest:
     """Read and check `kernels.json` (a file, or the folder it is in).
 
-    Raises ValueError, one sentence, if the file is missing or broken, names an unknown argument, grid axis or launch,
-    or if a cubin's hash differs.
+    Raises `UserError` if the file is missing or broken, names an unknown argument, grid axis or launch, or if a cubin's hash
+    differs.
     """
     file = Path(path)
     file = file / FILE_NAME if file.is_dir() else file
     try:
-        data = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{file} does not exist; build the kernels first with `python -m plugins.aot`") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); build the kernels again") from None
-    manifest = parse(data, str(file))
-    manifest = Manifest(**{**vars(manifest), "folder": file.parent})
+        body = parse_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file} not found; build the kernels first (`moee plugin build`)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not readable JSON ({error}); build the kernels again") from None
+    manifest = parse(body, file).model_copy(update={"folder": file.parent})
     if verify_files:
         for kernel in manifest.kernels:
             _check_files(kernel, file.parent)
     return manifest
 
 
-def parse(data: Any, where: str = FILE_NAME) -> Manifest:
-    """From decoded JSON; ValueError as in `load`, files are not looked at."""
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{where}: expected schema {SCHEMA!r}, got {found!r}; build the kernels again")
-    try:
-        tactics = tuple(TacticEntry(**{**t, "launches": tuple(t["launches"])}) for t in data["tactics"])
-        kernels = tuple(
-            Kernel(**{**k, "grid": tuple(k["grid"]), "args": tuple(Argument(**a) for a in k["args"])})
-            for k in data["kernels"]
-        )
-        manifest = Manifest(data["source_sha256"], data["triton"], data["ptxas"], tactics, kernels)
-        problem = _problem(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: a field is missing or unknown ({error}); build the kernels again") from None
-    if problem:
-        raise ValueError(f"{where}: {problem}; build the kernels again")
-    return manifest
-
-
-def _problem(manifest: Manifest) -> str | None:
-    ids = [t.id for t in manifest.tactics]
-    if not ids or len(set(ids)) != len(ids) or min(ids) <= 0:
-        return f"tactic ids must be positive and unique, got {ids}"
-    keys = {(k.role, k.variant, k.dtype, k.sm) for k in manifest.kernels}
-    if len(keys) != len(manifest.kernels):
-        return "a kernel is listed twice"
-    for k in manifest.kernels:
-        name = f"{k.role}/{k.variant}/{k.dtype}/sm_{k.sm}"
-        if k.dtype not in DTYPES:
-            return f"{name}: dtype must be one of {DTYPES}"
-        if len(k.grid) != 3 or any(axis not in AXES for axis in k.grid):
-            return f"{name}: grid must be three of {sorted(AXES)}, got {list(k.grid)}"
-        if set(k.block) != {"m", "n", "k"} or k.block["m"] <= 0 or k.block["n"] <= 0:
-            return f"{name}: block must hold m, n, k with m and n positive, got {k.block}"
-        for a in k.args:
-            known = POINTERS if a.type == "ptr" else SCALARS if a.type == "i32" else SCRATCH
-            if a.type not in ARGUMENT_BYTES or a.name not in known:
-                return f"{name}: argument {a.name!r} of type {a.type!r} is unknown"
-        if Path(k.cubin).name != k.cubin or Path(k.ptx).name != k.ptx:
-            return f"{name}: cubin and ptx must be plain file names"
-    for sm, dtype in {(k.sm, k.dtype) for k in manifest.kernels}:
-        for t in manifest.tactics:
-            for step in t.launches:
-                roles = (step["role"], "route_load") if step["role"] == "route" else (step["role"],)
-                for role in roles:
-                    if (role, step["variant"], dtype, sm) not in keys:
-                        return (
-                            f"tactic {t.name} needs {role}/{step['variant']} for {dtype}, sm_{sm}, which is not listed"
-                        )
-    return None
+def parse(body: Any, where: Path = Path(FILE_NAME)) -> Manifest:
+    """From decoded JSON; `UserError` as in `load`, files are not looked at."""
+    body = upgraded(body, SCHEMA, where)
+    del body["schema"]
+    return checked(Manifest, body, where)
 
 
 def _check_files(kernel: Kernel, folder: Path) -> None:
     for name in (kernel.cubin, kernel.ptx):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder / name} does not exist, but {FILE_NAME} names it; build the kernels again")
-    found = hashlib.sha256((folder / kernel.cubin).read_bytes()).hexdigest()
-    if found != kernel.sha256:
-        raise ValueError(
-            f"{folder / kernel.cubin} has sha256 {found[:12]}…, {FILE_NAME} says {kernel.sha256[:12]}…; build again"
+            raise UserError(f"{folder / name} is missing, but {FILE_NAME} names it; build the kernels again")
+    came = hashlib.sha256((folder / kernel.cubin).read_bytes()).hexdigest()
+    if came != kernel.sha256:
+        raise UserError(
+            f"{folder / kernel.cubin} has sha256 {came[:12]}…, {FILE_NAME} says {kernel.sha256[:12]}…; build the kernels again"
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from moee.places.output_folder import OutputFolder
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import PLUGIN_BUNDLE
+from plugins.aot import manifest
+from plugins.aot.manifest import Manifest
 from plugins.library.build import LIBRARY, SOURCE
-from plugins.library.embed import embed, read_kernels, select_sms
+from plugins.library.embed import embed
 from plugins.targets import target
 
 SCHEMA = "moee.bundle/1"
@@ -23,33 +24,34 @@ def write_bundle(out_dir: Path, sm: int, kernels_dir: Path, force: bool = False)
     README. Raises `UserError` for an SM that `kernels_dir` lacks, or an existing `out_dir` without `force`.
     """
     out_dir, kernels_dir = Path(out_dir), Path(kernels_dir)
-    manifest = read_kernels(kernels_dir)
-    select_sms(manifest, [sm])
+    kernels = manifest.load(kernels_dir)
+    kernels.select([sm])
     with OutputFolder(out_dir, PLUGIN_BUNDLE, force).write() as folder:
         shutil.copytree(SOURCE / "csrc", folder / "csrc")
         for name in ("CMakeLists.txt", "rebuild.cmake"):
             shutil.copy2(SOURCE / name, folder / name)
         embedded = embed(kernels_dir, folder / "generated", [sm])
-        _copy_ptx(manifest, kernels_dir, folder, embedded.files, sm)
+        _copy_ptx(kernels, folder, embedded.files, sm)
         (folder / "README.md").write_text(_README.format(sm=sm, library=LIBRARY), encoding="utf-8")
         body = {
             **{"sm": sm, "modules": len(embedded.files), "module_bytes": embedded.module_bytes},
-            **{key: manifest[key] for key in ("source_sha256", "triton", "ptxas")},
+            **{key: getattr(kernels, key) for key in ("source_sha256", "triton", "ptxas")},
         }
         write_manifest(folder, "bundle.json", SCHEMA, body)
     return out_dir
 
 
-def _copy_ptx(manifest: dict[str, Any], kernels_dir: Path, folder: Path, files: tuple[str, ...], sm: int) -> None:
+def _copy_ptx(kernels: Manifest, folder: Path, files: tuple[str, ...], sm: int) -> None:
     """`ptx/`, and `generated/modules.txt` for rebuild.cmake: of each embedded module its PTX, architecture and kind."""
-    sources = {kernel["cubin"]: kernel["ptx"] for kernel in manifest["kernels"]}
+    assert kernels.folder is not None, "it was loaded"
+    sources = {kernel.cubin: kernel.ptx for kernel in kernels.kernels}
     (folder / "ptx").mkdir()
     lines = []
     for name in files:
         kind = "ptx" if name.endswith(".ptx") else "cubin"
         source = name if kind == "ptx" else sources[name]
         stem = Path(source).stem
-        shutil.copyfile(kernels_dir / source, folder / "ptx" / f"{stem}.ptx")
+        shutil.copyfile(kernels.folder / source, folder / "ptx" / f"{stem}.ptx")
         lines.append(f"{stem} {target(sm).arch} {kind}")
     (folder / "generated" / "modules.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -7,20 +7,15 @@ The blob holds each module once and as it is, where the driver reads it. `module
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from moee.errors import UserError
-from moee.schema import checked, parse_json, shown
+from plugins.aot import manifest
 from plugins.devices import HOW, parse_sms
 from plugins.library import tables
-from plugins.library.kernel_schema import Kernels
 
-SCHEMA = "moee.kernels/1"
 ALIGNMENT = 16  # bytes; a cubin is an ELF file, whose fields are read in place
 
 
@@ -46,40 +41,6 @@ class Embedded:
     sms: tuple[int, ...]
     files: tuple[str, ...]
     module_bytes: int
-    source_sha256: str
-
-
-def read_kernels(kernels_dir: Path) -> dict[str, Any]:
-    """The manifest of a kernel folder. Raises `UserError` if it is missing or has another schema."""
-    path = Path(kernels_dir) / "kernels.json"
-    try:
-        manifest = parse_json(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} not found; build the kernels first (`moee plugin build`)") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); build the kernels again") from error
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        came = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise UserError(f"{path} has schema {shown(came)}, expected {SCHEMA!r}; build the kernels again")
-    checked(Kernels, manifest, path)
-    return manifest
-
-
-def available_sms(manifest: Mapping[str, Any]) -> tuple[int, ...]:
-    """SMs that the manifest holds kernels for, ascending."""
-    return tuple(sorted({int(kernel["sm"]) for kernel in manifest["kernels"]}))
-
-
-def select_sms(manifest: Mapping[str, Any], sms: Iterable[int] | None) -> tuple[int, ...]:
-    """The wanted SMs (None: all). Raises `UserError` for one that the manifest lacks."""
-    available = available_sms(manifest)
-    wanted = available if sms is None else tuple(sorted(set(sms)))
-    unknown = [sm for sm in wanted if sm not in available]
-    if unknown or not wanted:
-        names = ", ".join(f"sm_{sm}" for sm in unknown) or "any SM"
-        have = ", ".join(f"sm_{sm}" for sm in available) or "none"
-        raise UserError(f"no kernels for {names}; built are: {have}; pass one of these or build the missing ones")
-    return wanted
 
 
 def ptx_base(sms: Sequence[int]) -> int | None:
@@ -96,22 +57,22 @@ def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, pt
     """Write `tables.cpp`, `modules.cpp` and `kernels.bin` for `sms` (None: all) to `out_dir`.
 
     `ptx` also embeds the PTX of the lowest portable SM, so that a device without a cubin can compile it.
-    Raises `UserError` for a missing or foreign manifest, an unknown SM, argument, axis or type, or a missing file.
+    Raises `UserError` for kernels that `manifest.load` refuses, or an SM that they lack.
     """
     kernels_dir, out_dir = Path(kernels_dir), Path(out_dir)
-    manifest = read_kernels(kernels_dir)
-    chosen = select_sms(manifest, sms)
+    kernels = manifest.load(kernels_dir)
+    chosen = kernels.select(sms)
     base = ptx_base(chosen) if ptx else None
     modules = Modules()
     arguments: dict[tuple[str, ...], str] = {}
     rows = []
-    for kernel in manifest["kernels"]:
-        if int(kernel["sm"]) not in chosen:
+    for kernel in kernels.kernels:
+        if kernel.sm not in chosen:
             continue
-        for is_ptx, name in [(False, kernel["cubin"])] + ([(True, kernel["ptx"])] if int(kernel["sm"]) == base else []):
-            module = modules.add(name, _module(kernels_dir, name, None if is_ptx else kernel["sha256"]))
+        for is_ptx, name in [(False, kernel.cubin)] + ([(True, kernel.ptx)] if kernel.sm == base else []):
+            module = modules.add(name, (kernels_dir / name).read_bytes())
             rows.append(tables.kernel_row(kernel, is_ptx, module, arguments))
-    tactics, launches = tables.tactic_rows(manifest)
+    tactics, launches = tables.tactic_rows(kernels.tactics)
     out_dir.mkdir(parents=True, exist_ok=True)
     text = tables.TABLES.format(
         arguments="\n".join(f"constexpr Arg {name}[] = {{{', '.join(args)}}};" for args, name in arguments.items()),
@@ -120,7 +81,7 @@ def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, pt
         tactics="\n".join(tactics),
         tactic_count=len(tactics),
         kernel_count=len(rows),
-        source=tables.text_literal(str(manifest["source_sha256"])),
+        source=f'"{kernels.source_sha256}"',
     )
     blob, entries = _blob([content for _, content in modules.files])
     _write(out_dir / "kernels.bin", blob)
@@ -128,7 +89,7 @@ def embed(kernels_dir: Path, out_dir: Path, sms: Iterable[int] | None = None, pt
     _write(out_dir / "tables.cpp", text.encode())
     size = sum(len(content) for _, content in modules.files)
     files = tuple(name for name, _ in modules.files)
-    return Embedded(chosen, files, size, str(manifest["source_sha256"]))
+    return Embedded(chosen, files, size)
 
 
 def _blob(contents: Sequence[bytes]) -> tuple[bytes, list[str]]:
@@ -139,20 +100,6 @@ def _blob(contents: Sequence[bytes]) -> tuple[bytes, list[str]]:
         blob += content
         blob += bytes(ALIGNMENT - len(blob) % ALIGNMENT)  # at least one: PTX is text, which the driver reads up to a zero
     return bytes(blob), entries
-
-
-def _module(folder: Path, name: str, expected: str | None) -> bytes:
-    """The file; a cubin's hash is in the manifest. Raises `UserError`."""
-    path = folder / name
-    if Path(name).name != name:
-        raise UserError(f"kernels.json names {name!r}, which leaves its folder; do not use this kernel folder")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} is missing ({error.strerror}); build the kernels again") from error
-    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-        raise UserError(f"{path} does not match its hash in kernels.json; build the kernels again")
-    return content
 
 
 def _write(path: Path, data: bytes) -> None:

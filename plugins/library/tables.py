@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from moee.errors import UserError
+from plugins.aot.manifest import Argument, Kernel, TacticEntry
 
 # Names of the manifest and the enumerators of csrc/operator/tables.h.
 TYPES = {"float32": "kFloat32", "float16": "kFloat16", "bfloat16": "kBfloat16"}
@@ -49,58 +47,37 @@ SCALARS = {
 }
 
 
-def text_literal(value: str) -> str:
-    """A C++ string. Raises `UserError` for anything that would need escaping."""
-    if not re.fullmatch(r"[ -~]*", value) or '"' in value or "\\" in value:
-        raise UserError(f"kernels.json holds {value!r}, which is not a plain name; build the kernels again")
-    return f'"{value}"'
-
-
-def lookup(table: Mapping[str, str], key: str, kind: str) -> str:
-    """The enumerator for a manifest name. Raises `UserError` for one that the plugin does not know."""
-    if key not in table:
-        raise UserError(f"kernels.json has {kind} {key!r}, expected one of {', '.join(table)}; update the plugin")
-    return table[key]
-
-
-def argument_name(argument: Mapping[str, str]) -> str:
-    """Enumerator of `csrc/operator/tables.h` for one manifest argument. Raises `UserError` for a name or type it lacks."""
-    if argument["type"] == "scratch_ptr":
+def argument_name(argument: Argument) -> str:
+    """Enumerator of `csrc/operator/tables.h` for one argument."""
+    if argument.type == "scratch_ptr":
         return "Arg::kScratch"
-    if argument["type"] not in ("ptr", "i32"):
-        raise UserError(f"kernels.json has argument type {argument['type']!r}, expected ptr, i32 or scratch_ptr")
-    table = POINTERS if argument["type"] == "ptr" else SCALARS
-    return "Arg::" + lookup(table, argument["name"], f"{argument['type']} argument")
+    return "Arg::" + (POINTERS if argument.type == "ptr" else SCALARS)[argument.name]
 
 
-def kernel_row(kernel: Mapping[str, Any], is_ptx: bool, module: int, arguments: dict[tuple[str, ...], str]) -> str:
-    args = tuple(argument_name(argument) for argument in kernel["args"])
+def kernel_row(kernel: Kernel, is_ptx: bool, module: int, arguments: dict[tuple[str, ...], str]) -> str:
+    """Line of the kernel table. `arguments` names each distinct argument list, and gets this one's if it is new."""
+    args = tuple(argument_name(argument) for argument in kernel.args)
     name = arguments.setdefault(args, f"kArgs{len(arguments)}")
-    grid = ", ".join("Axis::" + lookup(AXES, axis, "grid axis") for axis in kernel["grid"])
-    block = kernel["block"]
+    grid = ", ".join("Axis::" + AXES[axis] for axis in kernel.grid)
+    block = kernel.block
     return (
-        f"    {{{text_literal(kernel['role'])}, {text_literal(kernel['variant'])}, {text_literal(kernel['symbol'])}, "
-        f"Type::{lookup(TYPES, kernel['dtype'], 'dtype')}, {int(kernel['sm'])}, {'true' if is_ptx else 'false'}, "
-        f"{int(kernel['num_warps'])}, {int(kernel['shared_bytes'])}, "
-        f"{int(block['m'])}, {int(block['n'])}, {int(block['k'])}, {{{grid}}}, {name}, {len(args)}, {module}}},"
+        f'    {{"{kernel.role}", "{kernel.variant}", "{kernel.symbol}", Type::{TYPES[kernel.dtype]}, {kernel.sm}, '
+        f"{'true' if is_ptx else 'false'}, {kernel.num_warps}, {kernel.shared_bytes}, "
+        f"{block.m}, {block.n}, {block.k}, {{{grid}}}, {name}, {len(args)}, {module}}},"
     )
 
 
-def tactic_rows(manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def tactic_rows(tactics: Iterable[TacticEntry]) -> tuple[list[str], list[str]]:
     """Lines of the tactic table, and the launch lists that they name."""
-    tactics, launches = [], []
-    ids = [int(tactic["id"]) for tactic in manifest["tactics"]]
-    if len(set(ids)) != len(ids) or min(ids, default=0) < 1:
-        raise UserError(f"kernels.json has tactic ids {ids}; they must be positive and unique")
-    for tactic in manifest["tactics"]:
-        steps = ", ".join(f"{{{text_literal(s['role'])}, {text_literal(s['variant'])}}}" for s in tactic["launches"])
-        launches.append(f"constexpr Launch kLaunches{int(tactic['id'])}[] = {{{steps}}};")
-        tactics.append(
-            f"    {{{int(tactic['id'])}, {text_literal(tactic['name'])}, {'true' if tactic['top_k'] == 'one' else 'false'}, "
-            f"{int(tactic['max_d'])}, {int(tactic['max_tokens'])}, kLaunches{int(tactic['id'])}, "
-            f"{len(tactic['launches'])}}},"
+    rows, launches = [], []
+    for tactic in tactics:
+        steps = ", ".join(f'{{"{step.role}", "{step.variant}"}}' for step in tactic.launches)
+        launches.append(f"constexpr Launch kLaunches{tactic.id}[] = {{{steps}}};")
+        rows.append(
+            f'    {{{tactic.id}, "{tactic.name}", {"true" if tactic.top_k == "one" else "false"}, '
+            f"{tactic.max_d}, {tactic.max_tokens}, kLaunches{tactic.id}, {len(tactic.launches)}}},"
         )
-    return tactics, launches
+    return rows, launches
 
 
 MODULES = """// Written by plugins/library/embed.py from kernels.json. Do not edit.

@@ -59,7 +59,6 @@ GUARDED = {
         "moee/schema.py": "parse_json",
         "moee/models/source.py": "of what json.dumps gave a moment ago",
         "moee/parallel/group.py": "messages between the ranks of one run",
-        "plugins/aot/manifest.py": "the user's own cache",
         "plugins/aot/build.py": "the user's own cache",
         "exporter/engines/build.py": "lines of our own worker",
         "exporter/engines/worker.py": "written by the parent",

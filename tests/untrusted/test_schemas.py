@@ -23,7 +23,6 @@ from moee.planning.plan import read_plan
 from moee.schema import checked
 from moee.store.artifact import read_json, write_manifest
 from moee.train.state import read_state, read_tensors
-from plugins.aot.manifest import parse
 from plugins.library.embed import embed
 from tests.conftest import tiny_spec
 from tests.exporter.engines import write_engine
@@ -164,21 +163,13 @@ def test_kernel_manifests(tmp_path, count):
     kernels = write_kernels(tmp_path / "kernels", sms=(87,), dtypes=("float16",))
     path = kernels / "kernels.json"
     body = json.loads(path.read_text())
-    body["kernels"], body["tactics"] = body["kernels"][:2], body["tactics"][:1]
+    body["tactics"] = [tactic for tactic in body["tactics"] if tactic["name"] == "masked16"]
+    body["kernels"] = [kernel for kernel in body["kernels"] if kernel["variant"] in ("members", "bm16")]
+    body["kernels"] = [kernel for kernel in body["kernels"] if kernel["role"].startswith(("route", "masked"))]
     path.write_text(json.dumps(body))
     embed(kernels, tmp_path / "tables")
 
-    def load():
-        try:
-            parse(read_json(path))
-        except UserError:
-            raise
-        except ValueError as error:  # the builder's own reader
-            assert "\n" not in str(error)
-        embed(kernels, tmp_path / "tables")
-
-    load()
-    every_text(count, path, load)
+    every_text(count, path, lambda: embed(kernels, tmp_path / "tables"))
 
 
 PARITY = {
