@@ -72,7 +72,8 @@ def test_headers_of_another_major_version_are_refused(tmp_path, version):
 def test_compiler_refuses_old_headers_too(tmp_path):
     folder = header_folder(tmp_path / "include", "8.6.1")
     source = build.SOURCE / "csrc" / "tensorrt" / "registration.cpp"
-    done = subprocess.run(["c++", "-std=c++17", "-E", f"-I{folder}", str(source)], capture_output=True, text=True)
+    command = ["c++", "-std=c++17", "-E", f"-I{folder}", f"-I{build.SOURCE / 'csrc'}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode != 0 and "MoeeFfn needs the headers of TensorRT 10.0" in done.stderr
 
 
