@@ -43,5 +43,5 @@ def test_the_committed_table_is_of_these_kernels():
 
 
 def test_bad_folder(tmp_path, capsys):
-    assert resources.main([str(tmp_path)]) == 2 and "does not exist" in capsys.readouterr().err
+    assert resources.main([str(tmp_path)]) == 2 and "not found" in capsys.readouterr().err
     assert resources.main([]) == 2
