@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from plugins.build import SOURCE, select_headers
 
 from exporter import cli
 from exporter.graph.export import export
@@ -30,6 +29,7 @@ from moee.planning.budget import Budget
 from moee.planning.plan import make_plan
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
+from plugins.library.build import SOURCE, select_headers
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.test_folders import tree
 

@@ -8,8 +8,9 @@ import exporter
 from exporter import cli
 from exporter.timing.device import timed_board
 from moee.errors import UserError
-from plugins import aot, embed
+from plugins.aot import build
 from plugins.devices import DEVICES, HOW, NAMES, PROFILES, SMS, known_sms, profile_named, sm_named
+from plugins.library import embed
 from plugins.targets import TARGETS
 
 ORIN = ("orin", "orin-agx", "87", "sm_87", "8.7", "sm87", "SM_87", "Orin AGX", "orin_nano", "jetson-orin", " 87 ")
@@ -51,7 +52,7 @@ def asked(monkeypatch):
     monkeypatch.setattr("exporter.timing.profile.batch_profile", lambda *shapes: (1, 8, 32))
     monkeypatch.setattr("exporter.manifests.read_export", lambda path, verify: {})
     monkeypatch.setattr("exporter.manifests.refuse_module", lambda *export: None)
-    monkeypatch.setattr(aot, "build", lambda out, wanted, *rest, **others: stop(wanted))
+    monkeypatch.setattr(build, "build_kernels", lambda out, wanted, *rest, **others: stop(wanted))
     monkeypatch.setattr(embed, "embed", lambda kernels, out, wanted: stop(wanted))
     return sms
 
@@ -68,12 +69,12 @@ COMMANDS = {  # that compile for a device, by the value of --sm
     "bundle": lambda sm: cli.main(["bundle", "export", f"--sm={sm}", "--out", "out"]),
     "plugin build": lambda sm: cli.main(["plugin", "build", f"--sm={sm}"]),
     "plugin bundle": lambda sm: cli.main(["plugin", "bundle", f"--sm={sm}", "--out", "out"]),
-    "plugins.aot": lambda sm: aot.main([f"--sm={sm}"]),
-    "plugins.embed": lambda sm: embed.main(["--kernels", "kernels", "--out", "out", f"--sm={sm}"]),
+    "plugins.aot": lambda sm: build.main([f"--sm={sm}"]),
+    "plugins.library.embed": lambda sm: embed.main(["--kernels", "kernels", "--out", "out", f"--sm={sm}"]),
     "exporter.build": lambda sm: said(exporter.build, "export", "out", sms=[sm]),
     "exporter.bundle": lambda sm: said(exporter.bundle, "export", "out", sm=sm),
 }
-SEVERAL = ("build", "plugin build", "plugins.embed")
+SEVERAL = ("build", "plugin build", "plugins.library.embed")
 
 
 @pytest.mark.parametrize("spelling", ORIN)
