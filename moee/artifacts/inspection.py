@@ -11,12 +11,13 @@ from torch import nn
 
 from moee.artifacts.model import MoeeModel
 from moee.data.transform import model_transform
+from moee.interface.adapted import on_meta
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import dense_macs, dense_params, model_cost, tokens_per_image
 from moee.mlps.attention import narrowing_costs
 from moee.mlps.find import find_ffns
 from moee.models.ffn import FFN, plain_size
-from moee.models.model import ModelSpec, Shape, build_model, on_meta
+from moee.models.model import ModelSpec, Shape, build_model
 
 
 @dataclass(frozen=True)

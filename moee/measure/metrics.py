@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from moee.interface.adapted import on_meta
 from moee.interface.watch import shapes_given
 from moee.layers.routed import routed_layers
 from moee.mlps.attention import macs_saved, narrow_attentions
 from moee.mlps.structure import read_mlp
-from moee.models.model import Shape, on_meta
+from moee.models.model import Shape
 
 
 def dense_macs(model: nn.Module, shape: Shape) -> int:

@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moee.interface.adapted import on_meta as on_meta
-from moee.interface.spec import InputConfig as InputConfig
-from moee.interface.spec import WeightsPart as WeightsPart
 from moee.layers.activations import activate
 from moee.models.model import Shape
-from moee.weights.loading import classifier_names as classifier_names
-from moee.weights.loading import refuse_misfit as refuse_misfit
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,7 @@ import torch
 from torch import nn
 
 from moee.errors import MissingDependency, UserError
-from moee.interface.adapted import on_meta as on_meta
-from moee.interface.spec import InputConfig as InputConfig
 from moee.interface.spec import ModelSpec
-from moee.interface.spec import WeightsPart as WeightsPart
 from moee.libraries.from_module import MODULE
 from moee.libraries.from_python import PYTHON
 from moee.libraries.from_torchvision import TORCHVISION
@@ -25,9 +22,7 @@ from moee.libraries.library import Library
 from moee.schema import reason_of, shown
 from moee.store.cache import tensor_hash
 from moee.weights.hub import pretrained_model
-from moee.weights.loading import classifier_names as classifier_names
 from moee.weights.loading import load_weights
-from moee.weights.loading import refuse_misfit as refuse_misfit
 from moee.weights.weights_file import checkpoint_sha256
 
 MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it

@@ -14,26 +14,16 @@ from pydantic import ValidationError
 
 from moee.errors import UserError
 from moee.interface.adapted import guesses_of
+from moee.interface.spec import InputConfig, WeightsPart
 from moee.libraries import from_python, from_torchvision, from_transformers
 from moee.libraries.library import Named
 from moee.models.input_size import sized
-from moee.models.model import (
-    LIBRARIES,
-    InputConfig,
-    ModelSpec,
-    WeightsPart,
-    build_model,
-    check_arguments,
-    check_numbers,
-    classifier_names,
-    load_model,
-    refuse_misfit,
-    state_sha256,
-)
+from moee.models.model import LIBRARIES, ModelSpec, build_model, check_arguments, check_numbers, load_model, state_sha256
 from moee.models.training_args import as_trained
 from moee.schema import shown
 from moee.weights.fitting import Fit, alternatives, best_fit, classes_of, image_size, listed
 from moee.weights.hub import CONFIG, find_folder, source_of
+from moee.weights.loading import classifier_names, refuse_misfit
 from moee.weights.weights_file import checkpoint_sha256, containers, read_checkpoint
 
 OTHERS: tuple[tuple[Callable[[str], bool], Callable[[str, dict[str, Any]], Named]], ...] = (

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from moee.config import MAX_SIDE
 from moee.errors import UserError
+from moee.interface.spec import InputConfig
 from moee.models.input_size import sized
-from moee.models.model import InputConfig, ModelSpec, build_model
+from moee.models.model import ModelSpec, build_model
 from moee.schema import shown
 
 PREPARATION = ("crop_pct", "mean", "std", "interpolation", "crop_mode")
