@@ -55,6 +55,19 @@ def build_parser(shown: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
+def complete_files(parser: argparse.ArgumentParser) -> None:
+    """Let a shell complete files for every value that may be one, and show it every flag."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                complete_files(inner)
+            continue
+        if action.help == argparse.SUPPRESS:
+            action.help = ""
+        if action.nargs != 0 and action.choices is None and action.type is None:
+            action.complete = shtab.FILE  # type: ignore[attr-defined]
+
+
 def shown_method(argv: Sequence[str]) -> str | None:
     """The method, or else the preset, that a line names, before it is parsed."""
     for flag in ("--method", "--preset"):
@@ -87,7 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
     parser = build_parser(shown_method(sys.argv[1:] if argv is None else argv))
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.startswith("--print-completion") for word in words):
+        complete_files(parser)
+    args = parser.parse_args(words)
     console = plain_console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
     try:
         refuse_empty(parser, args)

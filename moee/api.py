@@ -41,7 +41,7 @@ from moee.libraries.wrapped import plain
 from moee.measure.accuracy import comparison
 from moee.measure.evaluation import Retention, retention, run
 from moee.measure.probe import classes_told, head_drawn
-from moee.methods.recipe import make_recipe, read_recipe
+from moee.methods.recipe import make_recipe, read_recipe, tuning_of
 from moee.methods.registry import METHODS
 from moee.models.model import load_model as load_spec
 from moee.models.source import ModelOptions, named_model, with_pretrained
@@ -51,6 +51,7 @@ from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import check_all
 from moee.places.resume import alone_on
 from moee.progress import Reporter, to_stderr
+from moee.schema import shown
 from moee.stages.extract import run_extract
 from moee.stages.finetune import tune
 from moee.stages.session import Session
@@ -112,20 +113,23 @@ def extract(
         taken = [name for name, value in (("method", method), ("preset", preset)) if value is not None] + list(options)
         if taken:
             raise UserError(f"recipe decides the methods and their options; leave {', '.join(taken)} out")
-        steps = read_recipe(recipe)
+        steps = read_recipe(_recipe_path(recipe))
+        if steps.tune is not None:
+            log.info("the recipe tunes the model too: moee.finetune(result, recipe=%r)", str(recipe))
     else:
         steps = make_recipe(method, preset, _tuples(options))
+    named = _class_names(classes)
     group = alone(device)
     spec = spec_of(model, num_classes, input)
     source, given = _source(data, val)
     prepared = None if given is None else read_preparation(data if val is None else val)
     if spec.library == "module" and input is None and prepared is not None:
         spec = spec.model_copy(update={"input": prepared})
-    session = Session(spec, source, steps.seed, report, group, workers, classes, given=given)
+    session = Session(spec, source, steps.seed, report, group, workers, named, given=given)
     _say_guesses(session)
     if given is not None:
         _say_preparation(prepared, session)
-    return run_extract(spec, session.source, steps, out, force, report, session, jobs, group, workers, classes)
+    return run_extract(spec, session.source, steps, out, force, report, session, jobs, group, workers, named)
 
 
 def _say_guesses(session: Session) -> None:
@@ -153,18 +157,24 @@ def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
 
 @in_python(FinetuneConfig.model_fields)
 def finetune(
-    model: MoeeModel, data: Images = None, val: Images = None, *, out: str | Path | None = None, force: bool = False,
-    device: str = "auto", workers: int = 0, report: Reporter | None = None, **options: Any,
+    model: MoeeModel, data: Images = None, val: Images = None, *, recipe: str | Path | None = None,
+    out: str | Path | None = None, force: bool = False, device: str = "auto", workers: int = 0, report: Reporter | None = None,
+    **options: Any,
 ) -> MoeeModel:  # fmt: skip
     """A copy of `model` into which its dense model was distilled on the images `data` (default: what it was made on).
 
-    `options` are the fields of `moee.config.FinetuneConfig`, such as `epochs`, `lr` and `distil`. `data` and `val` as for
+    `options` are the fields of `moee.config.FinetuneConfig`, such as `epochs`, `lr` and `distil`; `recipe` is a TOML file whose
+    `[tune]` says them instead. `data` and `val` as for
     `extract`. With `out` the artifact is written there, and an interrupted run leaves its state in `<out>.resume`, where the same
     call goes on. Raises `UserError` for bad input, and for images whose probe was fitted on others.
     """
     report = report or to_stderr()
     whole("workers", workers, WORKERS)
     config = validated(FinetuneConfig, options)
+    if recipe is not None:
+        if options:
+            raise UserError(f"recipe decides how it is tuned; leave {', '.join(options)} out")
+        config = tuning_of(_recipe_path(recipe))
     if data is None:
         data = recorded_data(model.data)
     source, given = _source(data, val)
@@ -259,6 +269,20 @@ def _source(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:
             raise UserError("held-out images go with training images given in Python; a folder or a named source has its own")
         return os.fspath(data), None
     return "", (data, val)
+
+
+def _recipe_path(recipe: Any) -> str | Path:
+    if not isinstance(recipe, (str, Path)) or not str(recipe).strip():
+        raise UserError(f"recipe came as {shown(recipe)}; expected the path of a TOML file")
+    return recipe
+
+
+def _class_names(classes: Any) -> tuple[str, ...]:
+    """Names that differ, or none."""
+    names = classes if isinstance(classes, (list, tuple)) else None
+    if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise UserError(f"classes came as {shown(classes)}; expected a list of names that differ")
+    return tuple(names)
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,10 @@ method's own file in `moee.methods`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from moee.errors import OptionError, UserError
 from moee.schema import shown
@@ -33,6 +34,27 @@ class Options(BaseModel):
     of its flag's help, where it has one; it says what the field is for, and the default only where that is worked out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_is(cls, value: Any, info: ValidationInfo) -> Any:
+        """A number is no text and no truth value, a list no text: none is taken for the other."""
+        assert info.field_name is not None, "validators of fields have one"
+        kind = plain_type(cls.model_fields[info.field_name].annotation)
+        if kind in (int, float) and isinstance(value, (bool, str)):
+            raise ValueError("expected a number")
+        if get_origin(kind) is tuple and not isinstance(value, (list, tuple)):
+            raise ValueError("expected a list")
+        return value
+
+
+def plain_type(annotation: Any) -> Any:
+    """A field's type without None and without bounds."""
+    if get_origin(annotation) is Annotated:
+        return plain_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return plain_type(next(part for part in get_args(annotation) if part is not type(None)))
+    return annotation
 
 
 class FinetuneConfig(Options):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic_core import PydanticUndefined
@@ -13,29 +14,34 @@ from exporter.report.sources import Sources
 from exporter.report.values import dig
 from exporter.terminal.options import flag_of
 from moee.config import FinetuneConfig, Options
+from moee.errors import UserError
+from moee.methods.recipe import read_recipe_json
 from moee.methods.registry import METHODS
+from moee.natural_order import in_order
 
 ALIASES = ("dinov2-s", "vit-scratch")  # models that bring their weights and arguments (exporter/pretrained.py)
 
 
 def commands(sources: Sources) -> list[str]:
     """Shell lines in the order of the pipeline, for what was found. Flags that hold their default are left out."""
-    lines = []
+    lines, source = [], "extracted"
     model = sources.body("moee.model")
+    own = _function_words(model)
     if model and isinstance(model.get("model"), dict):
-        lines.append(_extract(model))
-        tuned = dig(model, "info", "stages", "tuned", "config")
-        if isinstance(tuned, dict):
-            other = ["--data", str(model["data"])] if model.get("data") and str(model["data"]) != _extracted_on(model) else []
-            lines.append(_line("moee", "finetune", "extracted", *other, *_flags(tuned, FinetuneConfig), "--out", "tuned"))
-    source = "tuned" if len(lines) > 1 else "extracted"
+        lines += _extract(model)
+        source = "extracted"
+        for number, (data, tuned) in enumerate(_tunings(model), 1):
+            other = ["--data", data] if data and data != _extracted_on(model) else []
+            out = "tuned" if number == 1 else f"tuned{number}"
+            lines.append(_line("moee", "finetune", source, *own, *other, *_flags(tuned, FinetuneConfig), "--out", out))
+            source = out
     export = sources.body("moee.export")
     if export:
         precision = export.get("precision")
         typed = ["--precision", precision] if isinstance(precision, str) and precision != "fp32" else []
         if isinstance(images := dig(export, "quantization", "moee", "images"), int):
             typed += ["--calibration-images", str(images)]
-        lines.append(_line("moee", "export", source, *typed, "--out", "export"))
+        lines.append(_line("moee", "export", source, *own, *typed, "--out", "export"))
     if sources.body("moee.parity"):
         lines.append("moee verify export --out verify")
     latency = sources.body("moee.latency")
@@ -61,7 +67,24 @@ def _extracted_on(body: dict[str, Any]) -> str:
     return str(dig(body, "info", "stages", "extracted", "data") or body.get("data", "DATA"))
 
 
-def _extract(body: dict[str, Any]) -> str:
+def _function_words(body: dict[str, Any] | None) -> list[str]:
+    """The flag with which later commands may import the function that a model comes from."""
+    spec = body.get("model") if body else None
+    named = spec.get("name") if isinstance(spec, dict) and spec.get("library") == "python" else None
+    return ["--model", str(named)] if named else []
+
+
+def _tunings(body: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Data and options of every tuning, the first one first."""
+    last = dig(body, "info", "stages", "tuned")
+    if not isinstance(last, dict):
+        return []
+    stages = [*(last["before"] if isinstance(last.get("before"), list) else []), {"data": body.get("data"), **last}]
+    return [(str(s.get("data") or ""), s["config"]) for s in stages if isinstance(s, dict) and isinstance(s.get("config"), dict)]
+
+
+def _extract(body: dict[str, Any]) -> list[str]:
+    """The extraction, behind what writes the files that it needs."""
     spec = body["model"]
     alias = spec.get("name") in ALIASES
     words = ["moee", "extract", _name(spec), "--data", _extracted_on(body)]
@@ -72,7 +95,32 @@ def _extract(body: dict[str, Any]) -> str:
     elif isinstance(spec.get("random_seed"), int):
         words += ["--random-weights", spec["random_seed"]]
     words += _image_size(spec) if spec.get("name") == ALIASES[0] else [] if alias else _model_arguments(spec)
-    return _line(*words, *_recipe_words(body.get("recipe")), "--out", "extracted")
+    lines, names = [], body.get("classes")
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names) and tuple(names) != in_order(names):
+        lines.append(_file("classes.txt", "\n".join(names) + "\n"))
+        words += ["--class-map", "classes.txt"]
+    recipe = body.get("recipe")
+    text = _recipe_text(recipe)
+    if text:
+        lines.append(_file("recipe.toml", text))
+    how = ["--recipe", "recipe.toml"] if text else _recipe_words(recipe)
+    return [*lines, _line(*words, *how, "--out", "extracted")]
+
+
+def _file(name: str, text: str) -> str:
+    return f"printf %s {shlex.quote(text)} > {name}"
+
+
+def _recipe_text(recipe: Any) -> str:
+    """The recipe as a file where flags cannot say it, since its steps have different values of one option; else nothing."""
+    steps = [step for step in recipe.get("steps", []) if isinstance(step, dict)] if isinstance(recipe, dict) else []
+    shared = {name for step in steps for name in step if name != "method"}
+    if all(len({repr(step[name]) for step in steps if name in step}) < 2 for name in shared):
+        return ""
+    try:
+        return replace(read_recipe_json(recipe, "moee.json"), tune=None).to_toml()
+    except UserError:
+        return ""
 
 
 def _recipe_words(recipe: Any) -> list[Any]:

@@ -6,14 +6,13 @@ argparse parses them, as the rest of the command line; docs/architecture.md says
 from __future__ import annotations
 
 import argparse
-import types
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from moee.config import Options
+from moee.config import Options, plain_type
 from moee.schema import shown
 
 SAID = "(default"  # in a description that says the default itself
@@ -44,13 +43,13 @@ def given_options(args: argparse.Namespace, kinds: Iterable[type[Options]]) -> d
 
 
 def _add(parser: Any, name: str, field: FieldInfo, default: Any, hidden: bool) -> None:
-    kind = _plain(field.annotation)
+    kind = plain_type(field.annotation)
     text = argparse.SUPPRESS if hidden else help_of(field, default).replace("%", "%%")
     if kind is bool:
         parser.add_argument(flag_of(name), action=argparse.BooleanOptionalAction if field.default else "store_true", default=None,
                             help=text)  # fmt: skip
     elif get_origin(kind) is Literal:
-        choices = _Known(str(choice) for choice in get_args(kind))
+        choices = Known(str(choice) for choice in get_args(kind))
         parser.add_argument(flag_of(name), choices=choices, metavar=f"{{{','.join(choices)}}}", help=text)
     elif get_origin(kind) is tuple:
         parser.add_argument(flag_of(name), action="append", metavar="NAME", help=text)
@@ -72,20 +71,11 @@ def help_of(field: FieldInfo, default: Any = None) -> str:
     return f"{said} (default: {'yes' if value is True else f'{value:g}' if isinstance(value, float) else value})"
 
 
-class _Known(list[str]):
-    """Choices for help and completion. Whether one is taken is for the method's model to say: methods differ in some."""
+class Known(list[str]):
+    """Choices for help and completion; whether one is taken is said by who knows why not."""
 
     def __contains__(self, item: object) -> bool:
         return True
-
-
-def _plain(annotation: Any) -> Any:
-    """A field's type without None and without bounds."""
-    if get_origin(annotation) is Annotated:
-        return _plain(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return _plain(next(part for part in get_args(annotation) if part is not type(None)))
-    return annotation
 
 
 def _number(kind: Callable[[str], Any], what: str) -> Callable[[str], Any]:

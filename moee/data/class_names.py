@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from moee.natural_order import natural_key
+
 MAX_CLASSES = 1 << 15  # the largest ImageNet has 21,843
 MAX_NAME = 255  # characters of a name, as of a file's
 SYNSET = re.compile(r"n\d{8}")  # of WordNet, as ImageNet's folders are called
@@ -115,17 +117,6 @@ class Labels:
 
 def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names in natural order."""
-    return tuple(sorted(names, key=natural_key))
-
-
-def natural_key(text: str) -> tuple[list[int | str], str]:
-    """A sort key that counts: "2" before "10", upper and lower case alike, as timm's reader sorts; equal ones by their bytes."""
-    parts = re.split(r"(\d+)", text.lower())
-    return [int(part) if number % 2 else part for number, part in enumerate(parts)], text
 
 
 def class_name(raw: str) -> str:

@@ -79,7 +79,7 @@ def _check(spec: ModelSpec) -> None:
 def _function(name: str) -> Callable[..., Any]:
     """What stands under `package.module:function`. Raises `UserError` that says which part was not found, or failed."""
     where, _, path = name.partition(":")
-    with _current_folder():
+    with torch.device("cpu"), _current_folder():  # what the module makes when it is imported lasts
         try:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:

@@ -22,7 +22,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,10 @@ def make_recipe(method: str | None = None, preset: str | None = None, values: Ma
         elif chosen is not static:
             raise OptionError(f"--clustering is not for method {chosen.name}; leave it out", "clustering")
     steps, known = [], chosen.options.model_fields
+    shared = {name for other in cutting("mlps") for name in other.options.model_fields}
     for beside in cutting("attention"):
         own = {name: value for name, value in given.items() if name in beside.options.model_fields}
-        if own.keys() - known:  # asked for by name
+        if own.keys() - shared:  # asked for by a name of its own
             steps.append(options_for(beside, own))
             given = {name: value for name, value in given.items() if name not in own or name in known}
     steps.append(options_for(chosen, {**start, **given}))
@@ -168,7 +169,7 @@ def read_recipe(path: Path | str) -> Recipe:
             raise UserError(f"{path} is no ordinary file; name a recipe's file")
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB, which no recipe is")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         body = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; name a recipe's file") from error
@@ -194,6 +195,14 @@ def read_recipe(path: Path | str) -> Recipe:
         raise UserError(f"{path}: {_spoken(error)}") from error
 
 
+def tuning_of(path: Path | str) -> FinetuneConfig:
+    """The tuning in a recipe's file. Raises `UserError` where it has none."""
+    found = read_recipe(path).tune
+    if found is None:
+        raise UserError(f"{path} has no [tune], so it does not say how to tune; add one, or leave --recipe out")
+    return found
+
+
 def _recipe(steps: list[dict[str, Any]], tune: Any) -> Recipe:
     made: list[Options] = []
     for at, step in enumerate(steps):
@@ -209,7 +218,21 @@ def _recipe(steps: list[dict[str, Any]], tune: Any) -> Recipe:
             raise StepError(at, str(error), error.option) from error
         except UserError as error:
             raise StepError(at, str(error), "method") from error
-    return Recipe(tuple(made), None if tune is None else validated(FinetuneConfig, tune))
+    if tune is not None and not isinstance(tune, dict):
+        raise OptionError(f"--tune is {shown(tune)}; expected the options of the tuning", "tune")
+    whole = Recipe(tuple(made), _tuning(tune))
+    return replace(whole, steps=tuple(step for step in made if method_of(step).changes(step)))
+
+
+def _tuning(values: dict[str, Any] | None) -> FinetuneConfig | None:
+    if values is None:
+        return None
+    for name in values:
+        if name not in FinetuneConfig.model_fields:
+            known = ", ".join(FinetuneConfig.model_fields)
+            raise OptionError(f"--{shown(name, quoted=False)} is no option of the tuning; expected some of {known}", name)
+    made: FinetuneConfig = validated(FinetuneConfig, values)
+    return made
 
 
 def _spoken(error: UserError) -> str:

@@ -52,6 +52,8 @@ def options_for(method: Method[Any], values: dict[str, Any]) -> Options:
     says whose it is."""
     known = method.options.model_fields
     for name in values:
+        if name not in known and name.replace("-", "_") in known:
+            raise OptionError(f"{shown(name)} is written {name.replace('-', '_')}; change it", name)
         if name not in known:
             owners = [other.name for other in METHODS if name in other.options.model_fields]
             flag = f"--{shown(name, quoted=False).replace('_', '-')}"

@@ -15,7 +15,6 @@ from typing import Any
 from moee.errors import UserError
 from moee.measure.accuracy import Comparison
 from moee.methods.recipe import Recipe, read_recipe_json
-from moee.methods.registry import method_of
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec
 from moee.places.inputs import source_paths
@@ -83,8 +82,6 @@ def _planned(
     compare_identity(stored, STORE_SCHEMA, told, what, cure)  # before trials, and before all images are read
     for way in ways(methods, allocations, attention):  # said before a resumed plan is bound to the options
         recipe = recipe_of(way, base or {})
-        for step in recipe.first:
-            method_of(step).check(session.dense, session.transform.shape, step)
         session.prove(recipe)
     fresh = not store.place.exists()
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}

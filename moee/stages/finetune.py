@@ -87,6 +87,9 @@ def tune(
         "best_epoch": result.best_epoch, "losses": losses,
     }  # fmt: skip
     stages = moee.info["stages"]
+    if isinstance(former := stages.get("tuned"), dict):  # an artifact that was tuned before is tuned again
+        first = {key: former[key] for key in ("data", "config") if key in former}
+        tuned["before"] = [*former.get("before", []), first]
     if moee.recipe is not None:
         moee.recipe = replace(moee.recipe, tune=config)
     if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on

@@ -129,6 +129,8 @@ class Session:
         with self.group.agreed():
             if not self.group.leader:
                 return
+            for step in recipe.steps:
+                method_of(step).check(self.dense, self.transform.shape, step)
             if mlps not in self._proved:
                 found = find_ffns(self.dense, exclude, self.transform.shape, method.gated)
                 self._count_costs(found.ffns, recipe)

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 from exporter.cli import main
-from moee.data.class_names import natural_key
 from moee.data.sources import load_data
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.measure.evaluation import run
+from moee.natural_order import natural_key
 
 ROOT = Path(__file__).resolve().parents[2]
 STOP_S = 30  # a killed rank: the others are gone after this, torchrun included; docs/scale.md states 10 without its start-up

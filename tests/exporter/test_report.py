@@ -12,7 +12,8 @@ from exporter import cli
 from exporter.report import collect, render, write_report
 from exporter.report.commands import commands
 from exporter.report.page import MAX_BYTES
-from exporter.terminal.options import _plain, given_options
+from exporter.terminal.options import given_options
+from moee.config import plain_type
 from moee.errors import UserError
 from moee.methods.recipe import make_recipe
 from moee.methods.registry import METHODS
@@ -225,7 +226,7 @@ def test_every_setting_is_in_the_command(tmp_path, method):
     path = run / "tuned" / "moee.json"
     body = json.loads(path.read_text())
     for name, info in method.options.model_fields.items():
-        kind = _plain(info.annotation)
+        kind = plain_type(info.annotation)
         choices = [choice for choice in get_args(kind) if choice != info.default]
         value = ["a"] if get_origin(kind) is tuple else choices[0] if choices else (not info.default) if kind is bool else 7
         body["recipe"] = {"steps": [{"method": method.name, name: value}]}

@@ -3,7 +3,8 @@
 import pytest
 from timm.data import ImageNetInfo
 
-from moee.data.class_names import MAX_CLASSES, Labels, class_name, listed, natural_key, number_classes
+from moee.data.class_names import MAX_CLASSES, Labels, class_name, listed, number_classes
+from moee.natural_order import natural_key
 
 FULL = {"cat": 5, "dog": 5, "tulip": 5}
 

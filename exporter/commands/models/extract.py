@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from exporter.terminal.flags import (
     show_skipped,
     trial_of,
 )
-from exporter.terminal.options import add_options, flag_of, given_options
+from exporter.terminal.options import Known, add_options, flag_of, given_options
 from exporter.terminal.ui import attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
 from moee.bounds import JOBS
 from moee.errors import UserError
@@ -47,8 +48,9 @@ def add_parser(subparsers: Any, shown: str | None = None) -> None:
     how = sub.add_argument_group("what is done to the model")
     names = ",".join(method.name for method in cutting("mlps"))
     text = f"how MLPs are cut; its options are below, and --method NAME --help shows another one's (default: {METHODS[0].name})"
-    how.add_argument("--method", metavar=f"{{{names}}}", help=text)
-    how.add_argument("--preset", help="; ".join(f"{name}: options of {method.name}" for name, method in presets().items()))
+    how.add_argument("--method", choices=Known(names.split(",")), metavar=f"{{{names}}}", help=text)
+    named = "; ".join(f"{name}: options of {method.name}" for name, method in presets().items())
+    how.add_argument("--preset", choices=Known(presets()), metavar="NAME", help=named)
     alone = "takes no method and no options"
     how.add_argument("--plan", metavar="PLAN", help=f"the winner of this plan.json of moee plan; {alone}")
     how.add_argument("--recipe", metavar="FILE", help=f"the steps of this TOML file (docs/recipes.md); {alone}")
@@ -125,7 +127,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print(stage_table(moee.info, f"{spec.name} on {args.data}, {what}"))
     show_skipped(console, moee.info["data_read"])
     if recipe.tune is not None:
-        console.print(f"the recipe tunes it too: moee finetune {args.out} --recipe {args.recipe} --out DIR", highlight=False)
+        words = ["--model", args.model] if spec.library == "python" else []
+        command = shlex.join(["moee", "finetune", args.out, *words, "--recipe", args.recipe, "--out", "DIR"])
+        console.print(f"the recipe tunes it too: {command}", highlight=False, soft_wrap=True)
     console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB")
     return OK
 

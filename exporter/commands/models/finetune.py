@@ -12,7 +12,7 @@ from exporter.terminal.options import add_options, flag_of, given_options
 from exporter.terminal.ui import stage_table, title_of
 from moee.config import FinetuneConfig, validated
 from moee.errors import UserError
-from moee.methods.recipe import read_recipe
+from moee.methods.recipe import tuning_of
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import Output
@@ -49,10 +49,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.recipe is not None:
         if values:
             raise UserError(f"--recipe decides how it is tuned; leave {', '.join(map(flag_of, values))} out")
-        found = read_recipe(args.recipe).tune
-        if found is None:
-            raise UserError(f"{args.recipe} has no [tune], so it does not say how to tune; add one, or leave --recipe out")
-        config = found
+        config = tuning_of(args.recipe)
     with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         moee = run_finetune(
             args.path, config, args.out, args.data, args.force, report, None, group, args.workers, args.checkpoint, args.word,

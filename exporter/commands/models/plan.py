@@ -109,7 +109,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(line, soft_wrap=True)
     show_skipped(console, plan["data_read"])
     command = ["moee", "extract", args.model, "--data", args.data, *model_flags(args), "--plan", args.out, "--out", "DIR"]
-    console.print(f"written to {args.out}; to apply it: {shlex.join(command)}", soft_wrap=True, highlight=False)
+    apply = f"; to apply it: {shlex.join(command)}" if plan["winner"]["recipe"] else ""
+    console.print(f"written to {args.out}{apply}", soft_wrap=True, highlight=False)
     return OK
 
 

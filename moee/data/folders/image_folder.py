@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from moee.data.class_names import class_name, in_order, listed
+from moee.data.class_names import class_name, listed
 from moee.data.folders.doubles import count_images, take_apart, without_doubles
 from moee.data.folders.splits import LAYOUT, TYPES, find_splits
 from moee.data.folders.walk import Listing, Walk
@@ -18,6 +18,7 @@ from moee.data.image_set import Division, ImageSet, Source, divide
 from moee.data.source import DataSource
 from moee.data.transform import Transform, decoded, evaluation
 from moee.errors import UserError
+from moee.natural_order import in_order
 from moee.progress import Reporter, silent
 from moee.store.file_content import files_digest
 

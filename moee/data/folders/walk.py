@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moee.data.class_names import class_name, natural_key
+from moee.data.class_names import class_name
 from moee.data.folders.splits import is_image, leads_to_folder, skipped
+from moee.natural_order import natural_key
 from moee.progress import Reporter, silent
 
 STEP = 10_000  # files between two reports

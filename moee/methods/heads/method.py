@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,8 +21,8 @@ class HeadsOptions(Options):
     """How far the heads are narrowed, and what is seen for it."""
 
     seed: Seed = Field(0, description="seed of everything that is drawn")
-    attention_macs: float | None = Field(
-        None, gt=0, le=1,
+    attention_macs: float = Field(
+        gt=0, le=1,
         description="narrow the attention's heads to this share of its MACs; --target-macs counts what that saves "
         "(default: they stay)",
     )  # fmt: skip
@@ -31,11 +31,12 @@ class HeadsOptions(Options):
     )
     collages: Views = Field(0, description="collages a training image that calibration sees beside it")
 
-    @model_validator(mode="after")
-    def _met(self) -> HeadsOptions:
-        if self.attention_macs is None and self.attention_heads != "separate":
-            raise ValueError("--attention-heads says how --attention-macs is met; give that too")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _asked_for(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("attention_macs") is None:
+            raise ValueError("narrower heads need --attention-macs, the share of the attention's MACs that stays; give it")
+        return values
 
 
 class HeadsMethod(Method[HeadsOptions]):
@@ -44,13 +45,12 @@ class HeadsMethod(Method[HeadsOptions]):
     summary = "fewer dimensions in the attention's heads, beside any method that cuts MLPs"
 
     def changes(self, options: HeadsOptions) -> bool:
-        return options.attention_macs not in (None, 1)
+        return options.attention_macs != 1
 
     def check(self, model: nn.Module, shape: tuple[int, int, int], options: HeadsOptions) -> None:
         from moee.methods.heads.widths import check_share
 
-        if options.attention_macs is not None:
-            check_share(model, shape, options.attention_macs)
+        check_share(model, shape, options.attention_macs)
 
     def convert(self, model: nn.Module, options: HeadsOptions, context: Context) -> Sequence[LayerReport]:
         """What was measured of a model's widths serves every share: it is left in the context."""
@@ -61,7 +61,7 @@ class HeadsMethod(Method[HeadsOptions]):
         from moee.methods.heads.widths import check_share
 
         share = options.attention_macs
-        if share is None or share == 1:
+        if share == 1:
             return []
         equal, transform, device = options.attention_heads == "equal", model_transform(model), context.group.device
         seen = widened(context.data, transform, 0, options.collages, options.seed)

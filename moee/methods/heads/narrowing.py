@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
 from moee.interface.adapted import run_model
+from moee.interface.watch import watched
 from moee.methods.heads.fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
 from moee.methods.heads.widths import check_reach, choose_widths, full_widths, moves
 from moee.mlps.attention import NarrowAttention, Widths, find_attentions, input_shapes
@@ -161,7 +162,7 @@ def _losses(
 ) -> dict[tuple[str, Widths], float]:
     """Loss of the model's output on `probes`, one layer at a time narrowed to each of its `moves` by the moments of `images`."""
     moments = {name: HeadMoments(attention, _prefix(model)) for name, attention in attentions.items()}
-    with _watched(model, attentions, lambda name, x: moments[name].add(x)):
+    with watched(model, attentions, lambda name, x: moments[name].add(x)):
         parts = images.split(BATCH)
         for part in track(parts, "attention", len(parts), report):
             model(part)
@@ -169,7 +170,7 @@ def _losses(
         _require_finite(name, found)
     inputs: dict[str, Tensor] = {}
     first = {name.rpartition(".")[0]: name for name in attentions}  # the block of each attention
-    with _watched(model, first, lambda block, x: inputs.__setitem__(first[block], x)):
+    with watched(model, first, lambda block, x: inputs.__setitem__(first[block], x)):
         reference = _outputs(model, probes)
     classifier = bool(getattr(model, "num_classes", 0))
     tried = [(name, widths) for name, a in attentions.items() for widths in moves(a.head_dim, equal)]
@@ -191,19 +192,6 @@ def _outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Outputs [B, C] and the last feature map [B, ..., D], where there is one."""
     output, features = run_model(model, images)
     return output, channels_last(features, model) if isinstance(features, Tensor) else None
-
-
-@contextmanager
-def _watched(model: nn.Module, names, see) -> Iterator[None]:
-    """Call `see` with each named module's name and input."""
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: see(name, args[0])) for name in names
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

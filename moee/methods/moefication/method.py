@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from moee.errors import OutOfReach
+from moee.errors import OutOfReach, UserError
 from moee.methods.base import Row, Shares, Variant
 from moee.methods.layerwise import LayerMethod
 from moee.methods.moefication.options import MoeficationOptions
@@ -42,6 +42,16 @@ class MoeficationMethod(LayerMethod[MoeficationOptions]):
         from moee.methods.moefication.split import find_moefication
 
         return find_moefication(ffn, sampled, options, device)
+
+    def check(self, model: nn.Module, shape: tuple[int, int, int], options: MoeficationOptions) -> None:
+        from moee.mlps.find import find_ffns
+
+        for ffn in find_ffns(model, options.exclude, shape).ffns:
+            if options.experts > ffn.hidden:
+                raise UserError(
+                    f"--experts {options.experts} is more than the {ffn.hidden} neurons of `{ffn.name}`; give fewer, or leave it "
+                    "dense with --exclude"
+                )
 
     def within(
         self, options: MoeficationOptions, target: float, model: nn.Module, shape: tuple[int, int, int]
