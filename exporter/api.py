@@ -58,7 +58,9 @@ def export(
     refuse_calibration(precision, calibration is not None or calibration_images is not None)
     count = whole("calibration_images", CALIBRATION_IMAGES if calibration_images is None else calibration_images, CALIBRATION)
     images = held_out_images(model, calibration, report) if calibration is not None else None
-    onnx_export.export(model, out, force, report, source, precision, images, count)
+    onnx_export.export(
+        model, out, force=force, report=report, source=source, precision=precision, calibration=images, calibration_images=count
+    )
     return Path(out)
 
 
@@ -117,7 +119,8 @@ def bench(
         raise UserError("images given in Python need the model that the export was made from: bench(..., model=MODEL)")
     images = next(batches(held_out, batch)).images.numpy()
     return time_export(
-        export_dir, batch, runs, threads, images, report, duration_s=duration_s, provider=provider, engine=engine,
+        export_dir, batch, runs=runs, threads=threads, images=images, report=report, duration_s=duration_s, provider=provider,
+        engine=engine,
         named=held_out.name, **options,
     )  # fmt: skip
 
@@ -159,7 +162,9 @@ def bundle(
         probe = model.probe
         model = model.spec.module or (model.spec.name if model.spec.library == "python" else None)
     sms, batch = known_sms([sm]), _profile(batch)
-    return write_deployment(export_dir, out, sms[0], partial(ensure_kernels, sms, report), batch, force, model, probe)
+    return write_deployment(
+        export_dir, out, sms[0], partial(ensure_kernels, sms, report), batch, force=force, word=model, probe=probe
+    )
 
 
 def _profile(batch: Sequence[int]) -> tuple[int, int, int]:

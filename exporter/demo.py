@@ -53,7 +53,7 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path | str, force: bool = False, report: Reporter = silent, model: str = MODEL, data: str = DATA,
+    out: Path | str, *, force: bool = False, report: Reporter = silent, model: str = MODEL, data: str = DATA,
     epochs: int = EPOCHS, tokens: int | None = None, device: str = "auto",
 ) -> DemoResult:  # fmt: skip
     """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}`, the
@@ -73,11 +73,14 @@ def run_demo(
     session = Session(resolve(model, data, report=report), data, report=report, group=group)
     values = {"keep": KEEP, "tokens": tokens, "cluster_tokens": CLUSTER_TOKENS, "refit_tokens": REFIT_TOKENS}
     extracted, tuned, exported = out / "extracted", out / "tuned", out / "export"
-    run_extract(session.spec, data, make_recipe(values=values), extracted, True, report, session)
+    run_extract(session.spec, data, make_recipe(values=values), extracted, force=True, report=report, session=session)
     place.folder("tuned.resume").remove()
-    run_finetune(extracted, FinetuneConfig(epochs=epochs, lr=LEARNING_RATE), tuned, None, True, report, session)
+    run_finetune(
+        extracted, FinetuneConfig(epochs=epochs, lr=LEARNING_RATE), tuned, source=None, force=True, report=report,
+        session=session,
+    )  # fmt: skip
     moee = checkpoint.load(tuned)
-    export(moee, exported, True, report, source=tuned)
+    export(moee, exported, force=True, report=report, source=tuned)
     parity = check_parity(exported, moee, session.held_out, report=report)
     images = next(batches(session.held_out, BATCH)).images.numpy()
     latency = bench(exported, BATCH, images=images, report=report)

@@ -125,11 +125,14 @@ def extract(
     prepared = None if given is None else read_preparation(data if val is None else val)
     if spec.library == "module" and input is None and prepared is not None:
         spec = spec.model_copy(update={"input": prepared})
-    session = Session(spec, source, steps.seed, report, group, workers, named, given=given)
+    session = Session(spec, source, seed=steps.seed, report=report, group=group, workers=workers, classes=named, given=given)
     _say_guesses(session)
     if given is not None:
         _say_preparation(prepared, session)
-    return run_extract(spec, session.source, steps, out, force, report, session, jobs, group, workers, named)
+    return run_extract(
+        spec, session.source, steps, out, force=force, report=report, session=session, jobs=jobs, group=group, workers=workers,
+        classes=named,
+    )  # fmt: skip
 
 
 def _say_guesses(session: Session) -> None:
@@ -186,10 +189,13 @@ def finetune(
         check_all([OutputFolder(out, MODEL, force, inputs), state])
     seed = model.seed
     with alone_on(state.place) if out is not None else nullcontext():
-        session = Session(model.dense_spec, source, seed, report, alone(device), workers, model.classes, given=given)
+        session = Session(
+            model.dense_spec, source, seed=seed, report=report, group=alone(device), workers=workers, classes=model.classes,
+            given=given,
+        )  # fmt: skip
         tuned = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))
         with nullcontext(state.place) if out is not None else temporary_folder() as place:
-            tune(tuned, session, config, Path(place), out, force, inputs)
+            tune(tuned, session, config, Path(place), out, force=force, inputs=inputs)
         if out is not None:
             state.remove()
     return tuned
@@ -210,7 +216,7 @@ def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", rep
     logits = reference.features if model.probe is None else model.probe.logits(reference.features)
     told = classes_told(dense, model.probe)
     drawn = head_drawn(model.spec, model.probe)
-    compared = comparison(reference.labels, held_out.num_classes, told, held_out.name, logits, drawn)
+    compared = comparison(reference.labels, held_out.num_classes, told, held_out.name, logits=logits, drawn=drawn)
     return retention(reference, outputs, model.probe, told, compared)
 
 

@@ -213,3 +213,31 @@ def test_nobody_asks_what_class_options_or_layers_are_outside_of_their_own_room(
                     if named & set(asked) and not any(where.startswith(home) for home in at_home):
                         wrong.append(f"{where}:{node.lineno} {ast.unparse(node)}")
     assert not wrong, "\n".join(wrong)
+
+
+MOST_POSITIONAL = 5
+
+
+def test_no_function_takes_many_arguments_by_position():
+    """What is behind the fifth is named where it is given."""
+    wrong = []
+    for package in ("moee", "exporter", "plugins"):
+        for path in (ROOT / package).rglob("*.py"):
+            if "kernels" not in path.parts:
+                wrong += [f"{module_of(path)}.{name}" for name in _many_positional(ast.parse(path.read_text()))]
+    assert not wrong, wrong
+
+
+def _many_positional(tree):
+    for node in ast.walk(tree):
+        inner = node.body if isinstance(node, (ast.ClassDef, ast.Module)) else []
+        for function in inner:
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+            names = names[1:] if names[:1] in (["self"], ["cls"]) else names
+            public = not function.name.startswith("_") or function.name == "__init__"
+            marks = " ".join(ast.unparse(mark) for mark in function.decorator_list)
+            decided = any(word in marks for word in ("custom_op", "jit", "register"))
+            if public and not decided and len(names) > MOST_POSITIONAL:
+                yield function.name

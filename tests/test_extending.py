@@ -70,7 +70,7 @@ def norms(monkeypatch):
 @pytest.fixture
 def session(monkeypatch):
     splits = tiny_images(24, classes=10), tiny_images(24, classes=10)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: splits)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: splits)
     monkeypatch.setattr("moee.data.sources.load_splits", lambda *args, **kwargs: splits)
     monkeypatch.setattr("moee.data.sources.load_data", lambda *args, **kwargs: splits[1])
     return Session(tiny_spec(), "digits")
@@ -102,7 +102,7 @@ def test_from_a_recipe_to_an_export_and_a_report(norms, session, tmp_path, capsy
 
 
 def test_a_plan_and_an_ablation_try_it(norms, session, tmp_path):
-    plan = make_plan(session, Budget(target_macs=0.7), tmp_path / "plan", ("norms", "static"), base={"tokens": 400})
+    plan = make_plan(session, Budget(target_macs=0.7), tmp_path / "plan", methods=("norms", "static"), base={"tokens": 400})
     point = next(p for p in plan["points"] if p["method"] == "norms")
     assert point["macs"] == pytest.approx(0.7, abs=0.01) and point["recipe"]["steps"][0]["method"] == "norms"
     from moee.ablation.grid import TABLES, cells_of, make_ablation_config

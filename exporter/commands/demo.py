@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.demo import run_demo
 
     with ProgressDisplay() as report:
-        result = run_demo(args.out, args.force, report, epochs=args.epochs, device=args.torch_device)
+        result = run_demo(args.out, force=args.force, report=report, epochs=args.epochs, device=args.torch_device)
     console.print(stage_table(result.moee.info, f"{result.summary['model']} on {result.summary['dataset']}"))
     console.print(latency_table(result.latency))
     parity = result.parity

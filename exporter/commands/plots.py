@@ -39,6 +39,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         moee = open_artifact(args)
         calibration, held_out = moee.record.splits(args.data, report)
         say_read(train=calibration, val=held_out)
-        names = write_plots(moee, calibration, held_out, args.out, args.images, args.force, report, args.path)
+        names = write_plots(
+            moee, calibration, held_out, args.out, images=args.images, force=args.force, report=report, source=args.path
+        )
     console.print(f"written to {args.out}: {', '.join(names)}", highlight=False)
     return OK

@@ -28,7 +28,7 @@ class ClearForm(LayerForm[ClearFFN]):
         inside = ((routes >= 0) & (routes < layer.num_experts)).nonzero()[:, 0]
         if len(inside):
             y[inside] = apply_ffn(
-                tokens[inside], routes[inside], parts.up, parts.down, lambda h: activate(h, layer.activation), Loop()
+                tokens[inside], routes[inside], parts.up, parts.down, lambda h: activate(h, layer.activation), via=Loop()
             )
         return y
 

@@ -50,7 +50,7 @@ CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/m
 
 
 def export(
-    moee: MoeeModel, path: Path | str, force: bool = False, report: Reporter = silent, source: Path | str | None = None,
+    moee: MoeeModel, path: Path | str, *, force: bool = False, report: Reporter = silent, source: Path | str | None = None,
     precision: str = "fp32", calibration: ImageSet | None = None, calibration_images: int = CALIBRATION_IMAGES,
 ) -> None:  # fmt: skip
     """Write `dense.onnx`, `tensorrt.onnx`, `portable.onnx`, their weights and `export.json` into folder `path`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ def image_pool(data: ImageSet, count: int) -> tuple[Tensor, int]:
 
 @torch.inference_mode()
 def output_errors(
-    runner: Runner, yard: Yardsticks, pool: Tensor, sizes: Sequence[int], rtol: float | None = None, atol: float | None = None,
+    runner: Runner, yard: Yardsticks, pool: Tensor, sizes: Sequence[int], rtol: float | None = None, *, atol: float | None = None,
     report: Reporter = silent, message: str = "parity",
 ) -> list[BatchError]:  # fmt: skip
     """Errors of a runner's first output at each batch size."""
@@ -68,7 +69,8 @@ def output_errors(
     report(message, len(sizes), len(sizes))
     widest = max(own for *_, own in runs)
     return [
-        batch_error(size, got, reference, own, widest, yard.dtype, rtol, atol, yard.safety) for size, got, reference, own in runs
+        batch_error(size, got, reference, own, widest, dtype=yard.dtype, rtol=rtol, atol=atol, safety=yard.safety) for size,
+        got, reference, own in runs
     ]
 
 
@@ -98,7 +100,7 @@ def check_parity(
     with ExitStack() as stack:
         plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(graph_runner(plain, threads, provider))
-        errors = output_errors(runner, yard, pool, sizes, rtol, atol, report)
+        errors = output_errors(runner, yard, pool, sizes, rtol, atol=atol, report=report)
         agreement, images, notes = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1], group)
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
@@ -143,14 +145,16 @@ def _layers(
     with tapped_graph(folder / PORTABLE, names, widened) as path, graph_runner(path, threads, provider) as runner:
         got = taps_of(runner.run(x.numpy()), names)
     reference, by_torch = _hooked_run(yard.exact, names, x), _hooked_run(yard.own, names, x)
-    where = (threads, provider, widened)
-    probes = probe_layers(folder / PORTABLE, exact, reference, yard.exact.dtype, *where)
+    run_by: dict[str, Any] = {"threads": threads, "provider": provider, "widened": widened}
+    probes = probe_layers(folder / PORTABLE, exact, reference, yard.exact.dtype, **run_by)
 
     standard = standard_layers(folder, exact)
 
     def judge(name: str, held_against: dict[str, Tap]) -> LayerParity:
-        taps = (got[name], probes[name].tap, held_against[name], by_torch[name])
-        return layer_parity(name, exact[name], own[name], *taps, plain=name in standard)
+        reference, torch_tap, plain = held_against[name], by_torch[name], name in standard
+        return layer_parity(
+            name, exact[name], own[name], got[name], probes[name].tap, reference=reference, by_torch=torch_tap, plain=plain
+        )
 
     judged = []
     for done, name in enumerate(names):
@@ -158,7 +162,7 @@ def _layers(
             raise UserError(f"{PORTABLE}: {name} gets {tuple(got[name].tokens.shape)} tokens, the model's layer another number")
         judged.append(judge(name, reference))
         report("layers", done + 1, len(names))
-    problems = check_form(folder, standard, own, reference, yard.exact.dtype, *where)
+    problems = check_form(folder, standard, own, reference, yard.exact.dtype, **run_by)
     if yard.dtype == torch.float32 and any(layer.flips for layer in judged):
         with dictated(yard.exact, [got[name].route for name in names]):
             followed = _hooked_run(yard.exact, names, x)
@@ -182,7 +186,7 @@ def _without_ties(
             if not error.passed:
                 x = pool[: error.batch].contiguous()
                 taps, got = taps_of(tapped.run(x.numpy()), names), plain.run(x.numpy())[0]
-                error = excuse_ties(error, got, yard.exact(x).numpy(), yard.exact, x, taps)
+                error = excuse_ties(error, got, yard.exact(x).numpy(), yard.exact, x, taps=taps)
             excused.append(error)
     return excused
 

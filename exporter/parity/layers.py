@@ -117,7 +117,7 @@ def wrong_routes(layer: RoutedLayer, tokens: Tensor, chosen: Tensor) -> Tensor:
 
 
 def layer_parity(
-    name: str, exact: RoutedLayer, own: RoutedLayer, got: Tap, probe: Tap, reference: Tap, by_torch: Tap, plain: bool = False
+    name: str, exact: RoutedLayer, own: RoutedLayer, got: Tap, probe: Tap, *, reference: Tap, by_torch: Tap, plain: bool = False
 ) -> LayerParity:
     """Judge one layer. `exact` is the layer in float64, `own` in the type that the runtime computes in; `got` and `probe` come
     from the runtime, `reference` from the float64 run of the model, `by_torch` from torch in the runtime's type. `plain`: the

@@ -59,7 +59,7 @@ class BatchError:
 
 def tolerance(
     own_error: float, rms: float, dtype: torch.dtype, rtol: float | None = None, atol: float | None = None,
-    safety: float = SAFETY,
+    *, safety: float = SAFETY,
 ) -> float:  # fmt: skip
     """Largest absolute error allowed where torch itself, computing in `dtype`, is off by `own_error`; `rms` is the output's.
 
@@ -72,13 +72,13 @@ def tolerance(
 
 
 def batch_error(
-    batch: int, got: np.ndarray, reference: np.ndarray, torch_error: float, widest: float, dtype: torch.dtype,
+    batch: int, got: np.ndarray, reference: np.ndarray, torch_error: float, widest: float, *, dtype: torch.dtype,
     rtol: float | None = None, atol: float | None = None, safety: float = SAFETY,
 ) -> BatchError:  # fmt: skip
     """Compare one batch. `torch_error` is torch's largest error on it, `widest` that over all batches: a batch of one image is
     too small a sample."""
     stats = error_stats(got, reference)
-    allowed = tolerance(max(widest, torch_error), stats.rms, dtype, rtol, atol, safety)
+    allowed = tolerance(max(widest, torch_error), stats.rms, dtype, rtol, atol, safety=safety)
     return BatchError(
         batch, stats.max_abs_error, stats.mean_abs_error, stats.rms, stats.p99_abs_error, stats.max_rel_error,
         stats.mean_rel_error, stats.p99_rel_error, torch_error, allowed, stats.count,

@@ -41,7 +41,7 @@ def probe_routes(layer: RoutedLayer, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def probe_layers(
     graph: Path, layers: Mapping[str, RoutedLayer], reference: dict[str, Tap], dtype: torch.dtype, threads: int | None,
-    provider: str, widened: bool,
+    *, provider: str, widened: bool,
 ) -> dict[str, Probe]:  # fmt: skip
     """Run the named layers of `graph` on tokens of the float64 run `reference`, rounded to the graph's type `dtype`."""
     precision = {v: k for k, v in PRECISIONS.items()}[dtype]
@@ -70,14 +70,15 @@ def standard_layers(folder: Path, layers: Mapping[str, RoutedLayer]) -> dict[str
 
 def check_form(
     folder: Path, standard: dict[str, RoutedLayer], own: dict[str, RoutedLayer], reference: dict[str, Tap], dtype: torch.dtype,
-    threads: int | None, provider: str, widened: bool,
+    *, threads: int | None, provider: str, widened: bool,
 ) -> list[WeightProblem]:  # fmt: skip
     """Run what `tensorrt.onnx` holds in the place of each of the `standard` layers, which are in float64: equal weights alone do
     not show that it computes the layer. Empty if all do. `own` as in `layer_parity`."""
     if not standard:
         return []
     problems = []
-    for name, probe in probe_layers(folder / TENSORRT, standard, reference, dtype, threads, provider, widened).items():
+    probes = probe_layers(folder / TENSORRT, standard, reference, dtype, threads, provider=provider, widened=widened)
+    for name, probe in probes.items():
         stats, allowed = alone(standard[name], own[name], probe.tap)
         if not stats.count or not within(stats.max_abs_error, allowed):
             message = f"{TENSORRT}: the layer alone is off by {stats.max_abs_error:.2e} of {allowed:.2e} allowed"

@@ -77,7 +77,7 @@ def only_ties(judged: Sequence[LayerParity]) -> bool:
 
 
 def excuse_ties(
-    error: BatchError, got: np.ndarray, reference: np.ndarray, exact: nn.Module, x: Tensor, taps: dict[str, Tap]
+    error: BatchError, got: np.ndarray, reference: np.ndarray, exact: nn.Module, x: Tensor, *, taps: dict[str, Tap]
 ) -> BatchError:
     """The errors of a batch; images that are off are held against the float64 run with the runtime's routes, if that is nearer.
 

@@ -19,7 +19,7 @@ FEW_EXPERTS = 8
 
 
 def by_expert(
-    tape: Tape, tokens: ir.Value, routes: ir.Value, experts: int, body: Callable[[int, ir.Value], ir.Value], top_k: int = 1,
+    tape: Tape, tokens: ir.Value, routes: ir.Value, experts: int, body: Callable[[int, ir.Value], ir.Value], *, top_k: int = 1,
     name: str = "",
 ) -> ir.Value:  # fmt: skip
     """Results [T * top_k, D'] in slot order of `body(expert, tokens [n, D])` on tokens [T, D] by routes [T * top_k]."""

@@ -142,7 +142,7 @@ def _grouped(tape: Tape, layer: _Layer, tokens: ir.Value, routes: ir.Value, dim:
         hidden = activation(tape, tape.op("Gemm", [group, up, b_up], transB=1)[0], layer.activation, layer.dtype)
         return tape.op("Gemm", [hidden, down, b_out])[0]
 
-    slots = by_expert(tape, tokens, routes, layer.experts, body, layer.top_k, name if layer.top_k == 1 else "slots")
+    slots = by_expert(tape, tokens, routes, layer.experts, body, top_k=layer.top_k, name=name if layer.top_k == 1 else "slots")
     if layer.top_k == 1:
         return slots
     shaped = tape.op("Reshape", [slots, tape.constant(np.array([-1, layer.top_k, dim], np.int64), "slot_shape")])[0]

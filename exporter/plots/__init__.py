@@ -24,7 +24,7 @@ __all__ = ["draw", "plot_data", "write_plots"]
 
 
 def write_plots(
-    moee: MoeeModel, calibration: ImageSet, held_out: ImageSet, out: Path | str, images: int = 256, force: bool = False,
+    moee: MoeeModel, calibration: ImageSet, held_out: ImageSet, out: Path | str, *, images: int = 256, force: bool = False,
     report: Reporter = silent, source: Path | str | None = None,
 ) -> list[str]:  # fmt: skip
     """Write `routing`, `similarity`, `curves` and `patches`, each as .json and .svg, into folder `out`; returns the file names.

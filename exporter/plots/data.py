@@ -126,7 +126,7 @@ def neuron_curves(dense: nn.Module, data: ImageSet, tokens: int = CURVE_TOKENS, 
     ffns = find_ffns(dense, gated=True).ffns
     layers = {}
     with temporary_folder() as folder:
-        sampled = collect_tokens(dense, ffns, data, folder, tokens, 0, report)
+        sampled = collect_tokens(dense, ffns, data, folder, tokens, seed=0, report=report)
         for ffn, layer in zip(ffns, sampled, strict=True):
             total, squares = torch.zeros(ffn.hidden).double(), torch.zeros(ffn.hidden).double()
             for part in torch.arange(layer.count).split(CHUNK):

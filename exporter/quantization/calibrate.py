@@ -79,7 +79,7 @@ def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
 @torch.inference_mode()
 def calibrate(
     model: nn.Module, data: ImageSet, dtype: torch.dtype, images: int = CALIBRATION_IMAGES, report: Reporter = silent,
-    min_sqnr_db: float = MIN_SQNR_DB,
+    *, min_sqnr_db: float = MIN_SQNR_DB,
 ) -> Quantization:  # fmt: skip
     """Calibrate float32 `model` on `images` images of `data`, drawn once. `dtype` is the type of the scales.
 

@@ -81,7 +81,7 @@ def write_deployment(
     sm: int,
     kernels: Callable[[], Path],
     batch: tuple[int, int, int] = (1, 8, 32),
-    force: bool = False,
+    *, force: bool = False,
     word: Word | None = None,
     probe: Probe | None = None,
 ) -> Path:

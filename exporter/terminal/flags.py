@@ -234,7 +234,7 @@ def session_of(args: argparse.Namespace, report: Reporter, console: Console, dev
     spec = model_of(args, report, console)
     trial = trial_of(args) if "no_trial_export" in args else None
     seed, classes = getattr(args, "seed", None) or 0, classes_of(args)
-    session = stage.Session(spec, args.data, seed, report, group, classes=classes, trial=trial)
+    session = stage.Session(spec, args.data, seed=seed, report=report, group=group, classes=classes, trial=trial)
     session.check_names(classes)
     return session
 

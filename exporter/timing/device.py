@@ -53,8 +53,8 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, 
     images = next(batches(session.held_out, batch)).images.numpy()
     with temporary_folder() as folder:
         target = folder / "export"
-        export(MoeeModel(model.eval(), session.spec, None, session.source), target, True)
-        result = bench(target, batch, CPU_RUNS, images=images)
+        export(MoeeModel(model.eval(), session.spec, None, session.source), target, force=True)
+        result = bench(target, batch, runs=CPU_RUNS, images=images)
     return {
         "kind": "measured on CPU", "device": CPU, "batch": batch, "dense_ms": result.dense_ms["p50"],
         "moee_ms": result.moee_ms["p50"], "speedup": result.speedup,

@@ -120,7 +120,7 @@ def measure_machine(size: int = 1536, megabytes: int = 256, runs: int = 7) -> Ma
 
 def synthetic_layer(
     dim: int = 384, hidden: int = 1536, experts: int = 4, rank: int = 160, residual: int = 8,
-    activation: str = "gelu", seed: int = 0,
+    *, activation: str = "gelu", seed: int = 0,
 ) -> ClearFFN:  # fmt: skip
     """A layer of random weights, for shapes alone."""
     g = torch.Generator().manual_seed(seed)
@@ -237,7 +237,7 @@ def bench_forms(layer: ClearFFN, x: Tensor, runs: int, threads: int, report: Rep
 
 def bench_dispatch(
     layer: ClearFFN, x: Tensor, backends: list[str] | None = None, runs: int = 30, threads: int | None = None,
-    report: Reporter = silent,
+    *, report: Reporter = silent,
 ) -> DispatchReport:  # fmt: skip
     """All stages of the named backends (default: all that are installed) and the graph forms, for tokens x [T, D].
 

@@ -52,7 +52,7 @@ class _Residual(nn.Module):
 
 
 def ffn_speeds(
-    moee: MoeeModel, data: ImageSet, tokens: int, runs: int = 40, threads: int | None = None, report: Reporter = silent
+    moee: MoeeModel, data: ImageSet, tokens: int, runs: int = 40, threads: int | None = None, *, report: Reporter = silent
 ) -> list[FFNSpeed]:
     """Time every layer of neurons (`RoutedFFN`, `GatedFFN`) and its dense MLP in turn on at most `tokens` tokens of `data`, a
     multiple of eight.

@@ -135,8 +135,8 @@ def _flood(call: Callable[[], Any], streams: int, seconds: float, clock: Callabl
 
 
 def bench(
-    export_dir: Path | str, batch: int = 8, runs: int = 40, threads: int | None = None, images: np.ndarray | None = None,
-    report: Reporter = silent, *, duration_s: float = 0.0, provider: str = "cpu", engine: Path | str | None = None,
+    export_dir: Path | str, batch: int = 8, *, runs: int = 40, threads: int | None = None, images: np.ndarray | None = None,
+    report: Reporter = silent, duration_s: float = 0.0, provider: str = "cpu", engine: Path | str | None = None,
     cuda_graph: bool = False, streams: int = 2, throughput_s: float = 0.0, profile: bool = False, named: str = "given",
     trust_engine: bool = False,
 ) -> LatencyResult:  # fmt: skip

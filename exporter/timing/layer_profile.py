@@ -44,7 +44,7 @@ class LayerProfile:
 
 
 def profile_layers(
-    dense: Path, moee: Path, layers: list[str], images: np.ndarray, threads: int, runs: int = RUNS
+    dense: Path, moee: Path, layers: list[str], images: np.ndarray, threads: int, *, runs: int = RUNS
 ) -> LayerProfile:
     """Profile both graphs on `images` [B, 3, H, W]. Profiling itself slows small nodes down: compare layers, not totals."""
     sides = [node_times(graph, images, threads, runs) for graph in (dense, moee)]

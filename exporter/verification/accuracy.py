@@ -76,7 +76,7 @@ def _among_five(logits: Tensor, labels: Tensor) -> Proportion:
 
 def compare_accuracy(
     dense: Tensor, moee: Tensor, labels: Tensor, max_drop_pp: float | None = None, unlabelled: int = 0,
-    probe: bool = False,
+    *, probe: bool = False,
 ) -> AccuracyResult:
     """Compare logits [N, C] of both models on images with `labels` [N] int64, beside which there are `unlabelled` images.
     `probe`: the logits are a probe's. Whether that says anything is `moee.measure.accuracy.comparison`'s to decide."""

@@ -20,7 +20,7 @@ from moee.progress import Reporter, silent
 
 
 def check_engine(
-    export_dir: Path, folder: Path, plugin: PluginCheck, moee: MoeeModel, data: ImageSet, precision: str, rtol: float | None,
+    export_dir: Path, folder: Path, plugin: PluginCheck, moee: MoeeModel, data: ImageSet, *, precision: str, rtol: float | None,
     atol: float | None, report: Reporter, trust: bool = False,
 ) -> EngineParity:  # fmt: skip
     """Run the MoEE engine at its own profile's batch sizes."""
@@ -31,14 +31,17 @@ def check_engine(
         return EngineParity(manifest["builder"], plugin, same)
     sizes = sorted({manifest["batch"][k] for k in ("min", "opt", "max")})
     with EngineRunner(folder, trust=trust) as runner:
-        errors = run_engine(runner, moee, data, precision, sizes, rtol, atol, report, read_quantization(export, "moee"))
+        errors = run_engine(
+            runner, moee, data, precision, sizes, rtol=rtol, atol=atol, report=report,
+            quantization=read_quantization(export, "moee"),
+        )  # fmt: skip
         return EngineParity(runner.name, plugin, same, errors)
 
 
 def run_engine(
-    runner: Runner, moee: MoeeModel, data: ImageSet, precision: str, sizes: Sequence[int], rtol: float | None = None,
+    runner: Runner, moee: MoeeModel, data: ImageSet, precision: str, sizes: Sequence[int], *, rtol: float | None = None,
     atol: float | None = None, report: Reporter = silent, quantization: Quantization | None = None,
 ) -> list[BatchError]:  # fmt: skip
     """Output errors of an engine that is open already; `quantization` of an int8 one."""
     yard = yardsticks(moee.model, precision, quantization=quantization)
-    return output_errors(runner, yard, image_pool(data, sizes[-1])[0], sizes, rtol, atol, report, "engine")
+    return output_errors(runner, yard, image_pool(data, sizes[-1])[0], sizes, rtol, atol=atol, report=report, message="engine")

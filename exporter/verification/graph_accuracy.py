@@ -100,7 +100,9 @@ class GraphAccuracy:
             if self.group.leader:
                 told = classes_told(self.moee.model, self.moee.probe)
                 drawn = head_drawn(self.moee.spec, self.moee.probe)
-                compared = comparison(dense["labels"], self.data.num_classes, told, self.data.name, dense["logits"], drawn)
+                compared = comparison(
+                    dense["labels"], self.data.num_classes, told, self.data.name, logits=dense["logits"], drawn=drawn
+                )
                 reason = compared.reason
                 silent = int((top1(dense["logits"]) == NO_ANSWER).sum())
                 failure = f"its outputs are NaN or infinite on {silent} of {len(dense['logits'])} images; export again"
@@ -118,7 +120,7 @@ class GraphAccuracy:
             capped = len(chosen) < sum(label >= 0 for label in self.data.labels)
             unlabelled = 0 if capped else len(self.data) - len(chosen)
             probe = self.moee.probe is not None
-            return compare_accuracy(dense["logits"], ours["logits"], dense["labels"], max_drop_pp, unlabelled, probe)
+            return compare_accuracy(dense["logits"], ours["logits"], dense["labels"], max_drop_pp, unlabelled, probe=probe)
 
 
 @contextmanager

@@ -86,7 +86,10 @@ def verify_ranks(
     with group.agreed():
         if parity is not None:
             if engine is not None and plugin is not None:
-                built = check_engine(folder, Path(engine), plugin, moee, data, parity.precision, rtol, atol, report, trust_engine)
+                built = check_engine(
+                    folder, Path(engine), plugin, moee, data, precision=parity.precision, rtol=rtol, atol=atol, report=report,
+                    trust=trust_engine,
+                )  # fmt: skip
             read = {"val": data.facts(), "notes": list(data.notes)}
             result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started, read, failure)
     return result

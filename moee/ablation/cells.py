@@ -127,7 +127,9 @@ def run_cells(
         quiet.report = silent
         with temporary_folder() as folder:
             ffns = find_ffns(session.dense, gated=True).ffns  # of every cell
-            sampled = collect_tokens(session.dense, ffns, session.train, folder, ablation.tokens, 0, report, session.group)
+            sampled = collect_tokens(
+                session.dense, ffns, session.train, folder, ablation.tokens, seed=0, report=report, group=session.group
+            )
             report("cells", 0, len(missing))  # of what is missing: finished ones would spoil the estimate of what is left
             for done, (key, cell) in enumerate(missing.items(), 1):
                 finished[key] = run_cell(quiet, cell.options, sampled, probe)

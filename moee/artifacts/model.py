@@ -40,14 +40,18 @@ class ImageRecord:
         """The `train` or `val` images of what the artifact was made on, or in its stead of the source `given`. Raises `UserError`
         for one that cannot be read, and as `recorded_data`."""
         source = given or recorded_data(self.source)
-        data = sources.load_data(source, self.transform, split, self.seed, self.classes or None, self.head_classes, report)
+        data = sources.load_data(
+            source, self.transform, split, self.seed, self.classes or None, head_classes=self.head_classes, report=report
+        )
         self._check(source, data)
         return data
 
     def splits(self, given: str | None = None, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
         """The training and the held-out images, as `images`."""
         source = given or recorded_data(self.source)
-        train, val = sources.load_splits(source, self.transform, self.seed, self.classes or None, self.head_classes, report)
+        train, val = sources.load_splits(
+            source, self.transform, self.seed, self.classes or None, self.head_classes, report=report
+        )
         self._check(source, val)
         return train, val
 

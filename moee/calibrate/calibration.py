@@ -119,7 +119,7 @@ class _Sampler:
 
 
 def collect_tokens(
-    model: nn.Module, ffns: Sequence[FFN], data: ImageSet, folder: Path, budget: int, seed: int = 0, report: Reporter = silent,
+    model: nn.Module, ffns: Sequence[FFN], data: ImageSet, folder: Path, budget: int, *, seed: int = 0, report: Reporter = silent,
     group: Group = SOLO,
 ) -> list[LayerTokens]:  # fmt: skip
     """Sample at most `budget` input tokens of each MLP, uniformly over images and positions, in one pass over `data`.

@@ -140,7 +140,7 @@ class _RefitStep(nn.Module):
 
 @torch.inference_mode()
 def refit(
-    model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, ridge: float | None,
+    model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, *, ridge: float | None,
     report: Reporter = silent, device: torch.device = CPU,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and

@@ -92,7 +92,7 @@ def output_projection(output: Tensor, classifier: bool, generator: torch.Generat
 
 def measure_sensitivity(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
-    objective: str = "both", seed: int = 0, report: Reporter = silent, device: torch.device = CPU,
+    *, objective: str = "both", seed: int = 0, report: Reporter = silent, device: torch.device = CPU,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Mean sensitivity a token [K, H] float64 of each layer's experts and neurons, over about `tokens` tokens of each layer.
 

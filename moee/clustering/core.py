@@ -25,7 +25,7 @@ class Known:
 
 
 def core_distances(
-    points: Points, lists: Lists, ladder: Callable[[int], Bounds], copies: Tensor, min_samples: int, block: int,
+    points: Points, lists: Lists, ladder: Callable[[int], Bounds], copies: Tensor, min_samples: int, *, block: int,
     tick: Tick, budget: int = 1 << 22,
 ) -> tuple[Tensor, Tensor, list[Known]]:  # fmt: skip
     """Core distances [M] float64, bounds [M] of every distance that is not known, and the known distances.
@@ -74,7 +74,7 @@ def _lists(
         nothing = torch.zeros(len(bounds.norms), device=rows.device)
         alone = torch.arange(len(bounds.norms), device=rows.device)
         limit = torch.full((len(part),), torch.inf, device=rows.device)
-        yield part, nearest_outside(bounds, part, limit, length, block, product, nothing, alone)
+        yield part, nearest_outside(bounds, part, limit, length, block, tick=product, core=nothing, group=alone)
 
 
 def _settle(x: Tensor, rows: Tensor, index: Tensor, low: Tensor, high: Tensor, copies: Tensor, min_samples: int) -> Tensor:

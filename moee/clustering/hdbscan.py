@@ -71,7 +71,7 @@ class HDBSCAN:
         cluster_selection_method: str = "eom",
         allow_single_cluster: bool = False,
         block: int = 4096,
-        neighbours: int | None = None,
+        *, neighbours: int | None = None,
         precision: torch.dtype | None = None,
         progress: Progress | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -133,7 +133,7 @@ class HDBSCAN:
         tick = _Ticker(self.progress, self.should_stop, block_pairs(count, self.block))
         length = min(self.neighbours or samples + max(16, samples // 4), count)
         lists = all_nearest(ladder(0), length, self.block, lambda: tick(FIRST_PASS, None))
-        core, bound, known = core_distances(points, lists, ladder, copies, samples, self.block, tick)
+        core, bound, known = core_distances(points, lists, ladder, copies, samples, block=self.block, tick=tick)
         edges = Edges.joined([Edges.between(each.rows, each.index, each.low, each.high, core) for each in known])
         del lists, known
         forest = Forest(points, core, edges, bound.cpu().numpy())

@@ -134,7 +134,7 @@ class Forest:
 
 
 def spanning_tree(
-    forest: Forest, ladder: Callable[[int], Bounds], width: int, block: int, tick: Tick, budget: int = 1 << 22
+    forest: Forest, ladder: Callable[[int], Bounds], width: int, block: int, tick: Tick, *, budget: int = 1 << 22
 ) -> Tensor:
     """Complete `forest`; returns the tree's edges, float64 [M - 1, 3] rows (i, j, weight), in order (weight, i, j).
 
@@ -173,7 +173,7 @@ def _scan(
             part = rows[start : start + size]
             limit = bounds.reach(torch.from_numpy(weight[forest.group[part]]).to(device))
             where = torch.from_numpy(part).to(device)
-            found = nearest_outside(bounds, where, limit, length, block, joined, core, group)
+            found = nearest_outside(bounds, where, limit, length, block, tick=joined, core=core, group=group)
             forest.learn(where, found, bounds)
         weight, _ = forest.lightest()
         step += 1  # what is still open has more near neighbours than its list holds, or bounds too loose to tell

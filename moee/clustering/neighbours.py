@@ -119,7 +119,7 @@ def block_pairs(count: int, block: int) -> int:
 
 
 def nearest_outside(
-    bounds: Bounds, rows: Tensor, limit: Tensor, k: int, block: int, tick: Callable[[], None], core: Tensor, group: Tensor
+    bounds: Bounds, rows: Tensor, limit: Tensor, k: int, block: int, *, tick: Callable[[], None], core: Tensor, group: Tensor
 ) -> Lists:
     """The `k` entries of smallest mutual reachability of `rows` int64 [n] among the points of other groups.
 

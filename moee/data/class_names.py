@@ -34,7 +34,7 @@ class Numbering:
 
 def number_classes(
     train: Counts, val: Counts, empty: Iterable[str] = (), head_classes: int | None = None, indices: bool = False,
-    order: Sequence[str] = (),
+    *, order: Sequence[str] = (),
 ) -> Numbering:  # fmt: skip
     """One numbering for both splits, from the images that each has of a class and the names of `empty` folders.
 

@@ -62,7 +62,7 @@ class ShardSet(ImageSet):
     """Images of tar shards in the order in which the shards hold them."""
 
     def __init__(
-        self, name: str, shards: list[Path], members: Tensor, numbers: list[int], classes: list[str], transform: Transform
+        self, name: str, shards: list[Path], members: Tensor, numbers: list[int], classes: list[str], *, transform: Transform
     ):  # fmt: skip
         places = {number: position for position, number in enumerate(numbers)}
         super().__init__(name, [places.get(label, -1) for label in members[:, 3].tolist()], classes)
@@ -123,7 +123,7 @@ def open_shards(source: str, transform: Transform, seed: int) -> Source:
         parts = {split: (shards, members[positions]) for split, positions in divide(len(members), seed).items()}
     numbers = sorted({label for _, members in parts.values() for label in members[:, 3].unique().tolist() if label >= 0})
     classes = [str(number) for number in numbers]
-    sets: dict[str, ImageSet] = {s: ShardSet(source, *part, numbers, classes, transform) for s, part in parts.items()}
+    sets: dict[str, ImageSet] = {s: ShardSet(source, *part, numbers, classes, transform=transform) for s, part in parts.items()}
     if not divided:
         names = (f"{shards[shard].name} {offset}" for shard, offset in members[:, :2].tolist())
         division = Division.of(names)

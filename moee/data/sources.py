@@ -32,7 +32,7 @@ def source_of(name: str) -> DataSource:
 
 def load_splits(
     source: str, transform: Transform, seed: int = 0, classes: Sequence[str] | None = None, head_classes: int | None = None,
-    report: Reporter = silent, labels: Sequence[str] = (),
+    *, report: Reporter = silent, labels: Sequence[str] = (),
 ) -> tuple[ImageSet, ImageSet]:  # fmt: skip
     """The training and the held-out images of a source, as `load_data`, their classes numbered alike.
 
@@ -44,7 +44,7 @@ def load_splits(
 
 def load_data(
     source: str, transform: Transform, split: str = "train", seed: int = 0, classes: Sequence[str] | None = None,
-    head_classes: int | None = None, report: Reporter = silent,
+    *, head_classes: int | None = None, report: Reporter = silent,
 ) -> ImageSet:  # fmt: skip
     """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string;
     `wds/FOLDER` is a folder of tar shards.
@@ -108,7 +108,7 @@ def numbered(
             number = lambda name: int(name) if int(name) < len(classes) else -1  # noqa: E731
             notes.append(f"class numbers are taken as positions in the model's {len(classes)} classes")
     else:
-        numbering = number_classes(train, val, source.empty, head_classes, source.indices, source.order)
+        numbering = number_classes(train, val, source.empty, head_classes, source.indices, order=source.order)
         number, notes = Labels(numbering.classes).number, [*source.notes, *numbering.notes]
     for split, data in source.splits.items():
         unknown = data.renumber(numbering.classes, number)

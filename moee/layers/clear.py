@@ -114,7 +114,7 @@ class ClearFFN(RoutedLayer):
         parts = self.parts()
         with torch.no_grad():
             routes = parts.router.route(tokens)
-        y = apply_ffn(tokens, routes, parts.up, parts.down, lambda h: activate(h, self.activation), backend(self.backend))
+        y = apply_ffn(tokens, routes, parts.up, parts.down, lambda h: activate(h, self.activation), via=backend(self.backend))
         if self.router.requires_grad and torch.is_grad_enabled():  # a gradient of the chosen expert's softmax share
             chosen = torch.softmax(parts.router.scores(tokens), -1).gather(1, routes[:, None])
             y = y * (chosen / chosen.detach())

@@ -164,7 +164,7 @@ def backend(name: str) -> Backend:
 
 
 def apply_ffn(
-    x: Tensor, routes: Tensor, up: Factors, down: Factors, act: Callable[[Tensor], Tensor], via: Backend
+    x: Tensor, routes: Tensor, up: Factors, down: Factors, act: Callable[[Tensor], Tensor], *, via: Backend
 ) -> Tensor:
     """A whole layer: tokens x [T, D] with their experts [T] to [T, D]."""
     rows, plan = via.permute(x, routes, len(up.bias))

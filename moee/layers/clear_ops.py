@@ -32,7 +32,7 @@ def clear_ffn(
     tokens = x.reshape(-1, x.shape[-1])
     routes = Router(router, router_bias, router_hidden, router_hidden_bias).route(tokens)
     up, down = Factors(up_in, up_out, up_bias, *ranks[:2]), Factors(down_in, down_out, down_bias, *ranks[2:])
-    return apply_ffn(tokens, routes, up, down, lambda h: activate(h, activation), Masked()).reshape(x.shape)
+    return apply_ffn(tokens, routes, up, down, lambda h: activate(h, activation), via=Masked()).reshape(x.shape)
 
 
 @clear_ffn.register_fake

@@ -109,7 +109,7 @@ def mlp_router(tokens: Tensor, labels: Tensor, experts: int, width: int, seed: i
 
 
 def fit_router(
-    kind: str, tokens: Tensor, labels: Tensor, experts: int, width: int = 32, seed: int = 0
+    kind: str, tokens: Tensor, labels: Tensor, experts: int, width: int = 32, *, seed: int = 0
 ) -> tuple[Router, float]:
     """A router by name for tokens [N, D] with cluster labels [N], and its accuracy on a fifth of them, held out.
 

@@ -121,7 +121,7 @@ def counted(labelled: int, images: int, probe: bool = False) -> str:
 
 
 def comparison(
-    labels: Sequence[int] | Tensor, classes: int, told: int, name: str, logits: Tensor | None = None, drawn: bool = False
+    labels: Sequence[int] | Tensor, classes: int, told: int, name: str, *, logits: Tensor | None = None, drawn: bool = False
 ) -> Comparison:
     """Whether accuracy can be compared on images with `labels` [N] (-1: none) of `classes` classes.
 

@@ -63,7 +63,7 @@ class Retention:
 @torch.inference_mode()
 def run(
     model: nn.Module, data: ImageSet, report: Reporter = silent, message: str = "evaluate", batch_size: int = 32,
-    group: Group = SOLO,
+    *, group: Group = SOLO,
 ) -> Outputs:  # fmt: skip
     """Outputs, last token features and routing shares of `model` on `data`, in one pass.
 

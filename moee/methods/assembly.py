@@ -19,7 +19,7 @@ def build_layer(
     ffn = routed.ffn
     if kept is None:
         return None, stays_dense(ffn, "dense: experts would cost as much", routed.noise)
-    experts = assemble(ffn, routed.moments, routed.router, routed.bias, kept, compensation, routed.share)
+    experts = assemble(ffn, routed.moments, routed.router, routed.bias, kept, compensation=compensation, share=routed.share)
     widths = experts.widths
     return RoutedFFN(experts, ffn.channels_first), LayerReport(
         ffn.name, "routed", ffn.hidden, len(widths), len(experts.w_up), widths, routed.share.tolist(), routed.noise,
@@ -28,7 +28,7 @@ def build_layer(
 
 
 def assemble(
-    ffn: FFN, moments: Moments, router: Tensor, router_bias: Tensor, kept: list[Tensor], compensation: str, share: Tensor
+    ffn: FFN, moments: Moments, router: Tensor, router_bias: Tensor, kept: list[Tensor], *, compensation: str, share: Tensor
 ) -> Experts:
     """Gather the union of the neurons that the experts keep into one store and compute the output biases.
 

@@ -123,7 +123,7 @@ def calibrate(
     unreadable."""
     data, group = context.data, context.group
     seen = widened(data, model_transform(model), 0, options.collages, options.seed)
-    sampled = collect_tokens(model, ffns, seen, folder, options.tokens, options.seed, context.report, group)
+    sampled = collect_tokens(model, ffns, seen, folder, options.tokens, seed=options.seed, report=context.report, group=group)
     data.skipped.update({index: what for index, what in seen.skipped.items() if index < len(data)})
     with group.agreed():
         refuse_all_skipped(data)
@@ -175,7 +175,9 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         seen = widened(data, model_transform(model), options.augment, options.collages, options.seed)
         ffns = {f.name: f for f in prepared.ffns}
         device = context.group.device
-        done = refit(model, layers, ffns, seen, options.refit_tokens, options.refit_lambda, context.report, device)
+        done = refit(
+            model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, device=device
+        )
         reports = [replace(r, refit=done.get(r.name)) for r in reports]
     return [*reports, *prepared.dense]
 
@@ -188,6 +190,7 @@ def sensitivity_of(
     stats = {name: RoutedStats(r.router, r.bias, r.moments.mean) for name, r in routed.items()}
     seen = widened(context.data, model_transform(model), 0, options.collages, options.seed)
     return measure_sensitivity(
-        model, ffns, stats, seen, options.sensitivity_tokens, options.objective, options.seed, context.report,
-        context.group.device,
+        model, ffns, stats, seen, options.sensitivity_tokens, objective=options.objective, seed=options.seed,
+        report=context.report,
+        device=context.group.device,
     )  # fmt: skip

@@ -68,7 +68,7 @@ def _locked(path: Path) -> int:
 
 
 def check_identity(
-    path: Path, schema: str, identity: dict[str, Any], what: str, cure: str, said: dict[str, Any] | None = None
+    path: Path, schema: str, identity: dict[str, Any], what: str, cure: str, *, said: dict[str, Any] | None = None
 ) -> None:  # fmt: skip
     """Write `identity` to `path`, or hold it against the one that is there. What is `said` is written too, and not compared.
 

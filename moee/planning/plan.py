@@ -44,7 +44,7 @@ class Plan(Body):
 
 
 def make_plan(
-    session: Session, budget: Budget, out: Path | str, methods: tuple[str, ...] | None = None,
+    session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
     attention: tuple[float, ...] = (1.0,),
@@ -87,7 +87,7 @@ def _planned(
     identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
     images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
     check_identity(stored, STORE_SCHEMA, {**told, **images}, what, cure, said={"data": session.source})
-    planner = Planner(session, budget, base or {}, store.place, latency, report)
+    planner = Planner(session, budget, base or {}, store.place, latency, report=report)
     compared = session.comparison(planner.probe)
     if budget.max_drop is not None and not compared:
         if fresh:

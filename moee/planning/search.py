@@ -92,7 +92,7 @@ class Planner:
     """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs."""
 
     def __init__(
-        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, report: Reporter
+        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, *, report: Reporter
     ):
         self.session, self.budget, self.base, self.store = session, budget, base, store
         self.latency, self.report = latency, report

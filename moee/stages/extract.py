@@ -25,7 +25,7 @@ from moee.store.result_kinds import MODEL
 
 
 def run_extract(
-    spec: ModelSpec, source: str, recipe: Recipe | Options, out: Path | str | None, force: bool = False,
+    spec: ModelSpec, source: str, recipe: Recipe | Options, out: Path | str | None, *, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
     classes: Sequence[str] = (), trial: Trial | None = None,
 ) -> MoeeModel:  # fmt: skip
@@ -42,7 +42,9 @@ def run_extract(
     with group.agreed():
         if group.leader and out is not None:
             OutputFolder(out, MODEL, force, inputs).check()
-    session = session or Session(spec, source, recipe.seed, report, group, workers, classes, trial)
+    session = session or Session(
+        spec, source, seed=recipe.seed, report=report, group=group, workers=workers, classes=classes, trial=trial
+    )
     with group.agreed():
         session.check_names(classes)
     session.warn_early()
@@ -58,7 +60,7 @@ def run_extract(
         "data_read": session.data_facts(),
     }
     moee = MoeeModel(model.eval(), spec, replace(recipe, tune=None), session.source, probe, info, session.classes(probe))
-    with kept(moee, "extracted", out, force, group, inputs):
+    with kept(moee, "extracted", out, force, group, inputs=inputs):
         measured = session.measure(model, probe, "extracted on held-out images")
         info["stages"]["extracted"] = {**measured, **info["stages"]["extracted"]}
         info["data_read"] = session.data_facts()

@@ -26,7 +26,7 @@ from moee.train.finetuning import finetune
 
 
 def run_finetune(
-    path: Path | str, config: FinetuneConfig, out: Path | str, source: str | None = None, force: bool = False,
+    path: Path | str, config: FinetuneConfig, out: Path | str, *, source: str | None = None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
     weights: Path | str | None = None, model: str | None = None,
 ) -> MoeeModel:  # fmt: skip
@@ -58,16 +58,16 @@ def run_finetune(
                 )
             recorded = source or (recorded_data(moee.data) if session is None else moee.data)
         seed = moee.seed
-        session = session or Session(spec, recorded, seed, report, group, workers, moee.classes)
+        session = session or Session(spec, recorded, seed=seed, report=report, group=group, workers=workers, classes=moee.classes)
         session.warn_early(moee.probe)
-        tune(moee, session, config, state.place, out, force, inputs)
+        tune(moee, session, config, state.place, out, force=force, inputs=inputs)
         if group.leader:
             state.remove()
     return moee
 
 
 def tune(
-    moee: MoeeModel, session: Session, config: FinetuneConfig, state: Path, out: Path | str | None, force: bool = False,
+    moee: MoeeModel, session: Session, config: FinetuneConfig, state: Path, out: Path | str | None, *, force: bool = False,
     inputs: tuple[Path, ...] = (),
 ) -> None:  # fmt: skip
     """Distil the session's dense model into `moee`, in place, and save it at `out` unless that is None. `state`: the folder of
@@ -77,7 +77,8 @@ def tune(
         division.check(session.train)
     started, group = time.perf_counter(), session.group
     result = finetune(
-        moee.model, session.dense, session.train, config, session.report, state, lambda: session.train_outputs.features, group
+        moee.model, session.dense, session.train, config, session.report, resume=state,
+        teacher=lambda: session.train_outputs.features, group=group
     )  # fmt: skip
     seconds = time.perf_counter() - started
     used = {**config.model_dump(), "amp": result.amp}
@@ -97,7 +98,7 @@ def tune(
         stages["extracted"] = {"data": moee.data, **read, **stages["extracted"]}
     stages["tuned"] = tuned
     moee.info["data_read"], moee.data = session.data_facts(), session.source
-    with kept(moee, "tuned", out, force, group, inputs):
+    with kept(moee, "tuned", out, force, group, inputs=inputs):
         stages["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
         moee.info["data_read"] = session.data_facts()
     save(moee, out, force, group, inputs)

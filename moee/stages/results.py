@@ -26,7 +26,7 @@ def peak_memory_bytes() -> int:
 
 @contextmanager
 def kept(
-    moee: MoeeModel, stage: str, out: Path | str | None, force: bool, group: Group, inputs: tuple[Path, ...]
+    moee: MoeeModel, stage: str, out: Path | str | None, force: bool, group: Group, *, inputs: tuple[Path, ...]
 ) -> Iterator[None]:
     """A block that measures the finished model of a stage: if it fails or is interrupted, rank 0 writes the model without. Where
     nothing is to be written, a failure other than an interrupt is logged, and the model has no measurements."""

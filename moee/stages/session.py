@@ -60,7 +60,7 @@ class Session:
     """
 
     def __init__(
-        self, spec: ModelSpec, source: str, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
+        self, spec: ModelSpec, source: str, *, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
         classes: Sequence[str] = (), trial: Trial | None = None, given: Given | None = None,
     ):  # fmt: skip
         self.spec, self.source, self.report, self.group, self.trial = spec, located(source), report, group, trial
@@ -72,7 +72,7 @@ class Session:
                 raise UserError(f"{len(classes)} classes are named, and {spec.name} tells {head} apart; name each of these")
             if given is None:
                 self.train, self.held_out = load_splits(
-                    source, self.transform, seed, classes or None, head, report, spec.labels
+                    source, self.transform, seed, classes or None, head, report=report, labels=spec.labels
                 )
             else:
                 self.train, self.held_out = given_splits(
@@ -221,7 +221,7 @@ class Session:
         logits = self.reference.features if probe is None else probe.logits(self.reference.features)
         told = classes_told(self.dense, probe)
         drawn = head_drawn(self.spec, probe)
-        return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits, drawn)
+        return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits=logits, drawn=drawn)
 
     def early_comparison(self, probe: Probe | None = None) -> Comparison:
         """What models and labels alone, with nothing run yet, say of a comparison of accuracies."""

@@ -44,7 +44,7 @@ log = logging.getLogger("moee")
 
 def finetune(
     model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, report: Reporter = silent,
-    resume: Path | None = None, teacher: Callable[[], Tensor] | None = None, group: Group = SOLO,
+    *, resume: Path | None = None, teacher: Callable[[], Tensor] | None = None, group: Group = SOLO,
 ) -> FinetuneResult:  # fmt: skip
     """Train `model` in place to match `dense` on `data`; leaves the weights of the best validation epoch in it.
 
@@ -79,7 +79,7 @@ def finetune(
         if group.leader:
             _refuse_unlearning(model, dense, config)
             if resume is not None:
-                identity = identity_of(model, dense, data, config, resume, report)
+                identity = identity_of(model, dense, data, config, resume, report=report)
     outputs = run(dense, given, report, "teacher", group=group).features if teacher is None else teacher()
     _refuse_unreadable(given, group)
     if made is not None and config.distil == "output":  # with tokens the teacher runs beside every step

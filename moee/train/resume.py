@@ -73,7 +73,7 @@ class Standing:
 
 
 def identity_of(
-    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, folder: Path, report: Reporter = silent
+    model: nn.Module, dense: nn.Module, data: ImageSet, config: FinetuneConfig, folder: Path, *, report: Reporter = silent
 ) -> dict[str, Any]:  # fmt: skip
     """What a resumed run must share with the one that was interrupted: the teacher too, which may have been drawn at random.
     Raises `UserError` if `folder` holds another run; of two that differ in other things too, the images are not read."""

@@ -226,9 +226,9 @@ def test_two_benches_agree_and_a_model_does_not_beat_itself(tiny_export, tmp_pat
     extract(model, tiny_images(size=64), config)
     folder = tmp_path / "export"
     export(MoeeModel(model.eval(), spec, Recipe.of(config), "tiny"), folder)
-    first, second = (bench(folder, 4, 80, 1, duration_s=5).verdict for _ in range(2))
+    first, second = (bench(folder, 4, runs=80, threads=1, duration_s=5).verdict for _ in range(2))
     assert first.low <= second.high and second.low <= first.high
     for name in ("dense.onnx", "dense.data"):
         (folder / name.replace("dense.onnx", "portable.onnx")).write_bytes((folder / name).read_bytes())
-    same = bench(folder, 4, 80, 1, duration_s=5).verdict
+    same = bench(folder, 4, runs=80, threads=1, duration_s=5).verdict
     assert same.winner is None, same.text

@@ -29,7 +29,7 @@ ONES, NANS = np.ones((2, 3), np.float32), np.full((2, 3), np.nan, np.float32)
 
 
 def compared(got=ONES, reference=ONES, torch_error=0.0):
-    return batch_error(2, got, reference, torch_error, torch_error, torch.float16)
+    return batch_error(2, got, reference, torch_error, torch_error, dtype=torch.float16)
 
 
 def layer(**changes):

@@ -168,5 +168,5 @@ def test_a_folder_that_lost_its_splits_is_not_divided(made, tmp_path):
 
 
 def test_extract_records_what_it_divided(made):
-    session = Session(tiny_spec(), str(made / "pictures"), SEED)
+    session = Session(tiny_spec(), str(made / "pictures"), seed=SEED)
     assert session.data_facts()["division"] == asdict(session.train.division) and session.train.division.images == 40

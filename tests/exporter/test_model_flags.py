@@ -110,7 +110,7 @@ def test_from_a_checkpoint_to_a_tuned_model(folder, capsys):
 )
 def test_bad_input_ends_before_any_image_is_read(tmp_path, flags, words, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: pytest.fail("images were read"))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: pytest.fail("images were read"))
     torch.save(timm.create_model(MODEL[0], num_classes=6, **SMALL).state_dict(), "six.pth")
     torch.save(timm.create_model("test_convnext").state_dict(), "other.pth")
     torch.save({"metric": np.float64(1), "state_dict": {}}, "pickle.pth")

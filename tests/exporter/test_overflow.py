@@ -87,7 +87,8 @@ def test_a_comparison_says_that_the_outputs_are_no_numbers():
     logits = torch.nn.functional.one_hot(labels, 2).float()
     logits[3] = float("nan")
     assert int((top1(logits) == NO_ANSWER).sum()) == 1
-    assert comparison(labels, 2, 2, "d", logits).reason == "the dense model's outputs are NaN or infinite on 1 of 40 images in d"
+    reason = comparison(labels, 2, 2, "d", logits=logits).reason
+    assert reason == "the dense model's outputs are NaN or infinite on 1 of 40 images in d"
 
 
 def test_an_export_of_another_model_is_refused_by_its_manifest(tiny_export, tmp_path):

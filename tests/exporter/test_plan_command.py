@@ -65,18 +65,20 @@ def test_small_batches_pay_for_tiles(tiny_moee):
 def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
     torch.manual_seed(0)
     train, held = tiny_images(40), tiny_images(24)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (train, held))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (train, held))
     session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
     plan = make_plan(
-        session, Budget(target_latency_ms=10_000.0), tmp_path / "plan", ("static",), (0.8,), {"cluster_tokens": 300},
-        latency_of("cpu", session, 4),
+        session, Budget(target_latency_ms=10_000.0), tmp_path / "plan", methods=("static",), targets=(0.8,),
+        base={"cluster_tokens": 300},
+        latency=latency_of("cpu", session, 4),
     )  # fmt: skip
     assert {p["method"] for p in plan["points"]} == {"static", "dense"}
     assert all(p["latency"]["kind"] == "measured on CPU" and p["latency"]["moee_ms"] > 0 for p in plan["points"])
     with pytest.raises(UserError, match="misses latency"):
         make_plan(
-            session, Budget(target_latency_ms=1e-6), tmp_path / "none", ("static",), (0.8,), {"cluster_tokens": 300},
-            latency_of("cpu", session, 4),
+            session, Budget(target_latency_ms=1e-6), tmp_path / "none", methods=("static",), targets=(0.8,),
+            base={"cluster_tokens": 300},
+            latency=latency_of("cpu", session, 4),
         )  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def test_bad_input_is_one_sentence(arguments, message, monkeypatch, tmp_path, ca
     torch.manual_seed(0)
     spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0)
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *a, **k: spec)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *a: (tiny_images(8), tiny_images(8)))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *a, **k: (tiny_images(8), tiny_images(8)))
     assert cli.main(["plan", "tiny", "--data", "digits", "--out", str(tmp_path / "p"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not (tmp_path / "p").exists()

@@ -138,7 +138,7 @@ def test_ablation_command(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("exporter.pretrained.resolve", lambda *args, **kwargs: tiny_spec(num_classes=0))
     splits = tiny_images(40, classes=10), tiny_images(40, classes=10)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: splits)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: splits)
     scale = ["--tokens", "600", "--cluster-tokens", "300", "--components", "8", "--min-cluster-size", "0.02"]
     rows = ["--tables", "2", "--seeds", "1", "--compensation", "mean", "--keep", "0.7,0.9"]
     argv = ["ablate", *rows, *scale, "--out", str(tmp_path / "a")]

@@ -62,7 +62,7 @@ def seen(tied):
         with dictated(exact, routes), hooked(exact) as taps:
             got = exact(x).numpy()
             theirs = {name: replace(tap, route=route) for (name, tap), route in zip(taps.items(), routes, strict=True)}
-    error = batch_error(4, got, reference, 1e-7, 1e-7, torch.float32)
+    error = batch_error(4, got, reference, 1e-7, 1e-7, dtype=torch.float32)
     assert not error.passed, "the other expert changes the output"
     return exact, x, reference, got, theirs, error
 
@@ -70,7 +70,7 @@ def seen(tied):
 @torch.inference_mode()
 def test_an_image_with_a_tie_is_held_against_the_same_experts(seen):
     exact, x, reference, got, taps, error = seen
-    excused = excuse_ties(error, got, reference, exact, x, taps)
+    excused = excuse_ties(error, got, reference, exact, x, taps=taps)
     assert excused.passed and excused.tie_images == 1
     assert excused.tolerance_abs == error.tolerance_abs and excused.torch_max_abs_error == error.torch_max_abs_error
 
@@ -83,7 +83,7 @@ def test_a_tie_excuses_nothing_else(seen):
     for image in (tie, (tie + 1) % len(x)):
         damaged = got.copy()
         damaged[image, 0] += 0.01
-        assert not excuse_ties(error, damaged, reference, exact, x, taps).passed
+        assert not excuse_ties(error, damaged, reference, exact, x, taps=taps).passed
 
 
 @torch.inference_mode()
@@ -94,7 +94,7 @@ def test_a_wrong_expert_is_no_tie(seen):
     worst = (taps[name].tokens[0] @ scores.router.T + scores.router_bias).argmin()
     route = taps[name].route.clone()
     route[0] = worst
-    assert excuse_ties(error, got, reference, exact, x, {**taps, name: replace(taps[name], route=route)}) is error
+    assert excuse_ties(error, got, reference, exact, x, taps={**taps, name: replace(taps[name], route=route)}) is error
 
 
 def test_verify_passes_where_float64_breaks_ties_otherwise(tied, tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def tunings(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
             raise InterruptedError
 
     try:
-        finetune(model, dense, data, FinetuneConfig(**TUNE), stop, resume, group=group)
+        finetune(model, dense, data, FinetuneConfig(**TUNE), stop, resume=resume, group=group)
     except InterruptedError:
         pass
     group.barrier()

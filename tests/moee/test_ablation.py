@@ -23,7 +23,7 @@ SMALL = dict(tables=("8",), seeds=1, compensation=("none", "mean"), keeps=(0.7,)
 @pytest.fixture
 def session(monkeypatch):
     splits = tiny_images(40, classes=10), tiny_images(40, classes=10)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: splits)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: splits)
     return Session(tiny_spec(), "digits")
 
 

@@ -41,7 +41,7 @@ labelled = st.integers(2, 6).flatmap(
 def test_a_comparison_is_allowed_only_above_chance(case):
     classes, rows = case
     labels, answers = [r[0] for r in rows], [r[1] for r in rows]
-    found = comparison(labels, classes, classes, "data", scores(answers, classes))
+    found = comparison(labels, classes, classes, "data", logits=scores(answers, classes))
     known = [(label, answer) for label, answer in rows if label >= 0]
     assert (found.images, found.labelled) == (len(rows), len(known))
     if not known:
@@ -64,7 +64,7 @@ def test_order_names_and_unlabelled_images_do_not_matter(case, random):
     random.shuffle(shuffled)
 
     def verdict(rows):
-        found = comparison([r[0] for r in rows], classes, classes, "data", scores([r[1] for r in rows], classes))
+        found = comparison([r[0] for r in rows], classes, classes, "data", logits=scores([r[1] for r in rows], classes))
         return bool(found), found.dense
 
     assert verdict(rows) == verdict(shuffled) == verdict([*rows, (-1, 0)])
@@ -75,7 +75,7 @@ def test_a_constant_answer_is_never_good_enough(case):
     classes, rows = case
     labels = [r[0] for r in rows]
     for constant in range(classes):
-        assert not comparison(labels, classes, classes, "data", scores([constant] * len(rows), classes))
+        assert not comparison(labels, classes, classes, "data", logits=scores([constant] * len(rows), classes))
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -107,7 +107,7 @@ def test_what_is_known_before_anything_has_run(labels, classes, told, reason):
 
 def test_labels_that_have_nothing_to_do_with_the_head_are_said_to():
     labels, answers = [i % 10 for i in range(10)], [(i + 1) % 10 for i in range(10)]
-    reason = comparison(labels, 10, 10, "data", scores(answers, 10)).reason
+    reason = comparison(labels, 10, 10, "data", logits=scores(answers, 10)).reason
     assert reason.startswith("the dense model is right on 0 of 10 images in data, no better than a guess")
 
 
@@ -168,7 +168,7 @@ def test_a_probe_of_one_class_or_of_features_that_are_no_numbers_is_refused():
 
 def backbone_session(monkeypatch, train, held):
     torch.manual_seed(0)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (train, held))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (train, held))
     return Session(tiny_spec(num_classes=0), "tiny")
 
 
@@ -211,7 +211,7 @@ def test_a_class_without_training_images_is_named_and_one_class_gives_no_probe(m
 def test_a_head_of_one_logit_has_neither_accuracy_nor_agreement(monkeypatch):
     torch.manual_seed(0)
     data = tiny_images(24, classes=2)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (data, data))
     session = Session(tiny_spec(num_classes=1), "tiny")
     kept = session.measure(session.dense, session.probe(), "")["retention"]
     assert kept["accuracy"] is None and kept["top1_agreement"] is None and "names no class" in kept["no_accuracy"]
@@ -222,7 +222,7 @@ def test_a_head_of_one_logit_has_neither_accuracy_nor_agreement(monkeypatch):
 def test_other_classes_than_the_models_are_told_before_the_work(classes, said, monkeypatch, tmp_path, caplog):
     torch.manual_seed(0)
     data = tiny_images(24, classes=classes)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (data, data))
     monkeypatch.setattr("moee.stages.session.Session.prove", lambda *args: pytest.fail("the work began"))
     with pytest.raises(pytest.fail.Exception):
         run_extract(tiny_spec(num_classes=10), "tiny", method_options("static"), tmp_path / "out")
@@ -241,7 +241,7 @@ def test_a_head_that_was_drawn_passes_no_gate_by_chance(monkeypatch, tmp_path):
     """Drawn under some seeds, a head tells separable classes apart better than a guess."""
     torch.manual_seed(0)
     data = tiny_images(40, classes=10)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (data, data))
     session = Session(tiny_spec(), "tiny")
     teach(session.dense, data)  # as chance might have it
     assert "--random-weights drew" in session.early_comparison().advised
@@ -266,14 +266,16 @@ def test_a_plan_whose_accuracy_cannot_be_measured_is_refused_before_any_point(
     """A head of 10 classes and labels that have nothing to do with it: a model of cosine 0.02 used to win."""
     torch.manual_seed(0)
     data = tiny_images(40, classes=classes)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (data, data))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (data, data))
     session = Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
     if not drawn:
         session.spec = session.spec.model_copy(update={"random_seed": None})
     monkeypatch.setattr("moee.planning.search.Planner.point", lambda *a: pytest.fail("a point was made"))
     cure = "" if ran else "--num-classes 0.*"
     with pytest.raises(UserError, match=f"--max-drop cannot be checked: .*{reason}.*{cure}use --min-cosine"):
-        make_plan(session, Budget(max_drop=0.5), tmp_path / "plan", ("static",), (0.5,), {"cluster_tokens": 300})
+        make_plan(
+            session, Budget(max_drop=0.5), tmp_path / "plan", methods=("static",), targets=(0.5,), base={"cluster_tokens": 300}
+        )
     assert not list(tmp_path.iterdir()), "a refused plan leaves nothing"
     assert (session._reference is not None) == ran
 

@@ -103,7 +103,8 @@ def test_sensitivity_equals_the_exact_jacobian():
     handle.remove()
     stats = {ffn.name: RoutedStats(torch.ones(1, ffn.dim), torch.zeros(1), mean)}
     estimates = [
-        measure_sensitivity(model, {ffn.name: ffn}, stats, data, 10**6, "output", seed)[ffn.name][0] for seed in range(60)
+        measure_sensitivity(model, {ffn.name: ffn}, stats, data, 10**6, objective="output", seed=seed)[ffn.name][0]
+        for seed in range(60)
     ]
     torch.testing.assert_close(
         torch.stack(estimates).mean(0), exact / exact.sum() / tokens, rtol=0.3, atol=0.02 / tokens / ffn.hidden
@@ -190,5 +191,5 @@ def test_contradictory_options_are_refused(bad, match):
 def test_token_objective_needs_only_a_feature_map(tiny_model):
     data, ffns = tiny_images(4), {f.name: f for f in find_ffns(tiny_model).ffns}
     stats = {n: RoutedStats(torch.ones(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden).double()) for n, f in ffns.items()}
-    found = measure_sensitivity(tiny_model, ffns, stats, TensorSet("t", data.images, [-1] * 4, 0), 10**6, "tokens")
+    found = measure_sensitivity(tiny_model, ffns, stats, TensorSet("t", data.images, [-1] * 4, 0), 10**6, objective="tokens")
     assert all(bool((s > 0).any()) for s in found.values())

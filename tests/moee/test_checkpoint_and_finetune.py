@@ -232,7 +232,7 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(lossy, tmp_path):
 
     part = copy.deepcopy(model)
     with pytest.raises(KeyboardInterrupt):
-        finetune(part, dense, data, TUNE, interrupt, tmp_path)
+        finetune(part, dense, data, TUNE, interrupt, resume=tmp_path)
     again = copy.deepcopy(model)
     finetune(again, dense, data, TUNE, resume=tmp_path)
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):

@@ -82,7 +82,7 @@ def test_up_map_error_is_the_loss_table_entry():
     x, labels = clustered()
     ffn = tiny_ffn()
     plain = up_metric(ffn, x, "plain")
-    factors = decompose_up(ffn, x, labels, 3, 5, 0, plain)
+    factors = decompose_up(ffn, x, labels, 3, 5, residual=0, metric=plain)
     error = apply(factors, x, labels) - (x @ ffn.w_up.T + ffn.b_up)
     for e in range(3):
         assert error[labels == e].mean(0).abs().max() < 1e-4, "an expert is unbiased on its own tokens"
@@ -101,7 +101,7 @@ def test_output_metric_beats_plain_behind_the_second_map():
     ffn.w_down[:, :6] *= 0.02
 
     def damage(kind):
-        factors = decompose_up(ffn, x, labels, 3, 5, 0, up_metric(ffn, x, kind))
+        factors = decompose_up(ffn, x, labels, 3, 5, residual=0, metric=up_metric(ffn, x, kind))
         hidden = activate(apply(factors, x, labels), "gelu")
         wanted = activate(x @ ffn.w_up.T + ffn.b_up, "gelu")
         return float((((hidden - wanted) @ ffn.w_down.T) * ffn.scale).square().mean())
@@ -169,7 +169,7 @@ def test_backends_agree(name, tokens):
     with torch.no_grad():
         hidden = torch.nn.functional.gelu(apply(parts.up, x, routes)) if tokens else x.new_zeros(0, 24)
         expected = apply(parts.down, hidden, routes) if tokens else x
-        got = apply_ffn(x, routes, parts.up, parts.down, gelu, backend(name))
+        got = apply_ffn(x, routes, parts.up, parts.down, gelu, via=backend(name))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -218,7 +218,7 @@ def starved(tokens, seed=2):
 @pytest.mark.parametrize("tokens", [4, 8, 15])
 def test_a_down_map_refitted_on_few_tokens_says_so_and_stays_unless_it_helps(tokens):
     ffn, hidden, target, routes = starved(tokens)
-    weight, facts = refit_down(ffn, hidden, target, routes, 2, 0.01)
+    weight, facts = refit_down(ffn, hidden, target, routes, 2, ridge=0.01)
     assert f"{tokens} tokens for 20 neurons" in facts.note and facts.tokens == tokens
     assert torch.equal(weight, ffn.w_down) == (facts.ridge is None)
     if tokens == 4:  # nothing can be held out
@@ -226,12 +226,12 @@ def test_a_down_map_refitted_on_few_tokens_says_so_and_stays_unless_it_helps(tok
 
 
 def test_a_down_map_with_tokens_enough_has_nothing_to_say():
-    weight, facts = refit_down(*starved(400), 2, 0.01)
+    weight, facts = refit_down(*starved(400), 2, ridge=0.01)
     assert facts.ridge == 0.01 and facts.note == "" and not torch.equal(weight, tiny_ffn().w_down)
 
 
 def test_a_tiny_lambda_for_a_singular_down_map_is_raised():
     ffn, hidden, target, routes = starved(400)
     hidden[:, 10:] = hidden[:, :10]  # half of the neurons say what the other half says
-    weight, facts = refit_down(ffn, hidden, target, routes, 2, 1e-14)
+    weight, facts = refit_down(ffn, hidden, target, routes, 2, ridge=1e-14)
     assert torch.isfinite(weight).all() and facts.ridge > 1e-14 and "lambda 1e-14 raised" in facts.note

@@ -73,7 +73,7 @@ def test_taking_the_pass_up_in_the_middle_gives_what_whole_passes_give(name, mon
     ffns, layers = mean_compensated(model, data)
     other = copy.deepcopy(model)
     monkeypatch.setattr(moee.calibrate.refit, "BATCH_SIZE", 7)
-    done = refit(model, layers, ffns, data, 512, None)
+    done = refit(model, layers, ffns, data, 512, ridge=None)
     counts = counts_of(hierarchical(name), data)
     for layer_name, layer in routed_layers(other).items():  # one whole pass a layer, over all of its images
         order = spread(64, min(64, 512 // counts[layer_name]))
@@ -96,7 +96,7 @@ def test_a_model_of_equal_layers_is_one_pass_over_the_same_images_as_ever(tiny_m
     monkeypatch.setattr(moee.calibrate.refit, "find_entry", lambda *args: pytest.fail("nothing is to be taken up"))
     seen = []
     tiny_model.patch_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    refit(tiny_model, layers, ffns, data, 17 * 40, None)
+    refit(tiny_model, layers, ffns, data, 17 * 40, ridge=None)
     assert [len(images) for images in seen] == [1, 40]  # one image tells the tokens
     torch.testing.assert_close(seen[1], data.images[torch.linspace(0, 63, 40).round().long()])
 
@@ -177,7 +177,7 @@ def test_without_an_entry_the_layers_get_what_fits_and_the_report_says_so(monkey
     data = tiny_images(64)
     ffns, layers = mean_compensated(model, data)
     monkeypatch.setattr(moee.calibrate.refit, "find_entry", lambda *args: None)
-    done = refit(model, layers, ffns, data, 512, None)
+    done = refit(model, layers, ffns, data, 512, ridge=None)
     last = done["layers.3.blocks.0.mlp"]
     assert last.tokens == 8  # of the eight images that fill the first stage
     assert f"8 tokens for {last.neurons} neurons" in last.note
@@ -191,7 +191,7 @@ def test_layers_that_share_what_goes_past_them_get_a_pass_each():
     layers = {name: halved(ffn) for name, ffn in ffns.items()}
     for name, layer in layers.items():
         replace_module(model, name, layer)
-    done = refit(model, layers, ffns, tiny_images(64), 640, None)
+    done = refit(model, layers, ffns, tiny_images(64), 640, ridge=None)
     assert {name: report.tokens for name, report in done.items()} == dict(zip(names, (640, 640, 39, 39), strict=True))
 
 
@@ -211,7 +211,7 @@ def test_memory_bounds_the_images_whose_inputs_are_kept(monkeypatch):
     data = tiny_images(64)
     ffns, layers = mean_compensated(model, data)
     monkeypatch.setattr(moee.calibrate.refit, "KEPT", 0)
-    assert refit(model, layers, ffns, data, 512, None)["layers.3.blocks.0.mlp"].tokens == 8
+    assert refit(model, layers, ffns, data, 512, ridge=None)["layers.3.blocks.0.mlp"].tokens == 8
 
 
 @pytest.mark.parametrize("name", ["swin", "convnext"])
@@ -226,7 +226,7 @@ def test_more_images_make_the_last_stage_generalise_better(name):
         with pytest.MonkeyPatch.context() as patched:
             if kind == "first layer's":
                 patched.setattr(moee.calibrate.refit, "find_entry", lambda *args: None)
-            refit(model, layers, ffns, data, 1024, 0.01)
+            refit(model, layers, ffns, data, 1024, ridge=0.01)
         seen = []
         layers[last].register_forward_hook(lambda module, args, y, seen=seen: seen.append((args[0], y)))
         with torch.no_grad():

@@ -57,7 +57,7 @@ def test_accuracy_only_where_labels_and_head_number_the_same_classes(tiny_model,
 
     for classes, reported in ((10, True), (4, False)):
         splits = (tiny_images(20, classes=classes), tiny_images(20, classes=classes))
-        monkeypatch.setattr(moee.stages.session, "load_splits", lambda *args, splits=splits: splits)
+        monkeypatch.setattr(moee.stages.session, "load_splits", lambda *args, splits=splits, **kwargs: splits)
         session = moee.stages.session.Session(tiny_spec(), "tiny")
         if reported:
             teach(session.dense, splits[0])

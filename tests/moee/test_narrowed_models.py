@@ -25,7 +25,7 @@ from tests.moee.test_planning import stopped
 
 @pytest.fixture
 def session(monkeypatch):
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (tiny_images(24), tiny_images(24)))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (tiny_images(24), tiny_images(24)))
     return Session(tiny_spec(), "tiny")
 
 
@@ -59,7 +59,7 @@ def test_a_plan_narrows_every_method_alike(session, tmp_path):
     base = {"cluster_tokens": 200, "tokens": 400, "refit_tokens": 400}
     methods = ("kmeans-8", "static", "moefication", "clear-moe")
     budget = Budget(target_macs=0.75)
-    plan = make_plan(session, budget, tmp_path / "plan", methods, base=base, allocations=("share",), attention=(0.8,))
+    plan = make_plan(session, budget, tmp_path / "plan", methods=methods, base=base, allocations=("share",), attention=(0.8,))
     recipes = [p["recipe"] for p in plan["points"] if p["recipe"]]
     assert len(recipes) >= 3 and all(r["steps"][0]["attention_macs"] == 0.8 and len(r["steps"]) == 2 for r in recipes)
     assert all(p["macs"] <= 0.76 and p["attention"] == 0.8 for p in plan["points"] if p["recipe"])
@@ -209,10 +209,10 @@ def test_start_depends_on_what_was_seen(session):
 def test_a_plan_says_what_is_wrong_before_it_starts(session, tmp_path):
     for share, words in ((0.3, "0.50 or more"), (1.5, "--attention-macs")):
         with pytest.raises(UserError, match=words):
-            make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), attention=(1.0, share))
+            make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", methods=("static",), attention=(1.0, share))
         assert not (tmp_path / "plan.resume").exists()
     with pytest.raises(UserError, match="nearest is dense .* narrower attention alone leaves 0.8"):
         budget, base = Budget(target_macs=0.95), {"cluster_tokens": 200, "tokens": 400}
-        make_plan(session, budget, tmp_path / "plan", ("static",), base=base, attention=(0.5,))
+        make_plan(session, budget, tmp_path / "plan", methods=("static",), base=base, attention=(0.5,))
     with pytest.raises(ValueError, match="go into `attention`"):
-        make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", ("static",), base={"attention_macs": 0.8})
+        make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", methods=("static",), base={"attention_macs": 0.8})

@@ -25,7 +25,7 @@ KMEANS = dict(clustering="kmeans", clusters=3, cluster_tokens=300)
 def work(monkeypatch, tmp_path):
     monkeypatch.setenv("MOEE_CACHE", str(tmp_path / "cache"))
     splits = tiny_images(24, classes=10), tiny_images(24, classes=10)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: splits)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: splits)
     return tmp_path
 
 
@@ -47,7 +47,7 @@ def test_a_second_fine_tuning_on_a_place_is_refused_while_the_first_one_lives(wo
 def test_a_second_plan_on_a_place_is_refused(work):
     session = Session(tiny_spec(), "digits")
     with alone_on(work / "plan.resume"), pytest.raises(UserError, match="another run is working on .*plan at this moment"):
-        make_plan(session, Budget(min_cosine=0.1), work / "plan", ("static",), (0.8,))
+        make_plan(session, Budget(min_cosine=0.1), work / "plan", methods=("static",), targets=(0.8,))
     assert not (work / "plan.resume").exists()
 
 

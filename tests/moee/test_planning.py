@@ -27,7 +27,7 @@ def point(method="kmeans-8", macs=0.6, cosine=0.99, drop=0.0, latency=None, para
 def session(monkeypatch):
     torch.manual_seed(0)
     train, held = tiny_images(40), tiny_images(24)
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (train, held))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (train, held))
     return Session(ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0), "tiny")
 
 
@@ -232,7 +232,7 @@ def test_points_timed_in_another_way_are_not_taken_over(session, tmp_path):
 
     def planner(label, ms):
         timing = Latency(label, lambda model: {"kind": "modelled", "dense_ms": 2 * ms, "moee_ms": ms})
-        return Planner(session, Budget(min_cosine=0.5), {"cluster_tokens": 300}, tmp_path, timing, lambda *a: None)
+        return Planner(session, Budget(min_cosine=0.5), {"cluster_tokens": 300}, tmp_path, timing, report=lambda *a: None)
 
     assert planner("a", 1.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 1.0
     assert planner("b", 3.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 3.0

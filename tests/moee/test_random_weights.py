@@ -48,7 +48,7 @@ def test_a_head_that_nothing_has_trained_is_told_once(classes, heads):
 
 @pytest.fixture
 def images(monkeypatch):
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: (tiny_images(24, classes=10),) * 2)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (tiny_images(24, classes=10),) * 2)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_the_command_line_asks_for_one_source(name, flags, words):
 
 @pytest.mark.parametrize("command", ["extract", "plan", "ablate", "ablate-clear"])
 def test_every_command_refuses_a_model_without_weights_before_any_work(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args: pytest.fail("images were read"))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: pytest.fail("images were read"))
     model = ["--model", "test_vit"] if command == "ablate" else ["test_vit"]
     budget = ["--target-macs", "0.7"] if command == "plan" else []
     assert cli.main([command, *model, "--data", "digits", *budget, "--out", str(tmp_path / "out")]) == 2
@@ -183,7 +183,7 @@ def test_results_of_another_draw_do_not_go_together(images, tmp_path):
     with pytest.raises(UserError, match="random_seed 0, now 1"):
         check_setup(tmp_path / "ablation", setup_of(Session(other, "tiny"), ablation))
     base = {"cluster_tokens": 200, "tokens": 400, "refit_tokens": 400}
-    make_plan(Session(tiny_spec(), "tiny"), Budget(target_macs=0.8), tmp_path / "plan", ("static",), base=base)
+    make_plan(Session(tiny_spec(), "tiny"), Budget(target_macs=0.8), tmp_path / "plan", methods=("static",), base=base)
     read_plan(tmp_path / "plan", tiny_spec())
     with pytest.raises(UserError, match="with random_seed 0, but this model has 1"):
         read_plan(tmp_path / "plan", other)

@@ -556,8 +556,8 @@ def weights_in(path):
 @pytest.mark.parametrize(
     "function",
     [
-        lambda w: run_extract(SPEC, str(w / "images"), method_options(), w / "images", True),
-        lambda w: run_extract(weights_in(w / "model/model.safetensors"), "digits", method_options(), w / "model", True),
+        lambda w: run_extract(SPEC, str(w / "images"), method_options(), w / "images", force=True),
+        lambda w: run_extract(weights_in(w / "model/model.safetensors"), "digits", method_options(), w / "model", force=True),
         lambda w: run_finetune(w / "model", FinetuneConfig(), w / "model", force=True),
         lambda w: run_finetune(w / "model", FinetuneConfig(), w / "photos", force=True),
         lambda w: build_engines(w / "export", w / "export", plugin=None, force=True),

@@ -67,7 +67,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         data = _data(args.data, manifest, args.path, report, args.word)
         images = next(batches(data, args.batch)).images.numpy() if data is not None else None
         result = bench(
-            args.path, args.batch, args.runs, args.threads, images, report, duration_s=args.duration, provider=args.provider,
+            args.path, args.batch, runs=args.runs, threads=args.threads, images=images, report=report, duration_s=args.duration,
+            provider=args.provider,
             engine=args.engine, cuda_graph=args.cuda_graph, streams=args.streams, throughput_s=args.throughput,
             profile=args.profile, named=data.name if data is not None else "noise", trust_engine=args.trust_engine,
         )  # fmt: skip

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         backend(name)  # refuses an unknown one before anything is measured
     with ProgressDisplay() as report:
         backends = args.backend or [n for n in ("loop", "sorted", "grouped", "masked") if _available(n)]
-        result = bench_dispatch(layer, x, backends, args.runs, args.threads, report)
+        result = bench_dispatch(layer, x, backends, args.runs, args.threads, report=report)
     machine = result.machine
     clock = "one thread, CPU time" if machine.threads == 1 else f"{machine.threads} threads, wall time"
     console.print(

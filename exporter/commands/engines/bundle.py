@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
     with ProgressDisplay() as report:
         kernels = partial(ensure_kernels, (sm,), report)
-        folder = write_deployment(args.path, args.out, sm, kernels, batch, args.force, args.word)
+        folder = write_deployment(args.path, args.out, sm, kernels, batch, force=args.force, word=args.word)
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
     console.print(f"bundle for sm_{sm} written to {args.out} ({size:.0f} MiB); run build.sh in it on the device", soft_wrap=True)
     return OK

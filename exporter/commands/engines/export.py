@@ -54,7 +54,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             given = moee.record.images("train", args.data, report)
             say_read(train=given)
         export(
-            moee, args.out, args.force, report, source=args.path, precision=args.precision, calibration=given,
+            moee, args.out, force=args.force, report=report, source=args.path, precision=args.precision, calibration=given,
             calibration_images=images,
         )  # fmt: skip
     console.print(f"dense.onnx, portable.onnx and tensorrt.onnx written to {args.out}")

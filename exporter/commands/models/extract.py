@@ -111,7 +111,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 console.print(f"the plan was made on {made}, and on {args.data} another method may win", highlight=False)
         assert recipe is not None, "from the flags, a recipe's file or a plan"
         moee = run_extract(
-            spec, args.data, recipe, args.out, args.force, report, None, args.jobs, group, args.workers, classes, trial_of(args)
+            spec, args.data, recipe, args.out, force=args.force, report=report, session=None, jobs=args.jobs, group=group,
+            workers=args.workers, classes=classes, trial=trial_of(args)
         )  # fmt: skip
     if not group.leader:
         return OK

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         config = tuning_of(args.recipe)
     with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         moee = run_finetune(
-            args.path, config, args.out, args.data, args.force, report, None, group, args.workers, args.checkpoint, args.word,
+            args.path, config, args.out, source=args.data, force=args.force, report=report, session=None, group=group,
+            workers=args.workers, weights=args.checkpoint, model=args.word,
         )  # fmt: skip
     if not group.leader:
         return OK

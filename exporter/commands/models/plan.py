@@ -102,7 +102,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         session = session_of(args, report, console, "--torch-device")
         latency = latency_of(args.device, session, args.batch) if args.device else None
         plan = make_plan(
-            session, budget, args.out, methods, targets, base, latency, args.force, report, allocations, attention,
+            session, budget, args.out, methods=methods, targets=targets, base=base, latency=latency, force=args.force,
+            report=report, allocations=allocations, attention=attention,
         )  # fmt: skip
     console.print(points_table(plan))
     for line in verdict(plan):

@@ -79,13 +79,15 @@ def cluster(tokens: Tensor, experts: int, seed: int, name: str = "layer") -> Ten
 
 
 def analyse(
-    model: nn.Module, ffns: list[FFN], chosen: TensorSet, config: ClearOptions, report: Reporter, device: torch.device = CPU
+    model: nn.Module, ffns: list[FFN], chosen: TensorSet, config: ClearOptions, report: Reporter, *, device: torch.device = CPU
 ) -> list[Analysis]:
     """Clusters, routers, loss tables and scores of all layers on the dense model's own tokens; the model runs on `device`."""
     found = []
     with ExitStack() as stack:
         folder = stack.enter_context(temporary_folder())
-        sampled = collect_tokens(model, ffns, chosen, folder, config.tokens, config.seed, report, Group(device=device))
+        sampled = collect_tokens(
+            model, ffns, chosen, folder, config.tokens, seed=config.seed, report=report, group=Group(device=device)
+        )
         stack.enter_context(placed(model, device))
         images = chosen.images[:SCORE_IMAGES].to(device)
         reference = model(images) if config.score else torch.zeros(0)
@@ -95,14 +97,15 @@ def analyse(
             order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(config.seed))[:CLUSTER_TOKENS]
             sample = tokens[order.sort().values]
             labels = cluster(sample, config.experts, config.seed, ffn.name)
-            router, accuracy = fit_router(config.router, sample, labels, config.experts, config.router_width, config.seed)
+            router, accuracy = fit_router(config.router, sample, labels, config.experts, config.router_width, seed=config.seed)
             a = Analysis(ffn, router, accuracy)
             if config.rank is None:
                 a.tables = _tables(ffn, tokens, router, config)
             if config.score:
                 rank = config.rank or full_rank(ffn) // 2
                 a.score = score_layer(
-                    model, ffn, tokens, images, reference, rank, config.experts, config.metric, config.seed
+                    model, ffn, tokens, images, reference, rank=rank, clusters=config.experts, metric=config.metric,
+                    seed=config.seed
                 )
             found.append(a)
             report("analyse", position, len(ffns))

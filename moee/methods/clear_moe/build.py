@@ -66,13 +66,13 @@ def build_layer(a: Analysis, tokens: Tensor, config: ClearOptions) -> Built:
             "or skip one of those layers with --exclude"
         )
     routes = a.router.route(tokens)
-    up = decompose_up(ffn, tokens, routes, k, r1, q1, up_metric(ffn, tokens, config.metric))
+    up = decompose_up(ffn, tokens, routes, k, r1, residual=q1, metric=up_metric(ffn, tokens, config.metric))
     hidden = _hidden(up, tokens, routes, ffn.activation)
     target = dense_hidden(ffn, tokens) @ ffn.w_down.T
     weight, refit = ffn.w_down, None
     if config.compensation == "refit":
-        weight, refit = refit_down(ffn, hidden, target, routes, k, config.refit_lambda)
-    down = decompose_down(ffn, hidden, target, routes, k, r2, q2, weight)
+        weight, refit = refit_down(ffn, hidden, target, routes, k, ridge=config.refit_lambda)
+    down = decompose_down(ffn, hidden, target, routes, k, rank=r2, residual=q2, weight=weight)
     share = torch.bincount(routes, minlength=k).double() / len(routes)
     layer = ClearFFN(ClearParts(a.router, up, down, ffn.activation), ffn.channels_first).eval()
     return Built(layer, share.tolist(), len(tokens), refit)
@@ -89,7 +89,7 @@ def _hidden(up, tokens: Tensor, routes: Tensor, activation: str) -> Tensor:
 
 def build_layers(
     model: nn.Module, selected: list[Analysis], images: Tensor, config: ClearOptions, report: Reporter,
-    device: torch.device = CPU,
+    *, device: torch.device = CPU,
 ) -> dict[str, Built]:  # fmt: skip
     """Put the layers in place, front to back, in one forward pass on `device`; an error puts the dense ones back."""
     dense: dict[str, nn.Module] = {}

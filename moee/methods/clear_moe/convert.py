@@ -57,12 +57,12 @@ def convert(
     chosen = calibration_set(data, config.calibration_images, config.seed)
     if len(chosen) < config.experts:
         raise UserError(f"{len(chosen)} calibration images are fewer than the {config.experts} experts; give more images")
-    found = analyse(model, ffns, chosen, config, report, device)
+    found = analyse(model, ffns, chosen, config, report, device=device)
     choose_ranks(model, found, image_shape(chosen.images), config)
     selected = [a for a in found if a.ranks is not None]
     if not selected:
         raise NothingRouted("no layer gets cheaper at these ranks, so the model would stay dense; lower --rank or --energy")
-    layers = build_layers(model, selected, chosen.images, config, report, device)
+    layers = build_layers(model, selected, chosen.images, config, report, device=device)
     dense = [ClearLayerReport(**vars(report)) for report in reports_of(mlps)]
     return [*(_report(a, layers.get(a.ffn.name)) for a in found), *dense]
 

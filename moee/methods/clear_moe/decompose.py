@@ -160,7 +160,7 @@ def _stack(shared: Tensor, experts: Tensor) -> Tensor:
     return torch.cat([shared, experts.flatten(0, 1)]).float().contiguous()
 
 
-def decompose_up(ffn: FFN, tokens: Tensor, routes: Tensor, experts: int, rank: int, residual: int, metric: Tensor) -> Factors:
+def decompose_up(ffn: FFN, tokens: Tensor, routes: Tensor, experts: int, rank: int, *, residual: int, metric: Tensor) -> Factors:
     """The up map on input tokens [N, D] with experts [N]; `metric` as from `up_metric`."""
     check_rank(ffn, rank, residual)
     root, inverse = sqrt_and_inverse(metric)
@@ -178,7 +178,7 @@ def decompose_up(ffn: FFN, tokens: Tensor, routes: Tensor, experts: int, rank: i
 
 
 def refit_down(
-    ffn: FFN, hidden: Tensor, target: Tensor, routes: Tensor, experts: int, ridge: float
+    ffn: FFN, hidden: Tensor, target: Tensor, routes: Tensor, experts: int, *, ridge: float
 ) -> tuple[Tensor, RefitReport]:
     """W2 [D, H] corrected by ridge regression of target [N, D] (without bias) on hidden [N, H], both centred per expert.
 
@@ -211,7 +211,7 @@ def refit_down(
 
 
 def decompose_down(
-    ffn: FFN, hidden: Tensor, target: Tensor, routes: Tensor, experts: int, rank: int, residual: int, weight: Tensor
+    ffn: FFN, hidden: Tensor, target: Tensor, routes: Tensor, experts: int, *, rank: int, residual: int, weight: Tensor
 ) -> Factors:
     """The down map `weight` [D, H] on hidden activations [N, H]; biases make each expert's mean output that of the dense
     layer, `target` [N, D] (its bias left out)."""

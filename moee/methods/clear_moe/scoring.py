@@ -58,16 +58,16 @@ def silhouette(hidden: Tensor, clusters: int, seed: int) -> float:
 def low_rank_layer(ffn: FFN, tokens: Tensor, rank: int, metric: str) -> ClearFFN:
     """The layer at a rank, without experts, on input tokens [N, D]: what the sensitivity is measured with."""
     routes = torch.zeros(len(tokens), dtype=torch.int64)
-    up = decompose_up(ffn, tokens, routes, 1, rank, 0, up_metric(ffn, tokens, metric))
+    up = decompose_up(ffn, tokens, routes, 1, rank, residual=0, metric=up_metric(ffn, tokens, metric))
     hidden = dense_hidden(ffn, tokens)
-    down = decompose_down(ffn, hidden, hidden @ ffn.w_down.T, routes, 1, rank, 0, ffn.w_down)
+    down = decompose_down(ffn, hidden, hidden @ ffn.w_down.T, routes, 1, rank=rank, residual=0, weight=ffn.w_down)
     router = linear_parts(torch.zeros(1, ffn.dim), torch.zeros(1), ffn.dim)
     return ClearFFN(ClearParts(router, up, down, ffn.activation), ffn.channels_first)
 
 
 @torch.no_grad()
 def score_layer(
-    model: nn.Module, ffn: FFN, tokens: Tensor, images: Tensor, reference: Tensor, rank: int, clusters: int,
+    model: nn.Module, ffn: FFN, tokens: Tensor, images: Tensor, reference: Tensor, *, rank: int, clusters: int,
     metric: str, seed: int,
 ) -> LayerScore:  # fmt: skip
     """Figures of one layer from its input tokens [N, D]; sensitivity is the relative change of the model's output

@@ -70,7 +70,7 @@ class HeadsMethod(Method[HeadsOptions]):
             if context.group.leader:
                 check_share(model, transform.shape, share)  # before minutes of trials
                 if key not in context.left:
-                    context.left[key] = width_losses(model, seen, transform.shape, equal, context.report, device)
-                narrow(model, seen, transform.shape, share, equal, context.report, context.left[key], device)
+                    context.left[key] = width_losses(model, seen, transform.shape, equal, context.report, device=device)
+                narrow(model, seen, transform.shape, share, equal, report=context.report, losses=context.left[key], device=device)
         share_attention(model, context.group)
         return []

@@ -61,7 +61,7 @@ class _Skip(nn.Module):
 
 @torch.no_grad()
 def narrow(
-    model: nn.Module, data: ImageSet, shape: Shape, share: float, equal: bool = False, report: Reporter = silent,
+    model: nn.Module, data: ImageSet, shape: Shape, share: float, equal: bool = False, *, report: Reporter = silent,
     losses: dict[tuple[str, Widths], float] | None = None, device: torch.device = CPU,
 ) -> dict[str, Widths]:  # fmt: skip
     """Replace the attentions of `model` in place by narrower ones that keep the share `share` of the attention's MACs.
@@ -78,7 +78,7 @@ def narrow(
     shapes = input_shapes(model, attentions, shape)
     check_reach(attentions, shapes, share)
     if losses is None:
-        losses = width_losses(model, data, shape, equal, report, device)
+        losses = width_losses(model, data, shape, equal, report, device=device)
     _, images = _images(data, *_numbers(attentions, shapes))
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
@@ -102,7 +102,7 @@ def narrow(
 
 @torch.no_grad()
 def width_losses(
-    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, device: torch.device = CPU
+    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, *, device: torch.device = CPU
 ) -> dict[tuple[str, Widths], float]:
     """What `narrow` chooses widths by: the loss of the output with one attention, by its name, narrowed to each width.
 
