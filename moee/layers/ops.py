@@ -34,6 +34,16 @@ class Store(NamedTuple):
     offsets: Tensor
     activation: str
 
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is trained: `w_up`, `b_up`, `w_down` and `b_out`."""
+        return self[:4]
+
+    def to(self, dtype: torch.dtype) -> Store:
+        """With the weights in another type."""
+        w_up, b_up, w_down, b_out = (weight.to(dtype) for weight in self.weights)
+        return Store(w_up, b_up, w_down, b_out, self.neurons, self.offsets, self.activation)
+
 
 def _groups(chosen: Tensor, experts: int) -> list[Tensor]:
     """Rows of chosen [T, top_k] that picked each expert: K tensors of ascending token positions, int64."""
@@ -125,8 +135,7 @@ def experts_backward(grad: Tensor, x: Tensor, routes: Tensor, *stored: Any) -> t
     tokens, upstream = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
     act = find_activation(store.activation)
     exact = torch.promote_types(x.dtype, torch.float32)
-    shared = (store.w_up, store.b_up, store.w_down, store.b_out)
-    g_x, g_up, g_b, g_down, g_out = (torch.zeros_like(t, dtype=exact) for t in (tokens, *shared))
+    g_x, g_up, g_b, g_down, g_out = (torch.zeros_like(t, dtype=exact) for t in (tokens, *store.weights))
     with exact_arithmetic(x.device):  # the engine runs this under whatever autocast is on where backward() is called
         for e, rows, kept in expert_rows(routes, store.neurons, store.offsets):
             inputs, outputs, up, down = tokens[rows], upstream[rows], store.w_up[kept], store.w_down[kept]
@@ -137,7 +146,7 @@ def experts_backward(grad: Tensor, x: Tensor, routes: Tensor, *stored: Any) -> t
             g_b[kept] += g_before.sum(0, dtype=exact)
             g_down[kept] += act.forward(before).T @ outputs
             g_out[e] = outputs.sum(0, dtype=exact)
-    g_up, g_b, g_down, g_out = (g.to(of.dtype) for g, of in zip((g_up, g_b, g_down, g_out), shared, strict=True))
+    g_up, g_b, g_down, g_out = (g.to(of.dtype) for g, of in zip((g_up, g_b, g_down, g_out), store.weights, strict=True))
     return g_x.to(x.dtype).reshape(x.shape), g_up, g_b, g_down, g_out
 
 

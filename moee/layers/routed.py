@@ -164,6 +164,11 @@ class RoutedFFN(NeuronLayer):
     def union(self) -> int:
         return self.w_up.shape[0]
 
+    @property
+    def store(self) -> ops.Store:
+        """What its experts compute with, without copying."""
+        return ops.Store(self.w_up, self.b_up, self.w_down, self.b_out, self.neurons, self.offsets, self.activation)
+
     def activations(self, tokens: Tensor, kept: Tensor) -> Tensor:
         return activate(torch.addmm(self.b_up[kept], tokens, self.w_up[kept].T), self.activation)
 
@@ -180,10 +185,7 @@ class RoutedFFN(NeuronLayer):
 
     def _traced(self, x: Tensor) -> Tensor:
         """The whole layer as the one operator that the contract describes."""
-        return ops.ffn(
-            x, self.router, self.router_bias, self.w_up, self.b_up, self.w_down, self.b_out, self.neurons, self.offsets,
-            self.activation, self.top_k, self.max_width, list(self.load),
-        )  # fmt: skip
+        return ops.ffn(x, self.router, self.router_bias, *self.store, self.top_k, self.max_width, list(self.load))
 
     def _routed(self, x: Tensor) -> Tensor:
         """Routed once, from the tokens as they come; the forward and the backward pass then have the same experts."""
@@ -196,11 +198,11 @@ class RoutedFFN(NeuronLayer):
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Each expert on its own tokens; chosen [tokens, top_k]."""
-        stores = (self.w_up, self.b_up, self.w_down, self.b_out)
+        store = self.store
         if torch.is_autocast_enabled(x.device.type):  # it does not reach into a custom operator
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, stores = x.to(dtype), tuple(store.to(dtype) for store in stores)  # type: ignore[assignment]
-        return ops.experts(x, chosen, *stores, self.neurons, self.offsets, self.activation)
+            x, store = x.to(dtype), store.to(dtype)
+        return ops.experts(x, chosen, *store)
 
     def _masked_pays(self, x: Tensor) -> bool:
         """Whether to train on all neurons under a mask: a few large products are faster than many small ones with gathered
