@@ -230,6 +230,8 @@ def test_no_function_takes_many_arguments_by_position():
 
 def _many_positional(tree):
     for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name.startswith("_"):
+            continue
         inner = node.body if isinstance(node, (ast.ClassDef, ast.Module)) else []
         for function in inner:
             if not isinstance(function, ast.FunctionDef):

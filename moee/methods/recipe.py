@@ -30,7 +30,7 @@ from moee.config import FinetuneConfig, Options, validated
 from moee.errors import OptionError, UserError
 from moee.keywords import spoken
 from moee.methods.base import Method
-from moee.methods.registry import METHODS, cutting, method_named, method_of, options_for, presets
+from moee.methods.registry import METHODS, cutting, method_named, method_of, options_for, presets, refuse_dashes
 from moee.schema import shown
 
 DEFAULT_PRESET = "compensated"
@@ -227,6 +227,7 @@ def _recipe(steps: list[dict[str, Any]], tune: Any) -> Recipe:
 def _tuning(values: dict[str, Any] | None) -> FinetuneConfig | None:
     if values is None:
         return None
+    refuse_dashes(values, FinetuneConfig.model_fields)
     for name in values:
         if name not in FinetuneConfig.model_fields:
             known = ", ".join(FinetuneConfig.model_fields)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 from moee.config import Options, validated
@@ -47,13 +47,19 @@ def presets() -> dict[str, Method[Any]]:
     return {name: method for method in METHODS for name in method.presets}
 
 
+def refuse_dashes(values: Iterable[str], known: Container[str]) -> None:
+    """Raise `UserError` for a name that only its dashes keep from being one that is known."""
+    for name in values:
+        if name not in known and name.replace("-", "_") in known:
+            raise OptionError(f"{shown(name)} is written {name.replace('-', '_')}; change it", name)
+
+
 def options_for(method: Method[Any], values: dict[str, Any]) -> Options:
     """A method's options. Raises `UserError` that names the first value that does not fit; for an option of another method it
     says whose it is."""
     known = method.options.model_fields
+    refuse_dashes(values, known)
     for name in values:
-        if name not in known and name.replace("-", "_") in known:
-            raise OptionError(f"{shown(name)} is written {name.replace('-', '_')}; change it", name)
         if name not in known:
             owners = [other.name for other in METHODS if name in other.options.model_fields]
             flag = f"--{shown(name, quoted=False).replace('_', '-')}"

@@ -253,6 +253,31 @@ def test_a_function_to_a_verified_export(place, capsys):
     assert run("bench", "exported", *word, "--runs", 2, "--duration", 0, "--throughput", 0, "--batch", 2) == 0
 
 
+CONSTANTS = """
+import torch
+from mymodels import mine
+
+MEAN = torch.full((1, 3, 1, 1), 0.5)
+
+
+def centred():
+    model = mine()
+    model.register_buffer("mean", MEAN.clone(), persistent=False)
+    model.register_forward_pre_hook(lambda module, args: (args[0] - module.mean,))
+    return model
+"""
+
+
+def test_constants_of_a_functions_module_have_memory(place):
+    """Even where only the shapes of a model are asked for when its module is imported."""
+    (place / "constants.py").write_text(CONSTANTS)
+    assert run("extract", "constants:centred", "--data", "images", *STATIC, "--out", "extracted") == 0
+    for name in ("constants", "mymodels"):
+        sys.modules.pop(name, None)
+    assert run("inspect", "extracted", "--model", "constants:centred") == 0
+    assert run("finetune", "extracted", "--model", "constants:centred", "--epochs", 1, "--out", "tuned") == 0
+
+
 def test_what_a_function_compiled_is_taken_plain(place, caplog):
     caplog.set_level("INFO", "moee")
     assert run("extract", "mymodels:compiled", "--data", "images", *STATIC, "--out", "extracted") == 0

@@ -15,8 +15,10 @@ from exporter.report.page import MAX_BYTES
 from exporter.terminal.options import given_options
 from moee.config import plain_type
 from moee.errors import UserError
-from moee.methods.recipe import make_recipe
+from moee.methods.heads.method import HeadsOptions
+from moee.methods.recipe import Recipe, make_recipe, read_recipe
 from moee.methods.registry import METHODS
+from moee.methods.static import StaticOptions
 from tests.exporter.report_data import EVIL, write_run
 
 VOID = {"meta", "img", "br", "hr"}
@@ -240,6 +242,35 @@ def test_every_setting_is_in_the_command(tmp_path, method):
 def test_an_unknown_path_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="not found; give folders"):
         collect([tmp_path / "absent"])
+
+
+def test_steps_that_flags_cannot_say_are_a_file(tmp_path):
+    run = write_run(tmp_path / "run")
+    path = run / "tuned" / "moee.json"
+    body = json.loads(path.read_text())
+    recipe = Recipe((HeadsOptions(attention_macs=0.8, seed=5, collages=2), StaticOptions(keep=0.5)))
+    body["recipe"] = recipe.to_json()
+    path.write_text(json.dumps(body))
+    written, extract = commands(collect([run]))[:2]
+    assert extract.endswith("--recipe recipe.toml --out extracted") and written.endswith("> recipe.toml")
+    (tmp_path / "recipe.toml").write_text(shlex.split(written)[2])
+    assert read_recipe(tmp_path / "recipe.toml") == recipe
+
+
+def test_what_else_a_command_needs_is_there(tmp_path):
+    """Classes in another order than the folders', a function of one's own, and every tuning."""
+    run = write_run(tmp_path / "run")
+    path = run / "tuned" / "moee.json"
+    body = json.loads(path.read_text())
+    body["classes"] = ["red", "blue"]
+    body["model"] |= {"library": "python", "name": "mine:make"}
+    tuned = body["info"]["stages"]["tuned"]
+    tuned |= {"data": "more", "before": [{"data": "digits", "config": {"epochs": 7}}]}
+    path.write_text(json.dumps(body))
+    lines = commands(collect([run]))
+    assert shlex.split(lines[0])[2:] == ["red\nblue\n", ">", "classes.txt"] and "--class-map classes.txt" in lines[1]
+    assert lines[2] == "moee finetune extracted --model mine:make --epochs 7 --out tuned"
+    assert lines[3].startswith("moee finetune tuned --model mine:make --data more --epochs 2")
 
 
 def test_the_command_makes_the_same_recipe(tmp_path):

@@ -9,12 +9,12 @@ from moee.artifacts.inspection import inspect_artifact
 from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
-from moee.methods.recipe import method_options
+from moee.methods.recipe import make_recipe, method_options
 from moee.models.model import ModelSpec
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune
 from moee.stages.session import Session
-from tests.conftest import tiny_spec
+from tests.conftest import tiny_images, tiny_spec
 
 STATIC = method_options(clustering="none", keep=0.8, compensation="mean")
 
@@ -134,3 +134,12 @@ def test_a_model_with_attention_pooling_is_extracted(tmp_path):
         "blocks.0.mlp": "routed", "blocks.1.mlp": "routed", "attn_pool.mlp": "dense: sees one token an image"
     }  # fmt: skip
     assert checkpoint.load(tmp_path / "out").info["layers"] == moee.info["layers"]
+
+
+def test_more_experts_than_neurons_are_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr("moee.methods.convert.convert_layers", failing(AssertionError("too late")))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (tiny_images(8), tiny_images(8)))
+    with pytest.raises(UserError, match="--experts 129 is more than the 128 neurons of `blocks.0.mlp`"):
+        run_extract(tiny_spec(), "tiny", make_recipe("moefication", values={"experts": 129}), tmp_path / "out")
+    with pytest.raises(UserError, match="--attention-macs 0.2: heads keep at least half"):
+        run_extract(tiny_spec(), "tiny", make_recipe("static", values={"attention_macs": 0.2}), tmp_path / "out")

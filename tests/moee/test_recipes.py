@@ -1,5 +1,7 @@
 """Recipes: from a file or flags to steps and back, and what is refused with its line."""
 
+import os
+
 import pytest
 
 from moee.config import FinetuneConfig
@@ -14,6 +16,7 @@ from moee.planning.plan import read_plan
 from moee.store.artifact import write_manifest
 from tests.conftest import tiny_spec
 
+HEADS = '[[step]]\nmethod = "heads"\nattention_macs = 0.8\n'
 HALF = """seed = 3
 
 [[step]]
@@ -27,6 +30,9 @@ target_macs = 0.5
 [tune]
 epochs = 5
 """
+
+
+HEADS_OPTIONS = HeadsOptions(attention_macs=0.8)
 
 
 def written(tmp_path, text):
@@ -66,7 +72,7 @@ def test_every_option_of_every_method_survives_the_file(tmp_path, method):
         ("target_macs = 0.5", "target_mac = 0.5", 9, "target_mac is no option of method static; expected some of"),
         ("target_macs = 0.5", "clusters = 4", 9, "clusters is for method experts, and not for static"),
         ("target_macs = 0.5", "target_macs = 5", 9, "target_macs: Input should be less than 1 (came 5)"),
-        ("target_macs = 0.5", "target_macs = 'half'", 9, "target_macs: Input should be a valid number"),
+        ("target_macs = 0.5", "target_macs = 'half'", 9, "target_macs: expected a number (came 'half')"),
         ("target_macs = 0.5", "allocation = 'model'", 7, "it needs criterion sensitivity"),
         ("seed = 3", "seed = -1", 1, "seed: Input should be greater than or equal to 0"),
         ("seed = 3", "speed = 3", 1, "unknown 'speed'; expected seed, [[step]] or [tune]"),
@@ -87,9 +93,16 @@ def test_what_does_not_fit_is_named_with_its_line(tmp_path, old, new, line, said
     [
         ("", "no step that cuts MLPs; expected one of experts"),
         ('[[step]]\nmethod = "heads"\nattention_macs = 0.8\n', "no step that cuts MLPs"),
-        ('[[step]]\nmethod = "static"\n[[step]]\nmethod = "heads"\n', "line 4: heads after static: attention is cut first"),
+        ('[[step]]\nmethod = "static"\n' + HEADS, "line 4: heads after static: attention is cut first"),
+        ('[[step]]\nmethod = "heads"\n[[step]]\nmethod = "static"\n', "line 1: narrower heads need attention_macs"),
+        ('[[step]]\nmethod = "static"\nkeep = true\n', "line 3: keep: expected a number (came True)"),
+        ('[[step]]\nmethod = "static"\nkeep = "0.5"\n', "line 3: keep: expected a number (came '0.5')"),
+        ('[[step]]\nmethod = "static"\nexclude = "blocks.0"\n', "line 3: exclude: expected a list"),
+        ('[[step]]\nmethod = "static"\ntarget-macs = 0.5\n', "line 3: 'target-macs' is written target_macs"),
+        ('[[step]]\nmethod = "static"\n[tune]\nbatch-size = 3\n', "line 4: 'batch-size' is written batch_size"),
+        ('[[step]]\nmethod = "static"\n[tune]\nbatch = 3\n', "line 4: batch is no option of the tuning; expected some of seed"),
         ('[[step]]\nmethod = "static"\n[[step]]\nmethod = "experts"\n', "line 4: experts after static: both cut MLPs"),
-        ('[[step]]\nmethod = "heads"\n' * 2 + '[[step]]\nmethod = "static"\n', "line 4: heads comes twice"),
+        (HEADS * 2 + '[[step]]\nmethod = "static"\n', "line 5: heads comes twice"),
         ('step = "static"', "line 1: expected steps as [[step]]"),
         ('[[step]]\nmethod = "static"\ntune = 3\n', "line 3: tune is no option"),
         ('tune = 3\n[[step]]\nmethod = "static"\n', "tune"),
@@ -112,6 +125,32 @@ def test_no_file_at_all(tmp_path):
         read_recipe(tmp_path / "bytes")
 
 
+def test_a_step_that_changes_nothing_is_left_out(tmp_path):
+    whole = HEADS.replace("0.8", "1") + '[[step]]\nmethod = "static"\n'
+    assert read_recipe(written(tmp_path, whole)) == make_recipe("static")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    (tmp_path / "bom.toml").write_text(HALF, encoding="utf-8-sig")
+    assert read_recipe(tmp_path / "bom.toml") == read_recipe(written(tmp_path, HALF))
+
+
+def test_an_option_that_no_step_takes_is_refused():
+    """Collages are for heads too, but no heads are asked for."""
+    said = "--collages is for method experts or static or moefication or heads, and not for clear-moe"
+    with pytest.raises(UserError, match=said):
+        make_recipe("clear-moe", values={"collages": 3})
+    both = make_recipe("clear-moe", values={"collages": 3, "attention_macs": 0.8})
+    assert both.first == (HeadsOptions(attention_macs=0.8, collages=3),)
+
+
+def test_no_device_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match="no ordinary file"):
+            read_recipe(path)
+
+
 def test_older_names_mean_what_they_say():
     assert make_recipe("moee") == make_recipe("experts") == make_recipe(preset="compensated") == make_recipe()
     assert make_recipe("static") == make_recipe(preset="static") == make_recipe(values={"clustering": "none"})
@@ -125,7 +164,7 @@ def test_older_names_mean_what_they_say():
 
 
 def test_steps_in_another_order_cannot_be_made():
-    for steps in ((StaticOptions(), HeadsOptions()), (StaticOptions(), ExpertsOptions()), (HeadsOptions(),), ()):
+    for steps in ((StaticOptions(), HEADS_OPTIONS), (StaticOptions(), ExpertsOptions()), (HEADS_OPTIONS,), ()):
         with pytest.raises(UserError):
             Recipe(steps)
 
