@@ -48,7 +48,7 @@ def asked(monkeypatch):
         monkeypatch.setattr(f"{where}.require_backend", lambda name: None)
         monkeypatch.setattr(f"{where}.needs_plugin", lambda path: True)
     for where in ("exporter.ship.deployment", "exporter.api"):
-        monkeypatch.setattr(f"{where}.write_deployment", lambda path, out, sm, *rest: stop([sm]))
+        monkeypatch.setattr(f"{where}.write_deployment", lambda path, out, sm, *rest, **others: stop([sm]))
     monkeypatch.setattr("exporter.timing.profile.batch_profile", lambda *shapes: (1, 8, 32))
     monkeypatch.setattr("exporter.manifests.read_export", lambda path, verify: {})
     monkeypatch.setattr("exporter.manifests.refuse_module", lambda *export: None)
