@@ -55,7 +55,7 @@ class Device:
             role, variant = self.expect[len(self.launches)].split("/")
             kernel = self.kernels[role, variant]
             self.launches.append(f"{role}/{variant}")
-            self.run(kernel, symbol.decode(), tuple(grid[:3]), threads, shared, group=args)
+            self.run(kernel, symbol.decode(), tuple(grid[:3]), threads, shared, args)
         except Exception as error:  # must not cross into C++
             self.problems.append(f"{symbol.decode()}: {type(error).__name__}: {error}")
             return 999
