@@ -17,7 +17,7 @@ from exporter.graph.trace import to_onnx
 from exporter.parity import check_parity
 from exporter.passes.gated import STORED_AT, lower_gated
 from exporter.ship.deployment import write_deployment
-from exporter.timing.device import DEVICES, dense_facts, modelled
+from exporter.timing.device import dense_facts, modelled
 from exporter.timing.ffn_bench import ffn_speeds
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
@@ -26,6 +26,7 @@ from moee.methods.recipe import Recipe, method_options
 from moee.mlps.gated import GATES, GatedFFN, GatedWeights, weight_shapes
 from moee.models.model import ModelSpec, load_model
 from plugins.contract import DOMAIN
+from plugins.devices import PROFILES
 from tests.conftest import extract, tiny_images
 from tests.exporter.conftest import rehash
 
@@ -173,7 +174,7 @@ def test_every_gate_activation_has_its_form(tmp_path, activation, channels_first
 def test_modelled_latency_and_single_layers_are_timed(made):
     moee, data, _ = made
     dense = load_model(moee.spec)
-    device = next(iter(DEVICES.values()))
+    device = next(iter(PROFILES.values()))
     result = modelled(device, dense, moee.model, dense_facts(dense, (3, 56, 56)), 4096)
     assert result["moee_ms"] < result["dense_ms"] and result["kind"] == "modelled"
     if moee.spec.name == NAMES["dinov2-g"]:

@@ -63,8 +63,9 @@ COMMANDS = {
 def test_every_command_divides_and_numbers_the_images_alike(made, tmp_path, monkeypatch, name):
     seen = []
 
-    def opened(source, transform, *rest):
+    def opened(source, transform, *rest, **named):
         split, *read = rest if isinstance(rest[0], str) else ("both", *rest)
+        read += [named["head_classes"]] if "head_classes" in named else []
         seen.append((source, transform.shape, split, *read[:3]))
         raise Stop
 

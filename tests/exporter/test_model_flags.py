@@ -140,7 +140,7 @@ def test_flags_are_repeated_for_the_next_command():
     again = parser.parse_args([args.model, "--data", "x", *model_flags(args)])
     assert again == args
     spec = {"name": "vit", "timm_name": "vit", "weights": "/a/w.pth", "kwargs": {"num_classes": 4, "depth": 2}}
-    assert "--checkpoint /a/w.pth --num-classes 4 --model-kwargs depth=2" in _extract({"model": spec, "data": "x"})
+    assert "--checkpoint /a/w.pth --num-classes 4 --model-kwargs depth=2" in _extract({"model": spec, "data": "x"})[-1]
 
 
 def test_inspect_takes_the_classes_of_a_checkpoint(folder, capsys):
@@ -177,7 +177,7 @@ def test_a_class_map_with_very_many_lines_is_refused_at_once(tmp_path):
 )
 def test_the_printed_command_has_the_models_flags(name, weights, shown):
     spec = {"name": name, "timm_name": "vit", "weights": weights, "kwargs": {"num_classes": 4, "img_size": 32, "depth": 2}}
-    line = _extract({"model": spec, "data": "x"})
+    line = _extract({"model": spec, "data": "x"})[-1]
     assert line == " ".join(f"moee extract {name} --data x {shown} --out extracted".split())
     cli.build_parser().parse_args(line.split()[1:])
 

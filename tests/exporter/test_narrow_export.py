@@ -11,7 +11,7 @@ from exporter.cli import main
 from exporter.graph.export import export
 from exporter.graph.trace import to_onnx
 from exporter.parity import check_parity
-from exporter.timing.device import DEVICES, dense_facts, modelled
+from exporter.timing.device import dense_facts, modelled
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
 from moee.methods.heads.method import HeadsOptions
@@ -19,6 +19,7 @@ from moee.methods.heads.narrowing import narrow
 from moee.methods.recipe import Recipe, method_options
 from moee.mlps.attention import narrow_attentions
 from moee.models.model import load_model
+from plugins.devices import PROFILES
 from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter.conftest import rehash
 
@@ -97,7 +98,7 @@ def test_graph_has_the_four_products_and_no_others(made):
 def test_modelled_latency_counts_the_narrower_heads(made):
     moee, _, _ = made
     dense = load_model(tiny_spec())
-    device = next(iter(DEVICES.values()))
+    device = next(iter(PROFILES.values()))
     cut = copy.deepcopy(dense)
     narrow(cut, tiny_images(24), (3, 32, 32), 0.7)
     result = modelled(device, dense, cut, dense_facts(dense, (3, 32, 32)), 4096)

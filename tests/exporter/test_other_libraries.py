@@ -540,10 +540,10 @@ def test_plans_and_printed_commands_know_the_library(place):
     other = spec.model_copy(update={"library": "torchvision"})
     assert spec.identity() != other.identity()
     body = {"model": spec.model_dump(mode="json"), "data": "images", "info": {}}
-    line = _extract(body)
+    line = _extract(body)[-1]
     assert line.startswith("moee extract mymodels:Mine --data images --num-classes 2") and "--pretrained" not in line
     HF["vit"](place / "vit")
-    line = _extract({"model": resolve("hf:vit").model_dump(mode="json"), "data": "images", "info": {}})
+    line = _extract({"model": resolve("hf:vit").model_dump(mode="json"), "data": "images", "info": {}})[-1]
     assert line == f"moee extract hf:{place / 'vit'} --data images --out extracted"
     old = {"name": "x", "timm_name": "vit_tiny_patch16_224", "kwargs": {}}
     assert ModelSpec.model_validate(old).library == "timm" and "library" not in ModelSpec.model_validate(old).identity()

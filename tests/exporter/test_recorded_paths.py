@@ -46,7 +46,7 @@ def test_later_commands_from_another_folder_read_what_the_first_one_read(workpla
     body = read_json("extracted/moee.json")
     assert body["data"] == body["info"]["stages"]["extracted"]["data"] == str(here / "pictures")
     assert body["model"]["weights"] == str(here / "w.pth")
-    words = _extract(body)
+    words = _extract(body)[-1]
     assert f"--checkpoint {here / 'w.pth'}" in words and f"--data {here / 'pictures'}" in words
     assert "on pictures" in capsys.readouterr().out
 
@@ -98,5 +98,5 @@ def test_an_artifact_of_before_names_its_images_as_they_were_typed(workplace, ti
     ],
 )  # fmt: skip
 def test_commands_of_a_report_name_local_models_by_where_they_lay(name, weights, said):
-    line = _extract({"model": {"name": name, "weights": weights}, "data": "digits", "recipe": None})
+    line = _extract({"model": {"name": name, "weights": weights}, "data": "digits", "recipe": None})[-1]
     assert line.startswith(f"moee extract {said}") and ("--checkpoint" in line) == ("--checkpoint" in said)

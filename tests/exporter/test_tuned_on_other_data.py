@@ -26,7 +26,7 @@ def sets(tiny_export):
 def world(tiny_export, monkeypatch):
     known = sets(tiny_export)
     monkeypatch.setattr("moee.data.sources.load_data", lambda source, *args, **kwargs: known[source])
-    monkeypatch.setattr("moee.stages.session.load_splits", lambda source, *args: (known[source], known[source]))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda source, *args, **kwargs: (known[source], known[source]))
 
 
 def run(*argv):
