@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from moee.artifacts import checkpoint
 from moee.artifacts.checkpoint import SCHEMA
 from moee.errors import UserError
 from moee.kinds.routed import RoutedRecord
@@ -73,3 +75,15 @@ def test_migrations_form_whole_chains():
         while (name, reached) in MIGRATIONS:
             reached += 1
         assert reached == current.get(name, reached)
+
+
+def test_a_stored_artifact_of_version_1_still_computes_the_same():
+    """Experts beside narrower heads, as the version before recipes wrote them, with its outputs on one image of ones."""
+    moee = checkpoint.load(STORED / "moee.model-1")
+    heads, experts = moee.recipe.steps
+    assert (heads.attention_macs, heads.attention_heads) == (0.75, "equal")
+    assert (experts.clustering, experts.clusters, experts.target_macs) == ("kmeans", 2, 0.75) and moee.recipe.tune is None
+    with torch.no_grad():
+        output = moee.model(torch.ones(1, 3, 32, 32))[0]
+    expected = [-0.12417518347501755, 0.14122377336025238, -0.19683246314525604, 0.2551165223121643]
+    torch.testing.assert_close(output, torch.tensor(expected), rtol=1e-4, atol=1e-5)
