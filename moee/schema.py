@@ -1,6 +1,6 @@
 """What the JSON files must look like, and their versions.
 
-A schema is a name and a number, `moee.model/1`; the number rises when an old reader would misread a new file. Fields that are
+A schema is a name and a number, `moee.model/2`; the number rises when an old reader would misread a new file. Fields that are
 merely added leave it. An older file is brought up step by step by `MIGRATIONS`; a newer one is refused, since nobody can know
 what it means. The fields are described as `Body` models beside the code that reads them; `checked` holds a file against one.
 """

@@ -1,4 +1,4 @@
-"""One module a command: `add_parser` declares its flags, `run` calls one function, shows the result, returns the exit code."""
+"""Exit codes, and the flags that several commands have."""
 
 from __future__ import annotations
 

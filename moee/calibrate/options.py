@@ -57,7 +57,7 @@ class RefitOptions(Options):
     )
     refit_lambda: float | None = Field(
         None, gt=0, le=MOST_FACTOR,
-        description="ridge of the refit, as a share of the Gram matrix's mean diagonal (default: chosen by held-out images)",
+        description="ridge of the refit, as a share of the Gram matrix's mean diagonal (default: chosen by held-out tokens)",
     )  # fmt: skip
     refit_tokens: Count = Field(PAPER_TOKENS, description="tokens a layer that the refit may use")
     augment: Views = Field(0, description="random views of each training image that the refit sees beside it")

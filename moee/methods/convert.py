@@ -22,11 +22,11 @@ from moee.data.views import widened
 from moee.errors import NothingRouted, StepFailed
 from moee.layers.report import LayerReport
 from moee.layers.routed import NeuronLayer, RoutedFFN
-from moee.methods.assembly import build_layer
-from moee.methods.choice import choose_neurons
 from moee.methods.context import Context
 from moee.methods.exchange import Finding, pack_finding, share_layers, unpack_finding
-from moee.methods.gated_pruning import prune_gated
+from moee.methods.neurons.assembly import build_layer
+from moee.methods.neurons.choice import choose_neurons
+from moee.methods.neurons.gated_pruning import prune_gated
 from moee.mlps.find import find_ffns, reports_of
 from moee.mlps.sites import put_mlp
 from moee.models.ffn import FFN

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moee.errors import UserError
 from moee.layers.routed import Experts, NeuronLayer, RoutedFFN
-from moee.methods.gated_pruning import whole as whole_gated
+from moee.methods.neurons.gated_pruning import whole as whole_gated
 from moee.mlps.attention import NarrowAttention, Widths
 from moee.mlps.proof import disagreement
 from moee.mlps.sites import mlp_module, mlp_replaced

@@ -1,7 +1,7 @@
 """Gated MLPs, down(act(gate(x)) * up(x)): what one of a model is, and the narrower one that takes its place.
 
-A hidden neuron is a row of the gate, a row of the up map and a column of the down map. `moee.methods.gated_pruning` chooses
-which stay. There is no router and no operator of its own in a graph: an export holds the plain products
+A hidden neuron is a row of the gate, a row of the up map and a column of the down map. `moee.methods.neurons.gated_pruning` takes
+those that stay. There is no router and no operator of its own in a graph: an export holds the plain products
 (`exporter.passes.gated`).
 """
 

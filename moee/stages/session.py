@@ -24,10 +24,10 @@ from moee.measure.accuracy import Comparison, class_count, comparison
 from moee.measure.evaluation import Outputs, retention, run
 from moee.measure.metrics import dense_macs, model_cost, tokens_per_image
 from moee.measure.probe import Probe, classes_told, fit_probe, head_drawn
-from moee.methods.choice import ffn_budget
 from moee.methods.context import Context
 from moee.methods.exchange import check_same_data, share_dense
 from moee.methods.identity import IMAGES, check_attentions, check_ffns
+from moee.methods.neurons.choice import ffn_budget
 from moee.methods.recipe import Recipe
 from moee.methods.registry import method_of
 from moee.mlps.attention import find_attentions

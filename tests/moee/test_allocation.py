@@ -13,8 +13,8 @@ from moee.data.image_set import TensorSet, image_shape
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import mean_cosine, model_cost
-from moee.methods.allocation import Candidate, allocate
-from moee.methods.choice import ffn_budget
+from moee.methods.neurons.allocation import Candidate, allocate
+from moee.methods.neurons.choice import ffn_budget
 from moee.methods.recipe import method_options
 from moee.mlps.find import find_ffns
 from moee.models.model import load_model

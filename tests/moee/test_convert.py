@@ -11,8 +11,8 @@ from moee.calibrate.refit import refit_layer
 from moee.data.image_set import TensorSet, batches
 from moee.errors import UserError
 from moee.layers.routed import RoutedFFN, routed_layers
-from moee.methods.assembly import build_layer
-from moee.methods.choice import choose_neurons
+from moee.methods.neurons.assembly import build_layer
+from moee.methods.neurons.choice import choose_neurons
 from moee.methods.recipe import method_options
 from moee.methods.registry import method_of
 from moee.mlps.find import find_ffns

@@ -25,7 +25,7 @@ from moee.layers.routed import RoutedFFN, routed_layers
 from moee.measure.metrics import dense_macs, dense_params, model_cost
 from moee.methods.clear_moe.convert import convert
 from moee.methods.clear_moe.options import ClearOptions
-from moee.methods.gated_pruning import narrower, whole
+from moee.methods.neurons.gated_pruning import narrower, whole
 from moee.methods.recipe import Recipe, method_options
 from moee.mlps.find import find_ffns
 from moee.mlps.gated import GatedFFN, GatedMLP

@@ -58,7 +58,7 @@ class MoeficationMethod(LayerMethod[MoeficationOptions]):
     ) -> MoeficationOptions:
         """The most experts a token whose MACs, router included, meet the target."""
         from moee.measure.metrics import original_macs, tokens_per_image
-        from moee.methods.choice import ffn_budget
+        from moee.methods.neurons.choice import ffn_budget
         from moee.mlps.attention import macs_saved
         from moee.mlps.find import find_ffns
 

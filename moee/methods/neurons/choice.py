@@ -11,7 +11,7 @@ from moee.calibrate.selection import keep_by_share, select_neurons
 from moee.data.image_set import ImageSet, batches, image_shape
 from moee.errors import OutOfReach
 from moee.measure.metrics import original_macs, tokens_per_image
-from moee.methods.allocation import Candidate, allocate
+from moee.methods.neurons.allocation import Candidate, allocate
 from moee.mlps.attention import macs_saved
 
 SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron

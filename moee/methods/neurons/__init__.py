@@ -1,0 +1,1 @@
+"""Which neurons experts keep, and the layers made of them: the choice, its budget, the tensors."""
