@@ -87,6 +87,11 @@ class Method(ABC, Generic[Chosen]):
     def check(self, model: nn.Module, shape: tuple[int, int, int], options: Chosen) -> None:
         """Raise `UserError` for what can be said of a model, on images of `shape`, without any work."""
 
+    def saves(self, model: nn.Module, shape: tuple[int, int, int], options: Chosen) -> tuple[int, int]:
+        """The least and the most multiply-accumulates an image that it will save, as far as that is known without any work and is
+        no matter of its own budget."""
+        return 0, 0
+
     def budget(self, options: Chosen) -> float | None:
         """Share of the model's MACs that cutting its MLPs must reach, where that can be held against the model before any work;
         None where nothing of the kind is asked."""

@@ -160,8 +160,15 @@ class Session:
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
         target = recipe.method.budget(recipe.cut)
-        if target is not None and not recipe.first:  # what comes before saves some, which only its work tells
-            ffn_budget(whole, sum(tokens[ffn.name] * ffn.macs for ffn in ffns), target)
+        if target is not None:
+            cut = sum(tokens[ffn.name] * ffn.macs for ffn in ffns)
+            saved = [method_of(step).saves(self.dense, self.transform.shape, step) for step in recipe.first]
+            least, most = sum(low for low, _ in saved), sum(high for _, high in saved)
+            asked = (1 - target) * whole
+            if asked - most >= cut or not recipe.first:  # even so the MLPs do not hold enough
+                ffn_budget(whole, cut, target, most)
+            if asked <= least:  # nothing is left to be cut
+                ffn_budget(whole, cut, target, least)
 
     def _few_images(self) -> Tensor:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""

@@ -143,3 +143,15 @@ def test_more_experts_than_neurons_are_refused_before_the_work(monkeypatch, tmp_
         run_extract(tiny_spec(), "tiny", make_recipe("moefication", values={"experts": 129}), tmp_path / "out")
     with pytest.raises(UserError, match="--attention-macs 0.2: heads keep at least half"):
         run_extract(tiny_spec(), "tiny", make_recipe("static", values={"attention_macs": 0.2}), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "target, said", [(0.05, "so the result stays above"), (0.95, "narrower attention alone leaves 0.8"), (0.7, "")]
+)
+def test_a_cost_beside_narrower_heads_is_judged_before_the_work(monkeypatch, tmp_path, target, said):
+    begun = AssertionError("the work began")
+    monkeypatch.setattr("moee.methods.heads.narrowing.width_losses", failing(begun))
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (tiny_images(8), tiny_images(8)))
+    recipe = make_recipe("static", values={"attention_macs": 0.5, "target_macs": target})
+    with pytest.raises(UserError if said else AssertionError, match=said or "the work began"):
+        run_extract(tiny_spec(), "tiny", recipe, tmp_path / "out")

@@ -52,6 +52,14 @@ class HeadsMethod(Method[HeadsOptions]):
 
         check_share(model, shape, options.attention_macs)
 
+    def saves(self, model: nn.Module, shape: tuple[int, int, int], options: HeadsOptions) -> tuple[int, int]:
+        """Widths go in steps, so that a layer more than is needed may be narrowed."""
+        from moee.methods.heads.widths import narrowest_and_full
+
+        costs = narrowest_and_full(model, shape)
+        needed = (1 - options.attention_macs) * sum(full for _, full in costs)
+        return int(needed), int(needed) + max(full - low for low, full in costs)
+
     def convert(self, model: nn.Module, options: HeadsOptions, context: Context) -> Sequence[LayerReport]:
         """What was measured of a model's widths serves every share: it is left in the context."""
         from moee.data.transform import model_transform

@@ -40,6 +40,16 @@ def check_share(model: nn.Module, shape: Shape, share: float) -> None:
     check_reach(attentions, input_shapes(model, attentions, shape), share)
 
 
+def narrowest_and_full(model: nn.Module, shape: Shape) -> list[tuple[int, int]]:
+    """MACs an image of every attention of `model`, on images of `shape`: as narrow as it can be, and as it is."""
+    attentions = find_attentions(model)
+    shapes = input_shapes(model, attentions, shape)
+    return [
+        (macs_of(a, Widths(levels(a.head_dim)[-1], levels(a.head_dim)[-1]), shapes[n]), macs_of(a, full_widths(a), shapes[n]))
+        for n, a in attentions.items()
+    ]
+
+
 def check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], share: float) -> None:
     narrowest = {name: levels(attention.head_dim)[-1] for name, attention in attentions.items()}
     low = sum(macs_of(a, Widths(narrowest[n], narrowest[n]), shapes[n]) for n, a in attentions.items())
