@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
-    parser = build_parser(shown_method(sys.argv[1:] if argv is None else argv))
     words = sys.argv[1:] if argv is None else argv
+    parser = build_parser(shown_method(words))
     if any(word.startswith("--print-completion") for word in words):
         complete_files(parser)
     args = parser.parse_args(words)
