@@ -6,7 +6,8 @@ import shutil
 import pytest
 from rich.table import Table
 
-from exporter import cli, ui
+from exporter import cli
+from exporter.terminal import ui
 from moee import progress
 from moee.data.image_set import TensorSet
 
