@@ -1,6 +1,6 @@
 """One model of the zoo through the commands that a user would type: extract, export, verify.
 
-`python -m tests.zoo.one NUMBER DATA OUT.json` in a process of its own; the outcome is written as JSON.
+`write_outcome` runs it in a process of its own, forked from one that has loaded the libraries.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import copy
 import io
 import json
 import logging
+import os
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -264,10 +264,13 @@ def _shape(spec: ModelSpec) -> Shape:
     return model_transform(model).shape
 
 
-if __name__ == "__main__":
-    number, data, target = sys.argv[1:]
+def write_outcome(number: int, data: Path, target: Path) -> None:
+    """Run an entry of the table; the outcome is written to `target` as JSON, what the process prints beside it, as `.log`."""
+    log = os.open(target.with_suffix(".log"), os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     scratch = Path(tempfile.mkdtemp(prefix="moee-zoo-"))
     try:
-        Path(target).write_text(json.dumps(asdict(run(ENTRIES[int(number)], Path(data), scratch))))
+        target.write_text(json.dumps(asdict(run(ENTRIES[number], data, scratch))))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 VIT = dict(depth=2, embed_dim=48, num_heads=2)
+FEW = (1, 1, 1, 1)  # blocks a stage
 STATIC = ("--preset", "static", "--keep", "0.8", "--tokens", "2000")
 HF = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
 HF_STAGES = dict(image_size=64, embed_dim=16, depths=[2, 1], num_heads=[2, 2], window_size=4)  # Swin
@@ -74,8 +75,8 @@ ENTRIES = (
     Entry("eva", "vit_7b_patch16_dinov3", VIT, trait="DINOv3, SwiGLU"),
     Entry("eva", "vit_pe_spatial_tiny_patch16_512", VIT, trait="perception encoder"),
     Entry("fasternet", "fasternet_t0", {}),
-    Entry("fastvit", "fastvit_t8", {}),
-    Entry("fastvit", "fastvit_sa12", {}, 64, trait="attention"),
+    Entry("fastvit", "fastvit_t8", dict(layers=FEW)),
+    Entry("fastvit", "fastvit_sa12", dict(layers=FEW), 64, trait="attention"),
     Entry("focalnet", "focalnet_tiny_srf", {}),
     Entry("gcvit", "gcvit_xxtiny", {}),
     Entry("gemma4_vit", "gemma4_vit_167m", VIT),
@@ -99,7 +100,7 @@ ENTRIES = (
     Entry("mambaout", "test_mambaout", {}),
     Entry("maxxvit", "test_coatnet", {}, trait="CoAtNet"),
     Entry("maxxvit", "test_maxvit", {}, None, trait="MaxViT"),
-    Entry("maxxvit", "maxvit_rmlp_pico_rw_256", {}, trait="MaxViT, relative positions by an MLP"),
+    Entry("maxxvit", "maxvit_rmlp_pico_rw_256", dict(depths=FEW), trait="MaxViT, relative positions by an MLP"),
     Entry("metaformer", "poolformer_s12", {}),
     Entry("metaformer", "caformer_s18", {}, trait="StarReLU"),
     Entry("mlp_mixer", "mixer_s16_224", {}, trait="MLPs over tokens and channels"),
@@ -139,7 +140,7 @@ ENTRIES = (
     Entry("shvit", "shvit_s1", {}),
     Entry("sknet", "skresnet18", {}),
     Entry("starnet", "starnet_s050", {}),
-    Entry("swiftformer", "swiftformer_xs", {}),
+    Entry("swiftformer", "swiftformer_xs", dict(layers=FEW)),
     Entry(
         "swin_transformer", "swin_tiny_patch4_window7_224", dict(embed_dim=16, depths=(2, 1), num_heads=(2, 2), window_size=4),
         trait="shifted windows",
@@ -149,7 +150,7 @@ ENTRIES = (
         trait="positions by an MLP",
     ),
     Entry("swin_transformer_v2_cr", "swinv2_cr_tiny_224", dict(embed_dim=16, depths=(2, 1), num_heads=(2, 2), window_size=4)),
-    Entry("tiny_vit", "tiny_vit_5m_224", {}, 224),
+    Entry("tiny_vit", "tiny_vit_5m_224", dict(depths=FEW), 224),
     Entry(
         "tnt", "tnt_s_patch16_224", dict(depth=1, embed_dim=48, inner_dim=12, num_heads_inner=2, num_heads_outer=2),
         trait="inner and outer tokens",
@@ -171,7 +172,7 @@ ENTRIES = (
     Entry("vision_transformer", "vit_small_patch14_reg4_dinov2", VIT, 56, trait="DINOv2 with registers"),
     Entry("vision_transformer", "vit_giant_patch14_dinov2", VIT, 56, trait="DINOv2 giant, SwiGLU"),
     Entry("vision_transformer", "vit_base_patch16_224.mae", VIT, trait="MAE"),
-    Entry("eva", "vit_base_patch16_rope_reg1_gap_256", {}, trait="rotary positions"),
+    Entry("eva", "vit_base_patch16_rope_reg1_gap_256", VIT, trait="rotary positions"),
     Entry("vision_transformer", "vit_small_patch16_18x2_224", dict(depth=1, embed_dim=48, num_heads=2), trait="parallel MLPs"),
     Entry("vision_transformer", "vit_base_patch16_xp_224", VIT, trait="parallel attention and MLP"),
     Entry("vision_transformer_hybrid", "vit_tiny_r_s16_p8_224", VIT),
