@@ -181,7 +181,7 @@ ENTRIES = (
     Entry("vision_transformer_relpos", "vit_srelpos_small_patch16_224", VIT, trait="shared relative positions"),
     Entry("vision_transformer_sam", "samvit_base_patch16_224", dict(global_attn_indexes=(1,), window_size=2, **VIT), trait="SAM"),
     Entry("vitamin", "vitamin_small_224", {}),
-    Entry("volo", "volo_d1_224", {}, 224, trait="outlook attention"),
+    Entry("volo", "volo_d1_224", {}, 64, trait="outlook attention"),
     Entry("vovnet", "ese_vovnet19b_slim_dw", {}),
     Entry("xception", "legacy_xception", {}),
     Entry("xception_aligned", "xception41p", {}),
