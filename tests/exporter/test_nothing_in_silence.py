@@ -57,7 +57,7 @@ def test_an_empty_name_of_data_is_refused_in_python(tmp_path, monkeypatch):
         load_data("", SMALL)
 
 
-@pytest.mark.parametrize("name", ["digits", "photos"])
+@pytest.mark.parametrize("name", ["digits", "photos", "photo-crops"])
 def test_built_in_data_beside_a_folder_of_that_name_is_said(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert load_data(name, SMALL, "val").notes == ()

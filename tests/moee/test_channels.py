@@ -49,7 +49,7 @@ def test_a_grey_model_reads_files_as_grey(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_built_in_sets_views_and_collages_have_the_models_channels(channels):
     transform = transform_of(channels)
-    for source in ("digits", "photos:1"):
+    for source in ("digits", "photos:1", "photo-crops"):
         data = load_data(source, transform)
         for made in (data, Views(data, transform, 1, 0), Collages(data, transform, 1, 0)):
             assert made.load(1).shape == (channels, 32, 32)
@@ -82,7 +82,7 @@ def test_five_channels_come_as_tensors_and_files_are_refused(tmp_path):
     spec = tiny_spec(in_chans=5)
     model = load_model(spec)
     transform = model_transform(model)
-    for source in ("digits", "photos", str(tmp_path), "wds/x"):
+    for source in ("digits", "photos", "photo-crops", str(tmp_path), "wds/x"):
         with pytest.raises(UserError, match=r"5 channels, and files are read as grey \(1\) or RGB \(3\)"):
             load_data(source, transform)
     images = torch.randn(24, 5, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from moee.data import built_in
 from moee.data.image_set import batches
-from moee.data.sources import load_data
+from moee.data.sources import load_data, load_splits
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.mlps.find import find_ffns
@@ -112,6 +113,30 @@ def test_digits_and_photos():
         load_data("photos:x", transform)
 
 
+def test_photo_crops_are_labelled_by_their_photograph():
+    transform = model_transform(load_model(tiny_spec()))
+    train, held_out = load_splits("photo-crops", transform, seed=0)
+    assert train.counts() == dict.fromkeys(train.classes, 40) and held_out.counts() == dict.fromkeys(train.classes, 20)
+    assert train.classes == held_out.classes and len(train.classes) == 20 and "astronaut" in train.classes
+    again = load_data("photo-crops", transform, "train", seed=7)
+    assert torch.equal(train.load(5), again.load(5)) and not torch.equal(train.load(5), train.load(6))
+    assert train.load(0).shape == (3, 32, 32) and train.describe(0) == "photo-crops[0]"
+
+
+@pytest.mark.parametrize("size", [(300, 100), (90, 400), (37, 37)])
+def test_photo_crops_for_training_show_no_pixel_of_held_out_ones(monkeypatch, size):
+    width, height = size
+    columns = np.where(np.arange(width) < round(0.6 * width), 0, 255).astype(np.uint8)
+    drawn = Image.fromarray(np.tile(columns[None, :, None], (height, 1, 3)))
+    monkeypatch.setattr(built_in, "photo", lambda name: drawn)
+    transform = model_transform(load_model(tiny_spec(img_size=(32, 48))))
+    train, held_out = load_splits("photo-crops", transform)
+    for data, level in ((train, 0), (held_out, 1)):
+        for index in range(len(data)):
+            assert torch.allclose(transform.pixels(data.load(index)), torch.tensor(float(level)), atol=1e-6)
+            assert set(data.picture(index).tobytes()) == {255 * level}
+
+
 def write_images(folder, count, seed=0):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -138,7 +163,7 @@ def test_bad_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images found"):
         load_data(str(tmp_path / "empty"), transform)
-    with pytest.raises(UserError, match="expected digits, photos, an image folder"):
+    with pytest.raises(UserError, match="expected digits, photos, photo-crops, an image folder"):
         load_data(str(tmp_path / "absent"), transform)
     write_images(tmp_path / "mixed", 5)
     (tmp_path / "mixed" / "1.png").write_bytes(b"not an image")

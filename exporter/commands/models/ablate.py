@@ -33,7 +33,8 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("ablate", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("--model", default="vit-scratch", help="vit-scratch (default), dinov2-s or a timm model name")
-    sub.add_argument("--data", default="digits", help="digits (default), photos, an image folder or a timm.data dataset string")
+    text = "digits (default), photos, photo-crops, an image folder or a timm.data dataset string"
+    sub.add_argument("--data", default="digits", help=text)
     add_weights(sub)
     add_class_map(sub)
     sub.add_argument("--tables", help="comma-separated: 2, 3, 7, 8, 9, fig6, fig7 (all)")

@@ -65,7 +65,7 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
     root = Path(source)
     if not root.is_dir():
         came = "it is a file" if root.exists() else "there is no such folder"
-        expected = "expected digits, photos, an image folder or a timm.data dataset string"
+        expected = "expected digits, photos, photo-crops, an image folder or a timm.data dataset string"
         raise UserError(f"data {source!r}: {came}; {expected}; {LAYOUT}")
     places, said = find_splits(source, root, splits)
     divided = bool(places)
