@@ -19,7 +19,7 @@ from exporter.commands.engines import bench, bench_dispatch, build, bundle, expo
 from exporter.commands.models import ablate, ablate_clear, extract, finetune, inspect, plan
 from exporter.terminal import ranks
 from exporter.terminal.failures import explain
-from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, check_outputs
+from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, OK, check_outputs
 from exporter.terminal.ui import plain_console
 from moee.errors import UserError, plain
 from moee.version import VERSION
@@ -28,6 +28,17 @@ COMMANDS = (
     plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report, ablate,
     ablate_clear, doctor, demo,
 )  # fmt: skip
+
+
+USUAL = """usual sequence:
+  moee doctor                                                      what is missing here
+  moee extract MODEL --checkpoint FILE --data IMAGES --out model   fewer MACs
+  moee finetune model --out tuned                                  if it lost too much
+  moee export model --out export                                   ONNX graphs
+  moee verify export --max-drop 1                                  the same answers, accuracy
+  moee bench export                                                faster or not
+  moee bundle export --sm orin --out bundle                        what a device needs
+`moee COMMAND --help` says more."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +53,10 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(shown: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands. `shown`: the method whose options `extract --help` shows."""
-    parser = Parser(prog="moee", description="Extract experts from Vision Transformers and ship them.")
+    parser = Parser(
+        prog="moee", description="Extract experts from Vision Transformers and ship them.", epilog=USUAL,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"moee {VERSION}")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -103,8 +117,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(shown_method(words))
     if any(word.startswith("--print-completion") for word in words):
         complete_files(parser)
+    if not words:
+        parser.print_help()
+        return OK
     args = parser.parse_args(words)
-    console = plain_console(width=None if sys.stdout.isatty() else 120, quiet=ranks.follower())
+    told = sys.stdout.isatty() or os.environ.get("COLUMNS")
+    console = plain_console(width=None if told else 120, quiet=ranks.follower())
     try:
         refuse_empty(parser, args)
         ranks.prepare(args)

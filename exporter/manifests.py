@@ -18,6 +18,7 @@ from moee.models.ffn import plain_size
 from moee.models.model import ModelSpec, Shape
 from moee.schema import Body, Text, checked, shown
 from moee.store.artifact import read_manifest, sha256_file, stays_inside
+from moee.store.wrong_folder import another_kind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -256,6 +257,8 @@ def read_engine(folder: Path | str, trust: bool = False) -> dict[str, Any]:
         manifest = read_manifest(folder, ENGINE, ENGINE_SCHEMA, verify=False)
         checked(Engines, manifest, Path(folder) / ENGINE)
     except UserError as error:
+        if not trust and Path(folder).is_dir() and another_kind(Path(folder), ENGINE):
+            raise
         if not trust:
             raise UserError(f"{error}; an engine is code, and --trust-engine loads one that nothing vouches for") from error
         log.warning("--trust-engine: %s", error)

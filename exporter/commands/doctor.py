@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from exporter.terminal.flags import ENVIRONMENT, OK
+from exporter.terminal.ui import FittingTable
 
 TEXT = "what is installed, what is missing, how to add it"
 
@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.doctor import checks
 
-    table = Table(min_width=76, title="moee doctor")
+    table = FittingTable("moee doctor")
     for column in ("", "found", "to add it"):
         table.add_column(column)
     found = checks()

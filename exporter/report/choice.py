@@ -92,9 +92,15 @@ def _differs(known: dict[str, str], artifact: Artifact) -> str:
 
 
 def _is_stage_of(other: Artifact, chosen: Artifact) -> bool:
-    """Whether one model is a former stage of another, whose manifest holds its figures."""
+    """Whether one model is a former stage of another, whose manifest holds its figures, and what was added to them since."""
     before, after = _stages(other), _stages(chosen)
-    return bool(before) and before != after and all(after.get(name) == stage for name, stage in before.items())
+    return bool(before) and before != after and all(_holds(after.get(name), stage) for name, stage in before.items())
+
+
+def _holds(later: Any, stage: Any) -> bool:
+    if not isinstance(later, dict) or not isinstance(stage, dict):
+        return bool(later == stage)
+    return all(key in later and later[key] == value for key, value in stage.items())
 
 
 def _stages(artifact: Artifact) -> dict[str, Any]:

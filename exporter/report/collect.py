@@ -11,6 +11,7 @@ from exporter.report.sources import KINDS, NAMES, Artifact, Sources
 from moee.errors import UserError
 from moee.schema import shown, upgraded
 from moee.store.artifact import read_json, sha256_file, stays_inside
+from moee.store.wrong_folder import what_is_in
 
 PLOTS = "*.svg"
 MAX_JSON_BYTES = 32 << 20  # the manifests of the largest timm ViTs are below 1 MiB
@@ -49,7 +50,9 @@ def _collect_one(path: Path, sources: Sources, verify: bool) -> None:
     if path.is_file() and len(sources.all) == read and len(sources.problems) > problems:
         raise UserError(f"nothing for a report in {path}: {sources.problems[-1]}")
     if not files and not plots:
-        raise UserError(f"no results in {path}; expected one of {', '.join(NAMES)} there or one folder below; leave it out")
+        held = what_is_in(path)
+        came = f"{held}, which a report does not show" if held else f"no results in {path}"
+        raise UserError(f"{came}; expected one of {', '.join(NAMES)} there or one folder below; leave it out")
 
 
 def _candidates(path: Path) -> list[Path]:

@@ -56,6 +56,7 @@ class OnnxRunner(GraphRunner):
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = FATAL  # errors are raised, and the exception says the same
+        ort.set_default_logger_severity(FATAL)  # of a provider that lacks its libraries too
         # a session's worker threads spin after a run; that would slow another session timed right after it
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if self.profile is not None:

@@ -221,7 +221,12 @@ def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
 def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> ModelSpec:
     """The model that the flags of `add_weights` describe; what was taken and guessed is printed."""
     from exporter import pretrained
+    from moee.errors import UserError
+    from moee.store.wrong_folder import what_is_in
 
+    held = what_is_in(args.model)
+    if held:
+        raise UserError(f"{held}, and a dense model is needed: give its name, one of {NAMES}")
     return pretrained.resolve(args.model, args.data, options_of(args), report, speak(console))
 
 

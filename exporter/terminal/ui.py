@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
+from rich.box import SIMPLE
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +23,8 @@ from rich.table import Table
 from exporter.figures import macs_unit, status_of
 from moee.measure.accuracy import counted, recorded_interval
 from moee.progress import Lines
+
+LEAST_WIDTH, UNBOUNDED = 76, 10_000  # characters of a line
 
 
 def plain_console(**settings: Any) -> Console:
@@ -65,6 +68,24 @@ class ProgressDisplay:
         self.progress.update(self.tasks[message], completed=done, total=total or None)
 
 
+class FittingTable(Table):
+    """A table that gives up its frame where the console is narrow. Columns of words (left-justified) are then folded and those of
+    numbers never cut, as far as any room is left."""
+
+    def __init__(self, title: str):
+        super().__init__(title=title, min_width=LEAST_WIDTH)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wanted = self.__rich_measure__(console, options.update(max_width=UNBOUNDED)).maximum
+        if wanted > options.max_width:
+            self.box, self.show_edge, self.padding, self.min_width = SIMPLE, False, (0, 0, 0, 0), None
+            for column in self.columns:
+                words = column.justify == "left" or any(" " in str(cell) for cell in column.cells)
+                column.no_wrap, column.overflow = not words, "fold"
+                column.header = str(column.header).replace(" ", "\n")
+        return super().__rich_console__(console, options)
+
+
 def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
@@ -98,7 +119,7 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
     were measured on different images, each has the dense model's accuracy on the same in its own column."""
     stages: dict[str, Any] = {name: stage for name, stage in info["stages"].items() if "retention" in stage}  # what was measured
     first = next(iter(stages.values()))
-    table = Table(min_width=76, title=title)
+    table = FittingTable(title)
     for column in ("", "dense", *stages):
         table.add_column(column, justify="left" if not column else "right")
     kept = [stage["retention"] for stage in stages.values()]
@@ -150,7 +171,7 @@ def layer_notes(layers: list[dict[str, Any]]) -> list[str]:
 
 def attention_table(layers: list[dict[str, Any]]) -> Table:
     """Dimensions a head of every narrowed attention, and its MACs an image."""
-    table = Table(min_width=76, title="narrowed attention")
+    table = FittingTable("narrowed attention")
     for column in ("layer", "heads", "of", "query, key", "values", "MMACs", "of "):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in layers:
@@ -163,7 +184,7 @@ def attention_table(layers: list[dict[str, Any]]) -> Table:
 
 def layer_table(layers: list[dict[str, Any]]) -> Table:
     """Experts, union and mean width of every layer."""
-    table = Table(min_width=76, title="layers")
+    table = FittingTable("layers")
     for column in ("layer", "status", "experts", "union", "mean width", "of", "noise"):
         table.add_column(column, justify="left" if column in ("layer", "status") else "right")
     for layer in layers:

@@ -12,6 +12,7 @@ from moee.errors import UserError
 from moee.schema import json_text, parse_json, shown, upgraded
 from moee.store.atomic import write_text
 from moee.store.leftovers import recover
+from moee.store.wrong_folder import another_kind
 
 MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 
@@ -85,6 +86,9 @@ def read_manifest(folder: Path | str, name: str, schema: str, verify: bool = Tru
         recover(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that holds {name}")
+    held = another_kind(folder, name) if not os.path.lexists(folder / name) else ""
+    if held:
+        raise UserError(held)
     manifest = upgraded(read_json(folder / name), schema, folder / name)
     files = manifest.get("files")
     if not isinstance(files, dict):

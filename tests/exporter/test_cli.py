@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -54,8 +55,14 @@ def test_whole_chain(tmp_path, capsys):
     assert run("export", out["tuned"], "--out", out["export"]) == 0
     assert run("verify", out["export"], "--out", tmp_path / "verify") == 0
     assert run("bench", out["export"], "--runs", 3, "--batch", 1, "--out", tmp_path / "latency.json") == 0
-    text = capsys.readouterr().out
+    said = capsys.readouterr()
+    text = said.out
     assert "parity passed" in text and "speed-up" in text
+    assert re.search(r"saves \d+% of the MACs", text)
+    assert re.search(r"(nothing was learned|epoch 1 of 1 was best): .* moee export ", text)
+    assert "x as fast as dense at batch 1, measured with onnxruntime" in text
+    assert run("report", tmp_path, "--out", tmp_path / "r.html") == 0
+    assert "is not shown" not in capsys.readouterr().err, "the extracted model is a stage of the tuned one"
     assert {p.name for p in (tmp_path / "verify").iterdir()} == {"parity.json", "junit.xml", "summary.md"}
     assert json.loads((tmp_path / "verify" / "parity.json").read_text())["passed"] is True
     manifest = json.loads((out["tuned"] / "moee.json").read_text())
@@ -105,7 +112,7 @@ def test_bad_input_is_one_sentence_and_changes_nothing(tmp_path, capsys):
     assert "unknown preset" in refused(capsys, *extract, tmp_path / "x", "--preset", "nice")
     assert "expected digits, photos" in refused(capsys, "extract", MODEL, "--data", "nowhere", "--out", tmp_path / "x")
     assert "is not a folder" in refused(capsys, "export", tmp_path / "absent", "--out", tmp_path / "x")
-    assert "not found" in refused(capsys, "verify", tmp_path / "done")
+    assert "run `moee export " in refused(capsys, "verify", tmp_path / "done")
     save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     foreign = refused(capsys, *extract, tmp_path / "x", "--checkpoint", tmp_path / "foreign.safetensors")
     assert "belongs to another model" in foreign

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from exporter.terminal.advice import after_bench
 from exporter.terminal.flags import GATE_FAILED, OK, add_outputs, add_word, at_least, finite
-from exporter.terminal.ui import ProgressDisplay
+from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.bounds import BATCH, JOBS, RUNS, SECONDS
 from moee.places.inputs import source_paths
 from moee.places.output_file import OutputFile
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if result.layers:
         console.print(_layer_table(result.layers))
     console.print(result.verdict.text, highlight=False)
+    words = ["--model", args.word] if args.word is not None else []
+    console.print(after_bench(result, args.path, words), highlight=False, soft_wrap=True)
     if args.out is not None:
         _output(args).write_json(result.to_json())
     if args.fail_if_slower and (result.verdict.winner == "dense" or not result.verdict.decidable):
@@ -127,7 +130,7 @@ def _data(
 def latency_table(result: Any) -> Table:
     where = "GPU" if result.cuda_graph is not None else f"{result.threads} threads"
     title = f"latency, batch {result.batch}, {where}, {result.runtime}, {result.precision}"
-    table = Table(min_width=76, title=title)
+    table = FittingTable(title)
     for column in ("", "p50 ms", "p90 ms", "p95 ms", "p99 ms"):
         table.add_column(column, justify="right" if column else "left")
     for name, values in (("dense", result.dense_ms), ("MoEE", result.moee_ms)):
@@ -138,7 +141,7 @@ def latency_table(result: Any) -> Table:
 
 
 def _layer_table(profile: Any) -> Table:
-    table = Table(min_width=76, title=f"routed layers, kernel time a batch ({profile.runs} profiled runs)")
+    table = FittingTable(f"routed layers, kernel time a batch ({profile.runs} profiled runs)")
     for column in ("layer", "dense ms", "MoEE ms", "speed-up"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in profile.layers:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.terminal.flags import OK, add_outputs, add_word, at_least
-from exporter.terminal.ui import ProgressDisplay
+from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.config import MOST_BATCH, MOST_WORKERS
 from moee.errors import UserError
 from moee.places.inputs import source_paths
@@ -120,7 +120,7 @@ def real_layer(path: str, name: str | None, batch: int, word: str | None = None)
 def stage_table(result: Any) -> Table:
     s = result.shapes
     title = f"{s['tokens']} tokens, {s['dim']} to {s['hidden']}, {s['experts']} experts, ranks {s['up_rank']}+{s['up_residual']}"
-    table = Table(min_width=76, title=f"{title} and {s['down_rank']}+{s['down_residual']}")
+    table = FittingTable(f"{title} and {s['down_rank']}+{s['down_residual']}")
     for column in ("backend", "stage", "p50 ms", "p95 ms", "MFLOP", "MB", "FLOPs/byte", "bound by"):
         table.add_column(column, justify="left" if column in ("backend", "stage", "bound by") else "right")
     for stage in result.stages:
@@ -132,7 +132,7 @@ def stage_table(result: Any) -> Table:
 
 
 def form_table(result: Any) -> Table:
-    table = Table(min_width=76, title="the whole layer in ONNX Runtime, interleaved (measured on CPU)")
+    table = FittingTable("the whole layer in ONNX Runtime, interleaved (measured on CPU)")
     for column in ("form", "MACs of dense", "p50 ms", "p95 ms", "speed-up", "p5 to p95"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for form in result.forms:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from exporter.terminal.flags import GATE_FAILED, OK, add_out, add_outputs
-from exporter.terminal.ui import ProgressDisplay
+from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.places.inputs import source_paths
 from moee.places.output_file import OutputFile
 from moee.places.output_folder import OutputFolder
@@ -51,8 +50,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.timing.profile import batch_profile
 
     sms = parse_sms(args.sm)
-    require_backend(args.backend)
     batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
+    require_backend(args.backend)
     with ProgressDisplay() as report:
         plugin = Path(args.plugin) if args.plugin else None
         if plugin is None and needs_plugin(args.path):
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         except BuildFailed as error:
             console.print(f"build FAILED: {error}")
             return GATE_FAILED
-    table = Table(min_width=76, title=f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
+    table = FittingTable(f"engines by {result.builder}, batch {'/'.join(map(str, batch))}")
     for column in ("", "file", "MiB", "build s"):
         table.add_column(column)
     for name, engine in (("dense", result.dense), ("MoEE", result.moee)):

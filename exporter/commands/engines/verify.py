@@ -25,7 +25,7 @@ from exporter.terminal.flags import (
     rank_display,
     show_skipped,
 )
-from exporter.terminal.ui import percent, within
+from exporter.terminal.ui import FittingTable, percent, within
 from moee.bounds import AGREEMENT, DROP, IMAGES, JOBS
 from moee.config import MOST_FACTOR
 from moee.errors import MissingDependency, UserError
@@ -179,7 +179,7 @@ def _write(output: OutputFolder | OutputFile, result: Any) -> None:
 
 def _show(console: Console, result: Any, layers: bool) -> None:
     parity = result.parity
-    table = Table(min_width=76, title=f"parity of {parity.runtime} with torch, {parity.precision}, against float64")
+    table = FittingTable(f"parity of {parity.runtime} with torch, {parity.precision}, against float64")
     for column in ("batch", "max error", "mean error", "p99", "allowed", "torch's own"):
         table.add_column(column, justify="right")
     for b in parity.batches + (result.engine.batches if result.engine else []):
@@ -219,7 +219,7 @@ def _show(console: Console, result: Any, layers: bool) -> None:
 
 
 def _layer_table(layers: Any) -> Table:
-    table = Table(min_width=76, title="routed layers: alone, on the inputs that the runtime gave them")
+    table = FittingTable("routed layers: alone, on the inputs that the runtime gave them")
     for column in ("layer", "max error", "allowed", "routes equal", "flips", "wrong", "input drift"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in layers:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from exporter.terminal.advice import after_extract
 from exporter.terminal.flags import (
     OK,
     add_device,
@@ -27,7 +28,7 @@ from exporter.terminal.flags import (
     trial_of,
 )
 from exporter.terminal.options import Known, add_options, flag_of, given_options
-from exporter.terminal.ui import attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
+from exporter.terminal.ui import FittingTable, attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
 from moee.bounds import JOBS
 from moee.errors import UserError
 from moee.methods.recipe import make_recipe, read_recipe
@@ -127,11 +128,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     what = "as planned" if args.plan else f"preset {args.preset}" if args.preset else f"method {moee.recipe.method.name}"
     console.print(stage_table(moee.info, f"{spec.name} on {args.data}, {what}"))
     show_skipped(console, moee.info["data_read"])
+    words = ["--model", args.model] if spec.library == "python" else []
     if recipe.tune is not None:
-        words = ["--model", args.model] if spec.library == "python" else []
         command = shlex.join(["moee", "finetune", args.out, *words, "--recipe", args.recipe, "--out", "DIR"])
         console.print(f"the recipe tunes it too: {command}", highlight=False, soft_wrap=True)
-    console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB")
+    console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB", highlight=False)
+    console.print(after_extract(moee.info, args.out, words), highlight=False, soft_wrap=True)
     return OK
 
 
@@ -147,7 +149,7 @@ def _shared_spec(args: argparse.Namespace, report: Any, group: Any, console: Con
 
 def clear_table(layers: list[dict[str, Any]]) -> Table:
     """Scores, ranks and router accuracy of every layer."""
-    table = Table(min_width=76, title="scores and ranks")
+    table = FittingTable("scores and ranks")
     for column in ("layer", "near zero", "silhouette", "sensitivity", "score", "up", "down", "router"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for layer in layers:

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from exporter.terminal.advice import after_finetune
 from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
 from exporter.terminal.options import add_options, flag_of, given_options
 from exporter.terminal.ui import stage_table, title_of
@@ -59,5 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return OK
     console.print(stage_table(moee.info, title_of(moee.info, moee.spec.name, moee.data)))
     show_skipped(console, moee.info["data_read"])
-    console.print(f"written to {args.out}; best epoch {moee.info['stages']['tuned']['best_epoch']}")
+    console.print(f"written to {args.out}", highlight=False)
+    words = ["--model", args.word] if args.word is not None else []
+    console.print(after_finetune(moee.info, args.path, args.out, words), highlight=False, soft_wrap=True)
     return OK

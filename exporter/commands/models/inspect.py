@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from exporter.figures import macs_unit
 from exporter.terminal.flags import NAMES, OK, add_weights, add_word, model_flags, options_of, speak
-from exporter.terminal.ui import attention_table, number
+from exporter.terminal.ui import FittingTable, attention_table, number
 
 TEXT = "MACs, parameters, experts and routing, layer by layer"
 
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         print(json.dumps(result.to_json(), indent=2))
         return OK
     _, height, width = result.shape
-    table = Table(min_width=76, title=f"{result.model} at {height} x {width}")
+    table = FittingTable(f"{result.model} at {height} x {width}")
     for column in ("layer", "tokens", "MMACs", "of", "experts", "union", "widths", "balance", "entropy"):
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for layer in result.layers:

@@ -23,7 +23,7 @@ from exporter.terminal.flags import (
     show_skipped,
 )
 from exporter.terminal.options import add_options, given_options
-from exporter.terminal.ui import ProgressDisplay, data_title, number, percent, span
+from exporter.terminal.ui import FittingTable, ProgressDisplay, data_title, number, percent, span
 from moee.config import MOST_BATCH
 from moee.errors import UserError
 from moee.measure.accuracy import counted
@@ -119,13 +119,13 @@ def points_table(plan: dict[str, Any]) -> Table:
     """All points by MACs; those on the Pareto front are marked, and the winner."""
     front = [p["recipe"] for p in plan["front"]]
     narrowed = any(_attention(p) < 1 for p in plan["points"])
-    table = Table(min_width=76, title=f"{plan['model']['name']} on {data_title(plan['data'])}")
+    table = FittingTable(f"{plan['model']['name']} on {data_title(plan['data'])}")
     for column in ("", "method", "allocation", *["attention"] * narrowed, "MACs", "params", "cosine", "accuracy", "latency ms"):
         table.add_column(column, justify="left" if column in ("", "method", "allocation") else "right", no_wrap=True)
     for p in sorted(plan["points"], key=lambda p: p["macs"]):
         mark = "winner" if p["recipe"] == plan["winner"]["recipe"] else "front" if p["recipe"] in front else ""
         ms = p["latency"]
-        timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x ({ms['kind']})" if ms else ""
+        timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x\n({ms['kind']})" if ms else ""
         table.add_row(
             mark, p["method"], p["allocation"], *[percent(_attention(p))] * narrowed, percent(p["macs"]), percent(p["params"]),
             number(p["cosine"], 4), _accuracy(p), timing,

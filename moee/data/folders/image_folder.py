@@ -21,6 +21,7 @@ from moee.errors import UserError
 from moee.natural_order import in_order
 from moee.progress import Reporter, silent
 from moee.store.file_content import files_digest
+from moee.store.wrong_folder import what_is_in
 
 
 class Folders(DataSource):
@@ -105,8 +106,8 @@ def list_folder(
         notes += take_apart(source, listings)
     for split, listing in listings.items():
         if split in wanted and not listing.images:
-            came = f" ({notes[0]})" if notes else ""
-            raise UserError(f"data {source!r}: no images found in {listing.root}{came}; {LAYOUT}")
+            came = what_is_in(source) or (notes[0] if notes else "")
+            raise UserError(f"data {source!r}: no images found in {listing.root}{f' ({came})' if came else ''}; {LAYOUT}")
     wrapper = _wrapper(listings)
     if wrapper is not None:
         beside = [path for listing in listings.values() for path in listing.strays()]
