@@ -45,10 +45,11 @@ lint: install
 plugin: install
 	$(BIN)/moee plugin build
 
-# API reference from the docstrings, in build/api; a warning is an error
+# docs/ and the API reference as a site, in build/site, without network; a warning is an error
 docs: install
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
-	$(BIN)/python scripts/build_api.py build/api
+	$(BIN)/python -m sphinx -W --keep-going -q -E docs build/site
+	$(BIN)/python scripts/build_api.py build/site/api
 
 # wheel and source distribution, in dist/
 dist: install

@@ -206,7 +206,7 @@ def report(rows: list[dict[str, Any]], out: Path) -> None:
             cell(row.get("weight"), ".9g"), note,
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    (out / "clustering_table.md").write_text("\n".join(lines) + "\n")
+    (out / "clustering_table.md").write_text("# Clustering: all settings\n\n" + "\n".join(lines) + "\n")
     most = max(row["d"] for row in rows)
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

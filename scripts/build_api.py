@@ -1,4 +1,4 @@
-"""Write the API reference as HTML, from the docstrings: `python scripts/build_api.py build/api`. A warning is an error."""
+"""Write the API reference as HTML, from the docstrings: `python scripts/build_api.py build/site/api`. A warning is an error."""
 
 from __future__ import annotations
 
@@ -27,4 +27,4 @@ def main(out: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/api")))
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/site/api")))

@@ -96,6 +96,8 @@ ROOMS = {
     "exporter": {
         "deploy": "",
         "engines": "moee plugins",
+        "markup": "",
+        "front": "moee markup",
         "passes": "moee plugins",
         "plots": "moee",
         "quantization": "moee",
@@ -106,9 +108,9 @@ ROOMS = {
         "terminal": "moee graph",
         "timing": "moee plugins engines passes forms runners graph",
         "parity": "moee plugins passes quantization forms runners graph timing",
-        "report": "moee terminal",
+        "report": "moee markup front terminal",
         "verification": "moee runners graph parity",
-        "commands": "moee plugins engines plots quantization graph ship terminal timing report verification "
+        "commands": "moee plugins engines front plots quantization graph ship terminal timing report verification "
         "clear_ablation demo doctor",
     },
 }  # fmt: skip

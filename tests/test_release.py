@@ -117,6 +117,24 @@ def test_every_command_is_documented():
         assert f"moee {name}" in text, f"moee {name} is in no page"
 
 
+def test_every_page_is_in_the_table_of_contents():
+    docs = ROOT / "docs"
+    pages = {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} - {"index.md"}
+    assert pages == set(re.findall(r"^- \[[^\]]+\]\(([^)]+)\)", (docs / "index.md").read_text(), flags=re.MULTILINE))
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_asks_for_nothing(tmp_path):
+    if any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo")):
+        pytest.skip("needs Sphinx: pip install 'moee[docs]'")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", ROOT / "docs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for page in ("index.html", "choosing.html", "results/methods.html"):
+        text = (tmp_path / page).read_text()
+        assert "toctree-l1" in text and not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?:', text)
+
+
 @pytest.mark.slow
 def test_the_api_reference_builds_without_a_warning(tmp_path):
     if importlib.util.find_spec("pdoc") is None:

@@ -1,4 +1,5 @@
-"""Plots of an extracted artifact and of an ablation: `data` computes the numbers, `draw` and `ablation` turn them into SVG.
+"""Plots of an extracted artifact and of an ablation: `data` computes the numbers, `draw` and `ablation` turn them into SVG, and
+`examples` makes what a report shows of images.
 
 A model, images or tables come in; JSON and SVG files go out.
 Imports moee.
@@ -11,6 +12,7 @@ from pathlib import Path
 from exporter.belonging import BELONGS_TO, source_ids
 from exporter.plots import data as plot_data
 from exporter.plots import draw
+from exporter.plots.examples import make_examples, write_examples
 from exporter.plots.figure import save_svg
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet
@@ -20,18 +22,18 @@ from moee.progress import Reporter, silent
 from moee.store.artifact import write_json
 from moee.store.result_kinds import PLOTS
 
-__all__ = ["draw", "plot_data", "write_plots"]
+__all__ = ["draw", "plot_data", "write_examples", "write_plots"]
 
 
 def write_plots(
     moee: MoeeModel, calibration: ImageSet, held_out: ImageSet, out: Path | str, *, images: int = 256, force: bool = False,
     report: Reporter = silent, source: Path | str | None = None,
 ) -> list[str]:  # fmt: skip
-    """Write `routing`, `similarity`, `curves` and `patches`, each as .json and .svg, into folder `out`; returns the file names.
+    """Write `routing`, `similarity`, `curves` and `patches`, each as .json and .svg, and `examples.json` into folder `out`.
 
-    Routes are those of the first `images` held-out images, spread evenly; the curves are of the dense model on `calibration`.
-    `source`: the artifact's folder, which the files then say they belong to. Raises `UserError` if `out` exists
-    and `force` is off.
+    Returns the file names. Routes and examples are those of `images` held-out images, spread evenly; the curves are of the dense
+    model on `calibration`. `source`: the artifact's folder, which the files then say they belong to. Raises `UserError` if `out`
+    exists and `force` is off.
     """
     made_from = {BELONGS_TO: source_ids(source)}
     with OutputFolder(out, PLOTS, force).write() as folder:
@@ -53,4 +55,5 @@ def write_plots(
             write_json(folder / f"{name}.json", {**numbers[name], **made_from})
             save_svg(figure, folder / f"{name}.svg")
             report("draw", position, len(figures))
+        write_json(folder / "examples.json", {**make_examples(moee, dense, held_out, trace, report), **made_from})
         return sorted(path.name for path in folder.iterdir())

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from exporter.plots.nearest import NearestTokens
 from moee.artifacts.model import MoeeModel
 from moee.calibrate.calibration import CHUNK, collect_tokens, hidden_activations
 from moee.calibrate.image_budget import spread
 from moee.data.image_set import ImageSet, batches
 from moee.data.transform import model_transform
+from moee.interface.adapted import run_model
 from moee.interface.watch import watched
 from moee.layers.routed import routed_layers
 from moee.mlps.find import find_ffns
@@ -25,15 +27,17 @@ from moee.store.scratch import temporary_folder
 BATCH = 32
 CURVE_TOKENS = 20_000
 PATCHES = 8  # shown of each expert
+NO_GRID = "its tokens form no grid of the image"
+NO_ROW = "its experts have no router row of the tokens' width"
 
 
 @dataclass(frozen=True)
 class RoutingTrace:
     """Which experts the tokens of some images took.
 
-    `indices` [N] and `labels` [N] int64 (-1: none) of the images, and the names of the `classes`; per layer `routes`
-    [N, T, top_k] int64, its number of `experts`, and how many of the T tokens precede the `grids` [rows, cols] of patches (None
-    where T is no grid).
+    `indices` [N] and `labels` [N] int64 (-1: none) of the images, the names of the `classes`, and the model's `outputs` [N, C];
+    per layer `routes` [N, T, top_k] int64, its number of `experts`, how many of the T tokens precede the `grids` [rows, cols] of
+    patches (None where T is no grid), and the `nearest` tokens of its experts, where they have a row to be near to.
     """
 
     shape: Shape
@@ -42,6 +46,8 @@ class RoutingTrace:
     routes: dict[str, Tensor]
     experts: dict[str, int]
     grids: dict[str, tuple[int, int, int] | None]
+    outputs: Tensor
+    nearest: dict[str, NearestTokens]
     classes: tuple[str, ...] = ()
 
 
@@ -52,24 +58,31 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
     prefix = int(getattr(moee.model, "num_prefix_tokens", 0))
     collected: dict[str, list[Tensor]] = {name: [] for name in layers}
     grids: dict[str, tuple[int, int, int] | None] = {}
+    nearest: dict[str, NearestTokens] = {}
     shape = model_transform(moee.model).shape
+    indices: list[Tensor] = []
+    labels, outputs = [], []
 
     def record(name: str, x: Tensor) -> None:
         layer = layers[name]
-        grids[name] = _grid(x, prefix, layer.channels_first, shape)
-        collected[name].append(layer.routes(x).reshape(len(x), -1, layer.top_k))
+        grid = grids[name] = _grid(x, prefix, layer.channels_first, shape)
+        routes = layer.routes(x).reshape(len(x), -1, layer.top_k)
+        collected[name].append(routes)
+        x, rows = x.movedim(1, -1) if layer.channels_first else x, layer.router
+        if grid is not None and rows is not None and rows.shape[1] == x.shape[-1]:
+            kept = nearest.setdefault(name, NearestTokens(rows, PATCHES))
+            kept.add(x.reshape(len(x), -1, x.shape[-1])[:, grid[0] :], routes[:, grid[0] :], indices[-1])
 
     order = spread(len(data), min(images, len(data)))
-    indices, labels = [], []
     with watched(moee.model, layers, record):
         for batch in track(batches(data, BATCH, order=order), "routes", math.ceil(len(order) / BATCH), report):
-            moee.model(batch.images)
             indices.append(batch.indices)
             labels.append(batch.labels)
+            outputs.append(run_model(moee.model, batch.images)[0])
     routes = {name: torch.cat(parts) for name, parts in collected.items()}
     return RoutingTrace(
         shape, torch.cat(indices), torch.cat(labels), routes, {n: layer.num_experts for n, layer in layers.items()}, grids,
-        data.classes,
+        torch.cat(outputs), nearest, data.classes,
     )  # fmt: skip
 
 
@@ -142,40 +155,40 @@ def neuron_curves(dense: nn.Module, data: ImageSet, tokens: int = CURVE_TOKENS, 
     return {"schema": "moee.plot-curves/1", "tokens": sampled[0].count, "layers": layers}
 
 
-def expert_patches(trace: RoutingTrace, per_expert: int = PATCHES, seed: int = 0) -> dict[str, Any]:
-    """Image patches that each expert gets, drawn uniformly from its tokens (paper, Figure 10).
+def expert_patches(trace: RoutingTrace, per_expert: int = PATCHES) -> dict[str, Any]:
+    """Image patches whose tokens lie nearest each expert's router row, of those that it gets, one an image (after the paper's
+    Figure 10, which draws them at random).
 
-    {"layers": {name: [{"share": of the patches, "patches": [{"image", "top", "left", "height", "width"}]} an expert]}}:
-    image is the position in the data set, the rest pixels. Class and register tokens have no patch; a layer whose tokens form
-    no grid is left out.
+    {"layers": {name: [{"share": of the patches, "patches": [{"image", "top", "left", "height", "width", "cosine"}]} an expert]},
+    "left_out": {name: why}}: image is the position in the data set, the rest pixels. Class and register tokens have no patch.
     """
-    generator = torch.Generator().manual_seed(seed)
     layers: dict[str, list[dict[str, Any]]] = {}
+    left_out: dict[str, str] = {}
     for name, routes in trace.routes.items():
         grid = trace.grids[name]
-        if grid is None:
+        if grid is None or name not in trace.nearest:
+            left_out[name] = NO_GRID if grid is None else NO_ROW
             continue
         before, rows, columns = grid
         height, width = trace.shape[1] // rows, trace.shape[2] // columns
         on_grid = routes[:, before:]
         experts = []
-        for e in range(trace.experts[name]):
-            places = (on_grid == e).any(-1).nonzero()
-            chosen = places[torch.randperm(len(places), generator=generator)[:per_expert]].tolist()
+        for e, places in enumerate(trace.nearest[name].places(per_expert)):
+            taken = int((on_grid == e).any(-1).sum())
             experts.append(
                 {
-                    "share": round(len(places) / on_grid[..., 0].numel(), 6),
+                    "share": round(taken / on_grid[..., 0].numel(), 6),
                     "patches": [
                         {
-                            "image": int(trace.indices[image]), "top": token // columns * height, "left": token % columns * width,
-                            "height": height, "width": width,
+                            "image": image, "top": token // columns * height, "left": token % columns * width, "height": height,
+                            "width": width, "cosine": round(cosine, 6),
                         }
-                        for image, token in chosen
+                        for image, token, cosine in places
                     ],
                 }
             )  # fmt: skip
         layers[name] = experts
-    return {"schema": "moee.plot-patches/1", "size": plain_size(trace.shape), "layers": layers}
+    return {"schema": "moee.plot-patches/2", "size": plain_size(trace.shape), "layers": layers, "left_out": left_out}
 
 
 def _rounded(values: Tensor) -> list[float]:

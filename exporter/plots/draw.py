@@ -6,12 +6,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from exporter.plots.figure import grid
+from exporter.plots.tiles import cut, key
 from moee.data.image_set import ImageSet
 from moee.data.transform import Transform
 
@@ -63,11 +64,12 @@ def curves(numbers: dict[str, Any]) -> Figure:
 def patches(numbers: dict[str, Any], data: ImageSet, transform: Transform) -> Figure:
     """A panel a layer: a row of image patches for each of its busiest experts."""
     layers = numbers["layers"]
-    cache: dict[int, torch.Tensor] = {}
+    busiest = {n: sorted(range(len(experts)), key=lambda e: -experts[e]["share"])[:MAX_EXPERTS] for n, experts in layers.items()}
+    places = {name: [place for e in chosen for place in layers[name][e]["patches"]] for name, chosen in busiest.items()}
+    tiles = cut(places, data, transform)
     figure, panels = grid(len(layers), height=3.0)
     for axis, (name, experts) in zip(panels, layers.items(), strict=True):
-        busiest = sorted(range(len(experts)), key=lambda e: -experts[e]["share"])[:MAX_EXPERTS]
-        rows = [_strip(experts[e]["patches"], data, transform, cache) for e in busiest]
+        rows = [_strip([tiles[name][key(place)] for place in experts[e]["patches"]]) for e in busiest[name]]
         width = max(row.shape[1] for row in rows)
         tile = max(row.shape[0] for row in rows)
         canvas = np.ones((tile * len(rows), width, 3))
@@ -76,7 +78,7 @@ def patches(numbers: dict[str, Any], data: ImageSet, transform: Transform) -> Fi
         axis.imshow(canvas, interpolation="nearest", aspect="equal")
         axis.set_yticks(
             [position * tile + tile / 2 for position in range(len(rows))],
-            [f"{e} ({experts[e]['share']:.0%})" for e in busiest],
+            [f"{e} ({experts[e]['share']:.0%})" for e in busiest[name]],
             fontsize=6,
         )
         axis.set_xticks([])
@@ -85,15 +87,9 @@ def patches(numbers: dict[str, Any], data: ImageSet, transform: Transform) -> Fi
     return figure
 
 
-def _strip(places: list[dict[str, int]], data: ImageSet, transform: Transform, cache: dict[int, torch.Tensor]) -> np.ndarray:
+def _strip(tiles: list[Tensor]) -> np.ndarray:
     """An expert's patches side by side [height, width, 3] in 0..1, a white pixel between them."""
-    parts = []
-    for place in places:
-        if place["image"] not in cache:
-            cache[place["image"]] = transform.pixels(data.load(place["image"])).clamp(0, 1)
-        top, left = place["top"], place["left"]
-        patch = cache[place["image"]][:, top : top + place["height"], left : left + place["width"]]
-        parts.append(np.pad(patch.permute(1, 2, 0).numpy(), ((0, 1), (0, 1), (0, 0)), constant_values=1.0))
+    parts = [np.pad(tile.permute(1, 2, 0).numpy(), ((0, 1), (0, 1), (0, 0)), constant_values=1.0) for tile in tiles]
     return np.concatenate(parts, axis=1) if parts else np.ones((1, 1, 3))
 
 

@@ -1,7 +1,7 @@
 """One self-contained HTML page about a model: what changed, what was kept, whether it agrees, how fast it is.
 
 Files that other commands wrote come in; a page goes out.
-Imports moee and terminal.
+Imports moee, markup, front and terminal.
 """
 
 from exporter.report.collect import collect

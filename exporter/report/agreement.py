@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from exporter.markup import Html, table, tag
+from exporter.markup.values import DASH, dig, fixed, numbers, percent, real, scientific
 from exporter.report import charts
-from exporter.report.markup import Html, table, tag
 from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.sources import Sources
-from exporter.report.values import DASH, dig, fixed, numbers, percent, real, scientific
 from moee.measure.accuracy import counted, recorded_interval
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from exporter.report.markup import Html, tag
-from exporter.report.values import percent
+from exporter.markup import Html, tag
+from exporter.markup.values import percent
 
 SHADES = 6  # of one hue, darkest for the largest share
 MAX_TICKS = 400  # runs drawn; more would be one grey block

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from exporter import belonging
-from exporter.report.sources import Artifact, Sources
+from exporter.report.sources import EXAMPLES, KINDS, PLAN, Artifact, Sources
 from moee.errors import UserError
 from moee.store.artifact import read_json
+from moee.store.result_kinds import FRONT, family
 
-ORDER = ("moee.model", "moee.export", "moee.summary", "moee.parity", "moee.latency", "moee.engine")
+ORDER = ("moee.model", "moee.export", "moee.summary", "moee.parity", "moee.latency", "moee.engine", EXAMPLES)
+DENSE_MODEL = ("library", "timm_name", "kwargs", "weights_sha256", "random_seed", "pretrained", "input_size", "part")  # of a spec
+PATCHES = "patches.svg"  # of a folder of plots, whose examples show the same in the page's own way
 
 
 def choose(sources: Sources) -> None:
@@ -46,13 +49,45 @@ def choose(sources: Sources) -> None:
                 sources.problems.append(f"{other.path} is not shown: {chosen.path} is; make a report of each")
         known = {**_ids(chosen), **known}
         first = first or chosen
+    _choose_plans(sources)
     _choose_plots(sources, known)
+
+
+def _choose_plans(sources: Sources) -> None:
+    """Fill `plans` with the plans of the dense model that is shown, or of the first plan's; each may be of another device."""
+    shown = sources.body("moee.model") or sources.body("moee.export")
+    model = _dense_model(shown) if shown else None
+    for plan in sources.all:
+        if plan.kind != PLAN or plan.version > KINDS[PLAN][0]:
+            continue
+        ours = _dense_model(plan.body)
+        if model is not None and ours is not None and _differ(model, ours):
+            _doubt(sources, PLAN, f"{plan.path} is a plan of another model: not shown")
+            continue
+        if shown is not None and (model is None or ours is None):
+            sources.problems.append(f"it cannot be told whether {plan.path} is a plan of the model that is shown")
+        model = model or ours
+        sources.plans.append(plan)
+        sources.artifacts.setdefault(PLAN, plan)
+    if sources.plans:
+        sources.doubts.pop(PLAN, None)
+
+
+def _dense_model(body: dict[str, Any]) -> dict[str, Any] | None:
+    """What tells the dense model of a manifest from another one; None where it does not say."""
+    spec = body.get("model")
+    if not isinstance(spec, dict) or not spec.get("timm_name"):
+        return None
+    return {key: spec.get(key) for key in DENSE_MODEL}
 
 
 def _choose_plots(sources: Sources, known: dict[str, str]) -> None:
     """Leave out the plots that are of another model, by the figures beside them."""
     unknown = []
     for path in list(sources.plots):
+        if _drawn_by_page(path, sources):
+            sources.plots.remove(path)
+            continue
         belongs = belonging.same(known, _beside(path)) if known else None
         if belongs is False:
             sources.plots.remove(path)
@@ -64,14 +99,31 @@ def _choose_plots(sources: Sources, known: dict[str, str]) -> None:
         sources.problems.append(f"it cannot be told which model the plot {unknown[0]}{more} is of: nothing beside it says it")
 
 
+def _differ(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two dense models are not the same, by what both say."""
+    return any(one[key] != other[key] for key in DENSE_MODEL if one[key] is not None and other[key] is not None)
+
+
+def _drawn_by_page(plot: Path, sources: Sources) -> bool:
+    """Whether the page draws what a plot shows from the figures themselves: a plan's front, and the patches of the experts."""
+    beside = family(_figures(plot))
+    examples = sources.artifacts.get(EXAMPLES)
+    return beside == FRONT.schema or (plot.name == PATCHES and examples is not None and plot.parent == examples.folder)
+
+
 def _beside(plot: Path) -> dict[str, str]:
-    """What the figures of a plot, which `moee plots` writes beside it, say that it belongs to."""
+    """What the figures of a plot say that it belongs to."""
+    return belonging.recorded(_figures(plot))
+
+
+def _figures(plot: Path) -> dict[str, Any]:
+    """The figures of a plot, which `moee plots` writes beside it; empty where there are none."""
     figures = plot.with_suffix(".json")
     try:
         body = read_json(figures) if figures.is_file() else None
     except UserError:
         return {}
-    return belonging.recorded(body) if isinstance(body, dict) else {}
+    return body if isinstance(body, dict) else {}
 
 
 def _doubt(sources: Sources, kind: str, text: str) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
+from exporter.markup.values import dig
 from exporter.report.sources import Sources
-from exporter.report.values import dig
 from exporter.terminal.options import flag_of
 from moee.config import FinetuneConfig, Options
 from moee.errors import UserError

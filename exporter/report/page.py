@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exporter.report import agreement, sections, tables, timing
+from exporter.markup import Html, join, raw_text_element, tag
+from exporter.markup.values import DASH, change, dig, fixed, percent, real, scientific
+from exporter.report import agreement, examples, sections, tables, timing
 from exporter.report.collect import collect
-from exporter.report.markup import Html, join, raw_text_element, tag
-from exporter.report.sources import Sources
+from exporter.report.front import front
+from exporter.report.sources import EXAMPLES, PLAN, Sources
 from exporter.report.style import SCRIPT, STYLE
-from exporter.report.values import DASH, change, dig, fixed, percent, real, scientific
 from exporter.terminal.ui import data_title
 from moee.measure.accuracy import recorded_interval
 from moee.places.inputs import source_paths
@@ -24,20 +25,26 @@ from moee.store.result_kinds import REPORT
 
 log = logging.getLogger("moee")
 SECTIONS = (
+    ("front", "The front", front),
     ("cost", "What changed", sections.cost),
     ("retention", "What was kept", agreement.retention),
     ("parity", "Parity", agreement.parity),
     ("latency", "Latency", timing.latency),
+    ("classes", "Classes", examples.classes),
     ("routing", "Routing", sections.routing),
+    ("experts", "Patches of the experts", examples.experts),
     ("layer-table", "Layers", tables.layer_table),
     ("engines", "Engines", sections.engines),
     ("reproduce", "Commands and versions", tables.reproduce),
     ("sources", "Sources", tables.read_from),
 )
 LIBRARIES = {"timm": "timm", "torchvision": "torchvision", "hf": "transformers"}  # a function is its own name
-KIND_OF = {"parity": "moee.parity", "latency": "moee.latency", "engines": "moee.engine"}  # the file that a section is about
+KIND_OF = {  # the file that a section is about
+    "parity": "moee.parity", "latency": "moee.latency", "engines": "moee.engine", "front": PLAN, "classes": EXAMPLES,
+    "experts": EXAMPLES,
+}  # fmt: skip
 MAX_BYTES = 3 << 20
-PLOT_BYTES = 2 << 20  # of all plots together, before base64's third
+MARGIN_BYTES = 64 << 10  # for what stands around the sections
 
 
 def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = False, verify: bool = True) -> Path:
@@ -55,9 +62,9 @@ def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = Fal
 
 
 def render(sources: Sources) -> str:
-    """The whole page. Its size is bounded by the plots that it embeds; those that do not fit are named."""
+    """The whole page. Plots fill it up to `MAX_BYTES`; those that do not fit are named."""
     built = [(id_, title, *_doubted(sources, id_, *make(sources))) for id_, title, make in SECTIONS]
-    model = sources.body("moee.model") or sources.body("moee.export") or {}
+    model = sources.body("moee.model") or sources.body("moee.export") or sources.body(PLAN) or {}
     name = dig(model, "model", "name") or dig(sources.body("moee.summary"), "model") or "a model"
     data = model.get("data") or dig(sources.body("moee.summary"), "dataset")
     title = f"{name} on {data_title(str(data))}" if data else str(name)
@@ -70,15 +77,17 @@ def render(sources: Sources) -> str:
     sub = " ".join(filter(None, [known, _method(model)]))
     links = [tag("li", tag("a", heading, href=f"#{id_}")) for id_, heading, _, _ in built]
     body = []
+    room = MAX_BYTES - MARGIN_BYTES - sum(len(part.encode()) for *_, parts in built for part in parts)
     for id_, heading, verdict, parts in built:
         kind = {"passed": "good", "FAILED": "bad"}.get(verdict or "")
         shown = join([heading, " ", tag("span", verdict, class_=kind)]) if verdict else heading
-        extra = _plots(sources) if id_ == "routing" else []
+        extra = _plots(sources, room) if id_ == "routing" else []
         body.append(
             tag("section", tag("h2", shown, id=f"{id_}-heading"), *parts, *extra, id=id_, aria_labelledby=f"{id_}-heading")
         )
     header = tag("header", tag("h1", "MoEE report: ", title), tag("p", sub, class_="sub") if sub else Html(""))
-    main = tag("main", _cards(sources), *body, id="main")
+    cards = _cards(sources) if any(kind != PLAN for kind in sources.artifacts) else Html("")
+    main = tag("main", cards, *body, id="main")
     skip = tag("a", "Skip to the figures", href="#main", class_="skip")
     navigation = tag("nav", tag("ul", *links), aria_label="Sections")
     head = tag(
@@ -168,19 +177,19 @@ def _either(sources: Sources, kind: str, key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _plots(sources: Sources) -> list[Html]:
-    """SVG files beside the artifacts, as pictures: a browser runs no script and fetches nothing in those."""
-    figures, left_out, used = [], [], 0
+def _plots(sources: Sources, room: int) -> list[Html]:
+    """SVG files beside the artifacts, as pictures: a browser runs no script and fetches nothing in those. `room`: their bytes."""
+    figures, left_out = [], []
     for path in sources.plots:
-        data = path.read_bytes()
-        used += len(data)
-        if used > PLOT_BYTES:
+        data = base64.b64encode(path.read_bytes()).decode()
+        if len(data) > room:
             left_out.append(path.name)
-            used -= len(data)
             continue
-        source = f"data:image/svg+xml;base64,{base64.b64encode(data).decode()}"
+        room -= len(data)
         label = path.stem.replace("_", " ").replace("-", " ")
-        figures.append(tag("figure", tag("img", src=source, alt=label), tag("figcaption", label)))
+        figures.append(
+            tag("figure", tag("img", src=f"data:image/svg+xml;base64,{data}", alt=label), tag("figcaption", label))
+        )
     parts = [tag("h3", "Plots"), tag("div", *figures, class_="plots")] if figures else []
     if left_out:
         parts.append(tag("p", f"Left out for their size: {', '.join(left_out)}.", class_="missing"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.figures import SMALL, macs_unit
+from exporter.markup import Html, table, tag
+from exporter.markup.values import DASH, change, dig, fixed, numbers, real, scaled
 from exporter.report import charts
-from exporter.report.markup import Html, table, tag
 from exporter.report.sources import Sources
-from exporter.report.values import DASH, change, dig, fixed, numbers, real, scaled
 from moee.store.artifact import stays_inside
 
 STAGE_NAMES = {"extracted": "extracted", "tuned": "fine-tuned"}

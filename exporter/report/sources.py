@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json")
+NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json", "plan.json", "examples.json")
+PLAN, EXAMPLES = "moee.plan", "moee.examples"
 # Schema, the highest version whose fields are known here, and the command that makes it.
 KINDS = {
     "moee.model": (2, "moee extract"),
@@ -15,6 +16,8 @@ KINDS = {
     "moee.latency": (1, "moee bench --out latency.json"),
     "moee.engine": (1, "moee build"),
     "moee.summary": (1, "moee demo"),
+    PLAN: (2, "moee plan"),
+    EXAMPLES: (1, "moee plots"),
 }
 
 
@@ -35,10 +38,11 @@ class Artifact:
 
 @dataclass
 class Sources:
-    """Everything that was found. `artifacts` holds the one that is shown of each kind, `all` every one, `doubts` by kind
-    why it is not shown, or that it may be another model's."""
+    """Everything that was found. `artifacts` holds the one that is shown of each kind, `plans` those of one model on several
+    devices, `all` every one, `doubts` by kind why it is not shown, or that it may be another model's."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    plans: list[Artifact] = field(default_factory=list)
     all: list[Artifact] = field(default_factory=list)
     plots: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

@@ -4,13 +4,13 @@ STYLE = """
 :root {
   color-scheme: light dark;
   --page: #ffffff; --panel: #f4f6f8; --ink: #1b2430; --soft: #55606e; --rule: #d5dbe1;
-  --dense: #8a6d2f; --moee: #1f6f9c; --good: #1d6b3a; --bad: #a3262a;
+  --dense: #8a6d2f; --moee: #1f6f9c; --static: #7a4b9c; --good: #1d6b3a; --bad: #a3262a;
   --s0: #17577b; --s1: #2b7cab; --s2: #559bc4; --s3: #84b8d7; --s4: #aed0e5; --s5: #d0e4f0;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #12171d; --panel: #1b222b; --ink: #e6ebf0; --soft: #a5b0bc; --rule: #36414d;
-    --dense: #d3ae62; --moee: #5fb0de; --good: #6cc58d; --bad: #f08d8f;
+    --dense: #d3ae62; --moee: #5fb0de; --static: #c39ae0; --good: #6cc58d; --bad: #f08d8f;
     --s0: #8fcbee; --s1: #63aed8; --s2: #428cb6; --s3: #336f92; --s4: #28566f; --s5: #203f51;
   }
 }
@@ -65,7 +65,28 @@ rect.dense { fill: var(--dense); } rect.moee { fill: var(--moee); }
 .s3 { fill: var(--s3); } .s4 { fill: var(--s4); } .s5 { fill: var(--s5); }
 .scale { display: flex; justify-content: space-between; color: var(--soft); font-size: .8rem; }
 .axis { color: var(--soft); font-size: .8rem; }
-.legend { display: flex; gap: 1rem; list-style: none; margin: 0 0 .25rem; padding: 0; font-size: .875rem; }
+.fronts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; margin: .75rem 0; }
+.front { height: auto; max-width: 32rem; } .front text { font-size: 12px; }
+.f-ink { fill: var(--ink); } .f-soft { fill: var(--soft); } .f-limit { fill: var(--bad); }
+.f-name { fill: var(--ink); font-weight: 600; paint-order: stroke; stroke: var(--page); stroke-width: 3px; }
+.f-grid { stroke: var(--rule); stroke-width: .75; } .f-front { fill: none; stroke: var(--soft); stroke-width: 1.5; }
+.f-budget { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 5 4; }
+.f-dense { fill: var(--dense); stroke: var(--dense); } .f-static { fill: var(--static); stroke: var(--static); }
+.f-routed { fill: var(--moee); stroke: var(--moee); } .f-hollow { fill: var(--page); stroke-width: 2; }
+.f-ring { fill: none; stroke: var(--ink); stroke-width: 2; }
+.key { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem; }
+.key.dense { background: var(--dense); } .key.static { background: var(--static); transform: rotate(45deg); }
+.key.routed { background: var(--moee); border-radius: 50%; }
+.key.line, .key.limit { height: 0; width: 1.2rem; vertical-align: middle; border-top: 2px solid var(--soft); }
+.key.limit { border-top: 2px dashed var(--bad); }
+.thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; margin: .75rem 0; }
+.thumbs figcaption span { display: block; overflow-wrap: anywhere; }
+.thumbs img { width: 6rem; image-rendering: auto; }
+summary { cursor: pointer; padding: .35rem 0; overflow-wrap: anywhere; }
+.strips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: .5rem; }
+.strips img { width: auto; max-width: 100%; height: 2rem; image-rendering: pixelated; }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1rem; list-style: none;
+  margin: 0 0 .25rem; padding: 0; font-size: .875rem; }
 .swatch { display: inline-block; width: .9rem; height: .3rem; margin-right: .4rem; vertical-align: middle; }
 .swatch.dense { background: var(--dense); } .swatch.moee { background: var(--moee); }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
@@ -82,6 +103,7 @@ pre { background: var(--panel); border-radius: .5rem; padding: .75rem;
 }
 @media print {
   :root { --page: #ffffff; --panel: #ffffff; --ink: #000000; --soft: #444444; --rule: #bbbbbb; --dense: #8a6d2f; --moee: #1f6f9c;
+    --static: #7a4b9c; --bad: #a3262a;
     --s0: #17577b; --s1: #2b7cab; --s2: #559bc4; --s3: #84b8d7; --s4: #aed0e5; --s5: #d0e4f0; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   nav, .skip { display: none; }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.figures import status_of
+from exporter.markup import Html, table, tag
+from exporter.markup.values import DASH, dig, fixed, numbers, percent, real
 from exporter.report.commands import commands
-from exporter.report.markup import Html, table, tag
 from exporter.report.sections import layers, not_there
 from exporter.report.sources import Sources
-from exporter.report.values import DASH, dig, fixed, numbers, percent, real
 
 SHOWN_CLASSES = 20
 

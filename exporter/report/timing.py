@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from exporter.markup import Html, table, tag
+from exporter.markup.values import DASH, dig, fixed, numbers, percent, real
 from exporter.report import charts
-from exporter.report.markup import Html, table, tag
 from exporter.report.sections import not_there
 from exporter.report.sources import Sources
-from exporter.report.values import DASH, dig, fixed, numbers, percent, real
 
 
 def latency(sources: Sources) -> tuple[str | None, list[Html]]:

@@ -54,8 +54,12 @@ PLUGIN_BUNDLE = FolderKind("a plugin bundle", "bundle.json", "moee.bundle", besi
 KERNELS = FolderKind("compiled kernels", "kernels.json", "moee.kernels", beside=("*.cubin", "*.ptx"))
 PLOTS = FolderKind(
     "plots", "routing.json", "moee.plot-routing",
-    beside=tuple(f"{name}.{form}" for name in ("routing", "similarity", "curves", "patches") for form in ("json", "svg")),
+    beside=(
+        "examples.json",
+        *(f"{name}.{form}" for name in ("routing", "similarity", "curves", "patches") for form in ("json", "svg")),
+    ),
 )  # fmt: skip
+FRONT = FolderKind("the front of a plan", "front.json", "moee.plot-front", beside=("front.svg",))
 ABLATION = FolderKind(
     "an ablation", "setup.json", "moee.ablation-setup",
     beside=("cells/*.json", "ablation.json", "table.md", "table*.svg", "fig*.svg"),
@@ -68,8 +72,8 @@ FINETUNE_STATE = FolderKind(
 PLAN_STATE = FolderKind("an interrupted plan", "identity.json", "moee.plan-store", beside=("[0-9a-f]" * 16 + ".json",))
 DEMO = FolderKind("a demo", "demo.json", "moee.demo")
 FOLDER_KINDS = (
-    MODEL, EXPORT, ENGINE, PLAN, VERIFY, DEPLOYMENT, PLUGIN_BUNDLE, KERNELS, PLOTS, ABLATION, CLEAR_ABLATION, FINETUNE_STATE,
-    PLAN_STATE, DEMO,
+    MODEL, EXPORT, ENGINE, PLAN, VERIFY, DEPLOYMENT, PLUGIN_BUNDLE, KERNELS, PLOTS, FRONT, ABLATION, CLEAR_ABLATION,
+    FINETUNE_STATE, PLAN_STATE, DEMO,
 )  # fmt: skip
 
 
@@ -115,6 +119,7 @@ class FileKind:
 LATENCY = FileKind("a result of moee bench", (".json",), schema="moee.latency")
 PARITY = FileKind("a result of moee verify", (".json",), schema="moee.parity")
 DISPATCH = FileKind("a result of moee bench-dispatch", (".json",), schema="moee.dispatch")
+EXAMPLES = FileKind("examples for a report", (".json",), schema="moee.examples")
 SUMMARY = FileKind("a demo's summary", (".json",), schema="moee.summary")
 REPORT = FileKind("a report", (".html", ".htm"), magic=b"<!doctype html>", mark=b"<title>MoEE report: ", early=False, kept=True)
 CLEAR_TABLE = FileKind(

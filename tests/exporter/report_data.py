@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from exporter.belonging import export_ids, source_ids
 
@@ -39,7 +43,7 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny", we
     tuned = {**_stage(0.94, shares), "config": {"epochs": 2, "lr": 1e-6, "batch_size": 32}, "losses": losses}
     for name, stages in (
         ("extracted", {"extracted": _stage(0.9, shares)}),
-        ("tuned", {"extracted": _stage(0.9, shares), "tuned": tuned}),
+        ("tuned", {"extracted": {**_stage(0.9, shares), "data_read": {}}, "tuned": tuned}),  # a later stage adds facts
     ):
         read = {"images": 1078, "classes": 10, "unlabelled": 0, "skipped": 2, "first_skipped": ["a.png", "b.png"]}
         notes = ["only val has images of 'tulip' (12)"]
@@ -88,7 +92,74 @@ def write_run(folder: Path, layer: str = "blocks.0.mlp", model: str = "tiny", we
         **{"speedup": 2.0, "speedup_p5": 1.8, "speedup_p95": 2.2, "ideal_speedup": 2.5},
     }
     _json(folder / "latency.json", {"schema": "moee.latency/1", **latency, **measured})
+    write_plan(folder / "plan", model)
+    (folder / "plots").mkdir()
+    _json(folder / "plots" / "examples.json", {**examples(layer), "belongs_to": made_from})
     return folder
+
+
+def point(method: str, macs: float, accuracy: float | None, latency: dict[str, Any] | None, **figures: Any) -> dict[str, Any]:
+    """A candidate of a plan; its recipe is its method and MACs."""
+    recipe = None if method == "dense" else {"steps": [{"method": method, "target_macs": macs}]}
+    interval = None if accuracy is None else [accuracy - 0.02, accuracy + 0.02]
+    return {
+        **{"method": method, "allocation": "" if method == "dense" else "share", "macs": macs, "params": macs + 0.1},
+        **{"drop": None, "cosine": 1 - (1 - macs) / 100, "token_cosine": 0.9},
+        **{"accuracy": accuracy, "accuracy_interval": interval},
+        **{"latency": latency, "recipe": recipe, "attention": 1.0, **figures},
+    }
+
+
+def timed(ms: float, dense_ms: float = 10.0, kind: str = "measured on CPU", device: str = "cpu") -> dict[str, Any]:
+    return {"kind": kind, "device": device, "batch": 8, "dense_ms": dense_ms, "moee_ms": ms, "speedup": dense_ms / ms}
+
+
+def plan_body(model: str = "tiny", kind: str = "measured on CPU", device: str = "cpu", labelled: bool = True) -> dict[str, Any]:
+    """Dense, static and two routed candidates, of which the second is chosen; timings of half, six and seven tenths of dense."""
+    points = [
+        point("static", 0.5, 0.91, timed(5.0, kind=kind, device=device)),
+        point("kmeans-8", 0.6, 0.95, timed(6.0, kind=kind, device=device)),
+        point("hdbscan", 0.7, 0.93, timed(7.0, kind=kind, device=device), attention=0.85),
+        point("dense", 1.0, 0.95, timed(10.0, kind=kind, device=device), params=1.0, cosine=1.0),
+    ]
+    for p in points if not labelled else ():
+        p |= {"accuracy": None, "accuracy_interval": None}
+    budget = {"max_drop": 2.0 if labelled else None, "min_cosine": None if labelled else 0.995, "target_macs": None}
+    budget |= {"target_params": 0.9, "target_latency_ms": 8.0}
+    return {
+        **{"model": {"name": model, "timm_name": "vit_tiny_patch16_224", "kwargs": {}, "pretrained": False}, "data": "digits"},
+        **{"budget": budget, "points": points, "winner": points[1], "front": points[1:2]},
+        "accuracy": {"images": 40, "labelled": 40 if labelled else 0, "no_accuracy": "" if labelled else "no labels"},
+    }
+
+
+def write_plan(folder: Path, model: str = "tiny", **facts: Any) -> Path:
+    folder.mkdir(parents=True)
+    _json(folder / "plan.json", {"schema": "moee.plan/2", "tools": TOOLS, "files": {}, **plan_body(model, **facts)})
+    return folder
+
+
+def jpeg(width: int = 40, height: int = 8) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (200, 30, 30)).save(file, "JPEG")
+    return {"picture": base64.b64encode(file.getvalue()).decode(), "width": width, "height": height}
+
+
+def examples(layer: str = "blocks.0.mlp") -> dict[str, Any]:
+    """The body of an `examples.json`."""
+    rows = [{"name": "<b>zero", "images": 20, "dense": 18, "moee": 15}, {"name": "one", "images": 20, "dense": 20, "moee": 20}]
+    shown = [{"label": "<b>zero", "dense": "<b>zero", "moee": "one", **jpeg(40, 40)}]
+    experts = [{"expert": e, "share": share, "patches": 8, **jpeg(136, 16)} for e, share in ((1, 0.7), (0, 0.3))]
+    experts.append({"expert": 2, "share": 0.0, "patches": 0})
+    return {
+        **{"schema": "moee.examples/1", "data": "digits", "images": 40, "of_images": 60},
+        "classes": {"why": "", "rows": rows},
+        "changed": {"why": "", "lost": 3, "gained": 0, "other": 1, "shown": shown},
+        "experts": {
+            "layers": [{"name": layer, "of": 4, "experts": experts}],
+            "left_out": {"blocks.2.mlp": "it has one expert, which takes every token"},
+        },
+    }
 
 
 def _write(folder: Path, name: str, schema: str, body: dict[str, Any], payload: str, content: bytes = b"weights") -> None:

@@ -14,6 +14,7 @@ from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import batches
 from moee.data.transform import model_transform
+from moee.interface.watch import watched
 from moee.layers.routed import routed_layers
 from moee.methods.recipe import Recipe
 from moee.mlps.find import find_ffns
@@ -86,19 +87,38 @@ def test_curves_are_sorted_moments_of_the_dense_activations(artifact):
     assert curve["mean"] == pytest.approx(hidden.mean(0).sort(descending=True).values.tolist(), rel=2e-2, abs=1e-3)
 
 
-def test_patches_lie_where_their_expert_was_chosen(artifact):
+def test_patches_are_the_nearest_tokens_of_their_expert(artifact):
+    """Held against every token's cosine: of each image the nearest one that the expert gets, and of these the nearest images."""
     moee, data = artifact
-    trace = plot_data.trace_routes(moee, data, images=9)
+    trace = plot_data.trace_routes(moee, data, images=40)  # two batches
     numbers = plot_data.expert_patches(trace, per_expert=3)
-    position = {index: row for row, index in enumerate(trace.indices.tolist())}
+    assert numbers["left_out"] == {} and list(numbers["layers"]) == list(routed_layers(moee.model))
+    inputs = {}
+    with watched(moee.model, routed_layers(moee.model), lambda name, x: inputs.__setitem__(name, x)), torch.no_grad():
+        moee.model(torch.stack([data.load(i) for i in trace.indices.tolist()]))
     for name, experts in numbers["layers"].items():
         assert sum(e["share"] for e in experts) == pytest.approx(1, abs=1e-4)
+        rows = routed_layers(moee.model)[name].router
+        near = torch.nn.functional.cosine_similarity(inputs[name][:, 1:, None], rows, dim=-1)  # without the class token
         for e, expert in enumerate(experts):
-            assert len(expert["patches"]) <= 3
-            for patch in expert["patches"]:
-                assert patch["height"] == patch["width"] == 8
-                token = 1 + patch["top"] // 8 * 4 + patch["left"] // 8
-                assert trace.routes[name][position[patch["image"]], token, 0] == e
+            own = near[..., e].masked_fill(trace.routes[name][:, 1:, 0] != e, -2)
+            best, token = own.max(1)
+            expected = [i for i in best.sort(descending=True).indices.tolist() if best[i] > -2][:3]
+            found = [(p["image"], 1 + p["top"] // 8 * 4 + p["left"] // 8) for p in expert["patches"]]
+            assert found == [(int(trace.indices[i]), 1 + int(token[i])) for i in expected]
+            assert [p["cosine"] for p in expert["patches"]] == pytest.approx([float(best[i]) for i in expected], abs=1e-5)
+            assert all(p["height"] == p["width"] == 8 for p in expert["patches"])
+
+
+def test_a_layer_without_a_grid_or_a_row_is_left_out_and_said(artifact):
+    moee, data = artifact
+    trace = plot_data.trace_routes(moee, data, images=4)
+    first, second, *_ = trace.routes
+    trace.grids[first] = None
+    del trace.nearest[second]
+    numbers = plot_data.expert_patches(trace)
+    assert numbers["left_out"] == {first: plot_data.NO_GRID, second: plot_data.NO_ROW}
+    assert not {first, second} & numbers["layers"].keys()
 
 
 def test_every_figure_is_drawn_the_same_twice(artifact):
@@ -125,7 +145,9 @@ def test_command_writes_everything_and_refuses_what_exists(artifact, tmp_path, c
         cli.main([*argv, "--images", "0"])
     assert cli.main(argv) == 0
     names = {p.name for p in (tmp_path / "plots").iterdir()}
-    assert names == {f"{name}.{kind}" for name in ("routing", "similarity", "curves", "patches") for kind in ("json", "svg")}
+    assert names == {f"{name}.{kind}" for name in ("routing", "similarity", "curves", "patches") for kind in ("json", "svg")} | {
+        "examples.json"
+    }
     assert json.loads((tmp_path / "plots" / "routing.json").read_text())["schema"] == "moee.plot-routing/1"
     assert cli.main(argv) == 2 and "exists" in capsys.readouterr().err
     with pytest.raises(ValueError, match="exists"):

@@ -19,7 +19,7 @@ def page(tmp_path):
     return write_report([run], tmp_path / "report.html")
 
 
-@pytest.mark.parametrize(("width", "phone", "dark"), [(1200, False, False), (1200, False, True), (360, True, False)])
+@pytest.mark.parametrize(("width", "phone", "dark"), [(1280, False, False), (1280, False, True), (390, True, False)])
 def test_it_renders_clean_and_fits(page, tmp_path, width, phone, dark):
     with Browser(tmp_path / "profile") as browser:
         browser.open(page, width, dark=dark, phone=phone)
@@ -28,6 +28,10 @@ def test_it_renders_clean_and_fits(page, tmp_path, width, phone, dark):
         assert ink != paper and (paper == "rgb(255, 255, 255)") is not dark
         small = browser.run("[...document.querySelectorAll('svg')].filter(s => s.getBoundingClientRect().width < 100).length")
         assert small == 0, f"{small} drawings are narrower than 100 px"
+        heights = browser.run("[...document.querySelectorAll('svg.front text')].map(t => t.getBoundingClientRect().height)")
+        assert len(heights) > 30 and min(heights) >= 10, "text of a front is too small to read"
+        loaded = browser.run("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0])")
+        assert len(loaded) == 4 and all(fine for _, fine in loaded), loaded
         assert browser.console == [], browser.console
         assert {r.partition(":")[0] for r in browser.requests} <= {"file", "data"}
         assert [r for r in browser.requests if r.startswith("file")] == [page.resolve().as_uri()]

@@ -26,6 +26,7 @@ from moee.train.state import read_state, read_tensors
 from plugins.library.embed import embed
 from tests.conftest import tiny_spec
 from tests.exporter.engines import write_engine
+from tests.exporter.report_data import examples, plan_body
 from tests.plugins.synthetic import write_kernels
 from tests.untrusted.fuzzing import COUNTS, accepts_or_refuses, damaged, fuzz
 
@@ -201,11 +202,15 @@ SUMMARY = {
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", ["parity", "latency", "summary", "export", "engine"])
+@pytest.mark.parametrize("name", ["parity", "latency", "summary", "plan", "examples", "export", "engine"])
 def test_what_a_report_shows(made, tmp_path, name, count):
     path = tmp_path / f"{name}.json"
-    if name in ("parity", "latency", "summary"):
-        path.write_text(json.dumps({"parity": PARITY, "latency": latency_body(), "summary": SUMMARY}[name]))
+    written = {
+        "parity": PARITY, "latency": latency_body(), "summary": SUMMARY, "plan": {"schema": "moee.plan/2", **plan_body()},
+        "examples": examples(),
+    }  # fmt: skip
+    if name in written:
+        path.write_text(json.dumps(written[name]))
     elif name == "export":
         shutil.copy(made / "export" / "export.json", path)
     else:
