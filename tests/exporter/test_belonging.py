@@ -37,7 +37,7 @@ def forget(*paths):
 
 def test_a_run_belongs_together_without_a_word(run):
     sources = collect([run])
-    assert sources.problems == [] and sources.doubts == {} and len(sources.artifacts) == 5
+    assert sources.problems == [] and sources.doubts == {} and len(sources.artifacts) == 7
     assert sources.artifacts["moee.model"].folder.name == "tuned"
     assert collect([run, run / "tuned", run / "parity.json"]).problems == [], "the same files once more"
 
@@ -75,7 +75,7 @@ def test_a_result_of_another_export_of_the_same_model(run):
 def test_old_files_are_shown_and_said_to_be_unknown(run, old):
     forget(*[run / name for name in old])
     sources = collect([run])
-    assert len(sources.artifacts) == 5 and len(sources.problems) == len(old)
+    assert len(sources.artifacts) == 7 and len(sources.problems) == len(old)
     assert all("it cannot be told whether" in problem and "belong together" in problem for problem in sources.problems)
     assert "It cannot be told whether" in render(sources) or old[0].startswith("export")
 
