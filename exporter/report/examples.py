@@ -100,8 +100,8 @@ def experts(sources: Sources) -> tuple[str | None, list[Html]]:
     body = sources.body(EXAMPLES)
     if body is None:
         return None, [not_there("Examples (examples.json) were", MAKES)]
-    text = "Each box is one expert, the busiest first: the image patches whose tokens lie nearest its router row, of those that it "
-    text += "gets, by cosine, one an image. The share is that of all patches; class and register tokens have none."
+    text = "Each box is one expert, the busiest first: the image patches whose tokens lie nearest its router row, of those that "
+    text += "it gets, by cosine, one an image. The share is that of all patches; class and register tokens have none."
     parts: list[Html] = [tag("p", text)]
     pictures = Pictures(sum(len(str(entry.get("picture", ""))) for entry in _shown(dig(body, "changed"))))
     for index, layer in enumerate(_dicts(dig(body, "experts", "layers"))[:MOST_LAYERS]):
