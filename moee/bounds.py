@@ -34,6 +34,7 @@ WORKERS = Counts(0, MOST_WORKERS)
 CLASSES = Counts(0, 1 << 20)  # the largest ImageNet has 21,843
 CALIBRATION = Counts(1, MOST_COUNT)
 DROP = Bounds(0, 100)  # percentage points
+CANDIDATES = Counts(1, 20)  # of one measurement on a device: each is exported, built and timed
 AGREEMENT = Bounds(0, 1)
 SECONDS = Bounds(0, DAY)
 

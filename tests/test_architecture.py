@@ -107,11 +107,12 @@ ROOMS = {
         "ship": "moee plugins deploy engines passes graph",
         "terminal": "moee graph",
         "timing": "moee plugins engines passes forms runners graph",
+        "targets": "moee plugins deploy engines runners graph ship timing",
         "parity": "moee plugins passes quantization forms runners graph timing",
         "report": "moee markup front terminal",
         "verification": "moee runners graph parity",
-        "commands": "moee plugins engines front plots quantization graph ship terminal timing report verification "
-        "clear_ablation demo doctor",
+        "commands": "moee plugins engines front plots quantization graph ship terminal timing targets report "
+        "verification clear_ablation demo doctor",
     },
 }  # fmt: skip
 ON_TOP = {  # what the command line and Python's users import, and no room that does not name it

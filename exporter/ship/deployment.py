@@ -141,7 +141,7 @@ def write_deployment(
             (folder / name).write_text(text, encoding="utf-8")
             if name.endswith(".sh"):
                 (folder / name).chmod(0o755)
-        _write_sums(folder)
+        write_sums(folder)
         body = {
             **{"sm": sm, "model": export["model"], "batch": {"min": low, "opt": opt, "max": high}},
             **{"input": vars(given), "output": vars(output), "preprocess": vars(recipe), "classes": classes},
@@ -254,8 +254,8 @@ def _names(export: dict[str, Any], classes: int | None, export_dir: Path) -> tup
     return names
 
 
-def _write_sums(folder: Path) -> None:
-    """`SHA256SUMS`, which build.sh checks with sha256sum before it does anything."""
+def write_sums(folder: Path) -> None:
+    """`SHA256SUMS`, which the folder's script checks with sha256sum before it does anything."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     lines = [f"{sha256_file(file)}  {file.relative_to(folder).as_posix()}" for file in files]
     (folder / "SHA256SUMS").write_text("\n".join(lines) + "\n", encoding="utf-8")

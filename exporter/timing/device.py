@@ -34,16 +34,18 @@ def timed_board(device: str) -> Profile | None:
     return None if device == CPU else profile_named(device, (CPU,))
 
 
-def latency_of(device: str, session: Session, batch: int) -> Latency:
-    """How `moee plan` times models for a device; its name as `timed_board` takes it."""
+def latency_of(device: str, session: Session, batch: int, precision: str = "fp32") -> Latency:
+    """How `moee plan` times each model for a device; its name as `timed_board` takes it. `precision` is that of the graphs that
+    are measured; the roofline knows float16 alone."""
     board = timed_board(device)
     if board is None:
-        return Latency(f"{CPU}, batch {batch}", lambda model: measure_on_cpu(model, session, batch))
+        typed = "" if precision == "fp32" else f", {precision}"  # points of earlier versions were float32
+        return Latency(f"{CPU}, batch {batch}{typed}", lambda model: measure_on_cpu(model, session, batch, precision))
     facts = dense_facts(session.dense, session.transform.shape)
     return Latency(f"{board.name}, batch {batch}", lambda model: modelled(board, session.dense, model, facts, batch))
 
 
-def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, Any]:
+def measure_on_cpu(model: nn.Module, session: Session, batch: int, precision: str = "fp32") -> dict[str, Any]:
     """p50 of a batch by ONNX Runtime on this CPU, dense and candidate interleaved in one process."""
     from exporter.graph.export import export
     from exporter.timing.latency import bench
@@ -53,7 +55,7 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int) -> dict[str, 
     images = next(batches(session.held_out, batch)).images.numpy()
     with temporary_folder() as folder:
         target = folder / "export"
-        export(MoeeModel(model.eval(), session.spec, None, session.source), target, force=True)
+        export(MoeeModel(model.eval(), session.spec, None, session.source), target, force=True, precision=precision)
         result = bench(target, batch, runs=CPU_RUNS, images=images)
     return {
         "kind": "measured on CPU", "device": CPU, "batch": batch, "dense_ms": result.dense_ms["p50"],

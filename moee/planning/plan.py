@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,20 @@ from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import check_all
 from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
-from moee.planning.budget import Budget, choose, margins, nearest, pareto
-from moee.planning.layers import layer_table
+from moee.planning.budget import Budget
+from moee.planning.found import PLAN, SCHEMA, Found
 from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Latency, Planner, recipe_of, usual, variants, ways
+from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
 from moee.stages.session import Session
-from moee.store.artifact import read_json, read_manifest, write_manifest
+from moee.store.artifact import read_json, read_manifest
 from moee.store.result_kinds import PLAN as PLAN_FOLDER
 from moee.store.result_kinds import PLAN_STATE
 
 log = logging.getLogger("moee")
-SCHEMA, STORE_SCHEMA = "moee.plan/2", "moee.plan-store/4"
-PLAN, RECIPE = "plan.json", "recipe.toml"
+STORE_SCHEMA = "moee.plan-store/4"
+IDENTITY, INTERRUPTED, CURE = "identity.json", "an interrupted plan", "finish that one or remove the folder"
 
 
 class Plan(Body):
@@ -45,81 +45,94 @@ class Plan(Body):
 
 def make_plan(
     session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
-    targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | None = None,
+    targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | Shortlist | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
     attention: tuple[float, ...] = (1.0,),
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
     `attention` are the shares of the attention's MACs that every method is tried with (1: as it is). `base` are further options
-    of every configuration, but for `attention_macs`. Points of an interrupted run are kept in `<out>.resume`. Raises
-    `UserError` if nothing meets the budget: it names the nearest point.
+    of every configuration, but for `attention_macs`. `latency` times every point as it is made, or, as a `Shortlist`, a few of
+    them at the end, and only these and dense are then chosen from. Points of an interrupted run are kept in `<out>.resume`.
+    Raises `UserError` if nothing meets the budget: it names the nearest point.
     """
+    output, store = places(session, out, force)
+    with alone_on(store.place, session.group.leader):
+        found = search(
+            session, budget, store, latency=latency, methods=methods, targets=targets, base=base, report=report,
+            allocations=allocations, attention=attention,
+        )  # fmt: skip
+        chosen = found.candidates(latency.most) if isinstance(latency, Shortlist) else []
+        timed = _timed(latency, chosen, store) if isinstance(latency, Shortlist) and chosen else None
+        return found.conclude(output, store, chosen=chosen, timed=timed, report=report)
+
+
+def _timed(shortlist: Shortlist, chosen: list[Candidate], store: OutputFolder) -> Timed:
+    assert shortlist.time is not None, "candidates that are timed elsewhere go through emit_plan"
+    try:
+        return shortlist.time(chosen)
+    except Exception as error:
+        error.add_note(f"the points are kept in {store.place}, and the same command goes on from them")
+        raise
+
+
+def places(session: Session, out: Path | str, force: bool) -> tuple[OutputFolder, OutputFolder]:
+    """Where a plan goes, and where its points are kept until then, both checked."""
     inputs = source_paths(session.source, session.spec.weights)
     output, store = OutputFolder(out, PLAN_FOLDER, force, inputs), resume_folder(out, PLAN_STATE, inputs)
     check_all([output, store])
-    methods = usual() if methods is None else methods
-    with alone_on(store.place, session.group.leader):
-        return _planned(session, budget, output, store, methods, targets, base, latency, report, allocations, attention)
+    return output, store
 
 
-def _planned(
-    session: Session, budget: Budget, output: OutputFolder, store: OutputFolder, methods: tuple[str, ...],
-    targets: tuple[float, ...], base: dict[str, Any] | None, latency: Latency | None, report: Reporter,
-    allocations: tuple[str, ...], attention: tuple[float, ...],
-) -> dict[str, Any]:  # fmt: skip
-    """`make_plan`, of whose places nobody else works on."""
-    check_ways(methods, allocations, attention, base or {})
+def search(
+    session: Session, budget: Budget, store: OutputFolder, *, latency: Latency | Shortlist | None = None,
+    methods: tuple[str, ...] | None = None, targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None,
+    report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
+) -> Found:  # fmt: skip
+    """The points of `make_plan`, kept in `store`, on which nobody else works."""
+    base, methods = base or {}, usual() if methods is None else methods
+    check_ways(methods, allocations, attention, base)
     if budget.max_drop is not None:
-        _refuse_incomparable(session.early_comparison())  # what is known before anything has run
+        refuse_incomparable(session.early_comparison())  # what is known before anything has run
     session.warn_early()
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
     methods = _applicable(session, methods)
-    model = {"name": session.spec.name, **session.spec.identity()}  # not where its weights lie
-    told = {"model": model, "base": base or {}}
-    stored, what, cure = store.place / "identity.json", "an interrupted plan", "finish that one or remove the folder"
-    compare_identity(stored, STORE_SCHEMA, told, what, cure)  # before trials, and before all images are read
+    told = {"model": model_identity(session), "base": base}
+    compare_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE)  # before trials and the reading of images
     for way in ways(methods, allocations, attention):  # said before a resumed plan is bound to the options
-        recipe = recipe_of(way, base or {})
-        session.prove(recipe)
+        session.prove(recipe_of(way, base))
     fresh = not store.place.exists()
-    identity = {"model": session.spec.model_dump(mode="json"), "data": session.source, "base": base or {}}
-    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
-    check_identity(stored, STORE_SCHEMA, {**told, **images}, what, cure, said={"data": session.source})
-    planner = Planner(session, budget, base or {}, store.place, latency, report=report)
+    planner = planner_of(session, budget, base, store, latency, report=report)
     compared = session.comparison(planner.probe)
     if budget.max_drop is not None and not compared:
         if fresh:
             store.remove()
-        _refuse_incomparable(compared)
+        refuse_incomparable(compared)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
     wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
     points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
     points += planner.refine(points, targets)
     points = list({json.dumps(p.recipe, sort_keys=True): p for p in points}.values())
-    dense = planner.dense(points, compared)
-    everything = [*points, dense]
-    winner = choose(everything, budget)
-    if winner is None:
-        obstacle = f"; {planner.obstacle}" if not points and planner.obstacle else ""
-        raise UserError(nearest(everything, budget) + obstacle)
-    result = {
-        **identity, "budget": budget.model_dump(),
-        "winner": asdict(winner), "margins": margins(winner, points, dense, budget),
-        "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
-        "layers": layer_table(session, planner, winner, report), "data_read": session.data_facts(),
-        "accuracy": {"images": compared.images, "labelled": compared.labelled, "no_accuracy": compared.reason,
-                     "probe": planner.probe is not None},
-    }  # fmt: skip
-    with output.write() as folder:
-        if winner.recipe is not None:
-            recipe = read_recipe_json(winner.recipe, PLAN)
-            (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
-        write_manifest(folder, PLAN, SCHEMA, result)
-    store.remove()
-    return result
+    return Found(planner, points, compared)
+
+
+def model_identity(session: Session) -> dict[str, Any]:
+    """Which model a plan is of; not where its weights lie."""
+    return {"name": session.spec.name, **session.spec.identity()}
+
+
+def planner_of(
+    session: Session, budget: Budget, base: dict[str, Any], store: OutputFolder, latency: Latency | Shortlist | None = None, *,
+    report: Reporter,
+) -> Planner:  # fmt: skip
+    """The planner of the points in `store`. Raises `UserError` if these are of another model, other images or options."""
+    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
+    told = {"model": model_identity(session), "base": base, **images}
+    check_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE, said={"data": session.source})
+    timing = latency.ranking if isinstance(latency, Shortlist) else latency
+    return Planner(session, budget, base, store.place, timing, report=report)
 
 
 def check_ways(
@@ -150,7 +163,8 @@ def _applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
     return (STATIC,)
 
 
-def _refuse_incomparable(compared: Comparison) -> None:
+def refuse_incomparable(compared: Comparison) -> None:
+    """Raise `UserError` where a limit of accuracy cannot be checked."""
     if not compared:
         raise UserError(f"--max-drop cannot be checked: {compared.advised}; use --min-cosine")
 

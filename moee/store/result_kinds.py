@@ -69,11 +69,20 @@ FINETUNE_STATE = FolderKind(
     "an interrupted fine-tuning", "state.json", "moee.finetune",
     beside=("state-*.safetensors",), signs=(("state-*.safetensors", b""),),
 )  # fmt: skip
-PLAN_STATE = FolderKind("an interrupted plan", "identity.json", "moee.plan-store", beside=("[0-9a-f]" * 16 + ".json",))
+EMITTED = "emitted.json"  # what a plan keeps of the candidates that are measured elsewhere
+PLAN_STATE = FolderKind(
+    "an interrupted plan", "identity.json", "moee.plan-store", beside=("[0-9a-f]" * 16 + ".json", EMITTED)
+)
+EMIT = FolderKind(
+    "candidates for a device", "emit.json", "moee.emit",
+    beside=(  # what its measure.sh makes in it
+        "plugin/build/*", "engines/*", "logs/*", "timing.cache", "RESULT.json", "RESULT.json.new",
+    ),
+)  # fmt: skip
 DEMO = FolderKind("a demo", "demo.json", "moee.demo")
 FOLDER_KINDS = (
     MODEL, EXPORT, ENGINE, PLAN, VERIFY, DEPLOYMENT, PLUGIN_BUNDLE, KERNELS, PLOTS, FRONT, ABLATION, CLEAR_ABLATION,
-    FINETUNE_STATE, PLAN_STATE, DEMO,
+    FINETUNE_STATE, PLAN_STATE, EMIT, DEMO,
 )  # fmt: skip
 
 

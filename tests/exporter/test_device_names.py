@@ -139,8 +139,9 @@ def test_a_plan_takes_a_board_by_any_of_its_names(spelling, monkeypatch, tmp_pat
     ("name", "message"),
     [
         *[(name, "a board of sm_87 that has them: orin-agx, orin-nano") for name in ("orin", "87", "sm_87", "8.7", "orin-nx")],
-        ("rtx-40", "name a board of sm_89 that has them: l4, rtx-4090"), ("h100", "expected one of cpu, rtx-3090, orin-agx"),
-        ("abacus", "unknown device 'abacus'; expected one of cpu, rtx-3090"), ("99", "unknown device '99'; expected one of cpu"),
+        ("rtx-40", "name a board of sm_89 that has them: l4, rtx-4090"), ("h100", "RESULT.json, rtx-3090, orin-agx"),
+        ("abacus", "unknown device 'abacus'; expected one of cpu, cuda, tensorrt, ssh:HOST"),
+        ("99", "unknown device '99'; expected one of cpu"),
     ],
 )  # fmt: skip
 def test_a_plan_guesses_no_board_and_refuses_before_a_model_is_loaded(name, message, monkeypatch, tmp_path, capsys):
@@ -160,7 +161,7 @@ def test_every_option_for_a_device_says_how_it_is_written():
             elif set(action.option_strings) & {"--sm", "--device"}:
                 shown[parser.prog, action.option_strings[0]] = action.help
     assert {prog for prog, option in shown if option == "--sm"} == {
-        "moee build", "moee bundle", "moee plugin build", "moee plugin bundle"
+        "moee build", "moee bundle", "moee plan", "moee plugin build", "moee plugin bundle"
     }  # fmt: skip
     assert all(HOW in text for (_, option), text in shown.items() if option == "--sm")
     assert all(name in shown["moee plan", "--device"] for name in PROFILES)

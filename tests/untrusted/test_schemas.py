@@ -12,6 +12,7 @@ from exporter.engines.build import count_plugin_nodes, read_engines
 from exporter.manifests import input_shape, read_engine, read_export
 from exporter.report import collect, render
 from exporter.runners import EngineRunner, check_plugin
+from exporter.targets.result import read_result, timed
 from exporter.timing import latency
 from exporter.timing.profile import batch_profile
 from moee.ablation.cells import read_cells
@@ -19,6 +20,7 @@ from moee.errors import MissingDependency, UserError
 from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec
 from moee.planning.budget import checked_point
+from moee.planning.emitted import Sending, Sent
 from moee.planning.plan import read_plan
 from moee.schema import checked
 from moee.store.artifact import read_json, write_manifest
@@ -103,6 +105,29 @@ CELL = {
     "schema": "moee.clear-cell/1", "setting": {"router": "linear", "rank": 96}, "config": {"seed": 0}, "dense_accuracy": 0.9,
     "accuracy": 0.8, "class_cosine": 0.99, "token_cosine": 0.9, "macs_share": 0.7, "router_accuracy": 0.6, "seconds": 3.5,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_times_of_a_device(tmp_path, count):
+    """What passes is of the candidates that were sent, and a plan can be made of it."""
+    ids, path = ["a" * 64, "b" * 64], tmp_path / "RESULT.json"
+    sending = Sending(emit="e" * 64, dense="d" * 64, batch=8, precision="fp16", candidates=[Sent(id=each) for each in ids])
+    state = {"power_mode": None, "clocks": [{"clock": "gpu", "mhz": 1020, "max_mhz": None}], "temperatures": []}
+    times = {"gpu_ms": [1.5, 2.0], "host_ms": [2.5, 3.0]}
+    body = {
+        "schema": "moee.measured/1", "emit": sending.emit, "device": {"model": "x", "gpu": None}, "tensorrt": "10.3.0",
+        "batch": 8, "precision": "fp16", "rounds": 2, "environment": [state, state], "dense": {"id": sending.dense, **times},
+        "candidates": [{"id": ids[0], **times}, {"id": ids[1], "failed": "no engine was built"}],
+    }  # fmt: skip
+    path.write_text(json.dumps(body))
+
+    def load():
+        said = timed(read_result(path), sending, path)
+        assert len(said.latencies) == 2 and 0 < said.dense["moee_ms"] < 1e7
+        assert all(isinstance(one, str) or one["speedup"] > 0 for one in said.latencies)
+
+    load()
+    every_text(count, path, load)
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
+from exporter.commands.models.elsewhere import add_elsewhere, emit, go_on, measurement_lines, result_of
 from exporter.terminal.flags import (
     OK,
     add_device,
@@ -30,11 +31,15 @@ from moee.measure.accuracy import counted
 from moee.methods.experts import ALLOCATIONS, ExpertsOptions
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.registry import METHODS
+from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import Output
 from moee.planning.budget import Budget
-from moee.store.result_kinds import PLAN, PLAN_STATE
-from plugins.devices import PROFILES
+from moee.store.result_kinds import EMIT, PLAN, PLAN_STATE
+from plugins.devices import PROFILES, parse_sm
+
+if TYPE_CHECKING:
+    from exporter.targets.target import Target
 
 BASE = ("seed", "tokens", "cluster_tokens", "refit_tokens", "collages", "attention_heads")  # options that all points share
 BASE_OF = (ExpertsOptions, HeadsOptions)  # whose help says what they are
@@ -46,8 +51,12 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run)
     add_model(sub)
     add_options(sub.add_argument_group("the budget, one of these or more"), Budget)
-    sub.add_argument("--device", help=f"cpu (measured here by ONNX Runtime), or a GPU (modelled): {', '.join(PROFILES)}")
+    where = "measured: cpu, cuda, tensorrt (this machine's), ssh:HOST, a RESULT.json; modelled, by a roofline:"
+    sub.add_argument("--device", help=f"where the model will run. {where} {', '.join(PROFILES)}")
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="batch size of latencies (8)")
+    typed = "type of the graphs that are measured: fp32, fp16 or bf16 (fp32)"
+    sub.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", metavar="TYPE", help=typed)
+    add_elsewhere(sub)
     add_device(sub, target=True)
     usual = ",".join(name for method in METHODS for name, variant in method.variants.items() if variant.usual)
     tried = ", ".join(name for method in METHODS for name in method.variants)
@@ -66,8 +75,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _outputs(args: argparse.Namespace) -> list[Output]:
-    inputs = model_inputs(args)
-    return [OutputFolder(args.out, PLAN, args.force, inputs), resume_folder(args.out, PLAN_STATE, inputs)]
+    inputs = (*model_inputs(args), *source_paths(result_of(args)))
+    emit = [] if args.emit is None else [OutputFolder(args.emit, EMIT, args.force, inputs, option="--emit")]
+    return [OutputFolder(args.out, PLAN, args.force, inputs), resume_folder(args.out, PLAN_STATE, inputs), *emit]
 
 
 def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[float, ...] | None:
@@ -84,7 +94,6 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.timing.device import latency_of, timed_board
     from moee.config import validated
     from moee.planning.plan import check_ways, make_plan
     from moee.planning.search import TARGETS, usual
@@ -96,15 +105,34 @@ def run(args: argparse.Namespace, console: Console) -> int:
     allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
     check_ways(methods, allocations, attention, base)
-    if args.device is not None:
-        timed_board(args.device)  # refuses an unknown one before a model is loaded
+    if args.emit is not None and result_of(args) is not None:
+        raise UserError("--emit begins a measurement and --measured ends it; give one of them")
+    ways: dict[str, Any] = dict(methods=methods, targets=targets, base=base, allocations=allocations, attention=attention)
+    if args.emit is not None:
+        return emit(args, console, budget, ways)
+    if result_of(args) is not None:
+        return _show(args, console, go_on(args, console, budget, base))
+    target = _target(args)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
-        latency = latency_of(args.device, session, args.batch) if args.device else None
-        plan = make_plan(
-            session, budget, args.out, methods=methods, targets=targets, base=base, latency=latency, force=args.force,
-            report=report, allocations=allocations, attention=attention,
-        )  # fmt: skip
+        latency = target.timing(session, report) if target is not None else None
+        plan = make_plan(session, budget, args.out, latency=latency, force=args.force, report=report, **ways)
+    return _show(args, console, plan)
+
+
+def _target(args: argparse.Namespace) -> Target | None:
+    """The target of `--device`, which can be measured or modelled; None without one. It is refused before a model is loaded."""
+    from exporter.targets.registry import target_of
+
+    if args.device is None:
+        return None
+    sm = None if args.sm is None else parse_sm(args.sm)
+    target = target_of(args.device, batch=args.batch, precision=args.precision, most=args.candidates, sm=sm)
+    target.check()
+    return target
+
+
+def _show(args: argparse.Namespace, console: Console, plan: dict[str, Any]) -> int:
     console.print(points_table(plan))
     for line in verdict(plan):
         console.print(line, soft_wrap=True)
@@ -125,12 +153,20 @@ def points_table(plan: dict[str, Any]) -> Table:
     for p in sorted(plan["points"], key=lambda p: p["macs"]):
         mark = "winner" if p["recipe"] == plan["winner"]["recipe"] else "front" if p["recipe"] in front else ""
         ms = p["latency"]
-        timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x\n({ms['kind']})" if ms else ""
+        timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x\n({_kind(ms)})" if ms else ""
         table.add_row(
             mark, p["method"], p["allocation"], *[percent(_attention(p))] * narrowed, percent(p["macs"]), percent(p["params"]),
             number(p["cosine"], 4), _accuracy(p), timing,
         )  # fmt: skip
     return table
+
+
+def _kind(latency: dict[str, Any]) -> str:
+    """How a latency is known, short enough for a table: the device's name stands below it."""
+    kind: str = latency["kind"]
+    if len(kind) <= len("measured on CPU"):
+        return kind
+    return "measured" if kind.startswith("measured") else "modelled, scaled"
 
 
 def _attention(point: dict[str, Any]) -> float:
@@ -158,6 +194,7 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     elif measured:
         of = counted(measured["labelled"], measured["images"], bool(measured.get("probe")))
         lines.append(f"accuracies are of {of}, with 95 % intervals")
+    lines += measurement_lines(plan)
     for other, margin in plan["margins"].items():
         if margin is None:
             lines.append(f"no {other} model meets the budget")

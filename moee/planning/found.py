@@ -1,0 +1,86 @@
+"""The points of a plan before one is chosen, and the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from moee.errors import UserError
+from moee.measure.accuracy import Comparison
+from moee.methods.recipe import read_recipe_json
+from moee.places.output_folder import OutputFolder
+from moee.planning.budget import Budget, Point, choose, margins, nearest, pareto
+from moee.planning.layers import layer_table
+from moee.planning.search import Planner
+from moee.planning.shortlist import Candidate, Timed, with_times, worth_measuring
+from moee.progress import Reporter
+from moee.store.artifact import write_manifest
+
+SCHEMA, PLAN, RECIPE = "moee.plan/2", "plan.json", "recipe.toml"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The points that were made and measured, by the planner that can make their models again."""
+
+    planner: Planner
+    points: list[Point]
+    compared: Comparison
+
+    @property
+    def budget(self) -> Budget:
+        return self.planner.budget
+
+    def candidates(self, most: int) -> list[Candidate]:
+        """Those that are worth timing on the device, at most `most`."""
+        return self.taken(worth_measuring(self.points, self.budget, most))
+
+    def taken(self, points: Sequence[Point]) -> list[Candidate]:
+        """Points as candidates."""
+        return [Candidate(point, partial(self._model, point)) for point in points]
+
+    def _model(self, point: Point) -> Any:
+        return self.planner.made(point)[0]
+
+    def conclude(
+        self, output: OutputFolder, store: OutputFolder, *, chosen: Sequence[Candidate] = (), timed: Timed | None = None,
+        report: Reporter,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Choose, write the plan, and remove the points that were kept for it. With `timed` the choice is made among the `chosen`
+        candidates that the device timed, and dense. Raises `UserError` that names the nearest point if nothing meets the budget;
+        the points are kept then."""
+        points, eligible, facts = self.points, self.points, {}
+        dense = self.planner.dense(points, self.compared)
+        if timed is not None:
+            points, eligible = with_times(points, [candidate.point for candidate in chosen], timed)
+            dense = replace(dense, latency=timed.dense)
+            entries = [
+                {"method": c.point.method, "allocation": c.point.allocation, "macs": c.point.macs, **entry}
+                for c, entry in zip(chosen, timed.facts["candidates"], strict=True)
+            ]
+            facts = {"measurement": {**timed.facts, "candidates": entries}}
+        winner = choose([*eligible, dense], self.budget)
+        if winner is None:
+            obstacle = f"; {self.planner.obstacle}" if not points and self.planner.obstacle else ""
+            raise UserError(nearest([*eligible, dense], self.budget) + obstacle)
+        everything = [*points, dense]
+        session = self.planner.session
+        result = {
+            "model": session.spec.model_dump(mode="json"), "data": session.source, "base": self.planner.base,
+            "budget": self.budget.model_dump(),
+            "winner": asdict(winner), "margins": margins(winner, eligible, dense, self.budget),
+            "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
+            "layers": layer_table(session, self.planner, winner, report), "data_read": session.data_facts(),
+            "accuracy": {"images": self.compared.images, "labelled": self.compared.labelled,
+                         "no_accuracy": self.compared.reason, "probe": self.planner.probe is not None},
+            **facts,
+        }  # fmt: skip
+        with output.write() as folder:
+            if winner.recipe is not None:
+                recipe = read_recipe_json(winner.recipe, PLAN)
+                (folder / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+            write_manifest(folder, PLAN, SCHEMA, result)
+        store.remove()
+        return result
