@@ -13,7 +13,7 @@ from exporter.markup.values import DASH, fixed, percent
 
 WIDTH, HEIGHT = 400, 310  # of a panel, in its own units: text of 12 is read at 390 pixels and at 1280
 LEFT, RIGHT, TOP, BOTTOM = 50, 388, 22, 228
-MOST_DETAIL = 54  # characters that fit below an axis
+MOST_DETAIL = 60  # characters that fit below an axis
 SIZE = 5  # half the width of a mark
 LEGEND = ((DENSE, "dense model"), (STATIC, "one expert (static pruning)"), (ROUTED, "experts, or another method"))
 INK, SOFT = "f-ink", "f-soft"
@@ -42,7 +42,7 @@ def _accuracy_limit(front: Front) -> float | None:
 
 
 ACCURACY = Measure("accuracy", lambda c: c.accuracy, lambda v: percent(v, 1), 0.02, _accuracy_limit)
-COSINE = Measure("cosine to dense", lambda c: c.cosine, lambda v: fixed(v, 3), 0.004, lambda f: f.budget.get("min_cosine"))
+COSINE = Measure("cosine to dense", lambda c: c.cosine, lambda v: fixed(v, 4), 0.004, lambda f: f.budget.get("min_cosine"))
 PARAMETERS = Measure(
     "parameters, share of dense", lambda c: c.params, lambda v: percent(v, 0), 0.1, lambda f: f.budget.get("target_params")
 )
@@ -107,10 +107,10 @@ def _panel(front: Front, y: Measure, x: Measure) -> Html | None:
     parts = [*_axes(xs, ys, x, y), *_budget(xs, ys, x_limit, y_limit)]
     edge = " ".join(f"{xs(a):.1f},{ys(b):.1f}" for a, b in _best([(a, b) for _, a, b in placed]))
     parts.append(tag("polyline", tag("title", "no candidate is better in both"), points=edge, class_="f-front"))
+    parts += [_name(c, xs(a), ys(b)) for c, a, b in placed if c.chosen or c.role == DENSE]  # under the marks
     for c, a, b in sorted(placed, key=lambda p: (p[0].chosen, p[0].role == DENSE)):
         title = f"{c.name}: {y.label} {y.show(b)}, {x.label} {x.show(a)}"
         parts.append(_mark(c, xs(a), ys(b), title, hollow=x.hollow and c.role != DENSE, below=b < ys.low))
-    parts += [_name(c, xs(a), ys(b)) for c, a, b in placed if c.chosen or c.role == DENSE]
     missing = len(front.candidates) - len(placed)
     said = [f"{len(hidden)} below this range, down to {y.show(min(hidden))}"] if hidden else []
     said += [f"{missing} without both figures"] if missing else []
@@ -147,7 +147,8 @@ def _axes(xs: Scale, ys: Scale, x: Measure, y: Measure) -> list[Html]:
     middle = (LEFT + RIGHT) / 2
     parts.append(tag("text", x.label, x=middle, y=BOTTOM + (45 if x.below else 32), text_anchor="middle", class_=INK))
     if x.detail:
-        parts.append(tag("text", x.detail[:MOST_DETAIL], x=middle, y=BOTTOM + 60, text_anchor="middle", class_=SOFT))
+        said = x.detail if len(x.detail) <= MOST_DETAIL else f"{x.detail[: MOST_DETAIL - 1]}…"
+        parts.append(tag("text", said, x=middle, y=BOTTOM + 60, text_anchor="middle", class_=SOFT))
     return parts
 
 

@@ -21,7 +21,7 @@ def write_front(plan: Path | str, out: Path | str, *, force: bool = False) -> li
 
     Raises `UserError` for a damaged plan, one without a figure to draw, or if `out` exists and `force` is off.
     """
-    from moee.planning.plan import SCHEMA  # it needs torch, and a page that shows a front does not
+    from moee.planning.found import SCHEMA  # it needs torch, and a page that shows a front does not
 
     output = OutputFolder(out, FRONT, force, source_paths(plan))
     output.check()
