@@ -52,12 +52,14 @@ fail() {
     said=$(sed -n 's/.*\[E\] *//p; s/.*\(error: .*\)/\1/p' "$3" | head -n 1)
     [ -n "$said" ] || said=$(grep -v '^[[:space:]]*$' "$3" | tail -n 1 || true)
     echo "$2: ${said:-it said nothing}" > "logs/$1.failed"
-    echo "$1: $2; see $3"
+    echo "$(short "$1"): $2; see $3"
     if [ "$1" = dense ]; then
         echo "measure.sh: dense: $2: ${said:-it said nothing}; see $3" >&2
         exit 1
     fi
 }
+
+short() { printf '%.12s' "$1"; }  # of an id, for messages
 
 needs_plugin() { grep -q "^$1 yes$" candidates.txt; }
 
@@ -88,7 +90,7 @@ typed=
 if "$trtexec" --help 2>&1 | grep -q -e --stronglyTyped; then typed=--stronglyTyped; fi
 for model in $models; do
     [ ! -e "logs/$model.failed" ] || continue
-    echo "building $model"
+    echo "building $(short "$model")"
     onnx=candidates/$model/tensorrt.onnx
     [ "$model" != dense ] || onnx=dense/dense.onnx
     set --

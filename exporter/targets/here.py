@@ -51,7 +51,7 @@ class Board(Target):
 
     @property
     def label(self) -> str:
-        return f"{self.name}, batch {self.batch}"
+        return f"{self.name} (modelled), batch {self.batch}"
 
     def check(self) -> None:
         timed_board(self.name)

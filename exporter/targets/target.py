@@ -24,7 +24,7 @@ class Target(ABC):
 
     @property
     def label(self) -> str:
-        """Tells one way of timing from another."""
+        """Where and how, in words."""
         typed = "" if self.precision == "fp32" else f", {self.precision}"
         return f"{self.name}, batch {self.batch}{typed}"
 

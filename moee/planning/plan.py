@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ def make_plan(
         )  # fmt: skip
         chosen = found.candidates(latency.most) if isinstance(latency, Shortlist) else []
         timed = _timed(latency, chosen, store) if isinstance(latency, Shortlist) and chosen else None
+        if isinstance(latency, Shortlist) and timed is None:  # what it was ranked by is no time of the device
+            found = replace(found, points=[replace(point, latency=None) for point in found.points])
         return found.conclude(output, store, chosen=chosen, timed=timed, report=report)
 
 

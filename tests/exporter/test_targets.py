@@ -13,6 +13,7 @@ from exporter.targets.candidates import Exported
 from exporter.targets.here import Board, Cpu, Gpu
 from exporter.targets.registry import target_of
 from exporter.targets.roofline import board_of, device_of
+from exporter.targets.target import latency
 from moee.errors import MissingDependency, StepFailed, UserError
 from moee.models.model import ModelSpec
 from moee.planning.budget import Budget, Point, StoredLatency
@@ -36,7 +37,7 @@ def session(monkeypatch):
 def test_words():
     kinds = {"cpu": Cpu, "cuda": Gpu, "tensorrt": Gpu, "orin-agx": Board, "RTX 4090": Board}
     assert {word: type(target_of(word)) for word in kinds} == kinds
-    assert target_of("RTX 4090", batch=4).label == "rtx-4090, batch 4"
+    assert target_of("RTX 4090", batch=4).label == "rtx-4090 (modelled), batch 4"
     assert target_of("cuda", batch=4, precision="fp16").label == "cuda, batch 4, fp16"
     with pytest.raises(UserError, match="expected one of cpu, cuda, tensorrt, ssh:HOST, RESULT.json, rtx-3090"):
         target_of("abacus")
@@ -161,6 +162,30 @@ def test_a_result_file_is_known_by_the_ids_of_the_candidates_that_are_made_again
     path.write_text("{}")
     with pytest.raises(UserError, match="expected 'moee.measured/1'"):
         target.check()
+
+
+def test_a_figure_of_the_roofline_meets_no_limit_where_the_device_was_to_be_measured(session, tmp_path):
+    """Nothing but dense is faithful enough, and dense alone is not measured: its time stays unknown."""
+    ranking = Latency("modelled", lambda model: latency("modelled", "orin-agx", 2, 1.0, 0.5))
+    timing = Shortlist(1, lambda chosen: pytest.fail("there is nothing to time"), ranking)
+    budget = Budget(min_cosine=1.0, target_latency_ms=5.0)
+    with pytest.raises(UserError, match="it misses .*latency, which could not be measured"):
+        make_plan(session, budget, tmp_path / "plan", latency=timing, **FAST)
+    plan = make_plan(session, Budget(min_cosine=1.0), tmp_path / "plan", latency=timing, **FAST)
+    assert plan["winner"]["method"] == "dense" and not any(p["latency"] for p in plan["points"])
+
+
+@pytest.mark.gpu
+@pytest.mark.trt
+def test_a_plan_is_measured_on_the_gpu_here(session, tmp_path):
+    """The tests above do the same with doubles in the place of the GPU."""
+    target = target_of("cuda", batch=2, most=1)
+    try:
+        target.check()
+    except MissingDependency as missing:
+        pytest.skip(str(missing))
+    plan = make_plan(session, Budget(min_cosine=0.1), tmp_path / "plan", latency=target.timing(session, silent), **FAST)
+    assert plan["winner"]["latency"]["kind"] == f"measured on {torch.cuda.get_device_name()}"
 
 
 def test_what_a_device_cannot_time_leaves_the_points(session, tmp_path):

@@ -116,6 +116,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
         latency = target.timing(session, report) if target is not None else None
+        if target is not None:
+            console.print(f"device: {target.label}", highlight=False, soft_wrap=True)
         plan = make_plan(session, budget, args.out, latency=latency, force=args.force, report=report, **ways)
     return _show(args, console, plan)
 
