@@ -1,16 +1,17 @@
 """ONNX export, engines, parity, latency and the command line for routed ViTs.
 
-`export`, `verify`, `bench`, `build` and `bundle` are the Python interface (`exporter.api`).
+`compress`, `export`, `verify`, `bench`, `build` and `bundle` are the Python interface (`exporter.api`).
 """
 
 from typing import TYPE_CHECKING, Any
 
-INTERFACE = ("export", "verify", "bench", "build", "bundle")
+INTERFACE = ("compress", "export", "verify", "bench", "build", "bundle")
 
 if TYPE_CHECKING:
     from exporter.api import bench as bench
     from exporter.api import build as build
     from exporter.api import bundle as bundle
+    from exporter.api import compress as compress
     from exporter.api import export as export
     from exporter.api import verify as verify
 

@@ -1,6 +1,7 @@
 """The Python interface: from a routed model to graphs, their verification, engines and a bundle, with timings.
 
     import exporter
+    exporter.compress(model, train_loader, val_loader, out="runs/mine", max_drop=1)   # everything below in one call
     exporter.export(result, "runs/export", precision="fp16")
     assert exporter.verify("runs/export", result, val_loader, max_drop=0.5)
     print(exporter.bench("runs/export", val_loader).speedup)
@@ -11,31 +12,42 @@ The functions that the command line calls, with images as Python has them (`moee
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from exporter.compress.clock import LEAST_S, MOST_S
+from exporter.compress.job import Compressed, Job
+from exporter.compress.request import TIME_S, Request, target_sm
 from exporter.engines.build import EngineReport, build_engines, needs_plugin, require_backend
 from exporter.engines.plugin_cache import ensure_kernels, ensure_plugin
 from exporter.graph import export as onnx_export
 from exporter.manifests import image_record, read_export, refuse_lost_dense
 from exporter.precision import dtype_of, refuse_calibration
 from exporter.quantization import CALIBRATION_IMAGES
+from exporter.ship.cpu_bundle import CPU, write_cpu_bundle
 from exporter.ship.deployment import write_deployment
+from exporter.targets.registry import target_of
 from exporter.timing.latency import LatencyResult
 from exporter.timing.latency import bench as time_export
 from exporter.verification import VerifyResult
 from exporter.verification import verify as verify_export
-from moee.api import Images, held_out_images
+from moee.api import held_out_images
 from moee.artifacts.model import MoeeModel
-from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, real, several, whole
+from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, Bounds, real, several, whole
+from moee.config import validated
 from moee.data.image_set import batches
 from moee.errors import UserError
+from moee.interface.spec import InputConfig
 from moee.keywords import in_python
+from moee.places.inputs import source_paths
+from moee.places.staged_folder import StagedFolder
+from moee.planning.budget import Budget
 from moee.progress import Reporter, to_stderr
+from moee.stages.opened import Images, session_of
 from plugins.devices import known_sms
 
 BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
@@ -154,17 +166,53 @@ def bundle(
 ) -> Path:  # fmt: skip
     """Write everything that a device needs into the folder `out`: graphs, plugin, runner, build.sh.
 
-    `sm`: the device by its name or its SM: "orin", 87, "sm_87" or "8.7". `model`: a dense model of your own, as the `MoeeModel`
-    that was exported, the module, or the name `package.module:function`.
+    `sm`: the device by its name or its SM: "orin", 87, "sm_87" or "8.7"; "cpu" for a folder that ONNX Runtime runs. `model`: a
+    dense model of your own, as the `MoeeModel` that was exported, the module, or the name `package.module:function`.
     """
     report, probe = report or to_stderr(), None
     if isinstance(model, MoeeModel):
         probe = model.probe
         model = model.spec.module or (model.spec.name if model.spec.library == "python" else None)
+    if sm == CPU:
+        return write_cpu_bundle(export_dir, out, force=force, word=model, probe=probe)
     sms, batch = known_sms([sm]), _profile(batch)
     return write_deployment(
         export_dir, out, sms[0], partial(ensure_kernels, sms, report), batch, force=force, word=model, probe=probe
     )
+
+
+@in_python(renamed={"time": "time_s"})
+def compress(
+    model: nn.Module | str, data: Images, val: Images = None, *, out: str | Path, max_drop: float | None = None,
+    min_cosine: float | None = None, target_latency_ms: float | None = None, device: str = CPU, sm: str | int | None = None,
+    batch: int = 8, time_s: float | None = TIME_S, classes: Sequence[str] = (), num_classes: int | None = None,
+    input: InputConfig | Mapping[str, Any] | None = None, torch_device: str = "auto", force: bool = False,
+    report: Reporter | None = None,
+) -> Compressed:  # fmt: skip
+    """The fastest model within a budget, by measurement: plan, extract, tune, export, verify, bench, bundle and report, each
+    stage's artifact in the folder `out`. An interrupted call goes on where it was.
+
+    `model`, `data`, `val`, `classes`, `num_classes` and `input` as for `moee.extract`. `max_drop`: percentage points of accuracy;
+    without any budget 1 point, or a cosine of 0.98 where accuracy cannot be compared. `device`: where candidates are timed, "cpu"
+    or a board's name (modelled); `sm`: the GPU that the bundle is for (default: that of `device`). `time_s`: seconds that it may
+    take, None for no limit. Raises `BudgetUnmet` where nothing meets the budget, `StepFailed` if the result does not verify.
+    """
+    limits = {"max_drop": max_drop, "min_cosine": min_cosine, "target_latency_ms": target_latency_ms}
+    given = {name: value for name, value in limits.items() if value is not None}
+    budget = validated(Budget, given) if given else None
+    if time_s is not None:
+        real("time_s", time_s, Bounds(LEAST_S, MOST_S))
+    bundled = target_sm(device, None if sm is None else str(sm))
+    request = Request(budget, device, bundled, whole("batch", batch, BATCH), time_s)
+    target_of(device, batch=batch, sm=bundled).check()
+    place = StagedFolder(out, force=force, inputs=source_paths(data) if isinstance(data, (str, Path)) else ())
+    place.check()
+    report = report or to_stderr()
+    session = session_of(
+        model, data, val, classes=classes, num_classes=num_classes, input=input, device=torch_device, report=report
+    )
+    word = model if session.spec.library in ("python", "module") else None
+    return Job(session, place, request, report, word=word).run()
 
 
 def _profile(batch: Sequence[int]) -> tuple[int, int, int]:

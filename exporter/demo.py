@@ -1,4 +1,4 @@
-"""`moee demo`: the main job from end to end on a real pretrained ViT."""
+"""`moee demo`: `moee compress` on a real pretrained ViT and built-in images, and engines built on the CPU beside it."""
 
 from __future__ import annotations
 
@@ -10,98 +10,68 @@ from typing import Any
 import torch
 
 from exporter.belonging import BELONGS_TO
-from exporter.graph.export import export
-from exporter.parity import ParityResult, check_parity
+from exporter.compress.job import Compressed, Job
+from exporter.compress.request import Request
 from exporter.pretrained import resolve
 from exporter.report import write_report
-from exporter.timing.latency import LatencyResult, bench
 from moee.artifacts import checkpoint
-from moee.artifacts.model import MoeeModel
-from moee.config import FinetuneConfig
-from moee.data.image_set import batches
 from moee.errors import MissingDependency, StepFailed
-from moee.methods.recipe import make_recipe
 from moee.parallel.joining import alone
-from moee.places.demo_folder import DemoFolder
+from moee.places.staged_folder import StagedFolder
+from moee.planning.budget import Budget
 from moee.progress import Reporter, silent
-from moee.stages.extract import run_extract
-from moee.stages.finetune import run_finetune
 from moee.stages.session import Session
-from moee.store.artifact import write_json
-from moee.store.result_kinds import DEMO
+from moee.store.artifact import read_json
 
 log = logging.getLogger("moee")
 
 SCHEMA = "moee.summary/1"
 MODEL, DATA = "dinov2-s", "digits"
-KEEP = 0.90  # of the weighted variance: about 41 % fewer MACs on digits
-CLUSTER_TOKENS = 6000  # a layer: seconds instead of minutes, for a demo
-REFIT_TOKENS = 41_600  # 640 images
-EPOCHS, LEARNING_RATE = 3, 1.5e-6  # a refitted model is near its optimum: the paper's 1.5e-5 throws it out
-BATCH = 8
+TIME_S = 480.0  # of ten minutes; the engines come after
+BUDGETS = {"digits": Budget(max_drop=1.0, min_cosine=0.99)}
 
 
 @dataclass
 class DemoResult:
-    """The summary that was written, and the parts that the closing table shows."""
+    """What compressing gave, and the summary that was written."""
 
+    compressed: Compressed
     summary: dict[str, Any]
-    moee: MoeeModel
-    parity: ParityResult
-    latency: LatencyResult
     engine_error: str | None = None
 
 
 def run_demo(
     out: Path | str, *, force: bool = False, report: Reporter = silent, model: str = MODEL, data: str = DATA,
-    epochs: int = EPOCHS, tokens: int | None = None, device: str = "auto",
+    time_s: float | None = TIME_S, device: str = "auto", request: Request | None = None,
 ) -> DemoResult:  # fmt: skip
-    """Extract, fine-tune, export, verify, time and build; writes `out/{extracted,tuned,export,engine}`, the
-    results as JSON and `report.html`.
+    """Compress, build engines, and write `summary.json` beside what `moee compress` writes into `out`.
 
-    `device`: where torch computes (`moee.parallel.devices.chosen_device`). With `force`, an earlier demo in `out` is replaced,
-    and nothing else that lies there.
+    `device`: where torch computes (`moee.parallel.devices.chosen_device`). `request`: in place of the demo's own. With `force`,
+    an earlier demo in `out` is replaced, and nothing else that lies there.
     """
     group = alone(device)
-    place = DemoFolder(out, force=force)
+    place = StagedFolder(out, force=force)
     place.check()
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / DEMO.manifest, {"schema": f"{DEMO.schema}/1"})  # a later demo replaces what it finds beside this
-    for name in place.files:
-        (out / name).unlink(missing_ok=True)
     session = Session(resolve(model, data, report=report), data, report=report, group=group)
-    values = {"keep": KEEP, "tokens": tokens, "cluster_tokens": CLUSTER_TOKENS, "refit_tokens": REFIT_TOKENS}
-    extracted, tuned, exported = out / "extracted", out / "tuned", out / "export"
-    run_extract(session.spec, data, make_recipe(values=values), extracted, force=True, report=report, session=session)
-    place.folder("tuned.resume").remove()
-    run_finetune(
-        extracted, FinetuneConfig(epochs=epochs, lr=LEARNING_RATE), tuned, source=None, force=True, report=report,
-        session=session,
-    )  # fmt: skip
-    moee = checkpoint.load(tuned)
-    export(moee, exported, force=True, report=report, source=tuned)
-    parity = check_parity(exported, moee, session.held_out, report=report)
-    images = next(batches(session.held_out, BATCH)).images.numpy()
-    latency = bench(exported, BATCH, images=images, report=report)
+    asked = request or Request(budget=BUDGETS.get(data), time_s=time_s)
+    compressed = Job(session, place, asked, report).run()
     engine, engine_error = None, None
     try:
-        engine = _build(exported, out / "engine", report)
+        engine = _build(place, report)
     except StepFailed as error:  # everything else is done: write it down, and let the caller say that this failed
         engine_error = " ".join(str(error).split())
-    summary = _summary(moee, data, parity, latency, engine) | {BELONGS_TO: parity.belongs_to}
-    for name, result in (("parity", parity), ("latency", latency)):
-        place.file(f"{name}.json").write_json(result.to_json())
+    summary = _summary(session, compressed, engine)
     place.file("summary.json").write_json(summary)
-    write_report([out], out / "report.html", force=True)
-    return DemoResult(summary, moee, parity, latency, engine_error)
+    write_report([place.place], place.place / "report.html", force=True)
+    return DemoResult(compressed, summary, engine_error)
 
 
-def _build(exported: Path, out: Path, report: Reporter) -> dict[str, Any] | None:
+def _build(place: StagedFolder, report: Reporter) -> dict[str, Any] | None:
     """The engines, built on the CPU; None where the builder or a compiler is not installed."""
     from exporter.engines.build import build_engines, needs_plugin, require_backend
     from exporter.engines.plugin_cache import DEMO_SMS, ensure_plugin
 
+    exported, out = place.folder("export").place, place.folder("engine").place
     try:
         require_backend("tensorrt-rtx")
         plugin = ensure_plugin(DEMO_SMS, report) if needs_plugin(exported) else None
@@ -114,49 +84,58 @@ def _build(exported: Path, out: Path, report: Reporter) -> dict[str, Any] | None
     return {"builder": built.builder, "path": str(out / built.moee.file), "plugin_layers": built.plugin_layers}
 
 
-def _summary(
-    moee: MoeeModel, data: str, parity: ParityResult, latency: LatencyResult, engine: dict[str, Any] | None
-) -> dict[str, Any]:
-    stages = moee.info["stages"]
-    extracted, tuned = stages["extracted"], stages["tuned"]
-    layers = [
-        {"name": layer["name"], "experts": layer["experts"], "union": layer["union"], "mean_width": layer["mean_width"]}
-        for layer in moee.info["layers"]
-    ]
+def _summary(session: Session, compressed: Compressed, engine: dict[str, Any] | None) -> dict[str, Any]:
+    """The figures of every stage. Those of a model that was not made are null."""
+    folder = compressed.folder
+    made = {name: checkpoint.load(folder / name).info for name in ("extracted", "tuned") if (folder / name).is_dir()}
+    measured = {name: info["stages"][name] for name, info in made.items()}
+    extracted, last = measured.get("extracted"), measured.get("tuned") or measured.get("extracted")
+    parity = read_json(folder / "verify" / "parity.json")
+    latency = read_json(folder / "latency.json") if (folder / "latency.json").is_file() else None
+    layers = made[max(made)]["layers"] if made else []
     return {
         "schema": SCHEMA,
-        "model": moee.spec.name,
-        "dataset": data,
+        "model": session.spec.name,
+        "dataset": session.source,
+        "shipped": compressed.shipped,
         "dense": {
-            "accuracy": extracted["retention"]["dense_accuracy"],
-            "accuracy_interval": extracted["retention"]["dense_accuracy_interval"],
-            "accuracy_images": extracted["retention"]["labelled"],
-            **tuned["cost"]["dense"],
+            "accuracy": extracted["retention"]["dense_accuracy"] if extracted else None,
+            "accuracy_interval": extracted["retention"]["dense_accuracy_interval"] if extracted else None,
+            "accuracy_images": extracted["retention"]["labelled"] if extracted else None,
+            **(last["cost"]["dense"] if last else {}),
         },
         "moee": {
-            "accuracy_extracted": extracted["retention"]["accuracy"],
-            "accuracy_extracted_interval": extracted["retention"]["accuracy_interval"],
-            "accuracy_finetuned": tuned["retention"]["accuracy"],
-            "accuracy_finetuned_interval": tuned["retention"]["accuracy_interval"],
-            **tuned["cost"]["moee"],
-            "layers": layers,
+            **{f"accuracy_{said}": _retained(measured.get(name), "accuracy") for name, said in STAGES.items()},
+            **{f"accuracy_{said}_interval": _retained(measured.get(name), "accuracy_interval") for name, said in STAGES.items()},
+            "cosine": _retained(last, "class_cosine"),
+            **(last["cost"]["moee"] if last else {}),
+            "layers": [{key: layer[key] for key in ("name", "experts", "union", "mean_width")} for layer in layers],
+            "largest_share": {name: max(shares) for name, shares in last["shares"].items()} if last else {},
         },
-        "parity": {
-            "runtime": parity.runtime,
-            "max_abs_error": parity.max_abs_error,
-            "route_agreement": parity.mean_route_agreement,
-            "top1_agreement": parity.top1_agreement,
-            "passed": parity.passed,
-        },
-        "latency": {
-            "runtime": latency.runtime,
-            "batch": latency.batch,
-            "dense_ms": latency.dense_ms,
-            "moee_ms": latency.moee_ms,
-            "speedup": latency.speedup,
-            "ideal_speedup": latency.ideal_speedup,
-        },
+        "parity": _parity(parity),
+        "latency": _latency(latency),
         "engine": engine,
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": moee.info["peak_memory_bytes"],
+        "peak_memory_bytes": max((info["peak_memory_bytes"] for info in made.values()), default=None),
+        "seconds": compressed.seconds,
+        "lines": list(compressed.lines),
+        BELONGS_TO: parity.get(BELONGS_TO, {}),
     }
+
+
+STAGES = {"extracted": "extracted", "tuned": "finetuned"}
+
+
+def _retained(stage: dict[str, Any] | None, key: str) -> Any:
+    return stage["retention"][key] if stage else None
+
+
+def _parity(body: dict[str, Any]) -> dict[str, Any]:
+    figures = {key: body.get(key) for key in ("runtime", "max_abs_error", "top1_agreement", "passed")}
+    agreement = list(body.get("route_agreement", {}).values())
+    return {**figures, "route_agreement": sum(agreement) / len(agreement) if agreement else None}
+
+
+def _latency(body: dict[str, Any] | None) -> dict[str, Any] | None:
+    keys = ("runtime", "batch", "dense_ms", "moee_ms", "speedup", "ideal_speedup")
+    return {key: body[key] for key in keys} if body is not None else None

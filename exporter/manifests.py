@@ -80,7 +80,7 @@ class Export(Body):
     cost: Costs | None = None
     source: Text | None = None
     belongs_to: dict[str, Sha256] = {}
-    routed_layers: list[Text] = Field(min_length=1)
+    routed_layers: list[Text]  # none where the dense model itself was exported
     experts: dict[str, int] = {}
     clear_forms: dict[str, Text] = {}
     plugin_nodes: int | None = Field(None, ge=0)

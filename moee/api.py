@@ -24,27 +24,22 @@ from torch import nn
 from moee.artifacts import checkpoint
 from moee.artifacts.loaded import Loaded
 from moee.artifacts.model import MoeeModel, recorded_data
-from moee.bounds import CLASSES, JOBS, WORKERS, whole
+from moee.bounds import JOBS, WORKERS, whole
 from moee.config import FinetuneConfig, validated
 from moee.data.image_set import ImageSet
 from moee.data.sources import same_data
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.given.images import given_images
-from moee.given.preparation import differences, read_preparation
-from moee.interface.adapted import guesses_of
-from moee.interface.spec import InputConfig, ModelSpec
-from moee.keywords import in_python, spoken
-from moee.libraries.from_module import module_spec
-from moee.libraries.preparation import UNSAID, described
-from moee.libraries.wrapped import plain
+from moee.interface.spec import InputConfig
+from moee.keywords import in_python
 from moee.measure.accuracy import comparison
 from moee.measure.evaluation import Retention, retention, run
 from moee.measure.probe import classes_told, head_drawn
 from moee.methods.recipe import make_recipe, read_recipe, tuning_of
 from moee.methods.registry import METHODS
 from moee.models.model import load_model as load_spec
-from moee.models.source import ModelOptions, named_model, with_pretrained
+from moee.models.source import ModelOptions, named_model
 from moee.parallel.joining import alone
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder, resume_folder
@@ -54,15 +49,14 @@ from moee.progress import Reporter, to_stderr
 from moee.schema import shown
 from moee.stages.extract import run_extract
 from moee.stages.finetune import tune
+from moee.stages.opened import SOURCE, Images, class_names, session_of, source_of
 from moee.stages.session import Session
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
 from moee.store.scratch import temporary_folder
 
 log = logging.getLogger("moee")
-SOURCE = "_moee_source"  # attribute of a model of `load_model`: its `ModelSpec`, and what it was then
 INPUT_SIZE = "input={'input_size': (channels, height, width)}"
 OF_INPUT = {name: f"{name} of input=" for name in InputConfig.model_fields}
-Images = Any  # a DataLoader, a dataset, an iterable of (images, labels), an `ImageSet`, or a source as `--data` takes it
 
 
 @in_python(renamed={"random_weights": "random_seed"})
@@ -118,44 +112,14 @@ def extract(
             log.info("the recipe tunes the model too: moee.finetune(result, recipe=%r)", str(recipe))
     else:
         steps = make_recipe(method, preset, _tuples(options))
-    named = _class_names(classes)
-    group = alone(device)
-    spec = spec_of(model, num_classes, input)
-    source, given = _source(data, val)
-    prepared = None if given is None else read_preparation(data if val is None else val)
-    if spec.library == "module" and input is None and prepared is not None:
-        spec = spec.model_copy(update={"input": prepared})
-    session = Session(spec, source, seed=steps.seed, report=report, group=group, workers=workers, classes=named, given=given)
-    _say_guesses(session)
-    if given is not None:
-        _say_preparation(prepared, session)
-    return run_extract(
-        spec, session.source, steps, out, force=force, report=report, session=session, jobs=jobs, group=group, workers=workers,
-        classes=named,
+    session = session_of(
+        model, data, val, classes=classes, num_classes=num_classes, input=input, device=device, workers=workers, report=report,
+        seed=steps.seed,
     )  # fmt: skip
-
-
-def _say_guesses(session: Session) -> None:
-    """Warn of what was guessed of a model of another library, but for its images: whoever gives a loader prepared them."""
-    for note in guesses_of(session.dense)[0]:
-        if UNSAID not in note:
-            log.warning("%s", spoken(note, {"num_classes": "num_classes"}))
-
-
-def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
-    """Warn where a device would prepare images otherwise than the loader does, or where that is not known."""
-    transform, (_, guessed) = session.transform, guesses_of(session.dense)
-    unlike = differences(prepared, transform) if prepared is not None else []
-    if unlike:
-        log.warning(
-            "the loader prepares images by %s as the model's description says; a bundle's runner follows the description: give "
-            "input={...}, or change the loader", "; ".join(unlike),
-        )  # fmt: skip
-    elif prepared is None and guessed:
-        log.warning(
-            "nobody says how the images were prepared, and a bundle's runner must do the same; guessed: %s. Give input={...}",
-            described(transform.config, guessed),
-        )
+    return run_extract(
+        session.spec, session.source, steps, out, force=force, report=report, session=session, jobs=jobs, workers=workers,
+        classes=class_names(classes),
+    )  # fmt: skip
 
 
 @in_python(FinetuneConfig.model_fields)
@@ -180,7 +144,7 @@ def finetune(
         config = tuning_of(_recipe_path(recipe))
     if data is None:
         data = recorded_data(model.data)
-    source, given = _source(data, val)
+    source, given = source_of(data, val)
     if model.probe is not None and given is None and not same_data(source, model.data):
         raise UserError(f"the probe was fitted on {model.data}, so the model cannot be tuned on {source}; extract on {source}")
     inputs = source_paths(source, model.spec.weights) if given is None else source_paths(model.spec.weights)
@@ -237,27 +201,6 @@ def load(path: str | Path, model: nn.Module | str | None = None) -> MoeeModel:
     return checkpoint.load(path, model)
 
 
-def spec_of(
-    model: nn.Module | str, num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None
-) -> ModelSpec:
-    """The `ModelSpec` of a model: what `load_model` loaded it by, while it is still that model; else one that holds the module
-    itself, by which an artifact is opened with that module alone."""
-    if isinstance(model, str):
-        return named_model(model, ModelOptions(pretrained=True), log.info)
-    if num_classes is not None:
-        whole("num_classes", num_classes, CLASSES)
-    module = plain(model, type(getattr(model, "_orig_mod", model)).__name__)
-    source = getattr(module, SOURCE, None)
-    if source is not None and num_classes in (None, getattr(module, "num_classes", None)) and input is None:
-        spec, before = source
-        changed = before.differences(module)
-        if not changed:
-            return spec
-        log.info("%s was changed since load_model (%s): it is taken as a module of your own", spec.called, changed)
-    given = input if isinstance(input, InputConfig) or input is None else validated(InputConfig, dict(input))
-    return with_pretrained(module_spec(module, num_classes, given))
-
-
 def held_out_images(model: MoeeModel, data: Images = None, report: Reporter | None = None) -> ImageSet:
     """The held-out images that `data` means for `model`: a source of the command line, or images given in Python."""
     report = report or to_stderr()
@@ -268,27 +211,10 @@ def held_out_images(model: MoeeModel, data: Images = None, report: Reporter | No
     return given_images(data, shape=transform.shape, classes=model.classes or None, head_classes=told, report=report)
 
 
-def _source(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:
-    """The name of a source, or what stands for one in Python."""
-    if isinstance(data, (str, Path)):
-        if val is not None:
-            raise UserError("held-out images go with training images given in Python; a folder or a named source has its own")
-        return os.fspath(data), None
-    return "", (data, val)
-
-
 def _recipe_path(recipe: Any) -> str | Path:
     if not isinstance(recipe, (str, Path)) or not str(recipe).strip():
         raise UserError(f"recipe came as {shown(recipe)}; expected the path of a TOML file")
     return recipe
-
-
-def _class_names(classes: Any) -> tuple[str, ...]:
-    """Names that differ, or none."""
-    names = classes if isinstance(classes, (list, tuple)) else None
-    if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise UserError(f"classes came as {shown(classes)}; expected a list of names that differ")
-    return tuple(names)
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:

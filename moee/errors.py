@@ -38,6 +38,10 @@ class OutOfReach(UserError):
     """A cost that this model cannot be brought down to."""
 
 
+class BudgetUnmet(UserError):
+    """Nothing that was tried meets the budget; the message names what comes nearest. Exit code 1."""
+
+
 class NothingRouted(UserError):
     """No layer showed two clusters, so the model would stay dense."""
 

@@ -89,7 +89,8 @@ ROOMS = {
         "train": "interface layers parallel store weights models data mlps places measure",
         "methods": "clustering interface layers parallel store models data calibrate mlps kinds measure train",
         "artifacts": "interface layers store weights libraries models data given mlps places kinds measure methods",
-        "stages": "parallel store models data calibrate given mlps places measure train methods artifacts",
+        "stages": "interface layers parallel store libraries models data calibrate given mlps places measure train methods "
+        "artifacts",
         "ablation": "store calibrate mlps places measure methods stages",
         "planning": "layers store models data calibrate mlps places measure methods stages",
     },
@@ -111,8 +112,9 @@ ROOMS = {
         "parity": "moee plugins passes quantization forms runners graph timing",
         "report": "moee markup front terminal",
         "verification": "moee runners graph parity",
+        "compress": "moee plugins engines graph ship terminal timing targets report verification",
         "commands": "moee plugins engines front plots quantization graph ship terminal timing targets report "
-        "verification clear_ablation demo doctor",
+        "verification compress clear_ablation demo doctor",
     },
 }  # fmt: skip
 ON_TOP = {  # what the command line and Python's users import, and no room that does not name it

@@ -52,38 +52,41 @@ CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/m
 def export(
     moee: MoeeModel, path: Path | str, *, force: bool = False, report: Reporter = silent, source: Path | str | None = None,
     precision: str = "fp32", calibration: ImageSet | None = None, calibration_images: int = CALIBRATION_IMAGES,
+    dense: bool = False,
 ) -> None:  # fmt: skip
     """Write `dense.onnx`, `tensorrt.onnx`, `portable.onnx`, their weights and `export.json` into folder `path`.
 
     `source`, the artifact that `moee` was loaded from, is recorded so that `verify` finds it again. `precision` is fp32, fp16
     or bf16, the type of all three graphs (see `exporter.precision`), or int8 or int8-fp32: then both models are
     calibrated on `calibration_images` images of `calibration` (default: training images of the data that the model was last
-    made on), and `reference.onnx`, the dense model in float32, is written too. Raises `UserError` if `path` exists and `force`
-    is off, if the model has no routed layer, for an unknown precision or data that cannot be read.
+    made on), and `reference.onnx`, the dense model in float32, is written too. `dense`: the model is the dense one itself, and
+    all three graphs are of it. Raises `UserError` if `path` exists and `force`
+    is off, if another model has no routed layer, for an unknown precision or data that cannot be read.
     """
     dtype = dtype_of(precision)
     layers = routed_layers(moee.model)
-    if not layers:
+    if not layers and not dense:
         raise UserError("the model has no routed layer to export; run moee extract first")
     transform = model_transform(moee.model)
     output = OutputFolder(path, EXPORT, force, source_paths(source))
     output.check()
     made_from = source_ids(source)
     graphs = {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT}
-    dense, model, quantization = moee.dense().eval(), moee.model.eval(), {}
+    original, model, quantization = moee.dense().eval(), moee.model.eval(), {}
     reference = None
     if precision in INT8:
         given = calibration or _calibration_data(moee, report)
-        quantization = {n: calibrate(m, given, dtype, calibration_images, report) for n, m in (("dense", dense), ("moee", model))}
-        reference, graphs["reference"] = dense, REFERENCE
-        dense, model = (quantized(m, quantization[n].input_scales, dtype) for n, m in (("dense", dense), ("moee", model)))
-    for whose, candidate in (("the dense model", dense), ("the model with experts", model)):
+        both = {"dense": original, "moee": model}
+        quantization = {n: calibrate(m, given, dtype, calibration_images, report) for n, m in both.items()}
+        reference, graphs["reference"] = original, REFERENCE
+        original, model = (quantized(m, quantization[n].input_scales, dtype) for n, m in both.items())
+    for whose, candidate in (("the dense model", original), ("the model with experts", model)):
         refuse_overflow(candidate, dtype, precision, whose)
     report("export", 0, 3)
     with output.write() as folder, explained():
         if reference is not None:
             ir.save(to_onnx(reference, transform.shape), folder / REFERENCE, external_data=REFERENCE_DATA)
-        ir.save(to_onnx(typed(dense, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)
+        ir.save(to_onnx(typed(original, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)
         report("export", 1, 3)
         graph = to_onnx(typed(model, dtype), transform.shape)
         forms = portable_forms(moee, transform.shape)

@@ -12,7 +12,7 @@ from pathlib import Path
 from exporter.deploy import DEPLOY
 from exporter.engines import plugin_cache
 from exporter.graph.export import DENSE, DENSE_DATA, MOEE_DATA, TENSORRT
-from exporter.ship.deployment import graph_tensors, write_sums
+from exporter.ship.contents import graph_tensors, write_sums
 from exporter.targets.candidates import digest, exported, held_out_batch
 from moee.places.output_folder import OutputFolder
 from moee.planning.emitted import Sending, Sent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from exporter.targets.candidates import Exported, exported, held_out_batch
 from exporter.targets.roofline import board_of, roofline_facts, scale_of
 from exporter.targets.target import Target, latency
 from exporter.timing.device import CPU, latency_of, timed_board
+from exporter.timing.form_table import measure_forms
 from exporter.timing.latency import LatencyResult, bench
 from moee.errors import MissingDependency, StepFailed, UserError
 from moee.planning.search import Latency
@@ -35,14 +36,17 @@ RUNS, SECONDS = 40, 2.0  # of a pair on the GPU, whichever takes longer
 
 @dataclass(frozen=True)
 class Cpu(Target):
-    """Each point is measured as it is made, by ONNX Runtime, in turns with dense."""
+    """Each point is measured as it is made, by ONNX Runtime, in turns with dense; in float32 the forms of each layer too."""
 
     def check(self) -> None:
         if self.precision == "bf16":
             raise UserError("--precision bf16: ONNX Runtime has no bfloat16 kernels on the CPU; use fp32")
 
     def timing(self, session: Session, report: Reporter) -> Latency:
-        return latency_of(CPU, session, self.batch, self.precision)
+        timing = latency_of(CPU, session, self.batch, self.precision)
+        if self.precision != "fp32":
+            return timing
+        return replace(timing, forms=measure_forms(session.dense, session.transform.shape, self.batch, report=report))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 import sys
 
 from exporter.terminal.flags import BAD_INPUT, ENVIRONMENT, GATE_FAILED, INTERRUPTED
-from moee.errors import MissingDependency, StepFailed, UserError, plain
+from moee.errors import BudgetUnmet, MissingDependency, StepFailed, UserError, plain
 
 # what the machine lacks, as opposed to a path that was given wrongly
 LACKS = {
@@ -48,6 +48,8 @@ def one_line(text: str) -> str:
 def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, f"interrupted; {INTACT}"
+    if isinstance(error, BudgetUnmet):
+        return GATE_FAILED, str(error)
     if isinstance(error, UserError):
         return _code_of_cause(error), str(error)
     if isinstance(error, MissingDependency):

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moee.calibrate.options import GroupingOptions, NeuronOptions
 from moee.clustering.options import PARTITIONS
+from moee.errors import UserError
 from moee.methods.base import Row, Shares, Values, Variant
 from moee.methods.layerwise import LayerMethod
 
@@ -36,6 +37,10 @@ ALLOCATIONS: dict[str, Values] = {
 
 class ExpertsOptions(NeuronOptions, GroupingOptions):
     """How experts are found, and what they keep."""
+
+    one_expert: tuple[str, ...] = Field(
+        (), description="MLP that gets one expert, as with static pruning, since several are slower there; may be repeated"
+    )
 
     @model_validator(mode="after")
     def _measured_where_routed(self) -> ExpertsOptions:
@@ -88,9 +93,19 @@ class ExpertsMethod(NeuronMethod):
 
     rows = {"MoEE": Row({})}  # type: ignore[assignment]
 
-    def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> Finding:
-        from moee.calibrate.grouping import find_routes
+    def check(self, model: nn.Module, shape: tuple[int, int, int], options: ExpertsOptions) -> None:
+        from moee.mlps.find import find_ffns
 
+        known = [ffn.name for ffn in find_ffns(model, options.exclude, shape).ffns] if options.one_expert else []
+        unknown = [name for name in options.one_expert if name not in known]
+        if unknown:
+            raise UserError(f"--one-expert {unknown[0]} is no MLP that gets experts; those are {', '.join(known) or 'none'}")
+
+    def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> Finding:
+        from moee.calibrate.grouping import find_routes, one_group
+
+        if ffn.name in options.one_expert:
+            return one_group(ffn, sampled, options, device)
         return find_routes(ffn, sampled, options, report, device)
 
     def announce(self, counts: Sequence[int], options: ExpertsOptions) -> None:

@@ -74,6 +74,10 @@ class Point:
         }
         return {name: excess for name, excess in over.items() if excess > 0}
 
+    def lacks_quality(self, budget: Budget) -> bool:
+        """Whether the budget limits what the point loses, and it loses more."""
+        return bool({"accuracy", "cosine"} & self.shortfalls(budget).keys())
+
     def cost(self) -> float:
         """What a quality budget minimises, as a share of dense: the latency where it is known, MACs otherwise. Latency is held
         against the dense one timed in turns with it, since points are minutes apart and a machine's speed changes."""

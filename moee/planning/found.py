@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
-from moee.errors import UserError
+from moee.errors import BudgetUnmet
 from moee.measure.accuracy import Comparison
 from moee.methods.recipe import read_recipe_json
 from moee.places.output_folder import OutputFolder
@@ -23,11 +24,13 @@ SCHEMA, PLAN, RECIPE = "moee.plan/2", "plan.json", "recipe.toml"
 
 @dataclass(frozen=True)
 class Found:
-    """The points that were made and measured, by the planner that can make their models again."""
+    """The points that were made and measured, by the planner that can make their models again. `left_out`: trials that there was
+    no time for."""
 
     planner: Planner
     points: list[Point]
     compared: Comparison
+    left_out: int = 0
 
     @property
     def budget(self) -> Budget:
@@ -49,8 +52,8 @@ class Found:
         report: Reporter,
     ) -> dict[str, Any]:  # fmt: skip
         """Choose, write the plan, and remove the points that were kept for it. With `timed` the choice is made among the `chosen`
-        candidates that the device timed, and dense. Raises `UserError` that names the nearest point if nothing meets the budget;
-        the points are kept then."""
+        candidates that the device timed, and dense. Raises `BudgetUnmet` that names the nearest point if nothing meets the
+        budget; the points are kept then."""
         points, eligible, facts = self.points, self.points, {}
         dense = self.planner.dense(points, self.compared)
         if timed is not None:
@@ -64,9 +67,11 @@ class Found:
         winner = choose([*eligible, dense], self.budget)
         if winner is None:
             obstacle = f"; {self.planner.obstacle}" if not points and self.planner.obstacle else ""
-            raise UserError(nearest([*eligible, dense], self.budget) + obstacle)
+            raise BudgetUnmet(nearest([*eligible, dense], self.budget) + obstacle)
         everything = [*points, dense]
         session = self.planner.session
+        if self.planner.frugal and winner.recipe is not None:
+            session.made = (winner.recipe, *self.planner.made(winner))
         result = {
             "model": session.spec.model_dump(mode="json"), "data": session.source, "base": self.planner.base,
             "budget": self.budget.model_dump(),
@@ -75,7 +80,7 @@ class Found:
             "layers": layer_table(session, self.planner, winner, report), "data_read": session.data_facts(),
             "accuracy": {"images": self.compared.images, "labelled": self.compared.labelled,
                          "no_accuracy": self.compared.reason, "probe": self.planner.probe is not None},
-            **facts,
+            "left_out": self.left_out, "prediction": prediction_error(self.points), **facts,
         }  # fmt: skip
         with output.write() as folder:
             if winner.recipe is not None:
@@ -84,3 +89,11 @@ class Found:
             write_manifest(folder, PLAN, SCHEMA, result)
         store.remove()
         return result
+
+
+def prediction_error(points: Sequence[Point]) -> dict[str, Any] | None:
+    """By how much the layers' own times missed the measured ones, as shares of these: median and largest. None where nothing
+    was predicted."""
+    known = [p.latency for p in points if p.latency and "predicted_ms" in p.latency]
+    errors = [abs(latency["predicted_ms"] / latency["moee_ms"] - 1) for latency in known]
+    return {"points": len(errors), "median": statistics.median(errors), "largest": max(errors)} if errors else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moee.places.placement import check_all
 from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget
 from moee.planning.found import PLAN, SCHEMA, Found
+from moee.planning.race import race
 from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Latency, Planner, recipe_of, usual, variants, ways
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
@@ -48,20 +50,22 @@ def make_plan(
     session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | Shortlist | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
-    attention: tuple[float, ...] = (1.0,),
+    attention: tuple[float, ...] = (1.0,), over: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
     `attention` are the shares of the attention's MACs that every method is tried with (1: as it is). `base` are further options
     of every configuration, but for `attention_macs`. `latency` times every point as it is made, or, as a `Shortlist`, a few of
     them at the end, and only these and dense are then chosen from. Points of an interrupted run are kept in `<out>.resume`.
-    Raises `UserError` if nothing meets the budget: it names the nearest point.
+    With `over`, which says when the time for trials is over, targets are looked for by bisection (`moee.planning.race`),
+    latencies are measured of points of enough quality alone, and the session keeps the winner's model, so that `run_extract`
+    need not make it again. Raises `BudgetUnmet` if nothing meets the budget: it names the nearest point.
     """
     output, store = places(session, out, force)
     with alone_on(store.place, session.group.leader):
         found = search(
             session, budget, store, latency=latency, methods=methods, targets=targets, base=base, report=report,
-            allocations=allocations, attention=attention,
+            allocations=allocations, attention=attention, over=over,
         )  # fmt: skip
         chosen = found.candidates(latency.most) if isinstance(latency, Shortlist) else []
         timed = _timed(latency, chosen, store) if isinstance(latency, Shortlist) and chosen else None
@@ -91,6 +95,7 @@ def search(
     session: Session, budget: Budget, store: OutputFolder, *, latency: Latency | Shortlist | None = None,
     methods: tuple[str, ...] | None = None, targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None,
     report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
+    over: Callable[[], bool] | None = None,
 ) -> Found:  # fmt: skip
     """The points of `make_plan`, kept in `store`, on which nobody else works."""
     base, methods = base or {}, usual() if methods is None else methods
@@ -107,6 +112,7 @@ def search(
         session.prove(recipe_of(way, base))
     fresh = not store.place.exists()
     planner = planner_of(session, budget, base, store, latency, report=report)
+    planner.frugal = over is not None
     compared = session.comparison(planner.probe)
     if budget.max_drop is not None and not compared:
         if fresh:
@@ -114,11 +120,15 @@ def search(
         refuse_incomparable(compared)
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
-    wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
-    points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
-    points += planner.refine(points, targets)
+    left_out = 0
+    if over is not None:
+        points, left_out = race(planner, ways(methods, allocations, attention), over)
+    else:
+        wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
+        points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
+        points += planner.refine(points, targets)
     points = list({json.dumps(p.recipe, sort_keys=True): p for p in points}.values())
-    return Found(planner, points, compared)
+    return Found(planner, points, compared, left_out)
 
 
 def model_identity(session: Session) -> dict[str, Any]:

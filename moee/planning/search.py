@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
@@ -36,6 +36,7 @@ PLAN_POINT = "a plan's point"  # what a message calls the recipe of one
 ALLOCATIONS = tuple(EXPERT_ALLOCATIONS)
 STATIC = "static"  # the variant that cuts gated MLPs
 TARGETS = (0.8, 0.7, 0.6, 0.5)
+TYPICAL = 0.5  # of an MLP's neurons that a token takes, where forms are compared
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
 
 
@@ -80,22 +81,39 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
     return make_recipe(method.name, values={**given, **attention, **variant.values, **method.allocations[way.allocation]})
 
 
+class LayerForms(Protocol):
+    """A device's own times of the forms of each layer."""
+
+    def predict(self, model: nn.Module, dense_ms: float) -> float:
+        """Milliseconds of a model, of which the dense one takes `dense_ms`."""
+        ...
+
+    def slower(self, share: float, experts: int) -> tuple[list[str], list[str]]:
+        """MLPs that are no faster than dense when their tokens take `share` of the neurons: with so many experts, though faster
+        with one; and in any form. Raises `OutOfReach` where that is every MLP."""
+        ...
+
+
 @dataclass(frozen=True)
 class Latency:
-    """Where and how models are timed: `label` tells one way from another, `of(model)` gives {"kind", "dense_ms", "moee_ms"}."""
+    """Where and how models are timed: `label` tells one way from another, `of(model)` gives {"kind", "dense_ms", "moee_ms"}.
+    `forms`: what each form of each layer costs there, where that was measured."""
 
     label: str
     of: Callable[[nn.Module], dict[str, Any]]
+    forms: LayerForms | None = None
 
 
 class Planner:
-    """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs."""
+    """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs.
+    `frugal`: latencies are measured of points of enough quality alone."""
 
     def __init__(
-        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, *, report: Reporter
-    ):
+        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, *, report: Reporter,
+        frugal: bool = False,
+    ):  # fmt: skip
         self.session, self.budget, self.base, self.store = session, budget, base, store
-        self.latency, self.report = latency, report
+        self.latency, self.report, self.frugal = latency, report, frugal
         self.probe = session.probe()
         self.prepared: dict[str, Prepared] = {}
         self.sampled: list[LayerTokens] = []
@@ -107,9 +125,18 @@ class Planner:
 
     def recipe(self, way: Way, target: float) -> Recipe:
         """Raises `OutOfReach` if the target leaves a method nothing to choose from."""
-        recipe = recipe_of(way, self.base)
+        recipe = recipe_of(way, {**self.base, **self._by_layer(way)})
         start, shape = self.session.start(recipe), self.session.transform.shape
         return replace(recipe, steps=(*recipe.first, recipe.method.within(recipe.cut, target, start, shape)))
+
+    def _by_layer(self, way: Way) -> dict[str, Any]:
+        """Options that leave MLPs as they are, or with one expert, where the device takes no less time for more."""
+        if self.latency is None or self.latency.forms is None:
+            return {}
+        clusters = variants()[way.method][1].values.get("clusters", 1)
+        one, none = self.latency.forms.slower(TYPICAL, int(clusters))
+        excluded = tuple(dict.fromkeys([*self.base.get("exclude", ()), *none]))
+        return {**({"exclude": excluded} if excluded else {}), **({"one_expert": tuple(one)} if one and clusters > 1 else {})}
 
     def _turn_to(self, recipe: Recipe) -> None:
         """Drop what was calibrated after other steps: tokens fill the disk, groups and statistics the memory."""
@@ -152,7 +179,7 @@ class Planner:
         except OutOfReach as error:
             self.obstacle = str(error)
             return None
-        identity = json.dumps([recipe.to_json(), self.latency and self.latency.label])
+        identity = json.dumps([recipe.to_json(), self.latency and self.latency.label, *["frugal"] * self.frugal])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         file = self.store / f"{key}.json"
         if file.is_file():
@@ -171,12 +198,21 @@ class Planner:
         result = Point(
             way.method, way.allocation, cost["moee"]["macs"] / cost["dense"]["macs"],
             cost["moee"]["params"] / cost["dense"]["params"], kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
-            self.latency.of(model) if self.latency else None, recipe.to_json(), kept["accuracy_interval"], way.attention,
+            None, recipe.to_json(), kept["accuracy_interval"], way.attention,
         )  # fmt: skip
+        if self.latency is not None and not (self.frugal and result.lacks_quality(self.budget)):
+            result = replace(result, latency=self._timed(self.latency, model))
         write_json(file, asdict(result))
         if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
             self.best = (result, model, reports)
         return result
+
+    @staticmethod
+    def _timed(latency: Latency, model: nn.Module) -> dict[str, Any]:
+        """What the device says of a model, and what its layers' own times had predicted."""
+        found = latency.of(model)
+        predicted = latency.forms.predict(model, found["dense_ms"]) if latency.forms is not None else None
+        return found if predicted is None else {**found, "predicted_ms": predicted}
 
     @staticmethod
     def _known(point: Point, way: Way, recipe: Recipe, file: Path) -> Point:

@@ -51,8 +51,11 @@ def run_extract(
     session.prove(recipe)
     probe = session.probe()
     started = time.perf_counter()
-    model = copy.deepcopy(session.start(recipe))
-    layers = recipe.method.convert(model, recipe.cut, replace(session.context(jobs), report=report))
+    if session.made is not None and session.made[0] == replace(recipe, tune=None).to_json():
+        _, model, layers = session.made
+    else:
+        model = copy.deepcopy(session.start(recipe))
+        layers = recipe.method.convert(model, recipe.cut, replace(session.context(jobs), report=report))
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
         "stages": {"extracted": {"data": session.source, "seconds": seconds, "device": title_of(group.device)}},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from moee.data.sources import load_splits, located
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.given.images import given_splits
+from moee.layers.report import LayerReport
 from moee.measure.accuracy import Comparison, class_count, comparison
 from moee.measure.evaluation import Outputs, retention, run
 from moee.measure.metrics import dense_macs, model_cost, tokens_per_image
@@ -87,10 +89,12 @@ class Session:
         if group.leader:
             say_read(train=self.train, val=self.held_out)
         self._reference: Outputs | None = None
+        self.dense_seconds = 0.0  # that `reference` took
         self._train_outputs: Outputs | None = None
         self._started: dict[tuple[Options, ...], nn.Module] = {}
         self._proved: set[tuple[Any, ...]] = set()
         self._left: dict[Any, Any] = {}
+        self.made: tuple[dict[str, Any], nn.Module, Sequence[LayerReport]] | None = None  # by the recipe of that JSON
 
     def check_names(self, classes: Sequence[str]) -> None:
         """Raise `UserError` where `classes`, which a user names, are none of those that the images have."""
@@ -105,7 +109,9 @@ class Session:
     def reference(self) -> Outputs:
         """The dense model's outputs on the held-out images."""
         if self._reference is None:
+            started = time.perf_counter()
             self._reference = self._run(self.dense, self.held_out, "dense on held-out images")
+            self.dense_seconds = time.perf_counter() - started
         return self._reference
 
     @property

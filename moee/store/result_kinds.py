@@ -79,10 +79,10 @@ EMIT = FolderKind(
         "plugin/build/*", "engines/*", "logs/*", "timing.cache", "RESULT.json", "RESULT.json.new",
     ),
 )  # fmt: skip
-DEMO = FolderKind("a demo", "demo.json", "moee.demo")
+COMPRESSION = FolderKind("a result of moee compress", "compress.json", "moee.compress")
 FOLDER_KINDS = (
     MODEL, EXPORT, ENGINE, PLAN, VERIFY, DEPLOYMENT, PLUGIN_BUNDLE, KERNELS, PLOTS, FRONT, ABLATION, CLEAR_ABLATION,
-    FINETUNE_STATE, PLAN_STATE, EMIT, DEMO,
+    FINETUNE_STATE, PLAN_STATE, EMIT, COMPRESSION,
 )  # fmt: skip
 
 

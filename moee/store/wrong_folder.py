@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from moee.store.result_kinds import (
-    DEMO,
+    COMPRESSION,
     ENGINE,
     EXPORT,
     FINETUNE_STATE,
@@ -25,7 +25,7 @@ NEXT = {  # what is made from what, and the command that makes it
     EXPORT: (ENGINE, "moee build {} --out engine"),
 }
 WANTED = {PLAN: "moee plan", MODEL: "moee extract or finetune", EXPORT: "moee export", ENGINE: "moee build"}  # and who made it
-IN_DEMO = {MODEL: "tuned", EXPORT: "export", ENGINE: "engine"}
+STAGES = {PLAN: ("plan",), MODEL: ("tuned", "extracted"), EXPORT: ("export",), ENGINE: ("engine",)}  # folders in a compression
 UNFINISHED = {FINETUNE_STATE: "moee finetune", PLAN_STATE: "moee plan"}
 
 
@@ -47,8 +47,9 @@ def another_kind(folder: Path, manifest: str) -> str:
 def _cure(folder: Path, held: FolderKind, wanted: FolderKind) -> str:
     if held in UNFINISHED:
         return f"run the same {UNFINISHED[held]} again, which goes on with it"
-    if held == DEMO and wanted in IN_DEMO:
-        return f"give {folder / IN_DEMO[wanted]}"
+    if held == COMPRESSION and wanted in STAGES:
+        stages = STAGES[wanted]
+        return f"give {folder / next((name for name in stages if (folder / name).is_dir()), stages[-1])}"
     steps: list[str] = []
     at, place = held, shlex.quote(str(folder))
     while at in NEXT and at != wanted:

@@ -9,7 +9,7 @@ from exporter import cli
 from exporter.belonging import built_from, export_ids, recorded, same, source_ids
 from exporter.manifests import read_engine
 from exporter.report import collect, render
-from exporter.ship.deployment import Tensor, read_head
+from exporter.ship.contents import Tensor, read_head
 from exporter.timing.latency import bench
 from moee.errors import UserError
 from moee.store.artifact import read_json, write_json

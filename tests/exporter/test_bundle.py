@@ -23,16 +23,9 @@ from exporter.engines import plugin_cache
 from exporter.graph.export import SCHEMA, export
 from exporter.manifests import exported_model, read_export
 from exporter.passes.raw_pixels import take_raw_pixels
-from exporter.ship import bundle_configs, deployment
-from exporter.ship.deployment import (
-    DEPLOYMENT_SCHEMA,
-    Preprocessing,
-    Tensor,
-    ends_in_classes,
-    make_preprocessing,
-    read_head,
-    write_deployment,
-)
+from exporter.ship import bundle_configs, contents
+from exporter.ship.contents import Preprocessing, Tensor, ends_in_classes, make_preprocessing, read_head
+from exporter.ship.deployment import DEPLOYMENT_SCHEMA, write_deployment
 from moee.artifacts import checkpoint
 from moee.artifacts.checkpoint import laid_out
 from moee.artifacts.model import MoeeModel
@@ -406,7 +399,7 @@ def test_bad_input_is_refused_and_leaves_nothing(exported, tmp_path, monkeypatch
     assert "min <= opt <= max" in refused(batch=(4, 2, 8))
     assert "expected" in refused(sm=75) or "75" in refused(sm=75)
     other = Preprocessing((64, 64), (64, 64), "center", "bicubic", MEAN, STD)
-    monkeypatch.setattr(deployment, "make_preprocessing", lambda transform, name: other)
+    monkeypatch.setattr(contents, "make_preprocessing", lambda transform, name: other)
     assert "its manifest says size 64 x 64" in refused()
     monkeypatch.undo()
     (exported / "moee.data").write_bytes(b"changed")

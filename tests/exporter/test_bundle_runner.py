@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from exporter.ship.bundle_configs import preprocess as recipe_text
-from exporter.ship.deployment import Preprocessing
+from exporter.ship.contents import Preprocessing
 from moee.data.built_in import photo_path
 from tests.exporter import runner_doubles as doubles
 

@@ -161,7 +161,7 @@ def test_every_option_for_a_device_says_how_it_is_written():
             elif set(action.option_strings) & {"--sm", "--device"}:
                 shown[parser.prog, action.option_strings[0]] = action.help
     assert {prog for prog, option in shown if option == "--sm"} == {
-        "moee build", "moee bundle", "moee plan", "moee plugin build", "moee plugin bundle"
+        "moee build", "moee bundle", "moee compress", "moee plan", "moee plugin build", "moee plugin bundle"
     }  # fmt: skip
     assert all(HOW in text for (_, option), text in shown.items() if option == "--sm")
     assert all(name in shown["moee plan", "--device"] for name in PROFILES)

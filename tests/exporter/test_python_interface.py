@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import exporter
 import moee
 from exporter import cli
-from moee.api import spec_of
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.libraries.adapt import adapt
 from moee.models.model import load_model as load_spec
+from moee.stages.opened import spec_of
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"preset": "static", "keep": 0.7, "tokens": 400, "refit_tokens": 400}

@@ -17,7 +17,8 @@ from exporter.parity import check_parity
 from exporter.plots import data as plot_data
 from exporter.report.collect import collect
 from exporter.report.commands import commands
-from exporter.ship.deployment import make_preprocessing, write_deployment
+from exporter.ship.contents import make_preprocessing
+from exporter.ship.deployment import write_deployment
 from exporter.timing.profile import batch_profile
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel

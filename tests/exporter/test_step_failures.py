@@ -56,19 +56,18 @@ def test_build_says_why_it_failed(tmp_path, monkeypatch, capsys, tiny_export):
 def test_the_demo_keeps_its_results_when_the_engines_fail(tmp_path, monkeypatch, tiny_export):
     """The engine step is the last: its failure is reported, and the summary says that there is no engine."""
     from exporter import demo
+    from exporter.compress.job import Compressed
 
     def fail(*args, **kwargs):
         raise BuildFailed("the tensorrt-rtx build\nwas killed by SIGABRT")
 
-    monkeypatch.setattr(demo, "Session", lambda *a, **k: type("S", (), {"spec": None, "held_out": tiny_export.data})())
-    for name in ("resolve", "run_extract", "run_finetune", "export", "make_recipe"):
-        monkeypatch.setattr(demo, name, lambda *a, **k: None)
-    monkeypatch.setattr(demo.checkpoint, "load", lambda path: tiny_export.moee)
-    for name in ("check_parity", "bench"):
-        monkeypatch.setattr(demo, name, lambda *a, **k: SimpleNamespace(to_json=dict, belongs_to={}))
+    monkeypatch.setattr(demo, "Session", lambda *a, **k: None)
+    monkeypatch.setattr(demo, "resolve", lambda *a, **k: None)
+    made = Compressed(tmp_path / "demo", "static", ("accuracy: 1",), 1.0)
+    monkeypatch.setattr(demo, "Job", lambda session, place, *a: SimpleNamespace(run=lambda: place.write({"done": True}) or made))
     monkeypatch.setattr(demo, "write_report", lambda *a, **k: None)
     monkeypatch.setattr(demo, "_build", fail)
-    monkeypatch.setattr(demo, "_summary", lambda moee, data, parity, latency, engine: {"engine": engine})
+    monkeypatch.setattr(demo, "_summary", lambda session, compressed, engine: {"engine": engine})
     result = demo.run_demo(tmp_path / "demo")
     assert result.engine_error == "the tensorrt-rtx build was killed by SIGABRT" and result.summary["engine"] is None
     assert (Path(tmp_path) / "demo" / "summary.json").is_file()

@@ -7,7 +7,7 @@ import pytest
 from exporter import cli
 from exporter.manifests import read_engine
 from moee.errors import UserError
-from moee.store.result_kinds import DEMO, ENGINE, EXPORT, FINETUNE_STATE, FOLDER_KINDS, MODEL, PLAN, PLAN_STATE
+from moee.store.result_kinds import COMPRESSION, ENGINE, EXPORT, FINETUNE_STATE, FOLDER_KINDS, MODEL, PLAN, PLAN_STATE
 
 DENSE = ("test_vit", "--random-weights", "0", "--data")
 COMMANDS = {  # what it needs, and its words; FOLDER is given, OUT written
@@ -33,8 +33,8 @@ CURES = {  # of what is needed and what was given
     (MODEL, PLAN): "run `moee extract MODEL --data DATA --plan {} --out extracted` first",
     (MODEL, EXPORT): "give a folder that moee extract or finetune wrote",
     (EXPORT, ENGINE): "give a folder that moee export wrote",
-    (MODEL, DEMO): "give {}/tuned",
-    (EXPORT, DEMO): "give {}/export",
+    (MODEL, COMPRESSION): "give {}/extracted",
+    (EXPORT, COMPRESSION): "give {}/export",
     (MODEL, FINETUNE_STATE): "run the same moee finetune again",
     (EXPORT, PLAN_STATE): "run the same moee plan again",
     (PLAN, MODEL): "give a folder that moee plan wrote",

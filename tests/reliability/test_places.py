@@ -46,6 +46,7 @@ from tests.untrusted.test_pickle_commands import PATHS, TEXT, WRITTEN, options
 READS_ONLY = {"inspect", "doctor"}
 # Each command's line without what it writes. Capitals are inputs in the workspace.
 LINES = {
+    "compress": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA", "--class-map", "CLASSES"],
     "plan": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA", "--target-macs", "0.7", "--class-map", "CLASSES"],
     "extract": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA", "--plan", "PLAN", "--class-map", "CLASSES"],
     "finetune": ["MODEL", "--data", "DATA", "--checkpoint", "WEIGHTS"],
@@ -64,6 +65,7 @@ LINES = {
     "demo": [],
 }
 FOLDER, FILE = "folder", "file"
+STAGED = ("demo --out", "compress --out")  # folders in which every part is an output of its own
 # Option: what it names, and what else the line needs.
 WRITERS = {
     "plan --out": (FOLDER, []), "extract --out": (FOLDER, []), "finetune --out": (FOLDER, []), "export --out": (FOLDER, []),
@@ -71,6 +73,7 @@ WRITERS = {
     "build --timing-cache": (FILE, ["--out", "NEW"]), "bundle --out": (FOLDER, []), "plugin build --out": (FILE, []),
     "plugin bundle --out": (FOLDER, []), "plots --out": (FOLDER, []), "report --out": (FILE, []), "ablate --out": (FOLDER, []),
     "ablate-clear --out": (FOLDER, []), "ablate-clear --table": (FILE, ["--out", "NEW"]), "demo --out": (FOLDER, []),
+    "compress --out": (FOLDER, []),
 }  # fmt: skip
 INPUTS = {"WEIGHTS": "w.safetensors", "DATA": "images", "PLAN": "plan/plan.json", "MODEL": "model", "EXPORT": "export",
           "ENGINE": "engine", "LIBRARY": "plugin.so", "NEW": "new", "CLASSES": "classes.txt"}  # fmt: skip
@@ -79,7 +82,7 @@ OWN = {  # what the command wrote before, and may replace
     "bench --out": "latency.json", "bench-dispatch --out": "dispatch.json", "build --out": "engine",
     "build --timing-cache": "timing.cache", "bundle --out": "deployment", "plugin build --out": "plugin.so",
     "plugin bundle --out": "bundle", "plots --out": "plots", "report --out": "report.html", "ablate --out": "ablation",
-    "ablate-clear --out": "clear", "ablate-clear --table": "table.md", "demo --out": "demo",
+    "ablate-clear --out": "clear", "ablate-clear --table": "table.md", "demo --out": "demo", "compress --out": "demo",
 }  # fmt: skip
 GROWS = {"ablate --out", "ablate-clear --out"}  # gone on from without --force
 
@@ -311,7 +314,7 @@ def test_another_kind_of_artifact_is_not_replaced(work, writer, capsys):
 def test_a_file_of_the_user_in_an_earlier_result_is_named(work, writer, capsys):
     """The earlier result lies elsewhere, so that it is no input."""
     place = shutil.copytree(work / OWN[writer], work / "earlier" / "result")
-    if writer == "demo --out":  # which replaces its parts alone
+    if writer in STAGED:  # which replaces its parts alone
         (place / "notes.txt").write_text("mine")
         assert accepted(work, writer, str(place), "--force")
         place = place / "extracted"

@@ -20,7 +20,8 @@ from exporter.onnx_safety import check_onnx, load_ir
 from exporter.parity.taps import probe_graph, tapped_graph
 from exporter.parity.weights import check_weights
 from exporter.runners import OnnxRunner
-from exporter.ship.deployment import graph_tensors, write_deployment
+from exporter.ship.contents import graph_tensors
+from exporter.ship.deployment import write_deployment
 from moee.artifacts import checkpoint
 from moee.errors import UserError
 from moee.layers.routed import routed_layers

@@ -20,7 +20,7 @@ from tests.untrusted.test_pickles import canary as canary  # noqa: PLC0414  (a f
 WRITTEN = {
     "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out", "demo --out",
     "export --out", "build --out", "build --timing-cache", "bundle --out", "plots --out", "verify --out", "extract --out",
-    "plan --out", "finetune --out", "ablate --out", "ablate-clear --out", "ablate-clear --table",
+    "plan --out", "finetune --out", "ablate --out", "ablate-clear --out", "ablate-clear --table", "compress --out",
 }  # fmt: skip
 # Options that take text, and not a path of something that is read. An option that stands in neither list fails the test below.
 TEXT = WRITTEN | {
@@ -28,7 +28,8 @@ TEXT = WRITTEN | {
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device",
     "--torch-device", "--methods", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
-    "--targets", "plan --attention-macs", "extract --metric", "--print-completion",
+    "--targets", "plan --attention-macs", "--one-expert", "compress --attention-macs", "demo --data", "extract --metric",
+    "--print-completion",
     # a function's name, of an artifact whose model comes from one
     *(f"{command} --model" for command in ("finetune", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")),
 }  # fmt: skip
@@ -37,6 +38,11 @@ BUDGET = ("--target-macs", "0.7")
 DRAWN = ("--random-weights", "0")  # without weights a command would end before it comes to the path
 # For each path: a command line in which PICKLE stands in its place, as a file and as a folder that holds nothing else.
 PATHS = {
+    "compress model": ("compress", "PICKLE", "--data", "digits", "--out", "OUT"),
+    "compress --data": ("compress", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
+    "compress --checkpoint": ("compress", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
+    "compress --class-map": ("compress", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", "--out", "OUT"),
+    "compress --out": ("compress", *SMALL, *DRAWN, "--data", "digits", "--out", "PICKLE"),
     "plan model": ("plan", "PICKLE", "--data", "digits", "--target-macs", "0.7", "--out", "OUT"),
     "plan --data": ("plan", *SMALL, *DRAWN, "--data", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
     "plan --checkpoint": ("plan", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),

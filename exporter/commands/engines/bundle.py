@@ -11,6 +11,7 @@ from rich.console import Console
 
 from exporter.terminal.flags import OK, add_out, add_outputs, add_word
 from exporter.terminal.ui import ProgressDisplay
+from moee.errors import UserError
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import DEPLOYMENT
@@ -23,7 +24,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bundle", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("path", help="folder that moee export wrote")
-    sub.add_argument("--sm", required=True, help=f"the device: {HOW}")
+    sub.add_argument("--sm", required=True, help=f"the device: {HOW}; or cpu, for ONNX Runtime")
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
     sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
     sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
@@ -35,16 +36,25 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.engines.plugin_cache import ensure_kernels
     from exporter.manifests import read_export, refuse_module
+    from exporter.ship.cpu_bundle import CPU, write_cpu_bundle
     from exporter.ship.deployment import write_deployment
     from exporter.timing.profile import batch_profile
 
-    sm = parse_sm(args.sm)
-    call = f"exporter.bundle({args.path!r}, {args.out!r}, sm={sm}, model=MODULE) with that module as MODULE"
+    sm = None if args.sm == CPU else parse_sm(args.sm)
+    call = f"exporter.bundle({args.path!r}, {args.out!r}, sm={args.sm!r}, model=MODULE) with that module as MODULE"
     refuse_module(read_export(args.path, verify=False), args.path, call)
-    batch = batch_profile(Path(args.path), args.min_shapes, args.opt_shapes, args.max_shapes)
-    with ProgressDisplay() as report:
-        kernels = partial(ensure_kernels, (sm,), report)
-        folder = write_deployment(args.path, args.out, sm, kernels, batch, force=args.force, word=args.word)
+    shapes = (args.min_shapes, args.opt_shapes, args.max_shapes)
+    if sm is None:
+        if any(shape is not None for shape in shapes):
+            raise UserError("shapes are for engines, and a bundle for the CPU has none; leave them out")
+        folder = write_cpu_bundle(args.path, args.out, force=args.force, word=args.word)
+        what, how = "the CPU", "run.py in it runs images, by ONNX Runtime"
+    else:
+        batch = batch_profile(Path(args.path), *shapes)
+        with ProgressDisplay() as report:
+            kernels = partial(ensure_kernels, (sm,), report)
+            folder = write_deployment(args.path, args.out, sm, kernels, batch, force=args.force, word=args.word)
+        what, how = f"sm_{sm}", "run build.sh in it on the device"
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20
-    console.print(f"bundle for sm_{sm} written to {args.out} ({size:.0f} MiB); run build.sh in it on the device", soft_wrap=True)
+    console.print(f"bundle for {what} written to {args.out} ({size:.0f} MiB); {how}", soft_wrap=True)
     return OK

@@ -84,6 +84,7 @@ def _output(args: argparse.Namespace) -> OutputFolder | OutputFile:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.verification.write import write_result
     from moee.parallel.group import Parcel
     from moee.parallel.joining import joined
 
@@ -92,7 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             result = _verified(args, group, report)
         with group.agreed():
             if group.leader and args.out is not None:
-                _write(_output(args), result)
+                write_result(_output(args), result)
         passed = group.broadcast(Parcel(bool(result)) if group.leader else None).body
     if result is not None:
         _show(console, result, args.bisect)
@@ -160,21 +161,6 @@ def _error_report(args: argparse.Namespace) -> Iterator[None]:
                 report = error_junit(Path(args.path).name, error, time.perf_counter() - started)
                 (folder / "junit.xml").write_text(report, encoding="utf-8")
         raise
-
-
-def _write(output: OutputFolder | OutputFile, result: Any) -> None:
-    from exporter.verification.junit import to_junit
-    from exporter.verification.markdown import to_markdown
-    from moee.store.artifact import write_manifest
-
-    body = result.to_json()
-    if isinstance(output, OutputFile):
-        output.write_json(body)
-        return
-    with output.write() as folder:
-        (folder / "junit.xml").write_text(to_junit(result), encoding="utf-8")
-        (folder / "summary.md").write_text(to_markdown(result), encoding="utf-8")
-        write_manifest(folder, "parity.json", body.pop("schema"), body)
 
 
 def _show(console: Console, result: Any, layers: bool) -> None:

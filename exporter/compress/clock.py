@@ -1,0 +1,97 @@
+"""The time that a job may take, and what is left of it for trials, for tuning and for the stages after them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
+FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
+TRIALS = 0.7  # of the time before the last stages; tuning gets the rest
+MARGIN = 1.1  # a trial may take longer than the mean of those before
+
+
+@dataclass
+class Clock:
+    """`seconds` of a job (None: as long as it takes) since `started`, by the clock `now`. `image_s`: of the dense model on one
+    image, once it is known; `held_out`: their number."""
+
+    seconds: float | None
+    now: Callable[[], float] = time.monotonic
+    image_s: float = 0.0
+    held_out: int = 0
+    started: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.started = self.now()
+
+    @property
+    def spent(self) -> float:
+        return self.now() - self.started
+
+    @property
+    def left(self) -> float:
+        """Seconds; negative once the time has passed, infinite without a limit."""
+        return float("inf") if self.seconds is None else self.seconds - self.spent
+
+    @property
+    def finish(self) -> float:
+        """Seconds that the stages after tuning will take, as far as that can be told."""
+        return FINISH_S + FINISH_IMAGES * self.image_s * min(self.held_out, 1000)
+
+    @property
+    def trials_end(self) -> float:
+        """Seconds after the start at which the trials must be over."""
+        return float("inf") if self.seconds is None else TRIALS * (self.seconds - self.finish)
+
+    @property
+    def tuning(self) -> float:
+        """Seconds that tuning may take from now on."""
+        return self.left - self.finish
+
+
+class Trials:
+    """Says before each trial whether the time for trials is over: too little is left for one more like those before."""
+
+    def __init__(self, clock: Clock, say: Callable[[str], None]):
+        self.clock, self.say = clock, say
+        self.begun: list[float] = []  # seconds after the start
+
+    def __call__(self) -> bool:
+        spent = self.clock.spent
+        self.begun.append(spent)
+        done = len(self.begun) - 1
+        if done == 0:
+            return False
+        each = (spent - self.begun[0]) / done
+        left = self.clock.trials_end - spent
+        if done == 1 and left != float("inf"):
+            more = max(0, int(left / (each * MARGIN))) if each else 0
+            self.say(f"a trial took {duration(each)}: about {more} more fit")
+        return left < each * MARGIN
+
+
+def duration(seconds: float) -> str:
+    """`75` to "75 s", `200` to "3 min 20 s", `7300` to "2 h 2 min"."""
+    whole = round(seconds)
+    if whole < 90:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+LEAST_S, MOST_S = 60.0, 7 * 86400.0  # of a job's time
+UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+
+
+def seconds_of(text: str) -> float:
+    """`20m`, `900s`, `900`, `1.5h` to seconds. Raises `ValueError` for anything else."""
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = text[len(number):].strip() or "s"
+    if unit not in UNITS:
+        raise ValueError(text)
+    return float(number) * UNITS[unit]

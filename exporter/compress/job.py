@@ -1,0 +1,288 @@
+"""The stages of `moee compress`, one after another; each leaves an artifact, and a job that was interrupted goes on at the first
+that is missing."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from exporter.compress.clock import Clock, Trials, duration
+from exporter.compress.request import ALLOCATION, CLUSTER_TOKENS, CPU, Request, default_budget, described, possible_heads
+from exporter.compress.state import State
+from exporter.compress.tuning import epochs_within, worth
+from exporter.compress.verdicts import accuracy_line, choice_line, size_line, speed_line
+from exporter.engines.plugin_cache import ensure_kernels
+from exporter.graph.export import DENSE_DATA, MOEE_DATA, export
+from exporter.report import write_report
+from exporter.ship.cpu_bundle import write_cpu_bundle
+from exporter.ship.deployment import write_deployment
+from exporter.targets.registry import target_of
+from exporter.timing.latency import bench
+from exporter.verification import verify
+from exporter.verification.write import write_result
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel
+from moee.config import FinetuneConfig
+from moee.data.image_set import batches
+from moee.errors import StepFailed
+from moee.methods.recipe import read_recipe_json
+from moee.places.resume import alone_on, fingerprint
+from moee.places.staged_folder import StagedFolder
+from moee.planning.budget import Budget
+from moee.planning.plan import PLAN, make_plan
+from moee.progress import Reporter, silent
+from moee.stages.extract import run_extract
+from moee.stages.finetune import run_finetune
+from moee.stages.session import Session
+from moee.store.artifact import read_json
+
+log = logging.getLogger("moee")
+PAIRS, SECONDS = 40, 5.0  # of the timing at the end, at least
+BATCHES = (1, 8, 32)  # of the bundle's profile
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """`shipped`: plan's way of the model in the bundle, "dense" for that one. `lines`: accuracy, speed, size, what was chosen and
+    why, where the bundle is. `folder`: of all stages' artifacts."""
+
+    folder: Path
+    shipped: str
+    lines: tuple[str, ...]
+    seconds: float
+    stages: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Job:
+    """A compression of the session's model into `place`. `say` gets the sentences on the way; `word` is the user's function that
+    the model comes from, where it comes from one."""
+
+    session: Session
+    place: StagedFolder
+    request: Request
+    report: Reporter = silent
+    say: Callable[[str], None] = log.info
+    word: Any = None
+    clock: Clock = field(init=False)
+
+    def run(self) -> Compressed:
+        """Raises `BudgetUnmet` where nothing meets a limit of the latency or the size, `StepFailed` if the result does not
+        verify, `UserError` for what cannot be done; what was done until then stays, and the same call goes on from it."""
+        self.clock = Clock(self.request.time_s)
+        session = self.session
+        with alone_on(self.place.place):
+            budget, guessed = (self.request.budget, "") if self.request.budget else default_budget(session)
+            state = State(self.place, self._identity(budget))
+            if guessed:
+                self.say(guessed)
+            with _resumable(self.place.path):
+                return self._run(state, budget)
+
+    def _identity(self, budget: Budget) -> dict[str, Any]:
+        session = self.session
+        model = {"name": session.spec.name, **session.spec.identity()}
+        images = {"train": fingerprint(session.train, self.report), "val": fingerprint(session.held_out, self.report)}
+        return {"model": model, "images": images, **self.request.to_json(), "budget": budget.model_dump()}
+
+    def _run(self, state: State, budget: Budget) -> Compressed:
+        self._announce(budget)
+        plan = self._plan(state, budget)
+        winner, unshipped, tuned = plan["winner"], "", ""
+        if winner["recipe"] is not None:
+            self._extract(state, winner)
+            tuned = self._tune(state)
+            shipped = "tuned" if state.stages.get("tuned", {}).get("kept") else "extracted"
+        else:
+            shipped = "dense"
+        latencies = self._export(state, shipped)
+        if shipped != "dense" and self._slower(latencies):
+            unshipped = f"since {self._slower(latencies)}"
+            state.drop("export", "latency", "verify", "bundle")
+            shipped, tuned = "dense", ""
+            latencies = self._export(state, shipped)
+        moee = self._made(shipped)
+        self._verify(state, moee, budget)
+        self._bundle(state, moee)
+        lines = self._lines(plan, budget, moee, latencies, shipped, tuned=tuned, unshipped=unshipped)
+        with self._stage("report"):
+            write_report([self.place.place], self.place.place / "report.html", force=True)
+        what = "dense" if shipped == "dense" else winner["method"]
+        state.finish({"shipped": what, "model": shipped, "lines": lines, "seconds": self.clock.spent})
+        return Compressed(self.place.place, what, lines, self.clock.spent, state.stages)
+
+    @contextmanager
+    def _stage(self, name: str, state: State | None = None) -> Iterator[dict[str, Any]]:
+        """A stage with one line at its end; its facts and its seconds are written down."""
+        started, facts = time.perf_counter(), dict[str, Any]()
+        self.report(name, 0, 1)
+        yield facts
+        self.report(name, 1, 1)
+        if state is not None:
+            state.add(name, {**facts, "seconds": round(time.perf_counter() - started, 3)})
+
+    def _announce(self, budget: Budget) -> None:
+        """What will be done, and how long it may take, by the dense model's own speed."""
+        session, request = self.session, self.request
+        images = len(session.reference.features)
+        self.clock.image_s = session.dense_seconds / images
+        self.clock.held_out = images
+        self.say(
+            f"{session.spec.name}: {len(session.train)} training and {images} held-out images; budget: {described(budget)}; "
+            f"device: {request.device}, batch {request.batch}"
+        )
+        if request.time_s is None:
+            self.say("no time limit: plan, extract, tune, export, verify, bench, bundle, report")
+            return
+        trials, rest = max(0.0, self.clock.trials_end - self.clock.spent), self.clock.finish
+        self.say(
+            f"time {duration(request.time_s)}: trials for about {duration(trials)}, then tuning, then {duration(rest)} for "
+            f"export, verification, timing and bundle (the dense model takes {1e3 * self.clock.image_s:.0f} ms an image here)"
+        )
+
+    def _plan(self, state: State, budget: Budget) -> dict[str, Any]:
+        target = self.place.folder("plan").place
+        if not state.done("plan"):
+            heads, why = possible_heads(self.session, self.request.heads)
+            if why:
+                self.say(f"the attention stays as it is: {why}")
+            target = target_of(self.request.device, batch=self.request.batch, sm=self.request.sm)
+            latency = target.timing(self.session, self.report)
+            with self._stage("plan", state):
+                make_plan(
+                    self.session, budget, target, methods=self.request.methods, allocations=ALLOCATION, attention=heads,
+                    base={"cluster_tokens": CLUSTER_TOKENS}, latency=latency, force=True, report=self.report,
+                    over=Trials(self.clock, self.say),
+                )  # fmt: skip
+        plan: dict[str, Any] = read_json(target / PLAN)
+        return plan
+
+    def _extract(self, state: State, winner: dict[str, Any]) -> None:
+        if not state.done("extracted"):
+            with self._stage("extracted", state):
+                run_extract(
+                    self.session.spec, self.session.source, read_recipe_json(winner["recipe"], PLAN),
+                    self.place.folder("extracted").place, force=True, report=self.report, session=self.session,
+                )  # fmt: skip
+
+    def _tune(self, state: State) -> str:
+        """Distil as long as the time allows, and keep the result if it is no worse; what became of it, for the last lines."""
+        if not state.done("tuned") and "tuned" not in state.stages:
+            epochs = epochs_within(self.clock, len(self.session.train))
+            if not epochs:
+                self.say(f"not tuned: {duration(max(0.0, self.clock.tuning))} are left, too few for an epoch")
+                state.add("tuned", {"epochs": 0, "kept": False, "why": "no time was left"})
+            else:
+                with self._stage("tuned", state) as facts:
+                    made = run_finetune(
+                        self.place.folder("extracted").place, FinetuneConfig(epochs=epochs), self.place.folder("tuned").place,
+                        force=True, report=self.report, session=self.session,
+                    )  # fmt: skip
+                    facts.update(worth(made, epochs))
+        facts = state.stages["tuned"]
+        if facts["kept"]:
+            return f", tuned for {facts['epochs']} epoch{'s' if facts['epochs'] > 1 else ''}"
+        return f" (not tuned: {facts['why']})"
+
+    def _made(self, shipped: str) -> MoeeModel:
+        """The model that is shipped, from its folder; the dense one as it is."""
+        if shipped == "dense":
+            session = self.session
+            probe = session.probe()
+            info: dict[str, Any] = {"stages": {}, "layers": [], "data_read": session.data_facts()}
+            return MoeeModel(
+                copy.deepcopy(session.dense).eval(), session.spec, None, session.source, probe, info, session.classes(probe)
+            )
+        return checkpoint.load(self.place.folder(shipped).place, self.word)
+
+    def _export(self, state: State, shipped: str) -> list[dict[str, Any]]:
+        """Graphs, and their timings at one image and at the batch; none of the dense model, which there is nothing to time
+        against."""
+        folder = self.place.folder("export").place
+        if not state.done("export"):
+            with self._stage("export", state):
+                source = None if shipped == "dense" else self.place.folder(shipped).place
+                export(self._made(shipped), folder, force=True, report=self.report, source=source, dense=shipped == "dense")
+        if shipped == "dense":
+            return []
+        files = [self.place.file(name) for name in ("one/latency.json", "latency.json")]
+        if not state.done("latency"):
+            with self._stage("latency", state):
+                for file, batch in zip(files, (1, self.request.batch), strict=True):
+                    images = next(batches(self.session.held_out, batch)).images.numpy()
+                    file.place.parent.mkdir(exist_ok=True)
+                    result = bench(
+                        folder, batch, runs=PAIRS, duration_s=SECONDS, images=images, report=self.report,
+                        named=self.session.held_out.name,
+                    )  # fmt: skip
+                    file.write_json(result.to_json())
+        return [read_json(file.place) for file in files]
+
+    def _slower(self, latencies: list[dict[str, Any]]) -> str:
+        """Why the model must not be shipped: on the device, where that is the CPU, it is not faster beyond the noise."""
+        if self.request.device != CPU:
+            return ""
+        verdict = latencies[-1]["verdict"]
+        return "" if verdict["winner"] == "moee" else str(verdict["text"])
+
+    def _verify(self, state: State, moee: MoeeModel, budget: Budget) -> None:
+        if state.done("verify"):
+            return
+        with self._stage("verify", state) as facts:
+            result = verify(
+                self.place.folder("export").place, moee, self.session.held_out, max_drop_pp=budget.max_drop, report=self.report
+            )
+            write_result(self.place.folder("verify"), result)
+            facts.update(passed=bool(result), max_abs_error=result.parity.max_abs_error)
+            if not result:
+                failed = next((f"{c.name}: {c.failure}" for c in result.cases() if c.failure), "")
+                details = self.place.folder("verify").place
+                raise StepFailed(f"the export does not verify ({failed}); nothing was bundled, and {details} has the details")
+
+    def _bundle(self, state: State, moee: MoeeModel) -> None:
+        if state.done("bundle"):
+            return
+        export_dir, out = self.place.folder("export").place, self.place.folder("bundle").place
+        with self._stage("bundle", state) as facts:
+            if self.request.sm is None:
+                write_cpu_bundle(export_dir, out, force=True, word=self.word, probe=moee.probe)
+            else:
+                kernels = partial(ensure_kernels, (self.request.sm,), self.report)
+                write_deployment(
+                    export_dir, out, self.request.sm, kernels, BATCHES, force=True, word=self.word, probe=moee.probe
+                )  # fmt: skip
+            facts["sm"] = self.request.sm
+
+    def _lines(
+        self, plan: dict[str, Any], budget: Budget, moee: MoeeModel, latencies: list[dict[str, Any]], shipped: str, *, tuned: str,
+        unshipped: str,
+    ) -> tuple[str, ...]:  # fmt: skip
+        stage = moee.info["stages"].get(shipped)
+        planned = plan["winner"]["latency"] if self.request.device != CPU and shipped != "dense" else None
+        folder = self.place.folder("export").place
+        sizes = [(folder / name).stat().st_size for name in (DENSE_DATA, MOEE_DATA)]
+        bundle = self.place.folder("bundle").place
+        return (
+            accuracy_line(stage["retention"] if stage else None),
+            speed_line(latencies, planned),
+            size_line(stage["cost"], sizes[0], sizes[1]) if stage else "size: that of the dense model",
+            choice_line(plan, described(budget), tuned, unshipped),
+            f"bundle: {bundle} (its graphs are the verified export's); report: {self.place.place / 'report.html'}",
+        )
+
+
+@contextmanager
+def _resumable(path: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            error.add_note(f"the same command goes on from what is in {path}")
+        raise

@@ -1,0 +1,97 @@
+"""What a user asks of `moee compress`, and what is taken for what was not said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from exporter.ship.cpu_bundle import CPU
+from exporter.targets.registry import WORDS
+from exporter.terminal.options import flag_of
+from moee.errors import UserError
+from moee.methods.registry import cutting
+from moee.planning.budget import Budget
+from moee.stages.session import Session
+from plugins.devices import parse_sm
+
+DROP, COSINE = 1.0, 0.98  # of a budget that nobody gave: percentage points of accuracy, or the mean cosine to the dense outputs
+TIME_S = 1200.0
+METHODS = ("static", "kmeans-8")  # one that needs no plugin, and experts; the planner tries more
+ALLOCATION = ("sensitivity",)  # what serves both best (docs/results/methods.md)
+HEADS = (1.0, 0.75)  # shares of the attention's MACs
+CLUSTER_TOKENS = 6000  # a layer: seconds instead of minutes
+
+
+@dataclass(frozen=True)
+class Request:
+    """`device`: where models are timed, as `moee plan --device` takes it. `sm`: the GPU that the bundle is for, None for the
+    CPU. `budget`: None for `default_budget`. `time_s`: None for as long as it takes. `methods` and `heads`: what is tried."""
+
+    budget: Budget | None = None
+    device: str = CPU
+    sm: int | None = None
+    batch: int = 8
+    time_s: float | None = TIME_S
+    methods: tuple[str, ...] = METHODS
+    heads: tuple[float, ...] = HEADS
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it goes on from: not the time."""
+        return {
+            "budget": self.budget.model_dump() if self.budget else None, "device": self.device, "sm": self.sm,
+            "batch": self.batch, "methods": list(self.methods), "heads": list(self.heads),
+        }  # fmt: skip
+
+
+def target_sm(device: str, sm: str | None) -> int | None:
+    """The SM of the bundle: `sm` as a user names it, else that of the board `device`; None for the CPU. Raises `UserError`."""
+    if sm is not None:
+        return None if sm == CPU else parse_sm(sm)
+    if device == CPU:
+        return None
+    if device in WORDS or ":" in device:
+        raise UserError(f"--device {device} does not say for which GPU the bundle is; say it with --sm, such as --sm orin")
+    return parse_sm(device)
+
+
+def default_budget(session: Session) -> tuple[Budget, str]:
+    """The budget that is taken where nobody gave one, and the sentence that says so."""
+    if session.early_comparison():
+        taken = Budget(max_drop=DROP)
+        return taken, f"no budget was given: at most {DROP:g} point of accuracy may be lost ({flag_of('max_drop')} {DROP:g})"
+    why = session.early_comparison().reason
+    return Budget(min_cosine=COSINE), (
+        f"no budget was given, and accuracy cannot be compared ({why}): the outputs must keep a mean cosine of {COSINE:g} to the "
+        f"dense ones ({flag_of('min_cosine')} {COSINE:g})"
+    )
+
+
+def described(budget: Budget) -> str:
+    """`at most 1 point of accuracy lost, ...`."""
+    parts = []
+    if budget.max_drop is not None:
+        parts.append(f"at most {budget.max_drop:g} point{'' if budget.max_drop == 1 else 's'} of accuracy lost")
+    if budget.min_cosine is not None:
+        parts.append(f"a cosine of at least {budget.min_cosine:g}")
+    if budget.target_latency_ms is not None:
+        parts.append(f"at most {budget.target_latency_ms:g} ms a batch")
+    if budget.target_macs is not None:
+        parts.append(f"at most {budget.target_macs:.0%} of the MACs")
+    if budget.target_params is not None:
+        parts.append(f"at most {budget.target_params:.0%} of the parameters")
+    return ", ".join(parts)
+
+
+def possible_heads(session: Session, wanted: tuple[float, ...]) -> tuple[tuple[float, ...], str]:
+    """The shares of the attention's MACs, of those `wanted`, that the model can be narrowed to, and why others are left out."""
+    (method,) = cutting("attention")
+    kept, why = [], ""
+    for share in wanted:
+        if share != 1:
+            try:
+                method.check(session.dense, session.transform.shape, method.options.model_validate({"attention_macs": share}))
+            except UserError as error:
+                why = str(error)
+                continue
+        kept.append(share)
+    return tuple(kept) or (1.0,), why

@@ -1,0 +1,31 @@
+"""How long a model is tuned, and whether that was worth it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporter.compress.clock import Clock
+from moee.artifacts.model import MoeeModel
+
+MOST_EPOCHS = 10
+EPOCH_RUNS = 6.0  # of the dense model on an image, that an epoch takes for it
+
+
+def epochs_within(clock: Clock, images: int) -> int:
+    """Epochs on so many training images that the time allows; none if there is not enough for one."""
+    each = EPOCH_RUNS * clock.image_s * images
+    if clock.seconds is None or not each:
+        return MOST_EPOCHS
+    return max(0, min(MOST_EPOCHS, int(clock.tuning / each)))
+
+
+def worth(tuned: MoeeModel, epochs: int) -> dict[str, Any]:
+    """Whether the tuned model is to be shipped: it learned something, and holds no less on the held-out images."""
+    stages = tuned.info["stages"]
+    before, after = (stages[name]["retention"] for name in ("extracted", "tuned"))
+    if stages["tuned"]["best_epoch"] == 0:
+        return {"epochs": epochs, "kept": False, "why": f"{epochs} epochs taught it nothing"}
+    worse = after["class_cosine"] < before["class_cosine"]
+    if before["accuracy"] is not None:
+        worse = (after["accuracy"], after["class_cosine"]) < (before["accuracy"], before["class_cosine"])
+    return {"epochs": epochs, "kept": not worse, "why": "the tuned model holds less on the held-out images" if worse else ""}

@@ -1,0 +1,75 @@
+"""The five lines that `moee compress` ends with: accuracy, speed, size, what was chosen and why, where the bundle is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from exporter.terminal.ui import percent
+
+NAMES = {"static": "static pruning", "dense": "the dense model"}
+
+
+def way(point: dict[str, Any]) -> str:
+    """`8 experts a layer (kmeans-8) beside 75 % of the attention`."""
+    method = str(point["method"])
+    name = NAMES.get(method, f"experts ({method})")
+    return name + (f" beside {point['attention']:.0%} of the attention's MACs" if point["attention"] < 1 else "")
+
+
+def accuracy_line(kept: dict[str, Any] | None) -> str:
+    """`kept`: the retention of the model that was shipped; None for the dense one without a measurement."""
+    if kept is None:
+        return "accuracy: the dense model's own"
+    cosine = f"cosine to the dense outputs {kept['class_cosine']:.4f}"
+    if kept.get("accuracy") is None:
+        return f"accuracy: not compared ({kept['no_accuracy']}); {cosine}"
+    drop = 100 * (kept["dense_accuracy"] - kept["accuracy"])
+    interval = kept.get("drop_interval_pp")
+    within = f", 95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+    probe = " by a probe on the features" if kept.get("probe") else ""
+    of = f"{kept['labelled']} held-out images{probe}"
+    return (
+        f"accuracy: {percent(kept['accuracy'])} of {of}, dense {percent(kept['dense_accuracy'])} "
+        f"(drop {drop:.2f} points{within}); {cosine}"
+    )
+
+
+def speed_line(latencies: list[dict[str, Any]], planned: dict[str, Any] | None) -> str:
+    """`latencies`: results of the CPU's timing, one a batch; `planned`: what the plan measured or modelled for another device."""
+    parts = []
+    if planned is not None:
+        ratio = planned["dense_ms"] / planned["moee_ms"]
+        parts.append(f"{ratio:.2f}x as fast as dense on {planned['device']} at batch {planned['batch']}, {planned['kind']}")
+    for result in latencies:
+        verdict = result["verdict"]
+        parts.append(
+            f"{verdict['ratio']:.2f}x at batch {result['batch']} (99 % interval {verdict['low']:.2f} to {verdict['high']:.2f}, "
+            f"{result['dense_ms']['p50']:.1f} to {result['moee_ms']['p50']:.1f} ms)"
+        )
+    where = ", measured on CPU by ONNX Runtime" if latencies else ""
+    return f"speed: {'; '.join(parts)}{where}" if parts else "speed: that of the dense model"
+
+
+def size_line(cost: dict[str, Any], bytes_dense: int, bytes_moee: int) -> str:
+    macs, params = (cost["moee"][key] / cost["dense"][key] for key in ("macs", "params"))
+    return (
+        f"size: {macs:.1%} of the MACs, {params:.1%} of the parameters, weights {bytes_moee / 2**20:.1f} instead of "
+        f"{bytes_dense / 2**20:.1f} MiB"
+    )
+
+
+def choice_line(plan: dict[str, Any], budget: str, tuned: str, unshipped: str) -> str:
+    """What was chosen, and why. `tuned`: what fine-tuning did; `unshipped`: why the plan's winner is not what is shipped."""
+    points = [p for p in plan["points"] if p["method"] != "dense"]
+    winner = plan["winner"]
+    if unshipped:
+        return f"chosen: the dense model, {unshipped}; {way(winner)} is kept beside it"
+    if winner["recipe"] is None:
+        return f"chosen: the dense model: none of {len(points)} candidates is faster with {budget}"
+    others = [p for p in points if p["recipe"] != winner["recipe"]]
+    left = plan.get("left_out", 0)
+    tried = f"of {len(points)} candidates" + (f" ({left} more did not fit in the time)" if left else "")
+    alone = "the one candidate" if not others else f"the best {tried}"
+    return f"chosen: {way(winner)}{tuned}: {alone} with {budget}"
+
+

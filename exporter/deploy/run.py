@@ -1,0 +1,120 @@
+"""Classes or features of images by ONNX Runtime on the CPU. Needs Python 3, numpy, Pillow and onnxruntime; nothing of moee.
+
+    python3 run.py IMAGE ...            # the class of each image, or the length of its feature vector
+    python3 run.py --time 20 IMAGE      # also milliseconds an image, median of 20 runs
+
+`models/preprocess.txt` says how images are prepared, as timm's evaluation transform does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import struct
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--time", type=int, default=0, metavar="RUNS", help="time each image so many times")
+    args = parser.parse_args(argv)
+    check_files()
+    session, recipe, names, head = load()
+    for path in args.images:
+        batch = prepared(path, recipe)[None]
+        output = run(session, batch, head)
+        line = answer(output[0], names, classifies=head is not None or (HERE / "models" / "labels.txt").is_file())
+        if args.time > 0:
+            line += f"  {median_ms(session, batch, args.time):.2f} ms"
+        print(f"{path}: {line}")
+    return 0
+
+
+def check_files() -> None:
+    """Exit unless every file is the one that SHA256SUMS lists."""
+    for line in (HERE / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
+        digest, name = line.split("  ", 1)
+        if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != digest:
+            sys.exit(f"{name} is missing or was changed; copy the bundle again")
+
+
+def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str], tuple[np.ndarray, np.ndarray] | None]:
+    """The graph, how images are prepared, the classes' names, and the classifier of a graph that ends in features."""
+    models = HERE / "models"
+    session = onnxruntime.InferenceSession(str(models / "portable.onnx"), providers=["CPUExecutionProvider"])
+    lines = (models / "preprocess.txt").read_text(encoding="utf-8").splitlines()
+    recipe = {key: values for key, *values in (line.split() for line in lines if line and not line.startswith("#"))}
+    labels = models / "labels.txt"
+    names = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else []
+    head = None
+    if (models / "head.bin").is_file():
+        content = (models / "head.bin").read_bytes()
+        classes, features = struct.unpack("<ii", content[:8])
+        values = np.frombuffer(content, "<f4", offset=8)
+        head = values[: classes * features].reshape(classes, features), values[classes * features :]
+    return session, recipe, names, head
+
+
+def prepared(path: str, recipe: dict[str, list[str]]) -> np.ndarray:
+    """An image as the graph takes it: [3, H, W] float32. Of the same pixels as timm's evaluation transform."""
+    with Image.open(path) as picture:
+        image = picture.convert("RGB")
+    image = image.resize(resized(image, recipe), FILTERS[recipe["filter"][0]])
+    height, width = map(int, recipe["size"])
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
+    mean, std = (np.array(recipe[key], np.float32) for key in ("mean", "std"))
+    return ((pixels - mean) / std).transpose(2, 0, 1)
+
+
+def resized(image: Image.Image, recipe: dict[str, list[str]]) -> tuple[int, int]:
+    """Width and height before the crop: a square is covered by torchvision's rule, which rounds the longer side down, a
+    rectangle by timm's, which rounds to the nearest."""
+    height, width = map(int, recipe["resize"])
+    if recipe["crop"][0] == "squash":
+        return width, height
+    if height != width:
+        ratio = min(image.height / height, image.width / width)
+        return round(image.width / ratio), round(image.height / ratio)
+    if image.width > image.height:
+        return int(width * image.width / image.height), height
+    return width, int(height * image.height / image.width)
+
+
+def run(session: onnxruntime.InferenceSession, batch: np.ndarray, head: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """Class scores [N, classes] of a batch, or features [N, ...] where there is no classifier."""
+    given = session.get_inputs()[0]
+    output: np.ndarray = session.run(None, {given.name: batch.astype(np.float16 if "float16" in given.type else np.float32)})[0]
+    return output if head is None else output.astype(np.float32) @ head[0].T + head[1]
+
+
+def answer(output: np.ndarray, names: list[str], classifies: bool) -> str:
+    if not classifies or output.ndim != 1:
+        return f"features {list(output.shape)}, length {np.linalg.norm(output):.4f}"
+    best = int(output.argmax())
+    share = np.exp(output - output.max())
+    return f"{names[best] if names else f'class {best}'} ({share[best] / share.sum():.1%})"
+
+
+def median_ms(session: onnxruntime.InferenceSession, batch: np.ndarray, runs: int) -> float:
+    times = []
+    for _ in range(runs + 2):
+        started = time.perf_counter()
+        run(session, batch, None)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Which way wins within a given time: ways of making a model are bisected side by side, and the worse are left behind.
+
+A grid of targets, as `moee.planning.search` tries them, costs the same for every way. Here each way begins in the middle; what it
+gives there says whether it may save more or must save less, and after every round fewer ways go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from moee.planning.budget import Budget, Point, standing
+from moee.planning.search import Planner, Way
+
+FIRST = 0.65  # of the dense MACs, where every way begins
+CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
+GOING_ON = (4, 3, 2, 2)  # ways that are tried in each round
+
+
+@dataclass
+class Racer:
+    """A way with the targets that it was seen to meet the budget at, and to miss it at."""
+
+    way: Way
+    cheaper: float = CHEAPEST
+    dearer: float = DEAREST
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def target(self) -> float:
+        return FIRST if (self.cheaper, self.dearer) == (CHEAPEST, DEAREST) else round((self.cheaper + self.dearer) / 2, 3)
+
+    def learn(self, target: float, point: Point | None, budget: Budget) -> None:
+        """Take the result at `target`, None where no model can be made for it, which is so for everything cheaper."""
+        if point is not None:
+            self.points.append(point)
+        if point is None or may_cost_more(point, budget):
+            self.cheaper = target
+        else:
+            self.dearer = target
+
+
+def may_cost_more(point: Point, budget: Budget) -> bool:
+    """Whether the next model of this way should cost more: where quality is limited, because it is missed; else because there is
+    room below the limit of the cost."""
+    return point.lacks_quality(budget) if budget.limits_quality else not point.shortfalls(budget)
+
+
+def race(
+    planner: Planner, ways: Sequence[Way], over: Callable[[], bool], rounds: Sequence[int] = GOING_ON
+) -> tuple[list[Point], int]:
+    """Points of `ways`, and how many more there would have been, had `over` not said that the time is.
+
+    The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
+    for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
+    """
+    racers = [Racer(way) for way in ways]
+    points: list[Point] = []
+    left = sum(min(count, len(ways)) for count in rounds)
+    forwards = True
+    for count in rounds:
+        ranked = sorted((r for r in racers if r.points), key=lambda r: standing(r.points, planner.budget))
+        chosen = ranked[:count] if ranked else racers[:count]
+        ordered = [racer for racer in racers if racer in chosen]
+        for racer in ordered if forwards else reversed(ordered):
+            if points and over():
+                return points, left
+            target = racer.target
+            point = planner.point(racer.way, target)
+            racer.learn(target, point, planner.budget)
+            if point is not None:
+                points.append(point)
+            left -= 1
+        forwards = not forwards
+    return points, 0

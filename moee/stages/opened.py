@@ -1,0 +1,115 @@
+"""A session from what Python has: a module or a name, and images in memory or a source of the command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moee.bounds import CLASSES, whole
+from moee.config import validated
+from moee.errors import UserError
+from moee.given.preparation import differences, read_preparation
+from moee.interface.adapted import guesses_of
+from moee.interface.spec import InputConfig, ModelSpec
+from moee.keywords import spoken
+from moee.libraries.from_module import module_spec
+from moee.libraries.preparation import UNSAID, described
+from moee.libraries.wrapped import plain
+from moee.models.source import ModelOptions, named_model, with_pretrained
+from moee.parallel.joining import alone
+from moee.progress import Reporter, to_stderr
+from moee.schema import shown
+from moee.stages.session import Session
+
+log = logging.getLogger("moee")
+SOURCE = "_moee_source"  # attribute of a model of `moee.load_model`: its `ModelSpec`, and what it was then
+Images = Any  # a DataLoader, a dataset, an iterable of (images, labels), an `ImageSet`, or a source as `--data` takes it
+
+
+def session_of(
+    model: nn.Module | str, data: Images, val: Images = None, *, classes: Sequence[str] = (), num_classes: int | None = None,
+    input: InputConfig | Mapping[str, Any] | None = None, device: str = "auto", workers: int = 0,
+    report: Reporter | None = None, seed: int = 0,
+) -> Session:  # fmt: skip
+    """A dense model with its images, from what `extract` takes; what was guessed of them is logged."""
+    named = class_names(classes)
+    group = alone(device)
+    spec = spec_of(model, num_classes, input)
+    source, given = source_of(data, val)
+    prepared = None if given is None else read_preparation(data if val is None else val)
+    if spec.library == "module" and input is None and prepared is not None:
+        spec = spec.model_copy(update={"input": prepared})
+    session = Session(
+        spec, source, seed=seed, report=report or to_stderr(), group=group, workers=workers, classes=named, given=given
+    )
+    session.check_names(named)
+    _say_guesses(session)
+    if given is not None:
+        _say_preparation(prepared, session)
+    return session
+
+
+def _say_guesses(session: Session) -> None:
+    """Warn of what was guessed of a model of another library, but for its images: whoever gives a loader prepared them."""
+    for note in guesses_of(session.dense)[0]:
+        if UNSAID not in note:
+            log.warning("%s", spoken(note, {"num_classes": "num_classes"}))
+
+
+def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
+    """Warn where a device would prepare images otherwise than the loader does, or where that is not known."""
+    transform, (_, guessed) = session.transform, guesses_of(session.dense)
+    unlike = differences(prepared, transform) if prepared is not None else []
+    if unlike:
+        log.warning(
+            "the loader prepares images by %s as the model's description says; a bundle's runner follows the description: give "
+            "input={...}, or change the loader", "; ".join(unlike),
+        )  # fmt: skip
+    elif prepared is None and guessed:
+        log.warning(
+            "nobody says how the images were prepared, and a bundle's runner must do the same; guessed: %s. Give input={...}",
+            described(transform.config, guessed),
+        )
+
+
+def spec_of(
+    model: nn.Module | str, num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None
+) -> ModelSpec:
+    """The `ModelSpec` of a model: what `load_model` loaded it by, while it is still that model; else one that holds the module
+    itself, by which an artifact is opened with that module alone."""
+    if isinstance(model, str):
+        return named_model(model, ModelOptions(pretrained=True), log.info)
+    if num_classes is not None:
+        whole("num_classes", num_classes, CLASSES)
+    module = plain(model, type(getattr(model, "_orig_mod", model)).__name__)
+    source = getattr(module, SOURCE, None)
+    if source is not None and num_classes in (None, getattr(module, "num_classes", None)) and input is None:
+        spec, before = source
+        changed = before.differences(module)
+        if not changed:
+            return spec
+        log.info("%s was changed since load_model (%s): it is taken as a module of your own", spec.called, changed)
+    given = input if isinstance(input, InputConfig) or input is None else validated(InputConfig, dict(input))
+    return with_pretrained(module_spec(module, num_classes, given))
+
+
+def source_of(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:
+    """The name of a source, or what stands for one in Python."""
+    if isinstance(data, (str, Path)):
+        if val is not None:
+            raise UserError("held-out images go with training images given in Python; a folder or a named source has its own")
+        return os.fspath(data), None
+    return "", (data, val)
+
+
+def class_names(classes: Any) -> tuple[str, ...]:
+    """Names that differ, or none."""
+    names = classes if isinstance(classes, (list, tuple)) else None
+    if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise UserError(f"classes came as {shown(classes)}; expected a list of names that differ")
+    return tuple(names)

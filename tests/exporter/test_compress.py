@@ -1,0 +1,244 @@
+"""`moee compress`: one command from a model and images to a bundle within a budget and a time."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from exporter import cli
+from exporter.compress.clock import Clock, Trials, duration, seconds_of
+from exporter.compress.job import Job
+from exporter.compress.request import Request, possible_heads
+from exporter.compress.tuning import epochs_within
+from exporter.compress.verdicts import choice_line
+from exporter.timing.latency import bench
+from moee.artifacts import checkpoint
+from moee.errors import BudgetUnmet, StepFailed, UserError
+from moee.models.model import ModelSpec, build_model
+from moee.places.staged_folder import StagedFolder
+from moee.planning.budget import Budget
+from moee.stages.session import Session
+from moee.store.tensor_file import write_tensors
+from tests.conftest import TINY, teach, tiny_images, tiny_spec
+
+FAST = dict(methods=("static",), heads=(1.0,), batch=4)
+
+
+class Faked:
+    """Time that passes when it is told to."""
+
+    def __init__(self):
+        self.time = 0.0
+
+    def __call__(self):
+        return self.time
+
+
+def test_trials_end_when_one_more_would_not_fit():
+    now = Faked()
+    clock = Clock(600.0, now)
+    said = []
+    trials = Trials(clock, said.append)
+    begun = []
+    while not trials():
+        begun.append(now.time)
+        now.time += 70.0
+    assert now.time <= clock.trials_end == pytest.approx(0.7 * 540)
+    assert len(begun) == 5 and said == ["a trial took 70 s: about 4 more fit"]
+
+
+def test_tuning_gets_what_is_left_and_none_without_a_measure_of_its_time():
+    now = Faked()
+    clock = Clock(600.0, now, image_s=0.05, held_out=100)
+    now.time = 300.0
+    assert clock.tuning == pytest.approx(300 - 60 - 8 * 5)
+    assert epochs_within(clock, 200) == 3 and epochs_within(clock, 2000) == 0
+    assert epochs_within(Clock(None, now, image_s=0.05), 10**6) == 10
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("15m", 900), ("900", 900), ("90s", 90), ("1.5h", 5400), ("2 h", 7200)])
+def test_times(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "m", "ten", "5d", "-", "1e", "m5"])
+def test_no_times(text):
+    with pytest.raises(ValueError):
+        seconds_of(text)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(75, "75 s"), (200, "3 min 20 s"), (180, "3 min"), (7320, "2 h 2 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--target-macs", "0.7"], "give --max-drop, --min-cosine or --target-latency-ms"),
+        (["--time", "5"], "expected a time such as 15m"),
+        (["--time", "soon"], "expected a time such as 15m"),
+        (["--device", "toaster"], "unknown device 'toaster'"),
+        (["--sm", "toaster"], "unknown device 'toaster'"),
+        (["--device", "cuda"], "say it with --sm"),
+        (["--device", "ssh:jetson"], "say it with --sm"),
+        (["--methods", "magic"], "unknown method magic"),
+        (["--attention-macs", "2"], "expected shares of the MACs between 0 and 1, or 1"),
+        (["--max-drop", "-1"], "--max-drop"),
+    ],
+)
+def test_bad_input_is_refused_at_once(line, said, tmp_path, capsys):
+    words = ["compress", "test_vit", "--random-weights", "0", "--data", "digits", "--out", str(tmp_path / "out"), *line]
+    try:
+        code = cli.main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2 and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def session(monkeypatch, tmp_path):
+    """A taught tiny classifier with its images."""
+    train, held = tiny_images(40, classes=10), tiny_images(30, classes=10)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: (train, held))
+    model = teach(build_model(tiny_spec()).eval(), train)
+    weights = tmp_path / "weights.safetensors"
+    write_tensors(model.state_dict(), weights)
+    spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, weights=str(weights))
+    return Session(spec, "tiny")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Timings of a few runs, in which ours is twice as fast."""
+
+    def timed(folder, batch, **options):
+        result = bench(folder, batch, runs=2, images=options["images"])
+        return result
+
+    monkeypatch.setattr("exporter.compress.job.bench", timed)
+    monkeypatch.setattr("exporter.compress.job.target_of", lambda *args, **kwargs: SimpleNamespace(timing=lambda *args: None))
+    monkeypatch.setattr(Job, "_slower", lambda self, latencies: "")
+
+
+def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
+    said = []
+    out = tmp_path / "out"
+    job = Job(session, StagedFolder(out), Request(Budget(min_cosine=0.9), time_s=None, **FAST), say=said.append)
+    result = job.run()
+    assert result.shipped == "static" and [line.partition(":")[0] for line in result.lines] == [
+        "accuracy", "speed", "size", "chosen", "bundle"
+    ]  # fmt: skip
+    state = json.loads((out / "compress.json").read_text())
+    assert state["done"] and state["result"]["lines"] == list(result.lines)
+    assert {path.name for path in out.iterdir()} >= {"plan", "extracted", "export", "verify", "bundle", "report.html"}
+    assert not list(out.glob("*.resume"))
+    with pytest.raises(UserError, match="exists"):
+        StagedFolder(out).check()
+    shipped = checkpoint.load(out / state["result"]["model"])
+    assert shipped.info["layers"] and "on the CPU" not in result.lines[0]
+    # the bundle's own script gives the model's class, and refuses a changed file
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 52, 3), np.uint8))
+    image.save(tmp_path / "image.png")
+    ran = subprocess.run([sys.executable, out / "bundle" / "run.py", tmp_path / "image.png"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    from moee.data.transform import evaluation
+
+    with torch.inference_mode():
+        best = int(shipped.model(evaluation(session.transform)(image)[None]).argmax())
+    assert f": {best} (" in ran.stdout, "its class is called by its number"
+    (out / "bundle" / "models" / "preprocess.txt").write_text("size 1 1\n")
+    ran = subprocess.run([sys.executable, out / "bundle" / "run.py", tmp_path / "image.png"], capture_output=True, text=True)
+    assert ran.returncode == 1 and "preprocess.txt is missing or was changed" in ran.stderr
+
+
+def test_an_interrupted_job_goes_on_where_it_was(session, quick, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    request = Request(Budget(min_cosine=0.9), time_s=None, **FAST)
+    for stage in ("make_plan", "run_extract", "run_finetune", "export", "verify", "write_cpu_bundle", "write_report"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"exporter.compress.job.{stage}", interrupted)
+            with pytest.raises(KeyboardInterrupt) as raised:
+                Job(session, StagedFolder(out), request).run()
+            assert "the same command goes on" in raised.value.__notes__[0]
+        assert not json.loads((out / "compress.json").read_text())["done"]
+    monkeypatch.setattr("exporter.compress.job.make_plan", interrupted)
+    monkeypatch.setattr("exporter.compress.job.run_extract", interrupted)
+    assert Job(session, StagedFolder(out), request).run().shipped == "static", "what is done is not done again"
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_another_request_does_not_go_on_from_it(session, quick, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr("exporter.compress.job.make_plan", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Job(session, StagedFolder(out), Request(Budget(min_cosine=0.9), time_s=None, **FAST)).run()
+    before = (out / "compress.json").read_text()
+    with pytest.raises(UserError, match=r"holds a compression with budget.min_cosine 0.9, now 0.8"):
+        Job(session, StagedFolder(out), Request(Budget(min_cosine=0.8), time_s=None, **FAST)).run()
+    assert (out / "compress.json").read_text() == before
+
+
+def test_nothing_faster_ships_the_dense_model(session, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(Job, "_slower", lambda self, latencies: "dense is faster: 0.9x" if latencies else "")
+    out = tmp_path / "out"
+    result = Job(session, StagedFolder(out), Request(Budget(min_cosine=0.9), time_s=None, **FAST)).run()
+    assert result.shipped == "dense" and "the dense model, since dense is faster: 0.9x" in result.lines[3]
+    assert (out / "extracted").is_dir(), "it is kept beside"
+    manifest = json.loads((out / "export" / "export.json").read_text())
+    assert manifest["routed_layers"] == [] and manifest["source"] is None
+    assert json.loads((out / "verify" / "parity.json").read_text())["passed"]
+
+
+def test_a_budget_that_nothing_meets_names_the_nearest(session, quick, tmp_path, monkeypatch):
+    fake = {"kind": "measured on CPU", "device": "cpu", "batch": 4, "dense_ms": 2.0, "moee_ms": 1.0, "speedup": 2.0}
+    from moee.planning.search import Latency
+
+    timing = Latency("cpu", lambda model: fake)
+    monkeypatch.setattr("exporter.compress.job.target_of", lambda *args, **kwargs: SimpleNamespace(timing=lambda *args: timing))
+    with pytest.raises(BudgetUnmet, match="nothing meets the budget; nearest is static"):
+        Job(session, StagedFolder(tmp_path / "out"), Request(Budget(target_latency_ms=0.5), time_s=None, **FAST)).run()
+    assert not (tmp_path / "out" / "plan").exists() and (tmp_path / "out" / "plan.resume").is_dir()
+
+
+def test_what_does_not_verify_is_not_bundled(session, quick, tmp_path, monkeypatch):
+    from exporter.compress import job
+
+    def failing(*args, **kwargs):
+        result = verify(*args, **kwargs)
+        object.__setattr__(result, "dense_failure", "broken")
+        return result
+
+    verify = job.verify
+    monkeypatch.setattr(job, "verify", failing)
+    with pytest.raises(StepFailed, match="does not verify"):
+        Job(session, StagedFolder(tmp_path / "out"), Request(Budget(min_cosine=0.9), time_s=None, **FAST)).run()
+    assert not (tmp_path / "out" / "bundle").exists() and (tmp_path / "out" / "verify" / "junit.xml").is_file()
+
+
+def test_heads_that_cannot_be_narrowed_are_left_out(session):
+    assert possible_heads(session, (1.0, 0.75)) [0] in ((1.0,), (1.0, 0.75))
+    kept, why = possible_heads(session, (0.01,))
+    assert kept == (1.0,) and "--attention-macs" in why
+
+
+def test_the_line_of_the_choice_says_how_many_were_tried():
+    def point(method, share, recipe):
+        return {"method": method, "attention": share, "recipe": recipe, "allocation": ""}
+
+    static, experts = point("static", 1.0, {"a": 1}), point("kmeans-8", 0.75, {"b": 1})
+    dense = point("dense", 1.0, None)
+    plan = {"points": [static, experts, dense], "winner": experts, "left_out": 3}
+    line = choice_line(plan, "a cosine of at least 0.98", ", tuned for 2 epochs", "")
+    assert "experts (kmeans-8) beside 75% of the attention's MACs, tuned for 2 epochs" in line
+    assert "of 2 candidates (3 more did not fit in the time)" in line
+    assert "none of 2 candidates is faster" in choice_line({**plan, "winner": dense}, "x", "", "")

@@ -1,0 +1,88 @@
+"""What each form of a layer costs, and what follows from it for a plan."""
+
+import copy
+
+import pytest
+
+from exporter.timing.form_table import Forms, FormTable, between, measure_forms
+from moee.data.image_set import image_shape
+from moee.errors import OutOfReach, UserError
+from moee.methods.recipe import make_recipe
+from moee.methods.registry import method_of
+from moee.mlps.find import find_ffns
+from moee.planning.budget import Point
+from moee.planning.found import prediction_error
+from moee.planning.search import Latency, Planner, Way
+from tests.conftest import extract
+
+LINE = {0.25: 1.0, 0.5: 2.0, 1.0: 4.0}
+
+
+def test_values_lie_on_straight_lines_between_the_measured():
+    assert between(LINE, 0.375) == pytest.approx(1.5) and between(LINE, 0.75) == pytest.approx(3.0)
+    assert between(LINE, 0.125) == pytest.approx(0.5) and between(LINE, 1.25) == pytest.approx(5.0)
+    assert between(LINE, -1.0) == 0.0
+
+
+def test_a_layer_is_left_where_its_forms_are_no_faster():
+    forms = {
+        "fast": Forms(4.0, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
+        "late": Forms(2.2, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
+        "never": Forms(2.0, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
+    }
+    table = FormTable(8, dict.fromkeys(forms, 100), forms, {})
+    assert table.slower(0.5, 8) == (["late"], ["never"])
+    assert table.slower(0.5, 1) == ([], ["never"])
+    with pytest.raises(OutOfReach, match="no MLP is faster than dense here with 100%"):
+        FormTable(8, {"never": 100}, {"never": forms["never"]}, {}).slower(1.0, 1)
+
+
+def test_the_dense_model_is_predicted_as_itself_and_a_cut_one_by_its_forms(tiny_moee):
+    model, dense, data, *_ = tiny_moee
+    table = measure_forms(dense, image_shape(data.images), 2, experts=(4,))
+    names = [f.name for f in find_ffns(dense).ffns]
+    assert list(table.mlps) == names and set(table.attentions) == {"blocks.0.attn", "blocks.1.attn", "blocks.2.attn"}
+    assert table.mlps[names[0]] is table.mlps[names[1]], "one shape is timed once"
+    assert table.predict(copy.deepcopy(dense), 5.0) == 5.0
+    forms = {name: Forms(4.0, LINE, {4: {0.25: 10.0, 1.0: 10.0}}) for name in names}
+    known = FormTable(2, table.hidden, forms, {})
+    assert known.predict(model, 20.0) == pytest.approx(20 + 3 * (10 - 4))
+
+
+def test_a_plan_leaves_layers_to_what_the_device_says(tiny_model):
+    class Times:
+        def predict(self, model, dense_ms):
+            return dense_ms
+
+        def slower(self, share, experts):
+            return (["blocks.1.mlp"] if experts > 1 else []), ["blocks.0.mlp"]
+
+    planner = Planner.__new__(Planner)
+    planner.base, planner.latency = {"exclude": ("blocks.2",)}, Latency("x", lambda model: {}, Times())
+    assert planner._by_layer(Way("kmeans-8", "share")) == {
+        "exclude": ("blocks.2", "blocks.0.mlp"), "one_expert": ("blocks.1.mlp",)
+    }  # fmt: skip
+    assert planner._by_layer(Way("static", "share")) == {"exclude": ("blocks.2", "blocks.0.mlp")}
+    planner.latency = Latency("x", lambda model: {})
+    assert planner._by_layer(Way("kmeans-8", "share")) == {}
+
+
+def test_one_expert_is_static_pruning_of_that_layer(tiny_model, tiny_moee):
+    _, dense, data, *_ = tiny_moee
+    options = make_recipe(values={"clusters": 4, "cluster_tokens": 300, "one_expert": ("blocks.1.mlp",)}).cut
+    model = copy.deepcopy(dense)
+    reports = extract(model, data, options)
+    assert [report.experts for report in reports] == [4, 1, 4]
+    wrong = options.model_copy(update={"one_expert": ("blocks.9.mlp",)})
+    with pytest.raises(UserError, match="--one-expert blocks.9.mlp is no MLP that gets experts; those are blocks.0.mlp"):
+        method_of(wrong).check(dense, image_shape(data.images), wrong)
+
+
+def test_errors_of_a_prediction():
+    def point(moee, predicted):
+        latency = {"moee_ms": moee, "dense_ms": 2.0} | ({"predicted_ms": predicted} if predicted else {})
+        return Point("static", "", 0.5, 0.5, 1.0, 1.0, None, None, latency, {})
+
+    points = [point(1.0, 1.1), point(2.0, 1.0), point(1.0, 1.0), point(1.0, None)]
+    assert prediction_error(points) == {"points": 3, "median": pytest.approx(0.1), "largest": 0.5}
+    assert prediction_error([point(1.0, None)]) is None

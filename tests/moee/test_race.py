@@ -1,0 +1,63 @@
+"""Ways are bisected side by side within a time."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from moee.planning.budget import Budget, Point
+from moee.planning.race import FIRST, Racer, may_cost_more, race
+from moee.planning.search import Way
+
+GOOD, POOR, LATE = Way("static", "sensitivity"), Way("kmeans-8", "sensitivity"), Way("hdbscan", "sensitivity")
+
+
+def planner(least, budget, impossible=()):
+    """Ways that meet a cosine of 0.98 from a target on; their latency is their MACs."""
+    asked = []
+
+    def point(way, target):
+        asked.append((way, target))
+        if target < dict(impossible).get(way, 0):
+            return None
+        cosine = 0.99 if target >= least[way] else 0.9
+        latency = {"moee_ms": 10 * target, "dense_ms": 10.0}
+        return Point(way.method, way.allocation, target, target, cosine, None, None, None, latency, {"way": way.method})
+
+    return SimpleNamespace(budget=budget, point=point, asked=asked)
+
+
+def test_the_better_way_gets_the_trials_and_comes_near_its_limit():
+    ours = planner({GOOD: 0.5, POOR: 0.8, LATE: 0.95}, Budget(min_cosine=0.98))
+    points, left = race(ours, [GOOD, POOR, LATE], lambda: False)
+    assert left == 0
+    tried = [target for way, target in ours.asked if way is GOOD]
+    assert tried[0] == FIRST and len(tried) == 4 and min(t for t in tried if t >= 0.5) - 0.5 < 0.07
+    assert len([way for way, _ in ours.asked if way is LATE]) < 4
+    assert all(target > FIRST for way, target in ours.asked[3:] if way is POOR), "it missed the budget, so it must cost more"
+
+
+def test_the_first_point_is_made_and_the_rest_when_there_is_time():
+    calls = iter([False, True])
+    ours = planner({GOOD: 0.5, POOR: 0.8}, Budget(min_cosine=0.98))
+    points, left = race(ours, [GOOD, POOR], lambda: next(calls))
+    assert [p.method for p in points] == ["static", "kmeans-8"] and left == 8 - 2
+
+
+def test_what_cannot_be_made_is_looked_for_dearer():
+    ours = planner({GOOD: 0.0}, Budget(min_cosine=0.98), impossible={GOOD: 0.7})
+    points, _ = race(ours, [GOOD], lambda: False)
+    assert points and all(point.macs >= 0.7 for point in points)
+    assert [target for _, target in ours.asked][:2] == [FIRST, pytest.approx(0.825)]
+
+
+def test_under_a_limit_of_the_latency_the_dearest_below_it_is_looked_for():
+    ours = planner({GOOD: 0.0}, Budget(target_latency_ms=8.0))
+    points, _ = race(ours, [GOOD], lambda: False)
+    assert max(p.macs for p in points if not p.shortfalls(ours.budget)) == pytest.approx(0.781, abs=0.02)
+
+
+def test_a_point_of_no_number_is_missed_quality():
+    broken = Point("static", "", 0.5, 0.5, float("nan"), None, None, None, None, {})
+    assert may_cost_more(broken, Budget(min_cosine=0.9)) and broken.lacks_quality(Budget(min_cosine=0.9))
+    assert broken.lacks_quality(Budget(max_drop=1.0)), "an accuracy that nobody measured is none that is good enough"
+    assert Racer(GOOD).target == FIRST
