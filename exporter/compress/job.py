@@ -153,8 +153,8 @@ class Job:
             heads, why = possible_heads(self.session, self.request.heads)
             if why:
                 self.say(f"the attention stays as it is: {why}")
-            target = target_of(self.request.device, batch=self.request.batch, sm=self.request.sm)
-            latency = target.timing(self.session, self.report)
+            device = target_of(self.request.device, batch=self.request.batch, sm=self.request.sm)
+            latency = device.timing(self.session, self.report)
             with self._stage("plan", state):
                 make_plan(
                     self.session, budget, target, methods=self.request.methods, allocations=ALLOCATION, attention=heads,
