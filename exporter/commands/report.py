@@ -12,7 +12,7 @@ from moee.places.inputs import source_paths
 from moee.places.output_file import OutputFile
 from moee.store.result_kinds import REPORT
 
-TEXT = "one HTML file about a run: cost, retention, parity, latency, routing"
+TEXT = "one HTML file about a run: front of a plan, cost, retention, parity, latency, classes, routing, patches of experts"
 
 
 def add_parser(subparsers: Any) -> None:

@@ -108,7 +108,7 @@ def experts(sources: Sources) -> tuple[str | None, list[Html]]:
         name, rows = str(layer.get("name") or DASH), _dicts(layer.get("experts"))[:MOST_EXPERTS]
         drawn = []
         for row in rows:
-            expert, share = fixed(row.get("expert"), 0), percent(row.get("share"), 1)
+            expert, share = fixed(row.get("expert"), 0), _taken(row.get("share"))
             image = pictures.image(row, f"{name}, expert {expert}: patches nearest its router row")
             none = row.get("patches") == 0
             said = f"expert {expert}: it gets no patch" if none else f"expert {expert}: {share}"
@@ -123,6 +123,12 @@ def experts(sources: Sources) -> tuple[str | None, list[Html]]:
         items = [tag("li", f"{name}: {why}") for name, why in list(left_out.items())[:MOST_LAYERS]]
         parts += [tag("p", "Layers without patches:"), tag("ul", *items)]
     return None, parts
+
+
+def _taken(share: Any) -> str:
+    """A share of the patches; one that rounds to nothing is no nothing."""
+    number = real(share)
+    return "below 0.1%" if number is not None and 0 < number < 0.001 else percent(share, 1)
 
 
 def _dicts(values: Any) -> list[dict[str, Any]]:

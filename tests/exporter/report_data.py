@@ -149,7 +149,7 @@ def examples(layer: str = "blocks.0.mlp") -> dict[str, Any]:
     """The body of an `examples.json`."""
     rows = [{"name": "<b>zero", "images": 20, "dense": 18, "moee": 15}, {"name": "one", "images": 20, "dense": 20, "moee": 20}]
     shown = [{"label": "<b>zero", "dense": "<b>zero", "moee": "one", **jpeg(40, 40)}]
-    experts = [{"expert": e, "share": share, "patches": 8, **jpeg(136, 16)} for e, share in ((1, 0.7), (0, 0.3))]
+    experts = [{"expert": e, "share": share, "patches": 8, **jpeg(136, 16)} for e, share in ((1, 0.7), (0, 0.2998), (3, 0.0002))]
     experts.append({"expert": 2, "share": 0.0, "patches": 0})
     return {
         **{"schema": "moee.examples/1", "data": "digits", "images": 40, "of_images": 60},

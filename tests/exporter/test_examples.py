@@ -133,12 +133,12 @@ def test_the_file_says_what_cannot_be_shown(models, tmp_path):
 def test_the_page_shows_them(tmp_path):
     page = Page(render(collect([write_run(tmp_path / "run")])))
     for said in ("<b>zero 20 90.0% (18 of 20) 75.0% (15 of 20) −15.0", "3 lost the right class, 0 gained it, 1 changed otherwise",
-                 "label <b>zero dense <b>zero MoEE one", "blocks.0.mlp: 4 experts, the busiest takes 70% of the patches; 3 are",
-                 "expert 2: it gets no patch",
+                 "label <b>zero dense <b>zero MoEE one", "blocks.0.mlp: 4 experts, the busiest takes 70% of the patches",
+                 "expert 2: it gets no patch", "expert 3: below 0.1%",
                  "expert 1: 70.0%", "blocks.2.mlp: it has one expert", "40 of 60 held-out images"):  # fmt: skip
         assert said in page.text, said
     images = [a for t, a in page.tags if t == "img"]
-    assert len(images) == 3 and all(a["src"].startswith("data:image/jpeg;base64,") and a["alt"] for a in images)
+    assert len(images) == 4 and all(a["src"].startswith("data:image/jpeg;base64,") and a["alt"] for a in images)
 
 
 @pytest.mark.parametrize("bad", ["javascript:alert(1)", "PHN2Zz4=", 7, None, "/9j/" * 300_000])

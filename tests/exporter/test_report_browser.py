@@ -31,7 +31,7 @@ def test_it_renders_clean_and_fits(page, tmp_path, width, phone, dark):
         heights = browser.run("[...document.querySelectorAll('svg.front text')].map(t => t.getBoundingClientRect().height)")
         assert len(heights) > 30 and min(heights) >= 10, "text of a front is too small to read"
         loaded = browser.run("[...document.images].map(i => [i.alt, i.complete && i.naturalWidth > 0])")
-        assert len(loaded) == 4 and all(fine for _, fine in loaded), loaded
+        assert len(loaded) == 5 and all(fine for _, fine in loaded), loaded
         assert browser.console == [], browser.console
         assert {r.partition(":")[0] for r in browser.requests} <= {"file", "data"}
         assert [r for r in browser.requests if r.startswith("file")] == [page.resolve().as_uri()]
