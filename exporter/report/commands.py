@@ -15,8 +15,9 @@ from exporter.report.sources import Sources
 from exporter.terminal.options import flag_of
 from moee.config import FinetuneConfig, Options
 from moee.errors import UserError
-from moee.methods.recipe import read_recipe_json
-from moee.methods.registry import METHODS
+from moee.methods.base import Method
+from moee.methods.recipe import make_recipe, read_recipe_json
+from moee.methods.registry import METHODS, options_for
 from moee.natural_order import in_order
 
 ALIASES = ("dinov2-s", "vit-scratch")  # models that bring their weights and arguments (exporter/pretrained.py)
@@ -129,11 +130,30 @@ def _recipe_words(recipe: Any) -> list[Any]:
     words: list[Any] = []
     for step in steps:
         method = next((method for method in METHODS if method.name == step.get("method")), None)
-        if method is not None and method.cuts == "mlps" and method is not METHODS[0]:
-            words += ["--method", method.name]
         if method is not None:
-            words += [word for word in _flags(step, method.options, words)]
+            words += _step_words(method, step, words)
     return words
+
+
+def _step_words(method: Method[Any], step: dict[str, Any], said: Sequence[Any]) -> list[Any]:
+    """The flags of a step, but for those that were `said`: from the preset that takes the fewest."""
+    values = {name: value for name, value in step.items() if name != "method"}
+    named = ["--method", method.name] if method.cuts == "mlps" and method is not METHODS[0] else []
+    ways = []
+    for number, (preset, start) in enumerate(method.presets.items()):
+        usual = {name: start.get(name, field.default) for name, field in method.options.model_fields.items()}
+        given = {name: values[name] for name in usual if values.get(name) not in (None, usual[name])}
+        try:
+            made = make_recipe(method.name, preset, _tuples(given)).cut
+            if made == options_for(method, _tuples(values)):
+                ways.append([*named, *(["--preset", preset] if number else []), *_words(given, said)])
+        except UserError:  # of a manifest that somebody changed, or of another version
+            continue
+    return min(ways, key=len, default=[*named, *_flags(values, method.options, said)])
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _name(spec: dict[str, Any]) -> str:
@@ -179,8 +199,13 @@ def _image_size(spec: dict[str, Any]) -> list[Any]:
 
 def _flags(values: dict[str, Any], kind: type[Options], said: Sequence[Any] = ()) -> list[Any]:
     """Flags of the settings that differ from their default, but for those that were `said`."""
+    return _words(dict(_changed(values, kind)), said)
+
+
+def _words(values: dict[str, Any], said: Sequence[Any]) -> list[Any]:
+    """Flags with their values, but for those that were `said`."""
     words: list[Any] = []
-    for name, value in _changed(values, kind):
+    for name, value in values.items():
         flag = flag_of(name)
         if flag in said:
             continue

@@ -25,14 +25,16 @@ def flag_of(name: str) -> str:
 
 def add_options(
     parser: Any, kind: type[Options], only: Container[str] | None = None, defaults: Mapping[str, Any] | None = None,
-    hidden: bool = False,
+    *, hidden: bool = False, said: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """A flag for every field of `kind`, or of those in `only`, that `parser` has no flag for yet. What is not given is None, so
-    that it can be told from a default; `defaults` are the command's own. `hidden` flags are taken, and left out of the help."""
+    that it can be told from a default; `defaults` are the command's own. `said`: defaults that the help shows and that others
+    put in place. `hidden` flags are taken, and left out of the help."""
     taken = parser._option_string_actions
     for name, field in kind.model_fields.items():
         if (only is None or name in only) and flag_of(name) not in taken:
-            _add(parser, name, field, (defaults or {}).get(name), hidden)
+            default = (defaults or {}).get(name)
+            _add(parser, name, field, default, None if hidden else help_of(field, (said or {}).get(name, default)))
 
 
 def given_options(args: argparse.Namespace, kinds: Iterable[type[Options]]) -> dict[str, Any]:
@@ -42,9 +44,9 @@ def given_options(args: argparse.Namespace, kinds: Iterable[type[Options]]) -> d
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
 
 
-def _add(parser: Any, name: str, field: FieldInfo, default: Any, hidden: bool) -> None:
+def _add(parser: Any, name: str, field: FieldInfo, default: Any, said: str | None) -> None:
     kind = plain_type(field.annotation)
-    text = argparse.SUPPRESS if hidden else help_of(field, default).replace("%", "%%")
+    text = argparse.SUPPRESS if said is None else said.replace("%", "%%")
     if kind is bool:
         parser.add_argument(flag_of(name), action=argparse.BooleanOptionalAction if field.default else "store_true", default=None,
                             help=text)  # fmt: skip
@@ -63,6 +65,7 @@ def help_of(field: FieldInfo, default: Any = None) -> str:
     said = field.description or ""
     if SAID in said and default is None:
         return said
+    said = said.partition(f" {SAID}")[0]
     value = field.default if default is None else default
     if value is PydanticUndefined:
         return f"{said} (required)"

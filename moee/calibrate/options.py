@@ -26,10 +26,17 @@ class SelectionOptions(Options):
     criterion: Literal["sensitivity", "output_variance", "variance", "magnitude", "random"] = Field(
         "output_variance", description="what neurons are ranked by"
     )
-    keep: float = Field(0.95, gt=0, le=1, description="share of the criterion that the kept neurons hold")
+    keep: float = Field(
+        0.95, gt=0, le=1,
+        description="share of the criterion that the kept neurons hold; takes the place of a preset's --target-macs",
+    )  # fmt: skip
     target_macs: float | None = Field(
         None, gt=0, lt=1,
         description="MACs of the result as a share of the dense model's; --keep is then found (default: as --keep leaves them)",
+    )  # fmt: skip
+    mlp_floor: float | None = Field(
+        None, gt=0, lt=1,
+        description="share of the cut MLPs' MACs that stays at least, although the result then costs more than --target-macs",
     )  # fmt: skip
     allocation: Literal["expert", "model"] = Field(
         "expert",
@@ -39,6 +46,12 @@ class SelectionOptions(Options):
         "both", description="what the sensitivity is measured on: the output, the tokens of the last feature map, or both"
     )
     sensitivity_tokens: Count = Field(32_768, description="tokens a layer that the sensitivity is measured on")
+
+    @model_validator(mode="after")
+    def _bounded(self) -> SelectionOptions:
+        if self.mlp_floor is not None and self.target_macs is None:
+            raise ValueError("--mlp-floor bounds what --target-macs cuts; give that too")
+        return self
 
     @model_validator(mode="after")
     def _comparable(self) -> SelectionOptions:

@@ -47,7 +47,8 @@ class Method(ABC, Generic[Chosen]):
     `name`: in recipes and after `--method`; `also`: older names. `summary`: one line for help. `options`: the model of its
     options, whose descriptions are the help. `cuts`: which part of the model; attention comes before MLPs. `gated`: whether it
     cuts gated MLPs too. `shares`: what models of different budgets have in common, so that a plan makes it once: the calibration
-    tokens, the groups of a layer's tokens, or nothing. `presets`: named values. `variants`: what a plan tries. `allocations`: the
+    tokens, the groups of a layer's tokens, or nothing. `presets`: named values; the first ones are taken where none are named.
+    `replaced`: the values of a preset that an option, once given, makes void. `variants`: what a plan tries. `allocations`: the
     values with which it spends a plan's budget, by name.
     """
 
@@ -59,6 +60,7 @@ class Method(ABC, Generic[Chosen]):
     gated: ClassVar[bool] = False
     shares: ClassVar[Shares] = "nothing"
     presets: ClassVar[Mapping[str, Values]] = {}
+    replaced: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     variants: ClassVar[Mapping[str, Variant]] = {}
     allocations: ClassVar[Mapping[str, Values]] = {"": {}}
 
@@ -92,9 +94,9 @@ class Method(ABC, Generic[Chosen]):
         no matter of its own budget."""
         return 0, 0
 
-    def budget(self, options: Chosen) -> float | None:
-        """Share of the model's MACs that cutting its MLPs must reach, where that can be held against the model before any work;
-        None where nothing of the kind is asked."""
+    def budget(self, options: Chosen) -> tuple[float, float] | None:
+        """Share of the model's MACs that cutting its MLPs must reach, and the share of theirs that stays even so (0: none), where
+        they can be held against the model before any work; None where nothing of the kind is asked."""
         return None
 
     def within(self, options: Chosen, target: float, model: nn.Module, shape: tuple[int, int, int]) -> Chosen:

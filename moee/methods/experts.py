@@ -55,8 +55,8 @@ class NeuronMethod(LayerMethod[Any]):
     shares: ClassVar[Shares] = "groups"
     allocations = ALLOCATIONS
 
-    def budget(self, options: NeuronOptions) -> float | None:
-        return options.target_macs
+    def budget(self, options: NeuronOptions) -> tuple[float, float] | None:
+        return None if options.target_macs is None else (options.target_macs, options.mlp_floor or 0.0)
 
     def prepare(self, model: nn.Module, options: Any, context: Context) -> Prepared:
         prepared = super().prepare(model, options, context)
@@ -81,9 +81,15 @@ class ExpertsMethod(NeuronMethod):
     name, also, options = "experts", ("moee",), ExpertsOptions
     summary = "experts of neurons, found by clustering each layer's tokens; every token goes to one"
     presets: ClassVar = {
+        "deploy": {
+            "clustering": "kmeans", "clusters": 8, "components": 50, "cluster_tokens": 6000, "target_macs": 0.7, "mlp_floor": 0.5,
+        },
         "compensated": {},
         "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},
     }
+    replaced: ClassVar = {
+        "keep": ("target_macs", "mlp_floor"), "target_macs": ("mlp_floor",), "clustering": ("clusters", "components"),
+    }  # fmt: skip
     variants: ClassVar = {
         "hdbscan": Variant({"clustering": "hdbscan"}),
         "kmeans-8": Variant({"clustering": "kmeans", "clusters": 8, "components": 50}),

@@ -33,7 +33,6 @@ from moee.methods.base import Method
 from moee.methods.registry import METHODS, cutting, method_named, method_of, options_for, presets, refuse_dashes
 from moee.schema import shown
 
-DEFAULT_PRESET = "compensated"
 PARTS = ("attention", "mlps")  # in the order in which they are cut
 _PART = {"attention": "the attention", "mlps": "MLPs"}  # as sentences call them
 MAX_BYTES = 1 << 20  # of a recipe's file
@@ -111,24 +110,35 @@ class Recipe:
 
 def make_recipe(method: str | None = None, preset: str | None = None, values: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe that flags, or the keywords of Python, ask for: the values that are not None, each given to every step that
-    knows it. Raises `UserError` for what does not fit."""
+    knows it. What they leave open is as in the preset, or else in the method's first one. Raises `UserError` for what does not
+    fit."""
     given = {name: value for name, value in (values or {}).items() if value is not None}
     chosen, start = _chosen(method, preset)
+    void = {name for option in given for name in chosen.replaced.get(option, ())}
+    start = {name: value for name, value in start.items() if name not in void}
     if given.get("clustering") == "none":  # an older way to ask for static pruning
         del given["clustering"]
         static = method_named("static")
         if chosen is METHODS[0]:
-            chosen, start = static, {name: value for name, value in start.items() if name in static.options.model_fields}
+            chosen, start = static, start if preset else {}
+            start = {name: value for name, value in start.items() if name in static.options.model_fields}
         elif chosen is not static:
             raise OptionError(f"--clustering is not for method {chosen.name}; leave it out", "clustering")
-    steps, known = [], chosen.options.model_fields
+    return recipe_with(chosen, given, start)
+
+
+def recipe_with(method: Method[Any], values: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of a method and of what goes beside it, each step with those of the `values` that it knows. What they leave open
+    is as in `start`, which is for the method alone, or else by the options' own default. Raises `UserError` for what does not
+    fit."""
+    given, steps, known = dict(values), [], method.options.model_fields
     shared = {name for other in cutting("mlps") for name in other.options.model_fields}
     for beside in cutting("attention"):
         own = {name: value for name, value in given.items() if name in beside.options.model_fields}
         if own.keys() - shared:  # asked for by a name of its own
             steps.append(options_for(beside, own))
             given = {name: value for name, value in given.items() if name not in own or name in known}
-    steps.append(options_for(chosen, {**start, **given}))
+    steps.append(options_for(method, {**(start or {}), **given}))
     return Recipe(tuple(step for step in steps if method_of(step).changes(step)))
 
 
@@ -137,17 +147,20 @@ def _chosen(name: str | None, preset: str | None) -> tuple[Method[Any], Mapping[
     known = presets()
     if preset is not None and preset not in known:
         raise UserError(f"unknown preset {shown(preset)}; expected one of {', '.join(known)}")
-    method = method_named(name) if name is not None else known[preset or DEFAULT_PRESET]
+    method = method_named(name) if name is not None else known[preset] if preset is not None else METHODS[0]
     if method.cuts != "mlps":
         raise UserError(f"--method {method.name} goes beside another one; give --attention-macs with --method {METHODS[0].name}")
     if preset is not None and known[preset] is not method:
         raise UserError(f"--preset {preset} is of method {known[preset].name}, and not of {method.name}; leave one of them out")
-    return method, method.presets[preset] if preset is not None else {}
+    return method, method.presets[preset] if preset is not None else next(iter(method.presets.values()), {})
 
 
 def method_options(preset: str | None = None, **values: Any) -> Any:
-    """The options of the step that cuts the MLPs, as `make_recipe`."""
-    return make_recipe(values.pop("method", None), preset, values).cut
+    """The options of the step that cuts the MLPs, as `make_recipe`; without a preset with their own defaults."""
+    name = values.pop("method", None)
+    if preset is not None or values.get("clustering") == "none":
+        return make_recipe(name, preset, values).cut
+    return recipe_with(method_named(name) if name else METHODS[0], values).cut
 
 
 def read_recipe_json(body: Any, path: Path | str) -> Recipe:

@@ -23,7 +23,7 @@ from moee.measure.accuracy import Comparison
 from moee.methods.base import Method, Variant
 from moee.methods.convert import Prepared, calibrate
 from moee.methods.experts import ALLOCATIONS as EXPERT_ALLOCATIONS
-from moee.methods.recipe import Recipe, make_recipe, read_recipe_json
+from moee.methods.recipe import Recipe, read_recipe_json, recipe_with
 from moee.methods.registry import METHODS, cutting
 from moee.mlps.find import find_ffns
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
@@ -78,7 +78,7 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
     for heads in cutting("attention") if attention else ():
         known |= set(heads.options.model_fields)
     given = {name: value for name, value in base.items() if name in known}
-    return make_recipe(method.name, values={**given, **attention, **variant.values, **method.allocations[way.allocation]})
+    return recipe_with(method, {**given, **attention, **variant.values, **method.allocations[way.allocation]})
 
 
 class LayerForms(Protocol):

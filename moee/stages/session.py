@@ -165,16 +165,17 @@ class Session:
         except Exception as error:  # the counter runs a stranger's model on shapes alone
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
-        target = recipe.method.budget(recipe.cut)
-        if target is not None:
+        budget = recipe.method.budget(recipe.cut)
+        if budget is not None:
+            target, floor = budget
             cut = sum(tokens[ffn.name] * ffn.macs for ffn in ffns)
             saved = [method_of(step).saves(self.dense, self.transform.shape, step) for step in recipe.first]
             least, most = sum(low for low, _ in saved), sum(high for _, high in saved)
             asked = (1 - target) * whole
             if asked - most >= cut or not recipe.first:  # even so the MLPs do not hold enough
-                ffn_budget(whole, cut, target, most)
+                ffn_budget(whole, cut, target, most, floor=floor)
             if asked <= least:  # nothing is left to be cut
-                ffn_budget(whole, cut, target, least)
+                ffn_budget(whole, cut, target, least, floor=floor)
 
     def _few_images(self) -> Tensor:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""

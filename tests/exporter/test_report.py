@@ -216,7 +216,8 @@ def test_the_command(run, tmp_path, capsys):
 
 def test_commands_reproduce_the_configuration(run):
     lines = commands(collect([run]))
-    assert lines[0] == "moee extract tiny --data digits --clustering kmeans --clusters 3 --keep 0.9 --out extracted"
+    how = "--preset compensated --clustering kmeans --clusters 3 --keep 0.9"
+    assert lines[0] == f"moee extract tiny --data digits {how} --out extracted"
     assert lines[1] == "moee finetune extracted --epochs 2 --lr 1e-06 --out tuned"
     parser = cli.build_parser()
     for line in lines:
@@ -282,7 +283,8 @@ def test_the_command_makes_the_same_recipe(tmp_path):
     heads = {"attention_macs": 0.8, "seed": 5}
     clear = {"rank": 8, "residual_rank": 4, "router": "mlp", "compensation": "mean", "score": False, "seed": 5}
     for method, values in (("clear-moe", clear), ("static", {"keep": 0.5, "exclude": ("a", "b"), "seed": 5}),
-                           ("moefication", {"experts": 8, "top_k": 2, "seed": 5})):  # fmt: skip
+                           ("moefication", {"experts": 8, "top_k": 2, "seed": 5}), ("experts", {"seed": 5}),
+                           ("experts", {"keep": 0.5, "clusters": 4, "seed": 5})):  # fmt: skip
         recipe = make_recipe(method, values={**heads, **values})
         body["recipe"] = recipe.to_json()
         path.write_text(json.dumps(body))

@@ -152,7 +152,7 @@ def test_no_device_is_read(tmp_path):
 
 
 def test_older_names_mean_what_they_say():
-    assert make_recipe("moee") == make_recipe("experts") == make_recipe(preset="compensated") == make_recipe()
+    assert make_recipe("moee") == make_recipe("experts") == make_recipe(preset="deploy") == make_recipe()
     assert make_recipe("static") == make_recipe(preset="static") == make_recipe(values={"clustering": "none"})
     assert make_recipe(values={"clusters": 8}).cut.clustering == "kmeans"
     paper = make_recipe(preset="paper", values={"clustering": "none"}).cut
@@ -161,6 +161,23 @@ def test_older_names_mean_what_they_say():
     for bad in (dict(method="heads"), dict(method="static", preset="paper"), dict(method="moefication", values=none)):
         with pytest.raises(UserError, match="leave|give"):
             make_recipe(**bad)
+
+
+def test_what_is_given_replaces_what_the_default_preset_says():
+    """A kept share and a budget say the same thing; a number of clusters is of some clusterings."""
+    plain, usual = make_recipe(preset="compensated").cut, make_recipe().cut
+    assert plain == ExpertsOptions() and (plain.clustering, plain.keep, plain.target_macs) == ("hdbscan", 0.95, None)
+    assert usual.target_macs is not None and usual.mlp_floor is not None and usual.clusters is not None
+    keep = make_recipe(values={"keep": 0.9}).cut
+    assert (keep.keep, keep.target_macs, keep.mlp_floor, keep.clusters) == (0.9, None, None, usual.clusters)
+    target = make_recipe("experts", values={"target_macs": 0.5}).cut
+    assert (target.target_macs, target.mlp_floor, target.clusters) == (0.5, None, usual.clusters)
+    dense = make_recipe(values={"clustering": "hdbscan"}).cut
+    assert (dense.clustering, dense.clusters, dense.components, dense.target_macs) == ("hdbscan", None, None, usual.target_macs)
+    both = make_recipe(values={"clusters": 5, "keep": 0.9, "seed": 3, "attention_macs": 0.8})
+    assert (both.cut.clusters, both.cut.keep, both.cut.seed, both.first[0].seed) == (5, 0.9, 3, 3)
+    paper = make_recipe(preset="paper", values={"target_macs": 0.6}).cut
+    assert (paper.target_macs, paper.criterion, paper.clustering) == (0.6, "variance", "hdbscan")
 
 
 def test_steps_in_another_order_cannot_be_made():
@@ -173,7 +190,7 @@ def test_steps_in_another_order_cannot_be_made():
     "config, recipe",
     [
         ({"method": "moee", "clustering": "hdbscan", "keep": 0.9, "experts": None, "top_k": 1, "seed": 2},
-         make_recipe(values={"keep": 0.9, "seed": 2})),
+         make_recipe(preset="compensated", values={"keep": 0.9, "seed": 2})),
         ({"clustering": "none", "statistics": "routed", "attention_macs": 0.8, "attention_heads": "equal", "seed": 1},
          make_recipe("static", values={"attention_macs": 0.8, "attention_heads": "equal", "seed": 1})),
         ({"method": "moefication", "experts": 8, "top_k": 2, "compensation": "mean", "keep": 0.95, "attention_macs": 1.0},

@@ -50,7 +50,8 @@ def add_parser(subparsers: Any, shown: str | None = None) -> None:
     names = ",".join(method.name for method in cutting("mlps"))
     text = f"how MLPs are cut; its options are below, and --method NAME --help shows another one's (default: {METHODS[0].name})"
     how.add_argument("--method", choices=Known(names.split(",")), metavar=f"{{{names}}}", help=text)
-    named = "; ".join(f"{name}: options of {method.name}" for name, method in presets().items())
+    usual = next(iter(METHODS[0].presets))
+    named = "; ".join(f"{name}: options of {method.name}" for name, method in presets().items()) + f" (default: {usual})"
     how.add_argument("--preset", choices=Known(presets()), metavar="NAME", help=named)
     alone = "takes no method and no options"
     how.add_argument("--plan", metavar="PLAN", help=f"the winner of this plan.json of moee plan; {alone}")
@@ -74,7 +75,10 @@ def add_method_options(sub: argparse.ArgumentParser, shown: str | None) -> None:
     first = next((m for m in METHODS if shown in (m.name, *m.also)), presets().get(shown or "", METHODS[0]))
     if first.cuts != "mlps":
         first = METHODS[0]
-    add_options(sub.add_argument_group(f"options of --method {first.name}: {first.summary}"), first.options)
+    preset = shown if shown in first.presets else next(iter(first.presets), None)
+    of = f"--method {first.name}" + (f" --preset {preset}" if len(first.presets) > 1 else "")
+    options = sub.add_argument_group(f"options of {of}: {first.summary}")
+    add_options(options, first.options, said=first.presets[preset] if preset else {})
     for method in cutting("attention"):
         add_options(sub.add_argument_group(f"beside it: {method.summary}"), method.options)
     for method in METHODS:

@@ -33,7 +33,8 @@ def choose_neurons(
     dense = {n: tokens[n] * r.ffn.macs for n, r in routed.items()}
     budget = None
     if config.target_macs is not None:
-        budget = ffn_budget(original_macs(model, shape), sum(dense.values()), config.target_macs, macs_saved(model, shape))
+        whole, saved = original_macs(model, shape), macs_saved(model, shape)
+        budget = ffn_budget(whole, sum(dense.values()), config.target_macs, saved, floor=config.mlp_floor or 0.0)
     if config.allocation == "expert":
         assert budget is not None
         kept = _share_for(budget, routed, error, tokens, config)
@@ -76,9 +77,10 @@ def _share_for(
     return best
 
 
-def ffn_budget(total: int, ffn: int, target: float, saved: int = 0) -> float:
+def ffn_budget(total: int, ffn: int, target: float, saved: int = 0, *, floor: float = 0.0) -> float:
     """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`,
-    when narrower attention has `saved` some already. Raises `OutOfReach` if nothing would be left.
+    when narrower attention has `saved` some already; at least the share `floor` of theirs. Raises `OutOfReach` if nothing would
+    be left.
     """
     budget = ffn - ((1 - target) * total - saved)
     if budget >= ffn:
@@ -86,6 +88,7 @@ def ffn_budget(total: int, ffn: int, target: float, saved: int = 0) -> float:
             f"--target-macs {target:g}: narrower attention alone leaves {1 - saved / total:.2f} of the MACs, so nothing is to "
             "be cut from the MLPs; give a smaller share, or a larger --attention-macs"
         )
+    budget = max(budget, floor * ffn)
     if budget <= 0:
         raise OutOfReach(
             f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
