@@ -58,12 +58,17 @@ def plain_type(annotation: Any) -> Any:
 
 
 class FinetuneConfig(Options):
-    """Distillation from the dense model. Defaults are the paper's recipe; a last-feature match serves backbones."""
+    """Distillation from the dense model. Defaults are the paper's recipe, but for the learning rate; a last-feature match serves
+    backbones."""
 
     seed: Seed = Field(0, description="seed of the order of the images and of everything that is drawn")
     epochs: int = Field(30, ge=1, le=MOST_EPOCHS, description="passes over the training images")
     batch_size: int = Field(32, ge=1, le=MOST_BATCH, description="images of a step, of all ranks together")
-    lr: float = Field(1.5e-5, gt=0, le=MOST_FACTOR, description="learning rate of AdamW, which falls to zero by a cosine")
+    lr: float | None = Field(
+        None, gt=0, le=MOST_FACTOR,
+        description="learning rate of AdamW, which falls to zero by a cosine (default: from the loss at the start, at most the "
+        "paper's 1.5e-5)",
+    )  # fmt: skip
     weight_decay: float = Field(0.01, ge=0, le=MOST_FACTOR, description="weight decay of AdamW")
     temperature: float = Field(1.0, gt=0, le=MOST_FACTOR, description="temperature of the logits' KL divergence, of classifiers")
     distil: Literal["output", "tokens"] = Field(

@@ -36,13 +36,14 @@ def after_finetune(info: dict[str, Any], path: str, out: str, words: Sequence[st
     """`info` of the artifact at `out`, which was tuned from the one at `path`."""
     stage = info["stages"]["tuned"]
     before, *after = stage["losses"]["validation"]
-    best = stage["best_epoch"]
+    best, exported = stage["best_epoch"], _command("export", path, *words, "--out", "export")
+    if best == 0 and before == 0:
+        return f"there was nothing to learn: {path} answers as the dense model does; next: {exported}"
     if best == 0:
         low = stage["config"]["lr"] / 10
         return (
             f"nothing was learned: the validation loss was {before:.3g} at the start and {min(after):.3g} at best after it, so "
-            f"{out} has the weights of {path}; try --lr {low:.1g}, or go on with {path}: "
-            f"{_command('export', path, *words, '--out', 'export')}"
+            f"{out} has the weights of {path}; try --lr {low:.1g}, or go on with {path}: {exported}"
         )
     learned = f"epoch {best} of {len(after)} was best: validation loss {before:.3g} to {after[best - 1]:.3g}"
     kept, poor = _kept(stage["retention"])

@@ -81,6 +81,7 @@ def tune(
         teacher=lambda: session.train_outputs.features, group=group
     )  # fmt: skip
     seconds = time.perf_counter() - started
+    config = config.model_copy(update={"lr": result.lr})
     used = {**config.model_dump(), "amp": result.amp}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
     tuned = {

@@ -34,7 +34,7 @@ from moee.mlps.proof import random_images
 from moee.parallel.group import SOLO, Group
 from moee.parallel.machine import fast_on_cpu
 from moee.progress import Reporter, silent
-from moee.train.rate import make_optimiser, rate
+from moee.train.rate import fitting_rate, make_optimiser, rate
 from moee.train.result import FinetuneResult
 from moee.train.resume import Learner, Standing, identity_of, restore_standing, share_standing, store_standing
 from moee.train.step import Trainer
@@ -172,6 +172,11 @@ def _train(
     else:
         result.validation_loss.append(trainer.measure(data, held_out))
         result.train_loss.append(math.nan)
+    chosen = 1.0 if config.lr is not None else fitting_rate(result.validation_loss[0], config)
+    result.lr = chosen if config.lr is None else config.lr
+    if config.lr is None and group.leader:
+        loss = result.validation_loss[0]
+        log.info("learning rate %g, from the validation loss %.2g at the start; --lr gives another", chosen, loss)
     report("finetune", first * steps, config.epochs * steps)
     for epoch in range(first, config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch + 1)
@@ -179,12 +184,12 @@ def _train(
         shuffled = train[torch.randperm(len(train), generator=generator)]
         for step, (images, parts) in enumerate(trainer.steps(data, shuffled), 1):
             for slot in optimiser.param_groups:
-                slot["lr"] = slot["initial_lr"] * rate(epoch * steps + step - 1, config.epochs * steps, config.warmup)
+                slot["lr"] = slot["initial_lr"] * chosen * rate(epoch * steps + step - 1, config.epochs * steps, config.warmup)
             optimiser.zero_grad(set_to_none=True)
             loss = trainer.backward(images, parts)
             if not math.isfinite(loss):
                 with group.agreed():  # it is the same on all ranks
-                    raise UserError(f"the loss became {loss} in epoch {epoch + 1}; lower --lr (came {config.lr})")
+                    raise UserError(f"the loss became {loss} in epoch {epoch + 1}; lower --lr (came {result.lr:g})")
             if config.clip_norm:
                 trainer.scaler.unscale_(optimiser)
                 nn.utils.clip_grad_norm_(trainable.values(), config.clip_norm)

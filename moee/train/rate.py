@@ -1,4 +1,4 @@
-"""Learning rates: their course over the steps, and those relative to a tensor's size."""
+"""Learning rates: what a model starts with, their course over the steps, and those relative to a tensor's size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,18 @@ from torch import nn
 from moee.config import FinetuneConfig
 
 LEAST_RMS = 1e-3
+PAPER_RATE = 1.5e-5  # of a model that is far from its teacher, as extraction without compensation leaves it
+RELATIVE_RATE = 1e-3  # the same as a share of each tensor's root mean square
+
+
+def fitting_rate(loss: float, config: FinetuneConfig) -> float:
+    """The learning rate for a model that misses its teacher by `loss` before the first step, to two digits.
+
+    The loss is about the square of the distance to the teacher, and AdamW moves every weight by about the learning rate a step.
+    So the rate goes with the root of the loss: a refitted model, which is near, would be thrown out by the paper's.
+    """
+    most = RELATIVE_RATE if config.relative_lr else PAPER_RATE
+    return float(f"{most * math.sqrt(min(1.0, max(0.0, loss))):.2g}") if math.isfinite(loss) else most
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
@@ -23,9 +35,9 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 def make_optimiser(parameters: Iterable[nn.Parameter], config: FinetuneConfig) -> torch.optim.AdamW:
     """AdamW with one group a tensor, so that `relative_lr` can give each a step of its own: lr times its root mean square, at
-    least LEAST_RMS (Shazeer and Stern, "Adafactor", 2018, section 8)."""
-    groups = []
+    least LEAST_RMS (Shazeer and Stern, "Adafactor", 2018, section 8). Without an lr the steps are those for a rate of 1."""
+    groups, lr = [], 1.0 if config.lr is None else config.lr
     for parameter in parameters:
         size = max(float(parameter.detach().float().square().mean().sqrt()), LEAST_RMS) if config.relative_lr else 1.0
-        groups.append({"params": [parameter], "lr": config.lr * size, "initial_lr": config.lr * size})
-    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        groups.append({"params": [parameter], "lr": lr * size, "initial_lr": lr * size})
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)

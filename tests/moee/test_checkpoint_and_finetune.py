@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from moee.methods.recipe import Recipe, method_options
 from moee.store.artifact import sha256_file
 from moee.store.atomic import atomic_folder
 from moee.train.finetuning import finetune
-from moee.train.rate import rate
+from moee.train.rate import PAPER_RATE, fitting_rate, rate
 from moee.train.step import distillation_loss
 from tests.conftest import tiny_spec
 
@@ -217,10 +218,33 @@ def test_a_run_that_gets_worse_keeps_the_starting_weights(lossy):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_resuming_gives_the_bytes_of_an_uninterrupted_run(lossy, tmp_path):
+@pytest.mark.parametrize(
+    "loss, relative, lr",
+    [(1e-2, False, 1.5e-6), (0.15, False, 5.8e-6), (1.0, False, PAPER_RATE), (7.0, False, PAPER_RATE), (0.0, False, 0.0),
+     (-1e-9, False, 0.0), (math.nan, False, PAPER_RATE), (0.25, True, 5e-4)],
+)  # fmt: skip
+def test_the_learning_rate_goes_with_the_distance_to_the_teacher(loss, relative, lr):
+    assert fitting_rate(loss, FinetuneConfig(relative_lr=relative)) == pytest.approx(lr)
+
+
+def test_a_run_without_a_learning_rate_takes_the_fitting_one(lossy, caplog):
     model, dense, data = lossy
+    free, said = FinetuneConfig(epochs=1, batch_size=8), copy.deepcopy(model)
+    caplog.set_level("INFO")
+    result = finetune(model, dense, data, free)
+    assert result.lr == fitting_rate(result.validation_loss[0], free) > 0
+    assert f"learning rate {result.lr:g}, from the validation loss" in caplog.text
+    assert finetune(said, dense, data, free.model_copy(update={"lr": result.lr})).lr == result.lr
+    for a, b in zip(model.parameters(), said.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("lr", [1e-3, None])
+def test_resuming_gives_the_bytes_of_an_uninterrupted_run(lossy, tmp_path, lr):
+    model, dense, data = lossy
+    config = FinetuneConfig(epochs=4, lr=lr, batch_size=8)
     whole = copy.deepcopy(model)
-    finetune(whole, dense, data, TUNE)
+    finetune(whole, dense, data, config)
 
     steps = 0
 
@@ -232,14 +256,14 @@ def test_resuming_gives_the_bytes_of_an_uninterrupted_run(lossy, tmp_path):
 
     part = copy.deepcopy(model)
     with pytest.raises(KeyboardInterrupt):
-        finetune(part, dense, data, TUNE, interrupt, resume=tmp_path)
+        finetune(part, dense, data, config, interrupt, resume=tmp_path)
     again = copy.deepcopy(model)
-    finetune(again, dense, data, TUNE, resume=tmp_path)
+    finetune(again, dense, data, config, resume=tmp_path)
     for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7, msg=name)
     with pytest.raises(UserError, match="another config"):
-        finetune(copy.deepcopy(model), dense, data, TUNE.model_copy(update={"lr": 1e-4}), resume=tmp_path)
+        finetune(copy.deepcopy(model), dense, data, config.model_copy(update={"lr": 1e-4}), resume=tmp_path)
     other = copy.deepcopy(dense)
     torch.nn.init.normal_(other.blocks[0].mlp.fc1.weight)
     with pytest.raises(UserError, match="another teacher"):
-        finetune(copy.deepcopy(model), other, data, TUNE, resume=tmp_path)
+        finetune(copy.deepcopy(model), other, data, config, resume=tmp_path)
