@@ -112,7 +112,7 @@ ROOMS = {
         "parity": "moee plugins passes quantization forms runners graph timing",
         "report": "moee markup front terminal",
         "verification": "moee runners graph parity",
-        "compress": "moee plugins engines graph ship terminal timing targets report verification",
+        "compress": "moee plugins engines plots graph ship terminal timing targets report verification",
         "commands": "moee plugins engines front plots quantization graph ship terminal timing targets report "
         "verification compress clear_ablation demo doctor",
     },

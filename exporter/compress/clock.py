@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
 TRIALS = 0.7  # of the time before the last stages; tuning gets the rest
+SHOWN, FEWEST = 400, 20  # images
+SHOWN_PASSES = 3  # of the dense model that showing an image takes: both models, and the pictures
 MARGIN = 1.1  # a trial may take longer than the mean of those before
 
 
@@ -49,6 +51,15 @@ class Clock:
     def tuning(self) -> float:
         """Seconds that tuning may take from now on."""
         return self.left - self.finish
+
+
+def images_within(clock: Clock) -> int:
+    """How many held-out images a report can show from: at most `SHOWN`, and no more than half of the time that is left takes; 0
+    where that is too few to say anything."""
+    each = SHOWN_PASSES * clock.image_s
+    fit = clock.held_out if clock.left == float("inf") or not each else int(max(0.0, clock.left) / 2 / each)
+    count = min(SHOWN, clock.held_out, fit)
+    return count if count >= min(FEWEST, clock.held_out) else 0
 
 
 class Trials:

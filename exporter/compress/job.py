@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from exporter.compress.clock import Clock, Trials, duration
+from exporter.compress.clock import Clock, Trials, duration, images_within
 from exporter.compress.request import ALLOCATION, CLUSTER_TOKENS, CPU, Request, default_budget, described, possible_heads
 from exporter.compress.state import State
 from exporter.compress.tuning import epochs_within, worth
 from exporter.compress.verdicts import accuracy_line, choice_line, size_line, speed_line
 from exporter.engines.plugin_cache import ensure_kernels
 from exporter.graph.export import DENSE_DATA, MOEE_DATA, export
+from exporter.plots import write_examples
 from exporter.report import write_report
 from exporter.ship.cpu_bundle import write_cpu_bundle
 from exporter.ship.deployment import write_deployment
@@ -105,12 +106,19 @@ class Job:
         latencies = self._export(state, shipped)
         if shipped != "dense" and self._slower(latencies):
             unshipped = f"since {self._slower(latencies)}"
-            state.drop("export", "latency", "verify", "bundle")
+            state.drop("export", "latency", "verify", "bundle", "examples")
             shipped, tuned = "dense", ""
             latencies = self._export(state, shipped)
         moee = self._made(shipped)
         self._verify(state, moee, budget)
         self._bundle(state, moee)
+        if shipped != "dense" and not state.done("examples") and (images := images_within(self.clock)):
+            with self._stage("examples", state) as facts:
+                facts["images"], file, source = images, self.place.file("examples.json").place, self.place.folder(shipped).place
+                write_examples(
+                    moee, self.session.held_out, file, images=images, dense=self.session.dense, source=source, force=True,
+                    report=self.report,
+                )  # fmt: skip
         lines = self._lines(plan, budget, moee, latencies, shipped, tuned=tuned, unshipped=unshipped)
         with self._stage("report"):
             write_report([self.place.place], self.place.place / "report.html", force=True)

@@ -39,19 +39,20 @@ ONE_EXPERT = "it has one expert, which takes every token"
 
 
 def write_examples(
-    moee: MoeeModel, held_out: ImageSet, path: Path | str, *, images: int = 256, source: Path | str | None = None,
-    force: bool = False, report: Reporter = silent,
+    moee: MoeeModel, held_out: ImageSet, path: Path | str, *, images: int = 256, dense: nn.Module | None = None,
+    source: Path | str | None = None, force: bool = False, report: Reporter = silent,
 ) -> Path:  # fmt: skip
     """Write the file `path`, which `moee report` shows: accuracy per class, changed images and patches of the experts, on at most
     `images` held-out images, spread evenly.
 
-    `source`: the artifact's folder, which the file then says it belongs to. Raises `UserError` if the dense model's weights are
+    `dense`: the model that it was cut from, where that is at hand (default: loaded). `source`: the artifact's folder, which the
+    file then says it belongs to. Raises `UserError` if the dense model's weights are
     lost, or if `path` may not be replaced.
     """
     output = OutputFile(path, EXAMPLES, force, source_paths(source))
     output.check()
     trace = trace_routes(moee, held_out, images, report)
-    body = make_examples(moee, moee.dense(), held_out, trace, report)
+    body = make_examples(moee, moee.dense() if dense is None else dense, held_out, trace, report)
     output.write_json({**body, BELONGS_TO: source_ids(source)})
     return Path(path)
 

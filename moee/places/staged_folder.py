@@ -17,6 +17,7 @@ from moee.store.result_kinds import (
     COMPRESSION,
     DEPLOYMENT,
     ENGINE,
+    EXAMPLES,
     EXPORT,
     FINETUNE_STATE,
     LATENCY,
@@ -47,7 +48,8 @@ class StagedFolder(Output):
         "engine": ENGINE, "bundle": DEPLOYMENT, "plan.resume": PLAN_STATE, "tuned.resume": FINETUNE_STATE,
     }  # fmt: skip
     files: ClassVar = {
-        "latency.json": LATENCY, "one/latency.json": LATENCY, "summary.json": SUMMARY, "report.html": REPORT,
+        "latency.json": LATENCY, "one/latency.json": LATENCY, "examples.json": EXAMPLES, "summary.json": SUMMARY,
+        "report.html": REPORT,
     }  # fmt: skip
 
     @property

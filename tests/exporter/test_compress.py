@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from exporter import cli
-from exporter.compress.clock import Clock, Trials, duration, seconds_of
+from exporter.compress.clock import Clock, Trials, duration, images_within, seconds_of
 from exporter.compress.job import Job
 from exporter.compress.request import Request, possible_heads
 from exporter.compress.tuning import epochs_within
@@ -59,6 +59,16 @@ def test_tuning_gets_what_is_left_and_none_without_a_measure_of_its_time():
     assert clock.tuning == pytest.approx(300 - 60 - 8 * 5)
     assert epochs_within(clock, 200) == 3 and epochs_within(clock, 2000) == 0
     assert epochs_within(Clock(None, now, image_s=0.05), 10**6) == 10
+
+
+def test_a_report_shows_as_many_images_as_the_time_allows():
+    now = Faked()
+    assert images_within(Clock(None, now, image_s=9.0, held_out=1000)) == 400
+    clock = Clock(600.0, now, image_s=0.5, held_out=1000)
+    assert images_within(clock) == 200, "half of the time, three passes of half a second an image"
+    now.time += 560
+    assert images_within(clock) == 0, "thirteen images say nothing"
+    assert images_within(Clock(0.0, now, image_s=0.0, held_out=7)) == 7
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("15m", 900), ("900", 900), ("90s", 90), ("1.5h", 5400), ("2 h", 7200)])
@@ -139,6 +149,9 @@ def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
     assert state["done"] and state["result"]["lines"] == list(result.lines)
     assert {path.name for path in out.iterdir()} >= {"plan", "extracted", "export", "verify", "bundle", "report.html"}
     assert not list(out.glob("*.resume"))
+    shown = json.loads((out / "examples.json").read_text())
+    assert shown["images"] == 30 and len(shown["classes"]["rows"]) == 10
+    assert "Accuracy of each class" in (out / "report.html").read_text()
     with pytest.raises(UserError, match="exists"):
         StagedFolder(out).check()
     shipped = checkpoint.load(out / state["result"]["model"])
