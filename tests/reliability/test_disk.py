@@ -22,7 +22,7 @@ from tests.reliability.test_kill import compiled, spread, under, uninterrupted
 # points a command: a full disk from the n-th change on, one failed change, a read-only file system from the n-th change on
 POINTS = {
     "extract": 10, "extract clear-moe": 4, "finetune": 10, "export": 2, "verify": 4, "bench": 3, "build": 3, "bundle": 2,
-    "plan": 4, "ablate": 4, "ablate-clear": 4, "report": 4, "plots": 2,
+    "plan": 4, "ablate": 4, "ablate-clear": 4, "report": 4, "plots": 3,
 }  # fmt: skip
 QUICK = {"extract": 1, "finetune": 1}
 KINDS = {
