@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
+TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while both are timed in turns
 TRIALS = 0.7  # of the time before the last stages; tuning gets the rest
 SHOWN, FEWEST = 400, 20  # images
 SHOWN_PASSES = 3  # of the dense model that showing an image takes: both models, and the pictures
@@ -17,12 +18,13 @@ MARGIN = 1.1  # a trial may take longer than the mean of those before
 @dataclass
 class Clock:
     """`seconds` of a job (None: as long as it takes) since `started`, by the clock `now`. `image_s`: of the dense model on one
-    image, once it is known; `held_out`: their number."""
+    image, once it is known; `held_out`: their number; `batch`: images that are timed at once."""
 
     seconds: float | None
     now: Callable[[], float] = time.monotonic
     image_s: float = 0.0
     held_out: int = 0
+    batch: int = 0
     started: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,7 +42,8 @@ class Clock:
     @property
     def finish(self) -> float:
         """Seconds that the stages after tuning will take, as far as that can be told."""
-        return FINISH_S + FINISH_IMAGES * self.image_s * min(self.held_out, 1000)
+        images = FINISH_IMAGES * min(self.held_out, 1000) + (TIMED_IMAGES * (self.batch + 1) if self.batch else 0)
+        return FINISH_S + self.image_s * images
 
     @property
     def trials_end(self) -> float:

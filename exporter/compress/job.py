@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from exporter.compress.clock import Clock, Trials, duration, images_within
-from exporter.compress.request import ALLOCATION, CLUSTER_TOKENS, CPU, Request, default_budget, described, possible_heads
-from exporter.compress.state import State
+from exporter.compress.refusals import Tried, refuse_early
+from exporter.compress.request import ALLOCATION, BASE, CPU, Request, default_budget, described
+from exporter.compress.state import TIMINGS, State, resumable
 from exporter.compress.tuning import epochs_within, worth
-from exporter.compress.verdicts import accuracy_line, choice_line, size_line, speed_line
+from exporter.compress.verdicts import accuracy_line, choice_line, missed, size_line, speed_line
 from exporter.engines.plugin_cache import ensure_kernels
 from exporter.graph.export import DENSE_DATA, MOEE_DATA, export
 from exporter.plots import write_examples
@@ -78,14 +79,15 @@ class Job:
         """Raises `BudgetUnmet` where nothing meets a limit of the latency or the size, `StepFailed` if the result does not
         verify, `UserError` for what cannot be done; what was done until then stays, and the same call goes on from it."""
         self.clock = Clock(self.request.time_s)
-        session = self.session
         with alone_on(self.place.place):
-            budget, guessed = (self.request.budget, "") if self.request.budget else default_budget(session)
+            budget, guessed = (self.request.budget, "") if self.request.budget else default_budget(self.session)
             state = State(self.place, self._identity(budget))
             if guessed:
                 self.say(guessed)
-            with _resumable(self.place.path):
-                return self._run(state, budget)
+            tried = None if state.done("plan") else refuse_early(self.session, self.request, budget, self.say)
+            state.open()
+            with resumable(self.place.path):
+                return self._run(state, budget, tried)
 
     def _identity(self, budget: Budget) -> dict[str, Any]:
         session = self.session
@@ -93,22 +95,25 @@ class Job:
         images = {"train": fingerprint(session.train, self.report), "val": fingerprint(session.held_out, self.report)}
         return {"model": model, "images": images, **self.request.to_json(), "budget": budget.model_dump()}
 
-    def _run(self, state: State, budget: Budget) -> Compressed:
+    def _run(self, state: State, budget: Budget, tried: Tried | None) -> Compressed:
         self._announce(budget)
-        plan = self._plan(state, budget)
-        winner, unshipped, tuned = plan["winner"], "", ""
+        plan = self._plan(state, budget, tried)
+        winner, tuned = plan["winner"], ""
         if winner["recipe"] is not None:
             self._extract(state, winner)
-            tuned = self._tune(state)
-            shipped = "tuned" if state.stages.get("tuned", {}).get("kept") else "extracted"
+            tuned = self._tune(state, budget)
+            shipped = "tuned" if state.stages["tuned"]["kept"] else "extracted"
         else:
             shipped = "dense"
-        latencies = self._export(state, shipped)
-        if shipped != "dense" and self._slower(latencies):
-            unshipped = f"since {self._slower(latencies)}"
-            state.drop("export", "latency", "verify", "bundle", "examples")
+        unshipped = state.stages.get("unshipped", {}).get("why", "")  # of an interrupted job
+        latencies = self._export(state, "dense" if unshipped else shipped)
+        if latencies and self._slower(latencies, budget):
+            unshipped = f"since {self._slower(latencies, budget)}"
+            state.begin("unshipped")
+            state.add("unshipped", {"why": unshipped})
+            latencies = self._export(state, "dense")
+        if unshipped:
             shipped, tuned = "dense", ""
-            latencies = self._export(state, shipped)
         moee = self._made(shipped)
         self._verify(state, moee, budget)
         self._bundle(state, moee)
@@ -122,6 +127,8 @@ class Job:
         lines = self._lines(plan, budget, moee, latencies, shipped, tuned=tuned, unshipped=unshipped)
         with self._stage("report"):
             write_report([self.place.place], self.place.place / "report.html", force=True)
+        if self.clock.left < 0:
+            self.say(f"it took {duration(self.clock.spent)}, longer than the {duration(self.clock.seconds or 0)} it was given")
         what = "dense" if shipped == "dense" else winner["method"]
         state.finish({"shipped": what, "model": shipped, "lines": lines, "seconds": self.clock.spent})
         return Compressed(self.place.place, what, lines, self.clock.spent, state.stages)
@@ -130,6 +137,8 @@ class Job:
     def _stage(self, name: str, state: State | None = None) -> Iterator[dict[str, Any]]:
         """A stage with one line at its end; its facts and its seconds are written down."""
         started, facts = time.perf_counter(), dict[str, Any]()
+        if state is not None:
+            state.begin(name)
         self.report(name, 0, 1)
         yield facts
         self.report(name, 1, 1)
@@ -141,7 +150,7 @@ class Job:
         session, request = self.session, self.request
         images = len(session.reference.features)
         self.clock.image_s = session.dense_seconds / images
-        self.clock.held_out = images
+        self.clock.held_out, self.clock.batch = images, request.batch
         self.say(
             f"{session.spec.name}: {len(session.train)} training and {images} held-out images; budget: {described(budget)}; "
             f"device: {request.device}, batch {request.batch}"
@@ -155,19 +164,16 @@ class Job:
             f"export, verification, timing and bundle (the dense model takes {1e3 * self.clock.image_s:.0f} ms an image here)"
         )
 
-    def _plan(self, state: State, budget: Budget) -> dict[str, Any]:
+    def _plan(self, state: State, budget: Budget, tried: Tried | None) -> dict[str, Any]:
         target = self.place.folder("plan").place
-        if not state.done("plan"):
-            heads, why = possible_heads(self.session, self.request.heads)
-            if why:
-                self.say(f"the attention stays as it is: {why}")
+        if tried is not None:
+            methods, heads = tried
             device = target_of(self.request.device, batch=self.request.batch, sm=self.request.sm)
             latency = device.timing(self.session, self.report)
             with self._stage("plan", state):
                 make_plan(
-                    self.session, budget, target, methods=self.request.methods, allocations=ALLOCATION, attention=heads,
-                    base={"cluster_tokens": CLUSTER_TOKENS}, latency=latency, force=True, report=self.report,
-                    over=Trials(self.clock, self.say),
+                    self.session, budget, target, methods=methods, allocations=ALLOCATION, attention=heads, base=BASE,
+                    latency=latency, force=True, report=self.report, over=Trials(self.clock, self.say),
                 )  # fmt: skip
         plan: dict[str, Any] = read_json(target / PLAN)
         return plan
@@ -175,25 +181,30 @@ class Job:
     def _extract(self, state: State, winner: dict[str, Any]) -> None:
         if not state.done("extracted"):
             with self._stage("extracted", state):
+                self.place.folder("tuned.resume").remove()  # of another model
                 run_extract(
                     self.session.spec, self.session.source, read_recipe_json(winner["recipe"], PLAN),
                     self.place.folder("extracted").place, force=True, report=self.report, session=self.session,
                 )  # fmt: skip
 
-    def _tune(self, state: State) -> str:
-        """Distil as long as the time allows, and keep the result if it is no worse; what became of it, for the last lines."""
-        if not state.done("tuned") and "tuned" not in state.stages:
-            epochs = epochs_within(self.clock, len(self.session.train))
+    def _tune(self, state: State, budget: Budget) -> str:
+        """Distil as long as the time allows, and keep the result if it is no worse; what became of it, for the last lines. A
+        tuning that was interrupted is finished with the epochs that it began with."""
+        facts = state.stages.get("tuned")
+        if facts is None or facts["epochs"] and not state.done("tuned"):
+            begun = state.stages.get("tuning") if self.place.folder("tuned.resume").place.is_dir() else None
+            epochs = begun["epochs"] if begun else epochs_within(self.clock, len(self.session.train))
             if not epochs:
                 self.say(f"not tuned: {duration(max(0.0, self.clock.tuning))} are left, too few for an epoch")
                 state.add("tuned", {"epochs": 0, "kept": False, "why": "no time was left"})
             else:
+                state.add("tuning", {"epochs": epochs})
                 with self._stage("tuned", state) as facts:
                     made = run_finetune(
                         self.place.folder("extracted").place, FinetuneConfig(epochs=epochs), self.place.folder("tuned").place,
                         force=True, report=self.report, session=self.session,
                     )  # fmt: skip
-                    facts.update(worth(made, epochs))
+                    facts.update(worth(made, epochs, budget))
         facts = state.stages["tuned"]
         if facts["kept"]:
             return f", tuned for {facts['epochs']} epoch{'s' if facts['epochs'] > 1 else ''}"
@@ -220,7 +231,7 @@ class Job:
                 export(self._made(shipped), folder, force=True, report=self.report, source=source, dense=shipped == "dense")
         if shipped == "dense":
             return []
-        files = [self.place.file(name) for name in ("one/latency.json", "latency.json")]
+        files = [self.place.file(name) for name in TIMINGS]
         if not state.done("latency"):
             with self._stage("latency", state):
                 for file, batch in zip(files, (1, self.request.batch), strict=True):
@@ -233,9 +244,12 @@ class Job:
                     file.write_json(result.to_json())
         return [read_json(file.place) for file in files]
 
-    def _slower(self, latencies: list[dict[str, Any]]) -> str:
-        """Why the model must not be shipped: on the device, where that is the CPU, it is not faster beyond the noise."""
-        if self.request.device != CPU:
+    def _slower(self, latencies: list[dict[str, Any]], budget: Budget) -> str:
+        """Why the model must not be shipped: on the device, where that is the CPU, it is not faster beyond the noise. Empty where
+        the dense model is no answer, since it costs more than the budget allows."""
+        limit, dense_ms = budget.target_latency_ms, latencies[-1]["dense_ms"]["p50"]
+        too_dear = budget.target_macs is not None or budget.target_params is not None or (limit is not None and dense_ms > limit)
+        if self.request.device != CPU or too_dear:
             return ""
         verdict = latencies[-1]["verdict"]
         return "" if verdict["winner"] == "moee" else str(verdict["text"])
@@ -281,16 +295,6 @@ class Job:
             accuracy_line(stage["retention"] if stage else None),
             speed_line(latencies, planned),
             size_line(stage["cost"], sizes[0], sizes[1]) if stage else "size: that of the dense model",
-            choice_line(plan, described(budget), tuned, unshipped),
+            choice_line(plan, budget, tuned, unshipped) + missed(latencies if self.request.device == CPU else [], budget),
             f"bundle: {bundle} (its graphs are the verified export's); report: {self.place.place / 'report.html'}",
         )
-
-
-@contextmanager
-def _resumable(path: Any) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, SystemExit):
-            error.add_note(f"the same command goes on from what is in {path}")
-        raise

@@ -19,7 +19,7 @@ TIME_S = 1200.0
 METHODS = ("static", "kmeans-8")  # one that needs no plugin, and experts; the planner tries more
 ALLOCATION = ("sensitivity",)  # what serves both best (docs/results/methods.md)
 HEADS = (1.0, 0.75)  # shares of the attention's MACs
-CLUSTER_TOKENS = 6000  # a layer: seconds instead of minutes
+BASE = {"cluster_tokens": 6000}  # options of all ways; tokens of a layer: seconds instead of minutes
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,15 @@ def target_sm(device: str, sm: str | None) -> int | None:
 
 def default_budget(session: Session) -> tuple[Budget, str]:
     """The budget that is taken where nobody gave one, and the sentence that says so."""
-    if session.early_comparison():
+    compared = session.early_comparison()
+    if compared:
+        compared = session.comparison(session.probe())
+    if compared:
         taken = Budget(max_drop=DROP)
         return taken, f"no budget was given: at most {DROP:g} point of accuracy may be lost ({flag_of('max_drop')} {DROP:g})"
-    why = session.early_comparison().reason
     return Budget(min_cosine=COSINE), (
-        f"no budget was given, and accuracy cannot be compared ({why}): the outputs must keep a mean cosine of {COSINE:g} to the "
-        f"dense ones ({flag_of('min_cosine')} {COSINE:g})"
+        f"no budget was given, and accuracy cannot be compared ({compared.reason}): the outputs must keep a mean "
+        f"cosine of {COSINE:g} to the dense ones ({flag_of('min_cosine')} {COSINE:g})"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from moee.errors import UserError
@@ -11,19 +13,26 @@ from moee.schema import shown
 from moee.store.artifact import read_json
 from moee.store.result_kinds import family
 
+TIMINGS = ("one/latency.json", "latency.json")  # at one image, and at the batch
+ORDER = ("plan", "extracted", "tuning", "tuned", "unshipped", "export", "latency", "verify", "bundle", "examples")  # in turn
+STAGE_FILES = {"latency": TIMINGS, "examples": ("examples.json",)}
+
 
 class State:
     """`identity`: what a run must have in common with the one that it goes on from. `stages`: the facts of each that is done,
     with its seconds."""
 
     def __init__(self, place: StagedFolder, identity: dict[str, Any]):
-        """Go on from what lies in `place`, or begin. Raises `UserError` where that is of other options or images."""
+        """Read what lies in `place`; nothing is changed. Raises `UserError` where that is of other options or images."""
         self.place, self.identity = place, identity
         self.stages: dict[str, dict[str, Any]] = {}
-        if place.force and place.place.is_dir():
-            place.clear()
-        if place.manifest.is_file():
+        if place.manifest.is_file() and not place.force:
             self._read()
+
+    def open(self) -> None:
+        """Take the place: `force` removes what an earlier job left there."""
+        if self.place.force and self.place.place.is_dir():
+            self.place.clear()
         self._write()
 
     def _read(self) -> None:
@@ -41,20 +50,33 @@ class State:
         self.stages = body["stages"]
 
     def done(self, stage: str) -> bool:
-        """Whether a stage is done, and its folder, where it has one, still there."""
-        return stage in self.stages and (stage not in self.place.folders or (self.place.place / stage).is_dir())
+        """Whether a stage is done, and what it wrote still there."""
+        parts = STAGE_FILES.get(stage, (stage,) if stage in self.place.folders else ())
+        return stage in self.stages and all((self.place.place / part).exists() for part in parts)
+
+    def begin(self, stage: str) -> None:
+        """Forget a stage and those after it, which are made of it."""
+        for later in ORDER[ORDER.index(stage):]:
+            self.stages.pop(later, None)
+        self._write()
 
     def add(self, stage: str, facts: dict[str, Any]) -> None:
         self.stages[stage] = facts
         self._write()
-
-    def drop(self, *stages: str) -> None:
-        """Forget stages, which must be done anew."""
-        for stage in stages:
-            self.stages.pop(stage, None)
 
     def finish(self, result: dict[str, Any]) -> None:
         self._write(done=True, result=result)
 
     def _write(self, done: bool = False, **facts: Any) -> None:
         self.place.write({"done": done, "identity": self.identity, "stages": self.stages, **facts})
+
+
+@contextmanager
+def resumable(path: Any) -> Iterator[None]:
+    """What fails in the block is told that the job can be gone on with."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            error.add_note(f"the same command goes on from what is in {path}")
+        raise

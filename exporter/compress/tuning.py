@@ -6,6 +6,7 @@ from typing import Any
 
 from exporter.compress.clock import Clock
 from moee.artifacts.model import MoeeModel
+from moee.planning.budget import Budget
 
 MOST_EPOCHS = 10
 EPOCH_RUNS = 6.0  # of the dense model on an image, that an epoch takes for it
@@ -19,8 +20,9 @@ def epochs_within(clock: Clock, images: int) -> int:
     return max(0, min(MOST_EPOCHS, int(clock.tuning / each)))
 
 
-def worth(tuned: MoeeModel, epochs: int) -> dict[str, Any]:
-    """Whether the tuned model is to be shipped: it learned something, and holds no less on the held-out images."""
+def worth(tuned: MoeeModel, epochs: int, budget: Budget) -> dict[str, Any]:
+    """Whether the tuned model is to be shipped: it learned something, and holds no less on the held-out images, nor less than the
+    budget asks for."""
     stages = tuned.info["stages"]
     before, after = (stages[name]["retention"] for name in ("extracted", "tuned"))
     if stages["tuned"]["best_epoch"] == 0:
@@ -28,4 +30,6 @@ def worth(tuned: MoeeModel, epochs: int) -> dict[str, Any]:
     worse = after["class_cosine"] < before["class_cosine"]
     if before["accuracy"] is not None:
         worse = (after["accuracy"], after["class_cosine"]) < (before["accuracy"], before["class_cosine"])
+    if budget.min_cosine is not None and after["class_cosine"] < budget.min_cosine:
+        return {"epochs": epochs, "kept": False, "why": f"the tuned model's cosine is {after['class_cosine']:.4f}"}
     return {"epochs": epochs, "kept": not worse, "why": "the tuned model holds less on the held-out images" if worse else ""}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from exporter.compress.request import described
 from exporter.terminal.ui import percent
+from moee.planning.budget import Budget
 
 NAMES = {"static": "static pruning", "dense": "the dense model"}
 
@@ -58,18 +60,29 @@ def size_line(cost: dict[str, Any], bytes_dense: int, bytes_moee: int) -> str:
     )
 
 
-def choice_line(plan: dict[str, Any], budget: str, tuned: str, unshipped: str) -> str:
+def missed(latencies: list[dict[str, Any]], budget: Budget) -> str:
+    """What the timing at the end says against the limit of the latency, which the plan's own timing kept."""
+    limit = budget.target_latency_ms
+    if limit is None or not latencies or latencies[-1]["moee_ms"]["p50"] <= limit:
+        return ""
+    return f"; but it took {latencies[-1]['moee_ms']['p50']:.2f} ms a batch in the timing at the end, above {limit:g} ms"
+
+
+def choice_line(plan: dict[str, Any], budget: Budget, tuned: str, unshipped: str) -> str:
     """What was chosen, and why. `tuned`: what fine-tuning did; `unshipped`: why the plan's winner is not what is shipped."""
     points = [p for p in plan["points"] if p["method"] != "dense"]
-    winner = plan["winner"]
+    winner, left = plan["winner"], plan.get("left_out", 0)
+    counted, fitted = f"{len(points)} candidate{'' if len(points) == 1 else 's'}", f"{left} more did not fit in the time"
     if unshipped:
         return f"chosen: the dense model, {unshipped}; {way(winner)} is kept beside it"
     if winner["recipe"] is None:
-        return f"chosen: the dense model: none of {len(points)} candidates is faster with {budget}"
+        kinds = sorted({p["latency"]["kind"] for p in points if p.get("latency")})
+        how = f" ({', '.join(kinds)}{'; ' if left and kinds else ''}{fitted if left else ''})" if kinds or left else ""
+        if not budget.limits_quality:
+            return f"chosen: the dense model: it keeps to {described(budget)} itself{how}"
+        return f"chosen: the dense model: none of {counted} is faster with {described(budget)}{how}"
     others = [p for p in points if p["recipe"] != winner["recipe"]]
-    left = plan.get("left_out", 0)
-    tried = f"of {len(points)} candidates" + (f" ({left} more did not fit in the time)" if left else "")
-    alone = "the one candidate" if not others else f"the best {tried}"
-    return f"chosen: {way(winner)}{tuned}: {alone} with {budget}"
+    tried = ("the one candidate" if not others else f"the best of {counted}") + (f" ({fitted})" if left else "")
+    return f"chosen: {way(winner)}{tuned}: {tried} with {described(budget)}"
 
 

@@ -68,14 +68,28 @@ def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str
 
 def prepared(path: str, recipe: dict[str, list[str]]) -> np.ndarray:
     """An image as the graph takes it: [3, H, W] float32. Of the same pixels as timm's evaluation transform."""
-    with Image.open(path) as picture:
-        image = picture.convert("RGB")
+    image = opened(path)
     image = image.resize(resized(image, recipe), FILTERS[recipe["filter"][0]])
     height, width = map(int, recipe["size"])
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
     mean, std = (np.array(recipe[key], np.float32) for key in ("mean", "std"))
     return ((pixels - mean) / std).transpose(2, 0, 1)
+
+
+def opened(path: str) -> Image.Image:
+    """An image in RGB. 16-bit grey levels are scaled to 8 bits, which Pillow itself would clip."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode[0] in "IF":
+                levels = np.asarray(picture)
+                if picture.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+                    raise ValueError(f"its levels go from {levels.min():g} to {levels.max():g}; expected 8 or 16 bits a channel")
+                return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
+            return picture.convert("RGB")
+    except Exception as error:  # damaged files raise many kinds
+        print(f"{path} cannot be read as an image: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def resized(image: Image.Image, recipe: dict[str, list[str]]) -> tuple[int, int]:

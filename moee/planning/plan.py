@@ -105,7 +105,7 @@ def search(
     session.warn_early()
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
-    methods = _applicable(session, methods)
+    methods = applicable(session, methods)
     told = {"model": model_identity(session), "base": base}
     compare_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE)  # before trials and the reading of images
     for way in ways(methods, allocations, attention):  # said before a resumed plan is bound to the options
@@ -166,7 +166,7 @@ def check_ways(
         recipe_of(way, base)
 
 
-def _applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
+def applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods that can cut the model: where all of its MLPs are gated, static pruning alone, if it is among them."""
     gated = all(ffn.only_static for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
     if not gated or STATIC not in methods or set(methods) == {STATIC}:

@@ -63,7 +63,7 @@ def race(
         chosen = ranked[:count] if ranked else racers[:count]
         ordered = [racer for racer in racers if racer in chosen]
         for racer in ordered if forwards else reversed(ordered):
-            if points and over():
+            if over() and points:  # asked before the first too, by whose time the second is judged
                 return points, left
             target = racer.target
             point = planner.point(racer.way, target)

@@ -16,8 +16,10 @@ from exporter.compress.job import Job
 from exporter.compress.request import Request, possible_heads
 from exporter.compress.tuning import epochs_within
 from exporter.compress.verdicts import choice_line
+from exporter.deploy.run import opened
 from exporter.timing.latency import bench
 from moee.artifacts import checkpoint
+from moee.data.transform import decoded
 from moee.errors import BudgetUnmet, StepFailed, UserError
 from moee.models.model import ModelSpec, build_model
 from moee.places.staged_folder import StagedFolder
@@ -134,7 +136,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr("exporter.compress.job.bench", timed)
     monkeypatch.setattr("exporter.compress.job.target_of", lambda *args, **kwargs: SimpleNamespace(timing=lambda *args: None))
-    monkeypatch.setattr(Job, "_slower", lambda self, latencies: "")
+    monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "")
 
 
 def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
@@ -171,6 +173,26 @@ def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
     assert ran.returncode == 1 and "preprocess.txt is missing or was changed" in ran.stderr
 
 
+@pytest.mark.parametrize("levels", [np.uint16, np.int32])
+def test_the_bundles_script_scales_16_bit_grey_as_the_model_was_measured(levels, session, tmp_path):
+    grey = np.arange(4000).reshape(50, 80).astype(levels) * 16
+    Image.fromarray(grey).save(tmp_path / "grey.tif")
+    ours, theirs = np.asarray(opened(str(tmp_path / "grey.tif"))), decoded(str(tmp_path / "grey.tif"), session.transform)
+    assert ours.max() == 249 and np.array_equal(ours, np.asarray(theirs))
+
+
+@pytest.mark.parametrize("content", [None, b"text", np.full((4, 4), 0.5, np.float32)])
+def test_the_bundles_script_names_a_file_that_is_no_image(content, tmp_path, capsys):
+    path = tmp_path / "given.tif"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        Image.fromarray(content).save(path)
+    with pytest.raises(SystemExit) as stopped:
+        opened(str(path))
+    assert stopped.value.code == 2 and f"{path} cannot be read as an image" in capsys.readouterr().err
+
+
 def test_an_interrupted_job_goes_on_where_it_was(session, quick, tmp_path, monkeypatch):
     out = tmp_path / "out"
     request = Request(Budget(min_cosine=0.9), time_s=None, **FAST)
@@ -202,7 +224,7 @@ def test_another_request_does_not_go_on_from_it(session, quick, tmp_path, monkey
 
 
 def test_nothing_faster_ships_the_dense_model(session, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(Job, "_slower", lambda self, latencies: "dense is faster: 0.9x" if latencies else "")
+    monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "dense is faster: 0.9x" if latencies else "")
     out = tmp_path / "out"
     result = Job(session, StagedFolder(out), Request(Budget(min_cosine=0.9), time_s=None, **FAST)).run()
     assert result.shipped == "dense" and "the dense model, since dense is faster: 0.9x" in result.lines[3]
@@ -251,7 +273,11 @@ def test_the_line_of_the_choice_says_how_many_were_tried():
     static, experts = point("static", 1.0, {"a": 1}), point("kmeans-8", 0.75, {"b": 1})
     dense = point("dense", 1.0, None)
     plan = {"points": [static, experts, dense], "winner": experts, "left_out": 3}
-    line = choice_line(plan, "a cosine of at least 0.98", ", tuned for 2 epochs", "")
+    line = choice_line(plan, Budget(min_cosine=0.98), ", tuned for 2 epochs", "")
     assert "experts (kmeans-8) beside 75% of the attention's MACs, tuned for 2 epochs" in line
     assert "of 2 candidates (3 more did not fit in the time)" in line
-    assert "none of 2 candidates is faster" in choice_line({**plan, "winner": dense}, "x", "", "")
+    assert "none of 2 candidates is faster" in choice_line({**plan, "winner": dense}, Budget(min_cosine=0.98), "", "")
+    within = choice_line({**plan, "winner": dense}, Budget(target_latency_ms=9), "", "")
+    assert "the dense model: it keeps to at most 9 ms a batch itself" in within
+    alone = choice_line({**plan, "points": [experts, dense]}, Budget(min_cosine=0.98), "", "")
+    assert "the one candidate (3 more did not fit in the time)" in alone
