@@ -62,7 +62,7 @@ def after_bench(result: Any, path: str, words: Sequence[str] = ()) -> str:
         if ideal is not None and ideal < 1 / (1 - LEAST_SAVED):
             return f"{ratio}, {where}: it saves too few MACs to be faster; extract again, {SMALLER}"
         allowed = f", while its MACs allow {ideal:.2f}x" if ideal is not None else ""
-        cure = "try a larger --batch, or extract with fewer experts (--clusters 4, or --method static)"
+        cure = "try a larger --batch, or extract with fewer experts (--clusters) or one (--method static)"
         return f"{ratio}, {where}{allowed}: {cure}"
     if not verdict.decidable:
         return "whether it is faster is not known: time it longer, with --duration 30"

@@ -82,7 +82,7 @@ class ExpertsMethod(NeuronMethod):
     summary = "experts of neurons, found by clustering each layer's tokens; every token goes to one"
     presets: ClassVar = {
         "deploy": {
-            "clustering": "kmeans", "clusters": 8, "components": 50, "cluster_tokens": 6000, "target_macs": 0.7, "mlp_floor": 0.5,
+            "clustering": "kmeans", "clusters": 4, "components": 50, "cluster_tokens": 6000, "target_macs": 0.7, "mlp_floor": 0.5,
         },
         "compensated": {},
         "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},

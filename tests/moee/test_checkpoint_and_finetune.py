@@ -220,8 +220,8 @@ def test_a_run_that_gets_worse_keeps_the_starting_weights(lossy):
 
 @pytest.mark.parametrize(
     "loss, relative, lr",
-    [(1e-2, False, 1.5e-6), (0.15, False, 5.8e-6), (1.0, False, PAPER_RATE), (7.0, False, PAPER_RATE), (0.0, False, 0.0),
-     (-1e-9, False, 0.0), (math.nan, False, PAPER_RATE), (0.25, True, 5e-4)],
+    [(1e-2, False, 1.5e-6), (0.15, False, 5.8e-6), (1.0, False, PAPER_RATE), (7.0, False, PAPER_RATE), (1e-5, False, 1.5e-6),
+     (-1e-9, False, 1.5e-6), (math.nan, False, PAPER_RATE), (0.25, True, 5e-4)],
 )  # fmt: skip
 def test_the_learning_rate_goes_with_the_distance_to_the_teacher(loss, relative, lr):
     assert fitting_rate(loss, FinetuneConfig(relative_lr=relative)) == pytest.approx(lr)
