@@ -78,6 +78,8 @@ def choice_line(plan: dict[str, Any], budget: Budget, tuned: str, unshipped: str
     if winner["recipe"] is None:
         kinds = sorted({p["latency"]["kind"] for p in points if p.get("latency")})
         how = f" ({', '.join(kinds)}{'; ' if left and kinds else ''}{fitted if left else ''})" if kinds or left else ""
+        if not points:
+            return f"chosen: the dense model: no candidate could be made: {plan.get('obstacle') or 'the reason is not known'}"
         if not budget.limits_quality:
             return f"chosen: the dense model: it keeps to {described(budget)} itself{how}"
         return f"chosen: the dense model: none of {counted} is faster with {described(budget)}{how}"

@@ -80,7 +80,8 @@ class Found:
             "layers": layer_table(session, self.planner, winner, report), "data_read": session.data_facts(),
             "accuracy": {"images": self.compared.images, "labelled": self.compared.labelled,
                          "no_accuracy": self.compared.reason, "probe": self.planner.probe is not None},
-            "left_out": self.left_out, "prediction": prediction_error(self.points), **facts,
+            "left_out": self.left_out, "obstacle": "" if points else self.planner.obstacle,
+            "prediction": prediction_error(self.points), **facts,
         }  # fmt: skip
         with output.write() as folder:
             if winner.recipe is not None:

@@ -28,6 +28,7 @@ from moee.methods.registry import METHODS, cutting
 from moee.mlps.find import find_ffns
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.progress import Reporter
+from moee.schema import Body, checked
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.scratch import temporary_folder
@@ -104,6 +105,13 @@ class Latency:
     forms: LayerForms | None = None
 
 
+class StoredForms(Body):
+    """What an interrupted run stored of `LayerForms.slower`: names of MLPs."""
+
+    one_expert: list[str]
+    exclude: list[str]
+
+
 class Planner:
     """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs.
     `frugal`: latencies are measured of points of enough quality alone."""
@@ -134,9 +142,19 @@ class Planner:
         if self.latency is None or self.latency.forms is None:
             return {}
         clusters = variants()[way.method][1].values.get("clusters", 1)
-        one, none = self.latency.forms.slower(TYPICAL, int(clusters))
+        one, none = self._slower(self.latency, int(clusters))
         excluded = tuple(dict.fromkeys([*self.base.get("exclude", ()), *none]))
         return {**({"exclude": excluded} if excluded else {}), **({"one_expert": tuple(one)} if one and clusters > 1 else {})}
+
+    def _slower(self, latency: Latency, experts: int) -> tuple[list[str], list[str]]:
+        """What the forms say, kept beside the points: times that are measured again differ, and so would the recipes."""
+        file = self.store / f"{hashlib.sha256(f'forms {latency.label} {experts}'.encode()).hexdigest()[:16]}.json"
+        if not file.is_file():
+            assert latency.forms is not None
+            one, none = latency.forms.slower(TYPICAL, experts)
+            write_json(file, {"one_expert": one, "exclude": none})
+        stored = checked(StoredForms, read_json(file), file)
+        return stored.one_expert, stored.exclude
 
     def _turn_to(self, recipe: Recipe) -> None:
         """Drop what was calibrated after other steps: tokens fill the disk, groups and statistics the memory."""

@@ -278,6 +278,9 @@ def test_the_line_of_the_choice_says_how_many_were_tried():
     assert "of 2 candidates (3 more did not fit in the time)" in line
     assert "none of 2 candidates is faster" in choice_line({**plan, "winner": dense}, Budget(min_cosine=0.98), "", "")
     within = choice_line({**plan, "winner": dense}, Budget(target_latency_ms=9), "", "")
+    nothing = {"points": [dense], "winner": dense, "obstacle": "no MLP is faster than dense"}
+    line = choice_line(nothing, Budget(min_cosine=0.9), "", "")
+    assert line.endswith("no candidate could be made: no MLP is faster than dense")
     assert "the dense model: it keeps to at most 9 ms a batch itself" in within
     alone = choice_line({**plan, "points": [experts, dense]}, Budget(min_cosine=0.98), "", "")
     assert "the one candidate (3 more did not fit in the time)" in alone

@@ -49,7 +49,7 @@ def test_the_dense_model_is_predicted_as_itself_and_a_cut_one_by_its_forms(tiny_
     assert known.predict(model, 20.0) == pytest.approx(20 + 3 * (10 - 4))
 
 
-def test_a_plan_leaves_layers_to_what_the_device_says(tiny_model):
+def test_a_plan_leaves_layers_to_what_the_device_says(tiny_model, tmp_path):
     class Times:
         def predict(self, model, dense_ms):
             return dense_ms
@@ -58,6 +58,7 @@ def test_a_plan_leaves_layers_to_what_the_device_says(tiny_model):
             return (["blocks.1.mlp"] if experts > 1 else []), ["blocks.0.mlp"]
 
     planner = Planner.__new__(Planner)
+    planner.store = tmp_path
     planner.base, planner.latency = {"exclude": ("blocks.2",)}, Latency("x", lambda model: {}, Times())
     assert planner._by_layer(Way("kmeans-8", "share")) == {
         "exclude": ("blocks.2", "blocks.0.mlp"), "one_expert": ("blocks.1.mlp",)

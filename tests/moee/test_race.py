@@ -6,7 +6,7 @@ import pytest
 
 from moee.planning.budget import Budget, Point
 from moee.planning.race import FIRST, Racer, may_cost_more, race
-from moee.planning.search import Way
+from moee.planning.search import Latency, Planner, Way
 
 GOOD, POOR, LATE = Way("static", "sensitivity"), Way("kmeans-8", "sensitivity"), Way("hdbscan", "sensitivity")
 
@@ -61,3 +61,16 @@ def test_a_point_of_no_number_is_missed_quality():
     assert may_cost_more(broken, Budget(min_cosine=0.9)) and broken.lacks_quality(Budget(min_cosine=0.9))
     assert broken.lacks_quality(Budget(max_drop=1.0)), "an accuracy that nobody measured is none that is good enough"
     assert Racer(GOOD).target == FIRST
+
+
+def test_what_the_forms_said_is_kept_for_the_run_that_goes_on(tmp_path):
+    """Times that are measured again differ; a resumed plan must come to the same recipes and find its points."""
+
+    def slower_of(answer):
+        forms = SimpleNamespace(slower=lambda share, experts: answer)
+        ours = Planner.__new__(Planner)
+        ours.store = tmp_path
+        return ours._slower(Latency("cpu", lambda model: {}, forms), 8)
+
+    assert slower_of((["a"], [])) == (["a"], [])
+    assert slower_of(([], ["a"])) == (["a"], [])
