@@ -55,7 +55,8 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int, precision: st
     images = next(batches(session.held_out, batch)).images.numpy()
     with temporary_folder() as folder:
         target = folder / "export"
-        export(MoeeModel(model.eval(), session.spec, None, session.source), target, force=True, precision=precision)
+        moee = MoeeModel(model.eval(), session.spec, None, session.source)
+        export(moee, target, force=True, precision=precision, dense=model is session.dense)
         result = bench(target, batch, runs=CPU_RUNS, images=images)
     return {
         "kind": "measured on CPU", "device": CPU, "batch": batch, "dense_ms": result.dense_ms["p50"],

@@ -233,8 +233,13 @@ def _forms(original: nn.Module, made: Mapping[int, Callable[[float], nn.Module]]
         times = _in_turns(calls)
     sum_ms = times.pop((-1, 1.0))
     net = {key: max(ms - sum_ms, 1e-6) for key, ms in times.items()}
-    lines = {count: {share: net[count, share] for share in SHARES} for count in made}
+    lines = {count: undisturbed({share: net[count, share] for share in SHARES}) for count in made}
     return Forms(net[0, 1.0], lines.pop(1), lines)
+
+
+def undisturbed(line: Line) -> Line:
+    """No form costs more than a wider one of its kind: what was timed above that was disturbed by other work on the machine."""
+    return {share: min(ms for wider, ms in line.items() if wider >= share) for share in line}
 
 
 def _written(module: nn.Module, x: Tensor, path: Path) -> Path:

@@ -71,6 +71,7 @@ def make_plan(
         timed = _timed(latency, chosen, store) if isinstance(latency, Shortlist) and chosen else None
         if isinstance(latency, Shortlist) and timed is None:  # what it was ranked by is no time of the device
             found = replace(found, points=[replace(point, latency=None) for point in found.points])
+            found.planner.latency = None
         return found.conclude(output, store, chosen=chosen, timed=timed, report=report)
 
 

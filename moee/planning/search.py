@@ -249,6 +249,8 @@ class Planner:
     def dense(self, points: list[Point], compared: Comparison) -> Point:
         """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""
         known = [p.latency for p in points if p.latency]
+        if not known and self.latency is not None and self.budget.target_latency_ms is not None:  # it may meet the budget alone
+            known = [self._timed(self.latency, self.session.dense)]
         latency = None
         if known:
             middle = statistics.median(k["dense_ms"] for k in known)

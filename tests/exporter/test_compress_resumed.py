@@ -12,7 +12,7 @@ from exporter.compress.request import Request
 from exporter.compress.state import State
 from exporter.compress.tuning import worth
 from moee.data.image_set import TensorSet
-from moee.errors import UserError
+from moee.errors import BudgetUnmet, OutOfReach, UserError
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
 from tests.exporter.test_compress import FAST, interrupted, quick, session  # noqa: F401
@@ -87,6 +87,18 @@ def test_a_refusal_leaves_an_earlier_result_alone(session, tmp_path):  # noqa: F
     with pytest.raises(UserError, match="crop mode border"):
         Job(session, StagedFolder(tmp_path / "other"), REQUEST).run()
     assert not (tmp_path / "other").exists()
+
+
+def test_the_dense_model_is_timed_where_no_candidate_could_be(session, tmp_path, monkeypatch):  # noqa: F811
+    def none_faster(*args, **kwargs):
+        raise OutOfReach("no MLP is faster than dense here")
+
+    monkeypatch.setattr("moee.planning.search.Planner.recipe", none_faster)
+    monkeypatch.setattr("exporter.targets.here.measure_forms", lambda *args, **kwargs: None)
+    result = Job(session, StagedFolder(tmp_path / "out"), replace(REQUEST, budget=Budget(target_latency_ms=5000))).run()
+    assert result.shipped == "dense" and "no candidate could be made: no MLP is faster" in result.lines[3]
+    with pytest.raises(BudgetUnmet, match=r"nearest is dense .* misses latency by \d"):
+        Job(session, StagedFolder(tmp_path / "two"), replace(REQUEST, budget=Budget(target_latency_ms=1e-6))).run()
 
 
 def test_a_tuned_model_below_the_budgets_cosine_is_not_kept():

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from exporter.timing.form_table import Forms, FormTable, between, measure_forms
+from exporter.timing.form_table import Forms, FormTable, between, measure_forms, undisturbed
 from moee.data.image_set import image_shape
 from moee.errors import OutOfReach, UserError
 from moee.methods.recipe import make_recipe
@@ -22,6 +22,10 @@ def test_values_lie_on_straight_lines_between_the_measured():
     assert between(LINE, 0.375) == pytest.approx(1.5) and between(LINE, 0.75) == pytest.approx(3.0)
     assert between(LINE, 0.125) == pytest.approx(0.5) and between(LINE, 1.25) == pytest.approx(5.0)
     assert between(LINE, -1.0) == 0.0
+
+
+def test_a_form_costs_no_more_than_a_wider_one():
+    assert undisturbed({0.3: 0.2, 0.6: 1.9, 1.0: 0.6}) == {0.3: 0.2, 0.6: 0.6, 1.0: 0.6}
 
 
 def test_a_layer_is_left_where_its_forms_are_no_faster():
