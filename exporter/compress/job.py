@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from exporter.compress.clock import Clock, Trials, duration, images_within
+from exporter.compress.clock import TRIALS, Clock, Trials, duration, images_within
 from exporter.compress.refusals import Tried, refuse_early
-from exporter.compress.request import ALLOCATION, BASE, CPU, Request, default_budget, described
-from exporter.compress.state import TIMINGS, State, resumable
-from exporter.compress.tuning import epochs_within, worth
-from exporter.compress.verdicts import accuracy_line, choice_line, missed, size_line, speed_line
+from exporter.compress.request import ALLOCATION, BASE, CPU, Request, default_budget, described, widened
+from exporter.compress.state import TIMINGS, Compressed, State, resumable
+from exporter.compress.tuning import epochs_in, epochs_within, within, worth
+from exporter.compress.verdicts import last_lines
 from exporter.engines.plugin_cache import ensure_kernels
-from exporter.graph.export import DENSE_DATA, MOEE_DATA, export
+from exporter.graph.export import export
 from exporter.plots import write_examples
 from exporter.report import write_report
 from exporter.ship.cpu_bundle import write_cpu_bundle
@@ -48,18 +47,6 @@ from moee.store.artifact import read_json
 log = logging.getLogger("moee")
 PAIRS, SECONDS = 40, 5.0  # of the timing at the end, at least
 BATCHES = (1, 8, 32)  # of the bundle's profile
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """`shipped`: plan's way of the model in the bundle, "dense" for that one. `lines`: accuracy, speed, size, what was chosen and
-    why, where the bundle is. `folder`: of all stages' artifacts."""
-
-    folder: Path
-    shipped: str
-    lines: tuple[str, ...]
-    seconds: float
-    stages: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,13 +85,7 @@ class Job:
     def _run(self, state: State, budget: Budget, tried: Tried | None) -> Compressed:
         self._announce(budget)
         plan = self._plan(state, budget, tried)
-        winner, tuned = plan["winner"], ""
-        if winner["recipe"] is not None:
-            self._extract(state, winner)
-            tuned = self._tune(state, budget)
-            shipped = "tuned" if state.stages["tuned"]["kept"] else "extracted"
-        else:
-            shipped = "dense"
+        point, shipped, tuned = self._candidate(state, plan, budget)
         unshipped = state.stages.get("unshipped", {}).get("why", "")  # of an interrupted job
         latencies = self._export(state, "dense" if unshipped else shipped)
         if latencies and self._slower(latencies, budget):
@@ -124,14 +105,38 @@ class Job:
                     moee, self.session.held_out, file, images=images, dense=self.session.dense, source=source, force=True,
                     report=self.report,
                 )  # fmt: skip
-        lines = self._lines(plan, budget, moee, latencies, shipped, tuned=tuned, unshipped=unshipped)
+        measured = moee.info["stages"].get(shipped)
+        lines = last_lines(
+            self.place, self.request.device, plan, budget, measured, latencies=latencies, point=point, tuned=tuned,
+            unshipped=unshipped,
+        )  # fmt: skip
         with self._stage("report"):
             write_report([self.place.place], self.place.place / "report.html", force=True)
         if self.clock.left < 0:
             self.say(f"it took {duration(self.clock.spent)}, longer than the {duration(self.clock.seconds or 0)} it was given")
-        what = "dense" if shipped == "dense" else winner["method"]
+        what = "dense" if shipped == "dense" else point["method"]
         state.finish({"shipped": what, "model": shipped, "lines": lines, "seconds": self.clock.spent})
         return Compressed(self.place.place, what, lines, self.clock.spent, state.stages)
+
+    def _candidate(self, state: State, plan: dict[str, Any], budget: Budget) -> tuple[dict[str, Any], str, str]:
+        """The point that is to be shipped, the folder of its model, and what tuning did. A point that misses the budget is taken
+        only if tuning brings it within; else the plan's winner is."""
+        point, winner = plan["ambitious"], plan["winner"]
+        beyond = point["recipe"] != winner["recipe"]
+        if beyond and "fallback" not in state.stages:
+            if state.done("tuned") or epochs_within(self.clock, len(self.session.train)):
+                self._extract(state, point)
+                tuned = self._tune(state, budget)
+                if state.stages["tuned"]["kept"] and within(budget, self._made("tuned").info["stages"]["tuned"]["retention"]):
+                    return point, "tuned", tuned
+                self.say("tuning did not bring the fastest candidate within the budget: the next one is taken")
+            state.begin("fallback")
+            state.add("fallback", {"from": point["method"]})
+        if winner["recipe"] is None:
+            return (winner, "dense", "") if beyond else (point, "dense", "")
+        self._extract(state, winner if beyond else point)
+        tuned = self._tune(state, budget)
+        return winner if beyond else point, "tuned" if state.stages["tuned"]["kept"] else "extracted", tuned
 
     @contextmanager
     def _stage(self, name: str, state: State | None = None) -> Iterator[dict[str, Any]]:
@@ -174,16 +179,22 @@ class Job:
                 make_plan(
                     self.session, budget, target, methods=methods, allocations=ALLOCATION, attention=heads, base=BASE,
                     latency=latency, force=True, report=self.report, over=Trials(self.clock, self.say),
+                    slack=self._slack(budget),
                 )  # fmt: skip
         plan: dict[str, Any] = read_json(target / PLAN)
         return plan
 
-    def _extract(self, state: State, winner: dict[str, Any]) -> None:
+    def _slack(self, budget: Budget) -> Budget | None:
+        """A wider budget for trials, where there will be time to tune what they find."""
+        rest = (1 - TRIALS) * (self.clock.left - self.clock.finish)
+        return widened(budget) if epochs_in(rest, self.clock, len(self.session.train)) else None
+
+    def _extract(self, state: State, point: dict[str, Any]) -> None:
         if not state.done("extracted"):
             with self._stage("extracted", state):
                 self.place.folder("tuned.resume").remove()  # of another model
                 run_extract(
-                    self.session.spec, self.session.source, read_recipe_json(winner["recipe"], PLAN),
+                    self.session.spec, self.session.source, read_recipe_json(point["recipe"], PLAN),
                     self.place.folder("extracted").place, force=True, report=self.report, session=self.session,
                 )  # fmt: skip
 
@@ -281,20 +292,3 @@ class Job:
                     export_dir, out, self.request.sm, kernels, BATCHES, force=True, word=self.word, probe=moee.probe
                 )  # fmt: skip
             facts["sm"] = self.request.sm
-
-    def _lines(
-        self, plan: dict[str, Any], budget: Budget, moee: MoeeModel, latencies: list[dict[str, Any]], shipped: str, *, tuned: str,
-        unshipped: str,
-    ) -> tuple[str, ...]:  # fmt: skip
-        stage = moee.info["stages"].get(shipped)
-        planned = plan["winner"]["latency"] if self.request.device != CPU and shipped != "dense" else None
-        folder = self.place.folder("export").place
-        sizes = [(folder / name).stat().st_size for name in (DENSE_DATA, MOEE_DATA)]
-        bundle = self.place.folder("bundle").place
-        return (
-            accuracy_line(stage["retention"] if stage else None),
-            speed_line(latencies, planned),
-            size_line(stage["cost"], sizes[0], sizes[1]) if stage else "size: that of the dense model",
-            choice_line(plan, budget, tuned, unshipped) + missed(latencies if self.request.device == CPU else [], budget),
-            f"bundle: {bundle} (its graphs are the verified export's); report: {self.place.place / 'report.html'}",
-        )

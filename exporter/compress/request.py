@@ -16,6 +16,7 @@ from plugins.devices import parse_sm
 
 DROP, COSINE = 1.0, 0.98  # of a budget that nobody gave: percentage points of accuracy, or the mean cosine to the dense outputs
 TIME_S = 1200.0
+MORE_DROP, MORE_DISTANCE = 2.0, 1.25  # points of accuracy, and of one less the cosine, that tuning may bring back
 METHODS = ("static", "kmeans-8")  # one that needs no plugin, and experts; the planner tries more
 ALLOCATION = ("sensitivity",)  # what serves both best (docs/results/methods.md)
 HEADS = (1.0, 0.75)  # shares of the attention's MACs
@@ -66,6 +67,15 @@ def default_budget(session: Session) -> tuple[Budget, str]:
         f"no budget was given, and accuracy cannot be compared ({compared.reason}): the outputs must keep a mean "
         f"cosine of {COSINE:g} to the dense ones ({flag_of('min_cosine')} {COSINE:g})"
     )
+
+
+def widened(budget: Budget) -> Budget | None:
+    """The budget for trials whose models are tuned afterwards; None where quality is not limited."""
+    if not budget.limits_quality:
+        return None
+    drop = None if budget.max_drop is None else min(99.0, budget.max_drop + MORE_DROP)
+    cosine = None if budget.min_cosine is None else 1 - (1 - budget.min_cosine) * MORE_DISTANCE
+    return budget.model_copy(update={"max_drop": drop, "min_cosine": cosine})
 
 
 def described(budget: Budget) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from moee.errors import UserError
@@ -14,7 +16,9 @@ from moee.store.artifact import read_json
 from moee.store.result_kinds import family
 
 TIMINGS = ("one/latency.json", "latency.json")  # at one image, and at the batch
-ORDER = ("plan", "extracted", "tuning", "tuned", "unshipped", "export", "latency", "verify", "bundle", "examples")  # in turn
+ORDER = (  # in turn
+    "plan", "fallback", "extracted", "tuning", "tuned", "unshipped", "export", "latency", "verify", "bundle", "examples",
+)  # fmt: skip
 STAGE_FILES = {"latency": TIMINGS, "examples": ("examples.json",)}
 
 
@@ -69,6 +73,18 @@ class State:
 
     def _write(self, done: bool = False, **facts: Any) -> None:
         self.place.write({"done": done, "identity": self.identity, "stages": self.stages, **facts})
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """`shipped`: plan's way of the model in the bundle, "dense" for that one. `lines`: accuracy, speed, size, what was chosen and
+    why, where the bundle is. `folder`: of all stages' artifacts."""
+
+    folder: Path
+    shipped: str
+    lines: tuple[str, ...]
+    seconds: float
+    stages: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager

@@ -13,11 +13,24 @@ EPOCH_RUNS = 6.0  # of the dense model on an image, that an epoch takes for it
 
 
 def epochs_within(clock: Clock, images: int) -> int:
-    """Epochs on so many training images that the time allows; none if there is not enough for one."""
+    """Epochs on so many training images that the time allows from now on; none if there is not enough for one."""
+    return epochs_in(clock.tuning, clock, images)
+
+
+def epochs_in(seconds: float, clock: Clock, images: int) -> int:
+    """Epochs on so many training images that fit into some seconds, at most `MOST_EPOCHS`."""
     each = EPOCH_RUNS * clock.image_s * images
-    if clock.seconds is None or not each:
+    if seconds == float("inf") or not each:
         return MOST_EPOCHS
-    return max(0, min(MOST_EPOCHS, int(clock.tuning / each)))
+    return max(0, min(MOST_EPOCHS, int(seconds / each)))
+
+
+def within(budget: Budget, kept: dict[str, Any]) -> bool:
+    """Whether a retention keeps to the limits of the quality; what was not measured keeps to none."""
+    accurate = budget.max_drop is None
+    if budget.max_drop is not None and kept["accuracy"] is not None:
+        accurate = 100 * (kept["dense_accuracy"] - kept["accuracy"]) <= budget.max_drop + 1e-7
+    return accurate and (budget.min_cosine is None or kept["class_cosine"] >= budget.min_cosine)
 
 
 def worth(tuned: MoeeModel, epochs: int, budget: Budget) -> dict[str, Any]:

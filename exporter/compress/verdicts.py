@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.compress.request import described
+from exporter.compress.request import CPU, described
+from exporter.graph.export import DENSE_DATA, MOEE_DATA
 from exporter.terminal.ui import percent
+from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
 
 NAMES = {"static": "static pruning", "dense": "the dense model"}
@@ -68,10 +70,12 @@ def missed(latencies: list[dict[str, Any]], budget: Budget) -> str:
     return f"; but it took {latencies[-1]['moee_ms']['p50']:.2f} ms a batch in the timing at the end, above {limit:g} ms"
 
 
-def choice_line(plan: dict[str, Any], budget: Budget, tuned: str, unshipped: str) -> str:
-    """What was chosen, and why. `tuned`: what fine-tuning did; `unshipped`: why the plan's winner is not what is shipped."""
+def choice_line(
+    plan: dict[str, Any], winner: dict[str, Any], budget: Budget, *, tuned: str = "", unshipped: str = ""
+) -> str:  # fmt: skip
+    """What was chosen of a plan's points, and why. `tuned`: what fine-tuning did; `unshipped`: why it is not what is shipped."""
     points = [p for p in plan["points"] if p["method"] != "dense"]
-    winner, left = plan["winner"], plan.get("left_out", 0)
+    left = plan.get("left_out", 0)
     counted, fitted = f"{len(points)} candidate{'' if len(points) == 1 else 's'}", f"{left} more did not fit in the time"
     if unshipped:
         return f"chosen: the dense model, {unshipped}; {way(winner)} is kept beside it"
@@ -88,3 +92,20 @@ def choice_line(plan: dict[str, Any], budget: Budget, tuned: str, unshipped: str
     return f"chosen: {way(winner)}{tuned}: {tried} with {described(budget)}"
 
 
+def last_lines(
+    place: StagedFolder, device: str, plan: dict[str, Any], budget: Budget, stage: dict[str, Any] | None, *,
+    latencies: list[dict[str, Any]], point: dict[str, Any], tuned: str, unshipped: str,
+) -> tuple[str, ...]:  # fmt: skip
+    """The five lines. `stage`: what was measured of the shipped model, None for the dense one. `latencies` as in `speed_line`;
+    `point`, `tuned` and `unshipped` as in `choice_line`."""
+    planned = point["latency"] if device != CPU and stage is not None else None
+    folder, bundle = place.folder("export").place, place.folder("bundle").place
+    sizes = [(folder / name).stat().st_size for name in (DENSE_DATA, MOEE_DATA)]
+    choice = choice_line(plan, point, budget, tuned=tuned, unshipped=unshipped)
+    return (
+        accuracy_line(stage["retention"] if stage else None),
+        speed_line(latencies, planned),
+        size_line(stage["cost"], sizes[0], sizes[1]) if stage else "size: that of the dense model",
+        choice + missed(latencies if device == CPU else [], budget),
+        f"bundle: {bundle} (its graphs are the verified export's); report: {place.place / 'report.html'}",
+    )

@@ -7,6 +7,7 @@ plain MLP in both, gated or not.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,7 +53,7 @@ CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/m
 def export(
     moee: MoeeModel, path: Path | str, *, force: bool = False, report: Reporter = silent, source: Path | str | None = None,
     precision: str = "fp32", calibration: ImageSet | None = None, calibration_images: int = CALIBRATION_IMAGES,
-    dense: bool = False,
+    dense: bool = False, dense_from: Path | None = None,
 ) -> None:  # fmt: skip
     """Write `dense.onnx`, `tensorrt.onnx`, `portable.onnx`, their weights and `export.json` into folder `path`.
 
@@ -60,8 +61,9 @@ def export(
     or bf16, the type of all three graphs (see `exporter.precision`), or int8 or int8-fp32: then both models are
     calibrated on `calibration_images` images of `calibration` (default: training images of the data that the model was last
     made on), and `reference.onnx`, the dense model in float32, is written too. `dense`: the model is the dense one itself, and
-    all three graphs are of it. Raises `UserError` if `path` exists and `force`
-    is off, if another model has no routed layer, for an unknown precision or data that cannot be read.
+    all three graphs are of it. `dense_from`: an export of the same model in the same precision, whose dense graph is taken:
+    tracing it again takes as long as the other. Raises `UserError` if `path` exists and `force` is off, if another model has no
+    routed layer, for an unknown precision or data that cannot be read.
     """
     dtype = dtype_of(precision)
     layers = routed_layers(moee.model)
@@ -86,7 +88,11 @@ def export(
     with output.write() as folder, explained():
         if reference is not None:
             ir.save(to_onnx(reference, transform.shape), folder / REFERENCE, external_data=REFERENCE_DATA)
-        ir.save(to_onnx(typed(original, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)
+        if dense_from is None:
+            ir.save(to_onnx(typed(original, dtype), transform.shape), folder / DENSE, external_data=DENSE_DATA)
+        else:
+            for name in (DENSE, DENSE_DATA):
+                shutil.copy2(dense_from / name, folder / name)
         report("export", 1, 3)
         graph = to_onnx(typed(model, dtype), transform.shape)
         forms = portable_forms(moee, transform.shape)

@@ -40,15 +40,20 @@ def exported(
 ) -> Iterator[Exported]:  # fmt: skip
     """Export the candidates one after another below `place`; each is removed when the next one is asked for."""
     facts = dense_facts(session.dense, session.transform.shape)
+    former: Path | None = None  # its dense graph is the next one's
     for number, candidate in enumerate(candidates):
         report("candidates", number, len(candidates))
         model, folder = candidate.make().eval(), place / f"export-{number}"
-        export(MoeeModel(model, session.spec, None, session.source), folder, precision=precision)
+        export(MoeeModel(model, session.spec, None, session.source), folder, precision=precision, dense_from=former)
+        if former is not None:
+            shutil.rmtree(former)
+        former = folder
         figures = {name: modelled(board, session.dense, model, facts, batch) for name, board in PROFILES.items()}
         kept = {name: StoredLatency(dense_ms=said["dense_ms"], moee_ms=said["moee_ms"]) for name, said in figures.items()}
         needs_plugin = read_export(folder, verify=False)["plugin_nodes"] > 0
         yield Exported(candidate_id(candidate.point.recipe, folder), folder, needs_plugin, kept)
-        shutil.rmtree(folder)
+    if former is not None:
+        shutil.rmtree(former)
     report("candidates", len(candidates), len(candidates))
 
 

@@ -25,16 +25,17 @@ SCHEMA, PLAN, RECIPE = "moee.plan/2", "plan.json", "recipe.toml"
 @dataclass(frozen=True)
 class Found:
     """The points that were made and measured, by the planner that can make their models again. `left_out`: trials that there was
-    no time for."""
+    no time for. `wanted`: the budget, where points were looked for under a wider one."""
 
     planner: Planner
     points: list[Point]
     compared: Comparison
     left_out: int = 0
+    wanted: Budget | None = None
 
     @property
     def budget(self) -> Budget:
-        return self.planner.budget
+        return self.wanted or self.planner.budget
 
     def candidates(self, most: int) -> list[Candidate]:
         """Those that are worth timing on the device, at most `most`."""
@@ -70,12 +71,13 @@ class Found:
             raise BudgetUnmet(nearest([*eligible, dense], self.budget) + obstacle)
         everything = [*points, dense]
         session = self.planner.session
-        if self.planner.frugal and winner.recipe is not None:
-            session.made = (winner.recipe, *self.planner.made(winner))
+        ambitious = choose([*eligible, dense], self.planner.budget) or winner
+        if self.planner.frugal and ambitious.recipe is not None:
+            session.made = (ambitious.recipe, *self.planner.made(ambitious))
         result = {
             "model": session.spec.model_dump(mode="json"), "data": session.source, "base": self.planner.base,
             "budget": self.budget.model_dump(),
-            "winner": asdict(winner), "margins": margins(winner, eligible, dense, self.budget),
+            "winner": asdict(winner), "ambitious": asdict(ambitious), "margins": margins(winner, eligible, dense, self.budget),
             "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
             "layers": layer_table(session, self.planner, winner, report), "data_read": session.data_facts(),
             "accuracy": {"images": self.compared.images, "labelled": self.compared.labelled,

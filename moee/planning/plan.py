@@ -50,7 +50,7 @@ def make_plan(
     session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | Shortlist | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
-    attention: tuple[float, ...] = (1.0,), over: Callable[[], bool] | None = None,
+    attention: tuple[float, ...] = (1.0,), over: Callable[[], bool] | None = None, slack: Budget | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
@@ -59,13 +59,15 @@ def make_plan(
     them at the end, and only these and dense are then chosen from. Points of an interrupted run are kept in `<out>.resume`.
     With `over`, which says when the time for trials is over, targets are looked for by bisection (`moee.planning.race`),
     latencies are measured of points of enough quality alone, and the session keeps the winner's model, so that `run_extract`
-    need not make it again. Raises `BudgetUnmet` if nothing meets the budget: it names the nearest point.
+    need not make it again. `slack`: a wider budget, which points are looked for under, since tuning may bring them within
+    `budget`; the best of those is the plan's `ambitious` point. Raises `BudgetUnmet` if nothing meets the budget: it names the
+    nearest point.
     """
     output, store = places(session, out, force)
     with alone_on(store.place, session.group.leader):
         found = search(
             session, budget, store, latency=latency, methods=methods, targets=targets, base=base, report=report,
-            allocations=allocations, attention=attention, over=over,
+            allocations=allocations, attention=attention, over=over, slack=slack,
         )  # fmt: skip
         chosen = found.candidates(latency.most) if isinstance(latency, Shortlist) else []
         timed = _timed(latency, chosen, store) if isinstance(latency, Shortlist) and chosen else None
@@ -96,7 +98,7 @@ def search(
     session: Session, budget: Budget, store: OutputFolder, *, latency: Latency | Shortlist | None = None,
     methods: tuple[str, ...] | None = None, targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None,
     report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
-    over: Callable[[], bool] | None = None,
+    over: Callable[[], bool] | None = None, slack: Budget | None = None,
 ) -> Found:  # fmt: skip
     """The points of `make_plan`, kept in `store`, on which nobody else works."""
     base, methods = base or {}, usual() if methods is None else methods
@@ -112,7 +114,7 @@ def search(
     for way in ways(methods, allocations, attention):  # said before a resumed plan is bound to the options
         session.prove(recipe_of(way, base))
     fresh = not store.place.exists()
-    planner = planner_of(session, budget, base, store, latency, report=report)
+    planner = planner_of(session, slack or budget, base, store, latency, report=report)
     planner.frugal = over is not None
     compared = session.comparison(planner.probe)
     if budget.max_drop is not None and not compared:
@@ -129,7 +131,7 @@ def search(
         points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
         points += planner.refine(points, targets)
     points = list({json.dumps(p.recipe, sort_keys=True): p for p in points}.values())
-    return Found(planner, points, compared, left_out)
+    return Found(planner, points, compared, left_out, budget)
 
 
 def model_identity(session: Session) -> dict[str, Any]:

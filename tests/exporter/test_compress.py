@@ -13,8 +13,8 @@ from PIL import Image
 from exporter import cli
 from exporter.compress.clock import Clock, Trials, duration, images_within, seconds_of
 from exporter.compress.job import Job
-from exporter.compress.request import Request, possible_heads
-from exporter.compress.tuning import epochs_within
+from exporter.compress.request import Request, possible_heads, widened
+from exporter.compress.tuning import epochs_within, within
 from exporter.compress.verdicts import choice_line
 from exporter.deploy.run import opened
 from exporter.timing.latency import bench
@@ -272,15 +272,57 @@ def test_the_line_of_the_choice_says_how_many_were_tried():
 
     static, experts = point("static", 1.0, {"a": 1}), point("kmeans-8", 0.75, {"b": 1})
     dense = point("dense", 1.0, None)
-    plan = {"points": [static, experts, dense], "winner": experts, "left_out": 3}
-    line = choice_line(plan, Budget(min_cosine=0.98), ", tuned for 2 epochs", "")
+    plan, budget = {"points": [static, experts, dense], "left_out": 3}, Budget(min_cosine=0.98)
+    line = choice_line(plan, experts, budget, tuned=", tuned for 2 epochs")
     assert "experts (kmeans-8) beside 75% of the attention's MACs, tuned for 2 epochs" in line
     assert "of 2 candidates (3 more did not fit in the time)" in line
-    assert "none of 2 candidates is faster" in choice_line({**plan, "winner": dense}, Budget(min_cosine=0.98), "", "")
-    within = choice_line({**plan, "winner": dense}, Budget(target_latency_ms=9), "", "")
-    nothing = {"points": [dense], "winner": dense, "obstacle": "no MLP is faster than dense"}
-    line = choice_line(nothing, Budget(min_cosine=0.9), "", "")
+    assert "none of 2 candidates is faster" in choice_line(plan, dense, budget)
+    within_limit = choice_line(plan, dense, Budget(target_latency_ms=9))
+    assert "the dense model: it keeps to at most 9 ms a batch itself" in within_limit
+    nothing = {"points": [dense], "obstacle": "no MLP is faster than dense"}
+    line = choice_line(nothing, dense, Budget(min_cosine=0.9))
     assert line.endswith("no candidate could be made: no MLP is faster than dense")
-    assert "the dense model: it keeps to at most 9 ms a batch itself" in within
-    alone = choice_line({**plan, "points": [experts, dense]}, Budget(min_cosine=0.98), "", "")
+    alone = choice_line({**plan, "points": [experts, dense]}, experts, budget)
     assert "the one candidate (3 more did not fit in the time)" in alone
+
+
+def kept(accuracy, cosine):
+    return {"accuracy": accuracy, "dense_accuracy": 0.8, "class_cosine": cosine}
+
+
+def test_what_was_not_measured_keeps_to_no_limit():
+    budget = Budget(max_drop=1.0, min_cosine=0.95)
+    assert within(budget, kept(0.79, 0.96)) and not within(budget, kept(0.78, 0.96)) and not within(budget, kept(0.8, 0.94))
+    assert not within(budget, kept(None, 0.99)) and not within(budget, kept(0.8, float("nan")))
+    assert within(Budget(min_cosine=0.95), kept(None, 0.95))
+
+
+def test_trials_may_miss_what_tuning_brings_back():
+    wide = widened(Budget(max_drop=1.0, min_cosine=0.96))
+    assert wide.max_drop == 3.0 and wide.min_cosine == pytest.approx(0.95)
+    assert widened(Budget(target_latency_ms=3.0)) is None
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_candidate_beyond_the_budget_is_shipped_only_if_tuning_brings_it_within(session, quick, tmp_path, monkeypatch, learned):
+    """The fastest point misses the cosine until it is tuned; the winner within the budget is another one."""
+    def tuned(path, config, out, **options):
+        moee = checkpoint.load(path)
+        stage = moee.info["stages"]["extracted"]
+        cosine = 0.9999 if learned else stage["retention"]["class_cosine"]
+        moee.info["stages"]["tuned"] = {**stage, "best_epoch": 1, "retention": {**stage["retention"], "class_cosine": cosine}}
+        checkpoint.save(moee, out, force=True)
+        return moee
+
+    monkeypatch.setattr("exporter.compress.job.run_finetune", tuned)
+    strict = 0.995
+    request = Request(Budget(min_cosine=strict), time_s=None, **FAST)
+    monkeypatch.setattr("exporter.compress.job.widened", lambda budget: Budget(min_cosine=0.5))
+    job = Job(session, StagedFolder(tmp_path / "out"), request)
+    result = job.run()
+    plan = json.loads((tmp_path / "out" / "plan" / "plan.json").read_text())
+    state = json.loads((tmp_path / "out" / "compress.json").read_text())
+    assert plan["ambitious"]["recipe"] != plan["winner"]["recipe"] and plan["ambitious"]["cosine"] < strict
+    assert ("fallback" in state["stages"]) is not learned
+    assert state["result"]["model"] == ("tuned" if learned or plan["winner"]["recipe"] else "dense")
+    assert result.shipped == (plan["ambitious"] if learned else plan["winner"])["method"]
