@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,12 @@ from moee.store.artifact import read_json
 log = logging.getLogger("moee")
 
 SCHEMA = "moee.summary/1"
-MODEL, DATA = "dinov2-s", "digits"
+MODEL, DATA = "dinov2-s", "photo-crops"
 TIME_S = 480.0  # of ten minutes; the engines come after
-BUDGETS = {"digits": Budget(max_drop=1.0, min_cosine=0.99)}
+REQUESTS = {  # by the images: what keeps to the time and shows experts at work
+    "photo-crops": Request(Budget(max_drop=1.0, min_cosine=0.95), methods=("kmeans-8",), heads=(0.75,)),
+    "digits": Request(Budget(max_drop=1.0, min_cosine=0.99)),
+}
 
 
 @dataclass
@@ -53,7 +56,7 @@ def run_demo(
     place = StagedFolder(out, force=force)
     place.check()
     session = Session(resolve(model, data, report=report), data, report=report, group=group)
-    asked = request or Request(budget=BUDGETS.get(data), time_s=time_s)
+    asked = request or replace(REQUESTS[data], time_s=time_s)
     compressed = Job(session, place, asked, report).run()
     engine, engine_error = None, None
     try:

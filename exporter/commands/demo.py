@@ -18,7 +18,9 @@ TEXT = "compress a real pretrained ViT-S on built-in images, and build engines o
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("demo", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
-    sub.add_argument("--data", default="digits", help="a built-in source of images (digits)")
+    choices = ("photo-crops", "digits")
+    what = "the built-in images: 20 photographs to be told apart, or handwritten digits (photo-crops)"
+    sub.add_argument("--data", choices=choices, default=choices[0], metavar="NAME", help=what)
     add_device(sub)
     add_out(sub, "all results")
     add_outputs(sub, lambda args: [StagedFolder(args.out, force=args.force)])
