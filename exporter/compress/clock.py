@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
@@ -12,6 +13,7 @@ TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while 
 TRIALS = 0.7  # of the time before the last stages; tuning gets the rest
 SHOWN, FEWEST = 400, 20  # images
 SHOWN_PASSES = 3  # of the dense model that showing an image takes: both models, and the pictures
+UNPREPARED = 0.5  # of a trial with its preparation, that one without is taken to be before any was seen
 MARGIN = 1.1  # a trial may take longer than the mean of those before
 
 
@@ -66,24 +68,34 @@ def images_within(clock: Clock) -> int:
 
 
 class Trials:
-    """Says before each trial whether the time for trials is over: too little is left for one more like those before."""
+    """Says before each trial whether the time for trials is over: too little is left for one more like those before.
+
+    A trial whose way has to be prepared takes longer than the next ones of that way.
+    """
 
     def __init__(self, clock: Clock, say: Callable[[str], None]):
         self.clock, self.say = clock, say
-        self.begun: list[float] = []  # seconds after the start
+        self.begun: list[tuple[float, bool]] = []  # seconds after the start, and whether the way had to be prepared
 
-    def __call__(self) -> bool:
+    def __call__(self, fresh: bool) -> bool:
         spent = self.clock.spent
-        self.begun.append(spent)
-        done = len(self.begun) - 1
-        if done == 0:
+        self.begun.append((spent, fresh))
+        if len(self.begun) == 1:
             return False
-        each = (spent - self.begun[0]) / done
-        left = self.clock.trials_end - spent
-        if done == 1 and left != float("inf"):
-            more = max(0, int(left / (each * MARGIN))) if each else 0
-            self.say(f"a trial took {duration(each)}: about {more} more fit")
+        each, left = self.expected(fresh), self.clock.trials_end - spent
+        if len(self.begun) == 2 and left != float("inf"):
+            self.say(f"the first trial took {duration(spent - self.begun[0][0])}; {duration(max(0.0, left))} are left for others")
         return left < each * MARGIN
+
+    def expected(self, fresh: bool) -> float:
+        """Seconds of a trial: the mean of those of its kind before; half of one that was prepared, where there was no other."""
+        taken: dict[bool, list[float]] = {True: [], False: []}
+        for (began, kind), (ended, _) in pairwise(self.begun):
+            taken[kind].append(ended - began)
+        if taken[fresh]:
+            return sum(taken[fresh]) / len(taken[fresh])
+        other = sum(taken[not fresh]) / len(taken[not fresh])
+        return other if fresh else other * UNPREPARED
 
 
 def duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ MORE_DROP, MORE_DISTANCE = 2.0, 1.25  # points of accuracy, and of one less the 
 METHODS = ("static", "kmeans-8")  # one that needs no plugin, and experts; the planner tries more
 ALLOCATION = ("sensitivity",)  # what serves both best (docs/results/methods.md)
 HEADS = (1.0, 0.75)  # shares of the attention's MACs
-BASE = {"cluster_tokens": 6000}  # options of all ways; tokens of a layer: seconds instead of minutes
+BASE = {"cluster_tokens": 6000, "tokens": 40_000, "refit_tokens": 40_000}  # of all ways, a layer: seconds instead of minutes
 
 
 @dataclass(frozen=True)

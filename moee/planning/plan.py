@@ -50,14 +50,14 @@ def make_plan(
     session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | Shortlist | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
-    attention: tuple[float, ...] = (1.0,), over: Callable[[], bool] | None = None, slack: Budget | None = None,
+    attention: tuple[float, ...] = (1.0,), over: Callable[[bool], bool] | None = None, slack: Budget | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
     `attention` are the shares of the attention's MACs that every method is tried with (1: as it is). `base` are further options
     of every configuration, but for `attention_macs`. `latency` times every point as it is made, or, as a `Shortlist`, a few of
     them at the end, and only these and dense are then chosen from. Points of an interrupted run are kept in `<out>.resume`.
-    With `over`, which says when the time for trials is over, targets are looked for by bisection (`moee.planning.race`),
+    With `over`, which says when the time for trials is over (`race`), targets are looked for by bisection (`moee.planning.race`),
     latencies are measured of points of enough quality alone, and the session keeps the winner's model, so that `run_extract`
     need not make it again. `slack`: a wider budget, which points are looked for under, since tuning may bring them within
     `budget`; the best of those is the plan's `ambitious` point. Raises `BudgetUnmet` if nothing meets the budget: it names the
@@ -98,7 +98,7 @@ def search(
     session: Session, budget: Budget, store: OutputFolder, *, latency: Latency | Shortlist | None = None,
     methods: tuple[str, ...] | None = None, targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None,
     report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
-    over: Callable[[], bool] | None = None, slack: Budget | None = None,
+    over: Callable[[bool], bool] | None = None, slack: Budget | None = None,
 ) -> Found:  # fmt: skip
     """The points of `make_plan`, kept in `store`, on which nobody else works."""
     base, methods = base or {}, usual() if methods is None else methods

@@ -47,9 +47,10 @@ def may_cost_more(point: Point, budget: Budget) -> bool:
 
 
 def race(
-    planner: Planner, ways: Sequence[Way], over: Callable[[], bool], rounds: Sequence[int] = GOING_ON
+    planner: Planner, ways: Sequence[Way], over: Callable[[bool], bool], rounds: Sequence[int] = GOING_ON
 ) -> tuple[list[Point], int]:
-    """Points of `ways`, and how many more there would have been, had `over` not said that the time is.
+    """Points of `ways`, and how many more there would have been, had `over` not said that the time is. It is asked before every
+    trial, and told whether its way has to be prepared first.
 
     The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
     for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
@@ -57,13 +58,17 @@ def race(
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
     left = sum(min(count, len(ways)) for count in rounds)
-    forwards = True
+    forwards, attention, prepared = True, 0.0, set[str]()
     for count in rounds:
         ranked = sorted((r for r in racers if r.points), key=lambda r: standing(r.points, planner.budget))
         chosen = ranked[:count] if ranked else racers[:count]
         ordered = [racer for racer in racers if racer in chosen]
         for racer in ordered if forwards else reversed(ordered):
-            if over() and points:  # asked before the first too, by whose time the second is judged
+            if racer.way.attention != attention:  # what was prepared is of no use to another share
+                attention, prepared = racer.way.attention, set()
+            fresh = racer.way.method not in prepared
+            prepared.add(racer.way.method)
+            if over(fresh) and points:  # asked before the first too, by whose time the second is judged
                 return points, left
             target = racer.target
             point = planner.point(racer.way, target)

@@ -255,6 +255,7 @@ class Planner:
         if known:
             middle = statistics.median(k["dense_ms"] for k in known)
             latency = {**known[0], "dense_ms": middle, "moee_ms": middle, "speedup": 1.0}
+            latency.pop("predicted_ms", None)  # of another model
         right = compared.dense if compared else None
         accuracy, drop, interval = (None, None, None) if right is None else (right.value, 0.0, list(right.interval))
         return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, drop, latency, None, interval)

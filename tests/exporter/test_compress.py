@@ -44,14 +44,15 @@ class Faked:
 def test_trials_end_when_one_more_would_not_fit():
     now = Faked()
     clock = Clock(600.0, now)
-    said = []
+    said, begun = [], []
     trials = Trials(clock, said.append)
-    begun = []
-    while not trials():
+    while not trials(fresh=not begun):
+        now.time += 40.0 if begun else 130.0  # the first one's way had to be prepared
         begun.append(now.time)
-        now.time += 70.0
     assert now.time <= clock.trials_end == pytest.approx(0.7 * 540)
-    assert len(begun) == 5 and said == ["a trial took 70 s: about 4 more fit"]
+    assert begun[-1] + 40 * 1.1 > clock.trials_end, "and no sooner"
+    assert said == ["the first trial took 2 min 10 s; 4 min 8 s are left for others"]
+    assert trials.expected(fresh=True) == 130.0 and trials.expected(fresh=False) == 40.0
 
 
 def test_tuning_gets_what_is_left_and_none_without_a_measure_of_its_time():
