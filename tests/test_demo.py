@@ -19,18 +19,18 @@ def test_demo(tmp_path):
     assert main(["demo", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     dense, moee = summary["dense"], summary["moee"]
-    assert summary["schema"] == "moee.summary/1"
-    assert dense["accuracy"] >= 0.97
-    assert moee["macs"] <= 0.68 * dense["macs"]
-    assert moee["accuracy_extracted"] >= 0.97 * dense["accuracy"]
-    assert moee["accuracy_finetuned"] >= 0.985 * dense["accuracy"]
+    assert summary["schema"] == "moee.summary/1" and summary["shipped"] == "kmeans-8"
+    assert dense["accuracy"] >= 0.75 and moee["macs"] <= 0.7 * dense["macs"] and moee["cosine"] >= 0.95
+    reached = [moee[f"accuracy_{stage}"] for stage in ("finetuned", "extracted") if moee[f"accuracy_{stage}"] is not None]
+    assert reached[0] >= dense["accuracy"] - 0.01
+    assert sum(share <= 0.6 for share in moee["largest_share"].values()) > len(moee["layers"]) / 2, "experts at work"
+    assert summary["latency"]["speedup"] > 1
     assert summary["parity"]["passed"] and summary["parity"]["route_agreement"] >= 0.9999
     routed = [layer for layer in moee["layers"] if layer["experts"]]
     assert summary["engine"]["plugin_layers"] == len(routed)
-    assert all((out / part).is_dir() for part in ("extracted", "tuned", "export", "engine"))
+    assert all((out / part).is_dir() for part in ("plan", "extracted", "export", "verify", "bundle", "engine"))
 
     export, layer = out / "export", routed[5]["name"]
-    assert main(["verify", str(export), "--out", str(out / "verify")]) == 0
     pytest.importorskip("xmlschema").XMLSchema(XSD).validate(str(out / "verify" / "junit.xml"))
     (out / "engine" / "libmoee_plugin.so").unlink()
     assert main(["verify", str(export), "--engine", str(out / "engine")]) == 3
