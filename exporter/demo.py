@@ -88,18 +88,26 @@ def _build(place: StagedFolder, report: Reporter) -> dict[str, Any] | None:
 
 
 def _summary(session: Session, compressed: Compressed, engine: dict[str, Any] | None) -> dict[str, Any]:
-    """The figures of every stage. Those of a model that was not made are null."""
     folder = compressed.folder
-    made = {name: checkpoint.load(folder / name).info for name in ("extracted", "tuned") if (folder / name).is_dir()}
-    measured = {name: info["stages"][name] for name, info in made.items()}
-    extracted, last = measured.get("extracted"), measured.get("tuned") or measured.get("extracted")
+    made = {name: checkpoint.load(folder / name).info for name in STAGES if (folder / name).is_dir()}
     parity = read_json(folder / "verify" / "parity.json")
     latency = read_json(folder / "latency.json") if (folder / "latency.json").is_file() else None
+    return summary_of(session.spec.name, session.source, compressed, made, parity=parity, latency=latency, engine=engine)
+
+
+def summary_of(
+    model: str, data: str, compressed: Compressed, made: dict[str, dict[str, Any]], *, parity: dict[str, Any],
+    latency: dict[str, Any] | None, engine: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of every stage, by what was `made`: the `info` of the extracted and the tuned model. Those of a model that was
+    not made are null. `parity` and `latency` are the bodies of their files."""
+    measured = {name: info["stages"][name] for name, info in made.items()}
+    extracted, last = measured.get("extracted"), measured.get("tuned") or measured.get("extracted")
     layers = made[max(made)]["layers"] if made else []
     return {
         "schema": SCHEMA,
-        "model": session.spec.name,
-        "dataset": session.source,
+        "model": model,
+        "dataset": data,
         "shipped": compressed.shipped,
         "dense": {
             "accuracy": extracted["retention"]["dense_accuracy"] if extracted else None,
@@ -113,7 +121,7 @@ def _summary(session: Session, compressed: Compressed, engine: dict[str, Any] | 
             "cosine": _retained(last, "class_cosine"),
             **(last["cost"]["moee"] if last else {}),
             "layers": [{key: layer[key] for key in ("name", "experts", "union", "mean_width")} for layer in layers],
-            "largest_share": {name: max(shares) for name, shares in last["shares"].items()} if last else {},
+            "largest_share": {name: max(shares) for name, shares in last.get("shares", {}).items()} if last else {},
         },
         "parity": _parity(parity),
         "latency": _latency(latency),

@@ -114,7 +114,8 @@ def _file(name: str, text: str) -> str:
 
 def _recipe_text(recipe: Any) -> str:
     """The recipe as a file where flags cannot say it, since its steps have different values of one option; else nothing."""
-    steps = [step for step in recipe.get("steps", []) if isinstance(step, dict)] if isinstance(recipe, dict) else []
+    found = recipe.get("steps") if isinstance(recipe, dict) else None
+    steps = [step for step in found if isinstance(step, dict)] if isinstance(found, list) else []
     shared = {name for step in steps for name in step if name != "method"}
     if all(len({repr(step[name]) for step in steps if name in step}) < 2 for name in shared):
         return ""
@@ -126,7 +127,8 @@ def _recipe_text(recipe: Any) -> str:
 
 def _recipe_words(recipe: Any) -> list[Any]:
     """The flags of a recipe's steps."""
-    steps = [step for step in recipe.get("steps", []) if isinstance(step, dict)] if isinstance(recipe, dict) else []
+    found = recipe.get("steps") if isinstance(recipe, dict) else None
+    steps = [step for step in found if isinstance(step, dict)] if isinstance(found, list) else []
     words: list[Any] = []
     for step in steps:
         method = next((method for method in METHODS if method.name == step.get("method")), None)

@@ -77,7 +77,7 @@ def render(sources: Sources) -> str:
     sub = " ".join(filter(None, [known, _method(model)]))
     links = [tag("li", tag("a", heading, href=f"#{id_}")) for id_, heading, _, _ in built]
     body = []
-    room = MAX_BYTES - MARGIN_BYTES - sum(len(part.encode()) for *_, parts in built for part in parts)
+    room = MAX_BYTES - MARGIN_BYTES - sum(len(part.encode(errors="replace")) for *_, parts in built for part in parts)
     for id_, heading, verdict, parts in built:
         kind = {"passed": "good", "FAILED": "bad"}.get(verdict or "")
         shown = join([heading, " ", tag("span", verdict, class_=kind)]) if verdict else heading

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from exporter.graph.export import MOEE_DATA, TENSORRT, export
+from exporter.graph.export import DENSE, DENSE_DATA, MOEE_DATA, TENSORRT, export
 from exporter.manifests import read_export
 from exporter.timing.device import dense_facts, modelled
 from moee.artifacts.model import MoeeModel
@@ -40,20 +40,22 @@ def exported(
 ) -> Iterator[Exported]:  # fmt: skip
     """Export the candidates one after another below `place`; each is removed when the next one is asked for."""
     facts = dense_facts(session.dense, session.transform.shape)
-    former: Path | None = None  # its dense graph is the next one's
+    first = place / "dense"  # the first one's dense graph, which is the others' too
     for number, candidate in enumerate(candidates):
         report("candidates", number, len(candidates))
         model, folder = candidate.make().eval(), place / f"export-{number}"
-        export(MoeeModel(model, session.spec, None, session.source), folder, precision=precision, dense_from=former)
-        if former is not None:
-            shutil.rmtree(former)
-        former = folder
+        known = first if first.is_dir() else None
+        export(MoeeModel(model, session.spec, None, session.source), folder, precision=precision, dense_from=known)
+        if known is None:
+            first.mkdir()
+            for name in (DENSE, DENSE_DATA):
+                shutil.copy2(folder / name, first / name)
         figures = {name: modelled(board, session.dense, model, facts, batch) for name, board in PROFILES.items()}
         kept = {name: StoredLatency(dense_ms=said["dense_ms"], moee_ms=said["moee_ms"]) for name, said in figures.items()}
         needs_plugin = read_export(folder, verify=False)["plugin_nodes"] > 0
         yield Exported(candidate_id(candidate.point.recipe, folder), folder, needs_plugin, kept)
-    if former is not None:
-        shutil.rmtree(former)
+        shutil.rmtree(folder)
+    shutil.rmtree(first, ignore_errors=True)
     report("candidates", len(candidates), len(candidates))
 
 

@@ -27,10 +27,19 @@ from moee.progress import Lines
 LEAST_WIDTH, UNBOUNDED = 76, 10_000  # characters of a line
 
 
+class SentenceConsole(Console):
+    """Sentences stay whole lines, which a terminal folds itself: what is cut at a width cannot be searched for or copied."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        if objects and all(isinstance(thing, str) for thing in objects):
+            settings.setdefault("soft_wrap", True)
+        super().print(*objects, **settings)
+
+
 def plain_console(**settings: Any) -> Console:
     """A console that shows text as it is: names of the user's may hold brackets or colons, which rich would read as its markup
     or as the names of pictures."""
-    return Console(markup=False, emoji=False, **settings)
+    return SentenceConsole(markup=False, emoji=False, **settings)
 
 
 class ProgressDisplay:

@@ -2,14 +2,15 @@
 
 import io
 import json
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
 
 from exporter.clear_ablation import Grid, markdown, summarise
 from exporter.commands.models.plan import points_table, verdict
-from exporter.demo import _summary
+from exporter.compress.state import Compressed
+from exporter.demo import summary_of
 from exporter.report import write_report
 from exporter.report.agreement import _accuracy_notes
 from exporter.terminal.ui import plain_console, retention_notes, stage_table, title_of
@@ -97,10 +98,13 @@ def test_a_plan_shows_them():
 
 def test_the_demos_summary_keeps_its_keys_and_has_the_intervals_beside_them():
     info = {"stages": {"extracted": stage(0.9), "tuned": stage(0.925)}, "layers": [], "peak_memory_bytes": 1}
-    moee = SimpleNamespace(info=info, spec=SimpleNamespace(name="m"))
-    parity = SimpleNamespace(runtime="", max_abs_error=0, mean_route_agreement=1, top1_agreement=1, passed=True)
-    latency = SimpleNamespace(runtime="", batch=8, dense_ms={}, moee_ms={}, speedup=1, ideal_speedup=1)
-    summary = _summary(moee, "digits", parity, latency, None)
+    made = {"extracted": info, "tuned": info}
+    parity = {"runtime": "", "max_abs_error": 0, "route_agreement": {"a": 1.0}, "top1_agreement": 1, "passed": True}
+    keys = ("runtime", "batch", "dense_ms", "moee_ms", "speedup", "ideal_speedup")
+    compressed = Compressed(Path("x"), "static", (), 1.0)
+    summary = summary_of("m", "digits", compressed, made, parity=parity, latency=dict.fromkeys(keys, 1), engine=None)
+    nothing = summary_of("m", "digits", compressed, {}, parity=parity, latency=None, engine=None)
+    assert nothing.keys() == summary.keys() and nothing["moee"]["accuracy_extracted"] is None and nothing["latency"] is None
     assert summary["dense"]["accuracy"] == 0.95 and summary["dense"]["accuracy_images"] == 40
     assert {"macs", "params"} <= summary["dense"].keys() and summary["moee"]["accuracy_finetuned"] == 0.925
     for part, key in (("dense", "accuracy"), ("moee", "accuracy_extracted"), ("moee", "accuracy_finetuned")):

@@ -23,9 +23,9 @@ LISTS = {"--targets", "--attention-macs", "--keep"}  # read as text
 # Zero where it means none, any, or a seed. Everything else that was tried is refused by name.
 ZERO = {
     "--atol": "verify", "--augment": "extract finetune", "--clip-norm": "finetune",
-    "--collages": "extract finetune plan", "--duration": "bench", "--images": "verify", "--max-drop": "plan verify",
-    "--min-route-agreement": "verify", "--num-classes": "plan extract inspect ablate ablate-clear",
-    "--random-weights": "plan extract ablate ablate-clear", "--residual-rank": "extract bench-dispatch ablate-clear",
+    "--collages": "extract finetune plan", "--duration": "bench", "--images": "verify", "--max-drop": "plan verify compress",
+    "--min-route-agreement": "verify", "--num-classes": "plan extract inspect ablate ablate-clear compress",
+    "--random-weights": "plan extract ablate ablate-clear compress", "--residual-rank": "extract bench-dispatch ablate-clear",
     "--rtol": "verify", "--seed": "plan extract finetune", "--throughput": "bench", "--warmup": "finetune",
     "--weight-decay": "finetune", "--workers": "extract finetune verify",
 }  # fmt: skip

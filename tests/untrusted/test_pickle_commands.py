@@ -28,8 +28,8 @@ TEXT = WRITTEN | {
     "--exclude", "--clustering", "--criterion", "--allocation", "--objective", "--statistics", "--compensation", "--routing",
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device",
     "--torch-device", "--methods", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
-    "--targets", "plan --attention-macs", "--one-expert", "compress --attention-macs", "demo --data", "extract --metric",
-    "--print-completion",
+    "--targets", "plan --attention-macs", "--one-expert", "--emit", "compress --attention-macs", "demo --data",
+    "extract --metric", "--print-completion",
     # a function's name, of an artifact whose model comes from one
     *(f"{command} --model" for command in ("finetune", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")),
 }  # fmt: skip
@@ -47,6 +47,7 @@ PATHS = {
     "plan --data": ("plan", *SMALL, *DRAWN, "--data", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
     "plan --checkpoint": ("plan", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
     "plan --class-map": ("plan", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", *BUDGET, "--out", "OUT"),
+    "plan --measured": ("plan", *SMALL, *DRAWN, "--data", "digits", *BUDGET, "--measured", "PICKLE", "--out", "OUT"),
     "plan --out": ("plan", *SMALL, *DRAWN, "--data", "digits", "--target-macs", "0.7", "--out", "PICKLE"),
     "extract model": ("extract", "PICKLE", "--data", "digits", "--out", "OUT"),
     "extract --data": ("extract", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
