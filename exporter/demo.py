@@ -89,7 +89,8 @@ def _build(place: StagedFolder, report: Reporter) -> dict[str, Any] | None:
 
 def _summary(session: Session, compressed: Compressed, engine: dict[str, Any] | None) -> dict[str, Any]:
     folder = compressed.folder
-    made = {name: checkpoint.load(folder / name).info for name in STAGES if (folder / name).is_dir()}
+    kept = ("extracted", *["tuned"] * bool(compressed.stages.get("tuned", {}).get("kept")))
+    made = {name: checkpoint.load(folder / name).info for name in kept if (folder / name).is_dir()}
     parity = read_json(folder / "verify" / "parity.json")
     latency = read_json(folder / "latency.json") if (folder / "latency.json").is_file() else None
     return summary_of(session.spec.name, session.source, compressed, made, parity=parity, latency=latency, engine=engine)

@@ -131,6 +131,8 @@ class Job:
                     return point, "tuned", tuned
                 self.say("tuning did not bring the fastest candidate within the budget: the next one is taken")
             state.begin("fallback")
+            for name in ("tuned", "extracted"):  # a report would show them for what is shipped
+                self.place.folder(name).remove()
             state.add("fallback", {"from": point["method"]})
         if winner["recipe"] is None:
             return (winner, "dense", "") if beyond else (point, "dense", "")

@@ -40,7 +40,7 @@ class FFNSpeed:
     ideal: float
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     """x + ffn(x), as in a block: without the sum a reshape at the end of the graph would cost a copy that a model has not."""
 
     def __init__(self, ffn: nn.Module):
@@ -97,7 +97,7 @@ def _speed(name: str, dense: nn.Module, layer: NeuronLayer, tokens: Tensor, runs
     with temporary_folder() as folder, ExitStack() as stack:
         runners = []
         for file, module in (("dense", dense), ("moee", layer)):
-            graph = to_onnx(_Residual(module), x[:2])
+            graph = to_onnx(Residual(module), x[:2])
             lower_gated(graph)
             lower_routed_ffn(graph)
             ir.save(graph, folder / f"{file}.onnx")

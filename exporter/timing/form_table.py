@@ -25,6 +25,7 @@ from exporter.passes.gated import lower_gated
 from exporter.passes.plain import lower_single_experts
 from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
+from exporter.timing.ffn_bench import Residual
 from moee.errors import OutOfReach, UserError
 from moee.layers.routed import Experts, RoutedFFN, RoutedLayer, routed_layers
 from moee.measure.metrics import tokens_per_image
@@ -209,17 +210,6 @@ class _OnTokens(nn.Module):
         return y[..., 0].movedim(1, -1)
 
 
-class _Residual(nn.Module):
-    """x + part(x), as in a block: without the sum a reshape at the end of the graph would cost a copy that a model has not."""
-
-    def __init__(self, part: nn.Module):
-        super().__init__()
-        self.part = part
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.part(x)
-
-
 def _forms(original: nn.Module, made: Mapping[int, Callable[[float], nn.Module]], x: Tensor, threads: int | None) -> Forms:
     """Time a layer and what is `made` of it, by the number of experts and the share; all in turns, since a machine's speed
     changes. What the sum of the residual costs is taken off."""
@@ -243,7 +233,7 @@ def undisturbed(line: Line) -> Line:
 
 
 def _written(module: nn.Module, x: Tensor, path: Path) -> Path:
-    graph = to_onnx(_Residual(module.eval()), x[: min(2, len(x))])
+    graph = to_onnx(Residual(module.eval()), x[: min(2, len(x))])
     lower_single_experts(graph)
     lower_gated(graph)
     lower_routed_ffn(graph)

@@ -310,13 +310,13 @@ def test_a_candidate_beyond_the_budget_is_shipped_only_if_tuning_brings_it_withi
     def tuned(path, config, out, **options):
         moee = checkpoint.load(path)
         stage = moee.info["stages"]["extracted"]
-        cosine = 0.9999 if learned else stage["retention"]["class_cosine"]
+        cosine = 1.0 if learned else stage["retention"]["class_cosine"]
         moee.info["stages"]["tuned"] = {**stage, "best_epoch": 1, "retention": {**stage["retention"], "class_cosine": cosine}}
         checkpoint.save(moee, out, force=True)
         return moee
 
     monkeypatch.setattr("exporter.compress.job.run_finetune", tuned)
-    strict = 0.995
+    strict = 0.99999
     request = Request(Budget(min_cosine=strict), time_s=None, **FAST)
     monkeypatch.setattr("exporter.compress.job.widened", lambda budget: Budget(min_cosine=0.5))
     job = Job(session, StagedFolder(tmp_path / "out"), request)
@@ -325,5 +325,6 @@ def test_a_candidate_beyond_the_budget_is_shipped_only_if_tuning_brings_it_withi
     state = json.loads((tmp_path / "out" / "compress.json").read_text())
     assert plan["ambitious"]["recipe"] != plan["winner"]["recipe"] and plan["ambitious"]["cosine"] < strict
     assert ("fallback" in state["stages"]) is not learned
+    assert plan["winner"]["recipe"] is None and (tmp_path / "out" / "tuned").exists() is learned, "nothing of what did not do"
     assert state["result"]["model"] == ("tuned" if learned or plan["winner"]["recipe"] else "dense")
     assert result.shipped == (plan["ambitious"] if learned else plan["winner"])["method"]
