@@ -89,7 +89,7 @@ class FinetuneConfig(Options):
         "all", description="which weights are trained: all, or those of routed layers and narrowed attention alone"
     )
     relative_lr: bool = Field(False, description="take --lr as a share of each tensor's root mean square")
-    masked: bool = Field(False, description="faster steps while experts have few tokens of a batch; the result is the same")
+    masked: bool = Field(False, description="faster steps on a CPU while experts have few tokens a batch; the result is the same")
     clip_norm: float = Field(0.0, ge=0, le=MOST_FACTOR, description="largest norm of a step's gradient (default: no limit)")
 
 

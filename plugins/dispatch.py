@@ -6,7 +6,9 @@ This is what the C++ plugin's `enqueue` does, in the same order with the same gr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,23 +73,57 @@ def sm_of(tensor: torch.Tensor) -> int | None:
     return 10 * major + minor
 
 
+class Step(NamedTuple):
+    """One launch with what follows from the sizes alone."""
+
+    spec: KernelSpec
+    settings: Config
+    grid: tuple[int, int, int]
+
+
+@lru_cache(maxsize=1024)
+def steps(tactic: Tactic, sizes: Sizes, dtype: str, sm: int | None, by_load: bool = False) -> tuple[Step, ...]:
+    """The launches of a tactic in order. `by_load` takes the build phase's `route_load` in the place of `route`."""
+    found = []
+    for step in tactic.launches:
+        if step.role == "combine" and sizes.top_k == 1:
+            continue
+        role = "route_load" if step.role == "route" and by_load else step.role
+        spec = SPECS[role]
+        settings = config(role, step.variant, dtype, sm)
+        shaped = KernelSpec(role, spec.fn, spec.reference, grid_axes(role, settings))
+        found.append(Step(spec, settings, shaped.launch_grid(sizes.as_dict(), settings.block)))
+    return tuple(found)
+
+
 def run(
     tactic: Tactic, inputs: Mapping[str, torch.Tensor], *, activation: int = 0, top_k: int = 1,
     load_cdf: torch.Tensor | None = None, memory: torch.Tensor | None = None, y: torch.Tensor | None = None,
     execute: Execute = launch, watch: interpreter.Watch | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """Run `tactic` on the operator's `inputs`; returns (y [T, D], workspace buffers by name).
+    """Run `tactic` on the operator's `inputs`, whose shapes are checked; returns (y [T, D], workspace buffers by name).
 
     `load_cdf` [K] int32 switches to the build phase's `route_load`. `memory` (uint8) is the workspace and `y` the
-    output; both are made if not given. `watch` observes the interpreter. Raises ValueError if the tactic does not fit
-    the sizes.
+    output; both are made if not given. `watch` observes the interpreter. The host waits for `offsets`, to learn the widest
+    expert. Raises ValueError if the tactic does not fit the sizes.
     """
+    return run_sized(
+        tactic, inputs, sizes_of(inputs, top_k), activation=activation, load_cdf=load_cdf, memory=memory, y=y,
+        execute=execute, watch=watch,
+    )  # fmt: skip
+
+
+def run_sized(
+    tactic: Tactic, inputs: Mapping[str, torch.Tensor], sizes: Sizes, *, activation: int = 0,
+    load_cdf: torch.Tensor | None = None, memory: torch.Tensor | None = None, y: torch.Tensor | None = None,
+    execute: Execute = launch, watch: interpreter.Watch | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
+    """`run` for sizes that are known and right: nothing here waits for the device, so that a CUDA graph may record it."""
     if not 0 <= activation < len(ACTIVATIONS):
         raise ValueError(f"activation must be an index into {ACTIVATIONS}, got {activation}")
-    sizes = sizes_of(inputs, top_k)
     x = inputs["x"]
-    if not tactic.fits(sizes.tokens, sizes.dim, top_k):
-        raise ValueError(f"tactic {tactic.name} does not serve T={sizes.tokens}, D={sizes.dim}, top_k={top_k}")
+    if not tactic.fits(sizes.tokens, sizes.dim, sizes.top_k):
+        raise ValueError(f"tactic {tactic.name} does not serve T={sizes.tokens}, D={sizes.dim}, top_k={sizes.top_k}")
     dtype = str(x.dtype).removeprefix("torch.")
     space = layout(sizes, dtype, tactic.kind)
     memory = torch.empty(space.size, dtype=torch.uint8, device=x.device) if memory is None else memory
@@ -100,21 +136,9 @@ def run(
     if watch is not None:
         watch.allow({n: v for n, v in available.items() if isinstance(v, torch.Tensor)})
 
-    capability = sm_of(x)
-    for step in tactic.launches:
-        if step.role == "combine" and top_k == 1:
-            continue
-        role = "route_load" if step.role == "route" and load_cdf is not None else step.role
-        spec = SPECS[role]
-        settings = config(role, step.variant, dtype, capability)
-        grid = KernelSpec(role, spec.fn, spec.reference, grid_axes(role, settings)).launch_grid(
-            sizes.as_dict(), settings.block
-        )
+    for spec, settings, grid in steps(tactic, sizes, dtype, sm_of(x), load_cdf is not None):
         # A buffer that this case does not use is passed as an empty stand-in, as the plugin passes null.
         arguments = {a: available.get(a, y) for a in spec.arguments}
-        if watch is not None:
-            with interpreter.watching(watch):
-                execute(spec, settings, grid, arguments)
-        else:
+        with interpreter.watching(watch) if watch is not None else nullcontext():
             execute(spec, settings, grid, arguments)
     return y, buffers

@@ -142,6 +142,22 @@ def by_id(id: int) -> Tactic:
     raise ValueError(f"tactic {id} is unknown; known are {[t.id for t in TACTICS]}")
 
 
+def default_tactic(tokens: int, dim: int, top_k: int, experts: int, dtype: str) -> Tactic:
+    """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average, else the smallest.
+
+    `defaultTactic` of the C++ library follows the same rule. It is not measured.
+    """
+    average = tokens * top_k // experts
+    tiles = {t: _token_tile(t, dtype) for t in TACTICS if t.kind != "masked" and t.fits(tokens, dim, top_k)}
+    filled = [t for t, tile in tiles.items() if tile <= average]
+    return max(filled, key=lambda t: tiles[t]) if filled else min(tiles, key=lambda t: tiles[t])
+
+
+def _token_tile(tactic: Tactic, dtype: str) -> int:
+    step = next(s for s in tactic.launches if s.role in ("expert_up", "fused"))
+    return VARIANTS[dtype][step.role, step.variant].block.m
+
+
 def config(role: str, variant: str, dtype: str, sm: int | None = None) -> Config:
     """Compile settings of one kernel; raises ValueError for one that does not exist.
 

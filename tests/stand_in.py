@@ -2,7 +2,7 @@
 
 Within `StandIn` they may meet what a GPU's tensors may meet, and nothing else: an operation on tensors of two devices, or a
 generator of the CPU for random numbers on the device, raises as it would on a GPU. The arithmetic is the CPU's, so that results
-can be compared to the bit.
+can be compared to the bit. `waits` counts what a GPU's host would wait for: values, and sizes that depend on them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ DEVICE = torch.device("meta", 1)  # PyTorch's own tensors without memory have no
 MOVES = {"aten._to_copy.default", "aten.copy_.default"}
 # a GPU's tensor may be indexed by one of the CPU
 INDEXED = {"aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default", "aten._index_put_impl_.default"}
+# operations that give the host a value, or a tensor whose size is one
+WAITING = {
+    "aten._local_scalar_dense.default", "aten.nonzero.default", "aten.bincount.default", "aten.equal.default",
+    "aten.masked_select.default", "aten._unique2.default", "aten.unique_dim.default", "aten.is_nonzero.default",
+}  # fmt: skip
 OURS = {
     "moee.experts.default": moee.layers.ops.experts, "moee.experts_backward.default": moee.layers.ops.experts_backward,
     "moee.ffn.default": moee.layers.ops.ffn, "moee.gated_ffn.default": moee.mlps.gated.gated_ffn,
@@ -64,11 +69,12 @@ class Placed(Tensor):
 
 
 class StandIn(TorchDispatchMode):
-    """Within it `DEVICE` exists; `counts` says how often each operation ran there."""
+    """Within it `DEVICE` exists; `counts` says how often each operation ran there, `waits` which of them a host waits for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -82,6 +88,8 @@ class StandIn(TorchDispatchMode):
         if parts is not NotImplemented:
             return parts
         self.counts[name] += 1
+        if _waits(name, args, kwargs):
+            self.waits[name] += 1
         if name in OURS:  # what it does inside is looked at, too
             with self:
                 return OURS[name]._init_fn(*args, **kwargs)
@@ -115,6 +123,17 @@ class StandIn(TorchDispatchMode):
             return
         shapes = ", ".join(f"{list(t.shape)} on {t.device}" for t in tensors)
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, came {shapes}")
+
+
+def _waits(name: str, args: Any, kwargs: Any) -> bool:
+    if name in MOVES:  # `copy_` names its target, the other its device
+        source = args[1] if name == "aten.copy_.default" else args[0]
+        here = isinstance(args[0], Placed) if name == "aten.copy_.default" else kwargs.get("device") in (None, DEVICE)
+        return isinstance(source, Placed) and not here
+    if name == "aten.repeat_interleave.Tensor":
+        return kwargs.get("output_size") is None
+    masks = [t for t in args[1] if t is not None and t.dtype == torch.bool] if name in INDEXED else []
+    return name in WAITING or bool(masks)
 
 
 def _inner(value: Any) -> Any:

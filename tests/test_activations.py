@@ -125,4 +125,4 @@ def test_an_unknown_name_raises_everywhere():
         with pytest.raises(ValueError, match="activation must be an index"):
             activate_reference(torch.zeros(1), code)
         with pytest.raises(ValueError, match="activation must be an index"):
-            dispatch.run(None, {}, activation=code)
+            dispatch.run_sized(None, {}, None, activation=code)

@@ -4,11 +4,14 @@
 around it; it works under autograd and `torch.compile`. `moee::ffn` finds the routes itself: it is what `torch.export` traces,
 and `plugins.contract` defines what it computes. It has no gradient. Autocast ends at both: they compute in the types that come.
 Routing is piecewise constant, so the router gets no gradient.
+
+Here both run expert by expert, and the host waits for the device once a layer to learn how many tokens each expert has. `provide`
+takes an implementation of `moee::ffn` that does not wait; layers then use it wherever no gradient is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +23,7 @@ from moee.layers.routing import exact_arithmetic, route
 STORE = "Tensor w_up, Tensor b_up, Tensor w_down, Tensor b_out, Tensor neurons, Tensor offsets, str activation"
 FFN = f"(Tensor x, Tensor router, Tensor router_bias, {STORE}, int top_k, int max_width, int[] load) -> Tensor"
 EXPERTS = f"(Tensor x, Tensor routes, {STORE}) -> Tensor"
+WHOLE: set[str] = set()  # types of devices for which `provide` was called
 EXPERTS_BACKWARD = f"(Tensor grad, Tensor x, Tensor routes, {STORE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
@@ -99,19 +103,38 @@ def _forward(x: Tensor, routes: Tensor, store: Store) -> Tensor:
     return y.to(x.dtype).reshape(x.shape)
 
 
+def check_ffn(x: Tensor, router: Tensor, router_bias: Tensor, *others: Any) -> None:
+    """Raise `ValueError` unless the shapes of the arguments of `ffn` fit one another."""
+    *stored, top_k, _, _ = others
+    _check(x, router, router_bias, Store(*stored), top_k)
+
+
+def ffn_by_groups(x: Tensor, router: Tensor, router_bias: Tensor, *others: Any) -> Tensor:
+    """What `ffn` computes, expert by expert, on any device and for every type."""
+    check_ffn(x, router, router_bias, *others)
+    *stored, top_k, _, _ = others  # the widest expert and the load are for plugins
+    return _forward(x, route(x.reshape(-1, x.shape[-1]), router, router_bias, top_k), Store(*stored))
+
+
 @torch.library.custom_op("moee::ffn", mutates_args=(), schema=FFN)
 def ffn(x: Tensor, router: Tensor, router_bias: Tensor, *others: Any) -> Tensor:
     """x [..., D] to y [..., D]; arguments as in `plugins.contract`. Sums in float32 (float64 for
     a float64 x), result in x's dtype."""
-    *stored, top_k, _, _ = others  # the widest expert and the load are for plugins
-    store = Store(*stored)
-    _check(x, router, router_bias, store, top_k)
-    return _forward(x, route(x.reshape(-1, x.shape[-1]), router, router_bias, top_k), store)
+    return ffn_by_groups(x, router, router_bias, *others)
 
 
 @ffn.register_fake
 def _(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def provide(device: str, kernel: Callable[..., Tensor]) -> None:
+    """Let `kernel`, which takes the arguments of `ffn`, compute it on devices of the type `device`, such as `cuda`.
+
+    It must not wait for the device. Layers take it where no gradient is needed; a second call replaces the first.
+    """
+    ffn.register_kernel(device)(kernel)
+    WHOLE.add(device)
 
 
 @torch.library.custom_op("moee::experts", mutates_args=(), schema=EXPERTS)

@@ -14,7 +14,10 @@ from moee.layers import ops
 from moee.layers.activations import activate, find_activation
 from moee.layers.routing import route, scores
 
-MASKED_TOKENS = 128  # an expert, up to which training computes all neurons under a mask
+MASKED_TOKENS = 128  # an expert, up to which training on a CPU computes all neurons under a mask
+# On a GPU, up to so many times the multiplications of the groups. Groups gather their weights, run one after another and make the
+# host wait, so they are taken to reach half of a large product's rate. That is assumed and not measured.
+MASKED_EXCESS = 2.0
 LOAD_UNIT = 1_000_000  # loads are parts per million
 
 
@@ -180,12 +183,28 @@ class RoutedFFN(NeuronLayer):
     def forward(self, x: Tensor) -> Tensor:
         if self.channels_first:
             x = x.movedim(1, -1).contiguous()
-        y = self._traced(x) if torch.compiler.is_exporting() else self._routed(x)
+        y = self._whole(x) if torch.compiler.is_exporting() or self._provided(x) else self._routed(x)
         return y.movedim(-1, 1) if self.channels_first else y
 
-    def _traced(self, x: Tensor) -> Tensor:
-        """The whole layer as the one operator that the contract describes."""
-        return ops.ffn(x, self.router, self.router_bias, *self.store, self.top_k, self.max_width, list(self.load))
+    def _provided(self, x: Tensor) -> bool:
+        """Whether an implementation of the whole layer was provided for x's device, and no gradient is needed."""
+        if x.device.type not in ops.WHOLE:
+            return False
+        return not torch.is_grad_enabled() or not (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """The layer as the one operator that the contract describes. Under autocast tokens are rounded before they are routed, as
+        in a graph of that precision."""
+        x, store = self._cast(x)
+        router = self.router if self.router.dtype == x.dtype else self.router.to(x.dtype)
+        return ops.ffn(x, router, self.router_bias, *store, self.top_k, self.max_width, list(self.load))
+
+    def _cast(self, x: Tensor) -> tuple[Tensor, ops.Store]:
+        """Tokens and weights in autocast's type, which does not reach into a custom operator; as they are without it."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return x, self.store
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), self.store.to(dtype)
 
     def _routed(self, x: Tensor) -> Tensor:
         """Routed once, from the tokens as they come; the forward and the backward pass then have the same experts."""
@@ -198,19 +217,19 @@ class RoutedFFN(NeuronLayer):
 
     def _grouped(self, x: Tensor, chosen: Tensor) -> Tensor:
         """Each expert on its own tokens; chosen [tokens, top_k]."""
-        store = self.store
-        if torch.is_autocast_enabled(x.device.type):  # it does not reach into a custom operator
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, store = x.to(dtype), store.to(dtype)
+        x, store = self._cast(x)
         return ops.experts(x, chosen, *store)
 
     def _masked_pays(self, x: Tensor) -> bool:
-        """Whether to train on all neurons under a mask: a few large products are faster than many small ones with gathered
-        weights, while experts have few tokens. What is kept for the backward pass is bounded by that."""
-        training = self.masked and torch.is_grad_enabled() and (x.requires_grad or self.w_up.requires_grad)
-        if not training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        """Whether to train on all neurons under a mask, by `mask_pays`."""
+        if not (torch.is_grad_enabled() and (x.requires_grad or self.w_up.requires_grad)):
             return False
-        return x.numel() // x.shape[-1] <= MASKED_TOKENS * self.num_experts
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        width = len(self.neurons) / self.num_experts
+        return mask_pays(
+            x.device.type, self.masked, tokens=x.numel() // x.shape[-1] / self.num_experts, share=self.top_k * width / self.union
+        )
 
     def _masked(self, x: Tensor, chosen: Tensor) -> Tensor:
         """The same function: every neuron of the store on every token, times the number of the token's experts that keep it.
@@ -219,7 +238,8 @@ class RoutedFFN(NeuronLayer):
         """
         tokens = x.reshape(-1, x.shape[-1])
         kept = torch.zeros(self.num_experts, self.union, device=x.device, dtype=torch.uint8)
-        owner = torch.repeat_interleave(torch.arange(self.num_experts, device=x.device), self.offsets.diff())
+        numbers, length = torch.arange(self.num_experts, device=x.device), len(self.neurons)
+        owner = torch.repeat_interleave(numbers, self.offsets.diff(), output_size=length)  # else the host waits for the sum
         kept[owner, self.neurons.long()] = 1
         times = kept[chosen].sum(1)
         before = nn.functional.linear(tokens, self.w_up, self.b_up).masked_fill(times == 0, 0)
@@ -240,6 +260,19 @@ class RoutedFFN(NeuronLayer):
             f"experts={self.num_experts}, union={self.union}, widths={min(widths)}..{max(widths)}, "
             f"top_k={self.top_k}, activation={self.activation}"
         )
+
+
+def mask_pays(device: str, wanted: bool, *, tokens: float, share: float) -> bool:
+    """Whether a training step is faster on all stored neurons under a mask than expert by expert.
+
+    A few large products are faster than many small ones with gathered weights. On a CPU, where it must be `wanted`, that holds
+    while an expert has few `tokens` (measured), which also bounds what is kept for the backward pass. On a GPU it is taken to
+    hold unless the groups compute less than half, `share` being their part of the masked multiplications (not measured); a step
+    then keeps as much as that of a dense layer of all stored neurons.
+    """
+    if device == "cuda":
+        return share * MASKED_EXCESS >= 1.0
+    return wanted and tokens <= MASKED_TOKENS
 
 
 def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
