@@ -19,7 +19,7 @@ def test_demo(tmp_path):
     assert main(["demo", "--out", str(out)]) == 0
     summary = json.loads((out / "summary.json").read_text())
     dense, moee = summary["dense"], summary["moee"]
-    assert summary["schema"] == "moee.summary/1" and summary["shipped"] == "kmeans-8"
+    assert summary["schema"] == "moee.summary/1" and summary["shipped"] == "kmeans-4"
     assert dense["accuracy"] >= 0.75 and moee["macs"] <= 0.7 * dense["macs"] and moee["cosine"] >= 0.95
     reached = [moee[f"accuracy_{stage}"] for stage in ("finetuned", "extracted") if moee[f"accuracy_{stage}"] is not None]
     assert reached[0] >= dense["accuracy"] - 0.01

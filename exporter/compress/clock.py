@@ -13,7 +13,6 @@ TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while 
 TRIALS = 0.7  # of the time before the last stages; tuning gets the rest
 SHOWN, FEWEST = 400, 20  # images
 SHOWN_PASSES = 3  # of the dense model that showing an image takes: both models, and the pictures
-UNPREPARED = 0.5  # of a trial with its preparation, that one without is taken to be before any was seen
 MARGIN = 1.1  # a trial may take longer than the mean of those before
 
 
@@ -75,27 +74,40 @@ class Trials:
 
     def __init__(self, clock: Clock, say: Callable[[str], None]):
         self.clock, self.say = clock, say
-        self.begun: list[tuple[float, bool]] = []  # seconds after the start, and whether the way had to be prepared
+        self.begun: list[_Begun] = []
 
     def __call__(self, fresh: bool) -> bool:
         spent = self.clock.spent
-        self.begun.append((spent, fresh))
+        self.begun.append(_Begun(spent, fresh))
         if len(self.begun) == 1:
             return False
         each, left = self.expected(fresh), self.clock.trials_end - spent
         if len(self.begun) == 2 and left != float("inf"):
-            self.say(f"the first trial took {duration(spent - self.begun[0][0])}; {duration(max(0.0, left))} are left for others")
+            self.say(f"the first trial took {duration(spent - self.begun[0].at)}; {duration(max(0.0, left))} are left for others")
         return left < each * MARGIN
 
+    def ready(self) -> None:
+        self.begun[-1].ready = self.clock.spent
+
     def expected(self, fresh: bool) -> float:
-        """Seconds of a trial: the mean of those of its kind before; half of one that was prepared, where there was no other."""
+        """Seconds of a trial: the mean of those of its kind before. Where there was no other: of one that was prepared what came
+        after its preparation, and of one that must be prepared as much as of one that need not."""
         taken: dict[bool, list[float]] = {True: [], False: []}
-        for (began, kind), (ended, _) in pairwise(self.begun):
-            taken[kind].append(ended - began)
-        if taken[fresh]:
-            return sum(taken[fresh]) / len(taken[fresh])
-        other = sum(taken[not fresh]) / len(taken[not fresh])
-        return other if fresh else other * UNPREPARED
+        rest: list[float] = []
+        for trial, after in pairwise(self.begun):
+            taken[trial.fresh].append(after.at - trial.at)
+            rest.append(after.at - (trial.at if trial.ready is None else trial.ready))
+        found = taken[fresh] or (taken[False] if fresh else rest)
+        return sum(found) / len(found)
+
+
+@dataclass
+class _Begun:
+    """A trial that began `at` so many seconds after the start, whether its way had to be prepared, and when that was done."""
+
+    at: float
+    fresh: bool
+    ready: float | None = None
 
 
 def duration(seconds: float) -> str:

@@ -17,10 +17,13 @@ from plugins.devices import parse_sm
 DROP, COSINE = 1.0, 0.98  # of a budget that nobody gave: percentage points of accuracy, or the mean cosine to the dense outputs
 TIME_S = 1200.0
 MORE_DROP, MORE_DISTANCE = 2.0, 1.25  # points of accuracy, and of one less the cosine, that tuning may bring back
-METHODS = ("static", "kmeans-8")  # one that needs no plugin, and experts; the planner tries more
+METHODS = ("static", "kmeans-4")  # one that needs no plugin, and experts; the planner tries more
 ALLOCATION = ("sensitivity",)  # what serves both best (docs/results/methods.md)
 HEADS = (1.0, 0.75)  # shares of the attention's MACs
-BASE = {"cluster_tokens": 6000, "tokens": 40_000, "refit_tokens": 40_000}  # of all ways, a layer: seconds instead of minutes
+BASE = {  # of all ways: seconds instead of minutes
+    "cluster_tokens": 6000, "tokens": 40_000, "refit_tokens": 40_000, "sensitivity_tokens": 16_384, "attention_probes": 16,
+    "attention_tokens": 30_000,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

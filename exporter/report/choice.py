@@ -11,7 +11,8 @@ from moee.errors import UserError
 from moee.store.artifact import read_json
 from moee.store.result_kinds import FRONT, family
 
-ORDER = ("moee.model", "moee.export", "moee.summary", "moee.parity", "moee.latency", "moee.engine", EXAMPLES)
+LATENCY = "moee.latency"
+ORDER = ("moee.model", "moee.export", "moee.summary", "moee.parity", LATENCY, "moee.engine", EXAMPLES)
 DENSE_MODEL = ("library", "timm_name", "kwargs", "weights_sha256", "random_seed", "pretrained", "input_size", "part")  # of a spec
 PATCHES = "patches.svg"  # of a folder of plots, whose examples show the same in the page's own way
 
@@ -44,13 +45,26 @@ def choose(sources: Sources) -> None:
         if belongs is None and first is not None:
             together = f"{chosen.path} and {first.path} belong together"
             _doubt(sources, kind, f"it cannot be told whether {together}: an earlier version wrote one, or Python without source")
+        if kind == LATENCY:
+            sources.latencies = _timings(chosen, [other for other, sure in fitting if sure is belongs])
         for other, _ in fitting:
+            if other in sources.latencies:
+                continue
             if other is not chosen and not _is_stage_of(other, chosen):
                 sources.problems.append(f"{other.path} is not shown: {chosen.path} is; make a report of each")
         known = {**_ids(chosen), **known}
         first = first or chosen
     _choose_plans(sources)
     _choose_plots(sources, known)
+
+
+def _timings(chosen: Artifact, found: list[Artifact]) -> list[Artifact]:
+    """The timings that are shown: the chosen one, and those of other batches or runtimes, one of each."""
+    kinds = {}
+    for artifact in [chosen, *found]:
+        if artifact.version <= KINDS[LATENCY][0]:
+            kinds.setdefault((str(artifact.body.get("runtime")), str(artifact.body.get("batch"))), artifact)
+    return list(kinds.values())
 
 
 def _choose_plans(sources: Sources) -> None:

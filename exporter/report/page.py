@@ -152,7 +152,9 @@ def _cards(sources: Sources) -> Html:
     for label, key in (("MACs", "macs"), ("parameters", "params")):
         cards.append((label, change(dig(cost, key), dig(dense, key)), "against dense"))
     speed = _either(sources, "moee.latency", "latency")
-    detail = f"{speed.get('runtime', DASH)}, batch {speed.get('batch', DASH)}" if speed else "not timed"
+    others = [body for timing in sources.latencies if (body := timing.body) is not speed]
+    beside = "".join(f"; {fixed(body.get('speedup'), 2, '×')} at batch {body.get('batch', DASH)}" for body in others)
+    detail = f"{speed.get('runtime', DASH)}, batch {speed.get('batch', DASH)}{beside}" if speed else "not timed"
     cards.append(("speed-up", fixed(speed.get("speedup"), 2, "×"), detail))
     agreed = _either(sources, "moee.parity", "parity")
     verdict = agreement.verdict(agreed) or DASH

@@ -39,10 +39,12 @@ class Artifact:
 @dataclass
 class Sources:
     """Everything that was found. `artifacts` holds the one that is shown of each kind, `plans` those of one model on several
-    devices, `all` every one, `doubts` by kind why it is not shown, or that it may be another model's."""
+    devices, `latencies` the timings of the model that is shown, `all` every one, `doubts` by kind why it is not shown, or that
+    it may be another model's."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     plans: list[Artifact] = field(default_factory=list)
+    latencies: list[Artifact] = field(default_factory=list)
     all: list[Artifact] = field(default_factory=list)
     plots: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)

@@ -12,12 +12,25 @@ from exporter.report.sources import Sources
 
 
 def latency(sources: Sources) -> tuple[str | None, list[Html]]:
-    """Milliseconds a batch of both models, interleaved."""
-    body = sources.body("moee.latency")
+    """Milliseconds a batch of both models, interleaved; each timing of the model that is shown, by its batch."""
+    known = [artifact.body for artifact in sources.latencies]
     summary = dig(sources.body("moee.summary"), "latency")
-    shown = body if body is not None else summary if isinstance(summary, dict) else None
-    if shown is None:
+    shown = known or ([summary] if isinstance(summary, dict) else [])
+    if not shown:
         return None, [not_there("Timings (latency.json) were", "moee bench export --out latency.json")]
+    parts: list[Html] = []
+    for body in sorted(shown, key=lambda body: (str(body.get("runtime")), real(body.get("batch")) or 0)):
+        parts += _timing(body, body.get("threads", dig(sources.body("moee.summary"), "threads") or DASH))
+    machine = _flat(dig(shown[0], "environment", 0))
+    if machine:
+        parts.append(table(["machine", "value"], machine, "Where it was measured, before the first run"))
+    if not known:
+        parts.append(not_there("Details (latency.json) were", "moee bench export --out latency.json"))
+    return None, parts
+
+
+def _timing(shown: dict[str, Any], threads: object) -> list[Html]:
+    """A chart, a table and the verdict of one timing."""
     rows: list[list[object]] = []
     drawn: list[tuple[str, list[float], dict[str, float], str]] = []
     for label, key, kind in (("dense", "dense", "dense"), ("MoEE", "moee", "moee")):
@@ -28,7 +41,6 @@ def latency(sources: Sources) -> tuple[str | None, list[Html]]:
         rows.append(
             [label, *[fixed(marks.get(p), 2) for p in ("p50", "p90", "p95", "p99")], str(len(samples) or shown.get("runs", DASH))]
         )
-    threads = shown.get("threads", dig(sources.body("moee.summary"), "threads") or DASH)
     where = f"{shown.get('runtime', DASH)}, batch {shown.get('batch', DASH)}, {threads} threads"
     parts = [charts.runs(drawn)] if drawn else []
     parts.append(table(["ms a batch", "p50", "p90", "p95", "p99", "runs"], rows, f"Latency, {where}"))
@@ -44,12 +56,7 @@ def latency(sources: Sources) -> tuple[str | None, list[Html]]:
     if isinstance(rates, dict):
         figures = ", ".join(f"{name} {fixed(rate, 1)}" for name, rate in rates.items())
         parts.append(tag("p", f"Throughput, images a second with {shown.get('streams', DASH)} requests in flight: {figures}."))
-    machine = _flat(dig(shown, "environment", 0))
-    if machine:
-        parts.append(table(["machine", "value"], machine, "Where it was measured, before the first run"))
-    if body is None:
-        parts.append(not_there("Details (latency.json) were", "moee bench export --out latency.json"))
-    return None, parts
+    return parts
 
 
 def samples_of(latency: dict[str, Any], key: str) -> list[float]:

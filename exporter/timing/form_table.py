@@ -123,7 +123,7 @@ def _share(layer: RoutedLayer, hidden: int) -> float:
 
 
 def measure_forms(
-    dense: nn.Module, shape: Shape, batch: int, *, experts: Sequence[int] = (8, 32), threads: int | None = None,
+    dense: nn.Module, shape: Shape, batch: int, *, experts: Sequence[int] = (4, 8, 32), threads: int | None = None,
     report: Reporter = silent,
 ) -> FormTable:  # fmt: skip
     """Time the forms of every MLP and attention of `dense` on images of `shape`; layers of one shape are timed once."""

@@ -56,29 +56,27 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
     means: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     moment = 0.0
     for e, rows, kept in expert_rows(routes, layer.neurons, layer.offsets):
-        target_sum = torch.zeros(layer.b_out.shape[1], dtype=torch.float64, device=device)
-        hidden_sum = torch.zeros(len(kept), dtype=torch.float64, device=device)
-        parts = rows.split(CHUNK)
-        for part in parts:  # first the means, so that centring needs no second copy of a large expert
-            target = hidden_activations(ffn, tokens[part]) @ ffn.w_down.T
-            target_sum += target.double().sum(0)
-            hidden_sum += layer.activations(tokens[part], kept).double().sum(0)
-        target_mean, hidden_mean = (target_sum / len(rows)).float(), (hidden_sum / len(rows)).float()
+        halves = [rows[held_out[rows] == bool(which)] for which in range(2)] if parts_wanted > 1 else [rows]
+        sums = [ShiftedSums(len(kept), layer.b_out.shape[1], device) for _ in halves]
+        shift: tuple[Tensor, Tensor] | None = None
+        for half, chosen in zip(sums, halves, strict=True):
+            for part in chosen.split(CHUNK) if len(chosen) else ():
+                x = tokens[part]
+                hidden, target = layer.activations(x, kept), hidden_activations(ffn, x) @ ffn.w_down.T
+                if shift is None:
+                    shift = hidden.mean(0), target.mean(0)
+                half.add(hidden - shift[0], target - shift[1], layer.w_down[kept])
+        assert shift is not None, "an expert that is listed has tokens"
+        # how far the shift lies from the expert's mean
+        off = [sum(getattr(half, name) for half in sums) / len(rows) for name in ("hidden_sum", "target_sum")]
+        hidden_mean, target_mean = ((s.double() + o).float() for s, o in zip(shift, off, strict=True))
         moment += len(rows) * float(hidden_mean.double().square().sum())
-        for which, (gram, cross) in enumerate(zip(grams, crosses, strict=True)):
-            chosen = rows[held_out[rows] == bool(which)] if parts_wanted > 1 else rows
-            part_gram = torch.zeros(len(kept), len(kept), device=device)
-            part_cross = torch.zeros(len(kept), cross.shape[1], device=device)
-            for part in chosen.split(CHUNK):
-                hidden = layer.activations(tokens[part], kept) - hidden_mean
-                target = hidden_activations(ffn, tokens[part]) @ ffn.w_down.T - target_mean
-                rest = target - hidden @ layer.w_down[kept]
-                part_gram += hidden.T @ hidden
-                part_cross += hidden.T @ rest
-                missed[which] += float(rest.square().sum(dtype=torch.float64))
-                power[which] += float(target.square().sum(dtype=torch.float64))
-            gram.view(-1).index_add_(0, (kept[:, None] * layer.union + kept).flatten(), part_gram.flatten())
-            cross.index_add_(0, kept, part_cross)
+        for which, half in enumerate(sums):
+            part_gram, part_cross = half.centred(*off, layer.w_down[kept])
+            missed[which] += half.missed
+            power[which] += half.power
+            grams[which].view(-1).index_add_(0, (kept[:, None] * layer.union + kept).flatten(), part_gram.flatten())
+            crosses[which].index_add_(0, kept, part_cross)
         means[e] = (kept, hidden_mean, target_mean)
     if not all(torch.isfinite(t).all() for t in (*grams, *crosses)):
         raise UserError(
@@ -107,6 +105,49 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
     elif len(tokens) < layer.union:
         note = f"refitted on {len(tokens)} tokens for {layer.union} neurons"
     return RefitReport(**facts, ridge=used, error_before=before, error_after=after, note=note)
+
+
+class ShiftedSums:
+    """Sums over tokens for a least-squares fit, of values less a shift that lies near their mean: one pass over the tokens, and
+    nothing is lost to rounding when the mean is taken off afterwards.
+
+    Of activations H [N, H] and targets T [N, D] less their shifts, and what is missed, R = T - H W: the Gram matrix H'H, the
+    cross product H'R, sums over the tokens, and squares.
+    """
+
+    def __init__(self, neurons: int, dim: int, device: torch.device):
+        self.gram = torch.zeros(neurons, neurons, device=device)
+        self.cross = torch.zeros(neurons, dim, device=device)
+        self.hidden_sum = torch.zeros(neurons, dtype=torch.float64, device=device)
+        self.target_sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.missed = self.power = 0.0
+        self.count = 0
+
+    def add(self, hidden: Tensor, target: Tensor, weight: Tensor) -> None:
+        """See activations [N, H] and targets [N, D], less their shifts; `weight` W [H, D]."""
+        rest = target - hidden @ weight
+        self.gram.addmm_(hidden.T, hidden)
+        self.cross.addmm_(hidden.T, rest)
+        self.hidden_sum += hidden.sum(0, dtype=torch.float64)
+        self.target_sum += target.sum(0, dtype=torch.float64)
+        self.missed += float(rest.square().sum(dtype=torch.float64))
+        self.power += float(target.square().sum(dtype=torch.float64))
+        self.count += len(hidden)
+
+    def centred(self, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """H'H and H'R with the means `hidden` [H] and `target` [D] (float64, less the shifts) taken off; `missed` and `power`
+        become those of the centred values."""
+        rest, rest_sum = target - hidden @ weight.double(), self.target_sum - self.hidden_sum @ weight.double()
+        gram = self.gram - _outer(self.hidden_sum - self.count * hidden, hidden, hidden, self.hidden_sum)
+        cross = self.cross - _outer(self.hidden_sum - self.count * hidden, rest, hidden, rest_sum)
+        self.missed += float(self.count * rest @ rest - 2 * rest @ rest_sum)
+        self.power += float(self.count * target @ target - 2 * target @ self.target_sum)
+        return gram, cross
+
+
+def _outer(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+    """a b' + c d' in float32."""
+    return (torch.outer(a, b) + torch.outer(c, d)).float()
 
 
 def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor) -> tuple[float | None, float]:

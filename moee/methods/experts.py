@@ -92,6 +92,7 @@ class ExpertsMethod(NeuronMethod):
     }  # fmt: skip
     variants: ClassVar = {
         "hdbscan": Variant({"clustering": "hdbscan"}),
+        "kmeans-4": Variant({"clustering": "kmeans", "clusters": 4, "components": 50}, usual=False),  # for few tokens
         "kmeans-8": Variant({"clustering": "kmeans", "clusters": 8, "components": 50}),
         "kmeans-32": Variant({"clustering": "kmeans", "clusters": 32, "components": 50}),
         "kmeans-64": Variant({"clustering": "kmeans", "clusters": 64, "components": 50}, usual=False),  # pays on varied data only

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from moee.places.placement import check_all
 from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget
 from moee.planning.found import PLAN, SCHEMA, Found
-from moee.planning.race import race
+from moee.planning.race import Over, race
 from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Latency, Planner, recipe_of, usual, variants, ways
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
@@ -50,7 +49,7 @@ def make_plan(
     session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | Shortlist | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
-    attention: tuple[float, ...] = (1.0,), over: Callable[[bool], bool] | None = None, slack: Budget | None = None,
+    attention: tuple[float, ...] = (1.0,), over: Over | None = None, slack: Budget | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
@@ -98,7 +97,7 @@ def search(
     session: Session, budget: Budget, store: OutputFolder, *, latency: Latency | Shortlist | None = None,
     methods: tuple[str, ...] | None = None, targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None,
     report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
-    over: Callable[[bool], bool] | None = None, slack: Budget | None = None,
+    over: Over | None = None, slack: Budget | None = None,
 ) -> Found:  # fmt: skip
     """The points of `make_plan`, kept in `store`, on which nobody else works."""
     base, methods = base or {}, usual() if methods is None else methods

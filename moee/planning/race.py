@@ -6,8 +6,9 @@ gives there says whether it may save more or must save less, and after every rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from moee.planning.budget import Budget, Point, standing
 from moee.planning.search import Planner, Way
@@ -15,6 +16,18 @@ from moee.planning.search import Planner, Way
 FIRST = 0.65  # of the dense MACs, where every way begins
 CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
 GOING_ON = (4, 3, 2, 2)  # ways that are tried in each round
+
+
+class Over(Protocol):
+    """Says when the time for trials is over."""
+
+    def __call__(self, fresh: bool) -> bool:
+        """Asked before every trial, the first too. `fresh`: its way has to be prepared first."""
+        ...
+
+    def ready(self) -> None:
+        """Told in a trial when its way is prepared."""
+        ...
 
 
 @dataclass
@@ -47,14 +60,14 @@ def may_cost_more(point: Point, budget: Budget) -> bool:
 
 
 def race(
-    planner: Planner, ways: Sequence[Way], over: Callable[[bool], bool], rounds: Sequence[int] = GOING_ON
+    planner: Planner, ways: Sequence[Way], over: Over, rounds: Sequence[int] = GOING_ON
 ) -> tuple[list[Point], int]:
-    """Points of `ways`, and how many more there would have been, had `over` not said that the time is. It is asked before every
-    trial, and told whether its way has to be prepared first.
+    """Points of `ways`, and how many more there would have been, had `over` not said that the time is.
 
     The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
     for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
     """
+    planner.ready = over.ready
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
     left = sum(min(count, len(ways)) for count in rounds)

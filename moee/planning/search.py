@@ -127,6 +127,7 @@ class Planner:
         self.sampled: list[LayerTokens] = []
         self.scratch = ExitStack()
         weakref.finalize(self, self.scratch.close)
+        self.ready: Callable[[], None] = lambda: None  # called when what later points of a way need not do again is done
         self.first: tuple[Options, ...] = ()  # the steps that `prepared` and `sampled` come after
         self.obstacle = ""  # why the last point that could not be made was not
         self.best: tuple[Point, nn.Module, Sequence[LayerReport]] | None = None  # of the points made by this process
@@ -170,6 +171,7 @@ class Planner:
             common = recipe.cut.model_copy(update={**next(iter(recipe.method.allocations.values())), "target_macs": None})
             context = self.session.context(sampled=self.calibrate(recipe))
             self.prepared[variant] = recipe.method.prepare(self.session.start(recipe), common, context)
+            self.ready()
         return self.prepared[variant]
 
     def calibrate(self, recipe: Recipe) -> list[LayerTokens]:
@@ -179,6 +181,7 @@ class Planner:
             model, folder = self.session.start(recipe), self.scratch.enter_context(temporary_folder())
             ffns = find_ffns(model, recipe.cut.exclude, gated=True).ffns  # of all methods
             self.sampled = calibrate(model, ffns, folder, recipe.cut, self.session.context())
+            self.ready()
         return self.sampled
 
     def make(self, variant: str, recipe: Recipe) -> tuple[nn.Module, Sequence[LayerReport]]:

@@ -55,6 +55,17 @@ def test_trials_end_when_one_more_would_not_fit():
     assert trials.expected(fresh=True) == 130.0 and trials.expected(fresh=False) == 40.0
 
 
+def test_preparation_is_not_counted_for_the_next_trial():
+    now = Faked()
+    trials = Trials(Clock(600.0, now), lambda sentence: None)
+    trials(fresh=True)
+    now.time += 90.0
+    trials.ready()
+    now.time += 40.0
+    trials(fresh=False)
+    assert trials.expected(fresh=False) == 40.0 and trials.expected(fresh=True) == 130.0
+
+
 def test_tuning_gets_what_is_left_and_none_without_a_measure_of_its_time():
     now = Faked()
     clock = Clock(600.0, now, image_s=0.05, held_out=100)

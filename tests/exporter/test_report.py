@@ -99,6 +99,19 @@ def test_figures_are_those_of_the_artifacts(run):
     assert "not found" not in text.lower() and "is not shown" not in text
 
 
+def test_timings_at_several_batches_stand_side_by_side(run):
+    body = json.loads((run / "latency.json").read_text())
+    (run / "one").mkdir()
+    one = {**body, "batch": 1, "speedup": 0.5, "verdict": {**body["verdict"], "text": "dense is faster"}}
+    (run / "one" / "latency.json").write_text(json.dumps(one))
+    text = page_of(run).text
+    for figure in ("2.00×", "0.50× at batch 1", "Verdict: MoEE is faster", "Verdict: dense is faster"):
+        assert figure in text, figure
+    assert "is not shown" not in text
+    (run / "one" / "latency.json").write_text(json.dumps(body))  # the same batch twice
+    assert "latency.json is not shown" in page_of(run).text
+
+
 def test_what_was_read_is_shown(run):
     text = render(collect([run]))
     section = text.split("Images that the model was made on")[-1]

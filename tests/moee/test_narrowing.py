@@ -14,7 +14,7 @@ from moee.errors import UserError
 from moee.measure.metrics import dense_macs, model_cost, original_macs
 from moee.methods.heads.fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
 from moee.methods.heads.method import HeadsOptions
-from moee.methods.heads.narrowing import _images, _standing_in, narrow, width_losses
+from moee.methods.heads.narrowing import PROBES, TOKENS, _images, _standing_in, narrow, width_losses
 from moee.methods.heads.widths import choose_widths, levels, moves
 from moee.methods.recipe import make_recipe
 from moee.mlps.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
@@ -291,15 +291,15 @@ def test_layer_scale_and_centred_keys_decide_what_is_kept(attention):
 
 
 def test_probes_are_none_of_the_images_of_the_fit():
-    probes, fit = _images(tiny_images(24), 17, 32, 3)
+    probes, fit = _images(tiny_images(24), 17, 32, 3, PROBES, TOKENS)
     assert len(probes) == len(fit) == 12
     assert not any(torch.equal(a, b) for a in probes for b in fit)
-    probes, fit = _images(tiny_images(24), 1 << 20, 1024, 24)  # large models: fewer of both
+    probes, fit = _images(tiny_images(24), 1 << 20, 1024, 24, PROBES, TOKENS)  # large models: fewer of both
     assert len(probes) == len(fit) == 4
 
 
 def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkeypatch):
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("stop")
 
     monkeypatch.setattr("moee.methods.heads.narrowing.refit_projection", fail)
@@ -313,8 +313,8 @@ def test_activations_that_break_behind_a_narrowed_layer_name_the_attention(tiny_
     losses = width_losses(tiny_model, tiny_images(24), SIZE)
     real = moee.methods.heads.narrowing.refit_projection
 
-    def broken(made, *args):
-        real(made, *args)
+    def broken(made, *args, **kwargs):
+        real(made, *args, **kwargs)
         made.proj.bias.data[:] = float("inf")
 
     monkeypatch.setattr("moee.methods.heads.narrowing.refit_projection", broken)

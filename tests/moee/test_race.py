@@ -11,6 +11,19 @@ from moee.planning.search import Latency, Planner, Way
 GOOD, POOR, LATE = Way("static", "sensitivity"), Way("kmeans-8", "sensitivity"), Way("hdbscan", "sensitivity")
 
 
+class Until:
+    """Time that is over by the answers given, and never after them."""
+
+    def __init__(self, *answers):
+        self.answers, self.prepared = iter(answers), 0
+
+    def __call__(self, fresh):
+        return next(self.answers, False)
+
+    def ready(self):
+        self.prepared += 1
+
+
 def planner(least, budget, impossible=()):
     """Ways that meet a cosine of 0.98 from a target on; their latency is their MACs."""
     asked = []
@@ -28,7 +41,7 @@ def planner(least, budget, impossible=()):
 
 def test_the_better_way_gets_the_trials_and_comes_near_its_limit():
     ours = planner({GOOD: 0.5, POOR: 0.8, LATE: 0.95}, Budget(min_cosine=0.98))
-    points, left = race(ours, [GOOD, POOR, LATE], lambda fresh: False)
+    points, left = race(ours, [GOOD, POOR, LATE], Until())
     assert left == 0
     tried = [target for way, target in ours.asked if way is GOOD]
     assert tried[0] == FIRST and len(tried) == 4 and min(t for t in tried if t >= 0.5) - 0.5 < 0.07
@@ -37,22 +50,22 @@ def test_the_better_way_gets_the_trials_and_comes_near_its_limit():
 
 
 def test_the_first_point_is_made_and_the_rest_when_there_is_time():
-    calls = iter([True, False, True])  # asked before the first too, so that its time is known
     ours = planner({GOOD: 0.5, POOR: 0.8}, Budget(min_cosine=0.98))
-    points, left = race(ours, [GOOD, POOR], lambda fresh: next(calls))
+    # asked before the first too, so that its time is known
+    points, left = race(ours, [GOOD, POOR], Until(True, False, True))
     assert [p.method for p in points] == ["static", "kmeans-8"] and left == 8 - 2
 
 
 def test_what_cannot_be_made_is_looked_for_dearer():
     ours = planner({GOOD: 0.0}, Budget(min_cosine=0.98), impossible={GOOD: 0.7})
-    points, _ = race(ours, [GOOD], lambda fresh: False)
+    points, _ = race(ours, [GOOD], Until())
     assert points and all(point.macs >= 0.7 for point in points)
     assert [target for _, target in ours.asked][:2] == [FIRST, pytest.approx(0.825)]
 
 
 def test_under_a_limit_of_the_latency_the_dearest_below_it_is_looked_for():
     ours = planner({GOOD: 0.0}, Budget(target_latency_ms=8.0))
-    points, _ = race(ours, [GOOD], lambda fresh: False)
+    points, _ = race(ours, [GOOD], Until())
     assert max(p.macs for p in points if not p.shortfalls(ours.budget)) == pytest.approx(0.781, abs=0.02)
 
 

@@ -11,6 +11,7 @@ patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +42,8 @@ class HeadMoments:
         self.total = torch.zeros(heads * dim, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, x: Tensor) -> None:
-        """See tokens [B, N, D]."""
+    def add(self, x: Tensor) -> Tensor:
+        """See tokens [B, N, D]; returns what the output projection reads of them, [B N, heads * d]."""
         q, k, read = dense_parts(self.attention, x)
         weight = token_weights(x.shape[1], self.prefix).to(x.device)
         k = k - k.mean(2, keepdim=True)
@@ -52,6 +53,7 @@ class HeadMoments:
         self.read += weighed.T @ read
         self.total += weighed.sum(0)
         self.count += float(weight.sum()) * len(x)
+        return read
 
     @property
     def covariance(self) -> Tensor:
@@ -131,16 +133,19 @@ def narrowed(attention: Attention, bases: Bases, widths: Widths, moments: HeadMo
     return made.eval()
 
 
-def refit_projection(made: NarrowAttention, attention: Attention, x: Tensor, prefix: int = 0) -> None:
-    """Fit `made.proj` by least squares to the dense `attention`'s output on tokens [B, N, D]."""
+def refit_projection(
+    made: NarrowAttention, attention: Attention, x: Tensor, prefix: int = 0, *, reads: Sequence[Tensor] | None = None
+) -> None:
+    """Fit `made.proj` by least squares to the dense `attention`'s output on tokens [B, N, D]. `reads`: what its projection reads
+    of each `BATCH` of images, where that is known (`HeadMoments.add`)."""
     width, dim = made.proj.in_features, made.proj.out_features
     exact = torch.zeros(0, dtype=torch.float64, device=x.device)
     gram, cross = exact.new_zeros(width, width), exact.new_zeros(width, dim)
     read_sum, target_sum = exact.new_zeros(width), exact.new_zeros(dim)
     weights = token_weights(x.shape[1], prefix).to(x.device)
-    for part in x.split(BATCH):
+    for number, part in enumerate(x.split(BATCH)):
         read = made.attend(part).flatten(0, 1)
-        target = attention.proj(dense_parts(attention, part)[2])
+        target = attention.proj(dense_parts(attention, part)[2] if reads is None else reads[number])
         weight = weights.repeat(len(part))[:, None]
         weighed = read * weight
         gram += weighed.T @ read

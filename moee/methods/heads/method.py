@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from moee.config import Options, Seed, Views
+from moee.config import Count, Options, Seed, Views
 from moee.methods.base import Method, Part
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class HeadsOptions(Options):
     attention_heads: Literal["separate", "equal"] = Field(
         "separate", description="whether a layer's queries and keys may have another width than its values"
     )
+    attention_probes: Count = Field(48, description="images on which each width of each attention is tried")
+    attention_tokens: Count = Field(120_000, description="tokens that each attention is fitted on, at most")
     collages: Views = Field(0, description="collages a training image that calibration sees beside it")
 
     @model_validator(mode="before")
@@ -73,12 +75,18 @@ class HeadsMethod(Method[HeadsOptions]):
             return []
         equal, transform, device = options.attention_heads == "equal", model_transform(model), context.group.device
         seen = widened(context.data, transform, 0, options.collages, options.seed)
-        key = ("widths", equal, options.collages, options.seed)
+        trials = {"probes": options.attention_probes, "tokens": options.attention_tokens}
+        key = ("widths", equal, options.collages, options.seed, *trials.values())
         with context.group.agreed():
             if context.group.leader:
                 check_share(model, transform.shape, share)  # before minutes of trials
                 if key not in context.left:
-                    context.left[key] = width_losses(model, seen, transform.shape, equal, context.report, device=device)
-                narrow(model, seen, transform.shape, share, equal, report=context.report, losses=context.left[key], device=device)
+                    context.left[key] = width_losses(
+                        model, seen, transform.shape, equal, context.report, device=device, **trials
+                    )  # fmt: skip
+                narrow(
+                    model, seen, transform.shape, share, equal, report=context.report, losses=context.left[key], device=device,
+                    **trials,
+                )  # fmt: skip
         share_attention(model, context.group)
         return []

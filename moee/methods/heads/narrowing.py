@@ -28,7 +28,8 @@ from moee.progress import Reporter, silent, track
 from moee.train.step import distillation_loss, token_loss
 
 NUMBERS = 120_000 * 384  # tokens times their width in the fit, which holds all of a layer's inputs at once
-TRIAL_TOKENS = 40_000  # for the moments with which widths are tried
+TOKENS = 120_000  # a layer of the fit
+TRIAL = 3  # times fewer tokens make the moments with which widths are tried
 PROBES = 48  # images on which each width of each layer is tried; none of those with which it was made
 PROBE_NUMBERS = 1 << 28  # inputs of all blocks on the probes
 
@@ -44,11 +45,10 @@ class _NarrowStep(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         assert attn_mask is None and not is_causal, "calibration images come without masks"
         moments, scale = HeadMoments(self.attention, self.prefix), None if self.scale is None else self.scale.to(x.device)
-        for part in x.split(BATCH):
-            moments.add(part)
+        reads = [moments.add(part) for part in x.split(BATCH)]
         _require_finite(self.name, moments)
         self.made = narrowed(self.attention, find_bases(moments, scale), self.widths, moments)
-        refit_projection(self.made, self.attention, x, self.prefix)
+        refit_projection(self.made, self.attention, x, self.prefix, reads=reads)
         return torch.cat([self.made(part) for part in x.split(BATCH)])
 
 
@@ -62,12 +62,14 @@ class _Skip(nn.Module):
 @torch.no_grad()
 def narrow(
     model: nn.Module, data: ImageSet, shape: Shape, share: float, equal: bool = False, *, report: Reporter = silent,
-    losses: dict[tuple[str, Widths], float] | None = None, device: torch.device = CPU,
+    losses: dict[tuple[str, Widths], float] | None = None, device: torch.device = CPU, probes: int = PROBES,
+    tokens: int = TOKENS,
 ) -> dict[str, Widths]:  # fmt: skip
     """Replace the attentions of `model` in place by narrower ones that keep the share `share` of the attention's MACs.
 
     `data` is the calibration set, of images of `shape`; with `equal` a layer's queries, keys and values get as many
-    dimensions. `losses`, of `width_losses` for the same model and data, serve every share; None measures them. Returns the widths
+    dimensions. A layer is fitted on about `tokens` of its tokens, but at most `NUMBERS`. `losses`, of `width_losses` for the same
+    model, data and number of `probes`, serve every share; None measures them. Returns the widths
     of the layers that changed. Deterministic for one data set and thread count. Raises `UserError` for a model whose attentions
     cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows with `NUMBERS`: the inputs of
     a layer for all images of the fit, and its hidden activations. The model comes and goes on the CPU, in eval mode; the work is
@@ -78,8 +80,8 @@ def narrow(
     shapes = input_shapes(model, attentions, shape)
     check_reach(attentions, shapes, share)
     if losses is None:
-        losses = width_losses(model, data, shape, equal, report, device=device)
-    _, images = _images(data, *_numbers(attentions, shapes))
+        losses = width_losses(model, data, shape, equal, report, device=device, probes=probes, tokens=tokens)
+    _, images = _images(data, *_numbers(attentions, shapes), probes, tokens)
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
         name: _NarrowStep(name, attentions[name], widths, _scale(model, name), _prefix(model))
@@ -102,20 +104,22 @@ def narrow(
 
 @torch.no_grad()
 def width_losses(
-    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, *, device: torch.device = CPU
-) -> dict[tuple[str, Widths], float]:
+    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, *, device: torch.device = CPU,
+    probes: int = PROBES, tokens: int = TOKENS,
+) -> dict[tuple[str, Widths], float]:  # fmt: skip
     """What `narrow` chooses widths by: the loss of the output with one attention, by its name, narrowed to each width.
 
-    Arguments, errors and memory are those of `narrow`. The model stays as it is, in eval mode.
+    Arguments, errors and memory are those of `narrow`. Each width is made from the moments of a third of the tokens and
+    tried on `probes` other images. The model stays as it is, in eval mode.
     """
     model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, shape)
-    tokens, dim, layers = _numbers(attentions, shapes)
-    probes, images = _images(data, tokens, dim, layers)
-    few = images[: max(2, TRIAL_TOKENS // tokens)]
+    an_image, dim, layers = _numbers(attentions, shapes)
+    tried, images = _images(data, an_image, dim, layers, probes, tokens)
+    few = images[: max(2, tokens // TRIAL // an_image)]
     with placed(model, device):
-        return _losses(model, attentions, probes.to(device), few.to(device), equal, report)
+        return _losses(model, attentions, tried.to(device), few.to(device), equal, report)
 
 
 def _numbers(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
@@ -124,11 +128,12 @@ def _numbers(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]
     return tokens, next(iter(attentions.values())).qkv.in_features, len(attentions)
 
 
-def _images(data: ImageSet, tokens: int, dim: int, layers: int) -> tuple[Tensor, Tensor]:
-    """Images to try widths on, and others to fit with, both drawn over all readable ones of `data`."""
+def _images(data: ImageSet, tokens: int, dim: int, layers: int, wanted: int, most: int) -> tuple[Tensor, Tensor]:
+    """Images to try widths on, `wanted` of them, and others to fit with, of `most` tokens together, both drawn over all readable
+    ones of `data`. `tokens`: of an image."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    probes = min(PROBES, max(4, PROBE_NUMBERS // (layers * tokens * dim)))
-    fit = max(4, NUMBERS // (tokens * dim))
+    probes = min(wanted, max(4, PROBE_NUMBERS // (layers * tokens * dim)))
+    fit = max(4, min(NUMBERS // dim, most) // tokens)
     images = torch.cat([batch.images for batch in batches(data, BATCH, order=order[: probes + fit])])
     if len(images) < 2:
         raise UserError(f"--attention-macs needs at least 2 readable images, came {len(images)}; add some or leave it out")
