@@ -60,7 +60,7 @@ def choose(sources: Sources) -> None:
 
 def _timings(chosen: Artifact, found: list[Artifact]) -> list[Artifact]:
     """The timings that are shown: the chosen one, and those of other batches or runtimes, one of each."""
-    kinds = {}
+    kinds: dict[tuple[str, str], Artifact] = {}
     for artifact in [chosen, *found]:
         if artifact.version <= KINDS[LATENCY][0]:
             kinds.setdefault((str(artifact.body.get("runtime")), str(artifact.body.get("batch"))), artifact)

@@ -68,11 +68,12 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
                 half.add(hidden - shift[0], target - shift[1], layer.w_down[kept])
         assert shift is not None, "an expert that is listed has tokens"
         # how far the shift lies from the expert's mean
-        off = [sum(getattr(half, name) for half in sums) / len(rows) for name in ("hidden_sum", "target_sum")]
-        hidden_mean, target_mean = ((s.double() + o).float() for s, o in zip(shift, off, strict=True))
+        hidden_off = torch.stack([half.hidden_sum for half in sums]).sum(0) / len(rows)
+        target_off = torch.stack([half.target_sum for half in sums]).sum(0) / len(rows)
+        hidden_mean, target_mean = (shift[0].double() + hidden_off).float(), (shift[1].double() + target_off).float()
         moment += len(rows) * float(hidden_mean.double().square().sum())
         for which, half in enumerate(sums):
-            part_gram, part_cross = half.centred(*off, layer.w_down[kept])
+            part_gram, part_cross = half.centred(hidden_off, target_off, layer.w_down[kept])
             missed[which] += half.missed
             power[which] += half.power
             grams[which].view(-1).index_add_(0, (kept[:, None] * layer.union + kept).flatten(), part_gram.flatten())
