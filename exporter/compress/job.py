@@ -16,7 +16,7 @@ from exporter.compress.clock import TRIALS, Clock, Trials, duration, images_with
 from exporter.compress.refusals import Tried, refuse_early
 from exporter.compress.request import ALLOCATION, BASE, CPU, Request, default_budget, described, widened
 from exporter.compress.state import TIMINGS, Compressed, State, resumable
-from exporter.compress.tuning import epochs_in, epochs_within, within, worth
+from exporter.compress.tuning import WORTH_EPOCHS, epochs_in, epochs_within, within, worth
 from exporter.compress.verdicts import last_lines
 from exporter.engines.plugin_cache import ensure_kernels
 from exporter.graph.export import export
@@ -187,9 +187,9 @@ class Job:
         return plan
 
     def _slack(self, budget: Budget) -> Budget | None:
-        """A wider budget for trials, where there will be time to tune what they find."""
+        """A wider budget for trials, where there will be time to tune what they find, and not for an epoch or two alone."""
         rest = (1 - TRIALS) * (self.clock.left - self.clock.finish)
-        return widened(budget) if epochs_in(rest, self.clock, len(self.session.train)) else None
+        return widened(budget) if epochs_in(rest, self.clock, len(self.session.train)) >= WORTH_EPOCHS else None
 
     def _extract(self, state: State, point: dict[str, Any]) -> None:
         if not state.done("extracted"):

@@ -9,6 +9,7 @@ from moee.artifacts.model import MoeeModel
 from moee.planning.budget import Budget
 
 MOST_EPOCHS = 10
+WORTH_EPOCHS = 5  # from which on trials count on what tuning brings back
 EPOCH_RUNS = 6.0  # of the dense model on an image, that an epoch takes for it
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moee.calibrate.calibration import BATCH_SIZE, CHUNK, as_tokens, hidden_activations
 from moee.calibrate.entry import Entry, Reached, find_entry, gather, run_until_reached, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, spread, tokens_an_image
+from moee.calibrate.prefix import prefix_tokens, token_weights
 from moee.calibrate.ridge import error_change, held_out_runs, solve_ridge
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
@@ -39,11 +40,14 @@ KEPT = 4  # numbers kept of the images on their way to a later stage, as a multi
 
 
 @torch.no_grad()
-def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | None = None) -> RefitReport:
+def refit_layer(
+    layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | None = None, *, weights: Tensor | None = None
+) -> RefitReport:
     """Update `layer.w_down` and `layer.b_out` in place from input tokens [N, D] of its dense original `ffn`.
 
     `ridge` is lambda as a share of the Gram matrix's mean diagonal; None chooses it on held-out tokens, and leaves the layer as
-    it is where none of `RIDGES` lowers their error. Experts that get no token keep their bias. Everything lies on one device.
+    it is where none of `RIDGES` lowers their error. `weights` [N]: what each token counts for; None: all alike. Experts that get
+    no token keep their bias. Everything lies on one device.
     Raises `UserError` that names the layer for NaN or infinite activations.
     """
     device = tokens.device
@@ -53,6 +57,7 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
     crosses = [torch.zeros(layer.union, layer.b_out.shape[1], device=device) for _ in range(parts_wanted)]
     missed, power = [0.0] * parts_wanted, [0.0] * parts_wanted  # squares of what the layer misses, and of the dense output
     held_out = held_out_runs(len(tokens)).to(device)
+    counts = torch.ones(len(tokens), device=device) if weights is None else weights
     means: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     moment = 0.0
     for e, rows, kept in expert_rows(routes, layer.neurons, layer.offsets):
@@ -65,13 +70,14 @@ def refit_layer(layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | Non
                 hidden, target = layer.activations(x, kept), hidden_activations(ffn, x) @ ffn.w_down.T
                 if shift is None:
                     shift = hidden.mean(0), target.mean(0)
-                half.add(hidden - shift[0], target - shift[1], layer.w_down[kept])
+                half.add(hidden - shift[0], target - shift[1], layer.w_down[kept], counts[part])
         assert shift is not None, "an expert that is listed has tokens"
         # how far the shift lies from the expert's mean
-        hidden_off = torch.stack([half.hidden_sum for half in sums]).sum(0) / len(rows)
-        target_off = torch.stack([half.target_sum for half in sums]).sum(0) / len(rows)
+        count = sum(half.count for half in sums)
+        hidden_off = torch.stack([half.hidden_sum for half in sums]).sum(0) / count
+        target_off = torch.stack([half.target_sum for half in sums]).sum(0) / count
         hidden_mean, target_mean = (shift[0].double() + hidden_off).float(), (shift[1].double() + target_off).float()
-        moment += len(rows) * float(hidden_mean.double().square().sum())
+        moment += count * float(hidden_mean.double().square().sum())
         for which, half in enumerate(sums):
             part_gram, part_cross = half.centred(hidden_off, target_off, layer.w_down[kept])
             missed[which] += half.missed
@@ -113,7 +119,7 @@ class ShiftedSums:
     nothing is lost to rounding when the mean is taken off afterwards.
 
     Of activations H [N, H] and targets T [N, D] less their shifts, and what is missed, R = T - H W: the Gram matrix H'H, the
-    cross product H'R, sums over the tokens, and squares.
+    cross product H'R, sums over the tokens, and squares; every token times what it counts for.
     """
 
     def __init__(self, neurons: int, dim: int, device: torch.device):
@@ -122,18 +128,19 @@ class ShiftedSums:
         self.hidden_sum = torch.zeros(neurons, dtype=torch.float64, device=device)
         self.target_sum = torch.zeros(dim, dtype=torch.float64, device=device)
         self.missed = self.power = 0.0
-        self.count = 0
+        self.count = 0.0
 
-    def add(self, hidden: Tensor, target: Tensor, weight: Tensor) -> None:
-        """See activations [N, H] and targets [N, D], less their shifts; `weight` W [H, D]."""
-        rest = target - hidden @ weight
-        self.gram.addmm_(hidden.T, hidden)
-        self.cross.addmm_(hidden.T, rest)
-        self.hidden_sum += hidden.sum(0, dtype=torch.float64)
-        self.target_sum += target.sum(0, dtype=torch.float64)
-        self.missed += float(rest.square().sum(dtype=torch.float64))
-        self.power += float(target.square().sum(dtype=torch.float64))
-        self.count += len(hidden)
+    def add(self, hidden: Tensor, target: Tensor, weight: Tensor, counts: Tensor) -> None:
+        """See activations [N, H] and targets [N, D], less their shifts, that count for `counts` [N]; `weight` W [H, D]."""
+        rest, each = target - hidden @ weight, counts[:, None]
+        weighed = hidden * each
+        self.gram.addmm_(weighed.T, hidden)
+        self.cross.addmm_(weighed.T, rest)
+        self.hidden_sum += weighed.sum(0, dtype=torch.float64)
+        self.target_sum += (target * each).sum(0, dtype=torch.float64)
+        self.missed += float((rest.square() * each).sum(dtype=torch.float64))
+        self.power += float((target.square() * each).sum(dtype=torch.float64))
+        self.count += float(counts.sum(dtype=torch.float64))
 
     def centred(self, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """H'H and H'R with the means `hidden` [H] and `target` [D] (float64, less the shifts) taken off; `missed` and `power`
@@ -167,13 +174,16 @@ class _RefitStep(nn.Module):
     """Stands where a routed layer will be for one forward pass: refits it on the pass's own input, then applies it, unless it is
     the last."""
 
-    def __init__(self, layer: NeuronLayer, ffn: FFN, ridge: float | None, last: bool, done):
+    def __init__(self, layer: NeuronLayer, ffn: FFN, ridge: float | None, last: bool, done, prefix: int = 0):
         super().__init__()
-        self.layer, self.ffn, self.ridge, self.last, self.done = layer, ffn, ridge, last, done
+        self.layer, self.ffn, self.ridge, self.last, self.done, self.prefix = layer, ffn, ridge, last, done, prefix
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = as_tokens(x, self.layer.channels_first)
-        self.done(self.ffn.name, refit_layer(self.layer, self.ffn.to(x.device), tokens, self.ridge))
+        weights = None
+        if self.prefix and x.ndim == 3:
+            weights = token_weights(x.shape[1], self.prefix).to(x.device).repeat(len(x))
+        self.done(self.ffn.name, refit_layer(self.layer, self.ffn.to(x.device), tokens, self.ridge, weights=weights))
         if self.last:
             raise Reached
         parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() // self.ffn.dim)))]
@@ -220,7 +230,7 @@ def _refit(
             groups[:0] = [ImageGroup((name,), group.images) for name in group.names]
             continue
         for name in group.names:
-            step = _RefitStep(layers[name], ffns[name], ridge, name == group.names[-1], done)
+            step = _RefitStep(layers[name], ffns[name], ridge, name == group.names[-1], done, prefix_tokens(model))
             replace_module(model, name, step)
         try:
             if entry is None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from timm.layers import Attention
 
 import moee.methods.heads.narrowing
+from moee.calibrate.prefix import token_weights
 from moee.errors import UserError
 from moee.measure.metrics import dense_macs, model_cost, original_macs
-from moee.methods.heads.fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection, token_weights
+from moee.methods.heads.fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.heads.narrowing import PROBES, TOKENS, _images, _standing_in, narrow, width_losses
 from moee.methods.heads.widths import choose_widths, levels, moves
@@ -121,7 +122,7 @@ def test_class_tokens_count_for_more(attention, monkeypatch):
             refit_projection(made, attention, x, prefix)
             return float((made(x) - attention(x))[:, 0].square().mean())
 
-    monkeypatch.setattr("moee.methods.heads.fit.PREFIX_SHARE", 10.0)
+    monkeypatch.setattr("moee.calibrate.prefix.PREFIX_SHARE", 10.0)
     assert class_error(1) < class_error(0)
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from moee.calibrate.calibration import CHUNK
 from moee.calibrate.refit import RIDGES, choose_ridge, refit_layer
 from moee.calibrate.ridge import held_out_runs, solve_ridge
 from moee.errors import UserError
@@ -112,6 +113,35 @@ def test_the_error_on_held_out_tokens_is_that_of_the_fit_without_them():
     power = target[held].square().sum()
     assert facts.error_before == pytest.approx(float(rest[held].square().sum() / power), rel=1e-3)
     assert facts.error_after == pytest.approx(float((rest - hidden @ fitted)[held].square().sum() / power), rel=1e-3)
+
+
+def test_a_token_that_counts_for_three_is_one_that_stands_there_three_times():
+    layer, ffn, x = starved(900)
+    other = copy.deepcopy(layer)
+    weights = torch.ones(900)
+    weights[:200] = 3.0
+    refit_layer(layer, ffn, x, 0.01, weights=weights)
+    refit_layer(other, ffn, torch.cat([x, x[:200], x[:200]]), 0.01)
+    torch.testing.assert_close(layer.w_down, other.w_down, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.b_out, other.b_out, rtol=1e-4, atol=1e-4)
+
+
+def test_activations_far_from_zero_lose_nothing_in_one_pass():
+    """Their mean is a hundred times their spread, and that of the first part of the tokens is another one than of all."""
+    layer, ffn, x = starved(2 * CHUNK + 100)
+    ffn.b_up[:] += 300.0
+    layer.b_up.data += 300.0
+    x[:CHUNK] += 0.5
+    dense, before = copy.deepcopy(ffn), copy.deepcopy(layer)
+    refit_layer(layer, ffn, x, 1e-3)
+    kept, wide = layer.w_up.detach().double(), x.double()
+    hidden = wide @ kept.T + layer.b_up.detach().double()  # GELU is the identity there
+    target = (wide @ dense.w_up.double().T + dense.b_up.double()) @ dense.w_down.double().T
+    hidden_mean, target_mean = hidden.mean(0), target.mean(0)
+    a, r = hidden - hidden_mean, target - target_mean - (hidden - hidden_mean) @ before.w_down.detach().double()
+    gram = a.T @ a
+    change = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(64), a.T @ r)
+    torch.testing.assert_close(layer.w_down.detach().double() - before.w_down.detach().double(), change, rtol=1e-2, atol=1e-3)
 
 
 def test_held_out_runs_are_as_ever_where_there_are_enough_tokens():

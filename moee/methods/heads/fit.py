@@ -18,11 +18,11 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from moee.calibrate.prefix import token_weights
 from moee.calibrate.ridge import solve_ridge
 from moee.mlps.attention import NarrowAttention, Widths
 
 BATCH = 16  # images a product
-PREFIX_SHARE = 1 / 8
 RIDGE = 1e-6  # of the mean diagonal: the fit has hundreds of tokens a weight, this is for rank-deficient values only
 FLOOR = 1e-8  # of the largest eigenvalue
 
@@ -59,13 +59,6 @@ class HeadMoments:
     def covariance(self) -> Tensor:
         mean = self.total / self.count
         return self.read / self.count - torch.outer(mean, mean)
-
-
-def token_weights(count: int, prefix: int) -> Tensor:
-    """What each of an image's `count` tokens [count] counts for; 1 for a patch."""
-    weights = torch.ones(count)
-    weights[:prefix] = max(1.0, (count - prefix) * PREFIX_SHARE)
-    return weights
 
 
 def dense_parts(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

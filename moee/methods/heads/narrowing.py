@@ -14,6 +14,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from moee.calibrate.prefix import prefix_tokens
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
 from moee.interface.adapted import run_model
@@ -84,7 +85,7 @@ def narrow(
     _, images = _images(data, *_numbers(attentions, shapes), probes, tokens)
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
-        name: _NarrowStep(name, attentions[name], widths, _scale(model, name), _prefix(model))
+        name: _NarrowStep(name, attentions[name], widths, _scale(model, name), prefix_tokens(model))
         for name, widths in chosen.items()
         if widths != full_widths(attentions[name])
     }
@@ -150,11 +151,6 @@ def _require_finite(name: str, moments: HeadMoments) -> None:
         )
 
 
-def _prefix(model: nn.Module) -> int:
-    """Tokens of an image, the first ones, that are no patches."""
-    return int(getattr(model, "num_prefix_tokens", 0) or 0)
-
-
 def _scale(model: nn.Module, name: str) -> Tensor | None:
     """Weight [D] of the LayerScale behind an attention, if there is one."""
     block = model.get_submodule(name.rpartition(".")[0])
@@ -166,7 +162,7 @@ def _losses(
     model: nn.Module, attentions: dict[str, Attention], probes: Tensor, images: Tensor, equal: bool, report: Reporter
 ) -> dict[tuple[str, Widths], float]:
     """Loss of the model's output on `probes`, one layer at a time narrowed to each of its `moves` by the moments of `images`."""
-    moments = {name: HeadMoments(attention, _prefix(model)) for name, attention in attentions.items()}
+    moments = {name: HeadMoments(attention, prefix_tokens(model)) for name, attention in attentions.items()}
     with watched(model, attentions, lambda name, x: moments[name].add(x)):
         parts = images.split(BATCH)
         for part in track(parts, "attention", len(parts), report):
