@@ -6,7 +6,8 @@ Rules, in the order of the emitted nodes:
 2. top_k = 1: route = ArgMax (lowest id on ties). top_k > 1: route = the k best, slots [T * k].
 3. `grouped`: per expert Gemm(up) -> activation -> Gemm(down) on its own tokens (see `dispatch`), on constant slices of the
    shared stores. The slices are Gathers of initialisers, which ONNX Runtime folds when it loads the graph: the file keeps one
-   copy of each neuron. top_k > 1: sum a token's slots.
+   copy of each neuron. top_k > 1: sum a token's slots. With top_k = 1, neurons that every expert keeps, if there are `CORE` or
+   more of them, are no expert's: one pair of Gemm computes them for all tokens, which is faster than for few at a time.
 4. `masked`: one pair of Gemm over the union of the neurons; those that the token's expert lacks are set to zero before the
    activation, which leaves zero as it is: a product with 0 would turn one that overflowed into NaN. Costs the union, but reads
    each weight once.
@@ -30,6 +31,7 @@ from exporter.passes.dispatch import by_expert
 from exporter.passes.tape import Tape
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
+CORE = 256  # neurons that every expert keeps, from which products of their own are faster (docs/results/cpu.md)
 MIN_ROWS = 12  # tokens an expert from which the grouped form is faster (docs/results/cpu.md)
 
 
@@ -52,6 +54,15 @@ class _Layer:
         up = self.inputs["w_up"]
         assert up is not None and up.dtype is not None, "the weights are initialisers"
         return up.dtype
+
+    @property
+    def core(self) -> np.ndarray:
+        """Neurons that every expert keeps, ascending, where they are worth products of their own; else none."""
+        if self.top_k > 1 or self.experts == 1:
+            return np.zeros(0, np.int64)
+        ids, keepers = np.unique(self.neurons, return_counts=True)
+        core = ids[keepers == self.experts].astype(np.int64)
+        return core if len(core) >= CORE else core[:0]
 
     def kept(self, expert: int) -> np.ndarray:
         return self.neurons[self.offsets[expert] : self.offsets[expert + 1]].astype(np.int64)
@@ -132,17 +143,26 @@ def _routes(tape: Tape, tokens: ir.Value, router: ir.Value, bias: ir.Value | Non
 
 def _grouped(tape: Tape, layer: _Layer, tokens: ir.Value, routes: ir.Value, dim: int, name: str) -> ir.Value:
     """Rule 3."""
-    inputs = layer.inputs
+    inputs, core = layer.inputs, layer.core
 
-    def body(expert: int, group: ir.Value) -> ir.Value:
-        kept = tape.constant(layer.kept(expert), f"neurons_{expert}")
-        row = tape.constant(np.array(expert, np.int64), f"int_{expert}")
+    def products(group: ir.Value, neurons: np.ndarray, title: str, b_out: ir.Value | None) -> ir.Value:
+        kept = tape.constant(neurons, f"neurons_{title}")
         up, b_up, down = (tape.op("Gather", [inputs[n], kept], axis=0)[0] for n in ("w_up", "b_up", "w_down"))
-        b_out = tape.op("Gather", [inputs["b_out"], row], axis=0)[0]
         hidden = activation(tape, tape.op("Gemm", [group, up, b_up], transB=1)[0], layer.activation, layer.dtype)
         return tape.op("Gemm", [hidden, down, b_out])[0]
 
-    slots = by_expert(tape, tokens, routes, layer.experts, body, top_k=layer.top_k, name=name if layer.top_k == 1 else "slots")
+    def body(expert: int, group: ir.Value) -> ir.Value:
+        row = tape.constant(np.array(expert, np.int64), f"int_{expert}")
+        b_out = tape.op("Gather", [inputs["b_out"], row], axis=0)[0]
+        rest = np.setdiff1d(layer.kept(expert), core)
+        if not len(rest):
+            return tape.op("Expand", [b_out, tape.op("Shape", [group])[0]])[0]
+        return products(group, rest, str(expert), b_out)
+
+    title = "slots" if layer.top_k > 1 else "" if len(core) else name
+    slots = by_expert(tape, tokens, routes, layer.experts, body, top_k=layer.top_k, name=title)
+    if len(core):
+        slots = tape.op("Add", [slots, products(tokens, core, "core", None)], name=name)[0]
     if layer.top_k == 1:
         return slots
     shaped = tape.op("Reshape", [slots, tape.constant(np.array([-1, layer.top_k, dim], np.int64), "slot_shape")])[0]

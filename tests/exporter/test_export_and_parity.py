@@ -156,6 +156,25 @@ def test_the_form_follows_the_tokens_of_one_image():
     assert "If" not in forms(twice, 3)[0]  # the masked form is for one expert a token
 
 
+@pytest.mark.parametrize("widths", [[5, 20, 9], [4, 20, 9], [24, 24], [8] * 9])
+def test_neurons_that_all_experts_keep_are_computed_once_for_all_tokens(monkeypatch, widths):
+    """One expert keeps nothing else, or all keep everything."""
+    monkeypatch.setattr("exporter.passes.portable.CORE", 4)
+    p = random_problem(tokens=9, dim=16, union=24, widths=widths)
+    generator = torch.Generator().manual_seed(0)
+    kept = [{*range(4), *(4 + torch.randperm(20, generator=generator)[: width - 4]).tolist()} for width in widths]
+    p["neurons"] = torch.tensor([neuron for neurons in kept for neuron in sorted(neurons)], dtype=torch.int32)
+    layer = layer_of(p).eval()
+    for batch in (3, 100):  # below and above the form of few tokens
+        x = torch.randn(batch, 3, 4, 4)
+        (got,) = lowered(layer, 16).run(None, {"input": x.numpy()})
+        np.testing.assert_allclose(got, layer(x.reshape(batch, 3, 16)).detach().numpy(), rtol=1e-4, atol=1e-5)
+    top, _ = forms(layer, len(widths) * MIN_ROWS)
+    empty = sum(neurons == set.intersection(*kept) for neurons in kept)
+    assert top.count("Expand") == empty
+    assert top.count("Gemm") == 1 + 2 + 2 * (len(widths) - empty), "the router, the core, experts that keep more"
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_a_dropped_neuron_that_overflows_in_half_precision_is_zero(activation):
     """In the masked form every token meets every neuron; those of the other expert may be infinite in float16."""
