@@ -10,7 +10,9 @@ from itertools import pairwise
 FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
 TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while both are timed in turns
-TRIALS = 0.7  # of the time before the last stages; tuning gets the rest
+TRIALS = 0.7  # of the time before the last stages; tuning gets the rest, where that is worth it
+EPOCH_RUNS = 6.0  # of the dense model on an image, that an epoch of tuning takes for it
+WORTH_EPOCHS = 5  # of tuning: one or two taught refitted models nothing in three runs
 SHOWN, FEWEST = 400, 20  # images
 SHOWN_PASSES = 3  # of the dense model that showing an image takes: both models, and the pictures
 MARGIN = 1.1  # a trial may take longer than the mean of those before
@@ -19,12 +21,13 @@ MARGIN = 1.1  # a trial may take longer than the mean of those before
 @dataclass
 class Clock:
     """`seconds` of a job (None: as long as it takes) since `started`, by the clock `now`. `image_s`: of the dense model on one
-    image, once it is known; `held_out`: their number; `batch`: images that are timed at once."""
+    image, once it is known; `held_out` and `training`: numbers of images; `batch`: images that are timed at once."""
 
     seconds: float | None
     now: Callable[[], float] = time.monotonic
     image_s: float = 0.0
     held_out: int = 0
+    training: int = 0
     batch: int = 0
     started: float = field(init=False)
 
@@ -49,7 +52,17 @@ class Clock:
     @property
     def trials_end(self) -> float:
         """Seconds after the start at which the trials must be over."""
-        return float("inf") if self.seconds is None else TRIALS * (self.seconds - self.finish)
+        return float("inf") if self.seconds is None else (TRIALS if self.tunes else 1.0) * (self.seconds - self.finish)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether what trials leave is enough for a tuning; else trials get all of the time."""
+        return self.seconds is None or (1 - TRIALS) * (self.seconds - self.finish) >= WORTH_EPOCHS * self.epoch_s
+
+    @property
+    def epoch_s(self) -> float:
+        """Seconds of an epoch of tuning."""
+        return EPOCH_RUNS * self.image_s * self.training
 
     @property
     def tuning(self) -> float:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from exporter.compress.clock import TRIALS, Clock, Trials, duration, images_within
+from exporter.compress.clock import Clock, Trials, duration, images_within
 from exporter.compress.refusals import Tried, refuse_early
 from exporter.compress.request import ALLOCATION, BASE, CPU, Request, default_budget, described, widened
 from exporter.compress.state import TIMINGS, Compressed, State, resumable
-from exporter.compress.tuning import WORTH_EPOCHS, epochs_in, epochs_within, within, worth
+from exporter.compress.tuning import epochs_within, within, worth
 from exporter.compress.verdicts import last_lines
 from exporter.engines.plugin_cache import ensure_kernels
 from exporter.graph.export import export
@@ -124,7 +124,7 @@ class Job:
         point, winner = plan["ambitious"], plan["winner"]
         beyond = point["recipe"] != winner["recipe"]
         if beyond and "fallback" not in state.stages:
-            if state.done("tuned") or epochs_within(self.clock, len(self.session.train)):
+            if state.done("tuned") or epochs_within(self.clock):
                 self._extract(state, point)
                 tuned = self._tune(state, budget)
                 if state.stages["tuned"]["kept"] and within(budget, self._made("tuned").info["stages"]["tuned"]["retention"]):
@@ -157,7 +157,7 @@ class Job:
         session, request = self.session, self.request
         images = len(session.reference.features)
         self.clock.image_s = session.dense_seconds / images
-        self.clock.held_out, self.clock.batch = images, request.batch
+        self.clock.held_out, self.clock.training, self.clock.batch = images, len(session.train), request.batch
         self.say(
             f"{session.spec.name}: {len(session.train)} training and {images} held-out images; budget: {described(budget)}; "
             f"device: {request.device}, batch {request.batch}"
@@ -167,8 +167,9 @@ class Job:
             return
         trials, rest = max(0.0, self.clock.trials_end - self.clock.spent), self.clock.finish
         self.say(
-            f"time {duration(request.time_s)}: trials for about {duration(trials)}, then tuning, then {duration(rest)} for "
-            f"export, verification, timing and bundle (the dense model takes {1e3 * self.clock.image_s:.0f} ms an image here)"
+            f"time {duration(request.time_s)}: trials for about {duration(trials)}, then {'tuning, then ' * self.clock.tunes}"
+            f"{duration(rest)} for export, verification, timing and bundle (the dense model takes "
+            f"{1e3 * self.clock.image_s:.0f} ms an image here)"
         )
 
     def _plan(self, state: State, budget: Budget, tried: Tried | None) -> dict[str, Any]:
@@ -187,9 +188,8 @@ class Job:
         return plan
 
     def _slack(self, budget: Budget) -> Budget | None:
-        """A wider budget for trials, where there will be time to tune what they find, and not for an epoch or two alone."""
-        rest = (1 - TRIALS) * (self.clock.left - self.clock.finish)
-        return widened(budget) if epochs_in(rest, self.clock, len(self.session.train)) >= WORTH_EPOCHS else None
+        """A wider budget for trials, where there will be time to tune what they find."""
+        return widened(budget) if self.clock.tunes else None
 
     def _extract(self, state: State, point: dict[str, Any]) -> None:
         if not state.done("extracted"):
@@ -206,9 +206,9 @@ class Job:
         facts = state.stages.get("tuned")
         if facts is None or facts["epochs"] and not state.done("tuned"):
             begun = state.stages.get("tuning") if self.place.folder("tuned.resume").place.is_dir() else None
-            epochs = begun["epochs"] if begun else epochs_within(self.clock, len(self.session.train))
+            epochs = begun["epochs"] if begun else epochs_within(self.clock)
             if not epochs:
-                self.say(f"not tuned: {duration(max(0.0, self.clock.tuning))} are left, too few for an epoch")
+                self.say(f"not tuned: {duration(max(0.0, self.clock.tuning))} are left, too few for a tuning")
                 state.add("tuned", {"epochs": 0, "kept": False, "why": "no time was left"})
             else:
                 state.add("tuning", {"epochs": epochs})

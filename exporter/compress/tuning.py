@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.compress.clock import Clock
+from exporter.compress.clock import WORTH_EPOCHS, Clock
 from moee.artifacts.model import MoeeModel
 from moee.planning.budget import Budget
 
 MOST_EPOCHS = 10
-WORTH_EPOCHS = 5  # from which on trials count on what tuning brings back
-EPOCH_RUNS = 6.0  # of the dense model on an image, that an epoch takes for it
 
 
-def epochs_within(clock: Clock, images: int) -> int:
-    """Epochs on so many training images that the time allows from now on; none if there is not enough for one."""
-    return epochs_in(clock.tuning, clock, images)
-
-
-def epochs_in(seconds: float, clock: Clock, images: int) -> int:
-    """Epochs on so many training images that fit into some seconds, at most `MOST_EPOCHS`."""
-    each = EPOCH_RUNS * clock.image_s * images
-    if seconds == float("inf") or not each:
+def epochs_within(clock: Clock) -> int:
+    """Epochs that the time allows from now on, at most `MOST_EPOCHS`; none if fewer fit than teach anything."""
+    if clock.tuning == float("inf") or not clock.epoch_s:
         return MOST_EPOCHS
-    return max(0, min(MOST_EPOCHS, int(seconds / each)))
+    fit = min(MOST_EPOCHS, int(clock.tuning / clock.epoch_s))
+    return fit if fit >= WORTH_EPOCHS else 0
 
 
 def within(budget: Budget, kept: dict[str, Any]) -> bool:

@@ -66,13 +66,18 @@ def test_preparation_is_not_counted_for_the_next_trial():
     assert trials.expected(fresh=False) == 40.0 and trials.expected(fresh=True) == 130.0
 
 
-def test_tuning_gets_what_is_left_and_none_without_a_measure_of_its_time():
+def test_tuning_gets_what_is_left_and_none_where_few_epochs_fit():
     now = Faked()
-    clock = Clock(600.0, now, image_s=0.05, held_out=100)
+    clock = Clock(600.0, now, image_s=0.05, held_out=100, training=100)
+    assert clock.tunes and clock.trials_end == pytest.approx(0.7 * (600 - 60 - 8 * 5))
     now.time = 300.0
     assert clock.tuning == pytest.approx(300 - 60 - 8 * 5)
-    assert epochs_within(clock, 200) == 3 and epochs_within(clock, 2000) == 0
-    assert epochs_within(Clock(None, now, image_s=0.05), 10**6) == 10
+    assert epochs_within(clock) == 6
+    now.time = 400.0
+    assert epochs_within(clock) == 0, "three would fit"
+    many = Clock(600.0, now, image_s=0.05, held_out=100, training=1000)
+    assert not many.tunes and many.trials_end == pytest.approx(600 - 60 - 8 * 5), "trials get all of the time"
+    assert epochs_within(Clock(None, now, image_s=0.05, training=10**6)) == 10
 
 
 def test_a_report_shows_as_many_images_as_the_time_allows():
