@@ -1,5 +1,5 @@
 #!/bin/sh
-# Checks the bundle, compiles the runner and the plugin if there is one, builds the engines and puts them in place. Run it on the device.
+# Checks the bundle, compiles the runner and, if there is one, the plugin with its self-test, builds the engines and puts them in place. Run it on the device.
 #   ./build.sh [--builder trtexec|moee] [--deepstream] [--compile-only] [-- CMAKE_OPTIONS]
 set -eu
 cd "$(dirname "$0")"
@@ -26,7 +26,7 @@ sha256sum --check --quiet --strict SHA256SUMS || { echo "build.sh: the bundle wa
 parts=runner
 plugin=
 if [ "$PLUGIN" = yes ]; then
-    parts="plugin runner"
+    parts="plugin selftest runner"
     plugin=$PWD/plugin/build/libmoee_plugin.so
 fi
 for part in $parts; do

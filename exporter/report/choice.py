@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter import belonging
-from exporter.report.sources import EXAMPLES, KINDS, PLAN, Artifact, Sources
+from exporter.report.sources import EXAMPLES, KINDS, PLAN, SELFTEST, Artifact, Sources
 from moee.errors import UserError
 from moee.store.artifact import read_json
 from moee.store.result_kinds import FRONT, family
@@ -55,6 +55,9 @@ def choose(sources: Sources) -> None:
         known = {**_ids(chosen), **known}
         first = first or chosen
     _choose_plans(sources)
+    sources.selftests = [found for found in sources.all if found.kind == SELFTEST and found.version <= KINDS[SELFTEST][0]]
+    if sources.selftests:
+        sources.artifacts[SELFTEST] = sources.selftests[0]
     _choose_plots(sources, known)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from exporter.markup import Html, join, raw_text_element, tag
 from exporter.markup.values import DASH, change, dig, fixed, percent, real, scientific
-from exporter.report import agreement, examples, sections, tables, timing
+from exporter.report import agreement, examples, sections, selftest, tables, timing
 from exporter.report.collect import collect
 from exporter.report.front import front
-from exporter.report.sources import EXAMPLES, PLAN, Sources
+from exporter.report.sources import EXAMPLES, PLAN, SELFTEST, Sources
 from exporter.report.style import SCRIPT, STYLE
 from exporter.terminal.ui import data_title
 from moee.measure.accuracy import recorded_interval
@@ -30,6 +30,7 @@ SECTIONS = (
     ("retention", "What was kept", agreement.retention),
     ("parity", "Parity", agreement.parity),
     ("latency", "Latency", timing.latency),
+    ("selftest", "On the GPU", selftest.selftest),
     ("classes", "Classes", examples.classes),
     ("routing", "Routing", sections.routing),
     ("experts", "Patches of the experts", examples.experts),
@@ -86,7 +87,7 @@ def render(sources: Sources) -> str:
             tag("section", tag("h2", shown, id=f"{id_}-heading"), *parts, *extra, id=id_, aria_labelledby=f"{id_}-heading")
         )
     header = tag("header", tag("h1", "MoEE report: ", title), tag("p", sub, class_="sub") if sub else Html(""))
-    cards = _cards(sources) if any(kind != PLAN for kind in sources.artifacts) else Html("")
+    cards = _cards(sources) if set(sources.artifacts) - {PLAN, SELFTEST} else Html("")
     main = tag("main", cards, *body, id="main")
     skip = tag("a", "Skip to the figures", href="#main", class_="skip")
     navigation = tag("nav", tag("ul", *links), aria_label="Sections")

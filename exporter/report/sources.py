@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-NAMES = ("summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json", "plan.json", "examples.json")
-PLAN, EXAMPLES = "moee.plan", "moee.examples"
+NAMES = (
+    "summary.json", "moee.json", "export.json", "engine.json", "parity.json", "latency.json", "plan.json", "examples.json",
+    "selftest.json",
+)  # fmt: skip
+PLAN, EXAMPLES, SELFTEST = "moee.plan", "moee.examples", "moee.selftest"
 # Schema, the highest version whose fields are known here, and the command that makes it.
 KINDS = {
     "moee.model": (2, "moee extract"),
@@ -18,6 +21,7 @@ KINDS = {
     "moee.summary": (1, "moee demo"),
     PLAN: (2, "moee plan"),
     EXAMPLES: (1, "moee plots"),
+    SELFTEST: (1, "selftest/build/selftest"),
 }
 
 
@@ -39,12 +43,13 @@ class Artifact:
 @dataclass
 class Sources:
     """Everything that was found. `artifacts` holds the one that is shown of each kind, `plans` those of one model on several
-    devices, `latencies` the timings of the model that is shown, `all` every one, `doubts` by kind why it is not shown, or that
-    it may be another model's."""
+    devices, `latencies` the timings of the model that is shown, `selftests` those of several GPUs, `all` every one, `doubts` by
+    kind why it is not shown, or that it may be another model's."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     plans: list[Artifact] = field(default_factory=list)
     latencies: list[Artifact] = field(default_factory=list)
+    selftests: list[Artifact] = field(default_factory=list)
     all: list[Artifact] = field(default_factory=list)
     plots: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -57,6 +62,7 @@ class Sources:
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """Kinds that were not found, with the command that makes each; the summary is a demo's alone."""
-        kinds = [kind for kind in KINDS if kind not in self.artifacts and kind not in self.doubts and kind != "moee.summary"]
+        """Kinds that were not found, with the command that makes each; the summary is a demo's alone, and a self-test a GPU's."""
+        known = {*self.artifacts, *self.doubts, "moee.summary", SELFTEST}
+        kinds = [kind for kind in KINDS if kind not in known]
         return [(kind, KINDS[kind][1]) for kind in kinds]

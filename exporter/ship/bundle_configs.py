@@ -172,17 +172,23 @@ def deepstream(facts: Facts) -> str:
 def readme(facts: Facts) -> str:
     head = "" if facts.classifies or facts.classes is None else " --head models/head.bin"
     (height, width), (low, _, high) = facts.recipe.size, facts.batch
-    option, row, preload, graph = PLUGIN_TEXTS if facts.plugin else ("", "", "", "standard operators")
+    option, row, preload, graph, test = PLUGIN_TEXTS if facts.plugin else ("", "", "", "standard operators", "")
     return README.format(
         model=facts.model.replace("`", "'"), sm=facts.sm, head=head, height=height, width=width, low=low, high=high,
         names=" by its name in models/labels.txt" if facts.names else "",
-        plugin=option, plugin_row=row.format(sm=facts.sm), preloads=preload, graph=graph,
+        plugin=option, plugin_row=row.format(sm=facts.sm), preloads=preload, graph=graph, selftest=test,
     )
 
 
 PLUGIN_TEXTS = (
-    " --plugin plugin/build/libmoee_plugin.so", "| plugin/ | the plugin's source and its kernels for sm_{sm} |\n",
+    " --plugin plugin/build/libmoee_plugin.so", "| plugin/ | the plugin's source and its kernels for sm_{sm} |\n"
+    "| selftest/ | a program that checks the kernels on the GPU, and times three layers against dense ones |\n",
     ", which preloads the plugin", "plugin",
+    """
+Are the kernels right on this GPU, and what do they gain? `build.sh --compile-only` is enough for it:
+
+    selftest/build/selftest         # checks every kernel, times three layers against dense ones, writes selftest.json
+""",
 )  # fmt: skip
 README = """# {model}, dense and MoEE, for sm_{sm}
 
@@ -193,7 +199,7 @@ README = """# {model}, dense and MoEE, for sm_{sm}
 
 Needs g++ (C++17), cmake 3.16, TensorRT 10 or later with its headers and trtexec; JetPack ships all of them. Engines fit the
 GPU and the TensorRT that built them: build on the device.
-
+{selftest}
 Run on images, and compare with the dense model:
 
     mogrify -format ppm -path ppm photos/*.jpg        # ImageMagick; the runner reads PPM and PGM

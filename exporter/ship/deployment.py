@@ -11,6 +11,7 @@ from exporter.graph.export import MANIFEST, TENSORRT
 from exporter.passes.raw_pixels import take_raw_pixels
 from exporter.ship import bundle_configs as configs
 from exporter.ship.contents import MODELS, read_contents, write_sums
+from exporter.ship.selftest_layers import layer_cases
 from moee.artifacts.checkpoint import Word
 from moee.errors import UserError
 from moee.measure.probe import Probe
@@ -20,6 +21,7 @@ from moee.store.artifact import read_json, write_json, write_manifest
 from moee.store.result_kinds import DEPLOYMENT
 from plugins.library.build import SOURCE
 from plugins.library.bundle import write_bundle
+from plugins.library.selftest import write_selftest
 
 DEPLOYMENT_SCHEMA = "moee.deployment/2"
 PIXELS = "tensorrt_pixels.onnx"
@@ -51,6 +53,7 @@ def write_deployment(
     target.check()
     contents = read_contents(export_dir, word, probe)
     compiled = kernels() if contents.plugin_nodes else None
+    layers = layer_cases(export_dir, contents, word) if compiled is not None else []
     recipe, head = contents.recipe, contents.head
     with target.write() as folder:
         _copy_models(export_dir, folder / "models")
@@ -61,6 +64,7 @@ def write_deployment(
             (folder / "models" / "head.bin").write_bytes(head.content)
         if compiled is not None:
             write_bundle(folder / "plugin", sm, compiled)
+            write_selftest(folder / "selftest", layers)
         shutil.copytree(DEPLOY / "runner", folder / "runner", ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copytree(SOURCE / "csrc" / "compat", folder / "runner" / "compat")
         shutil.copy2(DEPLOY / "build.sh", folder / "build.sh")

@@ -46,11 +46,13 @@ VERIFY = FolderKind(
 DEPLOYMENT = FolderKind(
     "a bundle for a device", "deployment.json", "moee.deployment",
     beside=(  # what its build.sh makes in it
-        "plugin.log", "runner.log", "plugin/build/*", "runner/build/*", "engines/*", "engines.new/*", "timing.cache",
-        "triton/model_repository/*/1/*",
+        "plugin.log", "selftest.log", "runner.log", "plugin/build/*", "selftest/build/*", "runner/build/*", "engines/*",
+        "engines.new/*", "timing.cache", "selftest.json", "triton/model_repository/*/1/*",
     ),
 )  # fmt: skip
-PLUGIN_BUNDLE = FolderKind("a plugin bundle", "bundle.json", "moee.bundle", beside=("build/*",))
+PLUGIN_BUNDLE = FolderKind(
+    "a plugin bundle", "bundle.json", "moee.bundle", beside=("build/*", "selftest/build/*", "selftest.json")
+)
 KERNELS = FolderKind("compiled kernels", "kernels.json", "moee.kernels", beside=("*.cubin", "*.ptx"))
 PLOTS = FolderKind(
     "plots", "routing.json", "moee.plot-routing",

@@ -140,8 +140,8 @@ def build_plugin(
         f"-DMOEE_SANITIZE={'ON' if sanitize else 'OFF'}",
         f"-DMOEE_HOST={';'.join(str(Path(source).resolve()) for source in host)}",
     ]
-    _run(configure, out_dir / "build.log")
-    _run([str(cmake), "--build", str(build), "-j", str(jobs or usable_cpus())], out_dir / "build.log")
+    run_logged(configure, out_dir / "build.log")
+    run_logged([str(cmake), "--build", str(build), "-j", str(jobs or usable_cpus())], out_dir / "build.log")
     library = out_dir / LIBRARY
     with atomic_file(library) as temporary:
         shutil.copy2(build / LIBRARY, temporary)
@@ -154,14 +154,15 @@ def find_cmake() -> str | None:
     return shutil.which("cmake") or (str(beside) if beside.is_file() else None)
 
 
-def _run(command: list[str], log: Path) -> None:
-    """Run a command; its output goes to `log`. Raises `StepFailed` with the first line that speaks of an error."""
+def run_logged(command: list[str], log: Path, what: str = "the plugin") -> None:
+    """Run a command that compiles `what`; its output goes to `log`. Raises `StepFailed` with the first line that speaks of an
+    error."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     log.write_text(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}", encoding="utf-8")
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "it said nothing")
-        raise StepFailed(f"compiling the plugin failed: {first[:300]} (all of the output is in {log})")
+        raise StepFailed(f"compiling {what} failed: {first[:300]} (all of the output is in {log})")
 
 
 def describe_plugin(path: Path) -> PluginInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from moee.places.output_folder import OutputFolder
@@ -11,17 +12,22 @@ from moee.store.result_kinds import PLUGIN_BUNDLE
 from plugins.aot import manifest
 from plugins.aot.manifest import Manifest
 from plugins.library.build import LIBRARY, SOURCE
+from plugins.library.cases import LayerCase
 from plugins.library.embed import embed
+from plugins.library.selftest import write_selftest
 from plugins.targets import target
 
 SCHEMA = "moee.bundle/1"
 
 
-def write_bundle(out_dir: Path, sm: int, kernels_dir: Path, force: bool = False) -> Path:
+def write_bundle(
+    out_dir: Path, sm: int, kernels_dir: Path, force: bool = False, cases: Sequence[LayerCase] | None = None
+) -> Path:
     """Write the bundle for one SM and return its path.
 
     Holds the C++ sources, the kernels for `sm` (cubins, and PTX for a driver that refuses them), CMakeLists.txt and a
-    README. Raises `UserError` for an SM that `kernels_dir` lacks, or an existing `out_dir` without `force`.
+    README; with `cases`, also the self-test in `selftest/`. Raises `UserError` for an SM that `kernels_dir` lacks, or an existing
+    `out_dir` without `force`.
     """
     out_dir, kernels_dir = Path(out_dir), Path(kernels_dir)
     kernels = manifest.load(kernels_dir)
@@ -32,7 +38,10 @@ def write_bundle(out_dir: Path, sm: int, kernels_dir: Path, force: bool = False)
             shutil.copy2(SOURCE / name, folder / name)
         embedded = embed(kernels_dir, folder / "generated", [sm])
         _copy_ptx(kernels, folder, embedded.files, sm)
-        (folder / "README.md").write_text(_README.format(sm=sm, library=LIBRARY), encoding="utf-8")
+        if cases is not None:
+            write_selftest(folder / "selftest", cases)
+        text = _README.format(sm=sm, library=LIBRARY, selftest=_SELFTEST if cases is not None else "")
+        (folder / "README.md").write_text(text, encoding="utf-8")
         body = {
             **{"sm": sm, "modules": len(embedded.files), "module_bytes": embedded.module_bytes},
             **{key: getattr(kernels, key) for key in ("source_sha256", "triton", "ptxas")},
@@ -56,6 +65,12 @@ def _copy_ptx(kernels: Manifest, folder: Path, files: tuple[str, ...], sm: int) 
     (folder / "generated" / "modules.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+_SELFTEST = """
+Are the kernels right on this GPU, and how fast are they? Without TensorRT's library or Python:
+
+    cmake -S selftest -B selftest/build && cmake --build selftest/build -j
+    selftest/build/selftest
+"""
 _README = """# MoeeFfn TensorRT plugin for sm_{sm}
 
 Needs g++ (C++17), cmake 3.16 or later and TensorRT 10.0 or later with its headers. JetPack ships all three
@@ -65,7 +80,7 @@ Needs g++ (C++17), cmake 3.16 or later and TensorRT 10.0 or later with its heade
     cmake --build build -j
 
 makes `build/{library}`. If TensorRT lies elsewhere, add `-DTENSORRT_ROOT=/path/to/TensorRT`.
-
+{selftest}
 Use it with trtexec:
 
     trtexec --onnx=tensorrt.onnx --dynamicPlugins=build/{library} --setPluginsToSerialize=build/{library} \\

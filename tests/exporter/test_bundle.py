@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime as ort
@@ -23,8 +24,8 @@ from exporter.engines import plugin_cache
 from exporter.graph.export import SCHEMA, export
 from exporter.manifests import exported_model, read_export
 from exporter.passes.raw_pixels import take_raw_pixels
-from exporter.ship import bundle_configs, contents
-from exporter.ship.contents import Preprocessing, Tensor, ends_in_classes, make_preprocessing, read_head
+from exporter.ship import bundle_configs, contents, selftest_layers
+from exporter.ship.contents import Preprocessing, Tensor, ends_in_classes, make_preprocessing, read_contents, read_head
 from exporter.ship.deployment import DEPLOYMENT_SCHEMA, write_deployment
 from moee.artifacts import checkpoint
 from moee.artifacts.checkpoint import laid_out
@@ -37,9 +38,10 @@ from moee.models.model import ModelSpec, load_model
 from moee.store.artifact import read_manifest, sha256_file, write_manifest
 from moee.store.tensor_file import write_tensors
 from plugins.library.build import select_headers
+from plugins.library.selftest import read_selftest
 from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter.textproto import parse
-from tests.plugins import built
+from tests.plugins import built, selftest_double
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -90,7 +92,8 @@ def test_files_and_hashes(written):
         assert os.access(written / name, os.X_OK)
         assert subprocess.run(["sh", "-n", str(written / name)]).returncode == 0
     assert {"models/tensorrt.onnx", "models/portable.onnx", "models/dense.onnx", "models/moee.data", "models/dense.data",
-            "plugin/CMakeLists.txt", "runner/CMakeLists.txt", "runner/compat/cuda_runtime_api.h"} <= names  # fmt: skip
+            "plugin/CMakeLists.txt", "runner/CMakeLists.txt", "runner/compat/cuda_runtime_api.h", "selftest/CMakeLists.txt",
+            "selftest/main.cpp", "selftest/cases.bin"} <= names  # fmt: skip
     assert not [n for n in names if n.endswith((".pyc", ".py")) or "__pycache__" in n]
 
 
@@ -449,6 +452,38 @@ def test_a_bundle_compiles_in_an_empty_folder_and_builds(written, tmp_path):
     assert got.shape == (1, 10)
     help_text = subprocess.run([place / "runner" / "build" / "moee_run"], capture_output=True, text=True)
     assert help_text.returncode == 2 and "usage: moee_run" in help_text.stderr
+    # The self-test finds the bundle's plugin and cases by itself.
+    environment = {"LD_LIBRARY_PATH": str(selftest_double.driver()), "MOEE_FAKE_SM": "87"}
+    checked = subprocess.run(
+        ["selftest/build/selftest", "--check-only"], cwd=place, env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert checked.returncode == 0, checked.stdout[-2000:] + checked.stderr
+    assert read_selftest(place / "selftest.json").cases[0]["name"] == "blocks.0.mlp (noise)"
+
+
+def test_the_selftest_runs_the_exports_layers(shared, tmp_path):
+    """Their tokens are of noise, since this model's images lie in no file, and their names say so."""
+    done = selftest_double.run(tmp_path / "out.json", "--check-only", cases_=shared / "bundle" / "selftest" / "cases.bin")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    layers = [case for case in read_selftest(tmp_path / "out.json").cases if case["layer"]]
+    assert [layer["name"] for layer in layers] == [f"blocks.{i}.mlp (noise)" for i in range(3)]
+    for layer in layers:
+        assert (layer["dim"], layer["dense_width"], layer["experts"]) == (32, 128, 4) and 20 < layer["tokens"] <= 34
+
+
+def test_tokens_are_those_of_the_models_own_images(exported, monkeypatch):
+    """The graph's tokens of the layer are those that the model in PyTorch gives on the same images."""
+    images = tiny_images()
+    monkeypatch.setattr(selftest_layers, "image_record", lambda *_: SimpleNamespace(images=lambda split: images))
+    cases = selftest_layers.layer_cases(exported, read_contents(exported))
+    assert [case.name for case in cases] == [f"blocks.{i}.mlp" for i in range(3)]
+    model = load_model(tiny_spec())
+    with torch.no_grad():
+        x = model._pos_embed(model.patch_embed(images.images[: selftest_layers.IMAGES]))
+        block = model.blocks[0]
+        want = block.norm2(x + block.attn(block.norm1(x)))
+    torch.testing.assert_close(cases[0].inputs["x"], want.reshape(-1, 32), rtol=1e-4, atol=1e-4)
+    assert cases[0].per_image == 17 and cases[0].timed == ("float32", "float16")
 
 
 def test_build_sh_stops_at_a_changed_file(shared, tmp_path):

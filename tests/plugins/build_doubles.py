@@ -1,4 +1,4 @@
-"""Compiles the test-double driver and the harness."""
+"""Compiles the doubles: the driver, with or without kernels that run, cuBLASLt, NVML and TensorRT's registry."""
 
 from __future__ import annotations
 
@@ -19,15 +19,31 @@ def compile_shared(source: Path, out: Path, *options: str) -> Path:
     return out
 
 
+def build_device(folder: Path, tables: Path, modules: Path | None = None) -> Path:
+    """A driver double that runs the kernels of `tables`, a folder that `embed` wrote, as `folder/libcuda.so.1`.
+
+    `modules`: another modules.cpp than the folder's.
+    """
+    csrc, selftest = SOURCE / "csrc", SOURCE / "selftest"
+    others = [CSRC / "fake_device.cpp", CSRC / "fake_kernels.cpp", csrc / "operator" / "operator.cpp"]
+    sources = [str(path) for path in (*others, tables / "tables.cpp", modules or tables / "modules.cpp")]
+    includes = ["-I", str(csrc), "-I", str(selftest), "-I", str(csrc / "compat"), "-isystem", str(select_headers().include)]
+    flags = [f'-DMOEE_BLOB="{tables / "kernels.bin"}"', "-O2", "-fno-omit-frame-pointer", "-Wl,-soname,libcuda.so.1"]
+    return compile_shared(CSRC / "fake_cuda.cpp", folder / "libcuda.so.1", *sources, *includes, *flags)
+
+
+def build_libraries(folder: Path) -> None:
+    """Doubles of cuBLASLt and NVML for a device double, in `folder`."""
+    selftest, csrc = SOURCE / "selftest", SOURCE / "csrc"
+    places = ["-I", str(csrc), "-I", str(selftest), "-I", str(csrc / "compat"), "-isystem", str(select_headers().include)]
+    operator = str(csrc / "operator" / "operator.cpp")
+    compile_shared(CSRC / "fake_cublaslt.cpp", folder / "libcublasLt.so.13", operator, *places, "-O2", "-ldl")
+    compile_shared(CSRC / "fake_nvml.cpp", folder / "libnvidia-ml.so.1")
+
+
 def build_driver(folder: Path) -> Path:
     """The test double as `folder/libcuda.so.1`, under the real driver's name."""
     return compile_shared(CSRC / "fake_cuda.cpp", folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1")
-
-
-def build_harness(folder: Path) -> Path:
-    """The ctypes harness as `folder/libharness.so`."""
-    includes = ["-isystem", str(select_headers().include), "-isystem", str(SOURCE / "csrc" / "compat")]
-    return compile_shared(CSRC / "harness.cpp", folder / "libharness.so", *includes, "-ldl")
 
 
 def build_nvinfer(folder: Path, *options: str) -> Path:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from plugins.library.build import build_plugin
-from tests.plugins.build_doubles import CSRC, build_driver, build_harness
+from tests.plugins.build_doubles import CSRC, build_driver
 from tests.plugins.synthetic import write_kernels
 
 ROOT = Path(__file__).resolve().parent.parent.parent / "build" / "test-plugin"
@@ -26,9 +26,8 @@ def plugin() -> Path:
 
 @cache
 def doubles() -> Path:
-    """The folder with the test-double driver and the harness."""
+    """The folder with the test-double driver, whose kernels do not run."""
     build_driver(ROOT / "doubles")
-    build_harness(ROOT / "doubles")
     return ROOT / "doubles"
 
 

@@ -50,9 +50,10 @@ def run_build(args: argparse.Namespace, console: Console) -> int:
 def run_bundle(args: argparse.Namespace, console: Console) -> int:
     from exporter.engines.plugin_cache import ensure_kernels
     from plugins.library.bundle import write_bundle
+    from plugins.library.cases import stand_in
 
     sm = parse_sm(args.sm)
     with ProgressDisplay() as report:
-        write_bundle(Path(args.out), sm, ensure_kernels((sm,), report), args.force)
+        write_bundle(Path(args.out), sm, ensure_kernels((sm,), report), args.force, cases=(stand_in(),))
     console.print(f"bundle for sm_{sm} written to {args.out}; its README says how to compile it on the device")
     return OK

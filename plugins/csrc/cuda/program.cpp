@@ -60,7 +60,8 @@ bool Programs::build(Sizes const& sizes, Attributes const& attributes, bool cali
     if (mSm == 0) {
         return false;
     }
-    auto const tactics = validTactics(sizes.type, sizes.dim, sizes.topK, 0, mSm);
+    mCode = attributes.code;
+    auto const tactics = validTactics(sizes.type, sizes.dim, sizes.topK, 0, mSm, mCode);
     if (tactics.empty()) {
         why = std::string("this library has no ") + typeName(sizes.type) + " kernels for sm_" + std::to_string(mSm)
             + " (it was built for " + builtSms(sizes.type) + "); build the plugin with --sm " + std::to_string(mSm);
@@ -79,7 +80,7 @@ bool Programs::addTactic(Tactic const& tactic, Sizes const& sizes, bool calibrat
             continue;
         }
         bool const routes = calibrated && std::strcmp(launch.role, "route") == 0
-            && !candidates("route_load", launch.variant, sizes.type, mSm).empty();
+            && !candidates("route_load", launch.variant, sizes.type, mSm, mCode).empty();
         Step step{};
         if (!loadStep(routes ? "route_load" : launch.role, launch.variant, sizes.type, step, why)) {
             return false;
@@ -91,7 +92,7 @@ bool Programs::addTactic(Tactic const& tactic, Sizes const& sizes, bool calibrat
 }
 
 bool Programs::loadStep(char const* role, char const* variant, Type type, Step& step, std::string& why) {
-    for (Kernel const* kernel : candidates(role, variant, type, mSm)) {
+    for (Kernel const* kernel : candidates(role, variant, type, mSm, mCode)) {
         std::string reason;
         bool unsuitable = false;
         if (auto module = Module::acquire(*mDriver, mContext, *kernel, unsuitable, reason)) {

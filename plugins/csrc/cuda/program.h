@@ -51,6 +51,7 @@ private:
     CudaDriver const* mDriver{nullptr};
     CuContext mContext{nullptr};
     int32_t mSm{0};
+    int32_t mCode{0};  // as in Attributes
     CuDevicePtr mLoadCdf{0};
     std::vector<Program> mPrograms;
     std::vector<std::shared_ptr<Module>> mModules;

@@ -29,6 +29,7 @@ struct Attributes {
     int32_t topK{1};
     int32_t maxWidth{0};
     std::vector<int32_t> load;  // tokens an expert, parts per million; empty means uniform. Build phase only
+    int32_t code{0};  // SM whose PTX alone runs, as the self-test asks for it; 0: the best kernels for the device
 };
 
 // Everything that one call depends on, beside the pointers.

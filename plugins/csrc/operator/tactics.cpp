@@ -40,13 +40,13 @@ int32_t tokenTile(Tactic const& tactic, Type type) {
 
 }  // namespace
 
-std::vector<Kernel const*> candidates(char const* role, char const* variant, Type type, int32_t sm) {
+std::vector<Kernel const*> candidates(char const* role, char const* variant, Type type, int32_t sm, int32_t code) {
     std::vector<Kernel const*> found;
     Tables const& t = tables();
     for (int32_t i = 0; i < t.kernelCount; ++i) {
         Kernel const& kernel = t.kernels[i];
         if (kernel.type == type && std::strcmp(kernel.role, role) == 0 && std::strcmp(kernel.variant, variant) == 0
-            && runsOn(kernel, sm)) {
+            && runsOn(kernel, sm) && (code == 0 || (kernel.isPtx && kernel.sm == code))) {
             found.push_back(&kernel);
         }
     }
@@ -56,7 +56,7 @@ std::vector<Kernel const*> candidates(char const* role, char const* variant, Typ
     return found;
 }
 
-std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, int64_t tokens, int32_t sm) {
+std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, int64_t tokens, int32_t sm, int32_t code) {
     std::vector<Tactic const*> found;
     Tables const& t = tables();
     for (int32_t i = 0; i < t.tacticCount; ++i) {
@@ -64,7 +64,7 @@ std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, in
         bool const fits = (!tactic.onlyTopOne || topK == 1) && (tactic.maxDim == 0 || dim <= tactic.maxDim)
             && (tactic.maxTokens == 0 || tokens <= tactic.maxTokens);
         if (fits && std::all_of(tactic.launches, tactic.launches + tactic.launchCount, [&](Launch const& launch) {
-                return !isNeeded(launch, topK) || !candidates(launch.role, launch.variant, type, sm).empty();
+                return !isNeeded(launch, topK) || !candidates(launch.role, launch.variant, type, sm, code).empty();
             })) {
             found.push_back(&tactic);
         }

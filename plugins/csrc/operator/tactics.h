@@ -9,11 +9,11 @@
 namespace moee {
 
 // Kernels that can run `role`/`variant` on `sm`, best first: the SM's own cubin, a cubin that the architecture promises
-// to run, PTX for the driver's compiler. With `sm` 0, any build.
-std::vector<Kernel const*> candidates(char const* role, char const* variant, Type type, int32_t sm);
+// to run, PTX for the driver's compiler. With `sm` 0, any build. With `code`, the PTX of that SM alone.
+std::vector<Kernel const*> candidates(char const* role, char const* variant, Type type, int32_t sm, int32_t code = 0);
 
-// Tactics for this layer whose kernels all exist for `sm` (0: for any). `tokens` 0 means that T is not known.
-std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, int64_t tokens, int32_t sm);
+// Tactics for this layer whose kernels all exist for `sm` and `code` (0: for any). `tokens` 0 means that T is not known.
+std::vector<Tactic const*> validTactics(Type type, int32_t dim, int32_t topK, int64_t tokens, int32_t sm, int32_t code = 0);
 
 Tactic const* findTactic(int32_t id);
 

@@ -33,6 +33,7 @@ bool MoeeFfn::restore(PluginFieldCollection const* fields) {
         || values[2] < mAttributes.topK || values[3] < mAttributes.maxWidth) {
         return false;
     }
+    readInt(fields, "code", mAttributes.code);  // no engine has it
     mSizes = Sizes{0, values[1], values[2], values[3], mAttributes.maxWidth, mAttributes.topK, mAttributes.activation,
         static_cast<Type>(values[0])};
     mConfigured = true;

@@ -1,5 +1,7 @@
-// A stand-in for libcuda.so.1: device memory is host memory, a launch calls back into the test. It records every call,
-// refuses what a stream capture forbids, and fails on demand.
+// A stand-in for libcuda.so.1: device memory is host memory, a launch calls back into the test, or runs where fake_device.cpp
+// is linked in. It records every call, refuses what a stream capture forbids, and fails on demand.
+#include "fake_device.h"
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +13,7 @@
 namespace {
 
 constexpr int kInvalidValue = 1;
+constexpr int kOutOfMemory = 2;
 constexpr int kInvalidImage = 200;
 constexpr int kInvalidContext = 201;
 constexpr int kNoBinary = 209;
@@ -18,9 +21,9 @@ constexpr int kNotFound = 500;
 constexpr int kCaptureUnsupported = 900;
 
 struct Module {
-    std::string symbol;       // of a made-up module
-    unsigned char const* elf;  // copy of a real cubin, or null
-    size_t bytes;
+    std::string symbol;      // of a made-up module
+    std::string content;     // copy of the image
+    bool isElf;
 };
 struct Function {
     Module* module;
@@ -33,6 +36,7 @@ struct State {
     int major{8}, minor{7};
     bool hasContext{true};
     bool capturing{false};
+    bool quiet{false};
     std::string failing;
     int failAfter{0};
     int failResult{0};
@@ -45,12 +49,16 @@ struct State {
 State gState;
 int gContext;
 
-void record(std::string const& line) { gState.log += line + "\n"; }
+void record(std::string const& line) {
+    if (!gState.quiet) {
+        gState.log += line + "\n";
+    }
+}
 
 // Common entry of each call: logs it, applies the injected error and the capture rules.
 int enter(char const* name, std::string const& detail = "", bool forbiddenInCapture = false) {
     record(std::string(name) + (detail.empty() ? "" : " " + detail));
-    if (forbiddenInCapture && gState.capturing) {
+    if (forbiddenInCapture && (gState.capturing || (deviceCapturing != nullptr && deviceCapturing()))) {
         record(std::string("FORBIDDEN ") + name);
         return kCaptureUnsupported;
     }
@@ -83,16 +91,23 @@ size_t elfBytes(unsigned char const* elf) {
 }
 
 bool elfHasSymbol(Module const& module, char const* symbol) {
-    size_t const length = std::strlen(symbol) + 1;
-    for (size_t i = 0; i + length <= module.bytes; ++i) {
-        if (std::memcmp(module.elf + i, symbol, length) == 0) {
-            return true;
-        }
-    }
-    return false;
+    return module.content.find(std::string(symbol) + '\0') != std::string::npos;
 }
 
 }  // namespace
+
+size_t usedBytes() {
+    size_t sum = gState.modules.size() * kModuleBytes;
+    for (auto const& [address, bytes] : gState.memory) {
+        sum += bytes;
+    }
+    return sum;
+}
+void setDevice(int sm) {
+    gState.major = sm / 10;
+    gState.minor = sm % 10;
+}
+void quiet() { gState.quiet = true; }
 
 extern "C" {
 
@@ -122,7 +137,7 @@ int fake_live_memory() { return static_cast<int>(gState.memory.size()); }
 
 // The driver API that the plugin uses.
 int cuInit(unsigned) { return 0; }
-int cuDeviceGetCount(int* count) { *count = 1; return 0; }
+int cuDeviceGetCount(int* count) { *count = deviceCount(); return 0; }
 int cuGetErrorName(int error, char const** text) {
     *text = error == kNoBinary ? "CUDA_ERROR_NO_BINARY_FOR_GPU" : error == kCaptureUnsupported
             ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" : error == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : "CUDA_ERROR_UNKNOWN";
@@ -137,10 +152,18 @@ int cuCtxGetCurrent(void** context) {
 int cuCtxPushCurrent_v2(void*) { return enter("cuCtxPushCurrent_v2"); }
 int cuCtxPopCurrent_v2(void** context) { *context = &gContext; return enter("cuCtxPopCurrent_v2"); }
 int cuCtxGetDevice(int* device) { *device = 0; return enter("cuCtxGetDevice"); }
-int cuCtxSynchronize() { return enter("cuCtxSynchronize", "", true); }
-int cuStreamSynchronize(void*) { return enter("cuStreamSynchronize", "", true); }
+int cuCtxSynchronize() {
+    int const error = enter("cuCtxSynchronize", "", true);
+    return error == 0 && deviceRun != nullptr ? deviceRun() : error;
+}
+int cuStreamSynchronize(void*) {
+    int const error = enter("cuStreamSynchronize", "", true);
+    return error == 0 && deviceRun != nullptr ? deviceRun() : error;
+}
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == 75 ? gState.major : attribute == 76 ? gState.minor : 0;
+    *value = attribute == 75 ? gState.major : attribute == 76 ? gState.minor : attribute == 16 ? kAllMultiprocessors
+        : attribute == 38            ? kL2Bytes
+                                     : 0;
     return enter("cuDeviceGetAttribute", std::to_string(attribute));
 }
 
@@ -163,13 +186,9 @@ int cuModuleLoadDataEx(void** out, void const* image, unsigned, int*, void**) {
     if ((cubin && (built / 10 != sm / 10 || built > sm)) || (ptx && built > sm)) {
         return kNoBinary;
     }
-    auto* const module = new Module{symbol, nullptr, 0};
-    if (elf) {
-        module->bytes = elfBytes(static_cast<unsigned char const*>(image));
-        auto* const copy = static_cast<unsigned char*>(std::malloc(module->bytes));
-        std::memcpy(copy, image, module->bytes);  // reads to the end: finds a module that was cut short
-        module->elf = copy;
-    }
+    // Reads to the end: finds a module that was cut short.
+    size_t const bytes = elf ? elfBytes(static_cast<unsigned char const*>(image)) : std::strlen(text);
+    auto* const module = new Module{symbol, std::string(text, bytes), elf};
     gState.modules.insert(module);
     *out = module;
     return 0;
@@ -180,7 +199,7 @@ int cuModuleGetFunction(void** out, void* handle, char const* symbol) {
     if (error != 0 || gState.modules.count(module) == 0) {
         return error != 0 ? error : kInvalidValue;
     }
-    if (module->elf != nullptr ? !elfHasSymbol(*module, symbol) : module->symbol != symbol) {
+    if (module->isElf ? !elfHasSymbol(*module, symbol) : module->symbol != symbol) {
         return kNotFound;
     }
     auto* const function = new Function{module, symbol, 49152};
@@ -202,7 +221,6 @@ int cuModuleUnload(void* handle) {
             ++it;
         }
     }
-    std::free(const_cast<unsigned char*>(module->elf));
     delete module;
     return error;
 }
@@ -219,6 +237,9 @@ int cuMemAlloc_v2(uint64_t* out, size_t bytes) {
     int const error = enter("cuMemAlloc_v2", std::to_string(bytes), true);
     if (error != 0) {
         return error;
+    }
+    if (usedBytes() + bytes > deviceMemoryBytes()) {
+        return kOutOfMemory;
     }
     void* const memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     std::memset(memory, 0xFF, bytes);
@@ -241,16 +262,19 @@ int cuMemcpyHtoD_v2(uint64_t to, void const* from, size_t bytes) {
     }
     return error;
 }
-int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, void*) {
+int cuMemsetD32Async(uint64_t to, unsigned value, size_t count, void* stream) {
     int const error = enter("cuMemsetD32Async", std::to_string(value) + " count=" + std::to_string(count));
     if (error != 0 || value != 0) {
         return error != 0 ? error : kInvalidValue;
+    }
+    if (deviceZero != nullptr) {
+        return deviceZero(to, count * 4, stream);
     }
     std::memset(reinterpret_cast<void*>(to), 0, count * 4);  // memset: the sanitizer checks its range
     return 0;
 }
 int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared,
-    void*, void** args, void** extra) {
+    void* stream, void** args, void** extra) {
     auto* const function = static_cast<Function*>(handle);
     if (gState.functions.count(function) == 0) {
         record("cuLaunchKernel of an unloaded function");
@@ -266,6 +290,9 @@ int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned
         return kInvalidValue;
     }
     unsigned const grid[3] = {gx, gy, gz};
+    if (deviceLaunch != nullptr) {
+        return deviceLaunch(function->module->content, function->symbol, grid, stream, args);
+    }
     return gState.executor != nullptr ? gState.executor(function->symbol.c_str(), grid, bx, shared, args) : 0;
 }
 

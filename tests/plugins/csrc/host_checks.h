@@ -1,7 +1,7 @@
 // Checks, the test double's controls and a good layer, for the host program.
 #pragma once
 
-#include "host.h"
+#include "plugin/host.h"
 
 #include <dlfcn.h>
 
@@ -64,9 +64,9 @@ inline PluginField const kTopOne{"top_k", &kOne, PluginFieldType::kINT32, 1};
 inline PluginField const kMaxWidth{"max_width", &kWidth, PluginFieldType::kINT32, 1};
 inline PluginField const kLoads{"load", kLoad, PluginFieldType::kINT32, 4};
 inline Fields const kGood{kGelu, kTopOne, kMaxWidth, kLoads};
-inline Case const kCase{2, {2, 9, 0, 0}, 64, 4, 100, 130, 1};
+inline LayerShape const kCase{2, {2, 9, 0, 0}, 64, 4, 100, 130, 1};
 
-inline Plugin configured(Case const& c = kCase, Fields const& fields = kGood) {
+inline Plugin configured(LayerShape const& c = kCase, Fields const& fields = kGood) {
     Plugin plugin = create(fields);
     auto const d = describe(c, c, c);
     if (plugin == nullptr || buildPart(plugin.get())->configurePlugin(d.data(), kInputs, d.data() + kInputs, 1) != 0) {
@@ -82,7 +82,7 @@ inline Plugin attach(IPluginV3* plugin) {
 
 // Buffers of exactly the size that the contract gives, so that the sanitizer sees any access beyond.
 struct Buffers {
-    explicit Buffers(Case const& c, size_t workspaceBytes) {
+    explicit Buffers(LayerShape const& c, size_t workspaceBytes) {
         int64_t tokens = 1;
         for (int32_t i = 0; i < c.leadCount; ++i) {
             tokens *= c.lead[i];
@@ -108,14 +108,14 @@ struct Buffers {
     std::vector<size_t> sizes;
 };
 
-inline int enqueue(IPluginV3* plugin, Case const& c, Buffers const& b) {
+inline int enqueue(IPluginV3* plugin, LayerShape const& c, Buffers const& b) {
     auto const d = describe(c);
     void* const outputs[] = {b.memory[9]};
     return runtimePart(plugin)->enqueue(
         d.data(), d.data() + kInputs, b.memory.data(), outputs, b.memory[10], nullptr);
 }
 
-inline size_t workspaceOf(IPluginV3* plugin, Case const& c) {
+inline size_t workspaceOf(IPluginV3* plugin, LayerShape const& c) {
     auto const d = describe(c, c, c);
     return buildPart(plugin)->getWorkspaceSize(d.data(), kInputs, d.data() + kInputs, 1);
 }

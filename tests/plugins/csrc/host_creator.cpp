@@ -58,7 +58,7 @@ void testFormats() {
         for (int32_t pos = 0; pos < kTensors; ++pos) {
             for (int32_t type = 0; type < 10; ++type) {
                 for (int32_t format = 0; format < 12; ++format) {
-                    Case c = kCase;
+                    LayerShape c = kCase;
                     c.type = token;
                     auto d = describe(c, c, c);
                     d[static_cast<size_t>(pos)].desc.type = static_cast<DataType>(type);
@@ -107,7 +107,7 @@ void testBadShapes() {
         CHECK(buildPart(plugin.get())->configurePlugin(d.data(), kInputs, d.data() + kInputs, 1) != 0);
     }
     // Sizes that are legal one by one, and whose workspace would overflow 64 bits.
-    for (Case const& large : {Case{1, {1 << 30, 0, 0, 0}, 1 << 30, 4, 1 << 30, 130, 1}, Case{1, {1 << 30, 0, 0, 0}, 64, 1 << 30, 100, 130, 1}}) {
+    for (LayerShape const& large : {LayerShape{1, {1 << 30, 0, 0, 0}, 1 << 30, 4, 1 << 30, 130, 1}, LayerShape{1, {1 << 30, 0, 0, 0}, 64, 1 << 30, 100, 130, 1}}) {
         Plugin const plugin = create({kGelu, kTopOne, kMaxWidth});
         auto const d = describe(large, large, large);
         CHECK(buildPart(plugin.get())->configurePlugin(d.data(), kInputs, d.data() + kInputs, 1) != 0);

@@ -95,6 +95,22 @@ void testInjectedErrors(Fake const& fake) {
     CHECK(fake.liveModules() == 0);
 }
 
+// The cumulative load that the last `route_load` was given.
+std::vector<int32_t> gLoads;
+int readLoads(char const* symbol, unsigned const*, unsigned, unsigned, void** args) {
+    moee::Tables const& t = moee::tables();
+    for (int32_t i = 0; i < t.kernelCount; ++i) {
+        moee::Kernel const& kernel = t.kernels[i];
+        for (int32_t a = 0; std::strcmp(kernel.symbol, symbol) == 0 && a < kernel.argCount; ++a) {
+            if (kernel.args[a] == moee::Arg::kLoadCdf) {
+                auto const* const loads = *static_cast<int32_t**>(args[a]);
+                gLoads.assign(loads, loads + kCase.experts);
+            }
+        }
+    }
+    return 0;
+}
+
 // The builder may time without attaching.
 void testBuilderTiming(Fake const& fake) {
     fake.reset();
@@ -103,8 +119,10 @@ void testBuilderTiming(Fake const& fake) {
     CHECK(runtimePart(built.get())->onShapeChange(d.data(), kInputs, d.data() + kInputs, 1) == 0);
     Buffers const buffers(kCase, workspaceOf(built.get(), kCase));
     fake.clearLog();
+    fake.executor(&readLoads);
     fake.capture(1);
     CHECK(enqueue(built.get(), kCase, buffers) == 0);
+    CHECK((gLoads == std::vector<int32_t>{500000, 800000, 1000000, 1000000}));
     CHECK(fake.log().find("route_load") != std::string::npos);
     CHECK(fake.log().find("FORBIDDEN") == std::string::npos);
     fake.capture(0);

@@ -121,7 +121,7 @@ Dims randomDims(Random& random) {
 
 // A good description with up to four places changed.
 std::array<DynamicPluginTensorDesc, kTensors> randomDescriptions(Random& random) {
-    Case c = kCase;
+    LayerShape c = kCase;
     c.type = static_cast<int32_t>(random() % 10);
     auto d = describe(c, c, c);
     for (auto changes = random() % 5; changes > 0; --changes) {
@@ -142,7 +142,7 @@ std::array<DynamicPluginTensorDesc, kTensors> randomDescriptions(Random& random)
         int64_t const dim = pick(random, kExtents);
         int64_t const experts = std::min(pick(random, kExtents), std::numeric_limits<int64_t>::max() - 1);
         int64_t const unionSize = pick(random, kExtents);
-        Case const large{2, {pick(random, kExtents), pick(random, kExtents), 0, 0}, dim, experts, unionSize, 130, 1};
+        LayerShape const large{2, {pick(random, kExtents), pick(random, kExtents), 0, 0}, dim, experts, unionSize, 130, 1};
         d = describe(large, large, large);
     }
     return d;
@@ -182,7 +182,7 @@ void describeAll(IPluginV3* plugin, Random& random) {
 
 // Sizes of the layer that is being run, for `touchAll`.
 struct Running {
-    Case c;
+    LayerShape c;
     int64_t tokens, topK, maxWidth;
 };
 Running gRunning;
@@ -196,7 +196,7 @@ int touchAll(char const* symbol, unsigned const*, unsigned, unsigned, void** arg
     if (kernel == t.kernels + t.kernelCount) {
         return 1;
     }
-    Case const& c = gRunning.c;
+    LayerShape const& c = gRunning.c;
     int64_t const slots = gRunning.tokens * gRunning.topK;
     int64_t const item = c.type == 0 ? 4 : 2;
     auto const rows = [](int64_t width) { return (width + 15) / 16 * 16; };
@@ -246,7 +246,7 @@ void liveThrough(Fake const& fake, Random& random) {
     fake.executor(&touchAll);
     int64_t const experts = 1 + static_cast<int64_t>(random() % 9);
     int64_t const unionSize = 1 + static_cast<int64_t>(random() % 70);
-    Case c{1 + static_cast<int32_t>(random() % 3), {}, 16 * (1 + static_cast<int64_t>(random() % 8)), experts, unionSize,
+    LayerShape c{1 + static_cast<int32_t>(random() % 3), {}, 16 * (1 + static_cast<int64_t>(random() % 8)), experts, unionSize,
         experts * (1 + static_cast<int64_t>(random() % static_cast<uint64_t>(unionSize))), pick<int32_t>(random, {0, 1, 7})};
     int64_t tokens = 1;
     for (int32_t i = 0; i < c.leadCount; ++i) {

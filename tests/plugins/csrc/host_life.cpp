@@ -123,12 +123,12 @@ void testEnqueue(Fake const& fake) {
     CHECK(logged("no tactic 9999"));
     CHECK(run->setTactic(-1) != 0);
 
-    Case empty = kCase;
+    LayerShape empty = kCase;
     empty.lead[0] = 0;
     fake.clearLog();
     CHECK(enqueue(attached.get(), empty, buffers) == 0);
     CHECK(fake.log().empty());
-    Case other = kCase;
+    LayerShape other = kCase;
     other.type = 0;
     CHECK(enqueue(attached.get(), other, buffers) != 0);  // kernels were loaded for float16
     other = kCase;
@@ -150,7 +150,7 @@ void testTokenLimit(Fake const& fake) {
     auto const* const limited
         = std::find_if(t.tactics, t.tactics + t.tacticCount, [](moee::Tactic const& tactic) { return tactic.maxTokens > 0; });
     CHECK(limited != t.tactics + t.tacticCount);
-    Case many = kCase;
+    LayerShape many = kCase;
     many.lead[0] = limited->maxTokens;  // times 9
     Plugin const built = configured(many);
     Buffers const buffers(many, workspaceOf(built.get(), many));

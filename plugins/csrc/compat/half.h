@@ -1,4 +1,4 @@
-// IEEE half precision on the host, for engines whose input or output is float16.
+// IEEE half precision on the host, for engines whose input or output is float16 and for the self-test.
 #pragma once
 
 #include <cstdint>

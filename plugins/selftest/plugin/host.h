@@ -1,4 +1,4 @@
-// What TensorRT does to a plugin, for tests: tensor descriptions, a logger, the creator's calls.
+// What TensorRT does to a plugin: tensor descriptions, a logger, the creator's calls. For the self-test and for the tests.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -24,7 +24,7 @@ public:
 };
 
 // Shapes of one layer; `x` is [lead..., dim].
-struct Case {
+struct LayerShape {
     int32_t leadCount;
     int64_t lead[4];
     int64_t dim, experts, unionSize, neurons;
@@ -40,7 +40,7 @@ inline Dims dims(std::vector<int64_t> const& values) {
     return d;
 }
 
-inline std::array<PluginTensorDesc, kTensors> describe(Case const& c) {
+inline std::array<PluginTensorDesc, kTensors> describe(LayerShape const& c) {
     std::vector<int64_t> x(c.lead, c.lead + c.leadCount);
     x.push_back(c.dim);
     std::vector<std::vector<int64_t>> const shapes{x, {c.experts, c.dim}, {c.experts}, {c.unionSize, c.dim}, {c.unionSize},
@@ -55,7 +55,7 @@ inline std::array<PluginTensorDesc, kTensors> describe(Case const& c) {
 }
 
 // Profile of min, opt and max: the leading dimensions of `low`, `c` and `high`.
-inline std::array<DynamicPluginTensorDesc, kTensors> describe(Case const& low, Case const& c, Case const& high) {
+inline std::array<DynamicPluginTensorDesc, kTensors> describe(LayerShape const& low, LayerShape const& c, LayerShape const& high) {
     auto const a = describe(low);
     auto const b = describe(c);
     auto const z = describe(high);
@@ -78,8 +78,9 @@ inline IPluginV3OneRuntime* runtimePart(IPluginV3* plugin) {
     return static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
 }
 
-// Copies the serialised fields byte by byte, as an engine file would, and makes a plugin from the copy.
-inline IPluginV3* recreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
+// Copies the serialised fields byte by byte, as an engine file would, and makes a plugin from the copy. `code`, where it is
+// not 0, names the SM whose kernels alone are to run.
+inline IPluginV3* recreate(IPluginCreatorV3One* creator, IPluginV3* plugin, int32_t code = 0) {
     PluginFieldCollection const* const fields = runtimePart(plugin)->getFieldsToSerialize();
     if (fields == nullptr) {
         return nullptr;
@@ -96,6 +97,9 @@ inline IPluginV3* recreate(IPluginCreatorV3One* creator, IPluginV3* plugin) {
     std::vector<PluginField> copy;
     for (size_t i = 0; i < names.size(); ++i) {
         copy.emplace_back(names[i].c_str(), data[i].data(), fields->fields[i].type, fields->fields[i].length);
+    }
+    if (code != 0) {
+        copy.emplace_back("code", &code, PluginFieldType::kINT32, 1);
     }
     PluginFieldCollection const collection{static_cast<int32_t>(copy.size()), copy.data()};
     return creator->createPlugin("recreated", &collection, TensorRTPhase::kRUNTIME);
