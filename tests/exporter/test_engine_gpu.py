@@ -1,7 +1,7 @@
 """Built engines on a GPU with TensorRT-RTX: parity with ONNX Runtime, CUDA-graph capture, latency against dense.
 
 On the CPU the same engines are built and the plugin's calls compared (test_engine.py), and the plugin runs on a driver
-double (tests/plugins/test_plugin_enqueue.py).
+double (tests/plugins/test_selftest.py).
 """
 
 import importlib.util

@@ -171,12 +171,13 @@ def test_what_is_emulated_is_called_so(arguments, label, tmp_path):
     assert bool(body["compiled_ptx"]) == ("--code" in arguments)
 
 
-def test_ptx_that_the_driver_compiles_is_said(tmp_path):
-    """A GPU without a cubin of its own: sm_90 takes the PTX of sm_80."""
-    done = double.run(tmp_path / "out.json", "--check-only", MOEE_FAKE_SM="90")
+@pytest.mark.parametrize("sm, fault", [("90", ""), ("87", "refuses_cubins")], ids=["no cubin", "old driver"])
+def test_ptx_that_the_driver_compiles_is_said(sm, fault, tmp_path):
+    """A GPU without a cubin of its own, and a driver that is too old for the cubins: both take the PTX of sm_80."""
+    done = double.run(tmp_path / "out.json", "--check-only", fault=fault, MOEE_FAKE_SM=sm)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert re.search(r"\d+ kernels are PTX that the driver compiled", done.stdout)
-    assert all(text.endswith("for sm_90") for text in json.loads((tmp_path / "out.json").read_text())["compiled_ptx"])
+    assert all(text.endswith(f"for sm_{sm}") for text in json.loads((tmp_path / "out.json").read_text())["compiled_ptx"])
 
 
 def refused(done: subprocess.CompletedProcess, code: int, words: str) -> None:

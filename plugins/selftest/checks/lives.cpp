@@ -9,6 +9,7 @@ namespace selftest {
 namespace {
 
 constexpr int kRounds = 4;                  // calls a stream that run side by side
+constexpr int kAttempts = 3;
 constexpr size_t kGrowth = size_t{1} << 20;  // bytes that may be missing after all rounds: less than one module's memory
 
 bool sameRows(Subject const& s, std::vector<unsigned char> const& a, std::vector<unsigned char> const& b, int64_t tokens) {
@@ -82,13 +83,17 @@ void checkMemory(Device const& device, Library const& library, Case const& c, mo
     };
     live();  // what the driver keeps for good
     live();
-    size_t const before = device.freeBytes();
-    for (int round = 0; round < rounds; ++round) {
-        live();
+    // Other programs take memory too, on a Jetson the whole system does: a leak shows every time.
+    size_t gone = kGrowth;
+    for (int attempt = 0; attempt < kAttempts && gone >= kGrowth; ++attempt) {
+        size_t const before = device.freeBytes();
+        for (int round = 0; round < rounds; ++round) {
+            live();
+        }
+        gone = before - std::min(before, device.freeBytes());
     }
-    size_t const after = device.freeBytes();
-    results.note(Check::kMemory, {c.name, type, "default"}, after + kGrowth > before,
-        std::to_string(before - std::min(before, after)) + " bytes are gone after " + std::to_string(rounds) + " rounds");
+    results.note(Check::kMemory, {c.name, type, "default"}, gone < kGrowth,
+        std::to_string(gone) + " bytes are gone after " + std::to_string(rounds) + " rounds, as after those before");
 }
 
 void checkAll(Device const& device, Library const& library, std::vector<Case> const& cases, Plan const& plan, Results& results,

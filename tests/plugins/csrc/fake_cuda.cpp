@@ -183,6 +183,9 @@ int cuModuleLoadDataEx(void** out, void const* image, unsigned, int*, void**) {
     if (!ptx && !cubin && !elf) {
         return kInvalidImage;
     }
+    if (FAULT("refuses_cubins") && (cubin || elf)) {
+        return kNoBinary;  // as a driver that is older than the compiler
+    }
     if ((cubin && (built / 10 != sm / 10 || built > sm)) || (ptx && built > sm)) {
         return kNoBinary;
     }
