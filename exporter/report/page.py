@@ -64,7 +64,7 @@ def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = Fal
 
 def render(sources: Sources) -> str:
     """The whole page. Plots fill it up to `MAX_BYTES`; those that do not fit are named."""
-    built = [(id_, title, *_doubted(sources, id_, *make(sources))) for id_, title, make in SECTIONS]
+    built = [(id_, title, *_doubted(sources, id_, *made)) for id_, title, make in SECTIONS if (made := make(sources))[1]]
     model = sources.body("moee.model") or sources.body("moee.export") or sources.body(PLAN) or {}
     name = dig(model, "model", "name") or dig(sources.body("moee.summary"), "model") or "a model"
     data = model.get("data") or dig(sources.body("moee.summary"), "dataset")

@@ -112,11 +112,10 @@ def case_bytes(case: LayerCase) -> bytes:
     sizes = (tokens, dim, len(widths), union, len(inputs["neurons"]), int(widths.max()), case.top_k, case.activation)
     kept, dense = storage(case.types), case.dense_width or union
     facts = (DTYPES.index(kept), bits(case.types), bits(case.timed), case.per_image, dense, int(case.is_layer))
-    name = case.name.encode("ascii", "replace")[: NAME_BYTES - 1]
-    head = struct.pack(f"<{NAME_BYTES}s14i", name, *sizes, *facts)
+    label = case.name.encode("ascii", "replace")[: NAME_BYTES - 1]
+    head = struct.pack(f"<{NAME_BYTES}s14i", label, *sizes, *facts)
     parts = [head + bytes(CASE_BYTES - len(head))]
-    for name_, dtype in ((i.name, i.dtype) for i in INPUTS):
-        parts.append(raw(inputs[name_], kept if dtype == "T" else dtype))
+    parts += [raw(inputs[i.name], kept if i.dtype == "T" else i.dtype) for i in INPUTS]
     parts += [raw(chosen, "int32"), raw(y, "float64"), raw(scale, "float64")]
     return b"".join(part + bytes(-len(part) % ALIGNMENT) for part in parts)
 
