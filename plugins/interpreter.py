@@ -164,9 +164,18 @@ def _interpreted_library() -> Iterator[None]:
                 swapped.append((module, name, value))
                 setattr(module, name, _library_twin(value))
     backend.interpreter_builder.create_dot = _dot
+    patch_tensor = backend._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        # Triton 3.6 makes an integer of an array of one element, which NumPy 2.5 refuses.
+        tensor.__index__ = lambda value: int(value.handle.data.squeeze())
+
+    backend._patch_lang_tensor = patch_tensor_and_index
     try:
         yield
     finally:
+        backend._patch_lang_tensor = patch_tensor
         del backend.interpreter_builder.create_dot
         for module, name, value in swapped:
             setattr(module, name, value)
