@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
-from exporter.compress.clock import LEAST_S, MOST_S
-from exporter.compress.job import Compressed, Job
-from exporter.compress.request import TIME_S, Request, target_sm
+from exporter.compression.clock import LEAST_S, MOST_S
+from exporter.compression.job import Compressed, Job
+from exporter.compression.request import TIME_S, Request, target_sm
 from exporter.engines.build import EngineReport, build_engines, needs_plugin, require_backend
 from exporter.engines.plugin_cache import ensure_kernels, ensure_plugin
 from exporter.graph import export as onnx_export

@@ -53,6 +53,11 @@ def source_ids(source: Path | str | None) -> dict[str, str]:
     return artifact_ids(body) if isinstance(body, dict) else {}
 
 
+def dense_ids(model: Any) -> dict[str, str]:
+    """What identifies a dense model that was exported as it is, by its description in a manifest: never what was cut from it."""
+    return {ARTIFACT: _digest({"dense": model})}
+
+
 def same(one: Mapping[str, str], other: Mapping[str, str]) -> bool | None:
     """Whether two files are of one model and, where both say it, of one export; None where they do not tell."""
     common = one.keys() & other.keys()

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from exporter.belonging import BELONGS_TO
-from exporter.compress.job import Compressed, Job
-from exporter.compress.request import Request
+from exporter.compression.job import Compressed, Job
+from exporter.compression.request import Request
+from exporter.compression.state import reported
 from exporter.pretrained import resolve
 from exporter.report import write_report
 from moee.artifacts import checkpoint
@@ -65,7 +66,8 @@ def run_demo(
         engine_error = " ".join(str(error).split())
     summary = _summary(session, compressed, engine)
     place.file("summary.json").write_json(summary)
-    write_report([place.place], place.place / "report.html", force=True)
+    paths = dict.fromkeys([*reported(place.place, compressed.shipped), place.file("summary.json").place])
+    write_report([*paths], place.place / "report.html", force=True)
     return DemoResult(compressed, summary, engine_error)
 
 

@@ -1,4 +1,5 @@
-"""Sentences of the command line as Python speaks them: a flag becomes the keyword of the function that was called."""
+"""Functions of the Python interface. Sentences of the command line are as Python speaks them: a flag becomes the keyword of the
+function that was called."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from typing import ParamSpec, TypeVar
 
 from moee.errors import UserError
+from moee.surroundings import own_arithmetic
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -20,7 +22,8 @@ SIZES = {" H W": "(H, W)", " H W, or one number for both": "(H, W)"}
 def in_python(
     options: Iterable[str] = (), renamed: Mapping[str, str] | None = None
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a function's `UserError`s name its keywords where they name flags of the command line. A flag that it has no keyword
+    """Make a function one of the Python interface: it computes under its own arithmetic (`moee.surroundings`), and its
+    `UserError`s name its keywords where they name flags of the command line. A flag that it has no keyword
     for stays. `options`: keywords that it passes on; `renamed`: flags, with underscores, that are called otherwise here."""
 
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
@@ -31,7 +34,8 @@ def in_python(
         @functools.wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
-                return function(*args, **kwargs)
+                with own_arithmetic():
+                    return function(*args, **kwargs)
             except UserError as error:
                 error.args = (spoken(str(error), known, switches), *error.args[1:])
                 raise

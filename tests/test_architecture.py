@@ -112,9 +112,9 @@ ROOMS = {
         "targets": "moee plugins deploy engines runners graph ship timing",
         "report": "moee markup front terminal",
         "verification": "moee runners graph parity",
-        "compress": "moee plugins engines plots graph ship terminal timing targets report verification",
+        "compression": "moee plugins engines plots graph ship terminal timing targets report verification",
         "commands": "moee plugins engines front plots quantization graph ship terminal timing targets report "
-        "verification compress clear_ablation demo doctor",
+        "verification compression clear_ablation demo doctor",
     },
 }  # fmt: skip
 ON_TOP = {  # what the command line and Python's users import, and no room that does not name it

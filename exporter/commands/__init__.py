@@ -2,5 +2,5 @@
 
 Parsed flags come in; an exit code goes out.
 Imports moee, plugins, engines, front, plots, quantization, graph, ship, terminal, timing, targets, report, verification,
-compress, clear_ablation, demo and doctor.
+compression, clear_ablation, demo and doctor.
 """

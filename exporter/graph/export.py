@@ -14,7 +14,7 @@ from typing import Any, cast
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from exporter.belonging import BELONGS_TO, source_ids
+from exporter.belonging import BELONGS_TO, dense_ids, source_ids
 from exporter.forms.registry import form_of
 from exporter.graph.trace import INPUT, OPSET, OPSETS, OUTPUT, explained, to_onnx
 from exporter.manifests import input_body
@@ -72,7 +72,7 @@ def export(
     transform = model_transform(moee.model)
     output = OutputFolder(path, EXPORT, force, source_paths(source))
     output.check()
-    made_from = source_ids(source)
+    made_from = dense_ids(moee.spec.model_dump(mode="json")) if dense else source_ids(source)
     graphs = {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT}
     original, model, quantization = moee.dense().eval(), moee.model.eval(), {}
     reference = None

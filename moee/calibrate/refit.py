@@ -32,6 +32,7 @@ from moee.models.ffn import FFN
 from moee.models.model import replace_module
 from moee.parallel.devices import CPU, placed
 from moee.progress import Reporter, silent, track
+from moee.surroundings import own_arithmetic
 
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 LEAST = 1e-12  # mean diagonal of a Gram matrix that is more than rounding
@@ -183,7 +184,8 @@ class _RefitStep(nn.Module):
         weights = None
         if self.prefix and x.ndim == 3:
             weights = token_weights(x.shape[1], self.prefix).to(x.device).repeat(len(x))
-        self.done(self.ffn.name, refit_layer(self.layer, self.ffn.to(x.device), tokens, self.ridge, weights=weights))
+        with own_arithmetic():  # the model may run under an autocast of its own
+            self.done(self.ffn.name, refit_layer(self.layer, self.ffn.to(x.device), tokens.float(), self.ridge, weights=weights))
         if self.last:
             raise Reached
         parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() // self.ffn.dim)))]

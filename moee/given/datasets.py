@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -16,7 +19,7 @@ from torch.utils.data import (
 )
 
 from moee.data.class_names import listed
-from moee.data.image_set import ImageSet
+from moee.data.image_set import UNREADABLE, ImageSet
 from moee.data.leaks import digest
 from moee.errors import UserError
 from moee.given.items import check_shape, item_of, label_of
@@ -26,8 +29,12 @@ from moee.progress import Reporter
 PREFIX = "python:"  # of the name under which an artifact records such images: it cannot open them again
 
 
+READ_TWICE = 16  # images of a dataset, to see that they stay as they are
+
+
 class DatasetSet(ImageSet):
-    """The `positions` of a dataset that can be indexed. `labels` were read before; an item with another one is an error."""
+    """The `positions` of a dataset that can be indexed. `labels` were read before; an item with another one is an error. What a
+    transform draws at random is drawn the same at every read: an image has one view."""
 
     def __init__(self, name: str, dataset: Any, positions: Sequence[int], labels: Sequence[int], classes: Sequence[str] | int):
         super().__init__(name, list(labels), classes)
@@ -35,13 +42,47 @@ class DatasetSet(ImageSet):
         self.digests: list[bytes] = []  # of the images, if they were read for their labels
 
     def load(self, index: int) -> Tensor:
-        image, label = item_of(self.dataset[self.positions[index]], self.name)
+        image, label = item_of(_item(self.dataset, self.positions[index]), self.name)
         if label != self.first[index]:
             raise UserError(
                 f"{self.describe(index)} has the label {label}, and had {self.first[index]} before: a dataset must give an image "
                 "the same label each time"
             )
         return image
+
+    def changes(self) -> str:
+        """What is another image at a second read, of some that are looked at; empty if nothing is."""
+        for index in range(0, len(self), -(-len(self) // READ_TWICE)):
+            try:
+                first, again = digest(self.load(index)), digest(self.load(index))
+            except UserError:  # a `ValueError` that is about all images
+                raise
+            except UNREADABLE:  # it is named when the set is read
+                continue
+            if first != again:
+                return f"{self.describe(index)} is another image at each read"
+        return ""
+
+
+def _item(dataset: Any, position: int) -> Any:
+    """An item of a dataset, made with the random numbers that belong to its position."""
+    with _drawing(position):
+        return dataset[position]
+
+
+@contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    """A block in which torch, NumPy and Python draw what they draw under `seed`; the caller's numbers go on as if nothing was."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def name_of(given: Any) -> str:
@@ -63,7 +104,7 @@ def indexed(dataset: Any, positions: Sequence[int], shape: Shape, report: Report
     name = name_of(dataset)
     if not len(positions):
         return DatasetSet(name, dataset, (), (), ())
-    check_shape(item_of(dataset[positions[0]], name)[0], shape, name)
+    check_shape(item_of(_item(dataset, positions[0]), name)[0], shape, name)
     labels, digests = _labels(dataset, positions, name, report)
     data = DatasetSet(name, dataset, positions, labels, class_names_of(dataset) or max(labels) + 1)
     data.digests = digests
@@ -80,7 +121,7 @@ def _labels(dataset: Any, positions: Sequence[int], name: str, report: Reporter)
     digests: list[bytes] = []
     report("labels", 0, len(positions))
     for i in positions:
-        image, label = item_of(dataset[i], name)
+        image, label = item_of(_item(dataset, i), name)
         labels.append(label)
         digests.append(digest(image))
         report("labels", len(labels), len(positions))

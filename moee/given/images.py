@@ -48,12 +48,17 @@ def given_splits(
         refuse_shared([0], [0])
     sets, shared = {"train": _opened(train, shape, report)}, []
     if val is None:
-        parts = divide(len(sets["train"]), seed)
-        sets = {split: _part(sets["train"], positions) for split, positions in parts.items()}
+        whole = sets["train"]
+        sets = {split: _part(whole, positions) for split, positions in divide(len(whole), seed).items()}
+        if len(whole) > 1:
+            shared = same_content(_digests(sets["train"]), _digests(sets["val"]))
     else:
         sets["val"] = _opened(val, shape, report)
         refuse_shared(_sources(sets["train"], train), _sources(sets["val"], val))
         shared = same_content(_digests(sets["train"]), _digests(sets["val"]))
+    _refuse_changing(sets["val"])
+    if isinstance(sets["train"], DatasetSet) and (moving := sets["train"].changes()):
+        shared.append(f"{moving}, and tuning matches outputs of the one that was read first")
     notes = [*shared, *names_not_taken(train), *(names_not_taken(val) if val is not None else [])]
     both = {split: given for split, given in (("train", train), ("val", val)) if given is not None}
     named = {split: class_names_of(given) for split, given in both.items()}
@@ -76,8 +81,18 @@ def given_images(
 ) -> ImageSet:
     """Held-out images alone, as `given_splits`; `classes` are those of an artifact."""
     names = class_names_of(data)
-    source = Source({"val": _opened(data, shape, report)}, indices=not names, order=names, notes=names_not_taken(data))
+    held_out = _opened(data, shape, report)
+    _refuse_changing(held_out)
+    source = Source({"val": held_out}, indices=not names, order=names, notes=names_not_taken(data))
     return numbered(source, classes, head_classes)["val"]
+
+
+def _refuse_changing(held_out: ImageSet) -> None:
+    """Raise `UserError` for held-out images that differ from read to read: two models would be compared on different ones."""
+    if isinstance(held_out, DatasetSet) and (changes := held_out.changes()):
+        raise UserError(
+            f"{changes}, so two models would be compared on different images; give held-out images without random transforms"
+        )
 
 
 def _sources(data: ImageSet, given: Any) -> list[Hashable]:
@@ -151,7 +166,9 @@ def _part(data: ImageSet, positions: Sequence[int]) -> ImageSet:
     """Some images of a set."""
     labels = [data.labels[i] for i in positions]
     if isinstance(data, DatasetSet):
-        return DatasetSet(data.name, data.dataset, [data.positions[i] for i in positions], labels, data.classes)
+        part = DatasetSet(data.name, data.dataset, [data.positions[i] for i in positions], labels, data.classes)
+        part.digests = [data.digests[i] for i in positions] if data.digests else []
+        return part
     if isinstance(data, TensorSet):
         return TensorSet(data.name, data.images[list(positions)], labels, data.classes)
     raise UserError(f"{data.name} has no held-out images; give some")

@@ -20,9 +20,11 @@ from moee.store.result_kinds import FOLDER_KINDS, LATENCY, FileKind, artifact_of
 
 @dataclass(frozen=True)
 class OutputFile(Output):
-    """A file that appears whole."""
+    """A file that appears whole. `part`: of a folder that the user named; an earlier one of this kind is replaced, and with
+    `force` nothing else is either."""
 
     kind: FileKind = LATENCY
+    part: bool = False
 
     @property
     def _wanted(self) -> str:
@@ -53,6 +55,12 @@ class OutputFile(Output):
         """Write a text as UTF-8."""
         with self.write() as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+    def remove(self) -> None:
+        """Remove what `write` would replace."""
+        if os.path.lexists(self.place):
+            self._refuse_existing(self.place)
+            self.place.unlink()
 
     def check(self) -> None:
         if os.fspath(self.path).endswith("/"):
@@ -88,8 +96,10 @@ class OutputFile(Output):
             folder, kind = owner
             raise UserError(f"{self.said} belongs to {kind.what} in {folder}; choose another place, its files go together")
         ours = self.kind.wrote(path)
-        if ours and not self.kind.kept:
+        if ours and (self.part or not self.kind.kept):
             return
+        if self.part:
+            raise UserError(f"{self.said} is not {self.kind.what}; move it away, or choose another place")
         if self.kind.sealed:
             raise UserError(f"{self.said} is not {self.kind.what}; choose another, a new file or one that TensorRT wrote")
         if not self.force:

@@ -69,7 +69,7 @@ class StagedFolder(Output):
 
     def file(self, name: str) -> OutputFile:
         """One of `files`."""
-        return OutputFile(self.place / name, self.files[name], True, self.inputs, option=self.option)
+        return OutputFile(self.place / name, self.files[name], True, self.inputs, option=self.option, part=True)
 
     @property
     def manifest(self) -> Path:
@@ -81,12 +81,13 @@ class StagedFolder(Output):
         write_json(self.manifest, {"schema": f"{self.kind.schema}/1", **body})
 
     def clear(self) -> None:
-        """Remove every part; what else lies there stays."""
+        """Remove every part; what else lies there stays. Raises `UserError` as `check`, with nothing removed."""
+        self.check()
         self.manifest.unlink(missing_ok=True)
         for name in self.folders:
             self.folder(name).remove()
         for name in self.files:
-            (self.place / name).unlink(missing_ok=True)
+            self.file(name).remove()
 
     def _refuse_existing(self, place: Path) -> None:
         if not place.is_dir():

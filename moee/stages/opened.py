@@ -83,6 +83,12 @@ def spec_of(
     """The `ModelSpec` of a model: what `load_model` loaded it by, while it is still that model; else one that holds the module
     itself, by which an artifact is opened with that module alone."""
     if isinstance(model, str):
+        told = [name for name, value in (("num_classes", num_classes), ("input", input)) if value is not None]
+        if told:
+            raise UserError(
+                f"{' and '.join(told)} of a model that is named ({shown(model, quoted=False)}) would not be obeyed: give the "
+                "model of moee.load_model, which takes num_classes and img_size"
+            )
         return named_model(model, ModelOptions(pretrained=True), log.info)
     if num_classes is not None:
         whole("num_classes", num_classes, CLASSES)

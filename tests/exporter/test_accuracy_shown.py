@@ -9,7 +9,7 @@ import torch
 
 from exporter.clear_ablation import Grid, markdown, summarise
 from exporter.commands.models.plan import points_table, verdict
-from exporter.compress.state import Compressed
+from exporter.compression.state import Compressed
 from exporter.demo import summary_of
 from exporter.report import write_report
 from exporter.report.agreement import _accuracy_notes

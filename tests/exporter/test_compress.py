@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from exporter import cli
-from exporter.compress.clock import Clock, Trials, duration, images_within, seconds_of
-from exporter.compress.job import Job
-from exporter.compress.request import Request, possible_heads, widened
-from exporter.compress.tuning import epochs_within, within
-from exporter.compress.verdicts import choice_line
+from exporter.compression.clock import Clock, Trials, duration, images_within, seconds_of
+from exporter.compression.job import Job
+from exporter.compression.request import Request, possible_heads, widened
+from exporter.compression.tuning import epochs_within, within
+from exporter.compression.verdicts import choice_line
 from exporter.deploy.run import opened
 from exporter.timing.latency import bench
 from moee.artifacts import checkpoint
@@ -151,8 +151,8 @@ def quick(monkeypatch):
         result = bench(folder, batch, runs=2, images=options["images"])
         return result
 
-    monkeypatch.setattr("exporter.compress.job.bench", timed)
-    monkeypatch.setattr("exporter.compress.job.target_of", lambda *args, **kwargs: SimpleNamespace(timing=lambda *args: None))
+    monkeypatch.setattr("exporter.compression.job.bench", timed)
+    monkeypatch.setattr("exporter.compression.job.target_of", lambda *args, **kwargs: SimpleNamespace(timing=lambda *args: None))
     monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "")
 
 
@@ -215,13 +215,13 @@ def test_an_interrupted_job_goes_on_where_it_was(session, quick, tmp_path, monke
     request = Request(Budget(min_cosine=0.9), time_s=None, **FAST)
     for stage in ("make_plan", "run_extract", "run_finetune", "export", "verify", "write_cpu_bundle", "write_report"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"exporter.compress.job.{stage}", interrupted)
+            patch.setattr(f"exporter.compression.job.{stage}", interrupted)
             with pytest.raises(KeyboardInterrupt) as raised:
                 Job(session, StagedFolder(out), request).run()
             assert "the same command goes on" in raised.value.__notes__[0]
         assert not json.loads((out / "compress.json").read_text())["done"]
-    monkeypatch.setattr("exporter.compress.job.make_plan", interrupted)
-    monkeypatch.setattr("exporter.compress.job.run_extract", interrupted)
+    monkeypatch.setattr("exporter.compression.job.make_plan", interrupted)
+    monkeypatch.setattr("exporter.compression.job.run_extract", interrupted)
     assert Job(session, StagedFolder(out), request).run().shipped == "static", "what is done is not done again"
 
 
@@ -231,7 +231,7 @@ def interrupted(*args, **kwargs):
 
 def test_another_request_does_not_go_on_from_it(session, quick, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr("exporter.compress.job.make_plan", interrupted)
+    monkeypatch.setattr("exporter.compression.job.make_plan", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Job(session, StagedFolder(out), Request(Budget(min_cosine=0.9), time_s=None, **FAST)).run()
     before = (out / "compress.json").read_text()
@@ -256,14 +256,14 @@ def test_a_budget_that_nothing_meets_names_the_nearest(session, quick, tmp_path,
     from moee.planning.search import Latency
 
     timing = Latency("cpu", lambda model: fake)
-    monkeypatch.setattr("exporter.compress.job.target_of", lambda *args, **kwargs: SimpleNamespace(timing=lambda *args: timing))
+    monkeypatch.setattr("exporter.compression.job.target_of", lambda *_, **kwargs: SimpleNamespace(timing=lambda *_: timing))
     with pytest.raises(BudgetUnmet, match="nothing meets the budget; nearest is static"):
         Job(session, StagedFolder(tmp_path / "out"), Request(Budget(target_latency_ms=0.5), time_s=None, **FAST)).run()
     assert not (tmp_path / "out" / "plan").exists() and (tmp_path / "out" / "plan.resume").is_dir()
 
 
 def test_what_does_not_verify_is_not_bundled(session, quick, tmp_path, monkeypatch):
-    from exporter.compress import job
+    from exporter.compression import job
 
     def failing(*args, **kwargs):
         result = verify(*args, **kwargs)
@@ -331,10 +331,10 @@ def test_a_candidate_beyond_the_budget_is_shipped_only_if_tuning_brings_it_withi
         checkpoint.save(moee, out, force=True)
         return moee
 
-    monkeypatch.setattr("exporter.compress.job.run_finetune", tuned)
+    monkeypatch.setattr("exporter.compression.job.run_finetune", tuned)
     strict = 0.99999
     request = Request(Budget(min_cosine=strict), time_s=None, **FAST)
-    monkeypatch.setattr("exporter.compress.job.widened", lambda budget: Budget(min_cosine=0.5))
+    monkeypatch.setattr("exporter.compression.job.widened", lambda budget: Budget(min_cosine=0.5))
     job = Job(session, StagedFolder(tmp_path / "out"), request)
     result = job.run()
     plan = json.loads((tmp_path / "out" / "plan" / "plan.json").read_text())

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from exporter.compress.job import Job
-from exporter.compress.request import Request
-from exporter.compress.state import State
-from exporter.compress.tuning import worth
+from exporter.compression.job import Job
+from exporter.compression.request import Request
+from exporter.compression.state import TIMINGS, State
+from exporter.compression.tuning import worth
+from exporter.report import collect
 from moee.data.image_set import TensorSet
 from moee.errors import BudgetUnmet, OutOfReach, UserError
 from moee.places.staged_folder import StagedFolder
@@ -24,12 +25,20 @@ def state_of(out):
     return State(StagedFolder(out), {"a": 1})
 
 
+def made(out, stage, text="{}"):
+    """The manifest of a stage, as if the stage had written it."""
+    file = out / stage / StagedFolder.folders[stage].manifest
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    return file
+
+
 def test_a_stage_that_is_made_anew_takes_those_made_of_it_along(tmp_path):
     state = state_of(tmp_path / "out")
     state.open()
     for stage in ("plan", "extracted", "tuned", "export"):
-        (tmp_path / "out" / stage).mkdir()
-        state.add(stage, {})
+        made(tmp_path / "out", stage)
+        state.add(stage, {"epochs": 1, "kept": True, "why": ""} if stage == "tuned" else {})
     shutil.rmtree(tmp_path / "out" / "extracted")
     again = state_of(tmp_path / "out")
     assert again.done("plan") and not again.done("extracted")
@@ -47,7 +56,7 @@ def test_timings_that_were_removed_are_not_done(tmp_path):
 def test_an_interrupted_fallback_to_the_dense_model_goes_on_as_that(session, quick, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "dense is faster: 0.9x")
     with monkeypatch.context() as patch:
-        patch.setattr("exporter.compress.job.verify", interrupted)
+        patch.setattr("exporter.compression.job.verify", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Job(session, StagedFolder(tmp_path / "out"), REQUEST).run()
     result = Job(session, StagedFolder(tmp_path / "out"), REQUEST).run()
@@ -55,11 +64,22 @@ def test_an_interrupted_fallback_to_the_dense_model_goes_on_as_that(session, qui
     assert result.lines[1] == "speed: that of the dense model"
 
 
+def test_a_report_of_a_shipped_dense_model_has_no_figures_of_the_cut_one(session, quick, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "dense is faster: 0.9x")
+    assert Job(session, StagedFolder(tmp_path / "out"), REQUEST).run().shipped == "dense"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "no model found" in page and ">passed<" in page
+    sources = collect([tmp_path / "out"])
+    assert set(sources.artifacts) == {"moee.model", "moee.latency", "moee.plan"}, "the cut model's own"
+    for file in ("export/export.json", "verify/parity.json"):
+        assert any(f"{file} is of another model: not shown" in problem for problem in sources.problems)
+
+
 def test_an_interrupted_tuning_is_finished_with_its_epochs(session, quick, tmp_path, monkeypatch):  # noqa: F811
     from moee.train import finetuning
 
     with monkeypatch.context() as patch:
-        patch.setattr("exporter.compress.job.epochs_within", lambda *args: 2)
+        patch.setattr("exporter.compression.job.epochs_within", lambda *args: 2)
         stored = finetuning.store_standing
 
         def after_one(*args):
@@ -120,3 +140,55 @@ def test_a_tuned_model_below_the_budgets_cosine_is_not_kept():
 def test_the_dense_model_is_no_answer_where_it_costs_more_than_the_budget_allows(budget, dense_ms, falls_back, tmp_path):
     latencies = [{"dense_ms": {"p50": dense_ms}, "verdict": {"winner": "dense", "text": "dense is faster"}}]
     assert bool(Job(None, StagedFolder(tmp_path), REQUEST)._slower(latencies, budget)) == falls_back
+
+
+@pytest.mark.parametrize("stage", ["plan", "extracted", "export", "latency"])
+def test_what_came_in_the_place_of_a_stage_meanwhile_is_not_gone_on_from(stage, tmp_path):
+    state = state_of(tmp_path / "out")
+    state.open()
+    if stage == "latency":
+        files = [tmp_path / "out" / name for name in TIMINGS]
+        files[0].parent.mkdir()
+        for file in files:
+            file.write_text("{}")
+        changed = files[1]
+    else:
+        changed = made(tmp_path / "out", stage)
+    state.add(stage, {})
+    state_of(tmp_path / "out")
+    changed.write_text('{"mine": 1}')
+    with pytest.raises(UserError, match=f"{changed} is not what this compression made; put that back, or remove"):
+        state_of(tmp_path / "out")
+    changed.unlink()
+    assert not state_of(tmp_path / "out").done(stage), "it is made anew"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"stages": {"plan": 1}}, {"stages": {"tuned": {}}}, {"stages": {"unshipped": {"why": 5}}},
+        {"stages": {"tuning": {"epochs": 0}}}, {"identity": None}, {"schema": "moee.compress/2"},
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_one_sentence(damage, tmp_path):
+    state_of(tmp_path / "out").open()
+    file = tmp_path / "out" / "compress.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
+    with pytest.raises(UserError, match=r"compress\.json.*; choose another --out or pass --force to begin anew"):
+        state_of(tmp_path / "out")
+
+
+def test_files_of_the_users_own_in_the_folder_are_never_replaced(tmp_path):
+    state_of(tmp_path / "out").open()
+    for name in StagedFolder.files:
+        file = tmp_path / "out" / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text('{"mine": 1}')
+        for force in (False, True):
+            place = StagedFolder(tmp_path / "out", force=force)
+            with pytest.raises(UserError, match=f"{file} is not .*; move it away, or choose another place"):
+                place.check()
+            with pytest.raises(UserError, match="move it away"):
+                place.clear()
+        assert file.read_text() == '{"mine": 1}'
+        file.unlink()

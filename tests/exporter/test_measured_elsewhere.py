@@ -57,7 +57,8 @@ def measure(folder, tools, **environment):
 
 
 def go_on(place, *words):
-    return cli.main([*PLAN, "--out", str(place / "plan"), "--measured", str(place / "emit" / "RESULT.json"), *words])
+    typed = [] if "--precision" in words else ["--precision", "fp16"]
+    return cli.main([*PLAN, "--out", str(place / "plan"), "--measured", str(place / "emit" / "RESULT.json"), *typed, *words])
 
 
 def read_plan(place):
@@ -192,6 +193,9 @@ def test_a_truncated_result_and_one_without_candidates_are_refused(begun, tmp_pa
     path.write_text(text[: len(text) // 2])
     assert go_on(begun) == 2 and "is not readable JSON" in capsys.readouterr().err
     path.write_text(text)
+    assert go_on(begun, "--batch", "1") == 2
+    assert "written with --batch 4, and now it is 1; give --batch 4" in capsys.readouterr().err
+    assert go_on(begun, "--precision", "fp32") == 2 and "give --precision fp16" in capsys.readouterr().err
     words = ["--out", str(tmp_path / "none"), "--measured", str(path)]
     assert cli.main([*PLAN, *words]) == 2 and "write them with --emit DIR first" in capsys.readouterr().err
     (begun / "plan.resume" / "emitted.json").write_text("{}")

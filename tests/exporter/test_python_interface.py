@@ -208,6 +208,40 @@ assert all(map(callable, (moee.extract, moee.evaluate, moee.finetune, exporter.v
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_what_the_caller_has_set_in_torch_touches_no_figure(data):
+    def figures():
+        result = moee.extract(torchvision_vit(), *data, report=moee.progress.silent, **QUICK)
+        kept = moee.evaluate(result, data[1], report=moee.progress.silent)
+        return {**result.model.state_dict(), "cosine": torch.tensor(kept.class_cosine, dtype=torch.float64)}
+
+    plain = figures()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = figures()
+        assert torch.is_autocast_enabled("cpu")
+    try:
+        made = torchvision_vit()
+        torch.set_default_dtype(torch.float64)
+        result = moee.extract(made, *data, report=moee.progress.silent, **QUICK)
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in under_autocast.items():
+        assert torch.equal(plain[name], value), name
+    assert all(torch.equal(plain[name], value) for name, value in result.model.state_dict().items())
+
+
+def test_what_is_said_of_a_named_model_and_would_not_be_obeyed_is_refused(data):
+    with pytest.raises(UserError, match="num_classes and input of a model that is named .*moee.load_model"):
+        moee.extract("vit_tiny_patch16_224", *data, num_classes=7, input={"input_size": (3, 32, 32)}, **QUICK)
+
+
+def test_the_interface_is_functions_whatever_was_used_before():
+    for package in (moee, exporter):
+        inside = {path.stem for path in Path(package.__file__).parent.iterdir()}
+        assert not inside & set(package.INTERFACE), "a module of that name would take the function's place"
+        assert all(callable(getattr(package, name)) for _ in range(2) for name in package.INTERFACE)
+
+
 def test_a_timm_model_that_was_trained_here_needs_no_name(data):
     train, val = data
     model = timm.create_model("test_vit", num_classes=3, img_size=32)

@@ -56,7 +56,7 @@ def test_build_says_why_it_failed(tmp_path, monkeypatch, capsys, tiny_export):
 def test_the_demo_keeps_its_results_when_the_engines_fail(tmp_path, monkeypatch, tiny_export):
     """The engine step is the last: its failure is reported, and the summary says that there is no engine."""
     from exporter import demo
-    from exporter.compress.job import Compressed
+    from exporter.compression.job import Compressed
 
     def fail(*args, **kwargs):
         raise BuildFailed("the tensorrt-rtx build\nwas killed by SIGABRT")

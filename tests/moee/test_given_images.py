@@ -1,5 +1,8 @@
 """Images from Python: loaders, datasets and iterables, with the labels that they mean."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
@@ -152,15 +155,13 @@ def test_targets_of_torchvision_save_reading_unless_something_transforms_them():
 
     quick = Folder(LABELS)
     train, _ = given_splits(quick, Pairs(LABELS, apart=0.5), shape=SHAPE)
-    assert isinstance(train, DatasetSet) and quick.reads == 1 and train.labels == LABELS
+    assert isinstance(train, DatasetSet) and quick.reads == 1 + 2 * 8 and train.labels == LABELS
     moved = Folder([2 - label for label in LABELS])
     moved.target_transform = lambda label: 2 - label
     train, _ = given_splits(moved, Pairs(LABELS, apart=0.5), shape=SHAPE)
     assert train.labels == [2 - label for label in LABELS]
-    lying = Folder([0] * 8)
-    train, _ = given_splits(lying, Pairs(LABELS, apart=0.5), shape=SHAPE)
     with pytest.raises(UserError, match=r"has the label 0, and had 1 before"):
-        seen(train)
+        given_splits(Folder([0] * 8), Pairs(LABELS, apart=0.5), shape=SHAPE)
 
 
 def test_names_are_not_those_of_transformed_labels():
@@ -255,6 +256,47 @@ def test_some_images_that_are_in_both_are_said():
     assert "1 of the 2 held-out images is byte by byte among the training images" in train.notes
     halves = random_split(Pairs(LABELS), [6, 2])
     assert not given_splits(*halves, shape=SHAPE)[0].notes
+
+
+class Shaken(Pairs):
+    """Images with noise that is drawn at every read: of torch, NumPy and Python, or of a generator of the dataset's own."""
+
+    def __init__(self, labels, own=None, **more):
+        super().__init__(labels, **more)
+        self.own = own
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        drawn = torch.rand(()) + random.random() + np.random.rand()
+        return image + (drawn if self.own is None else torch.rand((), generator=self.own)), label
+
+
+def test_what_a_transform_draws_is_drawn_the_same_at_every_read():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state(), random.getstate()
+    train, val = given_splits(Shaken(LABELS), Shaken(LABELS, apart=20), shape=SHAPE)
+    assert torch.equal(before[0], torch.random.get_rng_state()) and before[1] == random.getstate()
+    for data in (train, val, given_splits(Shaken([0, 1] * 5), shape=SHAPE)[1], given_images(Shaken(LABELS), shape=SHAPE)):
+        first, again = (torch.cat([b.images for b in batches(data, 4)]) for _ in range(2))
+        assert torch.equal(first, again) and len(first[:, 0, 0, 0].frac().unique()) > 1
+
+
+def test_held_out_images_that_never_stay_the_same_are_refused():
+    moving = Shaken(LABELS, own=torch.Generator(), apart=20)
+    for call in (lambda: given_splits(Pairs(LABELS), moving, shape=SHAPE), lambda: given_images(moving, shape=SHAPE),
+                 lambda: given_splits(moving, shape=SHAPE)):  # fmt: skip
+        with pytest.raises(UserError, match=r"Shaken\[0\] is another image at each read, so two models would be compared"):
+            call()
+    train, _ = given_splits(moving, Pairs(LABELS), shape=SHAPE)
+    assert any("is another image at each read, and tuning matches" in note for note in train.notes)
+
+
+def test_a_fifth_that_holds_copies_of_the_rest_says_so_or_is_refused():
+    stream = Pairs([0, 1] * 10)  # of which a second worker gives a part again
+    notes = given_splits([batch(stream, range(20)), batch(stream, range(10))], shape=SHAPE)[0].notes
+    assert any("held-out images are byte by byte among the training images" in note for note in notes)
+    with pytest.raises(UserError, match="every held-out image is byte by byte a training image"):
+        given_splits(ConcatDataset([Pairs([0, 0, 0, 0, 0])] * 9), shape=SHAPE)
 
 
 def test_a_set_of_ours_is_taken_as_it_is():

@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
 
 def time_of(text: str) -> float | None:
     """A type for argparse: `15m`, `900s`, `900`, `2h`, `none`; in seconds."""
-    from exporter.compress.clock import LEAST_S, MOST_S, seconds_of
+    from exporter.compression.clock import LEAST_S, MOST_S, seconds_of
 
     if text == "none":
         return None
@@ -70,8 +70,8 @@ def time_of(text: str) -> float | None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.commands.models.plan import parse_shares
-    from exporter.compress.job import Job
-    from exporter.compress.request import ALLOCATION, HEADS, METHODS, Request, target_sm
+    from exporter.compression.job import Job
+    from exporter.compression.request import ALLOCATION, HEADS, METHODS, Request, target_sm
     from exporter.targets.registry import target_of
     from moee.config import validated
     from moee.planning.plan import check_ways

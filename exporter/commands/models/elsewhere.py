@@ -74,6 +74,9 @@ def go_on(args: argparse.Namespace, console: Console, budget: Budget, base: dict
     assert path is not None
     board = None if args.device in (None, path) else profile_named(args.device).name
     kept, _ = emitted.read_emitted(resume_folder(args.out, PLAN_STATE, model_inputs(args)))
+    for flag, asked, had in (("--batch", args.batch, kept.batch), ("--precision", args.precision, kept.precision)):
+        if asked != had:
+            raise UserError(f"the candidates were written with {flag} {had}, and now it is {asked}; give {flag} {had}")
     times = timed(read_result(path), kept, path, board)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")

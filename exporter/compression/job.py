@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from exporter.compress.clock import Clock, Trials, duration, images_within
-from exporter.compress.refusals import Tried, refuse_early
-from exporter.compress.request import ALLOCATION, BASE, CPU, Request, default_budget, described, widened
-from exporter.compress.state import TIMINGS, Compressed, State, resumable
-from exporter.compress.tuning import epochs_within, within, worth
-from exporter.compress.verdicts import last_lines
+from exporter.compression.clock import Clock, Trials, duration, images_within
+from exporter.compression.refusals import Tried, refuse_early
+from exporter.compression.request import ALLOCATION, BASE, CPU, Request, default_budget, described, widened
+from exporter.compression.state import TIMINGS, Compressed, State, reported, resumable
+from exporter.compression.tuning import epochs_within, within, worth
+from exporter.compression.verdicts import last_lines
 from exporter.engines.plugin_cache import ensure_kernels
 from exporter.graph.export import export
 from exporter.plots import write_examples
@@ -111,7 +111,7 @@ class Job:
             unshipped=unshipped,
         )  # fmt: skip
         with self._stage("report"):
-            write_report([self.place.place], self.place.place / "report.html", force=True)
+            write_report(reported(self.place.place, shipped), self.place.place / "report.html", force=True)
         if self.clock.left < 0:
             self.say(f"it took {duration(self.clock.spent)}, longer than the {duration(self.clock.seconds or 0)} it was given")
         what = "dense" if shipped == "dense" else point["method"]

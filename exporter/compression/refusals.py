@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from exporter.compress.request import ALLOCATION, BASE, Request, possible_heads
+from exporter.compression.request import ALLOCATION, BASE, Request, possible_heads
 from exporter.ship.contents import make_preprocessing
 from moee.planning.budget import Budget
 from moee.planning.plan import applicable, refuse_incomparable

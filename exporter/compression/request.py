@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from exporter.ship.cpu_bundle import CPU
+from exporter.targets.file import ENDING
 from exporter.targets.registry import WORDS
 from exporter.terminal.options import flag_of
 from moee.errors import UserError
@@ -49,6 +50,8 @@ class Request:
 
 def target_sm(device: str, sm: str | None) -> int | None:
     """The SM of the bundle: `sm` as a user names it, else that of the board `device`; None for the CPU. Raises `UserError`."""
+    if device.endswith(ENDING):
+        raise UserError(f"--device {device}: a file of times is of candidates that moee plan --emit wrote; give it to moee plan")
     if sm is not None:
         return None if sm == CPU else parse_sm(sm)
     if device == CPU:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.compress.request import CPU, described
+from exporter.compression.request import CPU, described
 from exporter.graph.export import DENSE_DATA, MOEE_DATA
 from exporter.terminal.ui import percent
 from moee.places.staged_folder import StagedFolder

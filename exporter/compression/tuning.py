@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.compress.clock import WORTH_EPOCHS, Clock
+from exporter.compression.clock import WORTH_EPOCHS, Clock
 from moee.artifacts.model import MoeeModel
 from moee.planning.budget import Budget
 
