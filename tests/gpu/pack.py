@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moee.errors import MissingDependency, StepFailed, UserError
 from plugins.aot.build import build_kernels
 from plugins.library.build import LIBRARY, build_plugin
 from plugins.library.selftest import build_selftest
@@ -84,5 +85,14 @@ def write_list(folder: Path) -> int:
     return sum(entry["bytes"] for entry in listed.values())
 
 
+def said() -> int:
+    """`main`, with what went wrong as one sentence. Exit code 3 if this machine lacks something, else 1."""
+    try:
+        return main()
+    except (UserError, MissingDependency, StepFailed, subprocess.CalledProcessError) as error:
+        print(f"the pack could not be made: {error}", file=sys.stderr)
+        return 3 if isinstance(error, MissingDependency | subprocess.CalledProcessError) else 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(said())

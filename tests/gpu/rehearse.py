@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no environment like the machine's could be made: {error}", file=sys.stderr)
         return 3
     print(f"environment: {time.monotonic() - began:.0f} s", flush=True)
-    subprocess.run(["sh", str(ROOT / "scripts" / "gpu_pack.sh")], check=True)
+    if code := subprocess.run(["sh", str(ROOT / "scripts" / "gpu_pack.sh")]).returncode:
+        return code
     print(f"pack: {time.monotonic() - began:.0f} s", flush=True)
     doubles = build_device(WORK / "doubles", ROOT / "build" / "gpu-work" / "plugin" / "generated").parent
     build_libraries(doubles)
