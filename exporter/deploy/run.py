@@ -43,8 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_files() -> None:
     """Exit unless every file is the one that SHA256SUMS lists."""
-    for line in (HERE / "SHA256SUMS").read_text(encoding="utf-8").splitlines():
-        digest, name = line.split("  ", 1)
+    try:
+        listed = [line.split("  ", 1) for line in (HERE / "SHA256SUMS").read_text(encoding="utf-8").splitlines()]
+        sums = {name: digest for digest, name in listed}
+    except (OSError, ValueError):
+        sys.exit("SHA256SUMS is missing or was changed; copy the bundle again")
+    for name, digest in sums.items():
         if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != digest:
             sys.exit(f"{name} is missing or was changed; copy the bundle again")
 

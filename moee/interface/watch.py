@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from moee.errors import UserError
 from moee.interface.adapted import on_meta
 
 See = Callable[[str, Tensor], object]
@@ -32,9 +33,17 @@ def watched(model: nn.Module, names: Iterable[str], see: See) -> Iterator[None]:
 
 
 def shapes_given(model: nn.Module, names: Iterable[str], image: tuple[int, int, int]) -> dict[str, torch.Size]:
-    """Shape of what each named module is given of one image [C, H, W], in the order in which they run. Works on shapes alone."""
+    """Shape of what each named module is given of one image [C, H, W], in the order in which they run. Works on shapes alone;
+    raises `UserError` for a model that does not."""
     shapes: dict[str, torch.Size] = {}
     shadow = on_meta(model)
     with watched(shadow, names, lambda name, x: shapes.__setitem__(name, x.shape)), torch.no_grad():
-        shadow(torch.empty(1, *image, device="meta"))
+        try:
+            shadow(torch.empty(1, *image, device="meta"))
+        except Exception as error:  # a stranger's forward
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"the model does not run on shapes alone ({reason}); its forward must use no tensors but its own parameters and "
+                "buffers"
+            ) from error
     return shapes

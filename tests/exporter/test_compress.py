@@ -112,6 +112,7 @@ def test_durations(seconds, text):
         (["--target-macs", "0.7"], "give --max-drop, --min-cosine or --target-latency-ms"),
         (["--time", "5"], "expected a time such as 15m"),
         (["--time", "soon"], "expected a time such as 15m"),
+        (["--time", "59s"], "at least 60 s"),
         (["--device", "toaster"], "unknown device 'toaster'"),
         (["--sm", "toaster"], "unknown device 'toaster'"),
         (["--device", "cuda"], "say it with --sm"),
@@ -188,6 +189,9 @@ def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
     (out / "bundle" / "models" / "preprocess.txt").write_text("size 1 1\n")
     ran = subprocess.run([sys.executable, out / "bundle" / "run.py", tmp_path / "image.png"], capture_output=True, text=True)
     assert ran.returncode == 1 and "preprocess.txt is missing or was changed" in ran.stderr
+    (out / "bundle" / "SHA256SUMS").unlink()
+    ran = subprocess.run([sys.executable, out / "bundle" / "run.py", tmp_path / "image.png"], capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stderr == "SHA256SUMS is missing or was changed; copy the bundle again\n"
 
 
 @pytest.mark.parametrize("levels", [np.uint16, np.int32])

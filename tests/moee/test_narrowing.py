@@ -229,6 +229,12 @@ def test_attention_with_a_norm_inside_is_refused():
         find_attentions(load_model(tiny_spec(qk_norm=True)))
 
 
+def test_a_forward_with_tensors_of_its_own_is_refused_in_a_sentence(tiny_model):
+    tiny_model.blocks[1].forward = lambda x, *args, **kwargs: x + torch.ones(x.shape)
+    with pytest.raises(UserError, match="the model does not run on shapes alone"):
+        narrow(tiny_model, tiny_images(24), SIZE, 0.8)
+
+
 def test_too_small_a_share(tiny_model):
     with pytest.raises(UserError, match="0.50 or more"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.3)

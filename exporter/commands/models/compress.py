@@ -64,7 +64,9 @@ def time_of(text: str) -> float | None:
     except ValueError:
         seconds = 0.0
     if not LEAST_S <= seconds <= MOST_S:
-        raise argparse.ArgumentTypeError(f"expected a time such as 15m, 900s or 2h, or none; came {shown(text, limit=40)}")
+        raise argparse.ArgumentTypeError(
+            f"expected a time such as 15m, 900s or 2h, at least {LEAST_S:g} s, or none; came {shown(text, limit=40)}"
+        )
     return seconds
 
 
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
                         "--target-latency-ms")  # fmt: skip
     sm = target_sm(args.device, args.sm)
     target_of(args.device, batch=args.batch, sm=sm).check()  # before a model is loaded
-    methods = tuple(args.methods.split(",")) if args.methods is not None else METHODS
+    methods = tuple(dict.fromkeys(args.methods.split(","))) if args.methods is not None else METHODS
     heads = parse_shares("--attention-macs", args.attention_macs, whole=True) or HEADS
     check_ways(methods, ALLOCATION, heads, {})
     request = Request(budget, args.device, sm, args.batch, args.time, methods, heads)
