@@ -204,7 +204,7 @@ class Job:
         """Distil as long as the time allows, and keep the result if it is no worse; what became of it, for the last lines. A
         tuning that was interrupted is finished with the epochs that it began with."""
         facts = state.stages.get("tuned")
-        if facts is None or facts["epochs"] and not state.done("tuned"):
+        if facts is None or facts["kept"] and not state.done("tuned"):
             begun = state.stages.get("tuning") if self.place.folder("tuned.resume").place.is_dir() else None
             epochs = begun["epochs"] if begun else epochs_within(self.clock)
             if not epochs:
@@ -215,9 +215,11 @@ class Job:
                 with self._stage("tuned", state) as facts:
                     made = run_finetune(
                         self.place.folder("extracted").place, FinetuneConfig(epochs=epochs), self.place.folder("tuned").place,
-                        force=True, report=self.report, session=self.session,
+                        force=True, report=self.report, session=self.session, model=self.word,
                     )  # fmt: skip
                     facts.update(worth(made, epochs, budget))
+                    if not facts["kept"]:
+                        self.place.folder("tuned").remove()  # a report would show it for what is shipped
         facts = state.stages["tuned"]
         if facts["kept"]:
             return f", tuned for {facts['epochs']} epoch{'s' if facts['epochs'] > 1 else ''}"

@@ -112,7 +112,7 @@ def test_durations(seconds, text):
         (["--target-macs", "0.7"], "give --max-drop, --min-cosine or --target-latency-ms"),
         (["--time", "5"], "expected a time such as 15m"),
         (["--time", "soon"], "expected a time such as 15m"),
-        (["--time", "59s"], "at least 60 s"),
+        (["--time", "59s"], "from 1m to 168h"),
         (["--device", "toaster"], "unknown device 'toaster'"),
         (["--sm", "toaster"], "unknown device 'toaster'"),
         (["--device", "cuda"], "say it with --sm"),

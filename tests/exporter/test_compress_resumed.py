@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from exporter.compression.job import Job
 from exporter.compression.request import Request
@@ -16,6 +17,7 @@ from moee.data.image_set import TensorSet
 from moee.errors import BudgetUnmet, OutOfReach, UserError
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
+from moee.stages.opened import session_of
 from tests.exporter.test_compress import FAST, interrupted, quick, session  # noqa: F401
 
 REQUEST = Request(Budget(min_cosine=0.9), time_s=None, **FAST)
@@ -192,3 +194,16 @@ def test_files_of_the_users_own_in_the_folder_are_never_replaced(tmp_path):
                 place.clear()
         assert file.read_text() == '{"mine": 1}'
         file.unlink()
+
+
+def test_a_module_in_python_is_tuned_and_the_report_is_of_what_ships(session, quick, tmp_path, monkeypatch):  # noqa: F811
+    """Nothing but the module itself opens the artifact for the tuning; a tuned model that is not kept leaves no trace."""
+    monkeypatch.setattr("exporter.compression.job.epochs_within", lambda *args: 1)
+    monkeypatch.setattr("exporter.compression.job.worth", lambda *args: {"epochs": 1, "kept": False, "why": "it holds less"})
+    own = session_of(session.dense, (session.train.images, torch.tensor(session.train.labels)))
+    place = StagedFolder(tmp_path / "out")
+    result = Job(own, place, REQUEST, word=session.dense).run()
+    assert result.stages["tuned"]["epochs"] == 1 and "it holds less" in result.lines[3]
+    assert not (tmp_path / "out" / "tuned").exists()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "of another model: not shown" not in page

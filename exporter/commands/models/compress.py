@@ -64,9 +64,8 @@ def time_of(text: str) -> float | None:
     except ValueError:
         seconds = 0.0
     if not LEAST_S <= seconds <= MOST_S:
-        raise argparse.ArgumentTypeError(
-            f"expected a time such as 15m, 900s or 2h, at least {LEAST_S:g} s, or none; came {shown(text, limit=40)}"
-        )
+        came = shown(text, limit=40)
+        raise argparse.ArgumentTypeError(f"expected a time such as 15m, 900s or 2h, from 1m to 168h, or none; came {came}")
     return seconds
 
 
