@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,7 @@ class HeadsOptions(Options):
 
     seed: Seed = Field(0, description="seed of everything that is drawn")
     attention_macs: float = Field(
-        gt=0, le=1,
+        cast(Any, None), gt=0, le=1,  # refused below, after the bounds of the others
         description="narrow the attention's heads to this share of its MACs; --target-macs counts what that saves "
         "(default: they stay)",
     )  # fmt: skip
@@ -33,12 +33,11 @@ class HeadsOptions(Options):
     attention_tokens: Count = Field(120_000, description="tokens that each attention is fitted on, at most")
     collages: Views = Field(0, description="collages a training image that calibration sees beside it")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _asked_for(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("attention_macs") is None:
+    @model_validator(mode="after")
+    def _asked_for(self) -> HeadsOptions:
+        if self.attention_macs is None:
             raise ValueError("narrower heads need --attention-macs, the share of the attention's MACs that stays; give it")
-        return values
+        return self
 
 
 class HeadsMethod(Method[HeadsOptions]):
