@@ -15,6 +15,11 @@ def prefix_tokens(model: nn.Module) -> int:
     return int(getattr(model, "num_prefix_tokens", 0) or 0)
 
 
+def holds_prefix(model: nn.Module, count: int) -> bool:
+    """Whether `count` tokens of an image can hold those that are no patches: CaiT's and XCiT's blocks see the patches alone."""
+    return count != getattr(getattr(model, "patch_embed", None), "num_patches", None)
+
+
 def token_weights(count: int, prefix: int) -> Tensor:
     """What each of an image's `count` tokens [count] counts for; 1 for a patch."""
     weights = torch.ones(count)

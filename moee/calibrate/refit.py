@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moee.calibrate.calibration import BATCH_SIZE, CHUNK, as_tokens, hidden_activations
 from moee.calibrate.entry import Entry, Reached, find_entry, gather, run_until_reached, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, spread, tokens_an_image
-from moee.calibrate.prefix import prefix_tokens, token_weights
+from moee.calibrate.prefix import holds_prefix, prefix_tokens, token_weights
 from moee.calibrate.ridge import error_change, held_out_runs, solve_ridge
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
@@ -175,15 +175,15 @@ class _RefitStep(nn.Module):
     """Stands where a routed layer will be for one forward pass: refits it on the pass's own input, then applies it, unless it is
     the last."""
 
-    def __init__(self, layer: NeuronLayer, ffn: FFN, ridge: float | None, last: bool, done, prefix: int = 0):
+    def __init__(self, layer: NeuronLayer, ffn: FFN, ridge: float | None, last: bool, done, prefix=lambda count: 0):
         super().__init__()
         self.layer, self.ffn, self.ridge, self.last, self.done, self.prefix = layer, ffn, ridge, last, done, prefix
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = as_tokens(x, self.layer.channels_first)
         weights = None
-        if self.prefix and x.ndim == 3:
-            weights = token_weights(x.shape[1], self.prefix).to(x.device).repeat(len(x))
+        if x.ndim == 3 and (prefix := self.prefix(x.shape[1])):
+            weights = token_weights(x.shape[1], prefix).to(x.device).repeat(len(x))
         with own_arithmetic():  # the model may run under an autocast of its own
             self.done(self.ffn.name, refit_layer(self.layer, self.ffn.to(x.device), tokens.float(), self.ridge, weights=weights))
         if self.last:
@@ -220,6 +220,9 @@ def _refit(
     most_kept = KEPT * tokens * max(widths.values())
     reports: dict[str, RefitReport] = {}
 
+    def prefix_of(count: int) -> int:
+        return prefix_tokens(model) if holds_prefix(model, count) else 0
+
     def done(name: str, facts: RefitReport) -> None:
         reports[name] = facts
         report("refit", len(reports), len(layers))
@@ -232,7 +235,7 @@ def _refit(
             groups[:0] = [ImageGroup((name,), group.images) for name in group.names]
             continue
         for name in group.names:
-            step = _RefitStep(layers[name], ffns[name], ridge, name == group.names[-1], done, prefix_tokens(model))
+            step = _RefitStep(layers[name], ffns[name], ridge, name == group.names[-1], done, prefix_of)
             replace_module(model, name, step)
         try:
             if entry is None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moee.calibrate.calibration import CHUNK
+from moee.calibrate.prefix import holds_prefix, prefix_tokens
 from moee.calibrate.refit import RIDGES, choose_ridge, refit_layer
 from moee.calibrate.ridge import held_out_runs, solve_ridge
 from moee.errors import UserError
@@ -186,3 +187,12 @@ def test_singular_sums_have_a_finite_solution(rows):
     assert torch.isfinite(found).all() and found.abs().max() < 10 and used < 1e-3
     with pytest.raises(UserError, match="NaN"):
         solve_ridge(gram, torch.full((8, 2), float("nan")), 1e-3)
+
+
+def test_blocks_that_see_the_patches_alone_have_no_class_token(tiny_model):
+    """CaiT's and XCiT's class token joins behind the blocks; a first patch must not count for many."""
+    patches = tiny_model.patch_embed.num_patches
+    assert prefix_tokens(tiny_model) == tiny_model.num_prefix_tokens > 0
+    assert holds_prefix(tiny_model, patches + tiny_model.num_prefix_tokens) and not holds_prefix(tiny_model, patches)
+    tiny_model.global_pool = "avg"
+    assert prefix_tokens(tiny_model) == 0
