@@ -24,7 +24,7 @@ from exporter.timing.device import CPU, latency_of, timed_board
 from exporter.timing.form_table import measure_forms
 from exporter.timing.latency import LatencyResult, bench
 from moee.errors import MissingDependency, StepFailed, UserError
-from moee.planning.search import Latency
+from moee.planning.forms import Latency
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter
 from moee.stages.session import Session

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from moee.planning.search import Latency
+from moee.planning.forms import Latency
 from moee.planning.shortlist import Shortlist
 from moee.progress import Reporter
 from moee.stages.session import Session

@@ -23,7 +23,7 @@ from moee.mlps.attention import macs_saved, narrow_attentions
 from moee.mlps.find import find_ffns
 from moee.models.ffn import FFN
 from moee.models.model import Shape
-from moee.planning.search import Latency
+from moee.planning.forms import Latency
 from moee.stages.session import Session
 from moee.store.scratch import temporary_folder
 from plugins.devices import Profile, profile_named

@@ -36,11 +36,14 @@ from moee.mlps.gated import GatedMLP
 from moee.mlps.sites import mlp_module
 from moee.models.ffn import FFN
 from moee.models.model import Shape
+from moee.planning.forms import LayerChoices
 from moee.progress import Reporter, silent
 from moee.store.scratch import temporary_folder
 
 SHARES = (0.3, 0.6, 1.0)  # of a layer's neurons, or of a head's dimensions
 RUNS, WARM_UP = 15, 3
+ALIKE = 1.15  # times of a MAC that differ by less are within the noise
+LEAST = 0.1  # of the mean time of a MAC: a layer whose time hardly grows with its width was disturbed, or waits for memory
 Line = Mapping[float, float]  # milliseconds by share
 
 
@@ -70,10 +73,12 @@ def between(line: Line, share: float) -> float:
 
 @dataclass(frozen=True)
 class FormTable:
-    """The forms of every MLP and attention by name, for `batch` images; `hidden`: neurons of the MLPs."""
+    """The forms of every MLP and attention by name, for `batch` images; of each MLP its neurons (`hidden`) and the MACs of the
+    dense one on these images."""
 
     batch: int
     hidden: Mapping[str, int]
+    macs: Mapping[str, float]
     mlps: Mapping[str, Forms]
     attentions: Mapping[str, Forms]
 
@@ -91,9 +96,8 @@ class FormTable:
                 total += forms.of(kept) - forms.dense
         return total
 
-    def slower(self, share: float, experts: int) -> tuple[list[str], list[str]]:
-        """MLPs that are no faster than dense when their tokens take `share` of the neurons: with so many experts, though faster
-        with one; and in any form. Raises `OutOfReach` where that is every MLP."""
+    def choices(self, share: float, experts: int) -> LayerChoices:
+        """As `moee.planning.forms.LayerForms.choices`."""
         as_experts, always = [], []
         for name, forms in self.mlps.items():
             if forms.of(share) >= forms.dense:
@@ -102,7 +106,19 @@ class FormTable:
                 as_experts.append(name)
         if len(always) == len(self.mlps):
             raise OutOfReach(f"no MLP is faster than dense here with {share:.0%} of its neurons")
-        return as_experts, always
+        counts = {name: 1 if name in as_experts else experts for name in self.mlps if name not in always}
+        return LayerChoices(one_expert=as_experts, exclude=always, mac_times=self._mac_times(share, counts))
+
+    def _mac_times(self, share: float, experts: Mapping[str, int]) -> dict[str, float]:
+        """What a MAC more takes in each MLP around `share` of its neurons, with so many experts, relative to the mean over all
+        their MACs; none where all are alike within `ALIKE`."""
+        low, high = share * 0.6, share * 1.4
+        more = {n: max(0.0, self.mlps[n].of(high, e) - self.mlps[n].of(low, e)) for n, e in experts.items()}
+        mean = sum(more.values()) / sum((high - low) * self.macs[n] for n in more)
+        if mean <= 0:
+            return {}
+        times = {n: float(f"{max(LEAST, ms / ((high - low) * self.macs[n] * mean)):.2g}") for n, ms in more.items()}
+        return times if max(times.values()) > ALIKE * min(times.values()) else {}
 
     def to_json(self) -> dict[str, Any]:
         def body(forms: Forms) -> dict[str, Any]:
@@ -161,7 +177,8 @@ def measure_forms(
             known[kind] = _forms(copy.deepcopy(attention), {1: narrowed}, x, threads)
             report("forms of layers", len(known), len(set(kinds.values())))
         attentions[name] = known[kind]
-    return FormTable(batch, {f.name: f.hidden for f in ffns}, mlps, attentions)
+    hidden, macs = {f.name: f.hidden for f in ffns}, {f.name: float(batch * tokens[f.name] * f.macs) for f in ffns}
+    return FormTable(batch, hidden, macs, mlps, attentions)
 
 
 def _mlp_forms(dense: nn.Module, ffn: FFN, tokens: int, experts: Sequence[int], threads: int | None) -> Forms:

@@ -42,6 +42,11 @@ class SelectionOptions(Options):
         "expert",
         description="whether each expert keeps its share, or all layers share one threshold, which needs --criterion sensitivity",
     )
+    mac_time: tuple[str, ...] = Field(
+        (),
+        description="how long a MAC of an MLP takes, relative to the others', such as blocks.3.mlp=1.5, for --allocation model; "
+        "may be repeated (default: all alike)",
+    )  # fmt: skip
     objective: Literal["output", "tokens", "both"] = Field(
         "both", description="what the sensitivity is measured on: the output, the tokens of the last feature map, or both"
     )
@@ -52,6 +57,25 @@ class SelectionOptions(Options):
         if self.mlp_floor is not None and self.target_macs is None:
             raise ValueError("--mlp-floor bounds what --target-macs cuts; give that too")
         return self
+
+    @model_validator(mode="after")
+    def _timed(self) -> SelectionOptions:
+        if self.mac_times() and self.allocation != "model":
+            raise ValueError("--mac-time holds layers against each other; use it with --allocation model")
+        return self
+
+    def mac_times(self) -> dict[str, float]:
+        """Times of a MAC by the MLP's name. Raises `ValueError` for what is no name with a factor."""
+        found: dict[str, float] = {}
+        for text in self.mac_time:
+            name, sign, factor = text.rpartition("=")
+            try:
+                found[name] = float(factor)
+            except ValueError:
+                sign = ""
+            if not sign or not name or not 1 / MOST_FACTOR <= found[name] <= MOST_FACTOR:
+                raise ValueError(f"--mac-time is an MLP and a positive factor, such as blocks.3.mlp=1.5 (came {text!r})")
+        return found
 
     @model_validator(mode="after")
     def _comparable(self) -> SelectionOptions:

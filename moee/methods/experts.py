@@ -55,6 +55,18 @@ class NeuronMethod(LayerMethod[Any]):
     shares: ClassVar[Shares] = "groups"
     allocations = ALLOCATIONS
 
+    def check(self, model: nn.Module, shape: tuple[int, int, int], options: Any) -> None:
+        named = {"one_expert": tuple(getattr(options, "one_expert", ())), "mac_time": tuple(options.mac_times())}
+        if not any(named.values()):
+            return
+        from moee.mlps.find import find_ffns
+
+        known = [ffn.name for ffn in find_ffns(model, options.exclude, shape, gated=self.gated).ffns]
+        for option, names in named.items():
+            if unknown := [name for name in names if name not in known]:
+                flag = option.replace("_", "-")
+                raise UserError(f"--{flag} {unknown[0]} is no MLP that is cut; those are {', '.join(known) or 'none'}")
+
     def budget(self, options: NeuronOptions) -> tuple[float, float] | None:
         return None if options.target_macs is None else (options.target_macs, options.mlp_floor or 0.0)
 
@@ -99,14 +111,6 @@ class ExpertsMethod(NeuronMethod):
     }
 
     rows = {"MoEE": Row({})}  # type: ignore[assignment]
-
-    def check(self, model: nn.Module, shape: tuple[int, int, int], options: ExpertsOptions) -> None:
-        from moee.mlps.find import find_ffns
-
-        known = [ffn.name for ffn in find_ffns(model, options.exclude, shape).ffns] if options.one_expert else []
-        unknown = [name for name in options.one_expert if name not in known]
-        if unknown:
-            raise UserError(f"--one-expert {unknown[0]} is no MLP that gets experts; those are {', '.join(known) or 'none'}")
 
     def find(self, ffn: FFN, sampled: LayerTokens, options: Any, report: Reporter, device: torch.device) -> Finding:
         from moee.calibrate.grouping import find_routes, one_group

@@ -15,6 +15,7 @@ from moee.errors import UserError
 from moee.places.output_folder import OutputFolder
 from moee.places.resume import alone_on, compare_identity
 from moee.planning.budget import Budget, Point, StoredLatency, checked_point
+from moee.planning.forms import Latency
 from moee.planning.found import Found
 from moee.planning.plan import (
     CURE,
@@ -27,7 +28,6 @@ from moee.planning.plan import (
     refuse_incomparable,
     search,
 )
-from moee.planning.search import Latency
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, Text, checked, upgraded

@@ -22,9 +22,10 @@ from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import check_all
 from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget
+from moee.planning.forms import Latency
 from moee.planning.found import PLAN, SCHEMA, Found
 from moee.planning.race import Over, race
-from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Latency, Planner, recipe_of, usual, variants, ways
+from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Planner, recipe_of, usual, variants, ways
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
@@ -34,7 +35,7 @@ from moee.store.result_kinds import PLAN as PLAN_FOLDER
 from moee.store.result_kinds import PLAN_STATE
 
 log = logging.getLogger("moee")
-STORE_SCHEMA = "moee.plan-store/4"
+STORE_SCHEMA = "moee.plan-store/5"
 IDENTITY, INTERRUPTED, CURE = "identity.json", "an interrupted plan", "finish that one or remove the folder"
 
 

@@ -9,9 +9,9 @@ import statistics
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -27,8 +27,8 @@ from moee.methods.recipe import Recipe, read_recipe_json, recipe_with
 from moee.methods.registry import METHODS, cutting
 from moee.mlps.find import find_ffns
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
+from moee.planning.forms import Latency
 from moee.progress import Reporter
-from moee.schema import Body, checked
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.scratch import temporary_folder
@@ -37,7 +37,6 @@ PLAN_POINT = "a plan's point"  # what a message calls the recipe of one
 ALLOCATIONS = tuple(EXPERT_ALLOCATIONS)
 STATIC = "static"  # the variant that cuts gated MLPs
 TARGETS = (0.8, 0.7, 0.6, 0.5)
-TYPICAL = 0.5  # of an MLP's neurons that a token takes, where forms are compared
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
 
 
@@ -82,36 +81,6 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
     return recipe_with(method, {**given, **attention, **variant.values, **method.allocations[way.allocation]})
 
 
-class LayerForms(Protocol):
-    """A device's own times of the forms of each layer."""
-
-    def predict(self, model: nn.Module, dense_ms: float) -> float:
-        """Milliseconds of a model, of which the dense one takes `dense_ms`."""
-        ...
-
-    def slower(self, share: float, experts: int) -> tuple[list[str], list[str]]:
-        """MLPs that are no faster than dense when their tokens take `share` of the neurons: with so many experts, though faster
-        with one; and in any form. Raises `OutOfReach` where that is every MLP."""
-        ...
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Where and how models are timed: `label` tells one way from another, `of(model)` gives {"kind", "dense_ms", "moee_ms"}.
-    `forms`: what each form of each layer costs there, where that was measured."""
-
-    label: str
-    of: Callable[[nn.Module], dict[str, Any]]
-    forms: LayerForms | None = None
-
-
-class StoredForms(Body):
-    """What an interrupted run stored of `LayerForms.slower`: names of MLPs."""
-
-    one_expert: list[str]
-    exclude: list[str]
-
-
 class Planner:
     """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs.
     `frugal`: latencies are measured of points of enough quality alone."""
@@ -139,23 +108,16 @@ class Planner:
         return replace(recipe, steps=(*recipe.first, recipe.method.within(recipe.cut, target, start, shape)))
 
     def _by_layer(self, way: Way) -> dict[str, Any]:
-        """Options that leave MLPs as they are, or with one expert, where the device takes no less time for more."""
+        """Options that leave MLPs as they are, or with one expert, where the device takes no less time for more, and that spend
+        the budget by its time. Those are for methods that know them."""
         if self.latency is None or self.latency.forms is None:
             return {}
-        clusters = variants()[way.method][1].values.get("clusters", 1)
-        one, none = self._slower(self.latency, int(clusters))
-        excluded = tuple(dict.fromkeys([*self.base.get("exclude", ()), *none]))
-        return {**({"exclude": excluded} if excluded else {}), **({"one_expert": tuple(one)} if one and clusters > 1 else {})}
-
-    def _slower(self, latency: Latency, experts: int) -> tuple[list[str], list[str]]:
-        """What the forms say, kept beside the points: times that are measured again differ, and so would the recipes."""
-        file = self.store / f"{hashlib.sha256(f'forms {latency.label} {experts}'.encode()).hexdigest()[:16]}.json"
-        if not file.is_file():
-            assert latency.forms is not None
-            one, none = latency.forms.slower(TYPICAL, experts)
-            write_json(file, {"one_expert": one, "exclude": none})
-        stored = checked(StoredForms, read_json(file), file)
-        return stored.one_expert, stored.exclude
+        method, variant = variants()[way.method]
+        experts = int(variant.values.get("clusters", 1))
+        values = self.latency.choices(experts, self.store).values(tuple(self.base.get("exclude", ())), experts)
+        if method.allocations[way.allocation].get("allocation") != "model":  # no layer is held against another
+            values.pop("mac_time", None)
+        return values
 
     def _turn_to(self, recipe: Recipe) -> None:
         """Drop what was calibrated after other steps: tokens fill the disk, groups and statistics the memory."""
@@ -222,18 +184,11 @@ class Planner:
             None, recipe.to_json(), kept["accuracy_interval"], way.attention,
         )  # fmt: skip
         if self.latency is not None and not (self.frugal and result.lacks_quality(self.budget)):
-            result = replace(result, latency=self._timed(self.latency, model))
+            result = replace(result, latency=self.latency.timed(model))
         write_json(file, asdict(result))
         if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
             self.best = (result, model, reports)
         return result
-
-    @staticmethod
-    def _timed(latency: Latency, model: nn.Module) -> dict[str, Any]:
-        """What the device says of a model, and what its layers' own times had predicted."""
-        found = latency.of(model)
-        predicted = latency.forms.predict(model, found["dense_ms"]) if latency.forms is not None else None
-        return found if predicted is None else {**found, "predicted_ms": predicted}
 
     @staticmethod
     def _known(point: Point, way: Way, recipe: Recipe, file: Path) -> Point:
@@ -253,7 +208,7 @@ class Planner:
         """The dense model as a point; its latency is the median of what was timed (or modelled) beside the others."""
         known = [p.latency for p in points if p.latency]
         if not known and self.latency is not None and self.budget.target_latency_ms is not None:  # it may meet the budget alone
-            known = [self._timed(self.latency, self.session.dense)]
+            known = [self.latency.timed(self.session.dense)]
         latency = None
         if known:
             middle = statistics.median(k["dense_ms"] for k in known)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from moee.planning.budget import Budget, Point, pareto
-from moee.planning.search import Latency
+from moee.planning.forms import Latency
 
 
 @dataclass(frozen=True)

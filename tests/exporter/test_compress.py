@@ -257,7 +257,7 @@ def test_nothing_faster_ships_the_dense_model(session, quick, tmp_path, monkeypa
 
 def test_a_budget_that_nothing_meets_names_the_nearest(session, quick, tmp_path, monkeypatch):
     fake = {"kind": "measured on CPU", "device": "cpu", "batch": 4, "dense_ms": 2.0, "moee_ms": 1.0, "speedup": 2.0}
-    from moee.planning.search import Latency
+    from moee.planning.forms import Latency
 
     timing = Latency("cpu", lambda model: fake)
     monkeypatch.setattr("exporter.compression.job.target_of", lambda *_, **kwargs: SimpleNamespace(timing=lambda *_: timing))

@@ -11,8 +11,9 @@ from moee.methods.recipe import make_recipe
 from moee.methods.registry import method_of
 from moee.mlps.find import find_ffns
 from moee.planning.budget import Point
+from moee.planning.forms import Latency, LayerChoices
 from moee.planning.found import prediction_error
-from moee.planning.search import Latency, Planner, Way
+from moee.planning.search import Planner, Way
 from tests.conftest import extract
 
 LINE = {0.25: 1.0, 0.5: 2.0, 1.0: 4.0}
@@ -34,11 +35,20 @@ def test_a_layer_is_left_where_its_forms_are_no_faster():
         "late": Forms(2.2, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
         "never": Forms(2.0, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
     }
-    table = FormTable(8, dict.fromkeys(forms, 100), forms, {})
-    assert table.slower(0.5, 8) == (["late"], ["never"])
-    assert table.slower(0.5, 1) == ([], ["never"])
+    table = FormTable(8, dict.fromkeys(forms, 100), dict.fromkeys(forms, 1000.0), forms, {})
+    eight, one = table.choices(0.5, 8), table.choices(0.5, 1)
+    assert (eight.one_expert, eight.exclude) == (["late"], ["never"])
+    assert (one.one_expert, one.exclude, one.mac_times) == ([], ["never"], {}), "all lines rise alike"
+    assert eight.mac_times == {"fast": 1.1, "late": 0.89}, "5 ms a width with experts, 4 with one"
     with pytest.raises(OutOfReach, match="no MLP is faster than dense here with 100%"):
-        FormTable(8, {"never": 100}, {"never": forms["never"]}, {}).slower(1.0, 1)
+        FormTable(8, {"never": 100}, {"never": 1e3}, {"never": forms["never"]}, {}).choices(1.0, 1)
+
+
+def test_a_mac_costs_what_it_takes_in_each_layer():
+    """Two layers of one width: the second has a quarter of the MACs, and takes as long."""
+    forms = Forms(4.0, LINE, {})
+    table = FormTable(8, {"wide": 100, "deep": 100}, {"wide": 4000.0, "deep": 1000.0}, {"wide": forms, "deep": forms}, {})
+    assert table.choices(0.5, 1).mac_times == {"wide": 0.62, "deep": 2.5}
 
 
 def test_the_dense_model_is_predicted_as_itself_and_a_cut_one_by_its_forms(tiny_moee):
@@ -49,7 +59,7 @@ def test_the_dense_model_is_predicted_as_itself_and_a_cut_one_by_its_forms(tiny_
     assert table.mlps[names[0]] is table.mlps[names[1]], "one shape is timed once"
     assert table.predict(copy.deepcopy(dense), 5.0) == 5.0
     forms = {name: Forms(4.0, LINE, {4: {0.25: 10.0, 1.0: 10.0}}) for name in names}
-    known = FormTable(2, table.hidden, forms, {})
+    known = FormTable(2, table.hidden, table.macs, forms, {})
     assert known.predict(model, 20.0) == pytest.approx(20 + 3 * (10 - 4))
 
 
@@ -58,8 +68,9 @@ def test_a_plan_leaves_layers_to_what_the_device_says(tiny_model, tmp_path):
         def predict(self, model, dense_ms):
             return dense_ms
 
-        def slower(self, share, experts):
-            return (["blocks.1.mlp"] if experts > 1 else []), ["blocks.0.mlp"]
+        def choices(self, share, experts):
+            one = ["blocks.1.mlp"] if experts > 1 else []
+            return LayerChoices(one_expert=one, exclude=["blocks.0.mlp"], mac_times={"blocks.1.mlp": 2.0})
 
     planner = Planner.__new__(Planner)
     planner.store = tmp_path
@@ -68,6 +79,7 @@ def test_a_plan_leaves_layers_to_what_the_device_says(tiny_model, tmp_path):
         "exclude": ("blocks.2", "blocks.0.mlp"), "one_expert": ("blocks.1.mlp",)
     }  # fmt: skip
     assert planner._by_layer(Way("static", "share")) == {"exclude": ("blocks.2", "blocks.0.mlp")}
+    assert planner._by_layer(Way("static", "sensitivity"))["mac_time"] == ("blocks.1.mlp=2",)
     planner.latency = Latency("x", lambda model: {})
     assert planner._by_layer(Way("kmeans-8", "share")) == {}
 
@@ -79,7 +91,10 @@ def test_one_expert_is_static_pruning_of_that_layer(tiny_model, tiny_moee):
     reports = extract(model, data, options)
     assert [report.experts for report in reports] == [4, 1, 4]
     wrong = options.model_copy(update={"one_expert": ("blocks.9.mlp",)})
-    with pytest.raises(UserError, match="--one-expert blocks.9.mlp is no MLP that gets experts; those are blocks.0.mlp"):
+    with pytest.raises(UserError, match="--one-expert blocks.9.mlp is no MLP that is cut; those are blocks.0.mlp"):
+        method_of(wrong).check(dense, image_shape(data.images), wrong)
+    wrong = make_recipe("static", None, {"criterion": "sensitivity", "allocation": "model", "mac_time": ("blocks.9.mlp=2",)}).cut
+    with pytest.raises(UserError, match="--mac-time blocks.9.mlp is no MLP that is cut; those are blocks.0.mlp"):
         method_of(wrong).check(dense, image_shape(data.images), wrong)
 
 

@@ -18,8 +18,8 @@ from moee.errors import MissingDependency, StepFailed, UserError
 from moee.models.model import ModelSpec
 from moee.planning.budget import Budget, Point, StoredLatency
 from moee.planning.emitted import Sending, Sent
+from moee.planning.forms import Latency
 from moee.planning.plan import make_plan
-from moee.planning.search import Latency
 from moee.planning.shortlist import Candidate, Shortlist
 from moee.progress import silent
 from moee.stages.session import Session

@@ -1,6 +1,7 @@
 """One threshold over all layers and experts, and the sensitivity that it is set on."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -60,6 +61,26 @@ def test_budget_is_met_and_no_dropped_neuron_is_worth_more_than_a_kept_one(seed,
             kept += row[mask & (row < row.max())].tolist()
             dropped += row[~mask].tolist()
     assert not kept or not dropped or min(kept) >= max(dropped)
+
+
+def test_a_layer_whose_macs_take_longer_keeps_fewer():
+    one = Candidate(torch.rand(1, 40, dtype=torch.float64), torch.ones(1, dtype=torch.float64), 10, 16, 0)
+    dear = replace(one, mac_time=3.0)
+    assert len(allocate({"a": one, "b": one}, macs=40 * 160.0).kept["b"][0]) == 20
+    kept = allocate({"a": one, "b": dear}, macs=40 * 160.0).kept
+    assert len(kept["a"][0]) + len(kept["b"][0]) == 40 and len(kept["b"][0]) < 15
+    least = one.error[0][kept["b"][0]].min()
+    assert least / 3 >= one.error[0].sort(descending=True).values[len(kept["a"][0])], "a unit of time costs as much in both"
+
+
+def test_times_of_macs_are_names_with_factors_and_hold_layers_against_each_other():
+    options = method_options(**MODEL, mac_time=("blocks.0.mlp=2", "a=b=0.5"))
+    assert options.mac_times() == {"blocks.0.mlp": 2.0, "a=b": 0.5}
+    for wrong in ("blocks.0.mlp", "=2", "a=0", "a=-1", "a=nan", "a=x"):
+        with pytest.raises(UserError, match="--mac-time is an MLP and a positive factor"):
+            method_options(**MODEL, mac_time=(wrong,))
+    with pytest.raises(UserError, match="use it with --allocation model"):
+        method_options(mac_time=("a=2",))
 
 
 def test_keep_is_the_share_of_the_error_of_all_layers_together():

@@ -10,8 +10,8 @@ from moee.errors import UserError
 from moee.methods import convert
 from moee.models.model import ModelSpec
 from moee.planning.budget import Budget, Point, choose, margins, pareto, standing
+from moee.planning.forms import Latency
 from moee.planning.plan import PLAN, STORE_SCHEMA, make_plan, read_plan
-from moee.planning.search import Latency
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images
@@ -179,8 +179,8 @@ def test_interrupted_plan_goes_on(session, tmp_path, monkeypatch):
 def test_interrupted_plan_of_other_options_is_refused(session, tmp_path):
     (tmp_path / "plan.resume").mkdir()
     model = {"name": session.spec.name, **session.spec.identity()}
-    former = {"schema": "moee.plan-store/4", "model": model, "base": {"seed": 7}, "data": "other"}
-    cases = {"4": "base.cluster_tokens None, now 300", "2": "not an interrupted plan of this version"}
+    former = {"schema": "moee.plan-store/5", "model": model, "base": {"seed": 7}, "data": "other"}
+    cases = {"5": "base.cluster_tokens None, now 300", "2": "not an interrupted plan of this version"}
     for version, said in cases.items():
         schema = f"moee.plan-store/{version}"
         (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps({**former, "schema": schema}))

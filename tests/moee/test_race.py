@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from moee.planning.budget import Budget, Point
+from moee.planning.forms import Latency, LayerChoices
 from moee.planning.race import FIRST, Racer, may_cost_more, race
-from moee.planning.search import Latency, Planner, Way
+from moee.planning.search import Way
 
 GOOD, POOR, LATE = Way("static", "sensitivity"), Way("kmeans-8", "sensitivity"), Way("hdbscan", "sensitivity")
 
@@ -79,11 +80,9 @@ def test_a_point_of_no_number_is_missed_quality():
 def test_what_the_forms_said_is_kept_for_the_run_that_goes_on(tmp_path):
     """Times that are measured again differ; a resumed plan must come to the same recipes and find its points."""
 
-    def slower_of(answer):
-        forms = SimpleNamespace(slower=lambda share, experts: answer)
-        ours = Planner.__new__(Planner)
-        ours.store = tmp_path
-        return ours._slower(Latency("cpu", lambda model: {}, forms), 8)
+    def choices_of(answer):
+        forms = SimpleNamespace(choices=lambda share, experts: LayerChoices(one_expert=answer, exclude=[], mac_times={"b": 1.5}))
+        return Latency("cpu", lambda model: {}, forms).choices(8, tmp_path)
 
-    assert slower_of((["a"], [])) == (["a"], [])
-    assert slower_of(([], ["a"])) == (["a"], [])
+    assert choices_of(["a"]).one_expert == ["a"] and choices_of([]).one_expert == ["a"]
+    assert choices_of([]).mac_times == {"b": 1.5}

@@ -2,7 +2,8 @@
 
 A neuron that expert e of a layer keeps costs 2 D MACs (3 D in a gated MLP) on each of the expert's tokens and removes its own
 part of the error there. Errors of different neurons are taken to add up, so the best choice under a budget keeps every (layer,
-expert, neuron) whose error a MAC exceeds one threshold: a sort.
+expert, neuron) whose error a MAC exceeds one threshold: a sort. Where a MAC takes longer in some layers than in others, it is
+the error a unit of time; the budget then is one of MACs still, and the choice the best for the time that these take.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Candidate:
     """A layer to allocate neurons in: error a token `error` [K, H] of dropping each neuron, `share` [K] of the tokens that
-    each expert gets, `tokens` an image; MACs a token of one neuron (`neuron_macs`) and of the routing (`routing_macs`)."""
+    each expert gets, `tokens` an image; MACs a token of one neuron (`neuron_macs`) and of the routing (`routing_macs`);
+    `mac_time`: how long a MAC takes, in any unit that all layers share."""
 
     error: Tensor
     share: Tensor
     tokens: int
     neuron_macs: int
     routing_macs: int
+    mac_time: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,14 @@ class Allocation:
 
 
 def allocate(candidates: Mapping[str, Candidate], macs: float | None = None, keep: float | None = None) -> Allocation:
-    """Keep the neurons with the highest error a MAC until the layers cost `macs` an image, or until they hold the share
+    """Keep the neurons with the highest error a unit of time until the layers cost `macs` an image, or until they hold the share
     `keep` of the total error. Every expert keeps at least its best neuron. Ties go to the earlier layer, expert, neuron.
     """
     names = list(candidates)
     ratios, costs, errors = [], [], []
     for c in candidates.values():
         tokens = (c.share * c.tokens)[:, None].expand_as(c.error)
-        ratio = c.error / c.neuron_macs
+        ratio = c.error / (c.neuron_macs * c.mac_time)
         best = c.error.argmax(1)
         ratio = ratio.scatter(1, best[:, None], torch.inf)
         ratios.append(ratio.flatten())

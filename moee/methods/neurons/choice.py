@@ -39,8 +39,11 @@ def choose_neurons(
         assert budget is not None
         kept = _share_for(budget, routed, error, tokens, config)
     else:
+        times = config.mac_times()
         candidates = {
-            n: Candidate(error[n], r.share, tokens[n], r.ffn.neuron_macs, r.ffn.routing_macs(len(error[n])))
+            n: Candidate(
+                error[n], r.share, tokens[n], r.ffn.neuron_macs, r.ffn.routing_macs(len(error[n])), times.get(n, 1.0)
+            )
             for n, r in routed.items()
         }
         kept = allocate(candidates, budget, config.keep).kept
