@@ -114,16 +114,16 @@ def make_recipe(method: str | None = None, preset: str | None = None, values: Ma
     fit."""
     given = {name: value for name, value in (values or {}).items() if value is not None}
     chosen, start = _chosen(method, preset)
-    void = {name for option in given for name in chosen.replaced.get(option, ())}
-    start = {name: value for name, value in start.items() if name not in void}
     if given.get("clustering") == "none":  # an older way to ask for static pruning
         del given["clustering"]
         static = method_named("static")
         if chosen is METHODS[0]:
-            chosen, start = static, start if preset else {}
             start = {name: value for name, value in start.items() if name in static.options.model_fields}
+            chosen, start = static, start if preset else _chosen(static.name, None)[1]
         elif chosen is not static:
             raise OptionError(f"--clustering is not for method {chosen.name}; leave it out", "clustering")
+    void = {name for option in given for name in chosen.replaced.get(option, ())}
+    start = {name: value for name, value in start.items() if name not in void}
     return recipe_with(chosen, given, start)
 
 

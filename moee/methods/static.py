@@ -24,7 +24,8 @@ class StaticOptions(NeuronOptions):
 class StaticMethod(NeuronMethod):
     name, options, gated = "static", StaticOptions, True
     summary = "the same neurons for every token: plain pruning, which needs no plugin and takes gated MLPs too"
-    presets: ClassVar = {"static": {}}
+    presets: ClassVar = {"static": {"target_macs": 0.7, "mlp_floor": 0.5}}
+    replaced: ClassVar = {"keep": ("target_macs", "mlp_floor"), "target_macs": ("mlp_floor",)}
     variants: ClassVar = {"static": Variant({})}
 
     rows = {"static pruning": Row({})}  # type: ignore[assignment]

@@ -127,7 +127,7 @@ def test_no_file_at_all(tmp_path):
 
 def test_a_step_that_changes_nothing_is_left_out(tmp_path):
     whole = HEADS.replace("0.8", "1") + '[[step]]\nmethod = "static"\n'
-    assert read_recipe(written(tmp_path, whole)) == make_recipe("static")
+    assert read_recipe(written(tmp_path, whole)) == make_recipe("static", values={"keep": 0.95})
 
 
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
@@ -154,6 +154,9 @@ def test_no_device_is_read(tmp_path):
 def test_older_names_mean_what_they_say():
     assert make_recipe("moee") == make_recipe("experts") == make_recipe(preset="deploy") == make_recipe()
     assert make_recipe("static") == make_recipe(preset="static") == make_recipe(values={"clustering": "none"})
+    assert (make_recipe("static").cut.target_macs, make_recipe("static").cut.mlp_floor) == (0.7, 0.5)
+    assert make_recipe("static", values={"keep": 0.9}).cut.target_macs is None
+    assert make_recipe(values={"clustering": "none", "target_macs": 0.6}).cut.mlp_floor is None
     assert make_recipe(values={"clusters": 8}).cut.clustering == "kmeans"
     paper = make_recipe(preset="paper", values={"clustering": "none"}).cut
     assert isinstance(paper, StaticOptions) and paper.criterion == "variance" and paper.keep == 0.8
@@ -192,7 +195,7 @@ def test_steps_in_another_order_cannot_be_made():
         ({"method": "moee", "clustering": "hdbscan", "keep": 0.9, "experts": None, "top_k": 1, "seed": 2},
          make_recipe(preset="compensated", values={"keep": 0.9, "seed": 2})),
         ({"clustering": "none", "statistics": "routed", "attention_macs": 0.8, "attention_heads": "equal", "seed": 1},
-         make_recipe("static", values={"attention_macs": 0.8, "attention_heads": "equal", "seed": 1})),
+         make_recipe("static", values={"attention_macs": 0.8, "attention_heads": "equal", "seed": 1, "keep": 0.95})),
         ({"method": "moefication", "experts": 8, "top_k": 2, "compensation": "mean", "keep": 0.95, "attention_macs": 1.0},
          make_recipe("moefication", values={"experts": 8, "top_k": 2})),
         ({"method": "clear-moe", "refit": False, "energy": 0.9, "attention_macs": None},
