@@ -76,7 +76,9 @@ class FinetuneConfig(Options):
     )
     warmup: float = Field(0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from zero")
     train_router: bool = Field(False, description="train the routers too")
-    validation: float = Field(0.1, gt=0, lt=1, description="share of the training images that chooses the best epoch")
+    validation: float = Field(
+        0.1, gt=0, lt=1, description="share of the training images that chooses the best epoch; extraction fits none of a tenth"
+    )
     accumulate: int = Field(
         1, ge=1, le=MOST_BATCH, description="parts that a batch is computed in, one after another: less memory, the same gradient"
     )

@@ -18,6 +18,7 @@ from moee.calibrate.refit import refit
 from moee.calibrate.sensitivity import RoutedStats, measure_sensitivity
 from moee.data.image_set import refuse_all_skipped
 from moee.data.transform import model_transform
+from moee.data.validation import fitted_part
 from moee.data.views import widened
 from moee.errors import NothingRouted, StepFailed
 from moee.layers.report import LayerReport
@@ -172,7 +173,7 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
     for name, layer in layers.items():
         put_mlp(model, name, layer, parts[name])
     if options.compensation == "refit":
-        seen = widened(data, model_transform(model), options.augment, options.collages, options.seed)
+        seen = widened(fitted_part(data), model_transform(model), options.augment, options.collages, options.seed)
         ffns = {f.name: f for f in prepared.ffns}
         device = context.group.device
         done = refit(

@@ -24,6 +24,7 @@ from moee.config import FinetuneConfig
 from moee.data.collage import Collages
 from moee.data.image_set import ImageSet
 from moee.data.transform import model_transform
+from moee.data.validation import other_images, validation_images
 from moee.data.views import Joined, Views
 from moee.errors import UserError
 from moee.interface.adapted import can_checkpoint, has_feature_map, title_of_model
@@ -62,9 +63,7 @@ def finetune(
             raise UserError(f"--distil tokens needs a model with one feature map; {title_of_model(model)} has none, use output")
     config = affordable(config, group)
     count, given = len(data), data
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed))
-    held_out = order[: max(1, round(count * config.validation))].sort().values
-    train = order[len(held_out) :].sort().values
+    held_out, train = validation_images(count, config.validation), other_images(count, config.validation)
     made: ImageSet | None = None
     if config.augment or config.collages:
         transform = model_transform(dense)

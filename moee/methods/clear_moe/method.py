@@ -25,12 +25,13 @@ class ClearMethod(Method[ClearOptions]):
 
     def convert(self, model: nn.Module, options: ClearOptions, context: Context) -> Sequence[LayerReport]:
         """Rank 0 works alone: layers are built front to back on 200 images, so there is little to share."""
+        from moee.data.validation import fitted_part
         from moee.methods.clear_moe.convert import convert
         from moee.methods.exchange import share_layers
 
         layers: Sequence[LayerReport] = ()
         with context.group.agreed():
             if context.group.leader:
-                layers = convert(model, context.data, options, context.report, context.group.device)
+                layers = convert(model, fitted_part(context.data), options, context.report, context.group.device)
         share_layers(model, context.group)
         return layers

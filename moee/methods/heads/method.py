@@ -64,6 +64,7 @@ class HeadsMethod(Method[HeadsOptions]):
     def convert(self, model: nn.Module, options: HeadsOptions, context: Context) -> Sequence[LayerReport]:
         """What was measured of a model's widths serves every share: it is left in the context."""
         from moee.data.transform import model_transform
+        from moee.data.validation import fitted_part
         from moee.data.views import widened
         from moee.methods.exchange import share_attention
         from moee.methods.heads.narrowing import narrow, width_losses
@@ -73,7 +74,7 @@ class HeadsMethod(Method[HeadsOptions]):
         if share == 1:
             return []
         equal, transform, device = options.attention_heads == "equal", model_transform(model), context.group.device
-        seen = widened(context.data, transform, 0, options.collages, options.seed)
+        seen = widened(fitted_part(context.data), transform, 0, options.collages, options.seed)
         trials = {"probes": options.attention_probes, "tokens": options.attention_tokens}
         key = ("widths", equal, options.collages, options.seed, *trials.values())
         with context.group.agreed():
