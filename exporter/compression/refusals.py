@@ -22,7 +22,7 @@ def refuse_early(session: Session, request: Request, budget: Budget, say: Callab
     """
     make_preprocessing(session.transform, session.spec.timm_name)
     if budget.max_drop is not None:
-        refuse_incomparable(session.early_comparison())
+        refuse_incomparable(session.early_comparison(), budget.max_drop)
     heads, why = possible_heads(session, request.heads)
     if why:
         say(f"the attention stays as it is: {why}")
@@ -30,5 +30,5 @@ def refuse_early(session: Session, request: Request, budget: Budget, say: Callab
     for way in ways(methods, ALLOCATION, heads):
         session.prove(recipe_of(way, BASE))
     if budget.max_drop is not None:
-        refuse_incomparable(session.comparison(session.probe()))
+        refuse_incomparable(session.comparison(session.probe()), budget.max_drop)
     return methods, heads

@@ -10,7 +10,7 @@ from exporter.front.points import read_front
 from moee.errors import UserError
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
-from moee.store.artifact import read_manifest, write_json
+from moee.store.artifact import read_manifest, write_manifest
 from moee.store.atomic import write_text
 from moee.store.result_kinds import FRONT, PLAN
 
@@ -31,5 +31,5 @@ def write_front(plan: Path | str, out: Path | str, *, force: bool = False) -> li
     with output.write() as folder:
         chosen = front.chosen.name if front.chosen else "nothing"
         write_text(folder / "front.svg", sheet(front, f"{front.model} on {front.data}; chosen: {chosen}") + "\n")
-        write_json(folder / FRONT.manifest, {"schema": f"{FRONT.schema}/1", **asdict(front)})
+        write_manifest(folder, FRONT.manifest, f"{FRONT.schema}/1", asdict(front))
         return sorted(path.name for path in folder.iterdir())

@@ -19,7 +19,7 @@ from moee.data.image_set import ImageSet
 from moee.data.transform import model_transform
 from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
-from moee.store.artifact import write_json
+from moee.store.artifact import write_json, write_manifest
 from moee.store.result_kinds import PLOTS
 
 __all__ = ["draw", "plot_data", "write_examples", "write_plots"]
@@ -52,8 +52,11 @@ def write_plots(
             "patches": draw.patches(numbers["patches"], held_out, model_transform(moee.model)),
         }
         for position, (name, figure) in enumerate(figures.items(), 1):
-            write_json(folder / f"{name}.json", {**numbers[name], **made_from})
+            if name != "routing":  # the manifest, which holds the hashes of the others
+                write_json(folder / f"{name}.json", {**numbers[name], **made_from})
             save_svg(figure, folder / f"{name}.svg")
             report("draw", position, len(figures))
         write_json(folder / "examples.json", {**make_examples(moee, dense, held_out, trace, report), **made_from})
+        body = {**numbers["routing"], **made_from}
+        write_manifest(folder, PLOTS.manifest, body.pop("schema"), body)
         return sorted(path.name for path in folder.iterdir())

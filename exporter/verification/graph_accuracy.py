@@ -92,9 +92,10 @@ class GraphAccuracy:
                 self.report(message, done, total)
         return {key: torch.cat(part) for key, part in answers.items() if part}
 
-    def judge(self, dense: dict[str, Tensor]) -> list[str]:
-        """Why the dense graph's answers allow no comparison, and what is wrong with that graph, the same on every rank; each is
-        empty for nothing. Extraction takes no model whose outputs are not finite, so such a graph is not what the model is."""
+    def judge(self, dense: dict[str, Tensor], max_drop_pp: float | None) -> list[str]:
+        """Why the dense graph's answers allow no comparison, what is wrong with that graph, and why the limit would fail no
+        model, the same on every rank; each is empty for nothing. Extraction takes no model whose outputs are not finite, so such
+        a graph is not what the model is."""
         verdict = None
         with self.group.agreed():
             if self.group.leader:
@@ -106,7 +107,8 @@ class GraphAccuracy:
                 reason = compared.reason
                 silent = int((top1(dense["logits"]) == NO_ANSWER).sum())
                 failure = f"its outputs are NaN or infinite on {silent} of {len(dense['logits'])} images; export again"
-                verdict = [reason, f"the graph of the dense model is broken: {failure}" if silent else ""]
+                idle = "" if max_drop_pp is None else compared.idle(max_drop_pp)
+                verdict = [reason, f"the graph of the dense model is broken: {failure}" if silent else "", idle]
         return self.group.broadcast(Parcel(verdict) if self.group.leader else None).body
 
     def compare(self, dense: dict[str, Tensor], ours: dict[str, Tensor], max_drop_pp: float | None) -> AccuracyResult | None:

@@ -70,10 +70,12 @@ def verify_ranks(
     dense, failure = None, ""
     if not reason:
         dense = check.outputs("dense")
-        reason, failure = check.judge(dense)
-    if not failure:
+        reason, failure, idle = check.judge(dense, max_drop_pp)
         with group.agreed():  # before minutes of parity
-            _refuse_unchecked(reason, max_drop_pp)
+            if not failure:
+                _refuse_unchecked(reason, max_drop_pp)
+            if idle:
+                raise UserError(f"--max-drop {max_drop_pp:g} limits nothing: {idle}")
     parity = None
     with group.agreed():
         if group.leader:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a report reads intervals, and importing torch takes seconds
 Z = 1.959963984540054  # 95 %, two-sided
 RESAMPLES = 2000
 CHANCE_P = 0.01  # of as many hits or more by the best constant answer: below it the dense model is better than that
+LIMIT_ROUNDING = 1e-6  # percentage points: accuracies are quotients of counts
 MAX_NAME = 200  # characters of a data set's name in a reason
 FEATURES = "extract with --num-classes 0, and features are compared, and a probe on them"
 OTHER_CLASSES = f"{FEATURES}, or give images of the model's classes"
@@ -92,7 +93,8 @@ class Comparison:
     """Whether accuracy on some images can be compared with the dense model's; `reason` says why not, and is empty if it can;
     `cure` what to do, where something can be done.
 
-    `labelled` of the `images` have a label, and only they count. `dense`: its accuracy on them, None before it has run.
+    `labelled` of the `images` have a label, and only they count. `dense`: its accuracy on them, None before it has run. `guess`:
+    that of the best constant answer.
     """
 
     images: int
@@ -100,6 +102,7 @@ class Comparison:
     reason: str
     dense: Proportion | None = None
     cure: str = ""
+    guess: float = 0.0
 
     def __bool__(self) -> bool:
         return not self.reason
@@ -112,6 +115,17 @@ class Comparison:
     @property
     def counted(self) -> str:
         return counted(self.labelled, self.images)
+
+    def idle(self, max_drop_pp: float) -> str:
+        """Why a limit of `max_drop_pp` percentage points would fail no model, not even one that knows nothing; empty if it could,
+        or before the dense model has run."""
+        if self.dense is None or max_drop_pp < 100 * (self.dense.value - self.guess) - LIMIT_ROUNDING:
+            return ""
+        return (
+            f"the dense model is right on {self.dense.value:.2%} of {self.counted}, and one class for all is right on "
+            f"{self.guess:.2%}, so that a model which knows nothing would pass; give less than "
+            f"{100 * (self.dense.value - self.guess):.4g}"
+        )
 
 
 def counted(labelled: int, images: int, probe: bool = False) -> str:
@@ -165,7 +179,7 @@ def comparison(
             f"most frequent class alone is right on {guess:.1%} (p {chance:.2g}, below {CHANCE_P} expected); the labels may be "
             "of other classes than the model's"
         )
-    return Comparison(len(given), len(known), reason, wilson(hits, len(known)))
+    return Comparison(len(given), len(known), reason, wilson(hits, len(known)), guess=guess)
 
 
 def _chance(hits: int, count: int, rate: float) -> float:

@@ -20,6 +20,7 @@ from moee.mlps.gated import ONLY_STATIC
 from moee.mlps.proof import ELSEWHERE, SUMMARY, Call, Run, prove, prove_alone, random_images
 from moee.mlps.scales import following_scales
 from moee.mlps.sites import inseparable, mlp_module
+from moee.mlps.strain import strained
 from moee.mlps.structure import SHARED, Dense, candidates
 from moee.models.ffn import FFN
 from moee.models.model import Shape
@@ -68,9 +69,12 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     dense |= {name: Dense(call.obstacle, plain[name].hidden) for name, call in calls.items() if call.obstacle}
     split = [ffn for name, ffn in plain.items() if ffn.bypassed and name not in dense]
     dense |= {name: Dense(why, plain[name].hidden) for name, why in inseparable(model, split, run.images, run.output).items()}
+    if run.images is not None and not run.images.is_meta:
+        left = {name: ffn for name, ffn in plain.items() if name not in dense}
+        dense |= {name: Dense(why, plain[name].hidden) for name, why in strained(model, left, run.images).items()}
     if not gated:
-        left = [ffn for name, ffn in plain.items() if ffn.only_static and name not in dense]
-        dense |= {ffn.name: Dense(ONLY_STATIC, ffn.hidden) for ffn in left}
+        others = [ffn for name, ffn in plain.items() if ffn.only_static and name not in dense]
+        dense |= {ffn.name: Dense(ONLY_STATIC, ffn.hidden) for ffn in others}
     ffns, unscaled = _scaled(model, [ffn for name, ffn in plain.items() if name not in dense], shape)
     if not ffns:
         reasons = {name: part.reason for name, part in dense.items()}

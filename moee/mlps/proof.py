@@ -21,6 +21,7 @@ from moee.schema import reason_of
 IMAGES = 3  # of the proof's batch: one image, another, and the first again
 PROOF_TOKENS = 1024  # of an MLP's input, evenly spaced, that are held against the formula
 ROUNDING = 2  # units in the last place of the summands' absolute sum: float32 came to 0.08 at 384 x 1,536, less beyond
+STRAIN = 256.0  # times what images give: a power of two, so that scaling rounds nothing; what bends or clips beyond them shows
 UNALIKE = 1e-2  # of the difference between two images' tokens: what one image's may differ by from place to place in a batch
 
 
@@ -159,6 +160,11 @@ def disagreement(ffn: FFN, x: Tensor, output: Tensor, other: Tensor | None = Non
     return worst if worst == worst else float("inf")
 
 
+def strained_obstacle(ffn: FFN) -> str:
+    """What speaks against an MLP that is another function on inputs `STRAIN` times as large."""
+    return f"computes something else than {ffn.formula} on inputs {STRAIN:g} times as large, such as a clamp makes of it"
+
+
 def prove_alone(module: nn.Module, ffn: FFN) -> tuple[str, int]:
     """The proof for a module without memory, on random weights and tokens: what speaks against it, and which reading it is."""
     own = copy.deepcopy(module).to_empty(device="cpu").eval()
@@ -170,10 +176,12 @@ def prove_alone(module: nn.Module, ffn: FFN) -> tuple[str, int]:
     shape = (2, ffn.dim, 2, 2) if ffn.channels_first else (2, 5, ffn.dim)
     x = torch.randn(shape, generator=generator)
     try:
-        output = own(x)
+        output, strained = own(x), own(x * STRAIN)
     except MemoryError:
         raise
     except Exception as error:  # any code may stand behind a module
         return f"does not run on tokens: {reason_of(error)}", 0
     call = judge(read, (x,), {}, output, len(x))
+    if not call.obstacle and not disagreement(read.readings()[call.reading], x * STRAIN, strained) <= 1:
+        return strained_obstacle(read), call.reading
     return call.obstacle, call.reading

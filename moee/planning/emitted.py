@@ -122,7 +122,7 @@ def go_on(
         compare_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE)
         planner = planner_of(session, budget, kept.base, store, report=report)
         found = Found(planner, points, session.comparison(planner.probe))
-        if budget.max_drop is not None and not found.compared:
-            refuse_incomparable(found.compared)
+        if budget.max_drop is not None:
+            refuse_incomparable(found.compared, budget.max_drop)
         chosen = found.taken([points[place] for place in kept.chosen])
         return found.conclude(output, store, chosen=chosen, timed=timed, report=report)

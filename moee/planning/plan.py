@@ -104,7 +104,7 @@ def search(
     base, methods = base or {}, usual() if methods is None else methods
     check_ways(methods, allocations, attention, base)
     if budget.max_drop is not None:
-        refuse_incomparable(session.early_comparison())  # what is known before anything has run
+        refuse_incomparable(session.early_comparison(), budget.max_drop)  # what is known before anything has run
     session.warn_early()
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
@@ -117,10 +117,13 @@ def search(
     planner = planner_of(session, slack or budget, base, store, latency, report=report)
     planner.frugal = over is not None
     compared = session.comparison(planner.probe)
-    if budget.max_drop is not None and not compared:
-        if fresh:
-            store.remove()
-        refuse_incomparable(compared)
+    if budget.max_drop is not None:
+        try:
+            refuse_incomparable(compared, budget.max_drop)
+        except UserError:
+            if fresh:
+                store.remove()
+            raise
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
     left_out = 0
@@ -179,10 +182,12 @@ def applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
     return (STATIC,)
 
 
-def refuse_incomparable(compared: Comparison) -> None:
-    """Raise `UserError` where a limit of accuracy cannot be checked."""
+def refuse_incomparable(compared: Comparison, max_drop: float) -> None:
+    """Raise `UserError` where a limit of accuracy, in percentage points, cannot be checked, or could not fail."""
     if not compared:
         raise UserError(f"--max-drop cannot be checked: {compared.advised}; use --min-cosine")
+    if idle := compared.idle(max_drop):
+        raise UserError(f"--max-drop {max_drop:g} limits nothing: {idle}")
 
 
 def planned_on(path: Path | str) -> str:

@@ -194,6 +194,12 @@ def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
     assert ran.returncode == 1 and ran.stderr == "SHA256SUMS is missing or was changed; copy the bundle again\n"
 
 
+def test_a_budget_that_any_model_would_keep_is_refused_before_anything_is_written(session, tmp_path):
+    with pytest.raises(UserError, match=r"--max-drop 90 limits nothing: .* one class for all is right on 10.00%"):
+        Job(session, StagedFolder(tmp_path / "out"), Request(Budget(max_drop=90), time_s=None, **FAST)).run()
+    assert not (tmp_path / "out" / "plan").exists() and not (tmp_path / "out" / "compress.json").exists()
+
+
 @pytest.mark.parametrize("levels", [np.uint16, np.int32])
 def test_the_bundles_script_scales_16_bit_grey_as_the_model_was_measured(levels, session, tmp_path):
     grey = np.arange(4000).reshape(50, 80).astype(levels) * 16

@@ -138,6 +138,11 @@ def test_the_command_writes_the_picture(plan, tmp_path, capsys):
     assert json.loads((out / "front.json").read_text())["candidates"][0]["timing"]["ms"] == 5.0
     assert cli.main(["plots", str(plan), "--out", str(out)]) == 2 and "--force" in capsys.readouterr().err
     assert cli.main(["plots", str(plan), "--out", str(out), "--force"]) == 0
+    (tmp_path / "retouched").mkdir()
+    for file in out.iterdir():
+        (tmp_path / "retouched" / file.name).write_text(file.read_text() + " " * (file.suffix == ".svg"))
+    assert cli.main(["plots", str(plan), "--out", str(tmp_path / "retouched"), "--force"]) == 2
+    assert "its front.svg is not the file that moee wrote" in capsys.readouterr().err
     page = Page(render(collect([write_run(tmp_path / "run"), out])))
     assert not [a for t, a in page.tags if t == "img" and a["alt"] == "front"], "the page draws it itself"
 

@@ -162,4 +162,4 @@ def test_a_random_head_has_no_accuracy_that_a_gate_could_be_held_against(tiny_ex
         check = GraphAccuracy(tiny_export.folder(), model, tiny_export.data, None, "cpu", None, silent, SOLO)
         answers = check.outputs("dense")
         assert ("--random-weights drew" in check.early().reason) == refused
-        assert bool(check.judge(answers)[0]) == refused
+        assert bool(check.judge(answers, None)[0]) == refused

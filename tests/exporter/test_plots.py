@@ -152,6 +152,12 @@ def test_command_writes_everything_and_refuses_what_exists(artifact, tmp_path, c
     assert cli.main(argv) == 2 and "exists" in capsys.readouterr().err
     with pytest.raises(ValueError, match="exists"):
         write_plots(moee, data, data, tmp_path / "plots")
+    assert cli.main([*argv, "--force"]) == 0
+    capsys.readouterr()
+    (tmp_path / "plots" / "curves.svg").write_text("<svg>retouched</svg>")
+    assert cli.main([*argv, "--force"]) == 2
+    assert "its curves.svg is not the file that moee wrote" in capsys.readouterr().err
+    assert (tmp_path / "plots" / "curves.svg").read_text() == "<svg>retouched</svg>"
 
 
 def test_ablation_command(tmp_path, capsys, monkeypatch):

@@ -74,7 +74,7 @@ def test_extract_and_verify_under_torchrun_give_what_one_process_gives(weights, 
     pictures = folder_of(tiny_export, tmp_path / "pictures")
 
     def verification(name):
-        out = ["--out", str(tmp_path / name), "--threads", "1", "--images", "40", "--max-shapes", "8", "--max-drop", "100"]
+        out = ["--out", str(tmp_path / name), "--threads", "1", "--images", "40", "--max-shapes", "8", "--max-drop", "50"]
         out += ["--data", str(pictures)]
         return ["verify", str(tiny_export.folder()), "--model", str(tiny_export.root / "model"), *out]
 

@@ -250,6 +250,13 @@ class ReadsHidden(Block):
         return self.fc2(hidden) + hidden.mean(-1, keepdim=True)
 
 
+class ClampsHidden(Block):
+    """No image of the proof comes near the limit."""
+
+    def mlp(self, x):
+        return self.fc2(self.gelu(self.fc1(x)).clamp(max=100))
+
+
 class ComputedWeights(Block):
     """As the older `nn.utils.weight_norm` does it."""
 
@@ -297,6 +304,7 @@ TRAPS = {
     "a weight is read": (ReadsWeight, "something else in the model uses its parts: .*weight", None),
     "the width is read": (ReadsWidth, "something else in the model uses its parts: .*in_features", None),
     "the hidden layer is read": (ReadsHidden, "something else in the model reads its hidden layer", ""),
+    "the hidden layer is clamped": (ClampsHidden, "on inputs 256 times as large, such as a clamp", ""),
     "weight norm": (Parametrized, "", None),
     "a computed weight": (ComputedWeights, "computes its weights from others", None),
     "gated": (Gated, "gated|three linear maps", None),

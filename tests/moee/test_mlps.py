@@ -42,6 +42,20 @@ class Shortcut(Plain):
         return x + super().forward(x)
 
 
+class Clamped(Plain):
+    """No image of the proof comes near the limit."""
+
+    def forward(self, x):
+        return self.narrow(self.bend(self.widen(x).clamp(-100, 100)))
+
+
+class FailsOnLarge(Plain):
+    def forward(self, x):
+        if x.abs().max() > 100:
+            raise ValueError("too large")
+        return super().forward(x)
+
+
 class ShiftedTokens(Plain):
     def forward(self, x):
         return super().forward(x.roll(1, -2))
@@ -115,6 +129,8 @@ def with_mlp(mlp, at=1):
         (ScaledInside, "blocks.1.mlp", "computes something else"),
         (Shortcut, "blocks.1.mlp", "computes something else"),
         (ShiftedTokens, "blocks.1.mlp", "computes something else"),
+        (Clamped, "blocks.1.mlp", "on inputs 256 times as large, such as a clamp"),
+        (FailsOnLarge, "blocks.1.mlp", "does not run on inputs 256 times as large: too large"),
         (MaskedMaps, "blocks.1.mlp", "`widen` is Masked, no plain linear map"),
         (lambda: Plain(act=nn.Mish()), "blocks.1.mlp", "uses Mish; known are gelu"),
         (lambda: Plain(act=nn.PReLU()), "blocks.1.mlp", "holds `bend` (PReLU)"),
@@ -129,6 +145,13 @@ def test_what_is_no_mlp_stays_dense_with_the_reason(mlp, name, reason):
     assert [ffn.name for ffn in found.ffns] == ["blocks.0.mlp", "blocks.2.mlp"]
     assert list(found.dense) == [name] and reason in found.dense[name].reason
     assert found.dense[name].hidden == 64
+
+
+def test_an_mlp_that_fails_on_large_inputs_hides_no_other():
+    model = with_mlp(FailsOnLarge())
+    model.blocks[2].mlp = Clamped()
+    found = find_ffns(model)
+    assert [ffn.name for ffn in found.ffns] == ["blocks.0.mlp"] and "clamp" in found.dense["blocks.2.mlp"].reason
 
 
 def test_a_method_replaced_on_one_instance_is_noticed():
