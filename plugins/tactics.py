@@ -63,6 +63,10 @@ class Tactic:
             and (not self.max_tokens or tokens <= self.max_tokens)
         )
 
+    def most_tokens(self, tokens: int) -> int:
+        """The most tokens that the tactic is given where a profile goes up to `tokens`."""
+        return min(tokens, self.max_tokens) if self.max_tokens else tokens
+
 
 def _tile(id: int, m: int) -> Tactic:
     launches = (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+
+from plugins.tactics import TACTICS, Tactic
 
 ALIGNMENT = 256
 TORCH_DTYPES = {
@@ -100,6 +102,10 @@ def layout(sizes: Sizes, dtype: str, kind: str) -> Workspace:
     return Workspace(tuple(buffers), first_unzeroed.offset, offset)
 
 
-def bytes_needed(sizes: Mapping[str, int], dtype: str, kinds: tuple[str, ...] = KINDS) -> int:
-    """Most that any tactic kind needs, which is what the plugin asks TensorRT for."""
-    return max(layout(Sizes(**sizes), dtype, kind).size for kind in kinds)
+def bytes_needed(sizes: Mapping[str, int], dtype: str, tactics: Sequence[Tactic] = TACTICS) -> int:
+    """Most that any of `tactics` needs for up to `sizes`' tokens, which is what the plugin asks TensorRT for.
+
+    A tactic with a limit of tokens never runs above it, so it needs no more than at that limit.
+    """
+    most = Sizes(**sizes)
+    return max(layout(replace(most, tokens=t.most_tokens(most.tokens)), dtype, t.kind).size for t in tactics)

@@ -92,8 +92,8 @@ def test_workspaces_and_tactics_are_those_of_python():
     for workspace in body["workspaces"]:
         case = facts[workspace["case"]]
         sizes = Sizes(*(case[key] for key in ("tokens", "dim", "experts", "union", "max_width", "top_k")))
-        kinds = tuple({t.kind for t in TACTICS if t.fits(0, sizes.dim, sizes.top_k)})
-        assert workspace["bytes"] == bytes_needed(sizes.as_dict(), workspace["type"], kinds)
+        fitting = [t for t in TACTICS if t.fits(0, sizes.dim, sizes.top_k)]
+        assert workspace["bytes"] == bytes_needed(sizes.as_dict(), workspace["type"], fitting)
     for name, case in facts.items():
         fitting = {t.name for t in TACTICS if t.fits(case["tokens"], case["dim"], case["top_k"])}
         assert {a["tactic"] for a in body["accuracy"] if a["case"] == name} == fitting

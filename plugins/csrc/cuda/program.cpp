@@ -97,7 +97,7 @@ bool Programs::loadStep(char const* role, char const* variant, Type type, Step& 
         bool unsuitable = false;
         if (auto module = Module::acquire(*mDriver, mContext, *kernel, unsuitable, reason)) {
             if (kernel->isPtx) {
-                trace("compiled PTX of " + std::string(kernel->symbol) + " for sm_" + std::to_string(mSm));
+                trace([&] { return "compiled PTX of " + std::string(kernel->symbol) + " for sm_" + std::to_string(mSm); });
             }
             step = Step{kernel, module->function()};
             mModules.push_back(std::move(module));
@@ -107,7 +107,7 @@ bool Programs::loadStep(char const* role, char const* variant, Type type, Step& 
         if (!unsuitable) {
             return false;
         }
-        trace(reason);
+        trace([&] { return reason; });
     }
     return false;
 }

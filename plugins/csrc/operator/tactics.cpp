@@ -83,6 +83,10 @@ Kind kindOf(Tactic const& tactic) {
     return hasRole(tactic, "masked_up") ? Kind::kMasked : hasRole(tactic, "fused") ? Kind::kFused : Kind::kTile;
 }
 
+int64_t mostTokens(Tactic const& tactic, int64_t tokens) {
+    return tactic.maxTokens != 0 ? std::min<int64_t>(tokens, tactic.maxTokens) : tokens;
+}
+
 bool isNeeded(Launch const& launch, int32_t topK) { return topK > 1 || std::strcmp(launch.role, "combine") != 0; }
 
 Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const& sizes) {
@@ -100,7 +104,13 @@ Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const&
             bestTile = tile;
         }
     }
-    return best != nullptr ? best : from.empty() ? nullptr : from.front();
+    if (best != nullptr) {
+        return best;
+    }
+    // Masked ones alone: the workspace holds no more tokens than their limit.
+    auto const within = std::find_if(from.begin(), from.end(),
+        [&sizes](Tactic const* tactic) { return mostTokens(*tactic, sizes.tokens) == sizes.tokens; });
+    return within != from.end() ? *within : nullptr;
 }
 
 std::string builtSms(Type type) {

@@ -20,10 +20,14 @@ Tactic const* findTactic(int32_t id);
 // Follows from the roles among its launches.
 Kind kindOf(Tactic const& tactic);
 
+// The most tokens that the tactic is given where a profile goes up to `tokens`: above its limit the default takes over.
+int64_t mostTokens(Tactic const& tactic, int64_t tokens);
+
 // False for a step that this layer does without: `combine` adds up the experts of a token.
 bool isNeeded(Launch const& launch, int32_t topK);
 
-// Choice for tactic 0, when nothing was timed: the largest token tile that the average expert fills.
+// Choice for tactic 0, when nothing was timed: the largest token tile that the average expert fills. Null if none takes so many
+// tokens.
 Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const& sizes);
 
 // "80, 86, 87" of one type: for messages.

@@ -44,9 +44,11 @@ int32_t MoeeFfn::configurePlugin(DynamicPluginTensorDesc const* in, int32_t nbIn
                     + " kernels for this layer and device; it was built for SM " + builtSms(sizes.type));
         }
         mConfigured = true;
-        trace("trace configure x=" + shapeText(shapes[kInX]) + " type=" + typeName(sizes.type)
-            + " experts=" + std::to_string(sizes.experts) + " union=" + std::to_string(sizes.unionSize)
-            + " max_width=" + std::to_string(sizes.maxWidth));
+        trace([&] {
+            return "trace configure x=" + shapeText(shapes[kInX]) + " type=" + typeName(sizes.type)
+                + " experts=" + std::to_string(sizes.experts) + " union=" + std::to_string(sizes.unionSize)
+                + " max_width=" + std::to_string(sizes.maxWidth);
+        });
         return 0;
     });
 }
@@ -69,7 +71,7 @@ int32_t MoeeFfn::getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, Dims
             return kFailure;
         }
         outputs[0] = inputs[kInX];
-        trace("trace shapes rank=" + std::to_string(inputs[kInX].nbDims));
+        trace([&] { return "trace shapes rank=" + std::to_string(inputs[kInX].nbDims); });
         return 0;
     });
 }
@@ -91,8 +93,10 @@ bool MoeeFfn::supportsFormatCombination(
         default: wanted = desc.type == inOut[kInX].desc.type; break;
         }
         bool const supported = wanted && desc.format == TensorFormat::kLINEAR;
-        trace("trace format pos=" + std::to_string(pos) + " type=" + std::to_string(static_cast<int32_t>(desc.type))
-            + " format=" + std::to_string(static_cast<int32_t>(desc.format)) + " -> " + (supported ? "yes" : "no"));
+        trace([&] {
+            return "trace format pos=" + std::to_string(pos) + " type=" + std::to_string(static_cast<int32_t>(desc.type))
+                + " format=" + std::to_string(static_cast<int32_t>(desc.format)) + " -> " + (supported ? "yes" : "no");
+        });
         return supported;
     });
 }
@@ -111,9 +115,11 @@ size_t MoeeFfn::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t 
         size_t bytes = 0;
         // Over every tactic, not the advertised ones alone: a call may fall back to the default tactic.
         for (Tactic const* tactic : validTactics(sizes.type, sizes.dim, sizes.topK, 0, 0)) {
-            bytes = std::max(bytes, layOut(sizes, kindOf(*tactic)).bytes);
+            Sizes most = sizes;
+            most.tokens = mostTokens(*tactic, sizes.tokens);
+            bytes = std::max(bytes, layOut(most, kindOf(*tactic)).bytes);
         }
-        trace("trace workspace tokens=" + std::to_string(sizes.tokens) + " bytes=" + std::to_string(bytes));
+        trace([&] { return "trace workspace tokens=" + std::to_string(sizes.tokens) + " bytes=" + std::to_string(bytes); });
         return bytes;
     });
 }
@@ -134,12 +140,14 @@ int32_t MoeeFfn::getValidTactics(int32_t* tactics, int32_t nbTactics) noexcept {
             return fail("getValidTactics", "asked for " + std::to_string(nbTactics) + " tactics; there are "
                     + std::to_string(valid.size()));
         }
-        std::string ids;
-        for (size_t i = 0; i < valid.size(); ++i) {
-            tactics[i] = valid[i]->id;
-            ids += (i > 0 ? "," : "") + std::to_string(valid[i]->id);
-        }
-        trace("trace tactics " + ids);
+        std::transform(valid.begin(), valid.end(), tactics, [](Tactic const* tactic) { return tactic->id; });
+        trace([&] {
+            std::string text = "trace tactics ";
+            for (size_t i = 0; i < valid.size(); ++i) {
+                text += (i > 0 ? "," : "") + std::to_string(valid[i]->id);
+            }
+            return text;
+        });
         return 0;
     });
 }
@@ -153,7 +161,7 @@ char const* MoeeFfn::getTimingCacheID() noexcept {
             mTimingCacheId += std::string("-") + typeName(mSizes.type) + "-D" + std::to_string(mSizes.dim) + "-K"
                 + std::to_string(mSizes.experts) + "-U" + std::to_string(mSizes.unionSize);
         }
-        trace("trace timing_cache " + mTimingCacheId);
+        trace([&] { return "trace timing_cache " + mTimingCacheId; });
         return mTimingCacheId.c_str();
     });
 }

@@ -61,8 +61,10 @@ IPluginV3* MoeeFfnCreator::createPlugin(
         if (runtime) {
             warnOfOtherKernels(*fields);
         }
-        trace("trace create phase=" + std::string(runtime ? "runtime" : "build") + " name=" + layer + " "
-            + plugin->getMetadataString());
+        trace([&] {
+            return "trace create phase=" + std::string(runtime ? "runtime" : "build") + " name=" + layer + " "
+                + plugin->getMetadataString();
+        });
         return plugin.release();
     } catch (std::exception const& error) {
         logError(std::string("MoeeFfn createPlugin: ") + error.what());

@@ -51,7 +51,7 @@ IPluginCapability* MoeeFfn::getCapabilityInterface(PluginCapabilityType type) no
 
 IPluginV3* MoeeFfn::clone() noexcept {
     return guarded("clone", static_cast<IPluginV3*>(nullptr), [&]() -> IPluginV3* {
-        trace("trace clone");
+        trace([&] { return "trace clone"; });
         return new MoeeFfn(*this);
     });
 }
@@ -73,7 +73,7 @@ PluginFieldCollection const* MoeeFfn::getFieldsToSerialize() noexcept {
         mFields.emplace_back(
             "kernels", hash, PluginFieldType::kCHAR, static_cast<int32_t>(std::char_traits<char>::length(hash)));
         mCollection = PluginFieldCollection{static_cast<int32_t>(mFields.size()), mFields.data()};
-        trace("trace serialize fields=" + std::to_string(mFields.size()));
+        trace([&] { return "trace serialize fields=" + std::to_string(mFields.size()); });
         return static_cast<PluginFieldCollection const*>(&mCollection);
     });
 }

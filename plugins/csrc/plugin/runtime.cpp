@@ -14,7 +14,7 @@ int32_t MoeeFfn::setTactic(int32_t tactic) noexcept {
                     + ": the engine was built with another one; build it again");
         }
         mTactic = tactic;
-        trace("trace set_tactic " + std::to_string(tactic));
+        trace([&] { return "trace set_tactic " + std::to_string(tactic); });
         return 0;
     });
 }
@@ -39,11 +39,11 @@ int32_t MoeeFfn::onShapeChange(
         mSizes = sizes;
         mConfigured = true;
         if (changed) {
-            trace("trace shape_change x=" + shapeText(in[kInX].dims));
+            trace([&] { return "trace shape_change x=" + shapeText(in[kInX].dims); });
         }
         // The builder times without attaching. It must not fail here either: engines are built without a GPU.
         if (mPrograms == nullptr && !prepare(why)) {
-            trace("no kernels loaded: " + why);
+            trace([&] { return "no kernels loaded: " + why; });
         }
         return 0;
     });
@@ -96,7 +96,7 @@ IPluginV3* MoeeFfn::attachToContext(IPluginResourceContext*) noexcept {
             fail("attachToContext", why);
             return nullptr;
         }
-        trace("trace attach");
+        trace([&] { return "trace attach"; });
         return attached.release();
     });
 }

@@ -37,20 +37,13 @@ Logger* findLogger() {
     return getLogger != nullptr ? getLogger() : nullptr;
 }
 
-bool write(Severity severity, char const* line) {
+// Calls `use` with the logger, whose class depends on the TensorRT that is loaded. False without one.
+template <typename Use>
+bool withLogger(Use const& use) {
+    auto const call = [&use](auto* logger) { return logger != nullptr && (use(*logger), true); };
     switch (hostInterface()) {
-    case HostInterface::kHeaders:
-        if (auto* const logger = findLogger<ILogger, ILoggerFinder>()) {
-            logger->log(severity, line);
-            return true;
-        }
-        return false;
-    case HostInterface::kVersioned:
-        if (auto* const logger = findLogger<VersionedLogger, VersionedFinder>()) {
-            logger->log(severity, line);
-            return true;
-        }
-        return false;
+    case HostInterface::kHeaders: return call(findLogger<ILogger, ILoggerFinder>());
+    case HostInterface::kVersioned: return call(findLogger<VersionedLogger, VersionedFinder>());
     case HostInterface::kUnknown: return false;
     }
     return false;
@@ -60,12 +53,17 @@ bool write(Severity severity, char const* line) {
 
 void setFinder(ILoggerFinder* finder) noexcept { gFinder.store(finder); }
 
+bool hasLogger() noexcept {
+    return withLogger([](auto&) {});
+}
+
 void log(Severity severity, std::string const& text) noexcept {
     try {
         std::string const line = "[moee] " + text;
         static std::mutex mutex;  // the builder may call from several threads, a user's logger need not cope
         std::lock_guard<std::mutex> const lock(mutex);
-        if (!write(severity, line.c_str()) && severity <= Severity::kWARNING) {
+        bool const written = withLogger([&](auto& logger) { logger.log(severity, line.c_str()); });
+        if (!written && severity <= Severity::kWARNING) {
             std::fprintf(stderr, "%s\n", line.c_str());
         }
     } catch (...) {

@@ -17,6 +17,16 @@ void log(Severity severity, std::string const& text) noexcept;
 
 inline void logError(std::string const& text) noexcept { log(Severity::kERROR, text); }
 inline void logWarning(std::string const& text) noexcept { log(Severity::kWARNING, text); }
-inline void trace(std::string const& text) noexcept { log(Severity::kVERBOSE, text); }
+
+// Whether there is a logger. TensorRT does not say which severities it wants.
+bool hasLogger() noexcept;
+
+// A message of no consequence. Its text is made only if there is a logger.
+template <typename Text>
+void trace(Text const& text) {
+    if (hasLogger()) {
+        log(Severity::kVERBOSE, text());
+    }
+}
 
 }  // namespace moee

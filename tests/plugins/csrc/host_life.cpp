@@ -1,6 +1,8 @@
 // Clone, serialise, recreate, attach, enqueue: each tactic within exactly the workspace that was asked for.
 #include "host_checks.h"
 #include "operator/tables.h"
+#include "operator/tactics.h"
+#include "tensorrt/log.h"
 
 #include <algorithm>
 #include <map>
@@ -51,6 +53,8 @@ void testCloneAndSerialise(Fake const& fake) {
     CHECK(logged("WARNING [moee] the engine was tuned with other kernels"));
 }
 
+int64_t gTokens = 18;  // of the call that `touch` stands in for; kCase has 18
+
 // Writes the whole extent of every workspace buffer that a launch names.
 int touch(char const* symbol, unsigned const*, unsigned, unsigned, void** args) {
     moee::Tables const& t = moee::tables();
@@ -67,7 +71,7 @@ int touch(char const* symbol, unsigned const*, unsigned, unsigned, void** args) 
         }
         for (int32_t a = 0; a < kernel.argCount; ++a) {
             auto* const at = kernel.args[a] <= moee::Arg::kScratch ? *static_cast<unsigned char**>(args[a]) : nullptr;
-            int64_t const tokens = 18;  // of kCase
+            int64_t const tokens = gTokens;
             int64_t const experts = 4;
             int64_t bytes = 0;
             switch (kernel.args[a]) {
@@ -173,10 +177,80 @@ void testTokenLimit(Fake const& fake) {
     CHECK(fake.log().find("expert_up_bm128") != std::string::npos);
 }
 
+// A tactic with a limit of tokens asks for no more than it needs there, and finds that much at its limit.
+void testWorkspaceStopsAtTheLimit(Fake const& fake) {
+    // ViT-L at 518 pixels, 32 images: masked at all tokens would be 343 MiB.
+    int32_t const width = 1536;
+    LayerShape const large{2, {32, 1370, 0, 0}, 1024, 4, 4096, 6144, 1};
+    Plugin const vit = configured(large, {kGelu, kTopOne, {"max_width", &width, PluginFieldType::kINT32, 1}, kLoads});
+    CHECK(vit != nullptr);
+    size_t const counts = 256;
+    size_t const buckets = 4 * 43840 * 4;
+    size_t const routes = 43840 * 4;
+    CHECK(workspaceOf(vit.get(), large) == counts + buckets + routes + size_t{43840} * 1536 * 2);
+
+    fake.reset();
+    moee::Tables const& t = moee::tables();
+    auto const* const limited = std::max_element(t.tactics, t.tactics + t.tacticCount,
+        [](moee::Tactic const& a, moee::Tactic const& b) { return a.maxTokens < b.maxTokens; });
+    LayerShape at = kCase;
+    at.lead[0] = limited->maxTokens / 2;
+    at.lead[1] = 2;
+    LayerShape above = kCase;
+    above.lead[0] = limited->maxTokens + 1;
+    above.lead[1] = 1;
+    Plugin const built = configured(above);
+    Buffers const buffers(at, workspaceOf(built.get(), above));
+    Plugin const runtime(recreate(gCreator, built.get()));
+    Plugin const attached = attach(runtime.get());
+    fake.executor(&touch);
+    gTokens = limited->maxTokens;
+    CHECK(runtimePart(attached.get())->setTactic(limited->id) == 0);
+    fake.clearLog();
+    CHECK(enqueue(attached.get(), at, buffers) == 0);
+    CHECK(fake.log().find(limited->launches[1].role) != std::string::npos);
+    gTokens = 18;
+}
+
+// Nothing but masked tactics: above their limit none is chosen, since the workspace holds no more.
+void testNoTacticAboveTheLimit() {
+    moee::Tables const& t = moee::tables();
+    std::vector<moee::Tactic const*> masked;
+    for (int32_t i = 0; i < t.tacticCount; ++i) {
+        if (moee::kindOf(t.tactics[i]) == moee::Kind::kMasked) {
+            masked.push_back(&t.tactics[i]);
+        }
+    }
+    moee::Sizes sizes;
+    sizes.tokens = 2048;
+    sizes.topK = sizes.experts = 1;
+    CHECK(moee::defaultTactic(masked, sizes) != nullptr && moee::defaultTactic(masked, sizes)->maxTokens == 2048);
+    sizes.tokens = 2049;
+    CHECK(moee::defaultTactic(masked, sizes) == nullptr);
+}
+
+// The text of a trace is made only where somebody reads it.
+void testTraceWithoutListener() {
+    int made = 0;
+    auto const text = [&made] {
+        ++made;
+        return "heard";
+    };
+    moee::setFinder(nullptr);
+    moee::trace(text);
+    CHECK(made == 0);
+    moee::setFinder(&gLogger);
+    moee::trace(text);
+    CHECK(made == 1 && logged("VERBOSE [moee] heard"));
+}
+
 }  // namespace
 
 void checkLifeCycle(Fake const& fake) {
     testCloneAndSerialise(fake);
     testEnqueue(fake);
     testTokenLimit(fake);
+    testWorkspaceStopsAtTheLimit(fake);
+    testNoTacticAboveTheLimit();
+    testTraceWithoutListener();
 }
