@@ -25,6 +25,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from moee.parallel.machine import usable_cpus
 from tests.gpu.parts import ROOT, Folders, all_parts
 from tests.gpu.running import BAD, PASSED, REHEARSED, Outcome, Part, run_part
 
@@ -59,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             limited = replace(part, limit_s=part.limit_s * (SLOWER if args.rehearse else 1.0))
             record.add(run_part(limited, began + args.time - time.monotonic(), args.rehearse))
 
-        for alone, some in groupby(parts, key=lambda part: part.alone):
-            with ThreadPoolExecutor(1 if alone or args.rehearse else BESIDE) as pool:
+        # a rehearsal measures nothing, so no part has to be alone
+        for alone, some in groupby(parts, key=lambda part: part.alone and not args.rehearse):
+            with ThreadPoolExecutor(1 if alone else min(BESIDE, usable_cpus()) if args.rehearse else BESIDE) as pool:
                 list(pool.map(run, some))
     return record.end()
 
