@@ -35,10 +35,11 @@ from moee.mlps.proof import random_images
 from moee.parallel.group import SOLO, Group
 from moee.parallel.machine import fast_on_cpu
 from moee.progress import Reporter, silent
-from moee.train.rate import fitting_rate, make_optimiser, rate
+from moee.train.rate import make_optimiser, rate
 from moee.train.result import FinetuneResult
 from moee.train.resume import Learner, Standing, identity_of, restore_standing, share_standing, store_standing
 from moee.train.step import Trainer
+from moee.train.trial import tried_rate
 
 log = logging.getLogger("moee")
 
@@ -150,6 +151,16 @@ def _refuse_unreadable(data: ImageSet, group: Group) -> None:
             raise UserError(f"fine-tuning needs readable images; {len(data.skipped)} of {len(data)} are not, remove them first")
 
 
+def _chosen_rate(
+    trainer: Trainer, trainable: dict[str, nn.Parameter], data: ImageSet, train: Tensor, held_out: Tensor
+) -> float:
+    chosen, share = tried_rate(trainer, trainable, data, train, held_out)
+    if trainer.group.leader:
+        told = "by a trial, whose steps leave" if share < 1 else "the least that is tried, though its steps leave"
+        log.info("learning rate %g, %s %.3g of the validation loss; --lr gives another", chosen, told, share)
+    return chosen
+
+
 def _train(
     trainer: Trainer, trainable: dict[str, nn.Parameter], data: ImageSet, train: Tensor, held_out: Tensor, identity: dict,
     report: Reporter, resume: Path | None,
@@ -171,11 +182,8 @@ def _train(
     else:
         result.validation_loss.append(trainer.measure(data, held_out))
         result.train_loss.append(math.nan)
-    chosen = 1.0 if config.lr is not None else fitting_rate(result.validation_loss[0], config)
-    result.lr = chosen if config.lr is None else config.lr
-    if config.lr is None and group.leader:
-        loss = result.validation_loss[0]
-        log.info("learning rate %g, from the validation loss %.2g at the start; --lr gives another", chosen, loss)
+        result.lr = _chosen_rate(trainer, trainable, data, train, held_out) if config.lr is None else config.lr
+    chosen = 1.0 if config.lr is not None else result.lr
     report("finetune", first * steps, config.epochs * steps)
     for epoch in range(first, config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 100_003 + epoch + 1)

@@ -1,4 +1,4 @@
-"""Learning rates: what a model starts with, their course over the steps, and those relative to a tensor's size."""
+"""Learning rates: their course over the steps, and those relative to a tensor's size."""
 
 from __future__ import annotations
 
@@ -11,20 +11,6 @@ from torch import nn
 from moee.config import FinetuneConfig
 
 LEAST_RMS = 1e-3
-PAPER_RATE = 1.5e-5  # of a model that is far from its teacher, as extraction without compensation leaves it
-RELATIVE_RATE = 1e-3  # the same as a share of each tensor's root mean square
-LEAST_SHARE = 0.1  # of these: small losses of classifiers say little about the weights (docs/results/defaults.md)
-
-
-def fitting_rate(loss: float, config: FinetuneConfig) -> float:
-    """The learning rate for a model that misses its teacher by `loss` before the first step, to two digits.
-
-    The loss is about the square of the distance to the teacher, and AdamW moves every weight by about the learning rate a step.
-    So the rate goes with the root of the loss, from a tenth of the paper's: a refitted model, which is near, would be thrown out
-    by the whole.
-    """
-    most = RELATIVE_RATE if config.relative_lr else PAPER_RATE
-    return float(f"{most * max(LEAST_SHARE, math.sqrt(min(1.0, max(0.0, loss)))):.2g}") if math.isfinite(loss) else most
 
 
 def rate(step: int, steps: int, warmup: float) -> float:

@@ -130,11 +130,12 @@ def store_standing(folder: Path, identity: dict[str, Any], learner: Learner, sta
     result = standing.result
     path = folder / TENSORS.format(epoch=standing.epochs)
     write_tensors(learner.tensors(standing.best), path)
-    losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss, "best_epoch": result.best_epoch}
+    losses = {"train_loss": result.train_loss[1:], "validation_loss": result.validation_loss}
     write_json(
         folder / STATE,
         {"schema": SCHEMA, "epoch": standing.epochs, "identity": identity, "file": path.name,
-         "sha256": sha256_file(path), **learner.step(), "scaler": learner.scaler.state_dict(), **losses},
+         "sha256": sha256_file(path), **learner.step(), "scaler": learner.scaler.state_dict(),
+         **losses, "best_epoch": result.best_epoch, "lr": result.lr},
     )  # fmt: skip
     for old in folder.glob(TENSORS.format(epoch="*")):
         if old != path:
@@ -151,5 +152,6 @@ def restore_standing(folder: Path, identity: dict[str, Any], learner: Learner) -
     _refuse_another(folder, state["identity"], identity)
     best = learner.put(read_tensors(folder, state, learner.trainable), state["step"])
     learner.scaler.load_state_dict(state.get("scaler", {}))
-    result = FinetuneResult([math.nan, *state["train_loss"]], state["validation_loss"], state["best_epoch"])
+    losses = [math.nan, *state["train_loss"]], state["validation_loss"]
+    result = FinetuneResult(*losses, state["best_epoch"], lr=state["lr"])
     return Standing(int(state["epoch"]), best, result)

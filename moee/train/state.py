@@ -14,7 +14,7 @@ from moee.schema import Body, checked, upgraded
 from moee.store.artifact import read_json, sha256_file
 from moee.weights.weights_file import read_safetensors
 
-SCHEMA = "moee.finetune/1"
+SCHEMA = "moee.finetune/2"
 
 
 class State(Body):
@@ -28,6 +28,7 @@ class State(Body):
     train_loss: list[float]
     validation_loss: list[float] = Field(min_length=1)
     best_epoch: int = Field(ge=0)
+    lr: float = Field(gt=0)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 
 import pytest
 import torch
@@ -11,15 +10,19 @@ from safetensors.torch import load_file, save_file
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig, validated
+from moee.data.validation import other_images, validation_images
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
+from moee.measure.evaluation import run
 from moee.methods.experts import ExpertsOptions
 from moee.methods.recipe import Recipe, method_options
+from moee.parallel.group import SOLO
 from moee.store.artifact import sha256_file
 from moee.store.atomic import atomic_folder
 from moee.train.finetuning import finetune
-from moee.train.rate import PAPER_RATE, fitting_rate, rate
-from moee.train.step import distillation_loss
+from moee.train.rate import rate
+from moee.train.step import Trainer, distillation_loss
+from moee.train.trial import PAPER_RATE, tried_rate
 from tests.conftest import tiny_spec
 
 
@@ -218,25 +221,36 @@ def test_a_run_that_gets_worse_keeps_the_starting_weights(lossy):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "loss, relative, lr",
-    [(1e-2, False, 1.5e-6), (0.15, False, 5.8e-6), (1.0, False, PAPER_RATE), (7.0, False, PAPER_RATE), (1e-5, False, 1.5e-6),
-     (-1e-9, False, 1.5e-6), (math.nan, False, PAPER_RATE), (0.25, True, 5e-4)],
-)  # fmt: skip
-def test_the_learning_rate_goes_with_the_distance_to_the_teacher(loss, relative, lr):
-    assert fitting_rate(loss, FinetuneConfig(relative_lr=relative)) == pytest.approx(lr)
-
-
-def test_a_run_without_a_learning_rate_takes_the_fitting_one(lossy, caplog):
+def test_a_run_without_a_learning_rate_takes_the_tried_one(lossy, caplog):
     model, dense, data = lossy
     free, said = FinetuneConfig(epochs=1, batch_size=8), copy.deepcopy(model)
     caplog.set_level("INFO")
     result = finetune(model, dense, data, free)
-    assert result.lr == fitting_rate(result.validation_loss[0], free) > 0
-    assert f"learning rate {result.lr:g}, from the validation loss" in caplog.text
+    assert f"learning rate {result.lr:g}, by a trial" in caplog.text and 0 < result.lr <= PAPER_RATE
     assert finetune(said, dense, data, free.model_copy(update={"lr": result.lr})).lr == result.lr
     for a, b in zip(model.parameters(), said.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("more", [{}, {"clip_norm": 0.1}, {"relative_lr": True}, {"accumulate": 2, "distil": "tokens"}])
+def test_a_trial_leaves_the_model_as_it_came_and_asks_more_of_one_that_is_far(lossy, more):
+    model, dense, data = lossy
+    config, count = FinetuneConfig(batch_size=8, **more), len(data)
+    train, judged = other_images(count), validation_images(count)
+
+    def tried(student):
+        trainer = Trainer(student, dense, run(dense, data).features, config, SOLO)
+        return tried_rate(trainer, dict(student.named_parameters()), data, train, judged)
+
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    far, share = tried(model)
+    assert share < 1 and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    near = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in near.parameters():
+            parameter.add_(1e-7 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    assert tried(near)[0] < far
 
 
 @pytest.mark.parametrize("lr", [1e-3, None])
