@@ -66,7 +66,8 @@ class FinetuneConfig(Options):
     batch_size: int = Field(32, ge=1, le=MOST_BATCH, description="images of a step, of all ranks together")
     lr: float | None = Field(
         None, gt=0, le=MOST_FACTOR,
-        description="learning rate of AdamW, which falls to zero by a cosine (default: found by a trial, at most the paper's 1.5e-5)",
+        description="learning rate of AdamW, which falls to zero by a cosine (default: found by a trial, at most the paper's "
+        "1.5e-5)",
     )  # fmt: skip
     weight_decay: float = Field(0.01, ge=0, le=MOST_FACTOR, description="weight decay of AdamW")
     temperature: float = Field(1.0, gt=0, le=MOST_FACTOR, description="temperature of the logits' KL divergence, of classifiers")

@@ -7,6 +7,7 @@ from typing import Any
 from exporter.compression.clock import WORTH_EPOCHS, Clock
 from moee.artifacts.model import MoeeModel
 from moee.planning.budget import Budget
+from moee.train.trial import FORWARDS  # of the learning rate
 
 MOST_EPOCHS = 10
 
@@ -15,7 +16,7 @@ def epochs_within(clock: Clock) -> int:
     """Epochs that the time allows from now on, at most `MOST_EPOCHS`; none if fewer fit than teach anything."""
     if clock.tuning == float("inf") or not clock.epoch_s:
         return MOST_EPOCHS
-    fit = min(MOST_EPOCHS, int(clock.tuning / clock.epoch_s))
+    fit = min(MOST_EPOCHS, int((clock.tuning - FORWARDS * clock.image_s) / clock.epoch_s))
     return fit if fit >= WORTH_EPOCHS else 0
 
 
