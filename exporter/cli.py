@@ -20,6 +20,8 @@ from exporter.commands.models import ablate, ablate_clear, compress, extract, fi
 from exporter.terminal import ranks
 from exporter.terminal.failures import explain
 from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, OK, check_outputs
+from exporter.terminal.interrupts import lose_none
+from exporter.terminal.loading import load
 from exporter.terminal.ui import plain_console
 from moee.errors import UserError, plain
 from moee.version import VERSION
@@ -113,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
+    if argv is None:  # a process of its own
+        lose_none()
     words = sys.argv[1:] if argv is None else argv
     parser = build_parser(shown_method(words))
     if any(word.startswith("--print-completion") for word in words):
@@ -128,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ranks.prepare(args)
         if not ranks.several():  # ranks do so together
             check_outputs(args)
+        if "check" in args:
+            args.check(args)
+        if "loads" in args:
+            load(args.loads)
         return args.run(args, console)
     except BrokenPipeError:  # the reader of a pipe is gone; Python would complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -66,8 +66,9 @@ def run_demo(
         engine_error = " ".join(str(error).split())
     summary = _summary(session, compressed, engine)
     place.file("summary.json").write_json(summary)
-    paths = dict.fromkeys([*reported(place.place, compressed.shipped), place.file("summary.json").place])
-    write_report([*paths], place.place / "report.html", force=True)
+    paths, why = reported(place.place, compressed.part)
+    paths = [*dict.fromkeys([*paths, place.file("summary.json").place])]
+    write_report(paths, place.place / "report.html", force=True, no_examples=why)
     return DemoResult(compressed, summary, engine_error)
 
 

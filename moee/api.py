@@ -180,7 +180,9 @@ def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", rep
     logits = reference.features if model.probe is None else model.probe.logits(reference.features)
     told = classes_told(dense, model.probe)
     drawn = head_drawn(model.spec, model.probe)
-    compared = comparison(reference.labels, held_out.num_classes, told, held_out.name, logits=logits, drawn=drawn)
+    compared = comparison(
+        reference.labels, held_out.num_classes, told, held_out.name, logits=logits, drawn=drawn, probe=model.probe is not None
+    )
     return retention(reference, outputs, model.probe, told, compared)
 
 

@@ -17,7 +17,7 @@ TEXT = "compress a real pretrained ViT-S on built-in images, and build engines o
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("demo", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.demo")
     choices = ("photo-crops", "digits")
     what = "the built-in images: 20 photographs to be told apart, or handwritten digits (photo-crops)"
     sub.add_argument("--data", choices=choices, default=choices[0], metavar="NAME", help=what)

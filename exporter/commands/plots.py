@@ -20,7 +20,7 @@ TEXT = "routing, similarity of experts, neuron curves and patches of an extracte
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plots", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.plots")
     sub.add_argument("path", help="folder that extract, finetune or plan wrote")
     sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
     sub.add_argument("--images", type=at_least(1), default=256, help="held-out images that are routed and compared (256)")

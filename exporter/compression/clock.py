@@ -96,7 +96,7 @@ class Trials:
             return False
         each, left = self.expected(fresh), self.clock.trials_end - spent
         if len(self.begun) == 2 and left != float("inf"):
-            self.say(f"the first trial took {duration(spent - self.begun[0].at)}; {duration(max(0.0, left))} are left for others")
+            self.say(f"the first trial took {duration(spent - self.begun[0].at)}; {remaining(left)} for others")
         return left < each * MARGIN
 
     def ready(self) -> None:
@@ -133,6 +133,11 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def remaining(seconds: float) -> str:
+    """`248` to "4 min 8 s are left", `-3` to "no time is left"."""
+    return f"{duration(seconds)} are left" if seconds >= 1 else "no time is left"
 
 
 LEAST_S, MOST_S = 60.0, 7 * 86400.0  # of a job's time

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from exporter.compression.clock import Clock, Trials, duration, images_within
+from exporter.compression.clock import Clock, Trials, duration, images_within, remaining
 from exporter.compression.refusals import Tried, refuse_early
 from exporter.compression.request import ALLOCATION, BASE, CPU, Request, default_budget, described, widened
 from exporter.compression.state import TIMINGS, Compressed, State, reported, resumable
@@ -111,12 +111,13 @@ class Job:
             unshipped=unshipped,
         )  # fmt: skip
         with self._stage("report"):
-            write_report(reported(self.place.place, shipped), self.place.place / "report.html", force=True)
+            paths, why = reported(self.place.place, shipped)
+            write_report(paths, self.place.place / "report.html", force=True, no_examples=why)
         if self.clock.left < 0:
             self.say(f"it took {duration(self.clock.spent)}, longer than the {duration(self.clock.seconds or 0)} it was given")
         what = "dense" if shipped == "dense" else point["method"]
         state.finish({"shipped": what, "model": shipped, "lines": lines, "seconds": self.clock.spent})
-        return Compressed(self.place.place, what, lines, self.clock.spent, state.stages)
+        return Compressed(self.place.place, what, shipped, lines, self.clock.spent, state.stages)
 
     def _candidate(self, state: State, plan: dict[str, Any], budget: Budget) -> tuple[dict[str, Any], str, str]:
         """The point that is to be shipped, the folder of its model, and what tuning did. A point that misses the budget is taken
@@ -166,8 +167,9 @@ class Job:
             self.say("no time limit: plan, extract, tune, export, verify, bench, bundle, report")
             return
         trials, rest = max(0.0, self.clock.trials_end - self.clock.spent), self.clock.finish
+        planned = f"trials for about {duration(trials)}" if trials >= 1 else "one trial, for which it is too short"
         self.say(
-            f"time {duration(request.time_s)}: trials for about {duration(trials)}, then {'tuning, then ' * self.clock.tunes}"
+            f"time {duration(request.time_s)}: {planned}, then {'tuning, then ' * self.clock.tunes}"
             f"{duration(rest)} for export, verification, timing and bundle (the dense model takes "
             f"{1e3 * self.clock.image_s:.0f} ms an image here)"
         )
@@ -208,7 +210,7 @@ class Job:
             begun = state.stages.get("tuning") if self.place.folder("tuned.resume").place.is_dir() else None
             epochs = begun["epochs"] if begun else epochs_within(self.clock)
             if not epochs:
-                self.say(f"not tuned: {duration(max(0.0, self.clock.tuning))} are left, too few for a tuning")
+                self.say(f"not tuned: {remaining(self.clock.tuning)}, too little for a tuning")
                 state.add("tuned", {"epochs": 0, "kept": False, "why": "no time was left"})
             else:
                 state.add("tuning", {"epochs": epochs})

@@ -137,20 +137,26 @@ class State:
 
 @dataclass(frozen=True)
 class Compressed:
-    """`shipped`: plan's way of the model in the bundle, "dense" for that one. `lines`: accuracy, speed, size, what was chosen and
-    why, where the bundle is. `folder`: of all stages' artifacts."""
+    """`shipped`: plan's way of the model in the bundle, "dense" for that one; `part`: "extracted" or "tuned", the folder of that
+    model, or "dense". `lines`: accuracy, speed, size, what was chosen and why, where the bundle is. `folder`: of all stages'
+    artifacts."""
 
     folder: Path
     shipped: str
+    part: str
     lines: tuple[str, ...]
     seconds: float
     stages: dict[str, Any] = field(default_factory=dict)
 
 
-def reported(folder: Path, shipped: str) -> list[Path]:
-    """What a report of a compression is made from. Where the dense model is shipped, the figures of the model that was cut beside
-    it are not the ones of the bundle."""
-    return [folder / part for part in ("plan", "export", "verify")] if shipped == "dense" else [folder]
+def reported(folder: Path, part: str) -> tuple[list[Path], str]:
+    """What a report of a compression is made from, and why it has no examples, if so. Where the dense model is shipped, the
+    figures of the model that was cut beside it are not the ones of the bundle."""
+    if part == "dense":
+        why = "Examples show what a cut model answers; here the dense one ships."
+        return [folder / part for part in ("plan", "export", "verify")], why
+    made = (folder / "examples.json").is_file()
+    return [folder], "" if made else f"There was no time for examples. moee plots {folder / part} --out plots makes them."
 
 
 @contextmanager

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import statistics
 import struct
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -134,5 +136,18 @@ def median_ms(session: onnxruntime.InferenceSession, batch: np.ndarray, runs: in
     return 1e3 * statistics.median(times[2:])
 
 
+def quiet(work: Callable[[], int]) -> int:
+    """The exit code of `work`; a reader of the output that is gone, or Ctrl-C, ends it without a traceback."""
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # Python would complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(quiet(main))

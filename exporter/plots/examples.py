@@ -71,7 +71,9 @@ def make_examples(
         dense_outputs, ours = moee.probe.logits(dense_outputs), moee.probe.logits(ours)
     told = classes_told(dense, moee.probe)
     drawn = head_drawn(moee.spec, moee.probe)
-    compared = comparison(trace.labels, held_out.num_classes, told, held_out.name, logits=dense_outputs, drawn=drawn)
+    compared = comparison(
+        trace.labels, held_out.num_classes, told, held_out.name, logits=dense_outputs, drawn=drawn, probe=moee.probe is not None
+    )
     pictures = _Pictures(held_out, model_transform(moee.model))
     answers = (top1(dense_outputs), top1(ours)) if told > 1 else None
     names = moee.classes or held_out.classes

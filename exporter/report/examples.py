@@ -44,11 +44,17 @@ def _is_jpeg(data: str) -> bool:
         return False
 
 
+def _absent(sources: Sources) -> list[Html]:
+    if sources.no_examples:
+        return [tag("p", sources.no_examples, class_="missing")]
+    return [not_there("Examples (examples.json) were", MAKES)]
+
+
 def classes(sources: Sources) -> tuple[str | None, list[Html]]:
     """Accuracy of every class before and after, and the images whose class changed."""
     body = sources.body(EXAMPLES)
     if body is None:
-        return None, [not_there("Examples (examples.json) were", MAKES)]
+        return None, _absent(sources)
     said = f"On {fixed(body.get('images'), 0)} of {fixed(body.get('of_images'), 0)} held-out images of "
     parts = [tag("p", said + f"{data_title(str(body.get('data') or DASH))}, spread evenly.")]
     rows: list[list[object]] = []
@@ -99,7 +105,7 @@ def experts(sources: Sources) -> tuple[str | None, list[Html]]:
     """A grid a routed layer: the patches whose tokens lie nearest each expert's router row."""
     body = sources.body(EXAMPLES)
     if body is None:
-        return None, [not_there("Examples (examples.json) were", MAKES)]
+        return None, [] if sources.no_examples else _absent(sources)  # said under the classes
     text = "Each box is one expert, the busiest first: the image patches whose tokens lie nearest its router row, of those that "
     text += "it gets, by cosine, one an image. The share is that of all patches; class and register tokens have none."
     parts: list[Html] = [tag("p", text)]

@@ -48,14 +48,18 @@ MAX_BYTES = 3 << 20
 MARGIN_BYTES = 64 << 10  # for what stands around the sections
 
 
-def write_report(paths: Sequence[Path | str], out: Path | str, force: bool = False, verify: bool = True) -> Path:
-    """Write the report about the artifacts in `paths` to the file `out`, atomically, and return it.
+def write_report(
+    paths: Sequence[Path | str], out: Path | str, force: bool = False, verify: bool = True, *, no_examples: str = ""
+) -> Path:
+    """Write the report about the artifacts in `paths` to the file `out`, atomically, and return it. `no_examples`: why there are
+    none, for the job that makes it.
 
     Raises `UserError` if nothing is found, or if `out` exists and `force` is off.
     """
     output = OutputFile(out, REPORT, force, source_paths(*paths))
     output.check()
     sources = collect(paths, verify)
+    sources.no_examples = no_examples
     output.write_text(render(sources))
     for problem in sources.problems:
         log.warning("%s", shown(problem, quoted=False, limit=1000))

@@ -102,8 +102,9 @@ class GraphAccuracy:
                 told = classes_told(self.moee.model, self.moee.probe)
                 drawn = head_drawn(self.moee.spec, self.moee.probe)
                 compared = comparison(
-                    dense["labels"], self.data.num_classes, told, self.data.name, logits=dense["logits"], drawn=drawn
-                )
+                    dense["labels"], self.data.num_classes, told, self.data.name, logits=dense["logits"], drawn=drawn,
+                    probe=self.moee.probe is not None,
+                )  # fmt: skip
                 reason = compared.reason
                 silent = int((top1(dense["logits"]) == NO_ANSWER).sum())
                 failure = f"its outputs are NaN or infinite on {silent} of {len(dense['logits'])} images; export again"

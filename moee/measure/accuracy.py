@@ -135,13 +135,15 @@ def counted(labelled: int, images: int, probe: bool = False) -> str:
 
 
 def comparison(
-    labels: Sequence[int] | Tensor, classes: int, told: int, name: str, *, logits: Tensor | None = None, drawn: bool = False
-) -> Comparison:
+    labels: Sequence[int] | Tensor, classes: int, told: int, name: str, *, logits: Tensor | None = None, drawn: bool = False,
+    probe: bool = False,
+) -> Comparison:  # fmt: skip
     """Whether accuracy can be compared on images with `labels` [N] (-1: none) of `classes` classes.
 
     `told`: how many classes the model's head or probe tells apart (0: it has neither). `name`: the data's, for the reason.
     `logits` [N, told] are the dense model's; without them the answer is what is known before anything has run, and a comparison
     that is not refused yet may still be. `drawn`: the head's weights are random ones, whose accuracy may beat a guess by chance.
+    `probe`: the logits are those of a probe on the dense features.
     """
     given, name = np.asarray(labels, np.int64), shown(name, quoted=False, limit=MAX_NAME)
     known = given[given >= 0]
@@ -174,10 +176,12 @@ def comparison(
     if silent:
         reason = f"the dense model's outputs are NaN or infinite on {silent} of {counted(len(known), len(given))} in {name}"
     elif not chance < CHANCE_P:
+        who, hint = "the dense model", "the labels may be of other classes than the model's"
+        if probe:
+            who, hint = "a linear probe on the dense model's features", "more labelled images a class would help it"
         reason = (
-            f"the dense model is right on {hits} of {counted(len(known), len(given))} in {name}, no better than a guess: the "
-            f"most frequent class alone is right on {guess:.1%} (p {chance:.2g}, below {CHANCE_P} expected); the labels may be "
-            "of other classes than the model's"
+            f"{who} is right on {hits} of {counted(len(known), len(given))} in {name}, no better than a guess: the most frequent "
+            f"class alone is right on {guess:.1%} (p {chance:.2g}, below {CHANCE_P} expected); {hint}"
         )
     return Comparison(len(given), len(known), reason, wilson(hits, len(known)), guess=guess)
 

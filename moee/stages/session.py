@@ -235,7 +235,10 @@ class Session:
         logits = self.reference.features if probe is None else probe.logits(self.reference.features)
         told = classes_told(self.dense, probe)
         drawn = head_drawn(self.spec, probe)
-        return comparison(self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits=logits, drawn=drawn)
+        return comparison(
+            self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits=logits, drawn=drawn,
+            probe=probe is not None,
+        )  # fmt: skip
 
     def early_comparison(self, probe: Probe | None = None) -> Comparison:
         """What models and labels alone, with nothing run yet, say of a comparison of accuracies."""

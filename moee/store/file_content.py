@@ -15,7 +15,7 @@ from moee.progress import Reporter, silent, track
 WHOLE_BYTES = 1 << 28
 SAMPLED_FILES, END_BYTES = 4096, 4096
 BLOCK_BYTES = 1 << 20
-COMPARED = "compare images with those of an earlier run"
+COMPARED = "hash of the images"
 
 
 def files_digest(paths: Sequence[str], root: str, report: Reporter = silent) -> bytes:

@@ -101,7 +101,7 @@ def test_the_demos_summary_keeps_its_keys_and_has_the_intervals_beside_them():
     made = {"extracted": info, "tuned": info}
     parity = {"runtime": "", "max_abs_error": 0, "route_agreement": {"a": 1.0}, "top1_agreement": 1, "passed": True}
     keys = ("runtime", "batch", "dense_ms", "moee_ms", "speedup", "ideal_speedup")
-    compressed = Compressed(Path("x"), "static", (), 1.0)
+    compressed = Compressed(Path("x"), "static", "extracted", (), 1.0)
     summary = summary_of("m", "digits", compressed, made, parity=parity, latency=dict.fromkeys(keys, 1), engine=None)
     nothing = summary_of("m", "digits", compressed, {}, parity=parity, latency=None, engine=None)
     assert nothing.keys() == summary.keys() and nothing["moee"]["accuracy_extracted"] is None and nothing["latency"] is None

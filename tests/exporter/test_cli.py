@@ -3,12 +3,16 @@
 import functools
 import json
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from exporter import cli
+from exporter.terminal.loading import load
 from moee.models.model import load_model
 from tests.conftest import tiny_spec
 
@@ -142,3 +146,35 @@ def test_doctor_lists_what_is_missing(capsys):
     text = capsys.readouterr().out
     assert "ONNX Runtime" in text and "TensorRT" in text
     assert "run ONNX on CPU" in text and "run ONNX on CUDA" in text and "run tensorrt-rtx engines" in text
+
+
+def test_imports_that_take_long_say_so_and_cheap_checks_come_first(monkeypatch, capsys, tmp_path):
+    begun = []
+    monkeypatch.setattr("exporter.terminal.loading.PATIENCE_S", 0.01)
+    monkeypatch.setattr("importlib.import_module", lambda name: (begun.append(name), time.sleep(0.3)))
+    load("torch")
+    assert capsys.readouterr().err == "loading libraries (PyTorch, timm and others)\n" and begun == ["torch"]
+    argv = ["compress", "test_vit", "--data", "digits", "--target-macs", "0.5", "--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 2 and "give --max-drop" in capsys.readouterr().err
+    assert begun == ["torch"], "refused before anything was imported"
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost():
+    """Python prints it and goes on."""
+    program = """
+import os, signal, time
+from exporter.terminal.interrupts import lose_none
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+lose_none()
+try:
+    late = Late()
+    del late
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ran.stdout == "interrupted\n" and ran.stderr == ""

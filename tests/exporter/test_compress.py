@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from exporter import cli
-from exporter.compression.clock import Clock, Trials, duration, images_within, seconds_of
+from exporter.compression.clock import Clock, Trials, duration, images_within, remaining, seconds_of
 from exporter.compression.job import Job
 from exporter.compression.request import Request, possible_heads, widened
 from exporter.compression.tuning import epochs_within, within
@@ -52,6 +52,7 @@ def test_trials_end_when_one_more_would_not_fit():
     assert now.time <= clock.trials_end == pytest.approx(0.7 * 540)
     assert begun[-1] + 40 * 1.1 > clock.trials_end, "and no sooner"
     assert said == ["the first trial took 2 min 10 s; 4 min 8 s are left for others"]
+    assert remaining(-3.0) == remaining(0.4) == "no time is left"
     assert trials.expected(fresh=True) == 130.0 and trials.expected(fresh=False) == 40.0
 
 
@@ -157,6 +158,14 @@ def quick(monkeypatch):
     monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "")
 
 
+def test_a_report_says_that_there_was_no_time_for_examples(session, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("exporter.compression.job.images_within", lambda clock: 0)
+    result = Job(session, StagedFolder(tmp_path / "out"), Request(Budget(min_cosine=0.9), time_s=None, **FAST)).run()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"There was no time for examples. moee plots {tmp_path / 'out' / result.part} --out plots makes them." in page
+    assert result.part in ("extracted", "tuned") and "Examples (examples.json)" not in page
+
+
 def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
     said = []
     out = tmp_path / "out"
@@ -186,6 +195,11 @@ def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
     with torch.inference_mode():
         best = int(shipped.model(evaluation(session.transform)(image)[None]).argmax())
     assert f": {best} (" in ran.stdout, "its class is called by its number"
+    closed = subprocess.run(
+        f"{sys.executable} {out / 'bundle' / 'run.py'} {tmp_path / 'image.png'} {tmp_path / 'image.png'} | true", shell=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert closed.stderr == "", "a reader that goes away is no error"
     (out / "bundle" / "models" / "preprocess.txt").write_text("size 1 1\n")
     ran = subprocess.run([sys.executable, out / "bundle" / "run.py", tmp_path / "image.png"], capture_output=True, text=True)
     assert ran.returncode == 1 and "preprocess.txt is missing or was changed" in ran.stderr

@@ -71,6 +71,7 @@ def test_a_report_of_a_shipped_dense_model_has_no_figures_of_the_cut_one(session
     assert Job(session, StagedFolder(tmp_path / "out"), REQUEST).run().shipped == "dense"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "no model found" in page and ">passed<" in page
+    assert "here the dense one ships" in page and "moee plots MODEL" not in page
     sources = collect([tmp_path / "out"])
     assert set(sources.artifacts) == {"moee.model", "moee.latency", "moee.plan"}, "the cut model's own"
     for file in ("export/export.json", "verify/parity.json"):

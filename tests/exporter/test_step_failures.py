@@ -63,7 +63,7 @@ def test_the_demo_keeps_its_results_when_the_engines_fail(tmp_path, monkeypatch,
 
     monkeypatch.setattr(demo, "Session", lambda *a, **k: None)
     monkeypatch.setattr(demo, "resolve", lambda *a, **k: None)
-    made = Compressed(tmp_path / "demo", "static", ("accuracy: 1",), 1.0)
+    made = Compressed(tmp_path / "demo", "static", "extracted", ("accuracy: 1",), 1.0)
     monkeypatch.setattr(demo, "Job", lambda session, place, *a: SimpleNamespace(run=lambda: place.write({"done": True}) or made))
     monkeypatch.setattr(demo, "write_report", lambda *a, **k: None)
     monkeypatch.setattr(demo, "_build", fail)

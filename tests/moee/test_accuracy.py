@@ -111,6 +111,13 @@ def test_labels_that_have_nothing_to_do_with_the_head_are_said_to():
     assert reason.startswith("the dense model is right on 0 of 10 images in data, no better than a guess")
 
 
+def test_a_probe_that_is_no_better_than_a_guess_wants_more_images():
+    labels, answers = [i % 2 for i in range(40)], [(i // 2) % 2 for i in range(40)]
+    reason = comparison(labels, 2, 2, "data", logits=scores(answers, 2), probe=True).reason
+    assert reason.startswith("a linear probe on the dense model's features is right on 20 of 40 images in data, no better than a")
+    assert reason.endswith("more labelled images a class would help it") and "classes than the model's" not in reason
+
+
 def test_an_output_that_is_no_number_is_right_for_no_class_and_agrees_with_none():
     logits = torch.tensor([[math.nan, 1.0], [2.0, 1.0], [math.inf, 0.0], [-math.inf, 0.0]])
     assert top1(logits).tolist() == [NO_ANSWER, 0, NO_ANSWER, 1]

@@ -27,7 +27,7 @@ TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bench", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.timing.latency")
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")

@@ -23,7 +23,7 @@ TEXT = "stages of CLEAR-MoE dispatch: time, bytes, FLOPs, and which are memory-b
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bench-dispatch", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.timing.dispatch_bench")
     sub.add_argument("path", nargs="?", help="CLEAR-MoE model folder; its first layer on real tokens (default: random weights)")
     add_word(sub)
     sub.add_argument("--layer", help="name of the layer, with a model folder")

@@ -22,7 +22,7 @@ TEXT = "build dense and MoEE engines from an export"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("build", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.engines.build")
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--backend", default="tensorrt-rtx", help="tensorrt-rtx (needs no GPU) or tensorrt")
     sub.add_argument("--plugin", help="plugin library (default: compiled and cached for --sm)")

@@ -22,7 +22,7 @@ TEXT = "everything a device needs: graphs, plugin, runner, server configurations
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bundle", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.ship.deployment")
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--sm", required=True, help=f"the device: {HOW}; or cpu, for ONNX Runtime")
     sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")

@@ -19,7 +19,7 @@ TEXT = "write dense, portable and TensorRT ONNX graphs"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("export", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.graph.export")
     sub.add_argument("path", help="folder that moee extract or finetune wrote")
     sub.add_argument(
         "--precision", default="fp32",

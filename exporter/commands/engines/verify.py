@@ -40,7 +40,7 @@ TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("verify", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.verification")
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")

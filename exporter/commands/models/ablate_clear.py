@@ -30,7 +30,7 @@ TEXT = "CLEAR-MoE over routers, ranks, experts, calibration sizes and seeds; res
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("ablate-clear", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="exporter.clear_ablation")
     add_model(sub)
     sub.add_argument("--design", default="star", help="star (one factor at a time) or full (every combination)")
     sub.add_argument("--routers", type=several(str), help="comma-separated (random,linear,mlp,centroid)")

@@ -21,7 +21,7 @@ from exporter.terminal.flags import (
 )
 from exporter.terminal.options import add_options, given_options
 from exporter.terminal.ui import ProgressDisplay
-from moee.config import MOST_BATCH
+from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
@@ -34,7 +34,7 @@ DEFAULT = "20m"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("compress", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(check=budget_of, run=run, loads="exporter.compression.job")
     add_model(sub)
     add_options(sub.add_argument_group("the budget (default: at most 1 point of accuracy, or a cosine of 0.98)"), Budget)
     where = "where models are timed, as in moee plan: cpu, cuda, tensorrt, ssh:HOST, or a board (modelled) (cpu)"
@@ -69,19 +69,24 @@ def time_of(text: str) -> float | None:
     return seconds
 
 
-def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.commands.models.plan import parse_shares
-    from exporter.compression.job import Job
-    from exporter.compression.request import ALLOCATION, HEADS, METHODS, Request, target_sm
-    from exporter.targets.registry import target_of
-    from moee.config import validated
-    from moee.planning.plan import check_ways
-
+def budget_of(args: argparse.Namespace) -> Budget | None:
+    """What the line asks of the result; None where it leaves that open."""
     values = given_options(args, [Budget])
     budget = validated(Budget, values) if values else None
     if budget is not None and not budget.limits_quality and budget.target_latency_ms is None:
         raise UserError("compress looks for speed within a quality, or quality within a time: give --max-drop, --min-cosine or "
                         "--target-latency-ms")  # fmt: skip
+    return budget
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    from exporter.commands.models.plan import parse_shares
+    from exporter.compression.job import Job
+    from exporter.compression.request import ALLOCATION, HEADS, METHODS, Request, target_sm
+    from exporter.targets.registry import target_of
+    from moee.planning.plan import check_ways
+
+    budget = budget_of(args)
     sm = target_sm(args.device, args.sm)
     target_of(args.device, batch=args.batch, sm=sm).check()  # before a model is loaded
     methods = tuple(dict.fromkeys(args.methods.split(","))) if args.methods is not None else METHODS

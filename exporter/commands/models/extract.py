@@ -44,7 +44,7 @@ TEXT = "find experts in a dense model's MLPs"
 def add_parser(subparsers: Any, shown: str | None = None) -> None:
     """`shown`: the method or preset whose options the help shows."""
     sub = subparsers.add_parser("extract", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="moee.stages.extract")
     add_model(sub)
     how = sub.add_argument_group("what is done to the model")
     names = ",".join(method.name for method in cutting("mlps"))

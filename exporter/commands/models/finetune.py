@@ -24,7 +24,7 @@ TEXT = "distil the dense model into an extracted one"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("finetune", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=run, loads="moee.stages.finetune")
     sub.add_argument("path", help="folder that moee extract wrote")
     sub.add_argument("--data", help="images to tune on, which become its data (default: what it was last made on)")
     sub.add_argument("--recipe", metavar="FILE", help="the [tune] of this TOML file (docs/recipes.md); takes no other option")

@@ -25,7 +25,7 @@ from exporter.terminal.flags import (
 )
 from exporter.terminal.options import add_options, given_options
 from exporter.terminal.ui import FittingTable, ProgressDisplay, data_title, number, percent, span
-from moee.config import MOST_BATCH
+from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
 from moee.measure.accuracy import counted
 from moee.methods.experts import ALLOCATIONS, ExpertsOptions
@@ -48,7 +48,7 @@ TEXT = "try methods and budgets, print what wins and by how much over static pru
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plan", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run)
+    sub.set_defaults(check=budget_of, run=run, loads="exporter.targets.registry")
     add_model(sub)
     add_options(sub.add_argument_group("the budget, one of these or more"), Budget)
     where = "measured: cpu, cuda, tensorrt (this machine's), ssh:HOST, a RESULT.json; modelled, by a roofline:"
@@ -93,14 +93,18 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
     return tuple(dict.fromkeys(shares))
 
 
+def budget_of(args: argparse.Namespace) -> Budget:
+    """What the line asks of the plan."""
+    return validated(Budget, given_options(args, [Budget]))
+
+
 def run(args: argparse.Namespace, console: Console) -> int:
-    from moee.config import validated
     from moee.planning.plan import check_ways, make_plan
     from moee.planning.search import TARGETS, usual
 
     targets = parse_shares("--targets", args.targets) or TARGETS
     attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
-    budget = validated(Budget, given_options(args, [Budget]))
+    budget = budget_of(args)
     methods = tuple(args.methods.split(",")) if args.methods is not None else usual()
     allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
