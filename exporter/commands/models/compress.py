@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from exporter.commands.models.plan import parse_shares
 from exporter.terminal.flags import (
     OK,
     add_device,
@@ -34,7 +35,7 @@ DEFAULT = "20m"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("compress", help=TEXT, description=TEXT)
-    sub.set_defaults(check=budget_of, run=run, loads="exporter.compression.job")
+    sub.set_defaults(check=check, run=run, loads="exporter.compression.job")
     add_model(sub)
     add_options(sub.add_argument_group("the budget (default: at most 1 point of accuracy, or a cosine of 0.98)"), Budget)
     where = "where models are timed, as in moee plan: cpu, cuda, tensorrt, ssh:HOST, or a board (modelled) (cpu)"
@@ -69,6 +70,12 @@ def time_of(text: str) -> float | None:
     return seconds
 
 
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the line alone."""
+    parse_shares("--attention-macs", args.attention_macs, whole=True)
+    budget_of(args)
+
+
 def budget_of(args: argparse.Namespace) -> Budget | None:
     """What the line asks of the result; None where it leaves that open."""
     values = given_options(args, [Budget])
@@ -80,7 +87,6 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.commands.models.plan import parse_shares
     from exporter.compression.job import Job
     from exporter.compression.request import ALLOCATION, HEADS, METHODS, Request, target_sm
     from exporter.targets.registry import target_of

@@ -48,7 +48,7 @@ TEXT = "try methods and budgets, print what wins and by how much over static pru
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plan", help=TEXT, description=TEXT)
-    sub.set_defaults(check=budget_of, run=run, loads="exporter.targets.registry")
+    sub.set_defaults(check=check, run=run, loads="exporter.targets.registry")
     add_model(sub)
     add_options(sub.add_argument_group("the budget, one of these or more"), Budget)
     where = "measured: cpu, cuda, tensorrt (this machine's), ssh:HOST, a RESULT.json; modelled, by a roofline:"
@@ -91,6 +91,13 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
     if not all(0 < share < 1 or (whole and share == 1) for share in shares):
         raise UserError(f"{option} {text}: expected shares of the MACs between 0 and 1" + ", or 1" * whole)
     return tuple(dict.fromkeys(shares))
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the line alone."""
+    parse_shares("--targets", args.targets)
+    parse_shares("--attention-macs", args.attention_macs, whole=True)
+    budget_of(args)
 
 
 def budget_of(args: argparse.Namespace) -> Budget:
