@@ -1,0 +1,86 @@
+"""Compiles the operator for ONNX Runtime's CPU provider with the system's C++ compiler, and says what a library was built for.
+
+No headers are needed: `csrc/ort.h` declares what the operator uses of ONNX Runtime's C interface, by its fixed places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import shutil
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from moee.errors import MissingDependency, UserError
+from moee.store.atomic import atomic_file
+from plugins.library.build import ELF_MACHINES, run_logged
+
+LIBRARY = "libmoee_onnxruntime.so"
+SOURCES = Path(__file__).resolve().parent / "csrc"
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden")
+SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+OLDEST = (1, 18)  # ONNX Runtime, whose table of functions is the 18th
+
+
+@dataclass(frozen=True)
+class OperatorInfo:
+    """What a built library says of itself. `api`: the version of ONNX Runtime's table that it asks for."""
+
+    path: Path
+    machine: str
+    api: int
+
+
+def sources() -> list[Path]:
+    """Everything that the library is compiled from."""
+    return sorted(SOURCES.iterdir())
+
+
+def source_sha256() -> str:
+    """Hash of the sources and flags, which names a built library in the cache."""
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in sources():
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def build_operator(out_dir: Path, *, sanitize: bool = False, widest: int = 16) -> Path:
+    """Compile the library and return its path, in `out_dir`. `sanitize` builds with ASan and UBSan, `widest` limits the floats of
+    a vector: 16 (AVX-512), 8 (AVX2) or 4; a processor without them takes narrower ones by itself.
+
+    Raises `MissingDependency` without a C++ compiler, `StepFailed` if compiling fails: the compiler's output is in
+    `out_dir/build.log`.
+    """
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise MissingDependency("a C++ compiler is not installed; run `apt-get install g++`")
+    out_dir = Path(out_dir).resolve()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    library = out_dir / LIBRARY
+    files = [str(path) for path in sources() if path.suffix == ".cpp"]
+    with atomic_file(library) as temporary:
+        command = [compiler, *FLAGS, *(SANITIZE if sanitize else ()), f"-DMOEE_WIDEST={widest}", "-o", str(temporary), *files]
+        run_logged(command, out_dir / "build.log", "the operator for ONNX Runtime")
+    return library
+
+
+def describe_operator(path: Path) -> OperatorInfo:
+    """Read what `path` was built for, without loading it.
+
+    Raises `UserError` if it is missing, no operator library of this project, or for another processor.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"operator library {path} cannot be read ({error.strerror})") from error
+    match = re.search(rb"moee-onnxruntime-api=(\d+)", data)
+    if data[:4] != b"\x7fELF" or match is None:
+        raise UserError(f"{path} is no operator library for ONNX Runtime; expected {LIBRARY}")
+    code = struct.unpack_from("<H", data, 18)[0]
+    machine = next((name for name, value in ELF_MACHINES.items() if value == code), f"ELF machine {code}")
+    if machine != platform.machine():
+        raise UserError(f"{path} was built for {machine}, this machine is {platform.machine()}; build it here")
+    return OperatorInfo(path, machine, int(match.group(1)))
