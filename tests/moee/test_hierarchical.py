@@ -62,7 +62,7 @@ def test_every_layer_is_refitted_on_its_own_number_of_tokens(name):
     reports = extract(model, data, method_options(refit_tokens=512, **STATIC))
     for report in reports:
         own = counts[report.name]
-        assert report.refit.tokens == min(64, 512 // own) * own
+        assert report.refit.tokens == min(58, 512 // own) * own, "a tenth of the images is for tuning"
         assert report.to_json()["refit"]["tokens"] == report.refit.tokens
 
 

@@ -184,7 +184,7 @@ def test_training_experts_trains_the_narrowed_attention(artifact, tiny_model):
     with torch.no_grad():  # the closed form leaves little to gain
         moee.model.get_submodule(name).proj.weight.mul_(-1)
     before = copy.deepcopy(moee.model)
-    config = FinetuneConfig(epochs=4, lr=5e-6, train="experts", distil="tokens")
+    config = FinetuneConfig(epochs=4, lr=5e-6, train="experts", distil="tokens", validation=0.3)
     result = finetune(moee.model, moee.dense(), tiny_images(24), config)
     assert result.best_epoch > 0 and result.validation_loss[result.best_epoch] < result.validation_loss[0]
     changed = {n for n, p in moee.model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
