@@ -32,7 +32,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 @dataclass(frozen=True)
 class LatencyResult:
-    """Milliseconds a batch, each run waited for. `speedup` is the median of the ratios of neighbouring runs, dense over MoEE.
+    """Milliseconds a batch, each run waited for. `speedup` is the verdict's ratio, dense over MoEE; p5 and p95: of single pairs.
 
     `throughput`: images a second with `streams` requests in flight, a figure of its own: overlapping requests hide what one
     alone would wait for. `environment` is taken before and after. `cuda_graph` is None off the GPU. `samples_ms`: every run of
@@ -180,7 +180,7 @@ def bench(
     layers = None
     if profile and engine is None and provider == "cpu":
         layers = profile_layers(folder / DENSE, folder / PORTABLE, manifest["routed_layers"], images, threads)
-    ratios = times[0] / times[1]
+    ratios, verdict = times[0] / times[1], judge(times[0], times[1])
     return LatencyResult(
         runtime=name,
         batch=batch,
@@ -188,12 +188,12 @@ def bench(
         runs=times.shape[1],
         dense_ms=percentiles(times[0]),
         moee_ms=percentiles(times[1]),
-        speedup=float(np.median(ratios)),
+        speedup=verdict.ratio,
         speedup_p5=float(np.percentile(ratios, 5)),
         speedup_p95=float(np.percentile(ratios, 95)),
         ideal_speedup=cost["dense"]["macs"] / cost["moee"]["macs"] if cost else None,
         precision=precision,
-        verdict=judge(times[0], times[1]),
+        verdict=verdict,
         throughput=rate,
         streams=streams if engine is None else 1,
         layers=layers,

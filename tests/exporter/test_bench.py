@@ -36,6 +36,18 @@ def test_identical_models_have_no_winner():
     assert wrong <= 4  # 1 % expected
 
 
+@pytest.mark.parametrize("count", [12, 40, 64])
+def test_a_slow_second_run_of_every_pair_decides_nothing(count):
+    """Two busy cores gave it: identical models were told apart in half of such timings of twelve pairs."""
+    wrong, even = 0, np.arange(count) % 2 == 0
+    for i in range(100):
+        random = np.random.default_rng(i)
+        dense, moee, late = random.normal(1, 0.3, count).clip(0.3), random.normal(1, 0.3, count).clip(0.3), 8.0
+        verdict = judge(np.where(even, dense, dense * late), np.where(even, moee * late, moee))
+        wrong += verdict.winner is not None
+    assert wrong <= 7
+
+
 @pytest.mark.parametrize("true", [1.3, 1.1, 0.8])
 def test_a_real_difference_is_named_and_covered(true):
     covered = 0
@@ -135,7 +147,7 @@ def test_bench_of_a_tiny_export(tiny_export, tmp_path, capsys):
         assert len(body["samples_ms"][side]) == 12
         assert np.percentile(body["samples_ms"][side], 50) == pytest.approx(body[f"{side}_ms"]["p50"], abs=1e-4)
     ratios = np.divide(body["samples_ms"]["dense"], body["samples_ms"]["moee"])
-    assert np.median(ratios) == pytest.approx(body["speedup"], rel=1e-3)
+    assert np.median(np.sqrt(ratios[::2] * ratios[1::2])) == pytest.approx(body["speedup"], rel=1e-3)
     page = write_report([tmp_path / "latency.json"], tmp_path / "report.html").read_text()
     assert page.count('class="tick dense"') == page.count('class="tick moee"') == 12
     del body["samples_ms"]  # as files of before the runs were kept
