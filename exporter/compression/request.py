@@ -7,7 +7,7 @@ from typing import Any
 
 from exporter.ship.cpu_bundle import CPU
 from exporter.targets.file import ENDING
-from exporter.targets.registry import WORDS
+from exporter.targets.registry import WORDS, target_of
 from exporter.terminal.options import flag_of
 from moee.errors import UserError
 from moee.methods.registry import cutting
@@ -56,6 +56,7 @@ def target_sm(device: str, sm: str | None) -> int | None:
         return None if sm == CPU else parse_sm(sm)
     if device == CPU:
         return None
+    target_of(device)  # knows more words than an SM has names
     if device in WORDS or ":" in device:
         raise UserError(f"--device {device} does not say for which GPU the bundle is; say it with --sm, such as --sm orin")
     return parse_sm(device)

@@ -3,7 +3,8 @@
     python3 run.py IMAGE ...            # the class of each image, or the length of its feature vector
     python3 run.py --time 20 IMAGE      # also milliseconds an image, median of 20 runs
 
-`models/preprocess.txt` says how images are prepared, as timm's evaluation transform does it.
+What cannot be read is named on standard error, and the exit code is 2 then. `models/preprocess.txt` says how images are prepared,
+as timm's evaluation transform does it.
 """
 
 from __future__ import annotations
@@ -29,18 +30,31 @@ FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BIL
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--time", type=int, default=0, metavar="RUNS", help="time each image so many times")
+    parser.add_argument("--time", type=count, default=0, metavar="RUNS", help="time each image so many times")
     args = parser.parse_args(argv)
     check_files()
     session, recipe, names, head = load()
+    unreadable = 0
     for path in args.images:
-        batch = prepared(path, recipe)[None]
+        try:
+            batch = prepared(path, recipe)[None]
+        except Exception as error:  # damaged files raise many kinds
+            print(f"{path} cannot be read as an image: {error}", file=sys.stderr)
+            unreadable += 1
+            continue
         output = run(session, batch, head)
         line = answer(output[0], names, classifies=head is not None or (HERE / "models" / "labels.txt").is_file())
         if args.time > 0:
             line += f"  {median_ms(session, batch, args.time):.2f} ms"
         print(f"{path}: {line}")
-    return 0
+    return 2 if unreadable else 0
+
+
+def count(text: str) -> int:
+    """A type for argparse: a whole number from 0."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, came {text!r}")
+    return int(text)
 
 
 def check_files() -> None:
@@ -85,17 +99,13 @@ def prepared(path: str, recipe: dict[str, list[str]]) -> np.ndarray:
 
 def opened(path: str) -> Image.Image:
     """An image in RGB. 16-bit grey levels are scaled to 8 bits, which Pillow itself would clip."""
-    try:
-        with Image.open(path) as picture:
-            if picture.mode[0] in "IF":
-                levels = np.asarray(picture)
-                if picture.mode == "F" or levels.min() < 0 or levels.max() > 65535:
-                    raise ValueError(f"its levels go from {levels.min():g} to {levels.max():g}; expected 8 or 16 bits a channel")
-                return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
-            return picture.convert("RGB")
-    except Exception as error:  # damaged files raise many kinds
-        print(f"{path} cannot be read as an image: {error}", file=sys.stderr)
-        sys.exit(2)
+    with Image.open(path) as picture:
+        if picture.mode[0] in "IF":
+            levels = np.asarray(picture)
+            if picture.mode == "F" or levels.min() < 0 or levels.max() > 65535:
+                raise ValueError(f"its levels go from {levels.min():g} to {levels.max():g}; expected 8 or 16 bits a channel")
+            return Image.fromarray((levels / 257).round().astype(np.uint8)).convert("RGB")
+        return picture.convert("RGB")
 
 
 def resized(image: Image.Image, recipe: dict[str, list[str]]) -> tuple[int, int]:

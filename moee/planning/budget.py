@@ -158,8 +158,11 @@ def standing(points: list[Point], budget: Budget) -> tuple[bool, float, float]:
 
 def nearest(points: list[Point], budget: Budget) -> str:
     best = min(points, key=lambda p: sum(p.shortfalls(budget).values()))
+    said = {
+        "accuracy": lambda by: f"{100 * by:.3g} points", "latency": lambda by: f"{by * (budget.target_latency_ms or 0):.3g} ms",
+    }  # fmt: skip
     missing = ", ".join(
-        f"{name} by {value:.3f}" if math.isfinite(value) else f"{name}, which could not be measured"
+        f"{name} by {said.get(name, '{:.3g}'.format)(value)}" if math.isfinite(value) else f"{name}, which could not be measured"
         for name, value in best.shortfalls(budget).items()
     )
     heads = f" and {best.attention:.0%} of the attention" if best.attention < 1 else ""

@@ -16,6 +16,7 @@ from exporter.compression.job import Job
 from exporter.compression.request import Request, possible_heads, widened
 from exporter.compression.tuning import epochs_within, within
 from exporter.compression.verdicts import choice_line
+from exporter.deploy.run import main as run_main
 from exporter.deploy.run import opened
 from exporter.timing.latency import bench
 from moee.artifacts import checkpoint
@@ -114,11 +115,11 @@ def test_durations(seconds, text):
         (["--time", "5"], "expected a time such as 15m"),
         (["--time", "soon"], "expected a time such as 15m"),
         (["--time", "59s"], "from 1m to 168h"),
-        (["--device", "toaster"], "unknown device 'toaster'"),
+        (["--device", "toaster"], "unknown device 'toaster'; expected one of cpu, cuda, tensorrt, ssh:HOST"),
         (["--sm", "toaster"], "unknown device 'toaster'"),
         (["--device", "cuda"], "say it with --sm"),
         (["--device", "ssh:jetson"], "say it with --sm"),
-        (["--methods", "magic"], "unknown method magic"),
+        (["--methods", "static, magic"], "unknown method magic; expected"),
         (["--attention-macs", "2"], "expected shares of the MACs between 0 and 1, or 1"),
         (["--max-drop", "-1"], "--max-drop"),
     ],
@@ -223,15 +224,21 @@ def test_the_bundles_script_scales_16_bit_grey_as_the_model_was_measured(levels,
 
 
 @pytest.mark.parametrize("content", [None, b"text", np.full((4, 4), 0.5, np.float32)])
-def test_the_bundles_script_names_a_file_that_is_no_image(content, tmp_path, capsys):
-    path = tmp_path / "given.tif"
+def test_the_bundles_script_names_a_file_that_is_no_image_and_goes_on(content, tmp_path, monkeypatch, capsys):
+    path, image = tmp_path / "given.tif", tmp_path / "image.png"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         Image.fromarray(content).save(path)
-    with pytest.raises(SystemExit) as stopped:
-        opened(str(path))
-    assert stopped.value.code == 2 and f"{path} cannot be read as an image" in capsys.readouterr().err
+    Image.new("RGB", (8, 8)).save(image)
+    size, colours = ["8", "8"], {"mean": ["0"] * 3, "std": ["1"] * 3}
+    recipe = {"size": size, "resize": size, "crop": ["center"], "filter": ["bicubic"], **colours}
+    monkeypatch.setattr("exporter.deploy.run.check_files", lambda: None)
+    monkeypatch.setattr("exporter.deploy.run.load", lambda: (None, recipe, ["cat"], True))
+    monkeypatch.setattr("exporter.deploy.run.run", lambda *args: np.zeros((1, 1), np.float32))
+    assert run_main([str(path), str(image)]) == 2
+    out, err = capsys.readouterr()
+    assert out == f"{image}: cat (100.0%)\n" and f"{path} cannot be read as an image" in err
 
 
 def test_an_interrupted_job_goes_on_where_it_was(session, quick, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.commands.models.plan import parse_shares
+from exporter.commands.models.plan import named_in, parse_shares
 from exporter.terminal.flags import (
     OK,
     add_device,
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     budget = budget_of(args)
     sm = target_sm(args.device, args.sm)
     target_of(args.device, batch=args.batch, sm=sm).check()  # before a model is loaded
-    methods = tuple(dict.fromkeys(args.methods.split(","))) if args.methods is not None else METHODS
+    methods = named_in(args.methods) if args.methods is not None else METHODS
     heads = parse_shares("--attention-macs", args.attention_macs, whole=True) or HEADS
     check_ways(methods, ALLOCATION, heads, {})
     request = Request(budget, args.device, sm, args.batch, args.time, methods, heads)

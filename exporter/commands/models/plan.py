@@ -93,6 +93,11 @@ def parse_shares(option: str, text: str | None, whole: bool = False) -> tuple[fl
     return tuple(dict.fromkeys(shares))
 
 
+def named_in(text: str) -> tuple[str, ...]:
+    """Names between commas, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def check(args: argparse.Namespace) -> None:
     """What can be said of the line alone."""
     parse_shares("--targets", args.targets)
@@ -112,8 +117,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     targets = parse_shares("--targets", args.targets) or TARGETS
     attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
     budget = budget_of(args)
-    methods = tuple(args.methods.split(",")) if args.methods is not None else usual()
-    allocations = tuple(args.allocations.split(",")) if args.allocations is not None else tuple(ALLOCATIONS)
+    methods = named_in(args.methods) if args.methods is not None else usual()
+    allocations = named_in(args.allocations) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
     check_ways(methods, allocations, attention, base)
     if args.emit is not None and result_of(args) is not None:
