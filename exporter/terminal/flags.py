@@ -99,7 +99,7 @@ def add_ranks(parser: argparse.ArgumentParser, threads: bool = True) -> None:
         parser.add_argument("--threads", type=at_least(*JOBS), help=what)
     ahead = "processes a rank that read and decode images ahead (0)"
     parser.add_argument("--workers", type=at_least(*WORKERS), default=0, help=ahead)
-    waits = "how long a rank waits for others (3600)"
+    waits = "seconds without a rank that computes, after which the run is given up (3600)"
     parser.add_argument("--rank-timeout", type=at_least(1, WEEK), default=3600, metavar="S", help=waits)
 
 

@@ -92,9 +92,15 @@ def gather(model: nn.Module, entry: Entry, batches: Iterable[Tensor], images: in
 
 @contextmanager
 def taken_up(model: nn.Module, entry: Entry, inputs: Inputs) -> Iterator[None]:
-    """The model with `inputs` in the place of what the entry would get: run it on one image."""
+    """The model with `inputs` in the place of what the entry would get: run it on one image, once. Passes that wait within such
+    blocks do not disturb each other."""
+    put_in = False
 
-    def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        nonlocal put_in
+        if put_in:
+            return None
+        put_in = True
         chosen = (ours if wanted else own for own, ours, wanted in zip(args, inputs.args, entry.rows, strict=True))
         return tuple(chosen), {**kwargs, **inputs.kwargs}
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moee.errors import UserError
 from moee.interface.watch import watched
+from moee.parallel.ordered import PARTS, cut
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,9 @@ def image_groups(counts: Mapping[str, int], images: int, tokens: int, least: int
 def spread(images: int, wanted: int) -> Tensor:
     """`wanted` positions spread evenly over a data set of `images` images, ascending."""
     return torch.linspace(0, images - 1, wanted).round().long().unique()
+
+
+def spread_parts(images: int, wanted: int, parts: int = PARTS) -> list[Tensor]:
+    """Positions of `wanted` images spread evenly over a data set of `images` images, in `parts` runs at most."""
+    order = spread(images, wanted)
+    return [order[run.start : run.stop] for run in cut(len(order), parts)]

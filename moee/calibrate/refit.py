@@ -13,30 +13,37 @@ image's tokens mostly stay together).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from moee.calibrate.calibration import BATCH_SIZE, CHUNK, as_tokens, hidden_activations
-from moee.calibrate.entry import Entry, Reached, find_entry, gather, run_until_reached, taken_up
-from moee.calibrate.image_budget import ImageGroup, image_groups, spread, tokens_an_image
+from moee.calibrate.calibration import BATCH_SIZE, CHUNK, as_tokens
+from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
+from moee.calibrate.image_budget import ImageGroup, image_groups, spread_parts, tokens_an_image
+from moee.calibrate.in_step import InStep, WaitingStep
+from moee.calibrate.layer_sums import SAMPLE, CentredSums, LayerPart, Shifts, centred, part_sums, shift_of
 from moee.calibrate.prefix import holds_prefix, prefix_tokens, token_weights
 from moee.calibrate.ridge import error_change, held_out_runs, solve_ridge
 from moee.data.image_set import ImageSet, batches
-from moee.errors import UserError
-from moee.layers.ops import expert_rows
+from moee.errors import StepFailed, UserError
 from moee.layers.report import RefitReport
 from moee.layers.routed import NeuronLayer
 from moee.models.ffn import FFN
 from moee.models.model import replace_module
-from moee.parallel.devices import CPU, placed
-from moee.progress import Reporter, silent, track
+from moee.parallel.devices import placed
+from moee.parallel.group import SOLO, Group, Parcel
+from moee.parallel.ordered import PARTS, OrderedSum
+from moee.progress import Reporter, silent
 from moee.surroundings import own_arithmetic
 
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 LEAST = 1e-12  # mean diagonal of a Gram matrix that is more than rounding
 CONSTANT = 2.0**-40  # of the second moment: a variance below is the rounding of float32 means
+PART_TOKENS = 256  # of an expert on average: with fewer, adding an expert's sums to the layer's takes longer than making them
 KEPT = 4  # numbers kept of the images on their way to a later stage, as a multiple of the tokens times the widest layer's width
 
 
@@ -51,112 +58,97 @@ def refit_layer(
     no token keep their bias. Everything lies on one device.
     Raises `UserError` that names the layer for NaN or infinite activations.
     """
-    device = tokens.device
-    routes = layer.routes(tokens.movedim(-1, 1) if layer.channels_first else tokens)[:, :1]
-    parts_wanted = 2 if ridge is None else 1
-    grams = [torch.zeros(layer.union, layer.union, device=device) for _ in range(parts_wanted)]
-    crosses = [torch.zeros(layer.union, layer.b_out.shape[1], device=device) for _ in range(parts_wanted)]
-    missed, power = [0.0] * parts_wanted, [0.0] * parts_wanted  # squares of what the layer misses, and of the dense output
-    held_out = held_out_runs(len(tokens)).to(device)
-    counts = torch.ones(len(tokens), device=device) if weights is None else weights
-    means: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-    moment = 0.0
-    for e, rows, kept in expert_rows(routes, layer.neurons, layer.offsets):
-        halves = [rows[held_out[rows] == bool(which)] for which in range(2)] if parts_wanted > 1 else [rows]
-        sums = [ShiftedSums(len(kept), layer.b_out.shape[1], device) for _ in halves]
-        shift: tuple[Tensor, Tensor] | None = None
-        for half, chosen in zip(sums, halves, strict=True):
-            for part in chosen.split(CHUNK) if len(chosen) else ():
-                x = tokens[part]
-                hidden, target = layer.activations(x, kept), hidden_activations(ffn, x) @ ffn.w_down.T
-                if shift is None:
-                    shift = hidden.mean(0), target.mean(0)
-                half.add(hidden - shift[0], target - shift[1], layer.w_down[kept], counts[part])
-        assert shift is not None, "an expert that is listed has tokens"
-        # how far the shift lies from the expert's mean
-        count = sum(half.count for half in sums)
-        hidden_off = torch.stack([half.hidden_sum for half in sums]).sum(0) / count
-        target_off = torch.stack([half.target_sum for half in sums]).sum(0) / count
-        hidden_mean, target_mean = (shift[0].double() + hidden_off).float(), (shift[1].double() + target_off).float()
-        moment += count * float(hidden_mean.double().square().sum())
-        for which, half in enumerate(sums):
-            part_gram, part_cross = half.centred(hidden_off, target_off, layer.w_down[kept])
-            missed[which] += half.missed
-            power[which] += half.power
-            grams[which].view(-1).index_add_(0, (kept[:, None] * layer.union + kept).flatten(), part_gram.flatten())
-            crosses[which].index_add_(0, kept, part_cross)
-        means[e] = (kept, hidden_mean, target_mean)
-    if not all(torch.isfinite(t).all() for t in (*grams, *crosses)):
+    return refit_from_parts(layer, ffn, [LayerPart(tokens, weights)], ridge)
+
+
+def refit_from_parts(
+    layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], ridge: float | None, group: Group = SOLO
+) -> RefitReport:
+    """`refit_layer` on this rank's parts of the tokens, those of lower ranks first; every rank's layer gets the same bytes. The
+    sums are made part by part and added in their order; rank 0 solves."""
+    device = layer.w_down.device
+    with group.agreed():
+        own: dict[int, tuple[Tensor, Tensor]] = {}  # tokens of each expert in the first part that has some
+        for part in parts:
+            for e, rows, kept in part.rows(layer):
+                own.setdefault(e, (part.tokens[rows[::SAMPLE]], kept))
+    told = group.all_json({"tokens": [len(part.tokens) for part in parts], "experts": sorted(own)})
+    before, total = (sum(sum(rank["tokens"]) for rank in some) for some in (told[: group.rank], told))
+    shifts: Shifts = {}
+    for rank, facts in enumerate(told):
+        first = [e for e in facts["experts"] if e not in shifts]
+        if first:
+            with group.agreed():
+                mine = {e: shift_of(layer, ffn, *own[e]) for e in first} if rank == group.rank else {}
+            shifts |= _shared_shifts(mine, first, rank, group, device)
+    held_out = held_out_runs(total).to(device) if ridge is None else None
+    sums = OrderedSum(group)
+    with group.agreed():
+        for part in parts:
+            here = None if held_out is None else held_out[before : before + len(part.tokens)]
+            sums.add(part_sums(layer, ffn, part, here, shifts))
+            before += len(part.tokens)
+    whole = sums.total()
+    with group.agreed():
+        report = None
+        if not total:
+            raise UserError(f"none of the images that `{ffn.name}` would be refitted on can be read; check the files")
+        if group.leader:
+            found = centred(layer, {name: value.to(device) for name, value in whole.items()}, shifts)
+            report = _solve(layer, ffn, found, ridge, total)
+    return _shared_layer(layer, report, group)
+
+
+def _shared_shifts(mine: Shifts, experts: list[int], source: int, group: Group, device: torch.device) -> Shifts:
+    """The shifts of these experts, which rank `source` has."""
+    if group.alone:
+        return mine
+    tensors = {f"{e} {which}": value for e, pair in mine.items() for which, value in enumerate(pair)}
+    tensors = dict(group.broadcast(Parcel(None, tensors), source).tensors)
+    return {e: (tensors[f"{e} 0"].to(device), tensors[f"{e} 1"].to(device)) for e in experts}
+
+
+def _shared_layer(layer: NeuronLayer, report: RefitReport | None, group: Group) -> RefitReport:
+    """Rank 0's report, and its solution in every rank's layer."""
+    if group.alone:
+        assert report is not None, "one rank alone is rank 0"
+        return report
+    made = {"w_down": layer.w_down.detach(), "b_out": layer.b_out.detach()}
+    parcel = group.broadcast(Parcel(None if report is None else asdict(report), made))
+    for name, value in parcel.tensors.items():
+        getattr(layer, name).data.copy_(value)
+    return RefitReport(**parcel.body)
+
+
+def _solve(layer: NeuronLayer, ffn: FFN, found: CentredSums, ridge: float | None, tokens: int) -> RefitReport:
+    """Correct the layer by the sums over `tokens` tokens; what was done."""
+    if not (torch.isfinite(found.gram).all() and torch.isfinite(found.cross).all()):
         raise UserError(
             f"`{ffn.name}` receives NaN or infinite activations in the refit; check the weights and the input normalisation, use "
             f"--compensation mean, or skip the layer with --exclude {ffn.name}"
         )
-    gram, cross = torch.stack(grams).sum(0), torch.stack(crosses).sum(0)
-    facts = {"tokens": len(tokens), "neurons": layer.union}
-    if float(gram.diagonal().double().sum()) <= CONSTANT * moment:
+    gram, cross = found.gram.sum(0), found.cross.sum(0)
+    facts = {"tokens": tokens, "neurons": layer.union}
+    if float(gram.diagonal().double().sum()) <= CONSTANT * found.moment:
         return RefitReport(**facts, note="refit skipped: the activations are constant")
     before = after = None
     if ridge is None:
-        ridge, gain = choose_ridge(grams[0], crosses[0], grams[1], crosses[1])
-        before = missed[1] / power[1] if power[1] else None
+        ridge, gain = choose_ridge(found.gram[0], found.cross[0], found.gram[1], found.cross[1])
+        before = found.missed[1] / found.power[1] if found.power[1] else None
         if ridge is None:
-            why = f"{len(tokens)} tokens for {layer.union} neurons"
+            why = f"{tokens} tokens for {layer.union} neurons"
             return RefitReport(**facts, error_before=before, note=f"refit skipped: {why}, no lambda helps on held-out tokens")
-        after = (missed[1] + gain) / power[1] if power[1] else None
+        after = (found.missed[1] + gain) / found.power[1] if found.power[1] else None
     change, used = solve_ridge(gram, cross, ridge, LEAST)
     layer.w_down.data += change.float()
-    for e, (kept, hidden_mean, target_mean) in means.items():
+    for e, (kept, hidden_mean, target_mean) in found.means.items():
         layer.b_out[e] = ffn.b_down + target_mean - hidden_mean @ layer.w_down[kept]
     note = ""
     if used != ridge:
-        note = f"lambda {ridge:g} raised to {used:g}: {len(tokens)} tokens do not determine {layer.union} neurons below that"
-    elif len(tokens) < layer.union:
-        note = f"refitted on {len(tokens)} tokens for {layer.union} neurons"
+        note = f"lambda {ridge:g} raised to {used:g}: {tokens} tokens do not determine {layer.union} neurons below that"
+    elif tokens < layer.union:
+        note = f"refitted on {tokens} tokens for {layer.union} neurons"
     return RefitReport(**facts, ridge=used, error_before=before, error_after=after, note=note)
-
-
-class ShiftedSums:
-    """Sums over tokens for a least-squares fit, of values less a shift that lies near their mean: one pass over the tokens, and
-    nothing is lost to rounding when the mean is taken off afterwards.
-
-    Of activations H [N, H] and targets T [N, D] less their shifts, and what is missed, R = T - H W: the Gram matrix H'H, the
-    cross product H'R, sums over the tokens, and squares; every token times what it counts for.
-    """
-
-    def __init__(self, neurons: int, dim: int, device: torch.device):
-        self.gram = torch.zeros(neurons, neurons, device=device)
-        self.cross = torch.zeros(neurons, dim, device=device)
-        self.hidden_sum = torch.zeros(neurons, dtype=torch.float64, device=device)
-        self.target_sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.missed = self.power = 0.0
-        self.count = 0.0
-
-    def add(self, hidden: Tensor, target: Tensor, weight: Tensor, counts: Tensor) -> None:
-        """See activations [N, H] and targets [N, D], less their shifts, that count for `counts` [N]; `weight` W [H, D]."""
-        rest, each = target - hidden @ weight, counts[:, None]
-        weighed = hidden * each
-        self.gram.addmm_(weighed.T, hidden)
-        self.cross.addmm_(weighed.T, rest)
-        self.hidden_sum += weighed.sum(0, dtype=torch.float64)
-        self.target_sum += (target * each).sum(0, dtype=torch.float64)
-        self.missed += float((rest.square() * each).sum(dtype=torch.float64))
-        self.power += float((target.square() * each).sum(dtype=torch.float64))
-        self.count += float(counts.sum(dtype=torch.float64))
-
-    def centred(self, hidden: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """H'H and H'R with the means `hidden` [H] and `target` [D] (float64, less the shifts) taken off; `missed` and `power`
-        become those of the centred values."""
-        rest, rest_sum = target - hidden @ weight.double(), self.target_sum - self.hidden_sum @ weight.double()
-        gram = self.gram - _outer(self.hidden_sum - self.count * hidden, hidden, hidden, self.hidden_sum)
-        cross = self.cross - _outer(self.hidden_sum - self.count * hidden, rest, hidden, rest_sum)
-        self.missed += float(self.count * rest @ rest - 2 * rest @ rest_sum)
-        self.power += float(self.count * target @ target - 2 * target @ self.target_sum)
-        return gram, cross
-
-
-def _outer(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """a b' + c d' in float32."""
-    return (torch.outer(a, b) + torch.outer(c, d)).float()
 
 
 def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor) -> tuple[float | None, float]:
@@ -171,23 +163,21 @@ def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Ten
     return best
 
 
-class _RefitStep(nn.Module):
-    """Stands where a routed layer will be for one forward pass: refits it on the pass's own input, then applies it, unless it is
-    the last."""
+class _RefitStep(WaitingStep):
+    """Stands where a routed layer will be: passes wait here until it is refitted on what they bring."""
 
-    def __init__(self, layer: NeuronLayer, ffn: FFN, ridge: float | None, last: bool, done, prefix=lambda count: 0):
+    def __init__(self, layer: NeuronLayer, ffn: FFN, prefix: Callable[[int], int]):
         super().__init__()
-        self.layer, self.ffn, self.ridge, self.last, self.done, self.prefix = layer, ffn, ridge, last, done, prefix
+        self.layer, self.ffn, self.prefix = layer, ffn, prefix
 
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = as_tokens(x, self.layer.channels_first)
+    def part(self, x: Tensor) -> LayerPart:
+        """What a pass brings, as tokens."""
         weights = None
         if x.ndim == 3 and (prefix := self.prefix(x.shape[1])):
             weights = token_weights(x.shape[1], prefix).to(x.device).repeat(len(x))
-        with own_arithmetic():  # the model may run under an autocast of its own
-            self.done(self.ffn.name, refit_layer(self.layer, self.ffn.to(x.device), tokens.float(), self.ridge, weights=weights))
-        if self.last:
-            raise Reached
+        return LayerPart(as_tokens(x, self.layer.channels_first).float(), weights)
+
+    def apply_to(self, x: Tensor) -> Tensor:
         parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() // self.ffn.dim)))]
         return torch.cat(parts)
 
@@ -195,70 +185,115 @@ class _RefitStep(nn.Module):
 @torch.inference_mode()
 def refit(
     model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, *, ridge: float | None,
-    report: Reporter = silent, device: torch.device = CPU,
+    report: Reporter = silent, group: Group = SOLO,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and
-    layers come and go on the CPU; the work is done on `device`.
+    layers come and go on the CPU; the work is done on the device of `group`, whose ranks share the images and end with the same
+    layers.
 
     `model` holds the routed layers already; `ffns` are their dense originals. Layers that want as many images are refitted in
-    one forward pass of all these images together, so that each sees what the refitted layers before it produce. Images that
-    only later layers want pass the earlier ones in batches (see `moee.calibrate.entry`). Memory grows with `tokens`: about 40
-    bytes x D a token.
+    forward passes of these images, in parts that wait for each other at every layer, so that each sees what the refitted layers
+    before it produce. Images that only later layers want pass the earlier ones in batches (see `moee.calibrate.entry`). Memory
+    grows with `tokens`: about 40 bytes x D a token.
     """
-    with placed(model, device):
-        return _refit(model, layers, ffns, data, tokens, ridge, report, device)
+    with placed(model, group.device):
+        return _Refit(model, layers, ffns, data, ridge, report, group).run(tokens)
 
 
-def _refit(
-    model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, ridge: float | None,
-    report: Reporter, device: torch.device,
-) -> dict[str, RefitReport]:  # fmt: skip
-    image = next(batches(data, 1)).images.to(device)
-    widths = {name: layer.b_out.shape[1] for name, layer in layers.items()}
-    groups = image_groups(tokens_an_image(model, widths, image), len(data), tokens)
-    fewest = min(group.images for group in groups)  # as many as pass the whole model together
-    most_kept = KEPT * tokens * max(widths.values())
-    reports: dict[str, RefitReport] = {}
+@dataclass(frozen=True)
+class _Refit:
+    """One call of `refit`."""
 
-    def prefix_of(count: int) -> int:
-        return prefix_tokens(model) if holds_prefix(model, count) else 0
+    model: nn.Module
+    layers: dict[str, NeuronLayer]
+    ffns: dict[str, FFN]
+    data: ImageSet
+    ridge: float | None
+    report: Reporter
+    group: Group
 
-    def done(name: str, facts: RefitReport) -> None:
-        reports[name] = facts
-        report("refit", len(reports), len(layers))
+    def run(self, tokens: int) -> dict[str, RefitReport]:
+        with self.group.agreed():
+            image = next(batches(self.data, 1)).images.to(self.group.device)
+            widths = {name: layer.b_out.shape[1] for name, layer in self.layers.items()}
+            todo = image_groups(tokens_an_image(self.model, widths, image), len(self.data), tokens)
+        fewest = min(some.images for some in todo)  # as many as pass the whole model together
+        most_kept = KEPT * tokens * max(widths.values())
+        parts = min(PARTS, tokens // (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))
+        done: dict[str, RefitReport] = {}
+        self.report("refit", 0, len(self.layers))
+        while todo:
+            some = todo.pop(0)
+            entry = self._entry(some, done, image) if some.images > fewest else None
+            if entry is None and some.images > fewest and len(some.names) > 1:  # something goes past the first: one pass a layer
+                todo[:0] = [ImageGroup((name,), some.images) for name in some.names]
+                continue
+            most = fewest if entry is None else max(fewest, most_kept // entry.numbers)
+            with self.group.agreed():
+                passes = self._passes(entry, some.names[0], spread_parts(len(self.data), min(some.images, most), parts), image)
+            self._refit(some.names, passes, done)
+        return {name: done[name] for name in self.layers}
 
-    report("refit", 0, len(layers))
-    while groups:
-        group = groups.pop(0)
-        entry = find_entry(model, group.names, reports, image) if group.images > fewest else None
-        if entry is None and group.images > fewest and len(group.names) > 1:  # something goes past the first: one pass a layer
-            groups[:0] = [ImageGroup((name,), group.images) for name in group.names]
-            continue
-        for name in group.names:
-            step = _RefitStep(layers[name], ffns[name], ridge, name == group.names[-1], done, prefix_of)
-            replace_module(model, name, step)
-        try:
+    def _entry(self, some: ImageGroup, done: Mapping[str, RefitReport], image: Tensor) -> Entry | None:
+        """Where the passes of these layers begin, on every rank at the same place; None: at the model's beginning."""
+        with self.group.agreed():
+            entry = find_entry(self.model, some.names, done, image)
+        found = self.group.all_json(None if entry is None else entry.name)
+        with self.group.agreed():
+            if any(name != found[0] for name in found):
+                raise StepFailed("the ranks do not read the model alike; start them on machines of one kind")
+        return entry
+
+    def _passes(self, entry: Entry | None, first: str, orders: Sequence[Tensor], image: Tensor) -> list[Callable[[], object]]:
+        """Forward passes over this rank's parts of the images, in those `orders`; they begin at the entry."""
+        share = self.group.part(len(orders))
+        mine = orders[share.start : share.stop]
+        steps, taken = sum(-(-len(order) // BATCH_SIZE) for order in mine), 0
+
+        def images(order: Tensor) -> Iterator[Tensor]:
+            nonlocal taken
+            for batch in batches(self.data, BATCH_SIZE, order=order, strict=False):
+                yield batch.images.to(image.device)
+                taken += 1
+                if entry is not None:
+                    self.report(f"refit, images for {first}", taken, steps)
+
+        passes: list[Callable[[], object]] = []
+        for order in mine:
+            seen = images(order)
+            head = next(seen, None)
+            if head is None:
+                continue  # none of this part can be read
             if entry is None:
-                run_until_reached(model, torch.cat(list(_images(data, fewest, device))))
+                passes.append(partial(self.model, torch.cat([head, *seen])))
             else:
-                _run_from(model, entry, group, data, max(fewest, most_kept // entry.numbers), image, report)
+                inputs = gather(self.model, entry, chain([head], seen), len(order))
+                passes.append(partial(self._from_entry, entry, inputs, image))
+        return passes
+
+    def _from_entry(self, entry: Entry, inputs: Inputs, image: Tensor) -> None:
+        with taken_up(self.model, entry, inputs):
+            self.model(image)
+
+    def _refit(self, names: Sequence[str], passes: Sequence[Callable[[], object]], done: dict[str, RefitReport]) -> None:
+        """Refit the layers of these names as the passes come to them."""
+
+        def prefix_of(count: int) -> int:
+            return prefix_tokens(self.model) if holds_prefix(self.model, count) else 0
+
+        steps = {name: _RefitStep(self.layers[name], self.ffns[name], prefix_of) for name in names}
+        for name, step in steps.items():
+            replace_module(self.model, name, step)
+        try:
+            with InStep(passes) as running:
+                for name, step in steps.items():
+                    with self.group.agreed():
+                        parts = [step.part(x) for x in running.bring(step, name)]
+                    with own_arithmetic():
+                        ffn = self.ffns[name].to(self.group.device)
+                        done[name] = refit_from_parts(self.layers[name], ffn, parts, self.ridge, self.group)
+                    step.ready = True
+                    self.report("refit", len(done), len(self.layers))
         finally:
-            for name in group.names:
-                replace_module(model, name, layers[name])
-    return {name: reports[name] for name in layers}
-
-
-def _run_from(
-    model: nn.Module, entry: Entry, group: ImageGroup, data: ImageSet, most: int, image: Tensor, report: Reporter
-) -> None:
-    """A pass that begins at the entry, with the group's images but at most `most`."""
-    wanted = min(group.images, most)
-    parts = track(_images(data, wanted, image.device), f"refit, images for {group.names[0]}", -(-wanted // BATCH_SIZE), report)
-    with taken_up(model, entry, gather(model, entry, parts, wanted)):
-        run_until_reached(model, image)
-
-
-def _images(data: ImageSet, wanted: int, device: torch.device) -> Iterator[Tensor]:
-    """Batches of images spread evenly over the data set."""
-    for batch in batches(data, BATCH_SIZE, order=spread(len(data), wanted)):
-        yield batch.images.to(device)
+            for name in names:
+                replace_module(self.model, name, self.layers[name])

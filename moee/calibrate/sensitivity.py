@@ -12,19 +12,23 @@ pruning"; Molchanov et al. 2019), taken per expert and around the expert's mean.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from moee.calibrate.calibration import CHUNK, as_tokens, hidden_activations
 from moee.calibrate.image_budget import image_groups, spread, tokens_an_image
-from moee.data.image_set import Batch, ImageSet, batches
+from moee.data.image_set import Batch, ImageSet, batches, listed_batches
 from moee.errors import UserError, chosen
 from moee.interface.adapted import run_model, title_of_model
 from moee.layers.routing import route
 from moee.models.ffn import FFN, channels_last
-from moee.parallel.devices import CPU, placed
+from moee.parallel.devices import placed
+from moee.parallel.group import SOLO, Group, Parcel
+from moee.parallel.ordered import OrderedSum, cut
 from moee.progress import Reporter, silent, track
 
 SHRINKAGE = 16.0  # tokens' worth of the layer's average that an expert's own figures are blended with
@@ -67,6 +71,22 @@ class _Accumulator:
             for part, e in zip(tokens.split(CHUNK), self.routes.split(CHUNK), strict=True)
         ]
 
+    def take(self) -> dict[str, Tensor]:
+        """What was summed since the last time, by the layer's name."""
+        taken = {f"{self.ffn.name} {i}": total.clone() for i, total in enumerate(self.sums)}
+        taken |= {f"{self.ffn.name} count": self.count.clone(), f"{self.ffn.name} images": torch.tensor(self.images)}
+        for total in (*self.sums, self.count):
+            total.zero_()
+        self.images = 0
+        return taken
+
+    def put(self, whole: Mapping[str, Tensor]) -> None:
+        """The sums of all parts, as `take` names them."""
+        for i, total in enumerate(self.sums):
+            total.copy_(whole[f"{self.ffn.name} {i}"])
+        self.count.copy_(whole[f"{self.ffn.name} count"])
+        self.images = int(whole[f"{self.ffn.name} images"])
+
     def add(self, gradient: Tensor, objective: int) -> None:
         tokens = as_tokens(gradient, self.ffn.channels_first)
         parts = zip(tokens.split(CHUNK), self.routes.split(CHUNK), self.deviation, strict=True)
@@ -92,24 +112,27 @@ def output_projection(output: Tensor, classifier: bool, generator: torch.Generat
 
 def measure_sensitivity(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
-    *, objective: str = "both", seed: int = 0, report: Reporter = silent, device: torch.device = CPU,
+    *, objective: str = "both", seed: int = 0, report: Reporter = silent, group: Group = SOLO,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Mean sensitivity a token [K, H] float64 of each layer's experts and neurons, over about `tokens` tokens of each layer.
 
     `objective`: `output` (what the model returns), `tokens` (every token of the last feature map) or `both`: each scaled to a
     total of one over the whole model, then averaged. Experts that few tokens reach lean on their layer's average. The model's
-    weights are not changed. Everything comes and goes on the CPU; the work is done on `device`.
+    weights are not changed. Everything comes and goes on the CPU; the work is done on the device of `group`, whose ranks share
+    the images and get the same figures.
     """
+    device = group.device
     near = {name: each.to(device) for name, each in stats.items()}
     with placed(model, device):
         moved = {name: ffns[name].to(device) for name in stats}
-        return _measure(model, moved, near, data, tokens, objective, seed, report, device)
+        return _measure(model, moved, near, data, tokens, objective, seed, report, group)
 
 
 def _measure(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int, objective: str,
-    seed: int, report: Reporter, device: torch.device,
+    seed: int, report: Reporter, group: Group,
 ) -> dict[str, Tensor]:  # fmt: skip
+    device = group.device
     model.eval()
     kinds = chosen({"output": ["output"], "tokens": ["tokens"], "both": ["output", "tokens"]}, objective, "objective")
     last = "tokens" in kinds
@@ -147,32 +170,57 @@ def _measure(
             keep = kind == "output" and both and len(kinds) > 1
             _backward(features if kind == "tokens" else output, kind, classifier, generator, keep)
 
-    handles = []
     try:
-        counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, next(batches(data, 1)).images.to(device))
-        for group in image_groups(counts, len(data), tokens, least=2):
-            most = max(counts[name] for name in group.names)
+        with group.agreed():
+            first = next(batches(data, 1)).images.to(device)
+            counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, first)
+        for same in image_groups(counts, len(data), tokens, least=2):
+            most = max(counts[name] for name in same.names)
             size = max(1, min(BATCH_TOKENS // most, EARLY_TOKENS // max(counts.values())))
-            order = spread(len(data), group.images)
-            handles = [model.get_submodule(name).register_forward_pre_hook(before(layers[name])) for name in group.names]
-            handles += [
-                model.get_submodule(ffns[name].output_name).register_forward_hook(after(layers[name])) for name in group.names
-            ]
-            generator = torch.Generator().manual_seed(seed)
-            what = "sensitivity" if group.names[0] == next(iter(counts)) else f"sensitivity from {group.names[0]}"
-            with torch.enable_grad():
-                for batch in track(batches(data, size, order=order), what, -(-len(order) // size), report):
-                    see(batch, generator)
-                    for name in group.names:
-                        layers[name].images += len(batch.images)
-            for handle in handles:
-                handle.remove()
+            sums, shared = OrderedSum(group), _Shared(spread(len(data), same.images), size, group)
+            what = "sensitivity" if same.names[0] == next(iter(counts)) else f"sensitivity from {same.names[0]}"
+            with group.agreed(), torch.enable_grad(), ExitStack() as stack:
+                for name in same.names:
+                    module, output = model.get_submodule(name), model.get_submodule(ffns[name].output_name)
+                    stack.callback(module.register_forward_pre_hook(before(layers[name])).remove)
+                    stack.callback(output.register_forward_hook(after(layers[name])).remove)
+                own = track(listed_batches(data, shared.lists, strict=group.alone), what, len(shared.lists), report)
+                for _, part in groupby(own, key=shared.part):
+                    for batch in part:
+                        # what is drawn for a batch depends on its place among all of them, not on who sees it
+                        see(batch, torch.Generator().manual_seed(seed + (shared.number(batch) << 32)))
+                        for name in same.names:
+                            layers[name].images += len(batch.images)
+                    sums.add({key: value for name in same.names for key, value in layers[name].take().items()})
+            whole = sums.total()
+            if group.leader and whole:
+                for name in same.names:
+                    layers[name].put(whole)
     finally:
-        for handle in handles:
-            handle.remove()
         for p, flag in frozen.items():
             p.requires_grad_(flag)
-    return _combine(layers, len(kinds))
+    with group.agreed():
+        found = _combine(layers, len(kinds)) if group.leader else {}
+    return dict(group.broadcast(Parcel(None, found)).tensors)
+
+
+class _Shared:
+    """Batches of a data set's positions `order`, `size` each; `lists` are this rank's, whole parts of all."""
+
+    def __init__(self, order: Tensor, size: int, group: Group):
+        lists = [some.tolist() for some in order.split(size)]
+        parts = cut(len(lists))
+        share = group.part(len(parts))
+        self.lists = [lists[number] for part in parts[share.start : share.stop] for number in part]
+        self._numbers = {position: number for number, some in enumerate(lists) for position in some}
+        self._parts = {number: part for part, run in enumerate(parts) for number in run}
+
+    def number(self, batch: Batch) -> int:
+        """The batch's place among those of all ranks."""
+        return self._numbers[int(batch.indices[0])]
+
+    def part(self, batch: Batch) -> int:
+        return self._parts[self.number(batch)]
 
 
 def _backward(value: Tensor, kind: str, classifier: bool, generator: torch.Generator, keep: bool) -> None:
@@ -185,6 +233,8 @@ def _backward(value: Tensor, kind: str, classifier: bool, generator: torch.Gener
 
 
 def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, Tensor]:
+    if not all(layer.images for layer in layers.values()):
+        raise UserError("none of the images that the sensitivity is measured on can be read; check the files")
     most = max(layer.images for layer in layers.values())  # layers saw different numbers of images: totals are for as many
     totals = [sum(float(layer.sums[i].sum()) * (most / layer.images) for layer in layers.values()) for i in range(objectives)]
     used = [i for i, total in enumerate(totals) if total > 0] or [0]

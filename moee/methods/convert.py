@@ -16,7 +16,7 @@ from moee.calibrate.grouping import GroupedLayer
 from moee.calibrate.options import CalibrationOptions, NeuronOptions
 from moee.calibrate.refit import refit
 from moee.calibrate.sensitivity import RoutedStats, measure_sensitivity
-from moee.data.image_set import refuse_all_skipped
+from moee.data.image_set import ImageSet, refuse_all_skipped
 from moee.data.transform import model_transform
 from moee.data.validation import fitted_part
 from moee.data.views import widened
@@ -32,7 +32,7 @@ from moee.mlps.find import find_ffns, reports_of
 from moee.mlps.sites import put_mlp
 from moee.models.ffn import FFN
 from moee.parallel.devices import computing_on
-from moee.parallel.group import Group
+from moee.parallel.group import Group, Parcel
 from moee.progress import Reporter
 from moee.store.scratch import temporary_folder
 
@@ -71,16 +71,10 @@ def convert_layers(method: FindsExperts, model: nn.Module, options: Any, context
 
     Calibration tokens lie on disk while it runs. Deterministic for the same options, images and thread count. Cluster labels
     are cached, so an interrupted run does not cluster a finished layer again. In a group the ranks share the images of the
-    calibration and then the layers; rank 0 chooses the neurons and refits, and every rank gets its layers (the reports are
-    rank 0's alone). Raises `UserError` for input that it cannot work with; the model is then unchanged.
+    calibration, the layers, and the images of sensitivity and refit; rank 0 chooses the neurons, and every rank gets its layers
+    (the reports are rank 0's alone). Raises `UserError` for input that it cannot work with; the model is then unchanged.
     """
-    prepared = method.prepare(model, options, context)
-    reports: list[LayerReport] = []
-    with context.group.agreed():
-        if context.group.leader:
-            reports = list(method.apply(model, prepared, options, context))
-    share_layers(model, context.group)
-    return reports
+    return list(method.apply(model, method.prepare(model, options, context), options, context))
 
 
 def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: Context) -> Prepared:
@@ -147,8 +141,26 @@ def _collected(ffns: list[FFN], layers: list[Finding], group: Group) -> list[Fin
 
 
 def install_experts(model: nn.Module, prepared: Prepared, options: Any, context: Context) -> list[LayerReport]:
-    """Choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit on the group's device."""
-    data = context.data
+    """Choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit on the group's devices. All ranks
+    call it, and get their layers; the reports are whole on rank 0 alone."""
+    group, reports = context.group, []
+    with group.agreed():
+        if group.leader:
+            reports = _put_layers(model, prepared, options, context.data)
+    share_layers(model, group)
+    if options.compensation == "refit":
+        seen = widened(fitted_part(context.data), model_transform(model), options.augment, options.collages, options.seed)
+        ffns = {f.name: f for f in prepared.ffns}
+        layers = {name: layer for name in ffns if isinstance(layer := model.get_submodule(name), NeuronLayer)}
+        done = refit(
+            model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group
+        )
+        reports = [replace(r, refit=done.get(r.name)) for r in reports]
+    return [*reports, *prepared.dense]
+
+
+def _put_layers(model: nn.Module, prepared: Prepared, options: Any, data: ImageSet) -> list[LayerReport]:
+    """Put the layers that the choice of neurons makes into `model`; a report for each MLP that was looked at."""
     kept = choose_neurons(model, prepared.routed, prepared.error, data, options) if prepared.routed else {}
     reports: list[LayerReport] = []
     layers: dict[str, NeuronLayer] = {}
@@ -172,26 +184,26 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
     parts = {ffn.name: ffn.bypassed for ffn in prepared.ffns}
     for name, layer in layers.items():
         put_mlp(model, name, layer, parts[name])
-    if options.compensation == "refit":
-        seen = widened(fitted_part(data), model_transform(model), options.augment, options.collages, options.seed)
-        ffns = {f.name: f for f in prepared.ffns}
-        device = context.group.device
-        done = refit(
-            model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, device=device
-        )
-        reports = [replace(r, refit=done.get(r.name)) for r in reports]
-    return [*reports, *prepared.dense]
+    return reports
 
 
-def sensitivity_of(
-    model: nn.Module, routed: dict[str, GroupedLayer], options: NeuronOptions, context: Context
-) -> dict[str, Tensor]:
-    """Sensitivity a token [K, H] of every routed layer's experts and neurons, measured on the group's device."""
-    ffns = {name: r.ffn for name, r in routed.items()}
-    stats = {name: RoutedStats(r.router, r.bias, r.moments.mean) for name, r in routed.items()}
+def sensitivity_of(model: nn.Module, prepared: Prepared, options: NeuronOptions, context: Context) -> dict[str, Tensor]:
+    """Sensitivity a token [K, H] of every routed layer's experts and neurons, measured on the group's devices. All ranks call it
+    and get the same; what is routed, rank 0 knows."""
+    stats = _shared_stats(prepared.routed, context.group)
+    if not stats:
+        return {}
+    ffns = {ffn.name: ffn for ffn in prepared.ffns if ffn.name in stats}
     seen = widened(context.data, model_transform(model), 0, options.collages, options.seed)
     return measure_sensitivity(
         model, ffns, stats, seen, options.sensitivity_tokens, objective=options.objective, seed=options.seed,
-        report=context.report,
-        device=context.group.device,
+        report=context.report, group=context.group,
     )  # fmt: skip
+
+
+def _shared_stats(routed: dict[str, GroupedLayer], group: Group) -> dict[str, RoutedStats]:
+    """Routers and means of rank 0's routed layers, by name."""
+    own = {name: RoutedStats(r.router, r.bias, r.moments.mean) for name, r in routed.items()} if group.leader else {}
+    tensors = {f"{name} {field}": value for name, stats in own.items() for field, value in vars(stats).items()}
+    parcel = group.broadcast(Parcel(list(own), tensors))
+    return {name: RoutedStats(*(parcel.tensors[f"{name} {f}"] for f in ("router", "bias", "mean"))) for name in parcel.body}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,6 @@ from moee.calibrate.grouping import GroupedLayer
 from moee.calibrate.selection import Moments
 from moee.data.image_set import ImageSet
 from moee.errors import UserError
-from moee.kinds.attention_records import AttentionRecord, attention_records, rebuild_attention
 from moee.kinds.registry import layer_records, rebuild_layers
 from moee.layers.report import LayerReport
 from moee.layers.routed import Experts
@@ -81,19 +79,6 @@ def _report(report: LayerReport) -> dict[str, Any]:
     values = report.to_json()
     del values["mean_width"], values["notes"]  # properties
     return values
-
-
-def share_attention(model: nn.Module, group: Group) -> None:
-    """Put rank 0's narrowed attentions into the dense `model` of every other rank."""
-    if group.alone:
-        return
-    records = attention_records(model)
-    names = tuple(f"{record['name']}." for record in records)
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(names)} if names else {}
-    parcel = group.broadcast(Parcel(records, own) if group.leader else None)
-    if not group.leader:
-        rebuild_attention(model, [AttentionRecord(**r) for r in parcel.body], dict(parcel.tensors), Path("what rank 0 sent"))
-        model.eval()
 
 
 def share_layers(model: nn.Module, group: Group) -> None:

@@ -72,9 +72,7 @@ class NeuronMethod(LayerMethod[Any]):
 
     def prepare(self, model: nn.Module, options: Any, context: Context) -> Prepared:
         prepared = super().prepare(model, options, context)
-        with context.group.agreed():
-            if context.group.leader:  # sums over tokens depend on their order, and a few thousand are enough: one rank's work
-                self._measure(model, prepared, options, context)
+        self._measure(model, prepared, options, context)
         return prepared
 
     def apply(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> Sequence[LayerReport]:
@@ -85,8 +83,8 @@ class NeuronMethod(LayerMethod[Any]):
         """The error that dropping each neuron makes, once it is asked for."""
         from moee.methods.convert import sensitivity_of
 
-        if options.criterion == "sensitivity" and prepared.routed and not prepared.error:
-            prepared.error.update(sensitivity_of(model, prepared.routed, options, context))
+        if options.criterion == "sensitivity" and not prepared.error:
+            prepared.error.update(sensitivity_of(model, prepared, options, context))
 
 
 class ExpertsMethod(NeuronMethod):

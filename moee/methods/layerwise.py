@@ -45,7 +45,8 @@ class LayerMethod(Method[Chosen]):
         return group_layers(self, model, options, context)
 
     def apply(self, model: nn.Module, prepared: Prepared, options: Chosen, context: Context) -> Sequence[LayerReport]:
-        """The second half, of rank 0: choose the neurons, replace the MLPs of `model`, which `prepared` was made from, refit."""
+        """The second half: choose the neurons, replace the MLPs of `model`, which `prepared` was made from, refit. All ranks call
+        it; the reports are whole on rank 0 alone."""
         from moee.methods.convert import install_experts
 
         return install_experts(model, prepared, options, context)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -145,7 +145,8 @@ class Group:
 
     def _run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         try:
-            operation(*args, **kwargs)
+            with self.lifeline.waiting() if self.lifeline is not None else nullcontext():
+                operation(*args, **kwargs)
         except RuntimeError as error:
             if self.lifeline is not None and self.lifeline.lost(wait_s=2.0):
                 raise RankLost(self.lifeline.reason, self.lifeline.speaks) from error

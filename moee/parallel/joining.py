@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,8 @@ from moee.parallel.devices import AUTO, Rank, chosen_device, local_ranks, say_de
 from moee.parallel.group import Group, Parcel
 from moee.parallel.lifeline import Lifeline, Offer, connect
 
-TIMEOUT_S = 3600.0  # a rank may wait as long as another one clusters a layer
+TIMEOUT_S = 3600.0  # without a rank that computes
+FOREVER_S = 30 * 86400.0  # of a collective operation, where the lifelines tell whether somebody computes
 JOIN_S = 300.0  # all ranks have to be there by then
 LEADER_SPEAKS_S = 5.0
 SPOKEN_S = 2.0  # before the ranks have met
@@ -128,17 +131,22 @@ def refuse_mixed(kinds: list[str]) -> None:
 
 def _assembled(rank: int, world: int, local: int, device: torch.device, timeout_s: float) -> Group:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        # the default group's timeout is that of joining too, so the long one belongs to a group of its own
-        dist.init_process_group(backend, timeout=timedelta(seconds=min(JOIN_S, timeout_s)))
-        ranks = dist.new_group(timeout=timedelta(seconds=timeout_s), backend=backend)
-        assert isinstance(ranks, dist.ProcessGroup), "this rank is in the group of all ranks"
-    except (RuntimeError, ValueError) as error:
-        raise StepFailed(f"rank {rank} of {world} could not join the others: {str(error).splitlines()[0]}") from error
-    bare = Group(rank, world, local, device, ranks=ranks)
+    def grouped(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except (RuntimeError, ValueError) as error:
+            raise StepFailed(f"rank {rank} of {world} could not join the others: {str(error).splitlines()[0]}") from error
+
+    # the default group's timeout is that of joining; the work is done in a group of its own
+    grouped(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=JOIN_S)))
+    bare = Group(rank, world, local, device)
     with _said_once(speaks=rank == 0):
         refuse_mixed(bare.all_json(device.type))
     offer = Offer() if bare.leader else None
     told = bare.broadcast(Parcel({"port": offer.port, "token": offer.token}) if offer is not None else None).body
     peers = offer.accept(world) if offer is not None else connect(os.environ["MASTER_ADDR"], rank=rank, **told)
-    return replace(bare, lifeline=Lifeline(rank, world, local, peers))
+    # without a connection nobody knows whether a rank works
+    watched = all(bare.all_json(len(peers) == (world - 1 if bare.leader else 1)))
+    waits = timedelta(seconds=FOREVER_S if watched else timeout_s)
+    ranks = grouped(lambda: dist.new_group(timeout=waits, backend=backend))
+    return replace(bare, lifeline=Lifeline(rank, world, local, peers, timeout_s if watched else math.inf), ranks=ranks)

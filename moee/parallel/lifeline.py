@@ -5,6 +5,9 @@ that computes for minutes without answering is not taken for dead. A machine tha
 Rank 0 tells the others and every process stops: first by an interrupt, so that temporary folders are removed, and after
 `GRACE_S` the hard way, since a thread that waits in a collective operation does not see interrupts.
 
+A rank that lives and does nothing does not close its connections: `moee.parallel.pulse` tells it from one that works, on the same
+connections.
+
 PyTorch misses the case that the others compute. gloo and `monitored_barrier` notice at the next collective operation, nccl's
 watchdog after the group's timeout, and torchrun's agent ends the ranks of its own machine alone, by SIGTERM. Measured with torch
 2.14 and two gloo ranks, one killed by SIGKILL while the other had about 40 s to compute; seconds until that was gone too:
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import selectors
 import signal
@@ -33,7 +37,11 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from moee.parallel.pulse import Pulse
 
 log = logging.getLogger("moee")
 
@@ -41,7 +49,8 @@ GRACE_S = 5.0  # between the interrupt and the hard stop
 CONNECT_S = 30.0
 SIGTERM_PAUSE_S = 0.5  # torchrun ends all ranks when one dies: wait for the news of which one it was
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a silent machine is given up after 25 s
-BYE, LOST = b"b", b"l"
+BYE, LOST, HUNG = b"b", b"l", b"h"
+TOLD = re.compile(rb"[lh]\d+")
 
 
 def _kept_alive(connection: socket.socket) -> socket.socket:
@@ -104,10 +113,14 @@ def _let_go(line: Lifeline | None) -> None:
 
 
 class Lifeline:
-    """Watches the connections, and SIGTERM, in a thread of its own. `reason` says what was lost, empty while all is well."""
+    """Watches the connections, and SIGTERM, in a thread of its own. `reason` says what was lost, empty while all is well. `waits`
+    is set while this rank waits for others."""
 
-    def __init__(self, rank: int, world: int, local_rank: int, peers: dict[int, socket.socket]):
+    def __init__(
+        self, rank: int, world: int, local_rank: int, peers: dict[int, socket.socket], patience_s: float = float("inf")
+    ):
         self.rank, self.world, self.local_rank, self.peers = rank, world, local_rank, peers
+        self.waits, self.pulse = False, Pulse(rank, set(peers), patience_s)
         self.reason, self.speaks, self._interrupt = "", local_rank == 0, False
         self._handled, self._lock = threading.Event(), threading.Lock()
         self._wake, self._waker = socket.socketpair()
@@ -136,10 +149,10 @@ class Lifeline:
                 selector.register(connection, selectors.EVENT_READ, rank)
             stop_at = None
             while True:
-                pause = None if stop_at is None else max(0.0, stop_at - time.monotonic())
+                pause = self.pulse.pause() if stop_at is None else max(0.0, stop_at - time.monotonic())
                 for key, _ in selector.select(pause):
                     try:
-                        data = key.fileobj.recv(64)  # type: ignore[union-attr]
+                        data = key.fileobj.recv(4096)  # type: ignore[union-attr]
                     except OSError:
                         data = b""
                     if key.data < 0:
@@ -147,29 +160,43 @@ class Lifeline:
                             return
                         if signal.SIGTERM in data and stop_at is None:
                             stop_at = time.monotonic() + SIGTERM_PAUSE_S
-                    elif data.startswith(LOST):
-                        return self._lose(int(data[1:].split(LOST)[0]))
+                    elif told := TOLD.search(data):
+                        return self._lose([int(told[0][1:])], told[0].startswith(HUNG))
                     elif not data:
-                        return self._lose(key.data)
-                    elif data == BYE:
+                        return self._lose([key.data])
+                    elif BYE in data:
                         selector.unregister(key.fileobj)
+                        self.pulse.forget(key.data)
+                    else:
+                        self.pulse.heard(key.data, data[-1:])
                 if stop_at is not None and time.monotonic() >= stop_at:
                     return self._stop(
                         f"rank {self.rank} of {self.world} was told to stop (SIGTERM): the launcher does so when another rank "
                         "fails or the job is cancelled"
                     )
+                if stop_at is None and self.pulse.due():
+                    self._tell(self.pulse.beat(self.waits))
+                    if hung := self.pulse.given_up():
+                        return self._lose(hung, hung=True)
 
-    def _lose(self, rank: int) -> None:
+    def _tell(self, message: bytes, but: Iterable[int] = ()) -> None:
+        for other, connection in self.peers.items():
+            if other not in but:
+                try:
+                    connection.sendall(message)
+                except OSError:
+                    pass
+
+    def _lose(self, ranks: list[int], hung: bool = False) -> None:
         if self.rank == 0:
-            for other, connection in self.peers.items():
-                if other != rank:
-                    try:
-                        connection.sendall(LOST + str(rank).encode())
-                    except OSError:
-                        pass
+            self._tell((HUNG if hung else LOST) + str(ranks[0]).encode(), but=() if hung else ranks)
         first = self.rank - self.local_rank
-        self.speaks = self.rank == (first + 1 if rank == first else first)
-        self._stop(f"rank {rank} of {self.world} was killed or failed, so the others stopped")
+        self.speaks = self.rank == (first + 1 if ranks[0] == first else first)
+        if not hung:
+            return self._stop(f"rank {ranks[0]} of {self.world} was killed or failed, so the others stopped")
+        named = f"rank {ranks[0]}" if len(ranks) == 1 else f"one of the ranks {', '.join(map(str, ranks))}"
+        seconds = f"{self.pulse.patience_s:.0f} s (--rank-timeout)"
+        self._stop(f"{named} of {self.world} hangs: no sign of work for {seconds}, so the others stopped")
 
     def _stop(self, reason: str) -> None:
         """Interrupt the main thread, and end the process if that does not help."""
@@ -186,6 +213,15 @@ class Lifeline:
             if self.speaks:
                 print(f"moee: {self.reason}", file=sys.stderr, flush=True)
             os._exit(1)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block in which this rank waits for others."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
 
     def lost(self, wait_s: float = 0.0) -> str:
         """Why the run cannot go on, or empty. Waits: a collective operation may fail before the news is here."""

@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from safetensors.torch import save_file
 
+from moee.calibrate import refit
 from moee.calibrate.calibration import collect_tokens, gather_tokens
 from moee.config import FinetuneConfig
 from moee.data.image_set import TensorSet
@@ -42,6 +43,10 @@ EXTRACTIONS = {
     "hdbscan": method_options(min_cluster_size=0.02, keep=0.8, cluster_tokens=400, components=8),
     "sensitivity": method_options(criterion="sensitivity", allocation="model", target_macs=0.8, **KMEANS),
     "moefication": method_options("moefication", experts=4, top_k=2),
+}
+FEW = {
+    "experts": method_options(clustering="kmeans", clusters=2, target_macs=0.9),
+    "sensitivity": method_options(clustering="kmeans", clusters=2, criterion="sensitivity", allocation="model", target_macs=0.9),
 }
 TUNINGS = {
     "plain": {},
@@ -80,6 +85,16 @@ def experts(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
     share_layers(model, group)
     keep(group, model, folder / "clear.safetensors")
     return found
+
+
+def few(group: Group, folder: Path) -> None:
+    """One layer and one image: of several ranks most have neither."""
+    data = tiny_images(1)
+    for name, config in FEW.items():
+        torch.manual_seed(1)
+        model = load_model(tiny_spec(depth=1))
+        extract(model, data, config, group=group)
+        keep(group, model, folder / f"few-{name}.safetensors")
 
 
 def keep(group: Group, model: torch.nn.Module, path: Path) -> None:
@@ -171,11 +186,13 @@ def commands(group: Group, folder: Path) -> dict:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("moee").setLevel(logging.ERROR)
+    refit.PART_TOKENS = 16  # so few tokens would be one part, and one rank's
     with joined(timeout_s=120) as group:
         torch.manual_seed(0)
         dense = load_model(tiny_spec())
         results = {
             "experts": experts(group, folder, dense),
+            "few": few(group, folder),
             "sample": sample(group, folder, dense),
             "tunings": tunings(group, folder, dense),
             "refusals": refusals(group, dense),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.moee.distributed_worker import EXTRACTIONS, TUNINGS
+from tests.moee.distributed_worker import EXTRACTIONS, FEW, TUNINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Loss curves of 1, 2 and 4 ranks. A loss of 3e-4 is what is left of float32 terms near 1, so that sums in another order move it
@@ -68,7 +68,7 @@ def same_bytes(a: Path, b: Path) -> None:
 
 
 def check_experts(one: Path, many: Path) -> None:
-    for name in (*EXTRACTIONS, "clear"):
+    for name in (*EXTRACTIONS, "clear", *(f"few-{name}" for name in FEW)):
         same_bytes(one / f"{name}.safetensors", many / f"{name}.safetensors")
     assert results(one)["experts"] == results(many)["experts"]
     assert results(one)["sample"] == results(many)["sample"] == {"skipped": [3, *range(32, 64)]}
@@ -129,9 +129,22 @@ def test_an_error_of_one_rank_is_the_error_of_all(runs):
     assert "lower --lr" in found["rate"]
 
 
+def test_a_rank_that_works_is_waited_for_and_one_that_hangs_is_named(tmp_path):
+    ranks = start(2, tmp_path, "tests.moee.waiting_worker")
+    try:
+        assert all(process.wait(100) != 0 for process in ranks), "one hung for two minutes"
+    finally:
+        for process in ranks:
+            process.kill()
+    said = (tmp_path / "rank-0.log").read_text()
+    assert all("waited for work" in (tmp_path / f"rank-{rank}.log").read_text() for rank in range(2))
+    assert "rank 1 of 2 hangs: no sign of work for 3 s (--rank-timeout), so the others stopped" in said
+
+
 @pytest.mark.slow
-def test_four_ranks_agree_with_one(runs, tmp_path):
-    finish(start(4, tmp_path), tmp_path)
+@pytest.mark.parametrize("world", [3, 4])
+def test_more_ranks_agree_with_one(runs, tmp_path, world):
+    finish(start(world, tmp_path), tmp_path)
     check_experts(runs[1], tmp_path)
     check_curves(runs[1], tmp_path)
     same_bytes(tmp_path / "tuned-plain.safetensors", tmp_path / "tuned-again.safetensors")

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 from moee.errors import RankLost
-from moee.parallel import joining
-from moee.parallel.lifeline import BYE, LOST, Lifeline, Offer, connect
+from moee.parallel import joining, pulse
+from moee.parallel.lifeline import BYE, HUNG, LOST, Lifeline, Offer, connect
+from moee.parallel.pulse import IDLE, WAITS, WORKED
 
 
 @pytest.fixture
@@ -119,6 +120,62 @@ def test_the_lost_rank_is_named_whatever_fails_first(monkeypatch, late):
     with pytest.raises(RankLost, match="rank 1 of 2"), joining._ranked((0, 2, 0), 60.0, "cpu"):
         if late:
             barrier()
+
+
+def beating(patience_s=0.6):
+    """A lifeline of rank 0 of 3 that loses patience soon, and the far ends."""
+    pairs = {rank: socket.socketpair() for rank in (1, 2)}
+    return Lifeline(0, 3, 0, {rank: pair[0] for rank, pair in pairs.items()}, patience_s), [pair[1] for pair in pairs.values()]
+
+
+def told_for(seconds, ends, *states):
+    """Beats of the far ends while this rank does nothing."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for end, state in zip(ends, states, strict=True):
+            if state:
+                end.sendall(state)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "states, named",
+    [
+        ((IDLE, WAITS), "rank 1 of 3"),  # rank 0 waits, too
+        ((WAITS, b""), "rank 2 of 3"),  # stopped, with SIGSTOP for example
+        ((WAITS, WAITS), "one of the ranks 0, 1, 2 of 3"),
+    ],
+)
+def test_a_rank_that_lives_and_does_nothing_is_named(monkeypatch, states, named):
+    monkeypatch.setattr(pulse.time, "process_time", lambda: 0.0)
+    made, ends = beating()
+    try:
+        with made.waiting(), pytest.raises(KeyboardInterrupt):
+            told_for(5, ends, *states)
+    finally:
+        made.acknowledge()
+        made.close()
+    assert f"{named} hangs: no sign of work for 1 s (--rank-timeout)" in made.reason
+    assert b"".join(end.recv(4096) for end in ends).count(HUNG) == 2
+
+
+def test_a_rank_that_works_keeps_the_others_waiting(monkeypatch):
+    monkeypatch.setattr(pulse.time, "process_time", lambda: 0.0)
+    made, ends = beating()
+    with made.waiting():
+        told_for(2.5, ends, WAITS, WORKED)
+    assert made.reason == ""
+    made.acknowledge()
+    made.close()
+
+
+def test_a_leader_without_a_sign_of_life_is_named_by_the_others():
+    near, _far = socket.socketpair()
+    made = Lifeline(1, 2, 1, {0: near}, 0.6)
+    wait_for_interrupt(lambda: None)
+    made.acknowledge()
+    made.close()
+    assert made.speaks and "rank 0 of 2 hangs" in made.reason
 
 
 def test_only_a_connection_with_the_token_is_accepted():

@@ -13,7 +13,7 @@ import moee.methods.heads.narrowing
 from moee.calibrate.prefix import token_weights
 from moee.errors import UserError
 from moee.measure.metrics import dense_macs, model_cost, original_macs
-from moee.methods.heads.fit import HeadMoments, dense_parts, find_bases, narrowed, refit_projection
+from moee.methods.heads.fit import HeadMoments, dense_parts, find_bases, fit_projection, narrowed, projection_sums
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.heads.narrowing import PROBES, TOKENS, _images, _standing_in, narrow, width_losses
 from moee.methods.heads.widths import choose_widths, levels, moves
@@ -104,7 +104,7 @@ def test_refit_lowers_the_error_of_narrowed_queries(attention):
     made = cut(attention, x, Widths(8, 8))
     before = error(made, attention, other)
     with torch.no_grad():
-        refit_projection(made, attention, x)
+        fit_projection(made, projection_sums(made, attention, x))
     assert error(made, attention, other) < before
 
 
@@ -119,7 +119,7 @@ def test_class_tokens_count_for_more(attention, monkeypatch):
         moments = seen(attention, x, prefix)
         with torch.no_grad():
             made = narrowed(attention, find_bases(moments, None), Widths(8, 8), moments)
-            refit_projection(made, attention, x, prefix)
+            fit_projection(made, projection_sums(made, attention, x, prefix))
             return float((made(x) - attention(x))[:, 0].square().mean())
 
     monkeypatch.setattr("moee.calibrate.prefix.PREFIX_SHARE", 10.0)
@@ -309,7 +309,7 @@ def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkey
     def fail(*args, **kwargs):
         raise RuntimeError("stop")
 
-    monkeypatch.setattr("moee.methods.heads.narrowing.refit_projection", fail)
+    monkeypatch.setattr("moee.methods.heads.narrowing.fit_projection", fail)
     with pytest.raises(RuntimeError, match="stop"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.7)
     assert len(find_attentions(tiny_model)) == 3
@@ -318,13 +318,13 @@ def test_an_error_in_the_last_pass_leaves_the_model_as_it_was(tiny_model, monkey
 def test_activations_that_break_behind_a_narrowed_layer_name_the_attention(tiny_model, monkeypatch):
     """The trials saw the dense model's activations; the fit sees those that the narrowed layers before it make."""
     losses = width_losses(tiny_model, tiny_images(24), SIZE)
-    real = moee.methods.heads.narrowing.refit_projection
+    real = moee.methods.heads.narrowing.fit_projection
 
     def broken(made, *args, **kwargs):
         real(made, *args, **kwargs)
         made.proj.bias.data[:] = float("inf")
 
-    monkeypatch.setattr("moee.methods.heads.narrowing.refit_projection", broken)
+    monkeypatch.setattr("moee.methods.heads.narrowing.fit_projection", broken)
     with pytest.raises(UserError, match=r"`blocks\.\d\.attn` receives NaN or infinite"):
         narrow(tiny_model, tiny_images(24), SIZE, 0.55, losses=losses)
     assert len(find_attentions(tiny_model)) == 3

@@ -2,12 +2,15 @@
 behind; the same runs on a GPU."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import timm.layers
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from moee.calibrate.in_step import Pass
 from moee.config import FinetuneConfig
 from moee.layers.routed import RoutedFFN
 from moee.measure.evaluation import run
@@ -56,6 +59,20 @@ class OneThread:
 @pytest.fixture(autouse=True)
 def in_this_thread(monkeypatch):
     monkeypatch.setattr("moee.methods.convert.ThreadPoolExecutor", OneThread)
+    start, run = Pass.start, Pass.run
+
+    def started(here):  # a pass is a thread of its own
+        here.modes = _get_current_dispatch_mode_stack()
+        start(here)
+
+    def among_modes(here):
+        with ExitStack() as stack:
+            for mode in here.modes:
+                stack.enter_context(mode)
+            run(here)
+
+    monkeypatch.setattr(Pass, "start", started)
+    monkeypatch.setattr(Pass, "run", among_modes)
     monkeypatch.setattr(torch, "is_autocast_enabled", autocast_enabled)
 
 
@@ -101,7 +118,7 @@ def test_heads_and_clear_moe_on_a_gpu():
     gpu, data = torch.device("cuda", 0), tiny_images()
     wide = load_model(tiny_spec(embed_dim=64))
     far, low_rank = copy.deepcopy(wide), copy.deepcopy(wide)
-    assert narrow(far, data, (3, 32, 32), 0.75, device=gpu)
+    assert narrow(far, data, (3, 32, 32), 0.75, group=Group(device=gpu))
     convert_clear(low_rank, data, ClearOptions(experts=2, target_macs=0.7), device=gpu)
     for model in (far, low_rank):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
@@ -138,7 +155,7 @@ def test_heads_are_narrowed_on_a_device():
     with sdpa_kernel(SDPBackend.MATH):
         widths = narrow(model, data, (3, 32, 32), 0.75)
     with StandIn() as device, sdpa_kernel(SDPBackend.MATH):
-        assert narrow(far, data, (3, 32, 32), 0.75, device=DEVICE) == widths
+        assert narrow(far, data, (3, 32, 32), 0.75, group=Group(device=DEVICE)) == widths
     same(model, far)
     assert device.counts["aten._linalg_eigh.default"] and widths
 

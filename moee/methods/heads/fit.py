@@ -11,7 +11,7 @@ patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,9 @@ RIDGE = 1e-6  # of the mean diagonal: the fit has hundreds of tokens a weight, t
 FLOOR = 1e-8  # of the largest eigenvalue
 
 
+SUMS = ("query", "key", "read", "total", "count")
+
+
 class HeadMoments:
     """Second moments of an attention's queries and keys [heads, d, d], mean and covariance of what its projection reads.
 
@@ -34,12 +37,13 @@ class HeadMoments:
 
     def __init__(self, attention: Attention, prefix: int = 0):
         heads, dim = attention.num_heads, attention.head_dim
-        self.attention, self.prefix, self.count = attention, prefix, 0.0
+        self.attention, self.prefix = attention, prefix
         device = attention.qkv.weight.device
         self.query = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
         self.key = torch.zeros_like(self.query)
         self.read = torch.zeros(heads * dim, heads * dim, dtype=torch.float64, device=device)
         self.total = torch.zeros(heads * dim, dtype=torch.float64, device=device)
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, x: Tensor) -> Tensor:
@@ -52,8 +56,17 @@ class HeadMoments:
         weighed = read * weight.repeat(len(x))[:, None]
         self.read += weighed.T @ read
         self.total += weighed.sum(0)
-        self.count += float(weight.sum()) * len(x)
+        self.count += weight.sum() * len(x)
         return read
+
+    def sums(self) -> dict[str, Tensor]:
+        """What was summed, by name."""
+        return {name: getattr(self, name) for name in SUMS}
+
+    def put(self, sums: Mapping[str, Tensor]) -> None:
+        """Take `sums` of more images in the place of what was seen."""
+        for name in SUMS:
+            getattr(self, name).copy_(sums[name])
 
     @property
     def covariance(self) -> Tensor:
@@ -126,28 +139,35 @@ def narrowed(attention: Attention, bases: Bases, widths: Widths, moments: HeadMo
     return made.eval()
 
 
-def refit_projection(
+def projection_sums(
     made: NarrowAttention, attention: Attention, x: Tensor, prefix: int = 0, *, reads: Sequence[Tensor] | None = None
-) -> None:
-    """Fit `made.proj` by least squares to the dense `attention`'s output on tokens [B, N, D]. `reads`: what its projection reads
-    of each `BATCH` of images, where that is known (`HeadMoments.add`)."""
+) -> dict[str, Tensor]:
+    """Sums over tokens [B, N, D] from which `made.proj` is fitted to the dense `attention`'s output. `reads`: what its projection
+    reads of each `BATCH` of images, where that is known (`HeadMoments.add`)."""
     width, dim = made.proj.in_features, made.proj.out_features
     exact = torch.zeros(0, dtype=torch.float64, device=x.device)
-    gram, cross = exact.new_zeros(width, width), exact.new_zeros(width, dim)
-    read_sum, target_sum = exact.new_zeros(width), exact.new_zeros(dim)
     weights = token_weights(x.shape[1], prefix).to(x.device)
+    sums = {
+        "gram": exact.new_zeros(width, width), "cross": exact.new_zeros(width, dim), "read": exact.new_zeros(width),
+        "target": exact.new_zeros(dim), "count": weights.sum().double() * len(x),
+    }  # fmt: skip
     for number, part in enumerate(x.split(BATCH)):
         read = made.attend(part).flatten(0, 1)
         target = attention.proj(dense_parts(attention, part)[2] if reads is None else reads[number])
         weight = weights.repeat(len(part))[:, None]
         weighed = read * weight
-        gram += weighed.T @ read
-        cross += weighed.T @ target
-        read_sum += weighed.sum(0, dtype=torch.float64)
-        target_sum += (target * weight).sum(0, dtype=torch.float64)
-    count = float(weights.sum()) * len(x)
-    read_mean, target_mean = read_sum / count, target_sum / count
-    centred = gram / count - torch.outer(read_mean, read_mean), cross / count - torch.outer(read_mean, target_mean)
-    fitted = solve_ridge(*centred, RIDGE)[0].T
-    made.proj.weight.data = fitted.float()
-    made.proj.bias.data = (target_mean - fitted @ read_mean).float()
+        sums["gram"] += weighed.T @ read
+        sums["cross"] += weighed.T @ target
+        sums["read"] += weighed.sum(0, dtype=torch.float64)
+        sums["target"] += (target * weight).sum(0, dtype=torch.float64)
+    return sums
+
+
+def fit_projection(made: NarrowAttention, sums: Mapping[str, Tensor]) -> None:
+    """Fit `made.proj` by least squares on what was summed (`projection_sums`)."""
+    read, target = sums["read"] / sums["count"], sums["target"] / sums["count"]
+    gram = sums["gram"] / sums["count"] - torch.outer(read, read)
+    cross = sums["cross"] / sums["count"] - torch.outer(read, target)
+    fitted = solve_ridge(gram, cross, RIDGE)[0].T
+    made.proj.weight.data = fitted.float().contiguous()
+    made.proj.bias.data = (target - fitted @ read).float()

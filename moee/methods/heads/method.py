@@ -66,27 +66,21 @@ class HeadsMethod(Method[HeadsOptions]):
         from moee.data.transform import model_transform
         from moee.data.validation import fitted_part
         from moee.data.views import widened
-        from moee.methods.exchange import share_attention
         from moee.methods.heads.narrowing import narrow, width_losses
         from moee.methods.heads.widths import check_share
 
         share = options.attention_macs
         if share == 1:
             return []
-        equal, transform, device = options.attention_heads == "equal", model_transform(model), context.group.device
+        equal, transform, group = options.attention_heads == "equal", model_transform(model), context.group
         seen = widened(fitted_part(context.data), transform, 0, options.collages, options.seed)
         trials = {"probes": options.attention_probes, "tokens": options.attention_tokens}
         key = ("widths", equal, options.collages, options.seed, *trials.values())
-        with context.group.agreed():
-            if context.group.leader:
-                check_share(model, transform.shape, share)  # before minutes of trials
-                if key not in context.left:
-                    context.left[key] = width_losses(
-                        model, seen, transform.shape, equal, context.report, device=device, **trials
-                    )  # fmt: skip
-                narrow(
-                    model, seen, transform.shape, share, equal, report=context.report, losses=context.left[key], device=device,
-                    **trials,
-                )  # fmt: skip
-        share_attention(model, context.group)
+        with group.agreed():
+            check_share(model, transform.shape, share)  # before minutes of trials
+        if key not in context.left:
+            context.left[key] = width_losses(model, seen, transform.shape, equal, context.report, group=group, **trials)
+        narrow(
+            model, seen, transform.shape, share, equal, report=context.report, losses=context.left[key], group=group, **trials
+        )
         return []

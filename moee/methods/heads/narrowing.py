@@ -7,24 +7,28 @@ that the narrowed ones before it produce.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from moee.calibrate.in_step import InStep, WaitingStep
 from moee.calibrate.prefix import prefix_tokens
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
 from moee.interface.adapted import run_model
 from moee.interface.watch import watched
-from moee.methods.heads.fit import BATCH, Bases, HeadMoments, find_bases, narrowed, refit_projection
+from moee.methods.heads.fit import BATCH, Bases, HeadMoments, find_bases, fit_projection, narrowed, projection_sums
 from moee.methods.heads.widths import check_reach, choose_widths, full_widths, moves
 from moee.mlps.attention import NarrowAttention, Widths, find_attentions, input_shapes
 from moee.models.ffn import channels_last
 from moee.models.model import Shape, replace_module
-from moee.parallel.devices import CPU, placed
+from moee.parallel.devices import placed
+from moee.parallel.group import SOLO, Group, Parcel
+from moee.parallel.ordered import OrderedSum, cut
 from moee.progress import Reporter, silent, track
 from moee.train.step import distillation_loss, token_loss
 
@@ -35,22 +39,54 @@ PROBES = 48  # images on which each width of each layer is tried; none of those 
 PROBE_NUMBERS = 1 << 28  # inputs of all blocks on the probes
 
 
-class _NarrowStep(nn.Module):
-    """Stands where a narrowed attention will be for one forward pass: makes it from the pass's own input, then applies it."""
+class _NarrowStep(WaitingStep):
+    """Stands where a narrowed attention will be: passes wait here until it is made from what they bring."""
 
     def __init__(self, name: str, attention: Attention, widths: Widths, scale: Tensor | None, prefix: int):
         super().__init__()
         self.name, self.attention, self.widths, self.scale, self.prefix = name, attention, widths, scale, prefix
         self.made: NarrowAttention | None = None
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        assert attn_mask is None and not is_causal, "calibration images come without masks"
-        moments, scale = HeadMoments(self.attention, self.prefix), None if self.scale is None else self.scale.to(x.device)
-        reads = [moments.add(part) for part in x.split(BATCH)]
-        _require_finite(self.name, moments)
-        self.made = narrowed(self.attention, find_bases(moments, scale), self.widths, moments)
-        refit_projection(self.made, self.attention, x, self.prefix, reads=reads)
+    def apply_to(self, x: Tensor) -> Tensor:
+        assert self.made is not None, "a pass waits until the layer is there"
         return torch.cat([self.made(part) for part in x.split(BATCH)])
+
+    def make(self, parts: Sequence[Tensor], group: Group) -> None:
+        """Make it from all ranks' tokens [B, N, D], of which `parts` are this one's. Rank 0 solves; every rank gets the same."""
+        moments, reads = OrderedSum(group), []
+        with group.agreed():
+            for x in parts:
+                seen = HeadMoments(self.attention, self.prefix)
+                reads.append([seen.add(part) for part in x.split(BATCH)])
+                moments.add(seen.sums())
+        whole = moments.total()
+        with group.agreed():
+            if group.leader:
+                seen = HeadMoments(self.attention, self.prefix)
+                seen.put(whole)
+                _require_finite(self.name, seen)
+                scale = None if self.scale is None else self.scale.to(group.device)
+                self.made = narrowed(self.attention, find_bases(seen, scale), self.widths, seen)
+        made, sums = self._shared(group), OrderedSum(group)
+        with group.agreed():
+            for x, read in zip(parts, reads, strict=True):
+                sums.add(projection_sums(made, self.attention, x, self.prefix, reads=read))
+        whole = sums.total()
+        with group.agreed():
+            if group.leader:
+                fit_projection(made, {name: value.to(group.device) for name, value in whole.items()})
+        self.made = self._shared(group)
+
+    def _shared(self, group: Group) -> NarrowAttention:
+        """What rank 0 has made, on every rank."""
+        made = self.made
+        if made is None:
+            dim, heads, head_dim = self.attention.qkv.in_features, self.attention.num_heads, self.attention.head_dim
+            made = NarrowAttention(dim, heads, head_dim, self.widths).to(group.device).eval()
+        state = group.broadcast(Parcel(None, made.state_dict())).tensors
+        if not group.leader:
+            made.load_state_dict(dict(state))
+        return made
 
 
 class _Skip(nn.Module):
@@ -63,8 +99,7 @@ class _Skip(nn.Module):
 @torch.no_grad()
 def narrow(
     model: nn.Module, data: ImageSet, shape: Shape, share: float, equal: bool = False, *, report: Reporter = silent,
-    losses: dict[tuple[str, Widths], float] | None = None, device: torch.device = CPU, probes: int = PROBES,
-    tokens: int = TOKENS,
+    losses: dict[tuple[str, Widths], float] | None = None, group: Group = SOLO, probes: int = PROBES, tokens: int = TOKENS,
 ) -> dict[str, Widths]:  # fmt: skip
     """Replace the attentions of `model` in place by narrower ones that keep the share `share` of the attention's MACs.
 
@@ -74,53 +109,70 @@ def narrow(
     of the layers that changed. Deterministic for one data set and thread count. Raises `UserError` for a model whose attentions
     cannot be narrowed, too small a share, fewer than two images or broken activations. Memory grows with `NUMBERS`: the inputs of
     a layer for all images of the fit, and its hidden activations. The model comes and goes on the CPU, in eval mode; the work is
-    done on `device`.
+    done on the device of `group`, whose ranks share the images of the fit and get the same layers.
     """
     model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, shape)
-    check_reach(attentions, shapes, share)
+    with group.agreed():
+        check_reach(attentions, shapes, share)
     if losses is None:
-        losses = width_losses(model, data, shape, equal, report, device=device, probes=probes, tokens=tokens)
-    _, images = _images(data, *_numbers(attentions, shapes), probes, tokens)
+        losses = width_losses(model, data, shape, equal, report, group=group, probes=probes, tokens=tokens)
+    with group.agreed():
+        _, images = _images(data, *_numbers(attentions, shapes), probes, tokens)
     chosen = choose_widths(attentions, shapes, losses, share, equal)
     steps = {
         name: _NarrowStep(name, attentions[name], widths, _scale(model, name), prefix_tokens(model))
         for name, widths in chosen.items()
         if widths != full_widths(attentions[name])
     }
+    runs = cut(len(images))
+    share_of_runs = group.part(len(runs))
+    own = [images[run.start : run.stop] for run in runs[share_of_runs.start : share_of_runs.stop]]
     for name, step in steps.items():
         replace_module(model, name, step)
-    with placed(model, device):
+    with placed(model, group.device):
         try:
-            model(images.to(device))
+            with InStep([partial(model, some.to(group.device)) for some in own]) as running:
+                for name, step in steps.items():
+                    with group.agreed():
+                        parts = running.bring(step, name)
+                    step.make(parts, group)
+                    step.ready = True
         finally:
             for name in steps:
                 replace_module(model, name, attentions[name])
         for name, step in steps.items():
-            assert step.made is not None, f"{name} took no part in the forward pass"
+            assert step.made is not None, "every step was made"
             replace_module(model, name, step.made)
     return {name: step.widths for name, step in steps.items()}
 
 
 @torch.no_grad()
 def width_losses(
-    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, *, device: torch.device = CPU,
+    model: nn.Module, data: ImageSet, shape: Shape, equal: bool = False, report: Reporter = silent, *, group: Group = SOLO,
     probes: int = PROBES, tokens: int = TOKENS,
 ) -> dict[tuple[str, Widths], float]:  # fmt: skip
     """What `narrow` chooses widths by: the loss of the output with one attention, by its name, narrowed to each width.
 
     Arguments, errors and memory are those of `narrow`. Each width is made from the moments of a third of the tokens and
-    tried on `probes` other images. The model stays as it is, in eval mode.
+    tried on `probes` other images. The model stays as it is, in eval mode. The ranks of `group` share the images of the moments,
+    then the attentions.
     """
     model.eval()
     attentions = find_attentions(model)
     shapes = input_shapes(model, attentions, shape)
     an_image, dim, layers = _numbers(attentions, shapes)
-    tried, images = _images(data, an_image, dim, layers, probes, tokens)
+    with group.agreed():
+        tried, images = _images(data, an_image, dim, layers, probes, tokens)
     few = images[: max(2, tokens // TRIAL // an_image)]
-    with placed(model, device):
-        return _losses(model, attentions, tried.to(device), few.to(device), equal, report)
+    with placed(model, group.device):
+        moments = _moments(model, attentions, few, report, group)
+        own = list(attentions)[group.rank :: group.world]
+        with group.agreed():
+            found = _losses(model, {name: moments[name] for name in own}, tried.to(group.device), equal, report)
+    told = [one for rank in group.all_json([[name, w.qk, w.v, loss] for (name, w), loss in found.items()]) for one in rank]
+    return {(name, Widths(qk, v)): loss for name, qk, v, loss in told}
 
 
 def _numbers(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]]) -> tuple[int, int, int]:
@@ -158,17 +210,39 @@ def _scale(model: nn.Module, name: str) -> Tensor | None:
     return gamma.detach().flatten() if isinstance(gamma, Tensor) else None
 
 
-def _losses(
-    model: nn.Module, attentions: dict[str, Attention], probes: Tensor, images: Tensor, equal: bool, report: Reporter
-) -> dict[tuple[str, Widths], float]:
-    """Loss of the model's output on `probes`, one layer at a time narrowed to each of its `moves` by the moments of `images`."""
+def _moments(
+    model: nn.Module, attentions: dict[str, Attention], images: Tensor, report: Reporter, group: Group
+) -> dict[str, HeadMoments]:
+    """Every attention's moments over the images, of which each rank sees its share."""
+    runs, sums = cut(len(images)), OrderedSum(group)
+    share = group.part(len(runs))
+    with group.agreed():
+        for run in track(runs[share.start : share.stop], "attention", len(share), report):
+            seen = _seen(model, attentions, images[run.start : run.stop].to(group.device))
+            sums.add({f"{name} {what}": value for name, each in seen.items() for what, value in each.sums().items()})
+    whole = group.broadcast(Parcel(None, sums.total())).tensors
+    moments = {name: HeadMoments(attention, prefix_tokens(model)) for name, attention in attentions.items()}
+    with group.agreed():
+        for name, each in moments.items():
+            each.put({what: whole[f"{name} {what}"] for what in each.sums()})
+            _require_finite(name, each)
+    return moments
+
+
+def _seen(model: nn.Module, attentions: dict[str, Attention], images: Tensor) -> dict[str, HeadMoments]:
+    """Moments of what the attentions get of these images."""
     moments = {name: HeadMoments(attention, prefix_tokens(model)) for name, attention in attentions.items()}
     with watched(model, attentions, lambda name, x: moments[name].add(x)):
-        parts = images.split(BATCH)
-        for part in track(parts, "attention", len(parts), report):
+        for part in images.split(BATCH):
             model(part)
-    for name, found in moments.items():
-        _require_finite(name, found)
+    return moments
+
+
+def _losses(
+    model: nn.Module, moments: Mapping[str, HeadMoments], probes: Tensor, equal: bool, report: Reporter
+) -> dict[tuple[str, Widths], float]:
+    """Loss of the model's output on `probes`, one layer at a time narrowed to each of its `moves` by its moments."""
+    attentions = {name: each.attention for name, each in moments.items()}
     inputs: dict[str, Tensor] = {}
     first = {name.rpartition(".")[0]: name for name in attentions}  # the block of each attention
     with watched(model, first, lambda block, x: inputs.__setitem__(first[block], x)):
