@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from moee.calibrate import refit
 from moee.calibrate.calibration import collect_tokens, gather_tokens
+from moee.calibrate.in_step import InStep
 from moee.config import FinetuneConfig
 from moee.data.image_set import TensorSet
 from moee.errors import UserError
@@ -26,6 +27,7 @@ from moee.measure.evaluation import run
 from moee.methods.clear_moe.convert import convert
 from moee.methods.clear_moe.options import ClearOptions
 from moee.methods.exchange import share_layers
+from moee.methods.heads import narrowing
 from moee.methods.recipe import make_recipe, method_options
 from moee.mlps.find import find_ffns
 from moee.models.model import load_model
@@ -187,6 +189,8 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     logging.getLogger("moee").setLevel(logging.ERROR)
     refit.PART_TOKENS = 16  # so few tokens would be one part, and one rank's
+    passes: list[int] = []
+    refit.InStep = narrowing.InStep = lambda works: passes.append(len(works)) or InStep(works)
     with joined(timeout_s=120) as group:
         torch.manual_seed(0)
         dense = load_model(tiny_spec())
@@ -198,6 +202,7 @@ def main(folder: Path) -> None:
             "refusals": refusals(group, dense),
             "commands": commands(group, folder),
         }
+        results["passes"] = group.all_json(sum(passes))
         if group.leader:
             (folder / "results.json").write_text(json.dumps(results))
 

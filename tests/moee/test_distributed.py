@@ -71,6 +71,7 @@ def check_experts(one: Path, many: Path) -> None:
     for name in (*EXTRACTIONS, "clear", *(f"few-{name}" for name in FEW)):
         same_bytes(one / f"{name}.safetensors", many / f"{name}.safetensors")
     assert results(one)["experts"] == results(many)["experts"]
+    assert sum(results(one)["passes"]) == sum(results(many)["passes"]) and min(results(many)["passes"]) > 0, "not shared"
     assert results(one)["sample"] == results(many)["sample"] == {"skipped": [3, *range(32, 64)]}
     same_bytes(one / "sample.safetensors", many / "sample.safetensors")
     same_bytes(one / "extracted" / "model.safetensors", many / "extracted" / "model.safetensors")
