@@ -12,6 +12,8 @@ The functions that the command line calls, with images as Python has them (`moee
 from __future__ import annotations
 
 import inspect
+import logging
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from exporter.timing.latency import LatencyResult
 from exporter.timing.latency import bench as time_export
 from exporter.verification import VerifyResult
 from exporter.verification import verify as verify_export
-from moee.api import held_out_images
+from moee.api import INPUT_SIZE, OF_INPUT, held_out_images
 from moee.artifacts.model import MoeeModel
 from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, Bounds, real, several, whole
 from moee.config import validated
@@ -50,6 +52,7 @@ from moee.progress import Reporter, to_stderr
 from moee.stages.opened import Images, session_of
 from plugins.devices import known_sms
 
+log = logging.getLogger("moee")
 BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
 
 
@@ -181,7 +184,7 @@ def bundle(
     )
 
 
-@in_python(renamed={"time": "time_s"})
+@in_python(renamed={"time": "time_s", "img_size": INPUT_SIZE, **OF_INPUT})
 def compress(
     model: nn.Module | str, data: Images, val: Images = None, *, out: str | Path, max_drop: float | None = None,
     min_cosine: float | None = None, target_latency_ms: float | None = None, device: str = CPU, sm: str | int | None = None,
@@ -195,7 +198,8 @@ def compress(
     `model`, `data`, `val`, `classes`, `num_classes` and `input` as for `moee.extract`. `max_drop`: percentage points of accuracy;
     without any budget 1 point, or a cosine of 0.98 where accuracy cannot be compared. `device`: where candidates are timed, "cpu"
     or a board's name (modelled); `sm`: the GPU that the bundle is for (default: that of `device`). `time_s`: seconds that it may
-    take, None for no limit. Raises `BudgetUnmet` where nothing meets the budget, `StepFailed` if the result does not verify.
+    take, None for no limit. What it does is said on stderr, or logged where a `report` is given. Raises `BudgetUnmet` where
+    nothing meets the budget, `StepFailed` if the result does not verify.
     """
     limits = {"max_drop": max_drop, "min_cosine": min_cosine, "target_latency_ms": target_latency_ms}
     given = {name: value for name, value in limits.items() if value is not None}
@@ -207,12 +211,13 @@ def compress(
     target_of(device, batch=batch, sm=bundled).check()
     place = StagedFolder(out, force=force, inputs=source_paths(data) if isinstance(data, (str, Path)) else ())
     place.check()
+    say = log.info if report is not None else partial(print, file=sys.stderr)
     report = report or to_stderr()
     session = session_of(
         model, data, val, classes=classes, num_classes=num_classes, input=input, device=torch_device, report=report
     )
     word = model if session.spec.library in ("python", "module") else None
-    return Job(session, place, request, report, word=word).run()
+    return Job(session, place, request, report, say, word).run()
 
 
 def _profile(batch: Sequence[int]) -> tuple[int, int, int]:

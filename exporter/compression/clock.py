@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from moee.train.trial import FORWARDS  # of the learning rate
+
 FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
 TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while both are timed in turns
 TRIALS = 0.7  # of the time before the last stages; tuning gets the rest, where that is worth it
 EPOCH_RUNS = 6.0  # of the dense model on an image, that an epoch of tuning takes for it
-WORTH_EPOCHS = 5  # of tuning: one or two taught refitted models nothing in four runs
+WORTH_EPOCHS = 2  # of tuning: with fewer the trial of the learning rate takes a good part of the time
 SHOWN, FEWEST = 400, 20  # images
 SHOWN_PASSES = 3  # of the dense model that showing an image takes: both models, and the pictures
 MARGIN = 1.1  # a trial may take longer than the mean of those before
@@ -57,7 +59,8 @@ class Clock:
     @property
     def tunes(self) -> bool:
         """Whether what trials leave is enough for a tuning; else trials get all of the time."""
-        return self.seconds is None or (1 - TRIALS) * (self.seconds - self.finish) >= WORTH_EPOCHS * self.epoch_s
+        least = WORTH_EPOCHS * self.epoch_s + FORWARDS * self.image_s
+        return self.seconds is None or (1 - TRIALS) * (self.seconds - self.finish) >= least
 
     @property
     def epoch_s(self) -> float:

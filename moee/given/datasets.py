@@ -70,6 +70,11 @@ def _item(dataset: Any, position: int) -> Any:
         return dataset[position]
 
 
+def first_item(dataset: Any) -> Any:
+    """The item at the first position, as it is read later."""
+    return _item(dataset, 0)
+
+
 @contextmanager
 def _drawing(seed: int) -> Iterator[None]:
     """A block in which torch, NumPy and Python draw what they draw under `seed`; the caller's numbers go on as if nothing was."""

@@ -18,11 +18,11 @@ from torch.utils.data import (
     default_collate,
 )
 
-from moee.data.image_set import ImageSet, Source, TensorSet, divide
+from moee.data.image_set import ImageSet, Source, TensorSet, divide, image_shape
 from moee.data.leaks import digest, refuse_shared, rows, same_content, sources_of
 from moee.data.sources import numbered
 from moee.errors import UserError
-from moee.given.datasets import DatasetSet, class_names_of, indexed, name_of, names_not_taken, positions_of
+from moee.given.datasets import DatasetSet, class_names_of, first_item, indexed, name_of, names_not_taken, positions_of
 from moee.given.items import check_shape, label_of, pair_of
 from moee.models.model import Shape
 from moee.progress import Reporter, silent
@@ -74,6 +74,23 @@ def given_splits(
     source = Source(sets, divided=val is not None, indices=not order, order=order, notes=notes)
     splits = numbered(source, classes, head_classes, labels)
     return splits["train"], splits["val"]
+
+
+def first_shape(given: Any) -> Shape | None:
+    """The shape of the first image, where it can be looked at without using anything up."""
+    if isinstance(given, (tuple, list)) and given and isinstance(given[0], Tensor) and given[0].ndim == 4:
+        return image_shape(given[0])
+    if isinstance(given, DataLoader):
+        given = given.dataset if given.collate_fn is default_collate else None
+    if isinstance(given, ImageSet):
+        return image_shape(given.load(0)[None]) if len(given) else None
+    if not isinstance(given, Sized) or not hasattr(given, "__getitem__") or not len(given):
+        return None
+    try:
+        image, _ = pair_of(first_item(given), name_of(given))
+    except UserError:  # which is said when all are read
+        return None
+    return image_shape(image[None]) if image.ndim == 3 else None
 
 
 def given_images(

@@ -33,6 +33,12 @@ def described(config: Mapping[str, Any], names: Sequence[str] = ()) -> str:
     return ", ".join(texts)
 
 
+def says_size(module: nn.Module) -> bool:
+    """Whether the module, its configuration or its timm description says which size of images it takes."""
+    own: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
+    return _own_size(module) is not None or isinstance(own, Mapping) and own.get("input_size") is not None
+
+
 def described_input(
     module: nn.Module, given: InputConfig, title: str
 ) -> tuple[dict[str, Any], list[str], tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import nn
 from moee.bounds import CLASSES, whole
 from moee.config import validated
 from moee.errors import UserError
+from moee.given.images import first_shape
 from moee.given.preparation import differences, read_preparation
 from moee.interface.adapted import guesses_of
 from moee.interface.spec import InputConfig, ModelSpec
 from moee.keywords import spoken
 from moee.libraries.from_module import module_spec
-from moee.libraries.preparation import UNSAID, described
+from moee.libraries.preparation import UNSAID, described, says_size
 from moee.libraries.wrapped import plain
 from moee.models.source import ModelOptions, named_model, with_pretrained
 from moee.parallel.joining import alone
@@ -39,11 +41,9 @@ def session_of(
     """A dense model with its images, from what `extract` takes; what was guessed of them is logged."""
     named = class_names(classes)
     group = alone(device)
-    spec = spec_of(model, num_classes, input)
     source, given = source_of(data, val)
     prepared = None if given is None else read_preparation(data if val is None else val)
-    if spec.library == "module" and input is None and prepared is not None:
-        spec = spec.model_copy(update={"input": prepared})
+    spec = spec_of(model, num_classes, input, None if given is None else Seen(prepared, data))
     session = Session(
         spec, source, seed=seed, report=report or to_stderr(), group=group, workers=workers, classes=named, given=given
     )
@@ -52,6 +52,25 @@ def session_of(
     if given is not None:
         _say_preparation(prepared, session)
     return session
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Images that Python gave: how their loader prepares them, where it is known, and the training images themselves."""
+
+    prepared: InputConfig | None
+    data: Any
+
+    def completed(self, told: InputConfig | None, module: nn.Module) -> InputConfig | None:
+        """What a user told of the images, and of the rest what the loader does; the size of the first image, where the module
+        does not say its own either."""
+        told = told or InputConfig()
+        taken = {} if self.prepared is None else self.prepared.model_dump(exclude_none=True)
+        if told.input_size is None and not says_size(module) and (shape := first_shape(self.data)) is not None:
+            taken["input_size"] = shape
+            log.info("the model takes images of %s, as the first that was given", " x ".join(map(str, shape)))
+        taken |= told.model_dump(exclude_none=True)
+        return InputConfig(**taken) if taken else None
 
 
 def _say_guesses(session: Session) -> None:
@@ -78,10 +97,11 @@ def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
 
 
 def spec_of(
-    model: nn.Module | str, num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None
-) -> ModelSpec:
+    model: nn.Module | str, num_classes: int | None = None, input: InputConfig | Mapping[str, Any] | None = None,
+    seen: Seen | None = None,
+) -> ModelSpec:  # fmt: skip
     """The `ModelSpec` of a model: what `load_model` loaded it by, while it is still that model; else one that holds the module
-    itself, by which an artifact is opened with that module alone."""
+    itself, by which an artifact is opened with that module alone. `seen` completes the `input` of such a one."""
     if isinstance(model, str):
         told = [name for name, value in (("num_classes", num_classes), ("input", input)) if value is not None]
         if told:
@@ -101,7 +121,7 @@ def spec_of(
             return spec
         log.info("%s was changed since load_model (%s): it is taken as a module of your own", spec.called, changed)
     given = input if isinstance(input, InputConfig) or input is None else validated(InputConfig, dict(input))
-    return with_pretrained(module_spec(module, num_classes, given))
+    return with_pretrained(module_spec(module, num_classes, given if seen is None else seen.completed(given, module)))
 
 
 def source_of(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:

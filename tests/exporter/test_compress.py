@@ -74,9 +74,9 @@ def test_tuning_gets_what_is_left_and_none_where_few_epochs_fit():
     assert clock.tunes and clock.trials_end == pytest.approx(0.7 * (600 - 60 - 8 * 5))
     now.time = 300.0
     assert clock.tuning == pytest.approx(300 - 60 - 8 * 5)
-    assert epochs_within(clock) == 6
-    now.time = 400.0
-    assert epochs_within(clock) == 0, "three would fit"
+    assert epochs_within(clock) == 5, "after the trial of the learning rate"
+    now.time = 420.0
+    assert epochs_within(clock) == 0, "one would fit"
     many = Clock(600.0, now, image_s=0.05, held_out=100, training=1000)
     assert not many.tunes and many.trials_end == pytest.approx(600 - 60 - 8 * 5), "trials get all of the time"
     assert epochs_within(Clock(None, now, image_s=0.05, training=10**6)) == 10

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.models import VisionTransformer
@@ -16,6 +16,7 @@ import moee
 from moee.data.transform import Transform, evaluation
 from moee.errors import UserError
 from moee.given.preparation import differences, read_preparation
+from moee.stages.opened import session_of
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 BICUBIC = transforms.InterpolationMode.BICUBIC
@@ -37,6 +38,47 @@ def folder(tmp_path_factory):
 
 def loader(folder, *steps):
     return DataLoader(ImageFolder(folder, transforms.Compose(steps)), 8)
+
+
+class Patches(torch.nn.Module):
+    """A small ViT of one's own that says nothing of its images."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = torch.nn.Conv2d(3, 16, 8, 8), torch.nn.LayerNorm(16)
+        self.fc1, self.act, self.fc2 = torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16)
+        self.head = torch.nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return self.head((x + self.fc2(self.act(self.fc1(self.norm(x))))).mean(1))
+
+
+@pytest.mark.parametrize("told", [None, {"input_size": (3, 32, 32)}, {"interpolation": "bicubic"}])
+def test_what_is_not_said_of_the_images_is_as_the_loader_prepares_them(folder, told):
+    """A part that is said takes its own place alone."""
+    both = loader(folder, transforms.Resize(36), transforms.CenterCrop(32), *END)
+    val = Subset(both.dataset, range(0, 24, 3))
+    train = Subset(both.dataset, [i for i in range(24) if i % 3])
+    transform = session_of(Patches(), train, val, input=told).transform
+    config = transform.config
+    assert transform.shape == (3, 32, 32) and transform.mean == pytest.approx(MEAN) and transform.std == pytest.approx(STD)
+    assert config["crop_pct"] == pytest.approx(32 / 36, abs=0.02)
+    assert config["interpolation"] == ("bicubic" if told and "interpolation" in told else "bilinear")
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dataset", "loader", "iterable"])
+def test_the_size_is_that_of_the_images_where_the_module_does_not_say_it(kind):
+    images, labels = torch.randn(20, 3, 24, 32), torch.arange(20) % 2
+    data = TensorDataset(images, labels)
+    given = {"tensors": (images, labels), "dataset": data, "loader": DataLoader(data, 4), "iterable": iter([(images, labels)])}
+    if kind == "iterable":  # looking at it would use it up
+        with pytest.raises(UserError, match=r"say which size of images it takes: give input=\{'input_size': \(channels, height"):
+            exporter.compress(Patches(), given[kind], out="unused-folder")
+    else:
+        model, state = Patches(), torch.get_rng_state()
+        assert session_of(model, given[kind]).transform.shape == (3, 24, 32)
+        assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(("steps", "crop", "mode", "kind"), [
