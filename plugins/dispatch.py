@@ -131,8 +131,8 @@ def run_sized(
     memory[: space.zeroed] = 0
     buffers = space.split(memory)
     available: dict[str, Any] = {**inputs, **buffers, "y": y, **sizes.as_dict(), "activation": activation}
-    if load_cdf is not None:
-        available["load_cdf"] = load_cdf
+    # Kernels that route by themselves take both ways; the one that is not asked for reads nothing, but its type must be right.
+    available |= {"by_load": int(load_cdf is not None), "load_cdf": inputs["neurons"] if load_cdf is None else load_cdf}
     if watch is not None:
         watch.allow({n: v for n, v in available.items() if isinstance(v, torch.Tensor)})
 

@@ -10,18 +10,23 @@ from plugins.kernels import (
     expert_down,
     expert_up,
     fused,
+    group_down,
+    group_fused,
+    group_up,
     masked_down,
     masked_up,
     route,
     route_load,
 )
+from plugins.kernels.group import GROUP, SCORED
 from plugins.kernels.spec import Block, KernelSpec
 from plugins.targets import target
 
-SPECS: dict[str, KernelSpec] = {
-    m.SPEC.role: m.SPEC for m in (route, route_load, expert_up, expert_down, fused, masked_up, masked_down, combine)
-}
-GEMM_ROLES = ("route", "expert_up", "expert_down", "fused", "masked_up", "masked_down")
+MODULES = (
+    route, route_load, expert_up, expert_down, fused, masked_up, masked_down, combine, group_up, group_down, group_fused,
+)  # fmt: skip
+SPECS: dict[str, KernelSpec] = {m.SPEC.role: m.SPEC for m in MODULES}
+GEMM_ROLES = tuple(role for role in SPECS if role not in ("route_load", "combine"))
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,15 @@ def _fused(id: int, max_d: int) -> Tactic:
     return Tactic(id, f"fused_d{max_d}", "fused", launches, max_d=max_d)
 
 
+def _group(id: int, m: int) -> Tactic:
+    return Tactic(id, f"group{m}", "group", (Launch("group_up", f"r{m}"), Launch("group_down", f"r{m}")), top_k="one")
+
+
+def _group_fused(id: int, max_d: int) -> Tactic:
+    launches = (Launch("group_fused", f"d{max_d}"),)
+    return Tactic(id, f"group_fused_d{max_d}", "group_fused", launches, top_k="one", max_d=max_d)
+
+
 # The masked form computes every union neuron for every token: it can only win while reading weights dominates.
 TACTICS: tuple[Tactic, ...] = (
     _tile(1, 16),
@@ -98,6 +112,8 @@ TACTICS: tuple[Tactic, ...] = (
     _masked(6, 64, 2048),
     _fused(7, 192),
     _fused(8, 384),
+    _group(9, 16),
+    _group_fused(10, 384),
 )
 
 
@@ -131,6 +147,11 @@ def _variants(wide: bool) -> dict[tuple[str, str], Config]:
     m, n = (16, 16) if wide else (32, 32)
     table["fused", "d192"] = _config(m, n, 192, 4, 1 if wide else 3, D0=128, D1=64)
     table["fused", "d384"] = _config(m, n, 384, 8, 1 if wide else 3, D0=256, D1=128)
+    # Eight warps: with four, every thread holds twice as many scores, and the kernels are half as large again.
+    group, scores = {"GROUP": GROUP, "SCORED": SCORED}, 16 if wide else 32
+    table["group_up", "r16"] = _config(64, 64, k, 8, s, ROWS=16, BK=k, BS=scores, **group)
+    table["group_down", "r16"] = _config(32, 64, k, 8, s + 2, ROWS=16, BK=k, **group)
+    table["group_fused", "d384"] = _config(16, m, 384, 8, 1 if wide else 3, D0=256, D1=128, BS=scores, **group)
     table["combine", "sum"] = _config(16, 128, 0, 4, 1)
     return table
 
@@ -147,14 +168,18 @@ def by_id(id: int) -> Tactic:
 
 
 def default_tactic(tokens: int, dim: int, top_k: int, experts: int, dtype: str) -> Tactic:
-    """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average, else the smallest.
+    """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average. Where they fill none, the
+    first that groups tokens, for it has half of the launches; where none does, the smallest tile.
 
     `defaultTactic` of the C++ library follows the same rule. It is not measured.
     """
     average = tokens * top_k // experts
-    tiles = {t: _token_tile(t, dtype) for t in TACTICS if t.kind != "masked" and t.fits(tokens, dim, top_k)}
+    fitting = [t for t in TACTICS if t.fits(tokens, dim, top_k)]
+    tiles = {t: _token_tile(t, dtype) for t in fitting if t.kind in ("tile", "fused")}
     filled = [t for t, tile in tiles.items() if tile <= average]
-    return max(filled, key=lambda t: tiles[t]) if filled else min(tiles, key=lambda t: tiles[t])
+    if filled:
+        return max(filled, key=lambda t: tiles[t])
+    return next((t for t in fitting if t.kind == "group"), min(tiles, key=lambda t: tiles[t]))
 
 
 def _token_tile(tactic: Tactic, dtype: str) -> int:

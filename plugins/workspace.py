@@ -53,7 +53,7 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Workspace:
-    """All buffers of one tactic. Bytes [0, zeroed) must be zero before `route`; `size` is the total."""
+    """All buffers of one tactic. Bytes [0, zeroed) must be zero before the first launch; `size` is the total."""
 
     buffers: tuple[Buffer, ...]
     zeroed: int
@@ -67,29 +67,31 @@ class Workspace:
         return views
 
 
-KINDS = ("tile", "fused", "masked")
+KINDS = ("tile", "fused", "masked", "group", "group_fused")
 
 
 def layout(sizes: Sizes, dtype: str, kind: str) -> Workspace:
-    """Workspace of a tactic of `kind` "tile", "fused" or "masked" for token type `dtype`.
+    """Workspace of a tactic of `kind`, one of KINDS, for token type `dtype`.
 
-    Order: counts, member, buckets, routes, hidden, partial; each start a multiple of 256 bytes.
+    Order: counts, member, buckets, routes, hidden, partial; each start a multiple of 256 bytes. The group kinds count nothing.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of tactic {kind!r}; expected one of {', '.join(KINDS)}")
     s = sizes
     slots = s.tokens * s.top_k
-    wanted: list[tuple[str, str, tuple[int, ...]]] = [("counts", "int32", (s.experts,))]
-    if kind == "masked":
-        wanted.append(("member", "uint8", (s.experts, s.union_size)))
-    wanted.append(("buckets", "int32", (s.experts, s.tokens)))
+    wanted: list[tuple[str, str, tuple[int, ...]]] = []
+    if not kind.startswith("group"):
+        wanted.append(("counts", "int32", (s.experts,)))
+        if kind == "masked":
+            wanted.append(("member", "uint8", (s.experts, s.union_size)))
+        wanted.append(("buckets", "int32", (s.experts, s.tokens)))
     wanted.append(("routes", "int32", (slots,)))
     if kind == "masked":
         wanted.append(("hidden", dtype, (s.tokens, round_up(s.union_size, 16))))
     else:
-        if kind == "tile":
+        if kind in ("tile", "group"):
             wanted.append(("hidden", dtype, (slots, round_up(s.max_width, 16))))
-        if s.top_k > 1:
+        if s.top_k > 1 and not kind.startswith("group"):
             wanted.append(("partial", "float32", (slots, s.dim)))
 
     buffers: list[Buffer] = []

@@ -24,19 +24,13 @@ def reference(*, hidden, w_down, b_out, neurons, offsets, counts, buckets, y, pa
             target[slot] = value.to(target.dtype)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def expert_down_kernel(hidden, w_down, b_out, neurons, offsets, counts, buckets, y, partial, tokens, dim, experts,
-                       max_width, top_k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """Grid (expert tiles, dim tiles): BM slots of one expert by BN columns of the output."""
-    expert, first, count, busy = find_tile(tl.program_id(0), counts, experts, BM)
-    if not busy:
-        return
+@triton.jit
+def down_tile(hidden, w_down, b_out, neurons, offsets, y, partial, expert, slot, live, dim, max_width, top_k, BM: tl.constexpr,
+              BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Rows `slot` [BM] (int64) of y or partial from the same rows of hidden: BN columns, all neurons of `expert`."""
     begin = tl.load(offsets + expert)
     width = tl.load(offsets + expert + 1) - begin
     padded = round16(width)
-    place = first + tl.arange(0, BM)
-    live = place < count
-    slot = tl.load(buckets + expert.to(tl.int64) * tokens + place, mask=live, other=0).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = column < dim
 
@@ -44,7 +38,7 @@ def expert_down_kernel(hidden, w_down, b_out, neurons, offsets, counts, buckets,
     h_row = hidden + slot[:, None] * round16(max_width)
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, width, BK):
-        # expert_up wrote zeros between width and padded; beyond that hidden may hold anything.
+        # The up kernels wrote zeros between width and padded; beyond that hidden may hold anything.
         a = tl.load(h_row + (k + inner)[None, :], mask=live[:, None] & (k + inner < padded)[None, :], other=0.0)
         neuron = tl.load(neurons + begin + k + inner, mask=k + inner < width, other=0)
         b = tl.load(w_down + neuron.to(tl.int64)[:, None] * dim + column[None, :],
@@ -58,6 +52,19 @@ def expert_down_kernel(hidden, w_down, b_out, neurons, offsets, counts, buckets,
         tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask)
     else:
         tl.store(partial + out, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def expert_down_kernel(hidden, w_down, b_out, neurons, offsets, counts, buckets, y, partial, tokens, dim, experts,
+                       max_width, top_k, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """Grid (expert tiles, dim tiles): BM slots of one expert by BN columns of the output."""
+    expert, first, count, busy = find_tile(tl.program_id(0), counts, experts, BM)
+    if not busy:
+        return
+    place = first + tl.arange(0, BM)
+    live = place < count
+    slot = tl.load(buckets + expert.to(tl.int64) * tokens + place, mask=live, other=0).to(tl.int64)
+    down_tile(hidden, w_down, b_out, neurons, offsets, y, partial, expert, slot, live, dim, max_width, top_k, BM, BN, BK)
 
 
 SPEC = KernelSpec("expert_down", expert_down_kernel, reference, ("expert_tiles", "dim_tiles", "one"))

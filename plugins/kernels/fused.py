@@ -37,23 +37,15 @@ def store_piece(acc, b_out, y, partial, expert, slot, live, column, dim, top_k):
         tl.store(partial + out, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=RUNTIME)
-def fused_kernel(x, w_up, b_up, w_down, b_out, neurons, offsets, counts, buckets, y, partial, tokens, dim, experts,
-                 top_k, activation, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr,
-                 D1: tl.constexpr):  # fmt: skip
-    """Grid (expert tiles): BM slots of one expert, all of D <= D0 + D1; BN neurons at a time."""
-    expert, first, count, busy = find_tile(tl.program_id(0), counts, experts, BM)
-    if not busy:
-        return
+@triton.jit
+def fused_tile(x, w_up, b_up, w_down, b_out, neurons, offsets, y, partial, expert, token, slot, live, dim, top_k, activation,
+               BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+    """Rows `slot` [BM] of y or partial from rows `token` [BM] of x, both int64: all neurons of `expert`, BN at a time."""
     begin = tl.load(offsets + expert)
     width = tl.load(offsets + expert + 1) - begin
-    place = first + tl.arange(0, BM)
-    live = place < count
-    slot = tl.load(buckets + expert.to(tl.int64) * tokens + place, mask=live, other=0).to(tl.int64)
-
     c0 = tl.arange(0, D0)
     c1 = D0 + tl.arange(0, D1)
-    row = (slot // top_k)[:, None] * dim
+    row = token[:, None] * dim
     x0 = tl.load(x + row + c0[None, :], mask=(c0 < dim)[None, :], other=0.0)
     x1 = tl.load(x + row + c1[None, :], mask=(c1 < dim)[None, :], other=0.0)
     acc0 = tl.zeros((BM, D0), tl.float32)
@@ -78,6 +70,21 @@ def fused_kernel(x, w_up, b_up, w_down, b_out, neurons, offsets, counts, buckets
         acc1 = tl.dot(h, v1, acc1, input_precision="ieee")
     store_piece(acc0, b_out, y, partial, expert, slot, live, c0, dim, top_k)
     store_piece(acc1, b_out, y, partial, expert, slot, live, c1, dim, top_k)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def fused_kernel(x, w_up, b_up, w_down, b_out, neurons, offsets, counts, buckets, y, partial, tokens, dim, experts,
+                 top_k, activation, BM: tl.constexpr, BN: tl.constexpr, D0: tl.constexpr,
+                 D1: tl.constexpr):  # fmt: skip
+    """Grid (expert tiles): BM slots of one expert, all of D <= D0 + D1; BN neurons at a time."""
+    expert, first, count, busy = find_tile(tl.program_id(0), counts, experts, BM)
+    if not busy:
+        return
+    place = first + tl.arange(0, BM)
+    live = place < count
+    slot = tl.load(buckets + expert.to(tl.int64) * tokens + place, mask=live, other=0).to(tl.int64)
+    fused_tile(x, w_up, b_up, w_down, b_out, neurons, offsets, y, partial, expert, slot // top_k, slot, live, dim, top_k,
+               activation, BM, BN, D0, D1)  # fmt: skip
 
 
 SPEC = KernelSpec("fused", fused_kernel, reference, ("expert_tiles", "one", "one"))

@@ -34,6 +34,17 @@ def reference(*, load_cdf, neurons, offsets, counts, member, buckets, routes, to
     fill_reference(neurons, offsets, counts, member, buckets, routes, tokens, experts, members)
 
 
+@triton.jit
+def count_passed(load_cdf, point, experts, BM: tl.constexpr, BN: tl.constexpr):
+    """How many experts' cumulative loads end at or before `point` [BM], parts per million."""
+    column = tl.arange(0, BN)
+    found = tl.zeros((BM,), tl.int32)
+    for k in range(0, experts, BN):
+        cdf = tl.load(load_cdf + k + column, mask=k + column < experts, other=2147483647)
+        found += tl.sum((cdf[None, :] <= point[:, None]).to(tl.int32), 1)
+    return found
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def route_load_kernel(load_cdf, neurons, offsets, counts, member, buckets, routes, tokens, experts, union_size, top_k,
                       BM: tl.constexpr, BN: tl.constexpr, MEMBERS: tl.constexpr):  # fmt: skip
@@ -45,14 +56,10 @@ def route_load_kernel(load_cdf, neurons, offsets, counts, member, buckets, route
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     live = token < tokens
     start = ((token % MILLION).to(tl.int64) * GOLDEN % MILLION).to(tl.int32) // top_k
-    column = tl.arange(0, BN)
     chosen = tl.full((BM,), -1, tl.int32)
     for j in range(0, top_k):
         point = start + j * (MILLION // top_k)
-        found = tl.zeros((BM,), tl.int32)
-        for k in range(0, experts, BN):
-            cdf = tl.load(load_cdf + k + column, mask=k + column < experts, other=2147483647)
-            found += tl.sum((cdf[None, :] <= point[:, None]).to(tl.int32), 1)
+        found = count_passed(load_cdf, point, experts, BM, BN)
         chosen = tl.minimum(tl.maximum(found, chosen + 1), experts - top_k + j)
         slot = token * top_k + j
         tl.store(routes + slot, chosen, mask=live)

@@ -27,11 +27,11 @@ POINTERS: dict[str, str] = {
     "partial": "float32",
     "load_cdf": "int32",
 }
-SCALARS: tuple[str, ...] = ("tokens", "dim", "experts", "union_size", "max_width", "top_k", "activation")
+SCALARS: tuple[str, ...] = ("tokens", "dim", "experts", "union_size", "max_width", "top_k", "activation", "by_load")
 
 # Scalars that Triton must not turn into constants or divisibility hints of their own: one binary serves every value.
 # `dim` is left out because the operator promises a multiple of 16.
-RUNTIME: list[str] = ["tokens", "experts", "union_size", "max_width", "top_k", "activation"]
+RUNTIME: list[str] = ["tokens", "experts", "union_size", "max_width", "top_k", "activation", "by_load"]
 
 # How each grid axis follows from the shapes; plugins/csrc mirrors this table.
 AXES: dict[str, Callable[[Mapping[str, int], int, int], int]] = {

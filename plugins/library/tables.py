@@ -44,6 +44,7 @@ SCALARS = {
     "max_width": "kMaxWidth",
     "top_k": "kTopK",
     "activation": "kActivation",
+    "by_load": "kByLoad",
 }
 
 

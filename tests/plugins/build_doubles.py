@@ -25,7 +25,7 @@ def build_device(folder: Path, tables: Path, modules: Path | None = None) -> Pat
     `modules`: another modules.cpp than the folder's.
     """
     csrc, selftest = SOURCE / "csrc", SOURCE / "selftest"
-    others = [CSRC / "fake_device.cpp", CSRC / "fake_kernels.cpp", csrc / "operator" / "operator.cpp"]
+    others = [CSRC / "fake_device.cpp", CSRC / "fake_kernels.cpp", CSRC / "fake_groups.cpp", csrc / "operator" / "operator.cpp"]
     sources = [str(path) for path in (*others, tables / "tables.cpp", modules or tables / "modules.cpp")]
     includes = ["-I", str(csrc), "-I", str(selftest), "-I", str(csrc / "compat"), "-isystem", str(select_headers().include)]
     flags = [f'-DMOEE_BLOB="{tables / "kernels.bin"}"', "-O2", "-fno-omit-frame-pointer", "-Wl,-soname,libcuda.so.1"]

@@ -59,12 +59,13 @@ def cases() -> Path:
 
 @cache
 def few_cases() -> Path:
-    """The layer, and two cases that planted faults need: one with ties and top-2, one with a NaN and an expert without tokens."""
+    """The layer, and cases that planted faults need: ties and top-2, a NaN and an expert without tokens, two groups of tokens."""
     ties, lost = random_inputs(12, 32, [9, 5, 16], 20, 21), random_inputs(12, 32, [9, 5, 16], 20, 22)
     ties["router"][2], ties["router_bias"][2] = ties["router"][0], ties["router_bias"][0]
     lost["x"][3, 5], lost["router_bias"][2] = float("nan"), -1e4
     ROOT.mkdir(parents=True, exist_ok=True)
     few = [LayerCase(name="ties", inputs=ties, top_k=2, exact_ties=True), LayerCase(name="lost", inputs=lost)]
+    few.append(LayerCase(name="two groups", inputs=random_inputs(260, 16, [4, 3], 6, 23), types=("float16",)))
     return write_file(ROOT / "few.bin", [timed_layer(), *few])
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins import dispatch, reference
+from plugins import dispatch, interpreter, reference
 from plugins.contract import ACTIVATIONS
 from plugins.interpreter import Watch, watching
+from plugins.kernels.group import arrange, tile_tokens
 from plugins.tactics import SPECS, TACTICS, config
 from plugins.workspace import Sizes, layout
 from tests.plugins.cases import bound, operator, poison
 
 NAMES = {t.name: t for t in TACTICS}
+SEVERAL = [t.name for t in TACTICS if t.fits(1, 16, 2)]  # that take several experts a token
+GROUPS = ["group16", "group_fused_d384"]
 # Sizes and why: (tokens, dim, widths, union).
 SHAPES = {
     "odd": (
@@ -28,6 +33,17 @@ SHAPES = {
     "empty-expert": (24, 32, (16, 0, 20), 40),  # an expert without neurons: only its bias
     "narrow": (9, 16, (3, 2), 4),  # D = 16, U below every tile
 }
+
+
+@triton.jit
+def tiles_kernel(chosen, out, tokens, experts, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
+    index = tl.arange(0, BM)
+    own = tl.load(chosen + index, mask=index < tokens, other=0)
+    place, tiles = arrange(own, index < tokens, experts, BM, BN, ROWS)
+    for tile in range(0, tiles):
+        expert, token, live = tile_tokens(place, own, tile, BM, ROWS)
+        tl.store(out + tile * (ROWS + 1), expert)
+        tl.store(out + tile * (ROWS + 1) + 1 + tl.arange(0, ROWS), tl.where(live, token, -1))
 
 
 def run_checked(tactic, inputs, *, top_k=1, activation=0, seed=None, load_cdf=None):
@@ -80,7 +96,7 @@ def test_tactic_edge_shapes(name, shape):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SEVERAL)
 def test_tactic_top_k(name, dtype):
     inputs = operator(19, 32, (20, 7, 18, 30), 40, dtype, seed=1)
     y, buffers = run_checked(NAMES[name], inputs, top_k=3)
@@ -88,7 +104,7 @@ def test_tactic_top_k(name, dtype):
 
 
 @pytest.mark.parametrize("activation", range(len(ACTIVATIONS)))
-@pytest.mark.parametrize("name", ["tile16", "masked16", "fused_d192"])
+@pytest.mark.parametrize("name", ["tile16", "masked16", "fused_d192", *GROUPS])
 def test_activations(name, activation):
     inputs = operator(8, 32, (20, 18), 24, "float32", seed=2)
     inputs["b_up"] *= 3  # hidden values far from 0 too, where clipped forms differ
@@ -98,7 +114,7 @@ def test_activations(name, activation):
 
 def test_a_code_that_the_contract_lacks_is_no_other_function(monkeypatch):
     monkeypatch.setattr(dispatch, "ACTIVATIONS", (*ACTIVATIONS, "unheard"))
-    for name in ("tile16", "masked16", "fused_d192"):
+    for name in ("tile16", "masked16", "fused_d192", *GROUPS):
         y, _ = dispatch.run(NAMES[name], operator(8, 32, (20, 18), 24, "float32", seed=2), activation=len(ACTIVATIONS))
         assert y.isnan().all(), name
 
@@ -111,7 +127,35 @@ def test_program_order_does_not_matter(name):
     assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("name", ["tile16", "masked16", "fused_d192"])
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("tokens", [127, 128, 129, 300])
+def test_groups_of_tokens_are_independent(name, tokens):
+    """At the edges of a group, of its tiles and of the grid; in any order of the programs the bits are the same."""
+    inputs = operator(tokens, 32, (20, 33, 0, 18, 3), 48, "float16", seed=tokens)
+    inputs["router_bias"][3] += 3.0  # whole tiles of one expert, and a few rows of the others
+    runs = [run_checked(NAMES[name], inputs, seed=seed) for seed in (None, 1, 2)]
+    assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][0], runs[2][0])
+    y, buffers = runs[0]
+    close(y, inputs, buffers)
+    assert torch.equal(buffers["routes"].view(-1, 1).long(), reference.routes(inputs["x"], inputs["router"], inputs["router_bias"]))
+    one = {**inputs, "x": inputs["x"][-1:].clone()}
+    assert torch.equal(run_checked(NAMES[name], one)[0], y[-1:]), "a token's output does not depend on the others"
+
+
+def test_tiles_of_a_group_hold_each_token_once():
+    """`arrange` and `tile_tokens` by hand: two experts with more than a tile, one with one row, one with none, dead tokens, no expert."""
+    chosen = torch.tensor([0] * 20 + [3] + [1] * 33 + [0] * 2 + [7] * 3 + [4] * 5, dtype=torch.int32)
+    out = torch.full((8, 17), -7, dtype=torch.int32)
+    sizes = {"tokens": len(chosen), "experts": 5, "BM": 64, "BN": 4, "ROWS": 16}
+    interpreter.run(tiles_kernel, (1, 1, 1), {"chosen": chosen, "out": out, **sizes})
+    zero, one = [*range(20), 54, 55], [*range(21, 54)]
+    want = [(0, zero[:16]), (0, zero[16:]), (1, one[:16]), (1, one[16:32]), (1, one[32:]), (3, [20]), (4, [*range(59, 64)])]
+    assert out[7].eq(-7).all(), "seven tiles"
+    for (expert, tokens), row in zip(want, out.tolist(), strict=False):
+        assert row == [expert, *tokens, *[-1] * (16 - len(tokens))]
+
+
+@pytest.mark.parametrize("name", ["tile16", "masked16", "fused_d192", *GROUPS])
 def test_all_tokens_to_one_expert(name):
     inputs = operator(40, 32, (20, 33, 18), 48, "float16", seed=5)
     inputs["router_bias"] = torch.tensor([0.0, 1e4, 0.0])
@@ -120,18 +164,19 @@ def test_all_tokens_to_one_expert(name):
     close(y, inputs, buffers)
 
 
-@pytest.mark.parametrize("name", ["tile16", "masked16"])
+@pytest.mark.parametrize("name", ["tile16", "masked16", *GROUPS])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_tokens_that_are_not_finite(name, value):
     """They go to experts 0 .. top_k - 1 and spoil no other row."""
+    top_k = 2 if name in SEVERAL else 1
     inputs = operator(20, 32, (20, 33, 18), 48, "float32", seed=6)
     inputs["x"][[3, 17]] = value
-    y, buffers = run_checked(NAMES[name], inputs, top_k=2)
-    assert buffers["routes"].view(20, 2)[[3, 17]].tolist() == [[0, 1], [0, 1]]
+    y, buffers = run_checked(NAMES[name], inputs, top_k=top_k)
+    assert buffers["routes"].view(20, top_k)[[3, 17]].tolist() == [[0, 1][:top_k]] * 2
     assert torch.isfinite(y).all(1).tolist() == [t not in (3, 17) for t in range(20)]
     others = [t for t in range(20) if t not in (3, 17)]
     clean = {**inputs, "x": inputs["x"][others].contiguous()}
-    want = reference.moee_ffn(clean, activation=0, top_k=2)
+    want = reference.moee_ffn(clean, activation=0, top_k=top_k)
     assert ((y[others].double() - want).abs() <= bound(want, "float32")).all()
 
 
@@ -147,14 +192,15 @@ def test_ties_go_to_the_lowest_id(experts, best, want):
     for top_k in (1, 2):
         _, buffers = run_checked(NAMES["tile16"], inputs, top_k=top_k)
         assert buffers["routes"].view(5, top_k).tolist() == [want[:top_k]] * 5
+    assert run_checked(NAMES["group16"], inputs)[1]["routes"].tolist() == [want[0]] * 5
 
 
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_more_experts_than_one_block(top_k):
+@pytest.mark.parametrize(("name", "top_k"), [("tile16", 1), ("tile16", 3), *((name, 1) for name in GROUPS)])
+def test_more_experts_than_one_block(name, top_k):
     """70 experts: the router's second block, its look-up in the GEMMs, and the rounds after the first."""
     inputs = operator(12, 16, (3,) * 70, 16, "float32", seed=7)
     inputs["router_bias"][65:] += 2.0
-    y, buffers = run_checked(NAMES["tile16"], inputs, top_k=top_k)
+    y, buffers = run_checked(NAMES[name], inputs, top_k=top_k)
     want = reference.routes(inputs["x"], inputs["router"], inputs["router_bias"], top_k)
     assert torch.equal(buffers["routes"].view(-1, top_k).long(), want)
     assert (want >= 64).any() and (want < 64).any()
@@ -176,8 +222,9 @@ def test_bucket_invariants():
     assert sorted(placed) == list(range(100))
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("name", ["tile16", "masked16"])
+@pytest.mark.parametrize(
+    ("name", "top_k"), [(name, top_k) for name in ("tile16", "masked16") for top_k in (1, 2)] + [(name, 1) for name in GROUPS]
+)
 def test_route_load_follows_the_calibrated_load(name, top_k):
     """The build phase ignores x: experts get their share to within one token in a hundred, never twice a token."""
     inputs = operator(200, 16, (4, 4, 4, 4), 8, "float32", seed=9)
@@ -203,7 +250,7 @@ def test_route_load_survives_a_wrong_load():
 
 
 @given(
-    name=st.sampled_from(["tile16", "tile32", "masked16", "fused_d192"]),
+    name=st.sampled_from(["tile16", "tile32", "masked16", "fused_d192", *GROUPS]),
     dtype=st.sampled_from(["float32", "float16"]),
     tokens=st.integers(1, 40),
     dim=st.integers(1, 6).map(lambda n: 16 * n),
@@ -215,14 +262,13 @@ def test_route_load_survives_a_wrong_load():
 def test_any_sizes(name, dtype, tokens, dim, widths, union, data):
     if not any(widths):
         widths[0] = 1
-    top_k = data.draw(st.integers(1, len(widths)))
+    top_k = data.draw(st.integers(1, len(widths) if name in SEVERAL else 1))
     inputs = operator(tokens, dim, widths, union, dtype, seed=tokens)
     y, buffers = run_checked(NAMES[name], inputs, top_k=top_k, seed=dim)
     close(y, inputs, buffers, top_k=top_k)
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "top_k"), [(name, 1) for name in NAMES] + [(name, 2) for name in SEVERAL])
 def test_references_equal_the_kernels(name, top_k):
     """Each kernel's PyTorch reference, step by step in the same buffers, gives the same result."""
     inputs = operator(21, 32, (20, 33, 18), 48, "float32", seed=10)
@@ -237,16 +283,21 @@ def test_references_equal_the_kernels(name, top_k):
 
 
 def test_launch_budget():
-    """At most three kernels for one expert a token, four with `combine`."""
+    """At most three kernels for one expert a token, four with `combine`; two or one, and nothing to clear, where tokens are grouped."""
     for t in TACTICS:
         single = [s for s in t.launches if s.role != "combine"]
         assert len(single) <= 3 and len(t.launches) <= 4
+        clears = layout(Sizes(9, 32, 3, 20, 10), "float16", t.kind).zeroed > 0
+        assert clears == (t.name not in GROUPS)
+    assert [len(NAMES[name].launches) for name in GROUPS] == [2, 1]
 
 
 def test_dispatch_refuses_what_does_not_fit():
     inputs = operator(4, 400, (4, 4), 8, "float32")
     with pytest.raises(ValueError, match="fused_d384 does not serve"):
         dispatch.run(NAMES["fused_d384"], inputs)
+    with pytest.raises(ValueError, match="group16 does not serve T=4, D=400, top_k=2"):
+        dispatch.run(NAMES["group16"], inputs, top_k=2)
     with pytest.raises(ValueError, match="top_k must lie in 1..2"):
         dispatch.run(NAMES["tile16"], inputs, top_k=3)
     with pytest.raises(ValueError, match="w_up must have shape"):
@@ -273,10 +324,10 @@ def test_dispatch_refuses_what_does_not_fit():
 )
 def test_tactic_broad(name, dtype, shape):
     tactic = NAMES[name]
-    if not tactic.fits(shape[0], shape[1], 2):
+    if not tactic.fits(shape[0], shape[1], 1):
         pytest.skip("outside the tactic's limits")
     inputs = operator(*shape, dtype, seed=11)
-    for top_k in (1, 2):
+    for top_k in (1, 2) if name in SEVERAL else (1,):
         y, buffers = run_checked(tactic, inputs, top_k=top_k, seed=5)
         close(y, inputs, buffers, top_k=top_k)
         want = reference.routes(inputs["x"], inputs["router"], inputs["router_bias"], top_k)

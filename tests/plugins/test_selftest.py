@@ -54,6 +54,11 @@ FAULTS = {
     "stale_shape": "shapes",
     "leak": "memory",
     "launch_failure": "calls",
+    "group_barrier": "accuracy",
+    "wrong_tile": "accuracy",
+    "off_by_one": "written",
+    "last_group": "written",
+    "stale_routes": "routes",
     "long_run": "timed",
 }
 
@@ -153,6 +158,8 @@ def test_a_planted_fault_is_caught_by_name(fault, tmp_path):
     assert "WRONG" in line and failed[FAULTS[fault]][0] in line
     if fault == "one_tactic":
         assert all("masked16" in where for where in failed["accuracy"])
+    if fault in ("group_barrier", "wrong_tile", "off_by_one", "last_group", "stale_routes"):
+        assert all(", group" in where for where in failed[FAULTS[fault]])
     if fault == "lost_partial":
         assert {where.split(",")[0] for where in failed["accuracy"]} == {"ties"}
 

@@ -14,7 +14,7 @@ from plugins.contract import INPUT_NAMES
 from plugins.kernels.common import find_tile
 from plugins.kernels.spec import AXES, POINTERS, SCALARS, Block, KernelSpec, check_arguments
 from plugins.tactics import SPECS, TACTICS, VARIANTS, by_id, config, grid_axes
-from plugins.workspace import ALIGNMENT, Sizes, bytes_needed, layout
+from plugins.workspace import ALIGNMENT, KINDS, Sizes, bytes_needed, layout
 
 SIZES = st.builds(
     Sizes,
@@ -27,7 +27,7 @@ SIZES = st.builds(
 )
 
 
-@given(SIZES, st.sampled_from(["float32", "float16", "bfloat16"]), st.sampled_from(["tile", "fused", "masked"]))
+@given(SIZES, st.sampled_from(["float32", "float16", "bfloat16"]), st.sampled_from(KINDS))
 def test_buffers_are_aligned_and_disjoint(sizes, dtype, kind):
     space = layout(sizes, dtype, kind)
     end = 0
@@ -41,7 +41,7 @@ def test_buffers_are_aligned_and_disjoint(sizes, dtype, kind):
         if t.fits(sizes.tokens, sizes.dim, sizes.top_k)
     )
     zeroed = [b.name for b in space.buffers if b.offset < space.zeroed]
-    assert zeroed == (["counts", "member"] if kind == "masked" else ["counts"])
+    assert zeroed == {"masked": ["counts", "member"], "group": [], "group_fused": []}.get(kind, ["counts"])
     names = [b.name for b in space.buffers]
     assert names == [n for n in ("counts", "member", "buckets", "routes", "hidden", "partial") if n in names]
 
@@ -64,6 +64,9 @@ def test_layout_by_hand():
         ("partial", 2048, 20 * 32 * 4),
     ]
     assert (space.zeroed, space.size) == (256, 4608)
+    grouped = layout(Sizes(tokens=10, dim=32, experts=3, union_size=50, max_width=17), "float16", "group")
+    assert [(b.name, b.offset, b.size) for b in grouped.buffers] == [("routes", 0, 40), ("hidden", 256, 10 * 32 * 2)]
+    assert (grouped.zeroed, grouped.size) == (0, 1024)
     views = space.split(torch.zeros(space.size, dtype=torch.uint8))
     assert views["hidden"].shape == (20, 32) and views["hidden"].dtype == torch.float16
 
@@ -143,4 +146,6 @@ def test_fits():
     assert by_id(7).fits(10, 192, 1) and not by_id(7).fits(10, 208, 1)
     assert by_id(5).fits(512, 1024, 3) and not by_id(5).fits(513, 1024, 1)
     assert by_id(1).fits(10**6, 4096, 8)
+    assert by_id(9).fits(10**6, 4096, 1) and not by_id(9).fits(10, 64, 2)
+    assert by_id(10).fits(10, 384, 1) and not by_id(10).fits(10, 400, 1)
     assert set(SCALARS) >= {a for s in SPECS.values() for a in s.arguments if a not in POINTERS}

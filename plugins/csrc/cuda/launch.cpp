@@ -30,7 +30,7 @@ int64_t axisSize(Axis axis, Kernel const& kernel, Sizes const& s) {
 // Argument values by meaning; the driver reads each through a pointer.
 struct Values {
     std::array<CuDevicePtr, static_cast<size_t>(Arg::kScratch) + 1> pointers{};
-    std::array<int32_t, static_cast<size_t>(Arg::kActivation) + 1> integers{};
+    std::array<int32_t, static_cast<size_t>(Arg::kByLoad) + 1> integers{};
 
     void* at(Arg arg) {
         auto const i = static_cast<size_t>(arg);
@@ -66,6 +66,7 @@ bool fill(Values& values, Workspace const& w, Sizes const& s, Pointers const& p,
     values.set(Arg::kHidden, at(w.hidden));
     values.set(Arg::kPartial, at(w.partial));
     values.set(Arg::kLoadCdf, loadCdf);
+    values.set(Arg::kByLoad, static_cast<int32_t>(loadCdf != 0));
     values.set(Arg::kTokens, static_cast<int32_t>(s.tokens));
     values.set(Arg::kDim, s.dim);
     values.set(Arg::kExperts, s.experts);
@@ -112,11 +113,13 @@ bool enqueueProgram(Programs const& programs, Program const& program, Sizes cons
     if (!fill(values, workspace, sizes, pointers, programs.loadCdf(), why)) {
         return false;
     }
-    CuResult const result = driver.memsetD32Async(
-        address(pointers.workspace) + workspace.counts, 0, workspace.zeroed / sizeof(int32_t), stream);
-    if (result != kCuSuccess) {
-        why = "cuMemsetD32Async of the expert counters failed: " + driver.describe(result);
-        return false;
+    if (workspace.zeroed > 0) {
+        CuResult const result = driver.memsetD32Async(
+            address(pointers.workspace) + workspace.counts, 0, workspace.zeroed / sizeof(int32_t), stream);
+        if (result != kCuSuccess) {
+            why = "cuMemsetD32Async of the expert counters failed: " + driver.describe(result);
+            return false;
+        }
     }
     for (Step const& step : program.steps) {
         if (!launch(driver, step, sizes, values, stream, why)) {

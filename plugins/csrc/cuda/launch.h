@@ -1,4 +1,4 @@
-// One call of the operator: a memset and the tactic's kernels, on the caller's stream. Safe to capture in a CUDA graph.
+// One call of the operator: the tactic's kernels, before them a memset where they count, on the caller's stream. Safe to capture in a CUDA graph.
 #pragma once
 
 #include "cuda/program.h"

@@ -23,7 +23,7 @@ enum class Arg : uint8_t {
     kX, kRouter, kRouterBias, kWUp, kBUp, kWDown, kBOut, kNeurons, kOffsets, kY,
     kCounts, kMember, kBuckets, kRoutes, kHidden, kPartial, kLoadCdf,
     kScratch,  // hidden Triton scratch pointer, always null
-    kTokens, kDim, kExperts, kUnionSize, kMaxWidth, kTopK, kActivation,
+    kTokens, kDim, kExperts, kUnionSize, kMaxWidth, kTopK, kActivation, kByLoad,
 };
 
 struct Kernel {

@@ -80,7 +80,11 @@ Tactic const* findTactic(int32_t id) {
 }
 
 Kind kindOf(Tactic const& tactic) {
-    return hasRole(tactic, "masked_up") ? Kind::kMasked : hasRole(tactic, "fused") ? Kind::kFused : Kind::kTile;
+    return hasRole(tactic, "masked_up") ? Kind::kMasked
+        : hasRole(tactic, "fused")      ? Kind::kFused
+        : hasRole(tactic, "group_up")   ? Kind::kGroup
+        : hasRole(tactic, "group_fused") ? Kind::kGroupFused
+                                         : Kind::kTile;
 }
 
 int64_t mostTokens(Tactic const& tactic, int64_t tokens) {
@@ -95,7 +99,7 @@ Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const&
     int32_t bestTile = 0;
     for (Tactic const* tactic : from) {
         int32_t const tile = tokenTile(*tactic, sizes.type);
-        if (kindOf(*tactic) == Kind::kMasked || (tactic->maxTokens != 0 && sizes.tokens > tactic->maxTokens)) {
+        if (tile == 0 || (tactic->maxTokens != 0 && sizes.tokens > tactic->maxTokens)) {
             continue;
         }
         bool const better = tile <= average ? bestTile > average || tile > bestTile : bestTile > average && tile < bestTile;
@@ -103,6 +107,11 @@ Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const&
             best = tactic;
             bestTile = tile;
         }
+    }
+    auto const group
+        = std::find_if(from.begin(), from.end(), [](Tactic const* tactic) { return kindOf(*tactic) == Kind::kGroup; });
+    if (bestTile > average && group != from.end()) {
+        return *group;
     }
     if (best != nullptr) {
         return best;

@@ -20,20 +20,23 @@ Workspace layOut(Sizes const& sizes, Kind kind) {
         w.bytes += roundUp(bytes, kAlignment);
         return start;
     };
-    w.counts = take(experts * sizeof(int32_t));
-    if (kind == Kind::kMasked) {
-        w.member = take(experts * unionSize);
+    bool const grouped = kind == Kind::kGroup || kind == Kind::kGroupFused;
+    if (!grouped) {
+        w.counts = take(experts * sizeof(int32_t));
+        if (kind == Kind::kMasked) {
+            w.member = take(experts * unionSize);
+        }
+        w.zeroed = w.bytes;
+        w.buckets = take(experts * tokens * sizeof(int32_t));
     }
-    w.zeroed = w.bytes;
-    w.buckets = take(experts * tokens * sizeof(int32_t));
     w.routes = take(slots * sizeof(int32_t));
     // Rows of hidden start on 16-element boundaries; the kernels compute the same stride.
     if (kind == Kind::kMasked) {
         w.hidden = take(tokens * roundUp(unionSize, 16) * typeBytes(sizes.type));
-    } else if (kind == Kind::kTile) {
+    } else if (kind == Kind::kTile || kind == Kind::kGroup) {
         w.hidden = take(slots * roundUp(static_cast<size_t>(sizes.maxWidth), 16) * typeBytes(sizes.type));
     }
-    if (kind != Kind::kMasked && sizes.topK > 1) {
+    if (kind != Kind::kMasked && !grouped && sizes.topK > 1) {
         w.partial = take(slots * static_cast<size_t>(sizes.dim) * sizeof(float));
     }
     return w;

@@ -53,7 +53,7 @@ void put(void* handle, Step step) {
 // The next step of a queue; without a barrier, the one behind an `up` kernel goes first.
 void advance(Stream& stream) {
     auto next = stream.queue.begin();
-    if (FAULT("missing_barrier") && next->isUp && stream.queue.size() > 1) {
+    if ((FAULT("missing_barrier") || FAULT("group_barrier")) && next->isUp && stream.queue.size() > 1) {
         ++next;
     }
     Work const work = std::move(next->work);
@@ -105,7 +105,8 @@ int deviceLaunch(std::string const& image, std::string const& symbol, unsigned c
     if (FAULT("launch_failure") && role == "masked_down") {
         return 719;
     }
-    put(stream, {[call = Call(*kernel, grid, args)] { call.run(); }, role == "expert_up" || role == "masked_up", false});
+    bool const isUp = role == "group_up" || (!FAULT("group_barrier") && (role == "expert_up" || role == "masked_up"));
+    put(stream, {[call = Call(*kernel, grid, args)] { call.run(); }, isUp, false});
     return 0;
 }
 

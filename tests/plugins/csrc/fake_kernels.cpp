@@ -77,6 +77,9 @@ Call::Call(moee::Kernel const& kernel, unsigned const* grid, void** args) : mKer
         size_t const bytes = kernel.args[i] <= Arg::kScratch ? 8 : 4;
         std::memcpy(&mValues[static_cast<size_t>(kernel.args[i])], args[i], bytes);
     }
+    if (std::strncmp(kernel.role, "group", 5) == 0) {
+        mValues[static_cast<size_t>(Arg::kTopK)] = 1;  // no argument: they serve nothing else
+    }
 }
 
 void Call::run() const {
@@ -90,6 +93,12 @@ void Call::run() const {
         down();
     } else if (role == "fused") {
         fused();
+    } else if (role == "group_up") {
+        groupUp();
+    } else if (role == "group_down") {
+        groupDown();
+    } else if (role == "group_fused") {
+        groupFused();
     } else if (role == "masked_up") {
         maskedUp();
     } else if (role == "masked_down") {
@@ -239,40 +248,44 @@ void Call::up() const {
 }
 
 void Call::down() const {
+    eachSlot([&](int64_t e, int64_t slot) { downRow(e, slot); });
+}
+
+void Call::downRow(int64_t e, int64_t slot) const {
     auto const* const offsets = at<int32_t>(Arg::kOffsets);
     int64_t const dim = number(Arg::kDim);
-    eachSlot([&](int64_t e, int64_t slot) {
-        std::vector<double> sums(static_cast<size_t>(dim));
-        for (int64_t n = 0; n < offsets[e + 1] - offsets[e]; ++n) {
-            auto hidden = value(Arg::kHidden, slot * round16(number(Arg::kMaxWidth)) + n);
-            hidden = mKernel->type == Type::kFloat32 && FAULT("tf32") ? static_cast<double>(asTf32(static_cast<float>(hidden))) : hidden;
-            auto const& w = row(Arg::kWDown, at<int32_t>(Arg::kNeurons)[offsets[e] + n], dim);
-            for (int64_t d = 0; d < std::min(dim, columns()); ++d) {
-                sums[static_cast<size_t>(d)] += hidden * static_cast<double>(w[static_cast<size_t>(d)]);
-            }
+    std::vector<double> sums(static_cast<size_t>(dim));
+    for (int64_t n = 0; n < offsets[e + 1] - offsets[e]; ++n) {
+        auto hidden = value(Arg::kHidden, slot * round16(number(Arg::kMaxWidth)) + n);
+        hidden = mKernel->type == Type::kFloat32 && FAULT("tf32") ? static_cast<double>(asTf32(static_cast<float>(hidden))) : hidden;
+        auto const& w = row(Arg::kWDown, at<int32_t>(Arg::kNeurons)[offsets[e] + n], dim);
+        for (int64_t d = 0; d < std::min(dim, columns()); ++d) {
+            sums[static_cast<size_t>(d)] += hidden * static_cast<double>(w[static_cast<size_t>(d)]);
         }
-        finish(e, slot, std::move(sums));
-    });
+    }
+    finish(e, slot, std::move(sums));
 }
 
 void Call::fused() const {
+    eachSlot([&](int64_t e, int64_t slot) { fusedRow(e, slot / number(Arg::kTopK), slot); });
+}
+
+void Call::fusedRow(int64_t e, int64_t token, int64_t slot) const {
     auto const* const offsets = at<int32_t>(Arg::kOffsets);
     int64_t const dim = number(Arg::kDim);
-    eachSlot([&](int64_t e, int64_t slot) {
-        int64_t const width = offsets[e + 1] - offsets[e];
-        auto const hidden = hiddenRow(e, slot / number(Arg::kTopK), offsets[e], width);
-        std::vector<double> sums(static_cast<size_t>(dim));
-        for (int64_t n = 0; n < width; ++n) {
-            std::array<unsigned char, 4> kept{};
-            selftest::storeAt(kept.data(), 0, static_cast<float>(hidden[static_cast<size_t>(n)]), mKernel->type);
-            auto const& w = row(Arg::kWDown, at<int32_t>(Arg::kNeurons)[offsets[e] + n], dim);
-            for (int64_t d = 0; d < dim; ++d) {
-                sums[static_cast<size_t>(d)] += static_cast<double>(selftest::valueAt(kept.data(), 0, mKernel->type))
-                    * static_cast<double>(w[static_cast<size_t>(d)]);
-            }
+    int64_t const width = offsets[e + 1] - offsets[e];
+    auto const hidden = hiddenRow(e, token, offsets[e], width);
+    std::vector<double> sums(static_cast<size_t>(dim));
+    for (int64_t n = 0; n < width; ++n) {
+        std::array<unsigned char, 4> kept{};
+        selftest::storeAt(kept.data(), 0, static_cast<float>(hidden[static_cast<size_t>(n)]), mKernel->type);
+        auto const& w = row(Arg::kWDown, at<int32_t>(Arg::kNeurons)[offsets[e] + n], dim);
+        for (int64_t d = 0; d < dim; ++d) {
+            sums[static_cast<size_t>(d)] += static_cast<double>(selftest::valueAt(kept.data(), 0, mKernel->type))
+                * static_cast<double>(w[static_cast<size_t>(d)]);
         }
-        finish(e, slot, std::move(sums));
-    });
+    }
+    finish(e, slot, std::move(sums));
 }
 
 // Adds the expert's output bias and scatters the row.

@@ -37,7 +37,16 @@ private:
     std::vector<double> hiddenRow(int64_t expert, int64_t token, int64_t begin, int64_t width) const;
     void up() const;
     void down() const;
+    void downRow(int64_t expert, int64_t slot) const;
     void fused() const;
+    void fusedRow(int64_t expert, int64_t token, int64_t slot) const;
+    // fake_groups.cpp
+    std::vector<int32_t> groupRoutes() const;
+    template <typename Visit>
+    void eachRow(Visit const& visit) const;
+    void groupUp() const;
+    void groupDown() const;
+    void groupFused() const;
     void maskedUp() const;
     void maskedDown() const;
     void combine() const;
@@ -47,5 +56,5 @@ private:
 
     moee::Kernel const* mKernel;
     std::array<unsigned, 3> mGrid;
-    std::array<uint64_t, static_cast<size_t>(moee::Arg::kActivation) + 1> mValues{};
+    std::array<uint64_t, static_cast<size_t>(moee::Arg::kByLoad) + 1> mValues{};
 };

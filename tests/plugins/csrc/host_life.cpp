@@ -92,6 +92,19 @@ int touch(char const* symbol, unsigned const*, unsigned, unsigned, void** args) 
     return 1;
 }
 
+size_t timesIn(std::string const& calls, char const* name) {
+    size_t times = 0;
+    for (size_t at = calls.find(name); at != std::string::npos; at = calls.find(name, at + 1)) {
+        ++times;
+    }
+    return times;
+}
+
+moee::Tactic const& tacticOf(int32_t id) {
+    moee::Tables const& t = moee::tables();
+    return *std::find_if(t.tactics, t.tactics + t.tacticCount, [id](moee::Tactic const& tactic) { return tactic.id == id; });
+}
+
 void testEnqueue(Fake const& fake) {
     fake.reset();
     Plugin const plugin = configured();
@@ -110,18 +123,24 @@ void testEnqueue(Fake const& fake) {
     CHECK(count > 4 && buildPart(plugin.get())->getValidTactics(ids, count) == 0);
     CHECK(buildPart(plugin.get())->getValidTactics(ids, count + 1) != 0);
     fake.capture(1);
+    int grouped = 0;
     for (int32_t i = -1; i < count; ++i) {  // -1: the default, tactic 0
         CHECK(run->setTactic(i < 0 ? 0 : ids[i]) == 0);
         fake.clearLog();
         CHECK(enqueue(attached.get(), kCase, buffers) == 0);
         std::string const calls = fake.log();
         CHECK(calls.find("FORBIDDEN") == std::string::npos);
-        size_t launches = 0;
-        for (size_t at = calls.find("cuLaunchKernel"); at != std::string::npos; at = calls.find("cuLaunchKernel", at + 1)) {
-            ++launches;
+        CHECK_TEXT(timesIn(calls, "cuLaunchKernel") <= 3 && timesIn(calls, "cuMemsetD32Async") <= 1, calls);
+        if (i >= 0) {
+            moee::Tactic const& tactic = tacticOf(ids[i]);
+            bool const groups = std::strncmp(tactic.name, "group", 5) == 0;  // they clear nothing
+            CHECK_TEXT(timesIn(calls, "cuMemsetD32Async") == (groups ? 0 : 1), tactic.name);
+            CHECK_TEXT(!groups || timesIn(calls, "cuLaunchKernel") == static_cast<size_t>(tactic.launchCount), tactic.name);
+            CHECK_TEXT(!groups || tactic.launchCount <= 2, tactic.name);
+            grouped += groups ? 1 : 0;
         }
-        CHECK(launches >= 2 && launches <= 3);
     }
+    CHECK(grouped == 2);
     fake.capture(0);
     CHECK(run->setTactic(9999) != 0);
     CHECK(logged("no tactic 9999"));
@@ -171,7 +190,7 @@ void testTokenLimit(Fake const& fake) {
     CHECK(runtimePart(attached.get())->setTactic(0) == 0);
     fake.clearLog();
     CHECK(enqueue(attached.get(), kCase, buffers) == 0);
-    CHECK(fake.log().find("expert_up_bm16") != std::string::npos);
+    CHECK(fake.log().find("group_up_r16") != std::string::npos);
     fake.clearLog();
     CHECK(enqueue(attached.get(), many, buffers) == 0);
     CHECK(fake.log().find("expert_up_bm128") != std::string::npos);
