@@ -147,7 +147,8 @@ def run_in(root: Path, *words: str) -> str:
 
 
 def test_an_activation_is_the_same_in_every_language(changed):
-    kernels = [f"tests/plugins/test_kernels.py::test_activations[{tactic}-5]" for tactic in ("tile16", "masked16", "fused_d192")]
+    tactics = ("tile16", "masked16", "fused_d192", "group16", "group_fused_d384")
+    kernels = [f"tests/plugins/test_kernels.py::test_activations[{tactic}-5]" for tactic in tactics]
     kernels.append("tests/plugins/test_kernels.py::test_a_code_that_the_contract_lacks_is_no_other_function")
     agreed = "tests/plugins/test_plugin_contract.py::test_activations_have_the_contracts_codes"
     shown = run_in(changed, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_activations.py", agreed, *kernels)

@@ -65,7 +65,7 @@ def few_cases() -> Path:
     lost["x"][3, 5], lost["router_bias"][2] = float("nan"), -1e4
     ROOT.mkdir(parents=True, exist_ok=True)
     few = [LayerCase(name="ties", inputs=ties, top_k=2, exact_ties=True), LayerCase(name="lost", inputs=lost)]
-    few.append(LayerCase(name="two groups", inputs=random_inputs(260, 16, [4, 3], 6, 23), types=("float16",)))
+    few.append(LayerCase(name="two groups", inputs=random_inputs(140, 16, [4, 3], 6, 23), types=("float16",)))
     return write_file(ROOT / "few.bin", [timed_layer(), *few])
 
 

@@ -147,7 +147,7 @@ def test_results_keep_to_the_schema(tmp_path):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_by_name(fault, tmp_path):
-    arguments = ["--quick", "--batch", "5"] if FAULTS[fault] == "timed" else ["--check-only"]
+    arguments = ["--quick", "--batch", "9"] if FAULTS[fault] == "timed" else ["--check-only"]
     done = double.run(tmp_path / "out.json", *arguments, fault=fault)
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr
     body = json.loads((tmp_path / "out.json").read_text())

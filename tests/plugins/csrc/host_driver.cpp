@@ -95,8 +95,9 @@ void testInjectedErrors(Fake const& fake) {
     CHECK(fake.liveModules() == 0);
 }
 
-// The cumulative load that the last `route_load` was given.
+// The cumulative load that the last launch was given, and whether it routes by it where it can do either.
 std::vector<int32_t> gLoads;
+int32_t gByLoad = -1;
 int readLoads(char const* symbol, unsigned const*, unsigned, unsigned, void** args) {
     moee::Tables const& t = moee::tables();
     for (int32_t i = 0; i < t.kernelCount; ++i) {
@@ -104,7 +105,9 @@ int readLoads(char const* symbol, unsigned const*, unsigned, unsigned, void** ar
         for (int32_t a = 0; std::strcmp(kernel.symbol, symbol) == 0 && a < kernel.argCount; ++a) {
             if (kernel.args[a] == moee::Arg::kLoadCdf) {
                 auto const* const loads = *static_cast<int32_t**>(args[a]);
-                gLoads.assign(loads, loads + kCase.experts);
+                gLoads = loads != nullptr ? std::vector<int32_t>(loads, loads + kCase.experts) : std::vector<int32_t>{};
+            } else if (kernel.args[a] == moee::Arg::kByLoad) {
+                gByLoad = *static_cast<int32_t*>(args[a]);
             }
         }
     }
@@ -121,11 +124,23 @@ void testBuilderTiming(Fake const& fake) {
     fake.clearLog();
     fake.executor(&readLoads);
     fake.capture(1);
-    CHECK(enqueue(built.get(), kCase, buffers) == 0);
-    CHECK((gLoads == std::vector<int32_t>{500000, 800000, 1000000, 1000000}));
-    CHECK(fake.log().find("route_load") != std::string::npos);
-    CHECK(fake.log().find("FORBIDDEN") == std::string::npos);
+    moee::Tables const& t = moee::tables();
+    for (int32_t i = 0; i < t.tacticCount; ++i) {
+        bool const groups = std::strncmp(t.tactics[i].name, "group", 5) == 0;
+        gLoads.clear();
+        gByLoad = -1;
+        fake.clearLog();
+        CHECK(runtimePart(built.get())->setTactic(t.tactics[i].id) == 0 && enqueue(built.get(), kCase, buffers) == 0);
+        CHECK_TEXT((gLoads == std::vector<int32_t>{500000, 800000, 1000000, 1000000}), t.tactics[i].name);
+        CHECK_TEXT((fake.log().find("route_load") != std::string::npos) == !groups && gByLoad == (groups ? 1 : -1), t.tactics[i].name);
+        CHECK(fake.log().find("FORBIDDEN") == std::string::npos);
+    }
     fake.capture(0);
+    // An engine routes by score.
+    Plugin const runtime(recreate(gCreator, built.get()));
+    Plugin const attached = attach(runtime.get());
+    CHECK(runtimePart(attached.get())->setTactic(9) == 0 && enqueue(attached.get(), kCase, buffers) == 0);
+    CHECK(gByLoad == 0 && gLoads.empty());
 }
 
 // The driver reads modules where they lie.
