@@ -55,13 +55,24 @@ DEVICES: tuple[Device, ...] = (
     ),
     Profile("l4", 89, tflops=121.0, gbytes=300.0, launch_us=3.0, source="NVIDIA L4 data sheet: 242 TFLOP/s with sparsity"),
     Device("rtx-40", 89),
+    Profile(
+        "rtx-4060", 89, tflops=30.2, gbytes=272.0, launch_us=3.0,
+        source="NVIDIA Ada architecture white paper: a multiprocessor of the RTX 4090, 24 of them at 2.46 GHz",
+    ),
     Profile("rtx-4090", 89, tflops=165.2, gbytes=1008.0, launch_us=3.0, source="NVIDIA Ada architecture white paper"),
     Device("h100", 90),
-    Device("h200", 90),
+    Profile("h200", 90, tflops=989.0, gbytes=4800.0, launch_us=3.0, source="NVIDIA H200 data sheet: 1,979 TFLOP/s with sparsity"),
     Device("b200", 100),
     Device("b300", 103),
-    Device("thor", 110, ("jetson-thor", "agx-thor")),
+    Profile(
+        "thor", 110, ("jetson-thor", "agx-thor"), tflops=258.8, gbytes=273.0, launch_us=6.0,
+        source="NVIDIA Jetson T5000 data sheet, 2,070 sparse FP4 TFLOP/s: an eighth is dense float16",
+    ),
     Device("rtx-50", 120),
+    Profile(
+        "rtx-5090", 120, tflops=209.5, gbytes=1792.0, launch_us=3.0,
+        source="NVIDIA RTX Blackwell architecture white paper: 838 sparse FP16 TFLOP/s, a quarter with float32 sums and without sparsity",
+    ),
     Device("dgx-spark", 121, ("spark",)),
 )  # fmt: skip
 PROFILES: dict[str, Profile] = {device.name: device for device in DEVICES if isinstance(device, Profile)}

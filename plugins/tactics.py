@@ -168,18 +168,19 @@ def by_id(id: int) -> Tactic:
 
 
 def default_tactic(tokens: int, dim: int, top_k: int, experts: int, dtype: str) -> Tactic:
-    """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average. Where they fill none, the
-    first that groups tokens, for it has half of the launches; where none does, the smallest tile.
+    """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average, else the smallest. One group
+    of tokens and as many experts as are scored at a time take the first tactic that groups, for it has half of the launches.
 
-    `defaultTactic` of the C++ library follows the same rule. It is not measured.
+    `defaultTactic` of the C++ library follows the same rule. It is modelled (`plugins.account`), not measured.
     """
-    average = tokens * top_k // experts
     fitting = [t for t in TACTICS if t.fits(tokens, dim, top_k)]
+    groups = [t for t in fitting if t.kind == "group"]
+    if groups and tokens <= GROUP and experts <= SCORED:
+        return groups[0]
+    average = tokens * top_k // experts
     tiles = {t: _token_tile(t, dtype) for t in fitting if t.kind in ("tile", "fused")}
     filled = [t for t, tile in tiles.items() if tile <= average]
-    if filled:
-        return max(filled, key=lambda t: tiles[t])
-    return next((t for t in fitting if t.kind == "group"), min(tiles, key=lambda t: tiles[t]))
+    return max(filled, key=lambda t: tiles[t]) if filled else min(tiles, key=lambda t: tiles[t])
 
 
 def _token_tile(tactic: Tactic, dtype: str) -> int:

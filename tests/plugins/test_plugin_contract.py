@@ -13,6 +13,7 @@ from plugins.contract import (
     PLUGIN_NAMESPACE,
     PLUGIN_VERSION,
 )
+from plugins.kernels.group import GROUP, SCORED
 from plugins.kernels.spec import AXES, POINTERS, SCALARS
 from plugins.library import tables
 from plugins.library.build import SOURCE
@@ -39,6 +40,11 @@ def test_inputs_have_the_contracts_order():
 def test_activations_have_the_contracts_codes():
     line = re.search(r"kActivations\{(.*?)\}", source("operator/operator.h"))
     assert line and tuple(re.findall(r'"(\w+)"', line.group(1))) == ACTIVATIONS
+
+
+def test_the_default_tactic_knows_a_group():
+    text = source("operator/tactics.cpp")
+    assert f"kGroupTokens = {GROUP};" in text and f"kScoredExperts = {SCORED};" in text
 
 
 def test_plugin_name_version_and_namespace():

@@ -88,11 +88,11 @@ def test_no_tokens_and_wrong_shapes():
 
 
 def test_the_rule_for_tactics_is_the_librarys():
-    """`defaultTactic` of csrc/operator/tactics.cpp: the largest tile that is filled on average, groups where none is."""
-    for tokens, name in ((1, "group16"), (63, "group16"), (64, "tile16"), (127, "tile16"), (128, "tile32"), (256, "tile64"), (9999, "tile128")):
+    """`defaultTactic` of csrc/operator/tactics.cpp: the largest tile that is filled on average, but for one group."""
+    for tokens, name in ((1, "group16"), (128, "group16"), (129, "tile32"), (256, "tile64"), (9999, "tile128")):
         assert default_tactic(tokens, 384, 1, 4, "float16").name == name
     assert default_tactic(64, 384, 2, 4, "float16").name == "tile32"
-    assert default_tactic(16, 384, 2, 4, "float16").name == "tile16"  # groups serve one expert a token
+    assert default_tactic(128, 384, 1, 17, "float16").name == "tile16" and default_tactic(16, 384, 2, 4, "float16").name == "tile16"
 
 
 def by_reference(spec, settings, grid, given):

@@ -7,6 +7,9 @@
 namespace moee {
 namespace {
 
+constexpr int64_t kGroupTokens = 128;   // GROUP of plugins/kernels/group.py
+constexpr int32_t kScoredExperts = 16;  // SCORED there
+
 bool isTegra(int32_t sm) { return sm == 72 || sm == 87 || sm == 101 || sm == 110; }
 
 // CUDA promises that a cubin runs on later minor versions of its major version, on desktop parts alone. From sm_90 on
@@ -94,6 +97,11 @@ int64_t mostTokens(Tactic const& tactic, int64_t tokens) {
 bool isNeeded(Launch const& launch, int32_t topK) { return topK > 1 || std::strcmp(launch.role, "combine") != 0; }
 
 Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const& sizes) {
+    auto const group
+        = std::find_if(from.begin(), from.end(), [](Tactic const* tactic) { return kindOf(*tactic) == Kind::kGroup; });
+    if (group != from.end() && sizes.tokens <= kGroupTokens && sizes.experts <= kScoredExperts) {
+        return *group;
+    }
     int64_t const average = sizes.tokens * sizes.topK / sizes.experts;
     Tactic const* best = nullptr;
     int32_t bestTile = 0;
@@ -107,11 +115,6 @@ Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const&
             best = tactic;
             bestTile = tile;
         }
-    }
-    auto const group
-        = std::find_if(from.begin(), from.end(), [](Tactic const* tactic) { return kindOf(*tactic) == Kind::kGroup; });
-    if (bestTile > average && group != from.end()) {
-        return *group;
     }
     if (best != nullptr) {
         return best;

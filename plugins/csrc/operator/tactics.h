@@ -26,8 +26,8 @@ int64_t mostTokens(Tactic const& tactic, int64_t tokens);
 // False for a step that this layer does without: `combine` adds up the experts of a token.
 bool isNeeded(Launch const& launch, int32_t topK);
 
-// Choice for tactic 0, when nothing was timed: the largest token tile that the average expert fills; where it fills none, the
-// first that groups tokens, and where none does, the smallest. Null if none takes so many tokens.
+// Choice for tactic 0, when nothing was timed: the first that groups tokens where there is one group and few experts, else the
+// largest token tile that the average expert fills. Null if none takes so many tokens.
 Tactic const* defaultTactic(std::vector<Tactic const*> const& from, Sizes const& sizes);
 
 // "80, 86, 87" of one type: for messages.
