@@ -36,7 +36,6 @@ def checks() -> list[Check]:
     from plugins.library.build import find_cmake
 
     weights = cache_dir() / f"{TIMM_NAME}.safetensors"
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     tensorrt = _version("tensorrt") if importlib.util.find_spec("tensorrt") else None
     return [
         Check("torch", _version("torch"), "pip install moee", True),
@@ -48,10 +47,23 @@ def checks() -> list[Check]:
         Check("TensorRT", tensorrt, "pip install 'moee[trt]', or the device's JetPack"),
         Check("C++ compiler (plugin)", shutil.which("g++") or shutil.which("c++"), "apt-get install g++"),
         Check("CMake (plugin)", find_cmake(), "pip install cmake"),
-        Check("NVIDIA GPU", gpu, "optional: kernels and engines run on one, everything else does not need it"),
+        Check("NVIDIA GPU", _gpu(), "optional: kernels and engines run on one, everything else does not need it"),
         *_runners(),
         Check("dinov2-s weights", str(weights) if weights.is_file() else None, "fetched on first use of dinov2-s"),
     ]
+
+
+def _gpu() -> str | None:
+    """Name and SM of the GPU, and whether the kernels of routed layers support it."""
+    from plugins.targets import DEFAULT_SMS
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(0)
+    found = f"{torch.cuda.get_device_name(0)}, sm_{major}{minor}"
+    if 10 * major + minor in DEFAULT_SMS:
+        return found
+    return f"{found}: unsupported by the routed kernels, which need tensor cores of sm_80 or later; use --method static here"
 
 
 def _runners() -> list[Check]:

@@ -164,24 +164,26 @@ def boards() -> list[Board]:
 
 
 def times_us(board: Board, layer: Layer) -> dict[str, float]:
-    """Modelled microseconds: dense, and of this layer today's best tactic, two launches, one. One expert is a plain MLP in each."""
+    """Modelled microseconds: dense, today's best tactic, two launches, one. One expert is a plain MLP: dense and static."""
     fastest = min(board.time_us(form) for form in dense(layer, layer.hidden))
     if layer.experts == 1:
         return {"dense": fastest, "static": min(board.time_us(form) for form in dense(layer, layer.width))}
-    times = {"dense": fastest, "today": min(map(board.time_us, bucket_forms(layer))), "two": board.time_us(two_launches(layer))}
+    today = min(map(board.time_us, bucket_forms(layer)))
+    times = {"dense": fastest, "today": today, "two": board.time_us(two_launches(layer))}
     single = one_launch(layer)
     return times if single is None else {**times, "one": board.time_us(single)}
 
 
 def text(build: Manifest) -> str:
-    """The account as Markdown; `build` gives the kernels' registers and shared memory, hence programs at once."""
+    """The account as Markdown, of the boards that `build` has kernels for: their registers and shared memory say how many
+    programs run at once."""
     parts = [HEADER.format(efficiency=EFFICIENCY, l2=L2_BYTES), *_shapes(), BOARDS_HEADER]
-    for board in boards():
+    built = [board for board in boards() if board.profile.sm in build.sms]
+    for board in built:
         p = board.profile
-        parts.append(
-            f"| {p.name} | sm_{p.sm} | {board.multiprocessors} | {board.ghz} | {p.tflops:g} | {p.gbytes:g} | {p.launch_us:g} | {p.source} |"
-        )
-    for board in boards():
+        figures = (board.multiprocessors, board.ghz, f"{p.tflops:g}", f"{p.gbytes:g}", f"{p.launch_us:g}")
+        parts.append(f"| {p.name} | sm_{p.sm} | {' | '.join(map(str, figures))} | {p.source} |")
+    for board in built:
         parts += _board(board, build)
     return "\n".join(parts) + "\n"
 
@@ -205,9 +207,9 @@ def _board(board: Board, build: Manifest) -> Iterator[str]:
     up = build.find("group_up", "r16", "float16", board.profile.sm)
     at_once = board.multiprocessors * occupancy(board.profile.sm, up.registers, up.shared_bytes, up.num_warps)
     yield f"\n### {board.profile.name}\n"
-    yield "| layer | tokens | batch | dense µs | floors µs, K = 8: memory, products, 4 / 2 / 1 launches | waves | " + " | ".join(
-        "K = 1" if k == 1 else f"K = {k}: today, two, one" for k in EXPERTS
-    ) + " |"
+    names = ["K = 1" if k == 1 else f"K = {k}: today, two, one" for k in EXPERTS]
+    floors = "floors µs, K = 8: memory, products, 4 / 2 / 1 launches"
+    yield f"| layer | tokens | batch | dense µs | {floors} | waves | " + " | ".join(names) + " |"
     yield "|---|---|---|---|---|---|" + "---|" * len(EXPERTS)
     lost: dict[int, list[str]] = {}
     for name, tokens, batch, layers in _cases():
@@ -229,19 +231,22 @@ def _board(board: Board, build: Manifest) -> Iterator[str]:
 
 HEADER = """## What a layer costs, and what fewer launches reach
 
-**Modelled**, all of it: `python scripts/kernel_account.py build/kernels` computes these tables from shapes, tiles and data sheets
-(`plugins/account.py`); nothing was run on a GPU. One FFN in float16, experts keep half of the neurons each, the union of several experts
-is every neuron, and all experts get alike many tokens. A launch costs the board's µs and the longest of three times: bytes from memory; the products
-of the busiest multiprocessor at {efficiency} of the peak; its tiles' bytes from L2 at {l2} bytes a clock (an assumption: A100's L2 gives 5,120
-bytes a clock to 108 multiprocessors, NVIDIA A100 white paper). *Dense* is two products in the best of three tile shapes. *Today* is the
-best of the tactics that clear, route and then compute; *two* is `group16`, *one* `group_fused_d384`, which serves D up to 384.
-One expert is a plain MLP of half the width without the plugin.
+**Modelled**, all of it: `python scripts/kernel_account.py build/kernels` computes these tables from shapes, tiles and data
+sheets (`plugins/account.py`); nothing was run on a GPU. One FFN in float16, experts keep half of the neurons each, the union of
+several experts is every neuron, and all experts get alike many tokens. A launch costs the board's µs and the longest of three
+times: bytes from memory; the products of the busiest multiprocessor at {efficiency} of the peak; its tiles' bytes from L2 at
+{l2} bytes a clock (an assumption: A100's L2 gives 5,120 bytes a clock to 108 multiprocessors, NVIDIA A100 white paper).
+
+- *Dense* is two products, each in the best of three tile shapes. K = 1 is a plain MLP of half the width, without the plugin.
+- *Today* is the best of the tactics that clear, route and then compute. *Two* is `group16`, *one* `group_fused_d384`, which
+  serves D up to 384. Their figures are speed-ups over dense: below 1 is slower.
+- *Waves* are those of `group_up` at K = 8, by the registers and shared memory of its binary.
 
 Millions of FLOPs / MiB that must be moved (weights once, tokens in and out) / row tiles of 16 tokens:
 """
 BOARDS_HEADER = """
-Boards. Microseconds a launch are an assumption (`plugins/devices.py`): what a kernel of a CUDA graph waits for the one before it and for its
-first instructions. `selftest` and `moee bench` measure it on a device.
+Boards. Microseconds a launch are an assumption (`plugins/devices.py`): what a kernel waits for the one before it and for its
+first instructions. `selftest` and `moee bench` measure it on a device. Clocks are the boards' boost clocks.
 
 | board | SM | multiprocessors | GHz | TFLOP/s | GB/s | µs a launch | source |
 |---|---|---|---|---|---|---|---|"""

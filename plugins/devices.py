@@ -61,7 +61,7 @@ DEVICES: tuple[Device, ...] = (
     ),
     Profile("rtx-4090", 89, tflops=165.2, gbytes=1008.0, launch_us=3.0, source="NVIDIA Ada architecture white paper"),
     Device("h100", 90),
-    Profile("h200", 90, tflops=989.0, gbytes=4800.0, launch_us=3.0, source="NVIDIA H200 data sheet: 1,979 TFLOP/s with sparsity"),
+    Profile("h200", 90, tflops=989.0, gbytes=4800.0, launch_us=3.0, source="NVIDIA H200 data sheet: 1,979 with sparsity"),
     Device("b200", 100),
     Device("b300", 103),
     Profile(
@@ -71,7 +71,7 @@ DEVICES: tuple[Device, ...] = (
     Device("rtx-50", 120),
     Profile(
         "rtx-5090", 120, tflops=209.5, gbytes=1792.0, launch_us=3.0,
-        source="NVIDIA RTX Blackwell architecture white paper: 838 sparse FP16 TFLOP/s, a quarter with float32 sums and without sparsity",
+        source="NVIDIA RTX Blackwell white paper: 838 sparse FP16 TFLOP/s, a quarter with float32 sums and without sparsity",
     ),
     Device("dgx-spark", 121, ("spark",)),
 )  # fmt: skip

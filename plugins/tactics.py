@@ -168,8 +168,8 @@ def by_id(id: int) -> Tactic:
 
 
 def default_tactic(tokens: int, dim: int, top_k: int, experts: int, dtype: str) -> Tactic:
-    """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average, else the smallest. One group
-    of tokens and as many experts as are scored at a time take the first tactic that groups, for it has half of the launches.
+    """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average, else the smallest. One
+    group of tokens and as many experts as are scored at a time take the first tactic that groups, for it has half the launches.
 
     `defaultTactic` of the C++ library follows the same rule. It is modelled (`plugins.account`), not measured.
     """

@@ -43,7 +43,7 @@ class Target:
 
 OLD, NEW = "ptxas", "ptxas-blackwell"
 
-# Triton 3.4 and later emit no tensor-core instruction for sm_75.
+# Triton 3.4 and later emit no tensor-core instruction for sm_75: it is unsupported. What `--sm 75` builds is right and slow.
 TARGETS: dict[int, Target] = {
     t.sm: t
     for t in (

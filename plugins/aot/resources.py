@@ -1,4 +1,4 @@
-"""The resource table of a kernel build, as Markdown: registers, shared memory, occupancy, instruction counts.
+"""The resource table of a kernel build, as Markdown: registers, shared memory, occupancy, instruction counts; then the account.
 
 python -m plugins.aot.resources build/kernels > docs/results/kernels.md
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from plugins import account
 from plugins.aot import manifest
 from plugins.aot.manifest import Kernel, Manifest
 from plugins.targets import occupancy, target
@@ -81,7 +82,7 @@ def table(build: Manifest) -> str:
         parts.append("|---|---|---|---|---|---|---|---|---|")
         parts += [row(k) for k in build.kernels if k.sm == sm]
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, account.text(build)])
 
 
 def main(arguments: Sequence[str]) -> int:

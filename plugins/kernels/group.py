@@ -88,3 +88,6 @@ def tile_tokens(place, chosen, tile, BM: tl.constexpr, ROWS: tl.constexpr):
     after = tl.sum(tl.where(place[None, :] == row[:, None], tl.arange(0, BM)[None, :] + 1, 0), 1)
     inside = (place >= tile * ROWS) & (place < tile * ROWS + ROWS)
     return tl.max(tl.where(inside, chosen, 0), 0), tl.maximum(after - 1, 0), after > 0
+
+
+# ruff: noqa: E501

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from exporter import cli
+from exporter.doctor import _gpu
 from exporter.terminal.loading import load
 from moee.models.model import load_model
 from tests.conftest import tiny_spec
@@ -146,6 +147,15 @@ def test_doctor_lists_what_is_missing(capsys):
     text = capsys.readouterr().out
     assert "ONNX Runtime" in text and "TensorRT" in text
     assert "run ONNX on CPU" in text and "run ONNX on CUDA" in text and "run tensorrt-rtx engines" in text
+
+
+@pytest.mark.parametrize(("capability", "words"), [((8, 7), "Board, sm_87"), ((7, 5), "Board, sm_75: unsupported by the routed")])
+def test_doctor_says_which_gpu_the_kernels_support(monkeypatch, capability, words):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "Board")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: capability)
+    said = _gpu()
+    assert said.startswith(words) and ("unsupported" in said) == (capability == (7, 5))
 
 
 def test_imports_that_take_long_say_so_and_cheap_checks_come_first(monkeypatch, capsys, tmp_path):

@@ -137,13 +137,14 @@ def test_groups_of_tokens_are_independent(name, tokens):
     assert torch.equal(runs[0][0], runs[1][0]) and torch.equal(runs[0][0], runs[2][0])
     y, buffers = runs[0]
     close(y, inputs, buffers)
-    assert torch.equal(buffers["routes"].view(-1, 1).long(), reference.routes(inputs["x"], inputs["router"], inputs["router_bias"]))
+    want = reference.routes(inputs["x"], inputs["router"], inputs["router_bias"])
+    assert torch.equal(buffers["routes"].view(-1, 1).long(), want)
     one = {**inputs, "x": inputs["x"][-1:].clone()}
     assert torch.equal(run_checked(NAMES[name], one)[0], y[-1:]), "a token's output does not depend on the others"
 
 
 def test_tiles_of_a_group_hold_each_token_once():
-    """`arrange` and `tile_tokens` by hand: two experts with more than a tile, one with one row, one with none, dead tokens, no expert."""
+    """By hand: two experts with more than a tile, one with one row, one with none, dead tokens, tokens of no expert."""
     chosen = torch.tensor([0] * 20 + [3] + [1] * 33 + [0] * 2 + [7] * 3 + [4] * 5, dtype=torch.int32)
     out = torch.full((8, 17), -7, dtype=torch.int32)
     sizes = {"tokens": len(chosen), "experts": 5, "BM": 64, "BN": 4, "ROWS": 16}
@@ -283,7 +284,7 @@ def test_references_equal_the_kernels(name, top_k):
 
 
 def test_launch_budget():
-    """At most three kernels for one expert a token, four with `combine`; two or one, and nothing to clear, where tokens are grouped."""
+    """At most three kernels for one expert a token, four with `combine`; of groups two or one, and nothing to clear."""
     for t in TACTICS:
         single = [s for s in t.launches if s.role != "combine"]
         assert len(single) <= 3 and len(t.launches) <= 4

@@ -92,7 +92,7 @@ def test_the_rule_for_tactics_is_the_librarys():
     for tokens, name in ((1, "group16"), (128, "group16"), (129, "tile32"), (256, "tile64"), (9999, "tile128")):
         assert default_tactic(tokens, 384, 1, 4, "float16").name == name
     assert default_tactic(64, 384, 2, 4, "float16").name == "tile32"
-    assert default_tactic(128, 384, 1, 17, "float16").name == "tile16" and default_tactic(16, 384, 2, 4, "float16").name == "tile16"
+    assert default_tactic(128, 384, 1, 17, "float16").name == default_tactic(16, 384, 2, 4, "float16").name == "tile16"
 
 
 def by_reference(spec, settings, grid, given):
