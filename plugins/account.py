@@ -22,7 +22,7 @@ BYTES = 2  # float16
 TABLE = VARIANTS["float16"]
 DENSE_TILES = ((64, 64), (128, 64), (128, 128))
 BOARDS: tuple[tuple[str, int, float], ...] = (  # profile, multiprocessors, GHz
-    ("orin-agx", 16, 1.3), ("thor", 20, 1.57), ("rtx-4060", 24, 2.46), ("rtx-5090", 170, 2.41), ("h200", 132, 1.98),
+    ("orin-agx", 16, 1.3), ("thor-agx", 20, 1.57), ("rtx-4060", 24, 2.46), ("rtx-5090", 170, 2.41), ("h200", 132, 1.98),
 )  # fmt: skip
 MODELS = (("ViT-S", 384, 1536), ("ViT-B", 768, 3072))
 TOKENS, BATCHES, EXPERTS = (65, 197, 257, 577), (1, 8, 32), (1, 4, 8, 32)

@@ -139,7 +139,8 @@ def test_a_plan_takes_a_board_by_any_of_its_names(spelling, monkeypatch, tmp_pat
     ("name", "message"),
     [
         *[(name, "a board of sm_87 that has them: orin-agx, orin-nano") for name in ("orin", "87", "sm_87", "8.7", "orin-nx")],
-        ("rtx-40", "name a board of sm_89 that has them: l4, rtx-4090"), ("h100", "RESULT.json, rtx-3090, orin-agx"),
+        ("rtx-40", "name a board of sm_89 that has them: l4, rtx-4090"), ("h100", "a board of sm_90 that has them: h200"),
+        ("b200", "RESULT.json, rtx-3090, orin-agx"),
         ("abacus", "unknown device 'abacus'; expected one of cpu, cuda, tensorrt, ssh:HOST"),
         ("99", "unknown device '99'; expected one of cpu"),
     ],

@@ -203,7 +203,7 @@ def test_what_a_device_cannot_time_leaves_the_points(session, tmp_path):
     ("NVIDIA Jetson Orin Nano Developer Kit", "orin-nano", "orin-nano"),
     ("NVIDIA Orin NX Developer Kit", "orin-nx", None),
     ("Orin", "orin", None),
-    ("NVIDIA Jetson AGX Thor Developer Kit", "thor", None),
+    ("NVIDIA Jetson AGX Thor Developer Kit", "thor-agx", "thor-agx"),
     ("NVIDIA GeForce RTX 4090", "rtx-4090", "rtx-4090"),
     ("NVIDIA L4", "l4", "l4"),
     ("NVIDIA L40S", None, None),
