@@ -59,14 +59,15 @@ BATCHES = (1, 8, 32)  # smallest, optimal and largest of a profile
 @in_python(renamed={"data": "calibration"})
 def export(
     model: MoeeModel, out: str | Path, *, precision: str = "fp32", calibration: Images = None,
-    calibration_images: int | None = None, source: str | Path | None = None, force: bool = False,
+    calibration_images: int | None = None, source: str | Path | None = None, force: bool = False, runtime_ops: bool = False,
     report: Reporter | None = None,
 ) -> Path:  # fmt: skip
     """Write `dense.onnx`, `portable.onnx`, `tensorrt.onnx` and `export.json` into the folder `out`, which is returned.
 
     `precision`: fp32, fp16, bf16, int8 or int8-fp32; for the last two `calibration` gives images (default: those that the model
-    was made on). `source`: the artifact that the model was saved in, by which the command line verifies the export. Raises
-    `UserError` for a place that must not be replaced, an unknown precision or images that cannot be read.
+    was made on). `runtime_ops`: also `runtime.onnx`, for ONNX Runtime on a CPU with the operator's library. `source`: the
+    artifact that the model was saved in, by which the command line verifies the export. Raises `UserError` for a place that must
+    not be replaced, an unknown precision or images that cannot be read.
     """
     report = report or to_stderr()
     dtype_of(precision)
@@ -74,8 +75,9 @@ def export(
     count = whole("calibration_images", CALIBRATION_IMAGES if calibration_images is None else calibration_images, CALIBRATION)
     images = held_out_images(model, calibration, report) if calibration is not None else None
     onnx_export.export(
-        model, out, force=force, report=report, source=source, precision=precision, calibration=images, calibration_images=count
-    )
+        model, out, force=force, report=report, source=source, precision=precision, calibration=images, calibration_images=count,
+        runtime_ops=runtime_ops,
+    )  # fmt: skip
     return Path(out)
 
 

@@ -17,7 +17,7 @@ from moee.store.artifact import read_json, sha256_file
 BELONGS_TO = "belongs_to"
 ARTIFACT, EXPORT = "artifact", "export"
 # What makes a graph, also in a bundle, which holds no reference.onnx.
-GRAPH_FILES = ("dense.onnx", "portable.onnx", "tensorrt.onnx", "dense.data", "moee.data")
+GRAPH_FILES = ("dense.onnx", "portable.onnx", "tensorrt.onnx", "runtime.onnx", "dense.data", "moee.data")
 
 
 def artifact_ids(manifest: Mapping[str, Any]) -> dict[str, str]:

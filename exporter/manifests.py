@@ -32,7 +32,7 @@ log = logging.getLogger("moee")
 EXPORT, EXPORT_SCHEMA = "export.json", "moee.export/1"
 ENGINE, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
 EXPORT_FILES = (
-    "dense.onnx", "portable.onnx", "tensorrt.onnx", "reference.onnx", "dense.data", "moee.data", "reference.data",
+    "dense.onnx", "portable.onnx", "tensorrt.onnx", "runtime.onnx", "reference.onnx", "dense.data", "moee.data", "reference.data",
 )  # fmt: skip
 # Back end: Python module, wheel that holds its libraries, extra of this project.
 BACKENDS = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_libs", "rtx"), "tensorrt": ("tensorrt", None, "trt")}

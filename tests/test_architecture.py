@@ -103,7 +103,7 @@ ROOMS = {
         "plots": "moee",
         "quantization": "moee",
         "forms": "moee plugins passes",
-        "runners": "moee engines",
+        "runners": "moee plugins engines",
         "graph": "moee plugins passes quantization forms runners",
         "terminal": "moee graph",
         "timing": "moee plugins engines passes forms runners graph",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import platform
 import statistics
 import struct
 import sys
@@ -72,7 +73,7 @@ def check_files() -> None:
 def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str], tuple[np.ndarray, np.ndarray] | None]:
     """The graph, how images are prepared, the classes' names, and the classifier of a graph that ends in features."""
     models = HERE / "models"
-    session = onnxruntime.InferenceSession(str(models / "portable.onnx"), providers=["CPUExecutionProvider"])
+    session = opened(models)
     lines = (models / "preprocess.txt").read_text(encoding="utf-8").splitlines()
     recipe = {key: values for key, *values in (line.split() for line in lines if line and not line.startswith("#"))}
     labels = models / "labels.txt"
@@ -84,6 +85,24 @@ def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str
         values = np.frombuffer(content, "<f4", offset=8)
         head = values[: classes * features].reshape(classes, features), values[classes * features :]
     return session, recipe, names, head
+
+
+def opened(models: Path) -> onnxruntime.InferenceSession:
+    """The faster graph, if the bundle has one and its operator can be loaded, else the graph of standard operators."""
+    providers = ["CPUExecutionProvider"]
+    if (models / "runtime.onnx").is_file():
+        places = [HERE / "operator" / "libmoee_onnxruntime.so", HERE / "operator" / platform.machine() / "libmoee_onnxruntime.so"]
+        library = next((place for place in places if place.is_file()), None)
+        reason = f"the operator's library for {platform.machine()} is missing"
+        if library is not None:
+            options = onnxruntime.SessionOptions()
+            try:
+                options.register_custom_ops_library(str(library))
+                return onnxruntime.InferenceSession(str(models / "runtime.onnx"), options, providers=providers)
+            except Exception as error:  # ONNX Runtime's exceptions share no public base class
+                reason = str(error).splitlines()[0]
+        print(f"the graph of standard operators is used: {reason}; operator/build.sh compiles it here", file=sys.stderr)
+    return onnxruntime.InferenceSession(str(models / "portable.onnx"), providers=providers)
 
 
 def prepared(path: str, recipe: dict[str, list[str]]) -> np.ndarray:

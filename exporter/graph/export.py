@@ -1,11 +1,12 @@
 """ONNX export: one traced graph with `MoeeFfn` nodes, and the portable form that a pass makes of it. A layer of one expert is a
 plain MLP in both, gated or not.
 
-`dense.onnx` has a weight file of its own; `tensorrt.onnx` and `portable.onnx` share `moee.data`.
+`dense.onnx` has a weight file of its own; `tensorrt.onnx`, `portable.onnx` and `runtime.onnx` (if asked for) share `moee.data`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from exporter.belonging import BELONGS_TO, dense_ids, source_ids
 from exporter.forms.registry import form_of
+from exporter.graph.runtime_graph import KEY, PORTABLE, RUNTIME, refuse_runtime, write_runtime
 from exporter.graph.trace import INPUT, OPSET, OPSETS, OUTPUT, explained, to_onnx
 from exporter.manifests import input_body
 from exporter.passes.clear import Form, lower_clear_ffn
@@ -26,6 +28,7 @@ from exporter.passes.portable import lower_routed_ffn
 from exporter.precision import INT8, Quantization, dtype_of, refuse_overflow, typed
 from exporter.quantization import CALIBRATION_IMAGES, calibrate, quantized
 from exporter.runners import OnnxRunner
+from exporter.runners.operator_cache import operator_or_reason
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet, say_read
 from moee.data.transform import model_transform
@@ -41,9 +44,10 @@ from moee.store.artifact import write_manifest
 from moee.store.result_kinds import EXPORT
 from plugins.contract import DOMAIN
 
+log = logging.getLogger("moee")
 SCHEMA = "moee.export/1"
 MANIFEST = "export.json"
-DENSE, PORTABLE, TENSORRT = "dense.onnx", "portable.onnx", "tensorrt.onnx"
+DENSE, TENSORRT = "dense.onnx", "tensorrt.onnx"
 MOEE_DATA, DENSE_DATA = "moee.data", "dense.data"
 REFERENCE, REFERENCE_DATA = "reference.onnx", "reference.data"  # of int8: the dense model as it was, for accuracy
 TRACED = "traced.onnx"  # what both graphs are lowered from; removed before the export is done
@@ -53,7 +57,7 @@ CLEAR_TENSORRT: Form = "masked"  # no plugin: plain products with a mask (docs/m
 def export(
     moee: MoeeModel, path: Path | str, *, force: bool = False, report: Reporter = silent, source: Path | str | None = None,
     precision: str = "fp32", calibration: ImageSet | None = None, calibration_images: int = CALIBRATION_IMAGES,
-    dense: bool = False, dense_from: Path | None = None,
+    dense: bool = False, dense_from: Path | None = None, runtime_ops: bool = False,
 ) -> None:  # fmt: skip
     """Write `dense.onnx`, `tensorrt.onnx`, `portable.onnx`, their weights and `export.json` into folder `path`.
 
@@ -62,13 +66,16 @@ def export(
     calibrated on `calibration_images` images of `calibration` (default: training images of the data that the model was last
     made on), and `reference.onnx`, the dense model in float32, is written too. `dense`: the model is the dense one itself, and
     all three graphs are of it. `dense_from`: an export of the same model in the same precision, whose dense graph is taken:
-    tracing it again takes as long as the other. Raises `UserError` if `path` exists and `force` is off, if another model has no
+    tracing it again takes as long as the other. `runtime_ops`: `runtime.onnx` too, for ONNX Runtime with the operator's library
+    (`exporter.graph.runtime_graph`). Raises `UserError` if `path` exists and `force` is off, if another model has no
     routed layer, for an unknown precision or data that cannot be read.
     """
     dtype = dtype_of(precision)
     layers = routed_layers(moee.model)
     if not layers and not dense:
         raise UserError("the model has no routed layer to export; run moee extract first")
+    if runtime_ops:
+        refuse_runtime(layers, precision)
     transform = model_transform(moee.model)
     output = OutputFolder(path, EXPORT, force, source_paths(source))
     output.check()
@@ -113,6 +120,9 @@ def export(
             raise RuntimeError(f"{lowered} routed nodes exported for {len(layers)} routed layers; please report this")
         portable.opset_imports.pop(DOMAIN, None)
         ir.save(portable, folder / PORTABLE)
+        if runtime_ops:
+            write_runtime(traced, folder / RUNTIME, forms)
+            graphs[KEY] = RUNTIME
         traced.unlink()
         _refuse_unloadable(folder, precision)
         body = {
@@ -141,7 +151,13 @@ def export(
 def _refuse_unloadable(folder: Path, precision: str) -> None:
     """Raise `UserError` for graphs that ONNX Runtime cannot load, before they take the place of others. On the CPU it has no
     kernels for bfloat16, whose graphs are run in another way."""
-    for name in (DENSE, PORTABLE) if precision != "bf16" else ():
+    names = [DENSE, PORTABLE] if precision != "bf16" else []
+    if (folder / RUNTIME).is_file():
+        library, reason = operator_or_reason()
+        names += [RUNTIME] if library is not None else []
+        if library is None:
+            log.warning("%s was written and not tried, since the operator's library cannot be had here: %s", RUNTIME, reason)
+    for name in names:
         try:
             with OnnxRunner(folder / name):
                 pass

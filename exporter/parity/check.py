@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from exporter.belonging import export_ids
 from exporter.forms.form import WeightProblem
 from exporter.graph.export import PORTABLE, TENSORRT, read_quantization
+from exporter.graph.runtime_graph import RUNTIME
 from exporter.manifests import read_export
 from exporter.onnx_safety import load_ir
 from exporter.parity.int8 import check_int8
 from exporter.parity.layers import LayerParity, layer_parity
+from exporter.parity.operator import OperatorParity, tapped_operator, why_not_run
 from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers, standard_layers
 from exporter.parity.refusals import refuse_foreign, refuse_unrouted
@@ -108,7 +110,14 @@ def check_parity(
     judged, ties, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
     ties = ties and min_route_agreement is None
     if precision == "fp32" and not all(e.passed for e in errors):
-        errors = _without_ties(folder, yard, pool, errors, threads, provider)
+        with tapped_graph(folder / PORTABLE, list(yard.layers()[0])) as tapped:
+            errors = _without_ties(tapped, folder / PORTABLE, yard, pool, errors, threads, provider)
+    why = why_not_run(manifest, provider)
+    operator = None
+    if why == "":
+        operator = _operator(folder, moee, yard, pool, sizes, rtol, atol, threads, provider, report)
+    elif why is not None:
+        operator = OperatorParity(skipped=why)
     arithmetic = ("int8 and " if int8 else "") + str(yard.dtype).removeprefix("torch.")
     rule = f"{yard.safety:g} times the largest error of torch in {arithmetic} against float64"
     if rtol is not None or atol is not None:
@@ -132,7 +141,23 @@ def check_parity(
         notes=notes,
         belongs_to=export_ids(manifest),
         dense=not manifest["routed_layers"],
+        operator=operator,
     )
+
+
+def _operator(
+    folder: Path, moee: MoeeModel, yard: Yardsticks, pool: Tensor, sizes: Sequence[int], rtol: float | None, atol: float | None,
+    threads: int | None, provider: str, report: Reporter,
+) -> OperatorParity:  # fmt: skip
+    """`runtime.onnx` as the portable graph is checked: outputs at each batch size, and the weights that it stores."""
+    with graph_runner(folder / RUNTIME, threads, provider) as runner:
+        errors = output_errors(runner, yard, pool, sizes, rtol, atol=atol, report=report, message="parity of the operator")
+        name = runner.name
+    if not all(e.passed for e in errors):
+        with tapped_operator(folder, list(yard.layers()[0])) as tapped:
+            errors = _without_ties(tapped, folder / RUNTIME, yard, pool, errors, threads, provider)
+    problems = check_weights(folder / RUNTIME, routed_layers(moee.model), yard.dtype)
+    return OperatorParity(name, tuple(errors), tuple(problems))
 
 
 def _layers(
@@ -176,15 +201,15 @@ def _layers(
 
 
 def _without_ties(
-    folder: Path, yard: Yardsticks, pool: Tensor, errors: list[BatchError], threads: int | None, provider: str
+    tapped_file: Path, graph: Path, yard: Yardsticks, pool: Tensor, errors: list[BatchError], threads: int | None, provider: str
 ) -> list[BatchError]:
-    """The errors again, those that are too large with near ties between experts taken out."""
+    """The errors of `graph` again, those that are too large with near ties between experts taken out; `tapped_file`: the graph
+    that also outputs its taps."""
     names = list(yard.layers()[0])
     excused = []
     with ExitStack() as stack:
-        path = stack.enter_context(tapped_graph(folder / PORTABLE, names))
-        tapped = stack.enter_context(graph_runner(path, threads, provider))
-        plain = stack.enter_context(graph_runner(folder / PORTABLE, threads, provider))
+        tapped = stack.enter_context(graph_runner(tapped_file, threads, provider))
+        plain = stack.enter_context(graph_runner(graph, threads, provider))
         for error in errors:
             if not error.passed:
                 x = pool[: error.batch].contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 
 from exporter.forms.form import WeightProblem
 from exporter.parity.layers import Deviation, LayerParity, first_deviation
+from exporter.parity.operator import OperatorParity
 from exporter.parity.outputs import BatchError
 from moee.schema import json_safe
 
@@ -18,7 +19,8 @@ class ParityResult:
     where the model names one class alone). `rule` says in words what the outputs' tolerance is. `notes`: what was compared and
     shows little. `belongs_to`: the export (`exporter.belonging`).
     `dense`: the export is of the dense model itself, which has no routed layers to compare.
-    `only_ties`: routes that differ from the float64 run's are near ties."""
+    `only_ties`: routes that differ from the float64 run's are near ties. `operator`: of `runtime.onnx`, None where the export has
+    none."""
 
     runtime: str
     batches: list[BatchError]
@@ -35,6 +37,7 @@ class ParityResult:
     notes: list[str] = field(default_factory=list)
     belongs_to: dict[str, str] = field(default_factory=dict)
     dense: bool = False
+    operator: OperatorParity | None = None
 
     @property
     def max_abs_error(self) -> float:
@@ -52,7 +55,8 @@ class ParityResult:
     @property
     def passed(self) -> bool:
         parts = [*(b.passed for b in self.batches), *(layer.passed for layer in self.layers)]
-        return not self.unchecked and all(parts) and self.routes_passed and not self.weight_problems
+        by_operator = self.operator is None or self.operator.passed
+        return not self.unchecked and all(parts) and self.routes_passed and not self.weight_problems and by_operator
 
     @property
     def unchecked(self) -> list[str]:

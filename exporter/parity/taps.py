@@ -44,12 +44,18 @@ def tapped_graph(graph: Path, layers: list[str], widen: bool = False) -> Iterato
     With `widen`, bfloat16 becomes float32. Raises `UserError` if the graph lacks one of these values.
     """
     model = load_ir(graph)
-    values = {v.name: v for node in model.graph for v in node.outputs}
     for layer in layers:
-        first = _first(values, layer)
-        model.graph.outputs.extend(_parts(values, graph, layer) if first is None else _plain(model, values, first, layer))
+        model.graph.outputs.extend(standard_taps(model, graph, layer))
     with copied(model, graph, widen) as path:
         yield path
+
+
+def standard_taps(model: ir.Model, graph: Path, layer: str) -> list[ir.Value]:
+    """Tokens, routes and result of a layer of standard operators in `model`, loaded from `graph`. Raises `UserError` without
+    them."""
+    values = {v.name: v for node in model.graph for v in node.outputs}
+    first = _first(values, layer)
+    return _parts(values, graph, layer) if first is None else _plain(model, values, first, layer)
 
 
 def _parts(values: dict[str | None, ir.Value], graph: Path, layer: str) -> list[ir.Value]:

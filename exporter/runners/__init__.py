@@ -1,7 +1,7 @@
 """Runners: one interface over everything that executes a model. Context managers, one runtime a file.
 
 A model, a graph or an engine comes in; NumPy arrays go in and out of it.
-Imports moee and engines.
+Imports moee, plugins and engines.
 """
 
 from exporter.runners.base import GraphRunner, Runner

@@ -12,10 +12,12 @@ import onnxruntime as ort
 
 from exporter.onnx_safety import check_onnx
 from exporter.runners.base import GraphRunner
+from exporter.runners.operator_cache import ensure_operator
 from moee.errors import MissingDependency, UserError
 from moee.parallel.machine import usable_cpus
 from moee.schema import shown
 from moee.store.scratch import temporary_folder
+from plugins.contract import DOMAIN
 
 # name on the command line: ONNX Runtime's name, label in results, what it needs
 PROVIDERS = {
@@ -27,7 +29,8 @@ FATAL = 4
 
 
 class OnnxRunner(GraphRunner):
-    """ONNX Runtime on `provider` (cpu, cuda, tensorrt). `profile` is a path prefix for a trace of every node's time.
+    """ONNX Runtime on `provider` (cpu, cuda, tensorrt). A graph with `MoeeFfn` nodes needs the CPU and the operator's library,
+    which is compiled if the cache lacks it. `profile` is a path prefix for a trace of every node's time.
 
     Entering raises `UserError` for a file that `check_onnx` or ONNX Runtime refuses.
     """
@@ -38,10 +41,11 @@ class OnnxRunner(GraphRunner):
         self.path, self.threads, self.provider = Path(path), threads or usable_cpus(), provider
         self.profile = profile
         self.session: ort.InferenceSession | None = None
+        self.operator = False
 
     @property
     def name(self) -> str:
-        return f"onnxruntime {ort.__version__} {PROVIDERS[self.provider][1]}"
+        return f"onnxruntime {ort.__version__} {PROVIDERS[self.provider][1]}{' with MoeeFfn' if self.operator else ''}"
 
     @property
     def outputs(self) -> list[str]:
@@ -52,13 +56,17 @@ class OnnxRunner(GraphRunner):
         missing = f"ONNX Runtime's {label} provider does not work here; it needs: {fix}"
         if wanted not in ort.get_available_providers():
             raise MissingDependency(missing)
-        check_onnx(self.path)
+        self.operator = any(node.domain == DOMAIN for node in check_onnx(self.path).graph.node)
+        if self.operator and self.provider != "cpu":
+            raise UserError(f"{self.path} has MoeeFfn nodes, which ONNX Runtime knows on the CPU alone; use portable.onnx")
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.log_severity_level = FATAL  # errors are raised, and the exception says the same
         ort.set_default_logger_severity(FATAL)  # of a provider that lacks its libraries too
         # a session's worker threads spin after a run; that would slow another session timed right after it
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if self.operator:
+            options.register_custom_ops_library(str(ensure_operator()))
         if self.profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile)

@@ -1,12 +1,17 @@
-"""The bundle for a CPU: the portable graph, how images are prepared, class names, and a script that runs it."""
+"""The bundle for a CPU: the portable graph, how images are prepared, class names, and a script that runs it. Of an export with
+`runtime.onnx` that graph too, and the operator that it needs: its sources, and the library for processors like this one."""
 
 from __future__ import annotations
 
+import logging
+import platform
 import shutil
 from pathlib import Path
 
 from exporter.deploy import DEPLOY
 from exporter.graph.export import MOEE_DATA, PORTABLE
+from exporter.graph.runtime_graph import KEY, RUNTIME
+from exporter.runners.operator_cache import operator_or_reason
 from exporter.ship import bundle_configs as configs
 from exporter.ship.contents import read_contents, write_sums
 from exporter.ship.deployment import DEPLOYMENT_SCHEMA
@@ -17,7 +22,9 @@ from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import DEPLOYMENT
+from plugins.cpu.build import FLAGS, LIBRARY, sources
 
+log = logging.getLogger("moee")
 CPU = "cpu"  # in place of an SM
 README = """# {title}, for a CPU
 
@@ -32,6 +39,12 @@ run.py checks the files against SHA256SUMS, and resizes, crops and normalises as
 | models/portable.onnx, models/moee.data | the graph, of standard ONNX operators, and its weights |
 | models/preprocess.txt | how images are prepared |
 {rows}| SHA256SUMS, deployment.json | hashes; where the graph comes from |
+"""
+
+
+OPERATOR = "operator"  # the folder; also in deploy/run.py
+OPERATOR_ROWS = """| models/runtime.onnx | the same with experts as an operator, which is faster; run.py takes it where the library can be loaded |
+| operator/ | the operator's library for {machines}; `operator/build.sh` compiles it elsewhere (aarch64 too), with a C++ compiler alone |
 """
 
 
@@ -56,6 +69,9 @@ def write_cpu_bundle(
             shutil.copy2(export_dir / name, models / name)
         (models / "preprocess.txt").write_text(configs.preprocess(contents.recipe), encoding="utf-8")
         rows = ""
+        if KEY in contents.export.get("graphs", {}):
+            shutil.copy2(export_dir / RUNTIME, models / RUNTIME)
+            rows += _write_operator(folder / OPERATOR)
         if contents.names:
             (models / configs.LABELS).write_text(configs.lines(contents.names), encoding="utf-8")
             rows += f"| models/{configs.LABELS} | the classes' names |\n"
@@ -69,3 +85,22 @@ def write_cpu_bundle(
         write_sums(folder)
         write_manifest(folder, "deployment.json", DEPLOYMENT_SCHEMA, {"sm": None, **contents.to_json()})
     return out
+
+
+def _write_operator(folder: Path) -> str:
+    """Write the operator's sources and build.sh, and its library for this machine's processor if it can be had; returns the
+    README's rows."""
+    (folder / "csrc").mkdir(parents=True)
+    for source in sources():
+        shutil.copy2(source, folder / "csrc" / source.name)
+    script = folder / "build.sh"
+    script.write_text((DEPLOY / "operator.sh").read_text(encoding="utf-8").replace("@FLAGS@", " ".join(FLAGS)), encoding="utf-8")
+    script.chmod(0o755)
+    library, reason = operator_or_reason()
+    if library is None:
+        log.warning("the bundle holds the operator's sources alone: %s", reason)
+        return OPERATOR_ROWS.format(machines="no processor yet")
+    place = folder / platform.machine()
+    place.mkdir()
+    shutil.copy2(library, place / LIBRARY)
+    return OPERATOR_ROWS.format(machines=platform.machine())

@@ -15,7 +15,8 @@ import numpy as np
 
 from exporter.belonging import built_from, export_ids
 from exporter.engines.environment import environment
-from exporter.graph.export import DENSE, PORTABLE
+from exporter.graph.export import DENSE
+from exporter.graph.runtime_graph import moee_graph
 from exporter.manifests import input_shape, read_engine, read_export
 from exporter.runners import EngineRunner, Runner, graph_runner
 from exporter.timing.layer_profile import LayerProfile, profile_layers
@@ -140,7 +141,8 @@ def bench(
     cuda_graph: bool = False, streams: int = 2, throughput_s: float = 0.0, profile: bool = False, named: str = "given",
     trust_engine: bool = False,
 ) -> LatencyResult:  # fmt: skip
-    """Time `dense.onnx` and `portable.onnx` in turn, or the two engines of the folder `engine`.
+    """Time `dense.onnx` and the graph with experts (`portable.onnx`, or `runtime.onnx` where it runs) in turn, or the two engines
+    of the folder `engine`.
 
     `images` [B, C, H, W] float32 should be real ones, since routing depends on them; noise otherwise. `named` says for the
     record what they are. `throughput_s` seconds go
@@ -163,12 +165,13 @@ def bench(
     folder = Path(export_dir)
     if engine is not None:
         _require_same_export(folder, manifest, Path(engine), trust_engine)
+    ours = moee_graph(manifest, provider) if engine is None else ""
     before = environment()
     with ExitStack() as stack:
         if engine is not None:
             both: list[Runner] = [_engine_runner(engine, name, cuda_graph, trust_engine) for name in ("dense", "moee")]
         else:
-            both = [graph_runner(folder / name, threads, provider) for name in (DENSE, PORTABLE)]
+            both = [graph_runner(folder / name, threads, provider) for name in (DENSE, ours)]
         runners = [stack.enter_context(runner) for runner in both]
         calls = (runners[0].bound(images), runners[1].bound(images))
         times = time_pairs(calls, runs, duration_s, report)
@@ -179,7 +182,7 @@ def bench(
         name = runners[1].name
     layers = None
     if profile and engine is None and provider == "cpu":
-        layers = profile_layers(folder / DENSE, folder / PORTABLE, manifest["routed_layers"], images, threads)
+        layers = profile_layers(folder / DENSE, folder / ours, manifest["routed_layers"], images, threads)
     ratios, verdict = times[0] / times[1], judge(times[0], times[1])
     return LatencyResult(
         runtime=name,

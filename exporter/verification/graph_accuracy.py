@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from exporter.graph.export import DENSE, PORTABLE, REFERENCE
+from exporter.graph.export import DENSE, REFERENCE
+from exporter.graph.runtime_graph import moee_graph
 from exporter.manifests import read_export
 from exporter.onnx_safety import load_ir
 from exporter.parity.check import logits
@@ -76,8 +77,9 @@ class GraphAccuracy:
 
     def _own(self, name: str) -> dict[str, Tensor]:
         """This rank's share; empty if it has no image to read."""
-        precision = read_export(self.folder, verify=False).get("precision", "fp32")
-        graph = PORTABLE if name == "moee" else REFERENCE if precision in INT8 else DENSE
+        manifest = read_export(self.folder, verify=False)
+        precision = manifest.get("precision", "fp32")
+        graph = moee_graph(manifest, self.provider) if name == "moee" else REFERENCE if precision in INT8 else DENSE
         order = self.chosen()
         share = self.group.part(len(order), ACCURACY_BATCH)
         order = order[share.start : share.stop]

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from exporter.graph.export import TENSORRT
+from exporter.graph.runtime_graph import RUNTIME
 from exporter.parity import BatchError, ParityResult
 from exporter.runners import PluginCheck
 from exporter.verification.accuracy import AccuracyResult
@@ -77,6 +78,7 @@ class VerifyResult:
             if layer.routes:
                 cases.append(self._route_case(layer))
         cases += [Case("weights", name, "", message) for name, message in damaged.items()]
+        cases += self._operator_cases()
         return cases + [self._accuracy_case()] + self._engine_cases()
 
     def _route_case(self, layer: Any) -> Case:
@@ -101,6 +103,15 @@ class VerifyResult:
         low, high = a.drop_interval_pp
         detail = f"drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}) on {a.counted}"
         return Case("accuracy", "drop", detail, None if a.passed else f"{detail}; at most {a.max_drop_pp:g} allowed")
+
+    def _operator_cases(self) -> list[Case]:
+        operator = self.parity.operator
+        if operator is None:
+            return []
+        if operator.skipped:
+            return [Case("operator", RUNTIME, skipped=operator.skipped)]
+        problems = [Case("operator", p.layer, failure=p.message) for p in operator.weight_problems]
+        return [*(_batch_case("operator", b) for b in operator.batches), *problems]
 
     def _engine_cases(self) -> list[Case]:
         e = self.engine

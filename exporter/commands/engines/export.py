@@ -26,6 +26,10 @@ def add_parser(subparsers: Any) -> None:
         help="fp32, fp16, bf16, or int8 for the dense parts (int8: the rest in fp16; int8-fp32); norms, softmax and routing stay "
         "in float32 (fp32)",
     )  # fmt: skip
+    sub.add_argument(
+        "--runtime-ops", action="store_true",
+        help="also runtime.onnx, for ONNX Runtime on a CPU: experts as an operator, whose library is compiled where it runs",
+    )  # fmt: skip
     sub.add_argument("--calibration-images", type=at_least(*CALIBRATION), metavar="N", help="for int8 (128)")
     sub.add_argument("--data", help="calibration images for int8 (default: what the model was tuned on, else extracted on)")
     add_moved(sub)
@@ -55,9 +59,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
             say_read(train=given)
         export(
             moee, args.out, force=args.force, report=report, source=args.path, precision=args.precision, calibration=given,
-            calibration_images=images,
+            calibration_images=images, runtime_ops=args.runtime_ops,
         )  # fmt: skip
-    console.print(f"dense.onnx, portable.onnx and tensorrt.onnx written to {args.out}")
+    names = ["dense.onnx", "portable.onnx", *(["runtime.onnx"] if args.runtime_ops else [])]
+    console.print(f"{', '.join(names)} and tensorrt.onnx written to {args.out}")
     manifest = read_export(args.out, verify=False)
     for name in ("dense", "moee"):
         q = read_quantization(manifest, name)

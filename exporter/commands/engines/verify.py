@@ -179,6 +179,11 @@ def _show(console: Console, result: Any, layers: bool) -> None:
         f"route agreement: lowest {percent(parity.route_agreement.get(worst))} ({worst or 'no layer has more than one expert'}); "
         f"top-1 agreement with torch: {percent(parity.top1_agreement)} of {parity.images} images"
     )
+    if parity.operator is not None:
+        by = parity.operator
+        largest, verdict = max((b.max_abs_error for b in by.batches), default=0.0), "passed" if by.passed else "FAILED"
+        text = f"not run here: {by.skipped}" if by.skipped else f"max error {largest:.2e}, {verdict}"
+        console.print(f"runtime.onnx ({by.runtime or 'the operator for ONNX Runtime'}): {text}", highlight=False, soft_wrap=True)
     for note in parity.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     a = result.accuracy
