@@ -73,7 +73,7 @@ def check_files() -> None:
 def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str], tuple[np.ndarray, np.ndarray] | None]:
     """The graph, how images are prepared, the classes' names, and the classifier of a graph that ends in features."""
     models = HERE / "models"
-    session = opened(models)
+    session = session_of(models)
     lines = (models / "preprocess.txt").read_text(encoding="utf-8").splitlines()
     recipe = {key: values for key, *values in (line.split() for line in lines if line and not line.startswith("#"))}
     labels = models / "labels.txt"
@@ -87,7 +87,7 @@ def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str
     return session, recipe, names, head
 
 
-def opened(models: Path) -> onnxruntime.InferenceSession:
+def session_of(models: Path) -> onnxruntime.InferenceSession:
     """The faster graph, if the bundle has one and its operator can be loaded, else the graph of standard operators."""
     providers = ["CPUExecutionProvider"]
     if (models / "runtime.onnx").is_file():

@@ -43,8 +43,8 @@ run.py checks the files against SHA256SUMS, and resizes, crops and normalises as
 
 
 OPERATOR = "operator"  # the folder; also in deploy/run.py
-OPERATOR_ROWS = """| models/runtime.onnx | the same with experts as an operator, which is faster; run.py takes it where the library can be loaded |
-| operator/ | the operator's library for {machines}; `operator/build.sh` compiles it elsewhere (aarch64 too), with a C++ compiler alone |
+OPERATOR_ROWS = """| models/runtime.onnx | the same with experts as an operator, which is faster; run.py takes it where it can |
+| operator/ | the operator's library for {machines}; `operator/build.sh` compiles it on another, with a C++ compiler alone |
 """
 
 
