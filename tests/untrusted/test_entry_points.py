@@ -38,7 +38,16 @@ GUARDED = {
         "exporter/onnx_safety.py": "the check itself",
         "exporter/pretrained.py": "a wheel's file, after its hash",
     },
-    "ir.load": {"exporter/onnx_safety.py": "after the check", "exporter/graph/export.py": "what was written a line before"},
+    "ir.load": {
+        "exporter/onnx_safety.py": "after the check",
+        "exporter/graph/export.py": "what was written a line before",
+        "exporter/graph/runtime_graph.py": "what export.py has just written",
+    },
+    "register_custom_ops_library": {
+        "exporter/runners/operator_cache.py": "compiled here, and its kind was read",
+        "exporter/runners/onnx_runtime.py": "what operator_cache gave",
+        "exporter/deploy/run.py": "in SHA256SUMS, or compiled on the device by the bundle's own script",
+    },
     "ort.InferenceSession": {
         "exporter/runners/onnx_runtime.py": "after the check",
         "exporter/timing/dispatch_bench.py": "a graph made in memory",
