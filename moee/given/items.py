@@ -50,4 +50,4 @@ def label_of(label: Any, name: str) -> int:
 def check_shape(image: Tensor, shape: Shape, name: str) -> None:
     if tuple(image.shape) != tuple(shape):
         came, wanted = (" x ".join(map(str, sizes)) for sizes in (image.shape, shape))
-        raise UserError(f"{name} yields images of {came}, the model takes {wanted}; change the transform, or give img_size")
+        raise UserError(f"{name} yields images of {came}, the model takes {wanted}; change the transform, or the model's size")

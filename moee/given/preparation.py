@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Subset, default_collate
 
 from moee.data.transform import Transform
+from moee.errors import UserError
 from moee.interface.spec import InputConfig
 from moee.libraries.from_torchvision import crop_share
 
@@ -80,6 +81,17 @@ def differences(given: InputConfig, transform: Transform) -> list[str]:
         if ours is not None and not _equal(ours, theirs):
             told.append(f"{name} {_text(ours)}, not {_text(theirs)}")
     return told
+
+
+def refuse_unfit(given: InputConfig, transform: Transform) -> None:
+    """Raise `UserError` where what was said of the images is not of those that the model takes."""
+    if given.input_size is not None and given.input_size != transform.shape:
+        came, takes = (" x ".join(map(str, sizes)) for sizes in (given.input_size, transform.shape))
+        raise UserError(f"input_size of input= is {came}, and the model takes images of {takes}; leave it out")
+    channels = transform.shape[0]
+    for name, values in (("mean", given.mean), ("std", given.std)):
+        if values is not None and len(values) not in (1, channels):
+            raise UserError(f"{name} of input= has {len(values)} numbers, and the images {channels} channels; give one for each")
 
 
 def _square(transform: Transform) -> bool:

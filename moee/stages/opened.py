@@ -15,7 +15,7 @@ from moee.bounds import CLASSES, whole
 from moee.config import validated
 from moee.errors import UserError
 from moee.given.images import first_shape
-from moee.given.preparation import differences, read_preparation
+from moee.given.preparation import differences, read_preparation, refuse_unfit
 from moee.interface.adapted import guesses_of
 from moee.interface.spec import InputConfig, ModelSpec
 from moee.keywords import spoken
@@ -48,6 +48,8 @@ def session_of(
         spec, source, seed=seed, report=report or to_stderr(), group=group, workers=workers, classes=named, given=given
     )
     session.check_names(named)
+    if input is not None and session.spec.input is not None:
+        refuse_unfit(session.spec.input, session.transform)
     _say_guesses(session)
     if given is not None:
         _say_preparation(prepared, session)

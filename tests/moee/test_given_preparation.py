@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Subset, TensorDataset
@@ -193,3 +194,23 @@ def test_a_loader_that_differs_from_the_models_description_is_told(folder, caplo
     data = loader(folder, transforms.Resize(32), transforms.CenterCrop(32), *END).dataset
     moee.extract(model, Subset(data, range(0, 24, 2)), Subset(data, range(1, 24, 2)), preset="static", keep=0.7)
     assert "the loader prepares images by mean 0.5 0.4 0.3, not" in caplog.text and "crop_pct 1, not" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"mean": (0.5, 0.4)}, "mean of input= has 2 numbers, and the images 3 channels; give one for each"),
+        ({"std": (0.5,) * 4}, "std of input= has 4 numbers"),
+        ({"input_size": (3, 48, 48)}, "input_size of input= is 3 x 48 x 48, and the model takes images of 3 x 32 x 32"),
+        ({"std": (0.5, 0, 0.5)}, "^std of input=: Input should be greater than 0"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_images_is_refused(said, reason, tmp_path):
+    """Two means were once taken in turns for three channels, and another size was not obeyed; a bundle's runner got both."""
+    model = timm.create_model("test_vit", img_size=32, num_classes=2).eval()
+    images, labels = torch.randn(24, 3, 32, 32), torch.arange(24) % 2
+    given = ((images[:12], labels[:12]), (images[12:], labels[12:]))
+    with pytest.raises(UserError, match=reason):
+        moee.extract(model, *given, preset="static", keep=0.7, input=said)
+    with pytest.raises(UserError, match=reason):
+        exporter.compress(model, *given, out=tmp_path / "out", input=said)
