@@ -9,9 +9,20 @@ arXiv 2403.12983).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from moee.calibrate.calibration import CHUNK, hidden_activations
+from moee.calibrate.layer_sums import LayerPart
+from moee.layers.routed import NeuronLayer
+from moee.models.ffn import FFN
+from moee.parallel.group import SOLO, Group, Parcel
+from moee.parallel.ordered import OrderedSum
+
+Rechoose = Callable[[NeuronLayer, FFN, list[Tensor], Tensor], NeuronLayer]
+"""A layer, its dense original, the neurons that each expert is to keep, means [K, H] of its activations: the layer with these."""
 STEPS = 96  # in which all neurons would be removed
 RIDGE = 0.01  # of the mean diagonal, as the refit takes for layers of this size
 
@@ -44,3 +55,64 @@ def eliminate(
         inverse.addmm_(columns, solved[:, rest.shape[1] :], alpha=-1)
         alive[gone] = False
     return alive.nonzero()[:, 0]
+
+
+def eliminated(
+    layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], group: Group = SOLO
+) -> tuple[list[Tensor], Tensor] | None:
+    """Which neurons of its dense original `ffn` each expert of `layer` should keep, ascending, as many as it keeps now; and the
+    means [K, H] of its activations. By this rank's parts of the tokens; every rank gets the same. An expert without a token
+    goes by all tokens. None where activations are not finite."""
+    means, counts = _means(layer, ffn, parts, group)
+    weight = ffn.w_down.T
+    overall = torch.zeros(ffn.hidden, ffn.hidden, device=weight.device)
+    kept: dict[int, Tensor] = {}
+    finite = True
+    for e in counts.nonzero()[:, 0].tolist():
+        gram = _gram(layer, ffn, parts, e, means[e], group)
+        with group.agreed():
+            if group.leader and (finite := finite and bool(torch.isfinite(gram).all())):
+                kept[e] = eliminate(gram / float(counts[e]), weight, layer.widths[e])
+                overall += gram
+    with group.agreed():
+        if group.leader and finite:
+            for e in (counts == 0).nonzero()[:, 0].tolist():
+                kept[e] = eliminate(overall, weight, layer.widths[e])
+                means[e] = (means * counts[:, None]).sum(0) / counts.sum()
+    parcel = Parcel(finite, {"means": means, **{str(e): ids for e, ids in kept.items()}} if finite else {})
+    parcel = group.broadcast(parcel)
+    if not parcel.body:
+        return None
+    return [parcel.tensors[str(e)].to(weight.device) for e in range(len(counts))], parcel.tensors["means"].to(weight.device)
+
+
+def _means(layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], group: Group) -> tuple[Tensor, Tensor]:
+    """Means [K, H] of each expert's activations, and what its tokens count for [K], on every rank."""
+    exact = torch.zeros(0, dtype=torch.float64, device=ffn.w_down.device)
+    sums = OrderedSum(group)
+    with group.agreed():
+        for part in parts:
+            total, count = exact.new_zeros(len(layer.b_out), ffn.hidden), exact.new_zeros(len(layer.b_out))
+            for e, rows, _ in part.rows(layer):
+                for few in rows.split(CHUNK):
+                    each = part.counts[few]
+                    total[e] += (hidden_activations(ffn, part.tokens[few]) * each[:, None]).sum(0, dtype=torch.float64)
+                    count[e] += each.sum(dtype=torch.float64)
+            sums.add({"sum": total, "count": count})
+    whole = group.broadcast(Parcel(None, sums.total())).tensors
+    total, count = (whole[name].to(exact.device) for name in ("sum", "count"))
+    return total / count.clamp(min=1e-9)[:, None], count
+
+
+def _gram(layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], expert: int, mean: Tensor, group: Group) -> Tensor:
+    """The Gram matrix [H, H] of an expert's activations less their mean, on rank 0."""
+    sums, device = OrderedSum(group), ffn.w_down.device
+    with group.agreed():
+        for part in parts:
+            gram = torch.zeros(ffn.hidden, ffn.hidden, device=device)
+            for rows in (rows for e, rows, _ in part.rows(layer) if e == expert):
+                for few in rows.split(CHUNK):
+                    hidden = hidden_activations(ffn, part.tokens[few]) - mean.float()
+                    gram.addmm_((hidden * part.counts[few][:, None]).T, hidden)
+            sums.add({"gram": gram})
+    return sums.total().get("gram", torch.zeros(0, 0)).to(device)

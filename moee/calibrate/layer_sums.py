@@ -30,6 +30,11 @@ class LayerPart:
     tokens: Tensor
     weights: Tensor | None = None
 
+    @property
+    def counts(self) -> Tensor:
+        """The weights [N]; ones where all count alike."""
+        return torch.ones(len(self.tokens), device=self.tokens.device) if self.weights is None else self.weights
+
     def rows(self, layer: NeuronLayer) -> list[tuple[int, Tensor, Tensor]]:
         """Experts that some token takes: number, rows, and the stored neurons that it keeps."""
         routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, :1]
@@ -59,7 +64,7 @@ def part_sums(layer: NeuronLayer, ffn: FFN, part: LayerPart, held_out: Tensor | 
         "hidden": exact.new_zeros(halves, len(layer.neurons)), "target": exact.new_zeros(halves, experts, dim),
         "count": exact.new_zeros(halves, experts), "missed": exact.new_zeros(halves), "power": exact.new_zeros(halves),
     }  # fmt: skip
-    counts = torch.ones(len(part.tokens), device=device) if part.weights is None else part.weights
+    counts = part.counts
     bounds = layer.offsets.tolist()
     for e, rows, kept in part.rows(layer):
         hidden_shift, target_shift = shifts[e]

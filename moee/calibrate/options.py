@@ -38,6 +38,11 @@ class SelectionOptions(Options):
         None, gt=0, lt=1,
         description="share of the cut MLPs' MACs that stays at least, although the result then costs more than --target-macs",
     )  # fmt: skip
+    neurons: Literal["ranked", "eliminated"] = Field(
+        "ranked",
+        description="which neurons an expert keeps, once their number is known: the first by the criterion, or those that are "
+        "left when the refit makes good each that is removed, which takes longer and misses less of a layer's output",
+    )  # fmt: skip
     allocation: Literal["expert", "model"] = Field(
         "expert",
         description="whether each expert keeps its share, or all layers share one threshold, which needs --criterion sensitivity",
@@ -119,3 +124,9 @@ class GroupingOptions(ClusteringOptions, CalibrationOptions):
 
 class NeuronOptions(RefitOptions, SelectionOptions, CalibrationOptions):
     """What experts of neurons and static pruning share."""
+
+    @model_validator(mode="after")
+    def _made_good(self) -> NeuronOptions:
+        if self.neurons == "eliminated" and self.compensation != "refit":
+            raise ValueError(f"--neurons eliminated counts on the refit; compensation {self.compensation} has none")
+        return self

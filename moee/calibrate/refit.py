@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibrate.calibration import BATCH_SIZE, CHUNK, as_tokens
+from moee.calibrate.elimination import Rechoose, eliminated
 from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, spread_parts, tokens_an_image
 from moee.calibrate.in_step import InStep, WaitingStep
 from moee.calibrate.layer_sums import SAMPLE, CentredSums, LayerPart, Shifts, centred, part_sums, shift_of
 from moee.calibrate.prefix import holds_prefix, prefix_tokens, token_weights
-from moee.calibrate.ridge import error_change, held_out_runs, solve_ridge
+from moee.calibrate.ridge import LEAST, choose_ridge, held_out_runs, solve_ridge
 from moee.data.image_set import ImageSet, batches
 from moee.errors import StepFailed, UserError
 from moee.layers.report import RefitReport
@@ -40,8 +41,6 @@ from moee.parallel.ordered import PARTS, OrderedSum
 from moee.progress import Reporter, silent
 from moee.surroundings import own_arithmetic
 
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-LEAST = 1e-12  # mean diagonal of a Gram matrix that is more than rounding
 CONSTANT = 2.0**-40  # of the second moment: a variance below is the rounding of float32 means
 PART_TOKENS = 256  # of an expert on average: with fewer, adding an expert's sums to the layer's takes longer than making them
 KEPT = 4  # numbers kept of the images on their way to a later stage, as a multiple of the tokens times the widest layer's width
@@ -151,18 +150,6 @@ def _solve(layer: NeuronLayer, ffn: FFN, found: CentredSums, ridge: float | None
     return RefitReport(**facts, ridge=used, error_before=before, error_after=after, note=note)
 
 
-def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor) -> tuple[float | None, float]:
-    """The lambda of `RIDGES` whose solution dW on (gram, cross) leaves the least squared error on the held-out tokens, and the
-    change of that error. None and 0 where no lambda lowers it, or nothing is held out."""
-    best: tuple[float | None, float] = None, 0.0
-    for ridge in reversed(RIDGES):
-        delta, used = solve_ridge(gram, cross, ridge, LEAST)
-        error = error_change(delta, held_gram, held_cross)
-        if error < best[1]:
-            best = used, error
-    return best
-
-
 class _RefitStep(WaitingStep):
     """Stands where a routed layer will be: passes wait here until it is refitted on what they bring."""
 
@@ -185,7 +172,7 @@ class _RefitStep(WaitingStep):
 @torch.inference_mode()
 def refit(
     model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, *, ridge: float | None,
-    report: Reporter = silent, group: Group = SOLO,
+    report: Reporter = silent, group: Group = SOLO, rechoose: Rechoose | None = None,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and
     layers come and go on the CPU; the work is done on the device of `group`, whose ranks share the images and end with the same
@@ -195,9 +182,12 @@ def refit(
     forward passes of these images, in parts that wait for each other at every layer, so that each sees what the refitted layers
     before it produce. Images that only later layers want pass the earlier ones in batches (see `moee.calibrate.entry`). Memory
     grows with `tokens`: about 40 bytes x D a token.
+
+    With `rechoose`, which makes a layer with other neurons, these are chosen first, by elimination on the same tokens
+    (`moee.calibrate.elimination`); `layers` then holds the new ones.
     """
     with placed(model, group.device):
-        return _Refit(model, layers, ffns, data, ridge, report, group).run(tokens)
+        return _Refit(model, layers, ffns, data, ridge, report, group, rechoose).run(tokens)
 
 
 @dataclass(frozen=True)
@@ -211,6 +201,7 @@ class _Refit:
     ridge: float | None
     report: Reporter
     group: Group
+    rechoose: Rechoose | None
 
     def run(self, tokens: int) -> dict[str, RefitReport]:
         with self.group.agreed():
@@ -275,6 +266,14 @@ class _Refit:
         with taken_up(self.model, entry, inputs):
             self.model(image)
 
+    def _rechosen(self, name: str, ffn: FFN, parts: Sequence[LayerPart]) -> NeuronLayer:
+        """The layer of this name, with the neurons that elimination leaves where that is asked for."""
+        found = None if self.rechoose is None else eliminated(self.layers[name], ffn, parts, self.group)
+        if self.rechoose is not None and found is not None:
+            with torch.inference_mode(False), torch.no_grad():  # its parameters are to be trained
+                self.layers[name] = self.rechoose(self.layers[name], ffn, *found)
+        return self.layers[name]
+
     def _refit(self, names: Sequence[str], passes: Sequence[Callable[[], object]], done: dict[str, RefitReport]) -> None:
         """Refit the layers of these names as the passes come to them."""
 
@@ -291,6 +290,7 @@ class _Refit:
                         parts = [step.part(x) for x in running.bring(step, name)]
                     with own_arithmetic():
                         ffn = self.ffns[name].to(self.group.device)
+                        step.layer = self._rechosen(name, ffn, parts)
                         done[name] = refit_from_parts(self.layers[name], ffn, parts, self.ridge, self.group)
                     step.ready = True
                     self.report("refit", len(done), len(self.layers))

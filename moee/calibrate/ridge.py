@@ -10,6 +10,8 @@ from moee.errors import UserError
 # Of a diagonal entry: when a pivot is smaller, nothing but the rounding of float32 sums is left of that column
 PIVOT = 2.0**-23
 STEP = 10.0
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+LEAST = 1e-12  # mean diagonal of a Gram matrix that is more than rounding
 FOLDS, RUN = 5, 256  # every fifth run of 256 tokens is held out; runs are shorter where there are few tokens
 
 
@@ -44,3 +46,15 @@ def held_out_runs(tokens: int) -> Tensor:
 def error_change(change: Tensor, gram: Tensor, cross: Tensor) -> float:
     """|R - A X|^2 - |R|^2 = tr(X' G X) - 2 tr(X' C) for a solution X [U, C] float64 on the tokens of `gram` and `cross`."""
     return float((change * (gram.double() @ change - 2 * cross.double())).sum())
+
+
+def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor) -> tuple[float | None, float]:
+    """The lambda of `RIDGES` whose solution dW on (gram, cross) leaves the least squared error on the held-out tokens, and the
+    change of that error. None and 0 where no lambda lowers it, or nothing is held out."""
+    best: tuple[float | None, float] = None, 0.0
+    for ridge in reversed(RIDGES):
+        delta, used = solve_ridge(gram, cross, ridge, LEAST)
+        error = error_change(delta, held_gram, held_cross)
+        if error < best[1]:
+            best = used, error
+    return best

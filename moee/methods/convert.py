@@ -25,7 +25,7 @@ from moee.layers.report import LayerReport
 from moee.layers.routed import NeuronLayer, RoutedFFN
 from moee.methods.context import Context
 from moee.methods.exchange import Finding, pack_finding, share_layers, unpack_finding
-from moee.methods.neurons.assembly import build_layer
+from moee.methods.neurons.assembly import build_layer, chosen_anew
 from moee.methods.neurons.choice import choose_neurons
 from moee.methods.neurons.gated_pruning import prune_gated
 from moee.mlps.find import find_ffns, reports_of
@@ -153,9 +153,10 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         ffns = {f.name: f for f in prepared.ffns}
         layers = {name: layer for name in ffns if isinstance(layer := model.get_submodule(name), NeuronLayer)}
         done = refit(
-            model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group
-        )
-        reports = [replace(r, refit=done.get(r.name)) for r in reports]
+            model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group,
+            rechoose=chosen_anew if getattr(options, "neurons", "") == "eliminated" else None,
+        )  # fmt: skip
+        reports = [replace(r, refit=done[r.name], union=layers[r.name].union) if r.name in done else r for r in reports]
     return [*reports, *prepared.dense]
 
 

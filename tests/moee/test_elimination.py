@@ -1,11 +1,21 @@
 """Backward elimination against one that fits anew for every neuron that might go."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moee.calibrate.elimination import RIDGE, eliminate
+from moee.calibrate.calibration import hidden_activations
+from moee.calibrate.elimination import RIDGE, eliminate, eliminated
+from moee.calibrate.layer_sums import LayerPart
+from moee.errors import UserError
+from moee.layers.routed import routed_layers
+from moee.methods.neurons.assembly import chosen_anew
+from moee.methods.recipe import method_options
+from moee.mlps.find import find_ffns
+from tests.conftest import extract, tiny_images
 
 
 def fitted(gram, weight, kept, ridge):
@@ -62,3 +72,59 @@ def test_nothing_to_remove_constant_activations_and_broken_ones():
     assert eliminate(torch.zeros(4, 4), torch.ones(4, 2), 2).tolist() == [0, 1]
     with pytest.raises(ValueError, match="not finite"):
         eliminate(gram * torch.nan, weight, 3)
+
+
+VALUES = dict(clustering="kmeans", clusters=4, cluster_tokens=500, target_macs=0.7)
+
+
+def test_each_expert_keeps_what_its_own_tokens_leave_and_misses_less(tiny_model):
+    """Same widths, other neurons, a smaller error before and after the refit on tokens that neither has seen."""
+    made = {}
+    for neurons in ("ranked", "eliminated"):
+        model = copy.deepcopy(tiny_model)
+        reports = extract(model, tiny_images(96), method_options(neurons=neurons, **VALUES))
+        made[neurons] = model, reports
+    for ranked, chosen in zip(made["ranked"][1], made["eliminated"][1], strict=True):
+        assert ranked.widths == chosen.widths and chosen.refit.neurons == chosen.union
+        assert chosen.refit.error_after < ranked.refit.error_after
+    layers = routed_layers(made["eliminated"][0])
+    assert all(p.requires_grad for layer in layers.values() for p in (layer.w_up, layer.w_down, layer.b_out))
+    assert not any(p.is_inference() for p in made["eliminated"][0].parameters()), "it can be trained"
+    assert [layer.union for layer in layers.values()] == [report.union for report in made["eliminated"][1]]
+
+
+def test_parts_give_what_the_whole_gives_and_an_expert_without_tokens_goes_by_all(tiny_moee):
+    model, dense, data, *_ = tiny_moee
+    layer, ffn = next(iter(routed_layers(model).values())), find_ffns(dense).ffns[0]
+    tokens = torch.randn(600, ffn.dim, generator=torch.Generator().manual_seed(2))
+    lonely = tokens[layer.routes(tokens)[:, 0] != 2]
+    weights = torch.rand(len(lonely), generator=torch.Generator().manual_seed(3)) + 0.5
+    whole = eliminated(layer, ffn, [LayerPart(lonely, weights)])
+    parts = eliminated(layer, ffn, [LayerPart(lonely[:200], weights[:200]), LayerPart(lonely[200:], weights[200:])])
+    assert whole is not None and parts is not None
+    assert [len(kept) for kept in whole[0]] == layer.widths
+    overlap = [len(set(a.tolist()) & set(b.tolist())) / len(a) for a, b in zip(whole[0], parts[0], strict=True)]
+    assert min(overlap) > 0.97, "rounding alone"
+    hidden, routes = hidden_activations(ffn, lonely), layer.routes(lonely)[:, 0]
+    for e in (0, 1, 3):
+        mine = routes == e
+        mean = (hidden[mine] * weights[mine, None]).sum(0) / weights[mine].sum()
+        torch.testing.assert_close(whole[1][e].float(), mean, rtol=1e-4, atol=1e-5)
+    other = chosen_anew(layer, ffn, *whole)
+    one = lonely[routes == 0]
+    kept = torch.zeros(ffn.hidden, dtype=torch.bool)
+    kept[whole[0][0]] = True
+    filled = torch.where(kept, hidden_activations(ffn, one), whole[1][0].float())
+    with torch.no_grad():
+        torch.testing.assert_close(other(one), filled @ ffn.w_down.T + ffn.b_down, rtol=1e-3, atol=1e-4)
+
+
+def test_activations_that_are_not_finite_are_left_to_the_refit_to_name(tiny_moee):
+    model, dense, *_ = tiny_moee
+    layer, ffn = next(iter(routed_layers(model).values())), find_ffns(dense).ffns[0]
+    assert eliminated(layer, ffn, [LayerPart(torch.full((40, ffn.dim), torch.nan))]) is None
+
+
+def test_without_a_refit_there_is_nothing_to_count_on():
+    with pytest.raises(UserError, match="--neurons eliminated counts on the refit; compensation mean has none"):
+        method_options(neurons="eliminated", compensation="mean")

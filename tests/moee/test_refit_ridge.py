@@ -7,8 +7,8 @@ import torch
 
 from moee.calibrate.calibration import CHUNK
 from moee.calibrate.prefix import holds_prefix, prefix_tokens
-from moee.calibrate.refit import RIDGES, choose_ridge, refit_layer
-from moee.calibrate.ridge import held_out_runs, solve_ridge
+from moee.calibrate.refit import refit_layer
+from moee.calibrate.ridge import RIDGES, choose_ridge, held_out_runs, solve_ridge
 from moee.errors import UserError
 from moee.layers.routed import Experts, RoutedFFN
 from moee.models.ffn import FFN

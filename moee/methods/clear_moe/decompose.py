@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from moee.calibrate.calibration import CHUNK, hidden_activations
-from moee.calibrate.ridge import error_change, held_out_runs, solve_ridge
+from moee.calibrate.ridge import LEAST, error_change, held_out_runs, solve_ridge
 from moee.errors import UserError, chosen
 from moee.layers.activations import activate
 from moee.layers.clear_dispatch import Factors
@@ -33,7 +33,6 @@ from moee.models.ffn import FFN
 METRIC_TOKENS = 4096  # that the up map's metric is averaged over
 FLOOR = 1e-9  # of the largest eigenvalue: below, a direction of the metric counts as that large, so that it can be inverted
 NORMALISED = 1  # direction that LayerNorm takes from every token it puts out
-LEAST = 1e-12  # mean diagonal of a Gram matrix that is more than rounding
 SINGULAR = 1e-12  # of the largest eigenvalue: below, a direction carries nothing but the rounding of float32
 
 
