@@ -4,12 +4,14 @@ A rank by a criterion looks at one neuron at a time. But the refit makes good wh
 one is enough. Removing neuron j from a least-squares fit on activations with the Gram matrix G, and correcting the rest, adds
 |w_j|^2 / [G^-1]_jj to the squared error, w_j being the neuron's corrected output weights: the optimal brain surgeon
 (Hassibi and Stork 1993), for whole neurons as in ZipLM (Kurtic et al. 2023, arXiv 2302.04089) and OSSCAR (Meng et al. 2024,
-arXiv 2403.12983).
+arXiv 2403.12983). Errors of the layer's output are measured by how much the model's output minds them, the second moment of the
+gradients there (`moee.calibrate.sensitivity`): w_j is taken in that metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,10 +23,25 @@ from moee.models.ffn import FFN
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import OrderedSum
 
-Rechoose = Callable[[NeuronLayer, FFN, list[Tensor], Tensor], NeuronLayer]
-"""A layer, its dense original, the neurons that each expert is to keep, means [K, H] of its activations: the layer with these."""
 STEPS = 96  # in which all neurons would be removed
 RIDGE = 0.01  # of the mean diagonal, as the refit takes for layers of this size
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """How a refit chooses neurons first. `rechoose`: a layer, its dense original, the neurons that each expert is to keep and the
+    means [K, H] of its activations to the layer with these. `metrics` [D, D], by layer: of errors of its output."""
+
+    rechoose: Callable[[NeuronLayer, FFN, list[Tensor], Tensor], NeuronLayer]
+    metrics: Mapping[str, Tensor]
+
+    def chosen(self, layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], group: Group) -> NeuronLayer:
+        """`layer` with the neurons that elimination leaves; as it is where activations are not finite."""
+        found = eliminated(layer, ffn, parts, self.metrics.get(ffn.name), group)
+        if found is None:
+            return layer
+        with torch.inference_mode(False), torch.no_grad():  # its parameters are to be trained
+            return self.rechoose(layer, ffn, *found)
 
 
 def eliminate(
@@ -58,13 +75,14 @@ def eliminate(
 
 
 def eliminated(
-    layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], group: Group = SOLO
+    layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], metric: Tensor | None = None, group: Group = SOLO
 ) -> tuple[list[Tensor], Tensor] | None:
     """Which neurons of its dense original `ffn` each expert of `layer` should keep, ascending, as many as it keeps now; and the
     means [K, H] of its activations. By this rank's parts of the tokens; every rank gets the same. An expert without a token
-    goes by all tokens. None where activations are not finite."""
+    goes by all tokens. `metric` [D, D]: of errors of the output; without it they count alike. None where activations are not
+    finite."""
     means, counts = _means(layer, ffn, parts, group)
-    weight = ffn.w_down.T
+    weight = ffn.w_down.T if metric is None else ffn.w_down.T @ root_of(metric).to(ffn.w_down)
     overall = torch.zeros(ffn.hidden, ffn.hidden, device=weight.device)
     kept: dict[int, Tensor] = {}
     finite = True
@@ -84,6 +102,13 @@ def eliminated(
     if not parcel.body:
         return None
     return [parcel.tensors[str(e)].to(weight.device) for e in range(len(counts))], parcel.tensors["means"].to(weight.device)
+
+
+def root_of(metric: Tensor) -> Tensor:
+    """A matrix L [D, D] with L L' the metric, up to a factor by which its entries are of usual size."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    root = vectors * values.clamp(min=0).sqrt()
+    return root / root.norm().clamp(min=1e-300) * len(root) ** 0.5
 
 
 def _means(layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], group: Group) -> tuple[Tensor, Tensor]:

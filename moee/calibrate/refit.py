@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibrate.calibration import BATCH_SIZE, CHUNK, as_tokens
-from moee.calibrate.elimination import Rechoose, eliminated
+from moee.calibrate.elimination import Elimination
 from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, spread_parts, tokens_an_image
 from moee.calibrate.in_step import InStep, WaitingStep
@@ -172,7 +172,7 @@ class _RefitStep(WaitingStep):
 @torch.inference_mode()
 def refit(
     model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, *, ridge: float | None,
-    report: Reporter = silent, group: Group = SOLO, rechoose: Rechoose | None = None,
+    report: Reporter = silent, group: Group = SOLO, elimination: Elimination | None = None,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and
     layers come and go on the CPU; the work is done on the device of `group`, whose ranks share the images and end with the same
@@ -183,11 +183,10 @@ def refit(
     before it produce. Images that only later layers want pass the earlier ones in batches (see `moee.calibrate.entry`). Memory
     grows with `tokens`: about 40 bytes x D a token.
 
-    With `rechoose`, which makes a layer with other neurons, these are chosen first, by elimination on the same tokens
-    (`moee.calibrate.elimination`); `layers` then holds the new ones.
+    With an `elimination` the neurons of each layer are chosen first, on the same tokens; `layers` then holds the new ones.
     """
     with placed(model, group.device):
-        return _Refit(model, layers, ffns, data, ridge, report, group, rechoose).run(tokens)
+        return _Refit(model, layers, ffns, data, ridge, report, group, elimination).run(tokens)
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,7 @@ class _Refit:
     ridge: float | None
     report: Reporter
     group: Group
-    rechoose: Rechoose | None
+    elimination: Elimination | None
 
     def run(self, tokens: int) -> dict[str, RefitReport]:
         with self.group.agreed():
@@ -266,14 +265,6 @@ class _Refit:
         with taken_up(self.model, entry, inputs):
             self.model(image)
 
-    def _rechosen(self, name: str, ffn: FFN, parts: Sequence[LayerPart]) -> NeuronLayer:
-        """The layer of this name, with the neurons that elimination leaves where that is asked for."""
-        found = None if self.rechoose is None else eliminated(self.layers[name], ffn, parts, self.group)
-        if self.rechoose is not None and found is not None:
-            with torch.inference_mode(False), torch.no_grad():  # its parameters are to be trained
-                self.layers[name] = self.rechoose(self.layers[name], ffn, *found)
-        return self.layers[name]
-
     def _refit(self, names: Sequence[str], passes: Sequence[Callable[[], object]], done: dict[str, RefitReport]) -> None:
         """Refit the layers of these names as the passes come to them."""
 
@@ -290,7 +281,8 @@ class _Refit:
                         parts = [step.part(x) for x in running.bring(step, name)]
                     with own_arithmetic():
                         ffn = self.ffns[name].to(self.group.device)
-                        step.layer = self._rechosen(name, ffn, parts)
+                        if self.elimination is not None:
+                            step.layer = self.layers[name] = self.elimination.chosen(self.layers[name], ffn, parts, self.group)
                         done[name] = refit_from_parts(self.layers[name], ffn, parts, self.ridge, self.group)
                     step.ready = True
                     self.report("refit", len(done), len(self.layers))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,23 @@ class RoutedStats:
         return RoutedStats(self.router.to(device), self.bias.to(device), self.mean.to(device))
 
 
+class Sensitivity(NamedTuple):
+    """Of a layer: the mean over tokens `error` [K, H] that dropping each neuron of each expert makes, and the `metric` [D, D] of
+    errors of its output, the second moment of the gradients there, up to a factor. Both float64."""
+
+    error: Tensor
+    metric: Tensor
+
+
 class _Accumulator:
-    """Sums (a - m)^2 (g . w2)^2 over tokens, per expert and neuron, for one layer and one objective after the other."""
+    """Sums (a - m)^2 (g . w2)^2 over tokens, per expert and neuron, and g g', for one layer and one objective after the other."""
 
     def __init__(self, ffn: FFN, stats: RoutedStats, objectives: int):
         self.ffn, self.stats = ffn, stats
         device = stats.mean.device
         self.sums = [torch.zeros(stats.mean.shape, dtype=torch.float64, device=device) for _ in range(objectives)]
+        square = (ffn.w_down.shape[0], ffn.w_down.shape[0])
+        self.metrics = [torch.zeros(square, dtype=torch.float64, device=device) for _ in range(objectives)]
         self.count = torch.zeros(len(stats.router), dtype=torch.float64, device=device)
         self.images = 0
         self.deviation: list[Tensor] = []
@@ -74,8 +85,9 @@ class _Accumulator:
     def take(self) -> dict[str, Tensor]:
         """What was summed since the last time, by the layer's name."""
         taken = {f"{self.ffn.name} {i}": total.clone() for i, total in enumerate(self.sums)}
+        taken |= {f"{self.ffn.name} metric {i}": metric.clone() for i, metric in enumerate(self.metrics)}
         taken |= {f"{self.ffn.name} count": self.count.clone(), f"{self.ffn.name} images": torch.tensor(self.images)}
-        for total in (*self.sums, self.count):
+        for total in (*self.sums, *self.metrics, self.count):
             total.zero_()
         self.images = 0
         return taken
@@ -84,11 +96,14 @@ class _Accumulator:
         """The sums of all parts, as `take` names them."""
         for i, total in enumerate(self.sums):
             total.copy_(whole[f"{self.ffn.name} {i}"])
+        for i, metric in enumerate(self.metrics):
+            metric.copy_(whole[f"{self.ffn.name} metric {i}"])
         self.count.copy_(whole[f"{self.ffn.name} count"])
         self.images = int(whole[f"{self.ffn.name} images"])
 
     def add(self, gradient: Tensor, objective: int) -> None:
         tokens = as_tokens(gradient, self.ffn.channels_first)
+        self.metrics[objective] += (tokens.T @ tokens).double()
         parts = zip(tokens.split(CHUNK), self.routes.split(CHUNK), self.deviation, strict=True)
         for part, experts, deviation in parts:
             weighed = deviation * (part @ self.ffn.w_down).square_()
@@ -113,8 +128,8 @@ def output_projection(output: Tensor, classifier: bool, generator: torch.Generat
 def measure_sensitivity(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
     *, objective: str = "both", seed: int = 0, report: Reporter = silent, group: Group = SOLO,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Mean sensitivity a token [K, H] float64 of each layer's experts and neurons, over about `tokens` tokens of each layer.
+) -> dict[str, Sensitivity]:  # fmt: skip
+    """Sensitivity of each layer's experts and neurons, over about `tokens` tokens of each layer.
 
     `objective`: `output` (what the model returns), `tokens` (every token of the last feature map) or `both`: each scaled to a
     total of one over the whole model, then averaged. Experts that few tokens reach lean on their layer's average. The model's
@@ -131,7 +146,7 @@ def measure_sensitivity(
 def _measure(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int, objective: str,
     seed: int, report: Reporter, group: Group,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Sensitivity]:  # fmt: skip
     device = group.device
     model.eval()
     kinds = chosen({"output": ["output"], "tokens": ["tokens"], "both": ["output", "tokens"]}, objective, "objective")
@@ -201,7 +216,8 @@ def _measure(
             p.requires_grad_(flag)
     with group.agreed():
         found = _combine(layers, len(kinds)) if group.leader else {}
-    return dict(group.broadcast(Parcel(None, found)).tensors)
+    told = group.broadcast(Parcel(None, {f"{n} {field}": t for n, s in found.items() for field, t in s._asdict().items()}))
+    return {name: Sensitivity(told.tensors[f"{name} error"], told.tensors[f"{name} metric"]) for name in layers}
 
 
 class _Shared:
@@ -232,7 +248,7 @@ def _backward(value: Tensor, kind: str, classifier: bool, generator: torch.Gener
     ((flat * vector).sum() / flat.shape[1] ** 0.5).backward()
 
 
-def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, Tensor]:
+def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, Sensitivity]:
     if not all(layer.images for layer in layers.values()):
         raise UserError("none of the images that the sensitivity is measured on can be read; check the files")
     most = max(layer.images for layer in layers.values())  # layers saw different numbers of images: totals are for as many
@@ -242,6 +258,7 @@ def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, T
     for name, layer in layers.items():
         total = sum(layer.sums[i] / max(totals[i], 1e-300) for i in used) / len(used)
         average = total.sum(0) / layer.count.sum().clamp(min=1)  # type: ignore[union-attr]
-        result[name] = (total + SHRINKAGE * average) / (layer.count + SHRINKAGE)[:, None]
-        result[name] = result[name].cpu()
+        error = (total + SHRINKAGE * average) / (layer.count + SHRINKAGE)[:, None]
+        metric = torch.stack([layer.metrics[i] / max(totals[i], 1e-300) for i in used]).sum(0)
+        result[name] = Sensitivity(error.cpu(), metric.cpu())
     return result

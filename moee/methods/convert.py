@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibrate.calibration import LayerTokens, collect_tokens, gather_tokens
+from moee.calibrate.elimination import Elimination
 from moee.calibrate.grouping import GroupedLayer
 from moee.calibrate.options import CalibrationOptions, NeuronOptions
 from moee.calibrate.refit import refit
-from moee.calibrate.sensitivity import RoutedStats, measure_sensitivity
+from moee.calibrate.sensitivity import RoutedStats, Sensitivity, measure_sensitivity
 from moee.data.image_set import ImageSet, refuse_all_skipped
 from moee.data.transform import model_transform
 from moee.data.validation import fitted_part
@@ -40,12 +41,14 @@ from moee.store.scratch import temporary_folder
 @dataclass(frozen=True)
 class Prepared:
     """An extraction up to the choice of neurons: the grouped layers, reports of what is no MLP to cut and, for the criterion
-    sensitivity, the error [K, H] that dropping each neuron of each expert makes. Different budgets can be applied to it."""
+    sensitivity or an elimination, the error [K, H] that dropping each neuron of each expert makes and the `metric` [D, D] of
+    errors of each MLP's output. Different budgets can be applied to it."""
 
     ffns: list[FFN]
     layers: list[Finding]
     error: dict[str, Tensor]
     dense: list[LayerReport] = field(default_factory=list)
+    metric: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def routed(self) -> dict[str, GroupedLayer]:
@@ -154,7 +157,7 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         layers = {name: layer for name in ffns if isinstance(layer := model.get_submodule(name), NeuronLayer)}
         done = refit(
             model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group,
-            rechoose=chosen_anew if getattr(options, "neurons", "") == "eliminated" else None,
+            elimination=Elimination(chosen_anew, prepared.metric) if options.neurons == "eliminated" else None,
         )  # fmt: skip
         reports = [replace(r, refit=done[r.name], union=layers[r.name].union) if r.name in done else r for r in reports]
     return [*reports, *prepared.dense]
@@ -188,9 +191,9 @@ def _put_layers(model: nn.Module, prepared: Prepared, options: Any, data: ImageS
     return reports
 
 
-def sensitivity_of(model: nn.Module, prepared: Prepared, options: NeuronOptions, context: Context) -> dict[str, Tensor]:
-    """Sensitivity a token [K, H] of every routed layer's experts and neurons, measured on the group's devices. All ranks call it
-    and get the same; what is routed, rank 0 knows."""
+def sensitivity_of(model: nn.Module, prepared: Prepared, options: NeuronOptions, context: Context) -> dict[str, Sensitivity]:
+    """Sensitivity of every routed layer's experts and neurons, measured on the group's devices. All ranks call it and get the
+    same; what is routed, rank 0 knows."""
     stats = _shared_stats(prepared.routed, context.group)
     if not stats:
         return {}

@@ -83,8 +83,10 @@ class NeuronMethod(LayerMethod[Any]):
         """The error that dropping each neuron makes, once it is asked for."""
         from moee.methods.convert import sensitivity_of
 
-        if options.criterion == "sensitivity" and not prepared.error:
-            prepared.error.update(sensitivity_of(model, prepared, options, context))
+        if (options.criterion == "sensitivity" or options.neurons == "eliminated") and not prepared.error:
+            found = sensitivity_of(model, prepared, options, context)
+            prepared.error.update({name: of.error for name, of in found.items()})
+            prepared.metric.update({name: of.metric for name, of in found.items()})
 
 
 class ExpertsMethod(NeuronMethod):

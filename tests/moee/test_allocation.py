@@ -124,7 +124,7 @@ def test_sensitivity_equals_the_exact_jacobian():
     handle.remove()
     stats = {ffn.name: RoutedStats(torch.ones(1, ffn.dim), torch.zeros(1), mean)}
     estimates = [
-        measure_sensitivity(model, {ffn.name: ffn}, stats, data, 10**6, objective="output", seed=seed)[ffn.name][0]
+        measure_sensitivity(model, {ffn.name: ffn}, stats, data, 10**6, objective="output", seed=seed)[ffn.name].error[0]
         for seed in range(60)
     ]
     torch.testing.assert_close(
@@ -214,4 +214,21 @@ def test_token_objective_needs_only_a_feature_map(tiny_model):
     data, ffns = tiny_images(4), {f.name: f for f in find_ffns(tiny_model).ffns}
     stats = {n: RoutedStats(torch.ones(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden).double()) for n, f in ffns.items()}
     found = measure_sensitivity(tiny_model, ffns, stats, TensorSet("t", data.images, [-1] * 4, 0), 10**6, objective="tokens")
-    assert all(bool((s > 0).any()) for s in found.values())
+    assert all(bool((s.error > 0).any()) for s in found.values())
+
+
+def test_the_metric_says_how_much_the_output_minds_an_error_in_a_direction(tiny_model):
+    """Second moments of gradients: an error along the strongest direction changes the output more than one along the weakest."""
+    data, ffn = tiny_images(6), find_ffns(tiny_model).ffns[1]
+    stats = {ffn.name: RoutedStats(torch.zeros(1, ffn.dim), torch.zeros(1), torch.zeros(1, ffn.hidden).double())}
+    metric = measure_sensitivity(tiny_model, {ffn.name: ffn}, stats, data, 10**6, objective="output")[ffn.name].metric
+    values, vectors = torch.linalg.eigh(metric)
+    assert torch.allclose(metric, metric.T) and float(values[0]) > -1e-5 * float(values[-1])
+    last = tiny_model.blocks[1].mlp.fc2
+    before, bias, moved = tiny_model(data.images).detach(), last.bias.detach().clone(), {}
+    for at in (0, -1):
+        with torch.no_grad():
+            last.bias.copy_(bias + 0.05 * vectors[:, at].float())
+            moved[at] = 1 - mean_cosine(tiny_model(data.images), before)
+            last.bias.copy_(bias)
+    assert moved[-1] > 3 * moved[0]

@@ -251,12 +251,12 @@ def test_sensitivity_sees_as_many_tokens_in_every_layer(monkeypatch):
     monkeypatch.setattr(moee.calibrate.sensitivity, "_combine", spy)
     ffns = {f.name: f for f in find_ffns(model).ffns}
     stats = {n: RoutedStats(torch.zeros(1, f.dim), torch.zeros(1), torch.zeros(1, f.hidden)) for n, f in ffns.items()}
-    error = measure_sensitivity(model, ffns, stats, data, 512)
+    error = {name: s.error for name, s in measure_sensitivity(model, ffns, stats, data, 512).items()}
     counts = counts_of(model, data)
     assert seen == {n: (min(64, 512 // t) * t, min(64, 512 // t)) for n, t in counts.items()}
     assert all(torch.isfinite(e).all() and (e >= 0).all() for e in error.values())
     # with all images in all layers a neuron's sensitivity is about the same: the scales fit together
-    whole = measure_sensitivity(model, ffns, stats, data, 10**6)
+    whole = {name: s.error for name, s in measure_sensitivity(model, ffns, stats, data, 10**6).items()}
     for name in ffns:
         ratio = float(error[name].sum() / whole[name].sum()) / float(
             sum(e.sum() for e in error.values()) / sum(e.sum() for e in whole.values())
@@ -273,7 +273,7 @@ def test_objectives_are_weighed_as_if_every_layer_had_seen_as_many_images():
         layer.images, layer.count = images, torch.tensor([float(images)], dtype=torch.float64)
         layer.sums[position] += images  # one an image
         layers[str(position)] = layer
-    few, many = moee.calibrate.sensitivity._combine(layers, 2).values()
+    few, many = (of.error for of in moee.calibrate.sensitivity._combine(layers, 2).values())
     assert torch.allclose(few, many) and float(few[0, 0]) == pytest.approx(1 / 48)
 
 
