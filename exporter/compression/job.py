@@ -14,12 +14,14 @@ from typing import Any
 
 from exporter.compression.clock import Clock, Trials, duration, images_within, remaining
 from exporter.compression.refusals import Tried, refuse_early
-from exporter.compression.request import ALLOCATION, BASE, CPU, Request, default_budget, described, widened
+from exporter.compression.request import ALLOCATION, BASE, Request, default_budget, described, widened
 from exporter.compression.state import TIMINGS, Compressed, State, reported, resumable
 from exporter.compression.tuning import epochs_within, within, worth
-from exporter.compression.verdicts import last_lines
+from exporter.compression.verdicts import last_lines, slower
 from exporter.engines.plugin_cache import ensure_kernels
 from exporter.graph.export import export
+from exporter.graph.runtime_graph import PRECISION as FP32
+from exporter.graph.runtime_graph import serves
 from exporter.plots import write_examples
 from exporter.report import write_report
 from exporter.ship.cpu_bundle import write_cpu_bundle
@@ -33,6 +35,7 @@ from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig
 from moee.data.image_set import batches
 from moee.errors import StepFailed
+from moee.layers.routed import routed_layers
 from moee.methods.recipe import read_recipe_json
 from moee.places.resume import alone_on, fingerprint
 from moee.places.staged_folder import StagedFolder
@@ -88,8 +91,8 @@ class Job:
         point, shipped, tuned = self._candidate(state, plan, budget)
         unshipped = state.stages.get("unshipped", {}).get("why", "")  # of an interrupted job
         latencies = self._export(state, "dense" if unshipped else shipped)
-        if latencies and self._slower(latencies, budget):
-            unshipped = f"since {self._slower(latencies, budget)}"
+        if latencies and (slow := slower(latencies, budget, self.request.device)):
+            unshipped = f"since {slow}"
             state.begin("unshipped")
             state.add("unshipped", {"why": unshipped})
             latencies = self._export(state, "dense")
@@ -244,8 +247,11 @@ class Job:
         folder = self.place.folder("export").place
         if not state.done("export"):
             with self._stage("export", state):
-                source = None if shipped == "dense" else self.place.folder(shipped).place
-                export(self._made(shipped), folder, force=True, report=self.report, source=source, dense=shipped == "dense")
+                source, moee = None if shipped == "dense" else self.place.folder(shipped).place, self._made(shipped)
+                ops = self.request.sm is None and serves(routed_layers(moee.model), FP32, self.report)
+                export(
+                    moee, folder, force=True, report=self.report, source=source, dense=shipped == "dense", runtime_ops=ops
+                )  # fmt: skip
         if shipped == "dense":
             return []
         files = [self.place.file(name) for name in TIMINGS]
@@ -260,16 +266,6 @@ class Job:
                     )  # fmt: skip
                     file.write_json(result.to_json())
         return [read_json(file.place) for file in files]
-
-    def _slower(self, latencies: list[dict[str, Any]], budget: Budget) -> str:
-        """Why the model must not be shipped: on the device, where that is the CPU, it is not faster beyond the noise. Empty where
-        the dense model is no answer, since it costs more than the budget allows."""
-        limit, dense_ms = budget.target_latency_ms, latencies[-1]["dense_ms"]["p50"]
-        too_dear = budget.target_macs is not None or budget.target_params is not None or (limit is not None and dense_ms > limit)
-        if self.request.device != CPU or too_dear:
-            return ""
-        verdict = latencies[-1]["verdict"]
-        return "" if verdict["winner"] == "moee" else str(verdict["text"])
 
     def _verify(self, state: State, moee: MoeeModel, budget: Budget) -> None:
         if state.done("verify"):

@@ -109,3 +109,14 @@ def last_lines(
         choice + missed(latencies if device == CPU else [], budget),
         f"bundle: {bundle} (its graphs are the verified export's); report: {place.place / 'report.html'}",
     )
+
+
+def slower(latencies: list[dict[str, Any]], budget: Budget, device: str) -> str:
+    """Why the model must not be shipped: on the device, where that is the CPU, it is not faster beyond the noise. Empty where the
+    dense model is no answer, since it costs more than the budget allows."""
+    limit, dense_ms = budget.target_latency_ms, latencies[-1]["dense_ms"]["p50"]
+    too_dear = budget.target_macs is not None or budget.target_params is not None or (limit is not None and dense_ms > limit)
+    if device != CPU or too_dear:
+        return ""
+    verdict = latencies[-1]["verdict"]
+    return "" if verdict["winner"] == "moee" else str(verdict["text"])

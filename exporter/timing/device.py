@@ -59,6 +59,7 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int, precision: st
     """p50 of a batch by ONNX Runtime on this CPU, dense and candidate interleaved in one process. The first export stays in the
     folder `kept`, and the dense graph of the others is its."""
     from exporter.graph.export import export
+    from exporter.graph.runtime_graph import serves
     from exporter.timing.latency import bench
     from moee.artifacts.model import MoeeModel
     from moee.data.image_set import batches
@@ -70,7 +71,8 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int, precision: st
         target = folder / "export" if again else first
         moee = MoeeModel(model.eval(), session.spec, None, session.source)
         own = model is session.dense
-        export(moee, target, force=True, precision=precision, dense=own, dense_from=first if again else None)
+        dense_from, ops = first if again else None, serves(routed_layers(model), precision)
+        export(moee, target, force=True, precision=precision, dense=own, dense_from=dense_from, runtime_ops=ops)
         result = bench(target, batch, runs=CPU_RUNS, images=images)
     return {
         "kind": "measured on CPU", "device": CPU, "batch": batch, "dense_ms": result.dense_ms["p50"],

@@ -25,6 +25,7 @@ from exporter.passes.gated import lower_gated
 from exporter.passes.plain import lower_single_experts
 from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
+from exporter.runners.operator_cache import operator_or_reason
 from exporter.timing.ffn_bench import Residual
 from moee.errors import OutOfReach, UserError
 from moee.layers.routed import Experts, RoutedFFN, RoutedLayer, routed_layers
@@ -156,6 +157,7 @@ def measure_forms(
         f.name: ("mlp", f.dim, f.hidden, f.activation, f.only_static, tokens[f.name]) for f in ffns
     }
     kinds |= {n: ("attention", a.qkv.in_features, a.num_heads, a.head_dim, *seen[n]) for n, a in found.items()}
+    operator_or_reason(report)
     report("forms of layers", 0, len(set(kinds.values())))
     for ffn in ffns:
         kind = kinds[ffn.name]
@@ -253,7 +255,8 @@ def _written(module: nn.Module, x: Tensor, path: Path) -> Path:
     graph = to_onnx(Residual(module.eval()), x[: min(2, len(x))])
     lower_single_experts(graph)
     lower_gated(graph)
-    lower_routed_ffn(graph)
+    if operator_or_reason()[0] is None:
+        lower_routed_ffn(graph)
     ir.save(graph, path)
     return path
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from exporter import cli
+from exporter.compression import job
 from exporter.compression.clock import Clock, Trials, duration, images_within, remaining, seconds_of
 from exporter.compression.job import Job
 from exporter.compression.request import Request, possible_heads, widened
@@ -156,7 +157,7 @@ def quick(monkeypatch):
 
     monkeypatch.setattr("exporter.compression.job.bench", timed)
     monkeypatch.setattr("exporter.compression.job.target_of", lambda *args, **kwargs: SimpleNamespace(timing=lambda *args: None))
-    monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "")
+    monkeypatch.setattr(job, "slower", lambda latencies, budget, device: "")
 
 
 def test_a_report_says_that_there_was_no_time_for_examples(session, quick, tmp_path, monkeypatch):
@@ -272,7 +273,7 @@ def test_another_request_does_not_go_on_from_it(session, quick, tmp_path, monkey
 
 
 def test_nothing_faster_ships_the_dense_model(session, quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "dense is faster: 0.9x" if latencies else "")
+    monkeypatch.setattr(job, "slower", lambda latencies, budget, device: "dense is faster: 0.9x" if latencies else "")
     out = tmp_path / "out"
     result = Job(session, StagedFolder(out), Request(Budget(min_cosine=0.9), time_s=None, **FAST)).run()
     assert result.shipped == "dense" and "the dense model, since dense is faster: 0.9x" in result.lines[3]

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from exporter.compression import job
 from exporter.compression.job import Job
 from exporter.compression.request import Request
 from exporter.compression.state import TIMINGS, State
 from exporter.compression.tuning import worth
+from exporter.compression.verdicts import slower
 from exporter.report import collect
 from moee.data.image_set import TensorSet
 from moee.errors import BudgetUnmet, OutOfReach, UserError
@@ -56,7 +58,7 @@ def test_timings_that_were_removed_are_not_done(tmp_path):
 
 
 def test_an_interrupted_fallback_to_the_dense_model_goes_on_as_that(session, quick, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "dense is faster: 0.9x")
+    monkeypatch.setattr(job, "slower", lambda latencies, budget, device: "dense is faster: 0.9x")
     with monkeypatch.context() as patch:
         patch.setattr("exporter.compression.job.verify", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -67,7 +69,7 @@ def test_an_interrupted_fallback_to_the_dense_model_goes_on_as_that(session, qui
 
 
 def test_a_report_of_a_shipped_dense_model_has_no_figures_of_the_cut_one(session, quick, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(Job, "_slower", lambda self, latencies, budget: "dense is faster: 0.9x")
+    monkeypatch.setattr(job, "slower", lambda latencies, budget, device: "dense is faster: 0.9x")
     assert Job(session, StagedFolder(tmp_path / "out"), REQUEST).run().shipped == "dense"
     page = (tmp_path / "out" / "report.html").read_text()
     assert "no model found" in page and ">passed<" in page
@@ -140,9 +142,10 @@ def test_a_tuned_model_below_the_budgets_cosine_is_not_kept():
         (Budget(target_latency_ms=5), 9.0, False), (Budget(target_latency_ms=5), 4.0, True),
     ],
 )  # fmt: skip
-def test_the_dense_model_is_no_answer_where_it_costs_more_than_the_budget_allows(budget, dense_ms, falls_back, tmp_path):
+def test_the_dense_model_is_no_answer_where_it_costs_more_than_the_budget_allows(budget, dense_ms, falls_back):
     latencies = [{"dense_ms": {"p50": dense_ms}, "verdict": {"winner": "dense", "text": "dense is faster"}}]
-    assert bool(Job(None, StagedFolder(tmp_path), REQUEST)._slower(latencies, budget)) == falls_back
+    assert bool(slower(latencies, budget, "cpu")) == falls_back
+    assert not slower(latencies, budget, "orin-agx"), "what is timed here says nothing of a board"
 
 
 @pytest.mark.parametrize("stage", ["plan", "extracted", "export", "latency"])
