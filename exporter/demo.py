@@ -30,7 +30,8 @@ SCHEMA = "moee.summary/1"
 MODEL, DATA = "dinov2-s", "photo-crops"
 TIME_S = 540.0  # of ten minutes; the engines come after
 REQUESTS = {  # by the images: what keeps to the time and shows experts at work
-    "photo-crops": Request(Budget(max_drop=1.0, min_cosine=0.95), methods=("kmeans-4",), heads=(0.75,)),
+    # 400 held-out images tell accuracies apart by about 2.5 points, so the cosine is the sharper limit
+    "photo-crops": Request(Budget(max_drop=3.0, min_cosine=0.97), methods=("kmeans-4",), heads=(0.75,)),
     "digits": Request(Budget(max_drop=1.0, min_cosine=0.99)),
 }
 
@@ -68,7 +69,7 @@ def run_demo(
     place.file("summary.json").write_json(summary)
     paths, why = reported(place.place, compressed.part)
     paths = [*dict.fromkeys([*paths, place.file("summary.json").place])]
-    write_report(paths, place.place / "report.html", force=True, no_examples=why)
+    write_report(paths, place.place / "report.html", force=True, no_examples=why, lines=compressed.lines)
     return DemoResult(compressed, summary, engine_error)
 
 

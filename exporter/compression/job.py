@@ -92,7 +92,7 @@ class Job:
         unshipped = state.stages.get("unshipped", {}).get("why", "")  # of an interrupted job
         latencies = self._export(state, "dense" if unshipped else shipped)
         if latencies and (slow := slower(latencies, budget, self.request.device)):
-            unshipped = f"since {slow}"
+            unshipped = f"since the timing at the end says: {slow}"
             state.begin("unshipped")
             state.add("unshipped", {"why": unshipped})
             latencies = self._export(state, "dense")
@@ -115,7 +115,7 @@ class Job:
         )  # fmt: skip
         with self._stage("report"):
             paths, why = reported(self.place.place, shipped)
-            write_report(paths, self.place.place / "report.html", force=True, no_examples=why)
+            write_report(paths, self.place.place / "report.html", force=True, no_examples=why, lines=lines)
         if self.clock.left < 0:
             self.say(f"it took {duration(self.clock.spent)}, longer than the {duration(self.clock.seconds or 0)} it was given")
         what = "dense" if shipped == "dense" else point["method"]

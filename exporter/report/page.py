@@ -49,17 +49,18 @@ MARGIN_BYTES = 64 << 10  # for what stands around the sections
 
 
 def write_report(
-    paths: Sequence[Path | str], out: Path | str, force: bool = False, verify: bool = True, *, no_examples: str = ""
-) -> Path:
-    """Write the report about the artifacts in `paths` to the file `out`, atomically, and return it. `no_examples`: why there are
-    none, for the job that makes it.
+    paths: Sequence[Path | str], out: Path | str, force: bool = False, verify: bool = True, *, no_examples: str = "",
+    lines: Sequence[str] = (),
+) -> Path:  # fmt: skip
+    """Write the report about the artifacts in `paths` to the file `out`, atomically, and return it. From the job that makes it:
+    `no_examples`, why there are none, and `lines`, what it came to.
 
     Raises `UserError` if nothing is found, or if `out` exists and `force` is off.
     """
     output = OutputFile(out, REPORT, force, source_paths(*paths))
     output.check()
     sources = collect(paths, verify)
-    sources.no_examples = no_examples
+    sources.no_examples, sources.lines = no_examples, tuple(lines)
     output.write_text(render(sources))
     for problem in sources.problems:
         log.warning("%s", shown(problem, quoted=False, limit=1000))
@@ -92,7 +93,9 @@ def render(sources: Sources) -> str:
         )
     header = tag("header", tag("h1", "MoEE report: ", title), tag("p", sub, class_="sub") if sub else Html(""))
     cards = _cards(sources) if set(sources.artifacts) - {PLAN, SELFTEST} else Html("")
-    main = tag("main", cards, *body, id="main")
+    items = [tag("li", line) for line in sources.lines]
+    came = tag("section", tag("ul", *items), aria_label="Result") if items else Html("")
+    main = tag("main", came, cards, *body, id="main")
     skip = tag("a", "Skip to the figures", href="#main", class_="skip")
     navigation = tag("nav", tag("ul", *links), aria_label="Sections")
     head = tag(

@@ -44,7 +44,8 @@ class Artifact:
 class Sources:
     """Everything that was found. `artifacts` holds the one that is shown of each kind, `plans` those of one model on several
     devices, `latencies` the timings of the model that is shown, `selftests` those of several GPUs, `all` every one, `doubts` by
-    kind why it is not shown, or that it may be another model's. `no_examples`: why a job made none; empty where nobody said."""
+    kind why it is not shown, or that it may be another model's. `no_examples`: why a job made none; empty where nobody said.
+    `lines`: what a job came to."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     plans: list[Artifact] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Sources:
     problems: list[str] = field(default_factory=list)
     doubts: dict[str, str] = field(default_factory=dict)
     no_examples: str = ""
+    lines: tuple[str, ...] = ()
 
     def body(self, kind: str) -> dict[str, Any] | None:
         """The manifest of a kind, or None if there is none or its version is not known here."""
