@@ -31,6 +31,7 @@ CALIBRATION_CROPS, HELD_OUT_CROPS = 22, 16  # a photograph: 308 crops for calibr
 DIGITS_HELD_OUT = 0.4
 TRAINING_PART = 0.6  # of a photograph's width, from the left
 CROPS = {"train": 40, "val": 20}  # a photograph: 800 for training, 400 held out
+MOST_CROPS = 1000  # a photograph
 SMALLEST_CROP = 0.25  # of the sides of the largest crop that fits
 
 
@@ -55,13 +56,26 @@ class Photos(DataSource):
 
 
 class PhotoCrops(DataSource):
-    """`photo-crops`."""
+    """`photo-crops`, or `photo-crops:N` with N held-out crops a photograph: more tell accuracies apart more finely."""
 
     def takes(self, name: str) -> bool:
-        return name == "photo-crops"
+        return name.partition(":")[0] == "photo-crops"
 
     def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
-        return Source({split: PhotoCropSet(transform, split) for split in splits}, notes=_beside(name))
+        held_out = _count(name, "held-out crops", CROPS["val"])
+        return Source({split: PhotoCropSet(transform, split, held_out) for split in splits}, notes=_beside(name))
+
+
+def _count(name: str, what: str, usual: int) -> int:
+    """N of `NAME:N`, which is how many of `what` there are a photograph; the usual number without it."""
+    kind, colon, text = name.partition(":")
+    if not colon:
+        return usual
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= MOST_CROPS:
+        raise UserError(
+            f"data {name!r}: expected {kind}:N with N {what} a photograph, from 1 to {MOST_CROPS}, for example {kind}:64"
+        )
+    return int(text)
 
 
 def _beside(name: str) -> list[str]:
@@ -84,12 +98,12 @@ class PhotoCropSet(ImageSet):
     """Crops of random scale and place, `photo-crops` by name; the class of a crop is the photograph that it was cut from.
 
     Crops for training are cut from the left 60 % of a photograph and held-out crops from the right 40 %, so none shows a pixel
-    of the other. They are always the same, and have the shape of the model's images.
+    of the other. They are always the same, and have the shape of the model's images. `held_out`: held-out crops a photograph.
     """
 
-    def __init__(self, transform: Transform, split: str):
-        photographs = sorted((*CALIBRATION_PHOTOS, *HELD_OUT_PHOTOS))
-        labels = [label for label in range(len(photographs)) for _ in range(CROPS[split])]
+    def __init__(self, transform: Transform, split: str, held_out: int = CROPS["val"]):
+        photographs, count = sorted((*CALIBRATION_PHOTOS, *HELD_OUT_PHOTOS)), held_out if split == "val" else CROPS[split]
+        labels = [label for label in range(len(photographs)) for _ in range(count)]
         super().__init__("photo-crops", labels, [Path(name).stem for name in photographs])
         self.transform, self.split = transform, split
         self.origins = [photographs[label] for label in labels]
@@ -145,11 +159,8 @@ def photo(name: str) -> Image.Image:
 def photos(source: str, transform: Transform, split: str, seed: int) -> ImageSet:
     """Random crops at native resolution (small photographs are enlarged first). Unlabelled."""
     names, count = (CALIBRATION_PHOTOS, CALIBRATION_CROPS) if split == "train" else (HELD_OUT_PHOTOS, HELD_OUT_CROPS)
-    if ":" in source:
-        text = source.partition(":")[2]
-        if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-            raise UserError(f"data {source!r}: expected photos:N with N crops a photograph, for example photos:64")
-        count = int(text) if split == "train" else count
+    wanted = _count(source, "crops", count)
+    count = wanted if split == "train" else count
     _, height, width = transform.shape
     crops = []
     for position, name in enumerate(names):

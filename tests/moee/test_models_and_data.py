@@ -1,5 +1,7 @@
 """Loading models, finding MLPs, opening data: what works and what is refused in one sentence."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -109,8 +111,16 @@ def test_digits_and_photos():
     assert (len(photos), len(photos_out)) == (308, 96) and not photos.labelled
     assert len(load_data("photos:3", transform, "train")) == 42
     assert torch.equal(photos.images, load_data("photos", transform, "train").images)
-    with pytest.raises(UserError, match="photos:N"):
-        load_data("photos:x", transform)
+    for wrong in ("photos:x", "photos:0", "photos:1001", "photo-crops:-1", "photo-crops:"):
+        with pytest.raises(UserError, match="crops a photograph, from 1 to 1000, for example photo"):
+            load_data(wrong, transform)
+
+
+def test_held_out_crops_may_be_more_and_training_crops_stay_as_they_are():
+    transform = model_transform(load_model(tiny_spec()))
+    usual, more = ({s: load_data(name, transform, s) for s in ("train", "val")} for name in ("photo-crops", "photo-crops:35"))
+    assert len(usual["val"]) == 400 and len(more["val"]) == 700 and max(Counter(more["val"].labels).values()) == 35
+    assert len(more["train"]) == 800 and torch.equal(more["train"].load(5), usual["train"].load(5))
 
 
 def test_photo_crops_are_labelled_by_their_photograph():
