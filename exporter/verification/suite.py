@@ -74,7 +74,7 @@ def verify_ranks(
         with group.agreed():  # before minutes of parity
             if not failure:
                 _refuse_unchecked(reason, max_drop_pp)
-            if idle:
+            if idle and not failure:
                 raise UserError(f"--max-drop {max_drop_pp:g} limits nothing: {idle}")
     parity = None
     with group.agreed():

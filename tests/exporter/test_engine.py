@@ -85,7 +85,7 @@ class TestTiny:
         # 16 tokens an image: opt 8 images, max 32.
         assert f"configure x=[8,16,64] type={dtype} experts=4 union=100 max_width=40" in calls
         assert any(c.startswith("workspace tokens=512 ") for c in calls)
-        assert "tactics 1,2,3,4,5,6,7,8" in calls
+        assert "tactics 1,2,3,4,5,6,7,8,9,10" in calls
         accepted = [c for c in calls if c.startswith("format ") and c.endswith("yes")]
         assert {c.split()[1] for c in accepted} == {f"pos={i}" for i in range(10)}
 

@@ -29,7 +29,7 @@ TEXT = WRITTEN | {
     "--router", "--method", "--split", "--selector", "--distil", "--tables", "--keep", "--design", "--device",
     "--torch-device", "--methods", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
     "--targets", "plan --attention-macs", "--one-expert", "--emit", "compress --attention-macs", "demo --data",
-    "extract --metric", "--print-completion",
+    "extract --metric", "--print-completion", "--neurons", "--mac-time",
     # a function's name, of an artifact whose model comes from one
     *(f"{command} --model" for command in ("finetune", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")),
 }  # fmt: skip

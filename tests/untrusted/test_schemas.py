@@ -168,7 +168,7 @@ def test_states_of_an_interrupted_tuning(tmp_path, count):
     path.write_text(json.dumps({
         "schema": "moee.finetune/2", "epoch": 1, "identity": {"data": "digits"}, "file": "state-1.safetensors",
         "sha256": sha256_file(tmp_path / "state-1.safetensors"), "step": 3.0, "train_loss": [0.5], "validation_loss": [0.6, 0.5],
-        "best_epoch": 1,
+        "best_epoch": 1, "lr": 1e-6,
     }))  # fmt: skip
 
     def load():
