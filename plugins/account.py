@@ -231,7 +231,7 @@ def _board(board: Board, build: Manifest) -> Iterator[str]:
 
 HEADER = """## What a layer costs, and what fewer launches reach
 
-**Modelled**, all of it: `python scripts/kernel_account.py build/kernels` computes these tables from shapes, tiles and data
+**Modelled**, all of it: `python -m plugins.aot.resources build/kernels` computes these tables from shapes, tiles and data
 sheets (`plugins/account.py`); nothing was run on a GPU. One FFN in float16, experts keep half of the neurons each, the union of
 several experts is every neuron, and all experts get alike many tokens. A launch costs the board's µs and the longest of three
 times: bytes from memory; the products of the busiest multiprocessor at {efficiency} of the peak; its tiles' bytes from L2 at

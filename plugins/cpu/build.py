@@ -9,13 +9,12 @@ import hashlib
 import platform
 import re
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from moee.errors import MissingDependency, UserError
 from moee.store.atomic import atomic_file
-from plugins.library.build import ELF_MACHINES, run_logged
+from plugins.library.build import elf_machine, run_logged
 
 LIBRARY = "libmoee_onnxruntime.so"
 SOURCES = Path(__file__).resolve().parent / "csrc"
@@ -79,8 +78,6 @@ def describe_operator(path: Path) -> OperatorInfo:
     match = re.search(rb"moee-onnxruntime-api=(\d+)", data)
     if data[:4] != b"\x7fELF" or match is None:
         raise UserError(f"{path} is no operator library for ONNX Runtime; expected {LIBRARY}")
-    code = struct.unpack_from("<H", data, 18)[0]
-    machine = next((name for name, value in ELF_MACHINES.items() if value == code), f"ELF machine {code}")
-    if machine != platform.machine():
+    if (machine := elf_machine(data)) != platform.machine():
         raise UserError(f"{path} was built for {machine}, this machine is {platform.machine()}; build it here")
     return OperatorInfo(path, machine, int(match.group(1)))

@@ -165,6 +165,12 @@ def run_logged(command: list[str], log: Path, what: str = "the plugin") -> None:
         raise StepFailed(f"compiling {what} failed: {first[:300]} (all of the output is in {log})")
 
 
+def elf_machine(data: bytes) -> str:
+    """The processor, as `platform.machine` calls it, that the library with these bytes is for."""
+    code = struct.unpack_from("<H", data, 18)[0]
+    return next((name for name, value in ELF_MACHINES.items() if value == code), f"ELF machine {code}")
+
+
 def describe_plugin(path: Path) -> PluginInfo:
     """Read what `path` was built for, without loading it.
 
@@ -178,9 +184,7 @@ def describe_plugin(path: Path) -> PluginInfo:
     match = re.search(rb"moee-plugin-headers=(\d+)\.(\d+)", data)
     if data[:4] != b"\x7fELF" or match is None:
         raise UserError(f"{path} is not a MoeeFfn plugin library; expected {LIBRARY}, which `make plugin` writes")
-    code = struct.unpack_from("<H", data, 18)[0]
-    machine = next((name for name, value in ELF_MACHINES.items() if value == code), f"ELF machine {code}")
-    if machine != platform.machine():
+    if (machine := elf_machine(data)) != platform.machine():
         raise UserError(f"{path} was built for {machine}, this machine is {platform.machine()}; run `make plugin` here")
     headers = f"{int(match.group(1))}.{int(match.group(2))}"
     if int(match.group(1)) not in SUPPORTED_MAJORS:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from plugins.account import EXPERTS, TOKENS, Layer, boards, bucket_forms, dense, one_launch, scoring, times_us, two_launches
-from scripts.kernel_account import main
+from plugins.aot.resources import main
 from tests.plugins.synthetic import write_kernels
 
 ORIN = boards()[0]
@@ -53,7 +53,7 @@ def test_fewer_launches_reach_more_where_launches_cost():
     assert min(map(ORIN.time_us, dense(Layer(65, 384, 1536, 1), 1536))) == static["dense"]
 
 
-def test_the_script_prints_every_board(tmp_path, capsys):
+def test_the_page_holds_every_board(tmp_path, capsys):
     folder = write_kernels(tmp_path / "kernels", tuple(board.profile.sm for board in boards()), ("float16",))
     assert main([str(folder)]) == 0
     shown = capsys.readouterr().out
