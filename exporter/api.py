@@ -192,7 +192,7 @@ def compress(
     min_cosine: float | None = None, target_latency_ms: float | None = None, device: str = CPU, sm: str | int | None = None,
     batch: int = 8, time_s: float | None = TIME_S, classes: Sequence[str] = (), num_classes: int | None = None,
     input: InputConfig | Mapping[str, Any] | None = None, torch_device: str = "auto", force: bool = False,
-    report: Reporter | None = None,
+    confirm: str | Path | None = None, report: Reporter | None = None,
 ) -> Compressed:  # fmt: skip
     """The fastest model within a budget, by measurement: plan, extract, tune, export, verify, bench, bundle and report, each
     stage's artifact in the folder `out`. An interrupted call goes on where it was.
@@ -200,7 +200,8 @@ def compress(
     `model`, `data`, `val`, `classes`, `num_classes` and `input` as for `moee.extract`. `max_drop`: percentage points of accuracy;
     without any budget 1 point, or a cosine of 0.98 where accuracy cannot be compared. `device`: where candidates are timed, "cpu"
     or a board's name (modelled); `sm`: the GPU that the bundle is for (default: that of `device`). `time_s`: seconds that it may
-    take, None for no limit. What it does is said on stderr, or logged where a `report` is given. Raises `BudgetUnmet` where
+    take, None for no limit. `confirm`: further images by the name of a source, on which the result is measured once it is chosen.
+    What it does is said on stderr, or logged where a `report` is given. Raises `BudgetUnmet` where
     nothing meets the budget, `StepFailed` if the result does not verify.
     """
     limits = {"max_drop": max_drop, "min_cosine": min_cosine, "target_latency_ms": target_latency_ms}
@@ -209,9 +210,10 @@ def compress(
     if time_s is not None:
         real("time_s", time_s, Bounds(LEAST_S, MOST_S))
     bundled = target_sm(device, None if sm is None else str(sm))
-    request = Request(budget, device, bundled, whole("batch", batch, BATCH), time_s)
+    told = None if confirm is None else str(confirm)
+    request = Request(budget, device, bundled, whole("batch", batch, BATCH), time_s, confirm=told)
     target_of(device, batch=batch, sm=bundled).check()
-    place = StagedFolder(out, force=force, inputs=source_paths(data) if isinstance(data, (str, Path)) else ())
+    place = StagedFolder(out, force=force, inputs=source_paths(data if isinstance(data, (str, Path)) else None, told))
     place.check()
     say = log.info if report is not None else partial(print, file=sys.stderr)
     report = report or to_stderr()

@@ -16,7 +16,7 @@ import shtab
 
 from exporter.commands import demo, doctor, plots, report
 from exporter.commands.engines import bench, bench_dispatch, build, bundle, export, plugin, verify
-from exporter.commands.models import ablate, ablate_clear, compress, extract, finetune, inspect, plan
+from exporter.commands.models import ablate, ablate_clear, compress, extract, finetune, inspect, plan, shrink
 from exporter.terminal import ranks
 from exporter.terminal.failures import explain
 from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, OK, check_outputs
@@ -27,8 +27,8 @@ from moee.errors import UserError, plain
 from moee.version import VERSION
 
 COMMANDS = (
-    compress, plan, extract, finetune, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots, report,
-    ablate, ablate_clear, doctor, demo,
+    compress, plan, extract, finetune, shrink, export, verify, bench, bench_dispatch, build, bundle, plugin, inspect, plots,
+    report, ablate, ablate_clear, doctor, demo,
 )  # fmt: skip
 
 

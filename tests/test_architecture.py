@@ -89,8 +89,9 @@ ROOMS = {
         "train": "interface layers parallel store weights models data mlps places measure",
         "methods": "clustering interface layers parallel store models data calibrate mlps kinds measure train",
         "artifacts": "interface layers store weights libraries models data given mlps places kinds measure methods",
+        "shrinking": "layers parallel store models data calibrate",
         "stages": "interface layers parallel store libraries models data calibrate given mlps places measure train methods "
-        "artifacts",
+        "artifacts shrinking",
         "ablation": "store calibrate mlps places measure methods stages",
         "planning": "layers store models data calibrate mlps places measure methods stages",
     },

@@ -10,6 +10,7 @@ from itertools import pairwise
 from moee.train.trial import FORWARDS  # of the learning rate
 
 FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
+CONFIRM_PASSES = 4  # of the dense model on each image that confirms the choice: both models, and reading it twice
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
 TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while both are timed in turns
 TRIALS = 0.7  # of the time before the last stages; tuning gets the rest, where that is worth it
@@ -23,7 +24,8 @@ MARGIN = 1.1  # a trial may take longer than the mean of those before
 @dataclass
 class Clock:
     """`seconds` of a job (None: as long as it takes) since `started`, by the clock `now`. `image_s`: of the dense model on one
-    image, once it is known; `held_out` and `training`: numbers of images; `batch`: images that are timed at once."""
+    image, once it is known; `held_out` and `training`: numbers of images; `batch`: images that are timed at once;
+    `confirming`: images that confirm the choice."""
 
     seconds: float | None
     now: Callable[[], float] = time.monotonic
@@ -31,6 +33,7 @@ class Clock:
     held_out: int = 0
     training: int = 0
     batch: int = 0
+    confirming: int = 0
     started: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -49,7 +52,7 @@ class Clock:
     def finish(self) -> float:
         """Seconds that the stages after tuning will take, as far as that can be told."""
         images = FINISH_IMAGES * min(self.held_out, 1000) + (TIMED_IMAGES * (self.batch + 1) if self.batch else 0)
-        return FINISH_S + self.image_s * images
+        return FINISH_S + self.image_s * (images + CONFIRM_PASSES * self.confirming)
 
     @property
     def trials_end(self) -> float:

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from exporter.compression.announcement import announce
 from exporter.compression.clock import Clock, Trials, duration, images_within, remaining
 from exporter.compression.refusals import Tried, refuse_early
-from exporter.compression.request import ALLOCATION, BASE, Request, default_budget, described, widened
+from exporter.compression.request import ALLOCATION, BASE, Request, default_budget, widened
 from exporter.compression.state import TIMINGS, Compressed, State, reported, resumable
 from exporter.compression.tuning import epochs_within, within, worth
 from exporter.compression.verdicts import last_lines, slower
@@ -33,7 +34,8 @@ from exporter.verification.write import write_result
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
 from moee.config import FinetuneConfig
-from moee.data.image_set import batches
+from moee.data.image_set import ImageSet, batches
+from moee.data.sources import located
 from moee.errors import StepFailed
 from moee.layers.routed import routed_layers
 from moee.methods.recipe import read_recipe_json
@@ -42,6 +44,7 @@ from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
 from moee.planning.plan import PLAN, make_plan
 from moee.progress import Reporter, silent
+from moee.stages.confirmation import confirmed, fresh_images
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune
 from moee.stages.session import Session
@@ -64,6 +67,7 @@ class Job:
     say: Callable[[str], None] = log.info
     word: Any = None
     clock: Clock = field(init=False)
+    fresh: list[ImageSet] = field(init=False, default_factory=list)  # that confirm the choice
 
     def run(self) -> Compressed:
         """Raises `BudgetUnmet` where nothing meets a limit of the latency or the size, `StepFailed` if the result does not
@@ -75,6 +79,9 @@ class Job:
             if guessed:
                 self.say(guessed)
             tried = None if state.done("plan") else refuse_early(self.session, self.request, budget, self.say)
+            if self.request.confirm is not None:
+                self.fresh = fresh_images(self.session, self.request.confirm)
+                self.clock.confirming = sum(map(len, self.fresh))
             state.open()
             with resumable(self.place.path):
                 return self._run(state, budget, tried)
@@ -86,7 +93,7 @@ class Job:
         return {"model": model, "images": images, **self.request.to_json(), "budget": budget.model_dump()}
 
     def _run(self, state: State, budget: Budget, tried: Tried | None) -> Compressed:
-        self._announce(budget)
+        announce(self.session, self.request, self.clock, budget, self.say)
         plan = self._plan(state, budget, tried)
         point, shipped, tuned = self._candidate(state, plan, budget)
         unshipped = state.stages.get("unshipped", {}).get("why", "")  # of an interrupted job
@@ -101,6 +108,7 @@ class Job:
         moee = self._made(shipped)
         self._verify(state, moee, budget)
         self._bundle(state, moee)
+        self._confirm(state, shipped, moee)
         if shipped != "dense" and not state.done("examples") and (images := images_within(self.clock)):
             with self._stage("examples", state) as facts:
                 facts["images"], file, source = images, self.place.file("examples.json").place, self.place.folder(shipped).place
@@ -111,7 +119,7 @@ class Job:
         measured = moee.info["stages"].get(shipped)
         lines = last_lines(
             self.place, self.request.device, plan, budget, measured, latencies=latencies, point=point, tuned=tuned,
-            unshipped=unshipped,
+            unshipped=unshipped, confirmation=None if shipped == "dense" else state.stages.get("confirm"),
         )  # fmt: skip
         with self._stage("report"):
             paths, why = reported(self.place.place, shipped)
@@ -155,27 +163,6 @@ class Job:
         self.report(name, 1, 1)
         if state is not None:
             state.add(name, {**facts, "seconds": round(time.perf_counter() - started, 3)})
-
-    def _announce(self, budget: Budget) -> None:
-        """What will be done, and how long it may take, by the dense model's own speed."""
-        session, request = self.session, self.request
-        images = len(session.reference.features)
-        self.clock.image_s = session.dense_seconds / images
-        self.clock.held_out, self.clock.training, self.clock.batch = images, len(session.train), request.batch
-        self.say(
-            f"{session.spec.name}: {len(session.train)} training and {images} held-out images; budget: {described(budget)}; "
-            f"device: {request.device}, batch {request.batch}"
-        )
-        if request.time_s is None:
-            self.say("no time limit: plan, extract, tune, export, verify, bench, bundle, report")
-            return
-        trials, rest = max(0.0, self.clock.trials_end - self.clock.spent), self.clock.finish
-        planned = f"trials for about {duration(trials)}" if trials >= 1 else "one trial, for which it is too short"
-        self.say(
-            f"time {duration(request.time_s)}: {planned}, then {'tuning, then ' * self.clock.tunes}"
-            f"{duration(rest)} for export, verification, timing and bundle (the dense model takes "
-            f"{1e3 * self.clock.image_s:.0f} ms an image here)"
-        )
 
     def _plan(self, state: State, budget: Budget, tried: Tried | None) -> dict[str, Any]:
         target = self.place.folder("plan").place
@@ -280,6 +267,14 @@ class Job:
                 failed = next((f"{c.name}: {c.failure}" for c in result.cases() if c.failure), "")
                 details = self.place.folder("verify").place
                 raise StepFailed(f"the export does not verify ({failed}); nothing was bundled, and {details} has the details")
+
+    def _confirm(self, state: State, shipped: str, moee: MoeeModel) -> None:
+        """Measure the result on images that nothing was chosen by, where the user gave some."""
+        source = self.request.confirm
+        if source is None or shipped == "dense" or state.stages.get("confirm", {}).get("data") == located(source):
+            return
+        with self._stage("confirm", state) as facts:
+            facts.update(confirmed(self.session, moee.model, moee.probe, self.fresh, source))
 
     def _bundle(self, state: State, moee: MoeeModel) -> None:
         if state.done("bundle"):

@@ -20,7 +20,8 @@ from moee.store.artifact import read_json, sha256_file
 SCHEMA = "moee.compress/1"
 TIMINGS = ("one/latency.json", "latency.json")  # at one image, and at the batch
 ORDER = (  # in turn
-    "plan", "fallback", "extracted", "tuning", "tuned", "unshipped", "export", "latency", "verify", "bundle", "examples",
+    "plan", "fallback", "extracted", "tuning", "tuned", "unshipped", "export", "latency", "verify", "bundle", "confirm",
+    "examples",
 )  # fmt: skip
 STAGE_FILES = {"latency": TIMINGS, "examples": ("examples.json",)}
 MADE = "made"  # by each part of a stage, SHA-256 of its manifest, or of a part that is a file

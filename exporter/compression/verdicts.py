@@ -9,6 +9,7 @@ from exporter.graph.export import DENSE_DATA, MOEE_DATA
 from exporter.terminal.ui import percent
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
+from moee.schema import shown
 
 NAMES = {"static": "static pruning", "dense": "the dense model"}
 
@@ -20,13 +21,14 @@ def way(point: dict[str, Any]) -> str:
     return name + (f" beside {point['attention']:.0%} of the attention's MACs" if point["attention"] < 1 else "")
 
 
-def accuracy_line(kept: dict[str, Any] | None) -> str:
-    """`kept`: the retention of the model that was shipped; None for the dense one without a measurement."""
+def accuracy_line(kept: dict[str, Any] | None, confirmation: dict[str, Any] | None = None) -> str:
+    """`kept`: the retention of the model that was shipped; None for the dense one without a measurement. `confirmation`: the same
+    on images that nothing was chosen by, where there are some."""
     if kept is None:
         return "accuracy: the dense model's own"
     cosine = f"cosine to the dense outputs {kept['class_cosine']:.4f}"
     if kept.get("accuracy") is None:
-        return f"accuracy: not compared ({kept['no_accuracy']}); {cosine}"
+        return f"accuracy: not compared ({kept['no_accuracy']}); {cosine}" + (confirmed_by(confirmation) if confirmation else "")
     drop = 100 * (kept["dense_accuracy"] - kept["accuracy"])
     interval = kept.get("drop_interval_pp")
     within = f", 95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
@@ -35,6 +37,23 @@ def accuracy_line(kept: dict[str, Any] | None) -> str:
     return (
         f"accuracy: {percent(kept['accuracy'])} of {of}, dense {percent(kept['dense_accuracy'])} "
         f"(drop {drop:.2f} points{within}); {cosine}"
+    ) + (confirmed_by(confirmation, drop) if confirmation else "")
+
+
+def confirmed_by(confirmation: dict[str, Any], drop: float | None = None) -> str:
+    """The end of the accuracy's line. `drop`: that on the held-out images, by which the model was chosen."""
+    kept = confirmation["retention"]
+    of = f"; on {kept['images']} images of {shown(confirmation['data'], quoted=False)} that nothing was chosen by"
+    if kept.get("accuracy") is None:
+        return f"{of}: cosine {kept['class_cosine']:.4f}"
+    found, interval = 100 * (kept["dense_accuracy"] - kept["accuracy"]), kept["drop_interval_pp"]
+    apart = ""
+    if drop is not None:
+        more = "" if abs(found - drop) < 0.005 else f"{abs(found - drop):.2f} {'more' if found > drop else 'less'} than "
+        apart = f", {more or 'as '}where it was chosen"
+    return (
+        f"{of}: {percent(kept['accuracy'])}, dense {percent(kept['dense_accuracy'])} (drop {found:.2f} points, 95 % interval "
+        f"{interval[0]:.2f} to {interval[1]:.2f}{apart}); cosine {kept['class_cosine']:.4f}"
     )
 
 
@@ -95,15 +114,16 @@ def choice_line(
 def last_lines(
     place: StagedFolder, device: str, plan: dict[str, Any], budget: Budget, stage: dict[str, Any] | None, *,
     latencies: list[dict[str, Any]], point: dict[str, Any], tuned: str, unshipped: str,
+    confirmation: dict[str, Any] | None = None,
 ) -> tuple[str, ...]:  # fmt: skip
     """The five lines. `stage`: what was measured of the shipped model, None for the dense one. `latencies` as in `speed_line`;
-    `point`, `tuned` and `unshipped` as in `choice_line`."""
+    `point`, `tuned` and `unshipped` as in `choice_line`; `confirmation` as in `accuracy_line`."""
     planned = point["latency"] if device != CPU and stage is not None else None
     folder, bundle = place.folder("export").place, place.folder("bundle").place
     sizes = [(folder / name).stat().st_size for name in (DENSE_DATA, MOEE_DATA)]
     choice = choice_line(plan, point, budget, tuned=tuned, unshipped=unshipped)
     return (
-        accuracy_line(stage["retention"] if stage else None),
+        accuracy_line(stage["retention"] if stage else None, confirmation),
         speed_line(latencies, planned),
         size_line(stage["cost"], sizes[0], sizes[1]) if stage else "size: that of the dense model",
         choice + missed(latencies if device == CPU else [], budget),

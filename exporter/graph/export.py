@@ -30,6 +30,7 @@ from exporter.quantization import CALIBRATION_IMAGES, calibrate, quantized
 from exporter.runners import OnnxRunner
 from exporter.runners.operator_cache import operator_or_reason
 from moee.artifacts.model import MoeeModel
+from moee.artifacts.stages import latest
 from moee.data.image_set import ImageSet, say_read
 from moee.data.transform import model_transform
 from moee.errors import UserError
@@ -198,5 +199,4 @@ def portable_forms(moee: MoeeModel, shape: Shape) -> dict[str, Form]:
 
 def _latest_cost(moee: MoeeModel) -> dict[str, Any] | None:
     """MACs and parameters as the last command that changed the weights measured them."""
-    stages = moee.info.get("stages", {})
-    return (stages.get("tuned") or stages.get("extracted") or {}).get("cost")
+    return latest(moee.info).get("cost")

@@ -11,7 +11,7 @@ from exporter.report import charts
 from exporter.report.sources import Sources
 from moee.store.artifact import stays_inside
 
-STAGE_NAMES = {"extracted": "extracted", "tuned": "fine-tuned"}
+STAGE_NAMES = {"extracted": "extracted", "tuned": "fine-tuned", "shrunk": "shrunk"}
 
 
 def not_there(what: str, command: str) -> Html:

@@ -51,6 +51,17 @@ def after_finetune(info: dict[str, Any], path: str, out: str, words: Sequence[st
     return f"{learned}; {kept}{more}. Next: {_command('export', out, *words, '--out', 'export')}"
 
 
+def after_shrink(info: dict[str, Any], out: str, words: Sequence[str] = ()) -> str:
+    """`info` of the artifact at `out`, whose experts were made fewer."""
+    stage = info["stages"]["shrunk"]
+    kept, poor = _kept(stage["retention"])
+    fewer = sum(before - after for before, after in (layer["experts"] for layer in stage["layers"]))
+    if not fewer:
+        return f"no expert could be spared, so {out} answers as before; allow more with --tolerance, or give --experts"
+    cure = _command("finetune", out, *words, "--out", "tuned") if poor else _command("export", out, *words, "--out", "export")
+    return f"{fewer} experts fewer; {kept}. Next: {cure}"
+
+
 def after_bench(result: Any, path: str, words: Sequence[str] = ()) -> str:
     """`result`: the `LatencyResult` of the export at `path`."""
     ratio, verdict = f"{result.verdict.ratio:.2f}x as fast as dense at batch {result.batch}", result.verdict

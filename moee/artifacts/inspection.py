@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from moee.artifacts.model import MoeeModel
+from moee.artifacts.stages import latest
 from moee.data.transform import model_transform
 from moee.interface.adapted import on_meta
 from moee.layers.routed import routed_layers
@@ -107,8 +108,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
     """Figures of an extracted or tuned model; shares are those measured on its held-out images."""
     dense = moee.layout()
     shape = model_transform(dense).shape
-    stages = moee.info.get("stages", {})
-    shares = (stages.get("tuned") or stages.get("extracted") or {}).get("shares", {})
+    shares = latest(moee.info).get("shares", {})
     routed = routed_layers(moee.model)
     for name, layer in routed.items():
         shares.setdefault(name, [1 / layer.num_experts] * layer.num_experts)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,22 @@ from moee.progress import Reporter, silent, track
 
 BATCH_SIZE = 32
 CHUNK = 8192  # tokens a matrix product
+
+
+class TokenSite(Protocol):
+    """Where tokens are taken: a dense MLP, or a layer in its place."""
+
+    @property
+    def name(self) -> str:
+        """Path of the module."""
+
+    @property
+    def dim(self) -> int:
+        """Width of its tokens."""
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether its input is [B, D, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ def reserve(path: Path, size_bytes: int) -> None:
 class _Sampler:
     """Writes the sampled tokens of one layer; the sample is drawn when the first batch shows the tokens an image."""
 
-    def __init__(self, ffn: FFN, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor], part: range):
+    def __init__(self, ffn: TokenSite, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor], part: range):
         self.ffn, self.budget, self.images, self.seed, self.drawn, self.part = ffn, budget, images, seed, drawn, part
         self.path = folder / f"{ffn.name}.f16"
         self.filled = 0
@@ -119,8 +136,8 @@ class _Sampler:
 
 
 def collect_tokens(
-    model: nn.Module, ffns: Sequence[FFN], data: ImageSet, folder: Path, budget: int, *, seed: int = 0, report: Reporter = silent,
-    group: Group = SOLO,
+    model: nn.Module, ffns: Sequence[TokenSite], data: ImageSet, folder: Path, budget: int, *, seed: int = 0,
+    report: Reporter = silent, group: Group = SOLO,
 ) -> list[LayerTokens]:  # fmt: skip
     """Sample at most `budget` input tokens of each MLP, uniformly over images and positions, in one pass over `data`.
 

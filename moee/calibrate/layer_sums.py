@@ -8,19 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moee.calibrate.calibration import CHUNK, hidden_activations
+from moee.calibrate.calibration import CHUNK
 from moee.layers.ops import expert_rows
 from moee.layers.routed import NeuronLayer
-from moee.models.ffn import FFN
 
 SAMPLE = 16  # one in so many tokens of an expert is seen for its shift
 
 Shifts = dict[int, tuple[Tensor, Tensor]]
-"""By expert: of its activations [H], and of the dense output [D]."""
+"""By expert: of its activations [H], and of the original's output [D]."""
+
+
+class Original(Protocol):
+    """What a refitted layer stands for: a dense MLP (`moee.models.ffn.FFN`), or a mixture of more experts."""
+
+    @property
+    def name(self) -> str:
+        """Path of the module."""
+
+    @property
+    def dim(self) -> int:
+        """Width of its tokens."""
+
+    @property
+    def b_down(self) -> Tensor:
+        """Bias [D] of its output."""
+
+    def target(self, tokens: Tensor) -> Tensor:
+        """Outputs [n, D] less the bias, for input tokens [n, D]."""
+
+    def to(self, device: torch.device) -> Original:
+        """The same with its tensors on `device`."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +63,12 @@ class LayerPart:
         return list(expert_rows(routes, layer.neurons, layer.offsets))
 
 
-def shift_of(layer: NeuronLayer, ffn: FFN, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+def shift_of(layer: NeuronLayer, ffn: Original, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """An expert's shift, by some of its tokens `x` [N, D]."""
-    return layer.activations(x, kept).mean(0), _target(ffn, x).mean(0)
+    return layer.activations(x, kept).mean(0), ffn.target(x).mean(0)
 
 
-def _target(ffn: FFN, x: Tensor) -> Tensor:
-    """The dense output [N, D] less its bias."""
-    return hidden_activations(ffn, x) @ ffn.w_down.T
-
-
-def part_sums(layer: NeuronLayer, ffn: FFN, part: LayerPart, held_out: Tensor | None, shifts: Shifts) -> dict[str, Tensor]:
+def part_sums(layer: NeuronLayer, ffn: Original, part: LayerPart, held_out: Tensor | None, shifts: Shifts) -> dict[str, Tensor]:
     """Of activations H [N, U] (zero where a token's expert has no such neuron) and targets T [N, D] less their shifts, and what
     is missed, R = T - H W: the Gram matrix H'H, the cross product H'R, sums over the tokens by expert, and squares; every token
     times what it counts for. The first dimension of each tells the tokens that are not held out from those that are, if any."""
@@ -78,7 +95,7 @@ def part_sums(layer: NeuronLayer, ffn: FFN, part: LayerPart, held_out: Tensor | 
             own = sums["hidden"][which, bounds[e] : bounds[e + 1]]
             for few in chosen.split(CHUNK):
                 x, each = part.tokens[few], counts[few][:, None]
-                hidden, target = layer.activations(x, kept) - hidden_shift, _target(ffn, x) - target_shift
+                hidden, target = layer.activations(x, kept) - hidden_shift, ffn.target(x) - target_shift
                 rest, weighed = target - hidden @ weight, hidden * each
                 gram.addmm_(weighed.T, hidden)
                 cross.addmm_(weighed.T, rest)

@@ -26,7 +26,7 @@ from moee.calibrate.elimination import Elimination
 from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, spread_parts, tokens_an_image
 from moee.calibrate.in_step import InStep, WaitingStep
-from moee.calibrate.layer_sums import SAMPLE, CentredSums, LayerPart, Shifts, centred, part_sums, shift_of
+from moee.calibrate.layer_sums import SAMPLE, CentredSums, LayerPart, Original, Shifts, centred, part_sums, shift_of
 from moee.calibrate.prefix import holds_prefix, prefix_tokens, token_weights
 from moee.calibrate.ridge import LEAST, choose_ridge, held_out_runs, solve_ridge
 from moee.data.image_set import ImageSet, batches
@@ -48,7 +48,7 @@ KEPT = 4  # numbers kept of the images on their way to a later stage, as a multi
 
 @torch.no_grad()
 def refit_layer(
-    layer: NeuronLayer, ffn: FFN, tokens: Tensor, ridge: float | None = None, *, weights: Tensor | None = None
+    layer: NeuronLayer, ffn: Original, tokens: Tensor, ridge: float | None = None, *, weights: Tensor | None = None
 ) -> RefitReport:
     """Update `layer.w_down` and `layer.b_out` in place from input tokens [N, D] of its dense original `ffn`.
 
@@ -61,7 +61,7 @@ def refit_layer(
 
 
 def refit_from_parts(
-    layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], ridge: float | None, group: Group = SOLO
+    layer: NeuronLayer, ffn: Original, parts: Sequence[LayerPart], ridge: float | None, group: Group = SOLO
 ) -> RefitReport:
     """`refit_layer` on this rank's parts of the tokens, those of lower ranks first; every rank's layer gets the same bytes. The
     sums are made part by part and added in their order; rank 0 solves."""
@@ -119,7 +119,7 @@ def _shared_layer(layer: NeuronLayer, report: RefitReport | None, group: Group) 
     return RefitReport(**parcel.body)
 
 
-def _solve(layer: NeuronLayer, ffn: FFN, found: CentredSums, ridge: float | None, tokens: int) -> RefitReport:
+def _solve(layer: NeuronLayer, ffn: Original, found: CentredSums, ridge: float | None, tokens: int) -> RefitReport:
     """Correct the layer by the sums over `tokens` tokens; what was done."""
     if not (torch.isfinite(found.gram).all() and torch.isfinite(found.cross).all()):
         raise UserError(
@@ -153,7 +153,7 @@ def _solve(layer: NeuronLayer, ffn: FFN, found: CentredSums, ridge: float | None
 class _RefitStep(WaitingStep):
     """Stands where a routed layer will be: passes wait here until it is refitted on what they bring."""
 
-    def __init__(self, layer: NeuronLayer, ffn: FFN, prefix: Callable[[int], int]):
+    def __init__(self, layer: NeuronLayer, ffn: Original, prefix: Callable[[int], int]):
         super().__init__()
         self.layer, self.ffn, self.prefix = layer, ffn, prefix
 
@@ -171,17 +171,17 @@ class _RefitStep(WaitingStep):
 
 @torch.inference_mode()
 def refit(
-    model: nn.Module, layers: dict[str, NeuronLayer], ffns: dict[str, FFN], data: ImageSet, tokens: int, *, ridge: float | None,
-    report: Reporter = silent, group: Group = SOLO, elimination: Elimination | None = None,
+    model: nn.Module, layers: dict[str, NeuronLayer], ffns: Mapping[str, Original], data: ImageSet, tokens: int, *,
+    ridge: float | None, report: Reporter = silent, group: Group = SOLO, elimination: Elimination | None = None,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and
     layers come and go on the CPU; the work is done on the device of `group`, whose ranks share the images and end with the same
     layers.
 
-    `model` holds the routed layers already; `ffns` are their dense originals. Layers that want as many images are refitted in
-    forward passes of these images, in parts that wait for each other at every layer, so that each sees what the refitted layers
-    before it produce. Images that only later layers want pass the earlier ones in batches (see `moee.calibrate.entry`). Memory
-    grows with `tokens`: about 40 bytes x D a token.
+    `model` holds the routed layers already; `ffns` are their originals, dense MLPs as a rule. Layers that want as many images
+    are refitted in forward passes of these images, in parts that wait for each other at every layer, so that each sees what the
+    refitted layers before it produce. Images that only later layers want pass the earlier ones in batches (see
+    `moee.calibrate.entry`). Memory grows with `tokens`: about 40 bytes x D a token.
 
     With an `elimination` the neurons of each layer are chosen first, on the same tokens; `layers` then holds the new ones.
     """
@@ -195,7 +195,7 @@ class _Refit:
 
     model: nn.Module
     layers: dict[str, NeuronLayer]
-    ffns: dict[str, FFN]
+    ffns: Mapping[str, Original]
     data: ImageSet
     ridge: float | None
     report: Reporter
@@ -282,6 +282,7 @@ class _Refit:
                     with own_arithmetic():
                         ffn = self.ffns[name].to(self.group.device)
                         if self.elimination is not None:
+                            assert isinstance(ffn, FFN), "neurons are chosen anew for dense MLPs alone"
                             step.layer = self.layers[name] = self.elimination.chosen(self.layers[name], ffn, parts, self.group)
                         done[name] = refit_from_parts(self.layers[name], ffn, parts, self.ridge, self.group)
                     step.ready = True

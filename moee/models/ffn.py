@@ -88,6 +88,10 @@ class FFN:
         """Hidden activations [n, H], of which the down map is a linear function, for input tokens [n, D]."""
         return activate(torch.addmm(self.b_up, tokens, self.w_up.T), self.activation)
 
+    def target(self, tokens: Tensor) -> Tensor:
+        """Outputs [n, D] less the bias `b_down`, for input tokens [n, D]."""
+        return self.activations(tokens) @ self.w_down.T
+
     def readings(self) -> tuple[FFN, ...]:
         """The functions that its parts may form; a run shows which one they do."""
         return (self,)

@@ -89,7 +89,7 @@ def tune(
         "best_epoch": result.best_epoch, "losses": losses,
     }  # fmt: skip
     stages = moee.info["stages"]
-    if isinstance(former := stages.get("tuned"), dict):  # an artifact that was tuned before is tuned again
+    if isinstance(former := stages.pop("tuned", None), dict):  # an artifact that was tuned before is tuned again
         first = {key: former[key] for key in ("data", "config") if key in former}
         tuned["before"] = [*former.get("before", []), first]
     if moee.recipe is not None:

@@ -168,15 +168,19 @@ def test_a_report_says_that_there_was_no_time_for_examples(session, quick, tmp_p
     assert result.part in ("extracted", "tuned") and "Examples (examples.json)" not in page
 
 
-def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path):
+def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path, monkeypatch):
     said = []
     out = tmp_path / "out"
-    job = Job(session, StagedFolder(out), Request(Budget(min_cosine=0.9), time_s=None, **FAST), say=said.append)
+    monkeypatch.setattr("moee.stages.confirmation.load_data", lambda *args, **kwargs: tiny_images(70, classes=10))
+    asked = Request(Budget(min_cosine=0.9), time_s=None, confirm="more", **FAST)
+    job = Job(session, StagedFolder(out), asked, say=said.append)
     result = job.run()
     assert result.shipped == "static" and [line.partition(":")[0] for line in result.lines] == [
         "accuracy", "speed", "size", "chosen", "bundle"
     ]  # fmt: skip
     state = json.loads((out / "compress.json").read_text())
+    assert "; on 30 images of more that nothing was chosen by: 100.00%, dense 100.00% (drop 0.00 points" in result.lines[0]
+    assert state["stages"]["confirm"]["retention"]["images"] == 30, "40 were trained on"
     assert state["done"] and state["result"]["lines"] == list(result.lines)
     assert {path.name for path in out.iterdir()} >= {"plan", "extracted", "export", "verify", "bundle", "report.html"}
     assert not list(out.glob("*.resume"))

@@ -50,6 +50,7 @@ LINES = {
     "plan": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA", "--target-macs", "0.7", "--class-map", "CLASSES"],
     "extract": ["test_vit", "--checkpoint", "WEIGHTS", "--data", "DATA", "--plan", "PLAN", "--class-map", "CLASSES"],
     "finetune": ["MODEL", "--data", "DATA", "--checkpoint", "WEIGHTS"],
+    "shrink": ["MODEL", "--specialise", "--data", "DATA", "--checkpoint", "WEIGHTS"],
     "export": ["MODEL", "--data", "DATA", "--precision", "int8", "--checkpoint", "WEIGHTS"],
     "verify": ["EXPORT", "--engine", "ENGINE", "--model", "MODEL", "--data", "DATA"],
     "bench": ["EXPORT", "--engine", "ENGINE", "--data", "DATA"],
@@ -73,7 +74,7 @@ WRITERS = {
     "build --timing-cache": (FILE, ["--out", "NEW"]), "bundle --out": (FOLDER, []), "plugin build --out": (FILE, []),
     "plugin bundle --out": (FOLDER, []), "plots --out": (FOLDER, []), "report --out": (FILE, []), "ablate --out": (FOLDER, []),
     "ablate-clear --out": (FOLDER, []), "ablate-clear --table": (FILE, ["--out", "NEW"]), "demo --out": (FOLDER, []),
-    "compress --out": (FOLDER, []),
+    "compress --out": (FOLDER, []), "shrink --out": (FOLDER, []),
 }  # fmt: skip
 INPUTS = {"WEIGHTS": "w.safetensors", "DATA": "images", "PLAN": "plan/plan.json", "MODEL": "model", "EXPORT": "export",
           "ENGINE": "engine", "LIBRARY": "plugin.so", "NEW": "new", "CLASSES": "classes.txt"}  # fmt: skip
@@ -83,6 +84,7 @@ OWN = {  # what the command wrote before, and may replace
     "build --timing-cache": "timing.cache", "bundle --out": "deployment", "plugin build --out": "plugin.so",
     "plugin bundle --out": "bundle", "plots --out": "plots", "report --out": "report.html", "ablate --out": "ablation",
     "ablate-clear --out": "clear", "ablate-clear --table": "table.md", "demo --out": "demo", "compress --out": "demo",
+    "shrink --out": "model",
 }  # fmt: skip
 GROWS = {"ablate --out", "ablate-clear --out"}  # gone on from without --force
 

@@ -21,6 +21,7 @@ WRITTEN = {
     "bench --out", "bench-dispatch --out", "plugin build --out", "plugin bundle --out", "report --out", "demo --out",
     "export --out", "build --out", "build --timing-cache", "bundle --out", "plots --out", "verify --out", "extract --out",
     "plan --out", "finetune --out", "ablate --out", "ablate-clear --out", "ablate-clear --table", "compress --out",
+    "shrink --out",
 }  # fmt: skip
 # Options that take text, and not a path of something that is read. An option that stands in neither list fails the test below.
 TEXT = WRITTEN | {
@@ -31,7 +32,10 @@ TEXT = WRITTEN | {
     "--targets", "plan --attention-macs", "--one-expert", "--emit", "compress --attention-macs", "demo --data",
     "extract --metric", "--print-completion", "--neurons", "--mac-time",
     # a function's name, of an artifact whose model comes from one
-    *(f"{command} --model" for command in ("finetune", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")),
+    *(
+        f"{command} --model"
+        for command in ("finetune", "shrink", "export", "bench", "bench-dispatch", "bundle", "plots", "inspect")
+    ),
 }  # fmt: skip
 SMALL = ("vit_tiny_patch16_224", "--img-size", "32")
 BUDGET = ("--target-macs", "0.7")
@@ -42,6 +46,7 @@ PATHS = {
     "compress --data": ("compress", *SMALL, *DRAWN, "--data", "PICKLE", "--out", "OUT"),
     "compress --checkpoint": ("compress", *SMALL, "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"),
     "compress --class-map": ("compress", *SMALL, *DRAWN, "--data", "digits", "--class-map", "PICKLE", "--out", "OUT"),
+    "compress --confirm": ("compress", *SMALL, *DRAWN, "--data", "digits", "--confirm", "PICKLE", "--out", "OUT"),
     "compress --out": ("compress", *SMALL, *DRAWN, "--data", "digits", "--out", "PICKLE"),
     "plan model": ("plan", "PICKLE", "--data", "digits", "--target-macs", "0.7", "--out", "OUT"),
     "plan --data": ("plan", *SMALL, *DRAWN, "--data", "PICKLE", "--target-macs", "0.7", "--out", "OUT"),
@@ -59,6 +64,12 @@ PATHS = {
     "finetune path": ("finetune", "PICKLE", "--data", "digits", "--out", "OUT"),
     "finetune --data": ("finetune", "MODEL", "--data", "PICKLE", "--out", "OUT"),
     "finetune --out": ("finetune", "MODEL", "--data", "digits", "--out", "PICKLE"),
+    "shrink path": ("shrink", "PICKLE", "--specialise", "--data", "digits", "--out", "OUT"),
+    "shrink --data": ("shrink", "MODEL", "--specialise", "--data", "PICKLE", "--out", "OUT"),
+    "shrink --checkpoint": (
+        "shrink", "FROM_FILE", "--specialise", "--data", "digits", "--checkpoint", "PICKLE", "--out", "OUT"
+    ),
+    "shrink --out": ("shrink", "MODEL", "--specialise", "--data", "digits", "--out", "PICKLE"),
     "export path": ("export", "PICKLE", "--out", "OUT"),
     "export --data": ("export", "MODEL", "--precision", "int8", "--data", "PICKLE", "--out", "OUT"),
     "verify path": ("verify", "PICKLE", "--model", "MODEL", "--data", "digits"),

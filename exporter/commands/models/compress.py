@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from exporter.terminal.options import add_options, given_options
 from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
+from moee.places.inputs import source_paths
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
 from moee.schema import shown
@@ -48,10 +50,16 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--methods", metavar="NAMES", help=tried)
     share = "comma-separated shares of the attention's MACs that are tried, heads narrowed to them (1,0.75)"
     sub.add_argument("--attention-macs", metavar="SHARES", help=share)
+    more = "further labelled images, on which the result is measured once it is chosen"
+    sub.add_argument("--confirm", metavar="DATA", help=more)
     add_device(sub, target=True)
     add_trial(sub)
     add_out(sub, "all stages; an unfinished one is gone on from")
-    add_outputs(sub, lambda args: [StagedFolder(args.out, force=args.force, inputs=model_inputs(args))])
+    add_outputs(sub, lambda args: [StagedFolder(args.out, force=args.force, inputs=_inputs(args))])
+
+
+def _inputs(args: argparse.Namespace) -> tuple[Path, ...]:
+    return (*model_inputs(args), *source_paths(args.confirm))
 
 
 def time_of(text: str) -> float | None:
@@ -98,10 +106,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     methods = named_in(args.methods) if args.methods is not None else METHODS
     heads = parse_shares("--attention-macs", args.attention_macs, whole=True) or HEADS
     check_ways(methods, ALLOCATION, heads, {})
-    request = Request(budget, args.device, sm, args.batch, args.time, methods, heads)
+    request = Request(budget, args.device, sm, args.batch, args.time, methods, heads, args.confirm)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
-        place = StagedFolder(args.out, force=args.force, inputs=model_inputs(args))
+        place = StagedFolder(args.out, force=args.force, inputs=_inputs(args))
         result = Job(session, place, request, report, speak(console), word=args_word(args, session)).run()
     for line in result.lines:
         console.print(line, highlight=False, soft_wrap=True)

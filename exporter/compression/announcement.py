@@ -1,0 +1,31 @@
+"""What a job says before its work: what will be done, and how long that may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from exporter.compression.clock import Clock, duration
+from exporter.compression.request import Request, described
+from moee.planning.budget import Budget
+from moee.stages.session import Session
+
+
+def announce(session: Session, request: Request, clock: Clock, budget: Budget, say: Callable[[str], None]) -> None:
+    """Say it, by the dense model's own speed, which the `clock` is told."""
+    images = len(session.reference.features)
+    clock.image_s = session.dense_seconds / images
+    clock.held_out, clock.training, clock.batch = images, len(session.train), request.batch
+    say(
+        f"{session.spec.name}: {len(session.train)} training and {images} held-out images; budget: {described(budget)}; "
+        f"device: {request.device}, batch {request.batch}"
+    )
+    if request.time_s is None:
+        say("no time limit: plan, extract, tune, export, verify, bench, bundle, report")
+        return
+    trials, rest = max(0.0, clock.trials_end - clock.spent), clock.finish
+    planned = f"trials for about {duration(trials)}" if trials >= 1 else "one trial, for which it is too short"
+    say(
+        f"time {duration(request.time_s)}: {planned}, then {'tuning, then ' * clock.tunes}"
+        f"{duration(rest)} for export, verification, timing and bundle (the dense model takes "
+        f"{1e3 * clock.image_s:.0f} ms an image here)"
+    )

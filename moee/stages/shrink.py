@@ -1,0 +1,78 @@
+"""The command `shrink` as a function: load, make the experts fewer, measure against the dense model, save."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from moee.artifacts import checkpoint
+from moee.artifacts.model import MoeeModel, recorded_data
+from moee.data.sources import same_data
+from moee.parallel.devices import title_of
+from moee.parallel.group import SOLO, Group
+from moee.places.inputs import source_paths
+from moee.places.output_folder import OutputFolder
+from moee.progress import Reporter, silent
+from moee.shrinking.options import ShrinkConfig
+from moee.shrinking.shrink import ShrunkLayer, mixtures_of, shrink
+from moee.stages.results import kept, save
+from moee.stages.session import Session
+from moee.store.result_kinds import MODEL
+
+
+def run_shrink(
+    path: Path | str, config: ShrinkConfig, out: Path | str, *, source: str | None = None, force: bool = False,
+    report: Reporter = silent, group: Group = SOLO, weights: Path | str | None = None, model: str | None = None,
+) -> MoeeModel:  # fmt: skip
+    """`moee shrink`: make the experts of the artifact at `path` fewer and save the result at `out`.
+
+    `source`: any images; without it the artifact's own. They become its data, as with `run_finetune`, and their classes are known
+    by the artifact's names. Raises `UserError` for what cannot be shrunk, before any work. Where measuring fails or is
+    interrupted, the artifact is written without measurements, as `run_extract` does.
+    """
+    inputs = source_paths(path, source, weights)
+    OutputFolder(out, MODEL, force, inputs).check()
+    moee = checkpoint.load(path, model)
+    if weights is not None:
+        moee.take_weights(weights)
+    mixtures_of(moee.model, config)
+    recorded = source or recorded_data(moee.data)
+    session = Session(moee.dense_spec, recorded, seed=moee.seed, report=report, group=group, classes=moee.classes)
+    if same_data(recorded, moee.data) and moee.division is not None:
+        moee.division.check(session.train)
+    session.warn_early(moee.probe)
+    started = time.perf_counter()
+    layers = shrink(moee.model, config, session.train, report=report, group=group)
+    facts: dict[str, Any] = {
+        "data": session.source, "seconds": time.perf_counter() - started, "device": title_of(group.device),
+        "config": config.model_dump(), "layers": [asdict(layer) for layer in layers],
+    }  # fmt: skip
+    stages = moee.info["stages"]
+    if "shrunk" in stages:  # of a model that was shrunk before
+        former = stages.pop("shrunk")
+        facts["before"] = [*former.get("before", []), {key: former[key] for key in ("data", "config") if key in former}]
+    stages["shrunk"] = facts
+    moee.info["data_read"], moee.data = session.data_facts(), session.source
+    moee.info["layers"] = [_updated(item, {layer.name: layer for layer in layers}, moee) for item in moee.info["layers"]]
+    with kept(moee, "shrunk", out, force, group, inputs=inputs):
+        measured = session.measure(moee.model, moee.probe, "shrunk on held-out images")
+        stages["shrunk"] = {**measured, **facts}
+        moee.info["data_read"] = session.data_facts()
+    save(moee, out, force, group, inputs)
+    return moee
+
+
+def _updated(item: dict[str, Any], shrunk: dict[str, ShrunkLayer], moee: MoeeModel) -> dict[str, Any]:
+    """What the manifest says of a layer, with its experts as they are now."""
+    if (done := shrunk.get(item.get("name", ""))) is None:
+        return item
+    layer: Any = moee.model.get_submodule(done.name)
+    share = [part / max(1, sum(layer.load)) for part in layer.load]
+    mean = sum(width * part for width, part in zip(layer.widths, share, strict=True))
+    refitted = {} if done.refit is None else {"refit": asdict(done.refit)}
+    return {
+        **item, "experts": layer.num_experts, "union": layer.union, "widths": layer.widths, "share": share, "tokens": done.tokens,
+        "mean_width": mean, **refitted,
+    }  # fmt: skip
