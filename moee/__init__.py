@@ -1,6 +1,6 @@
 """Mixture of Extracted Experts: find, in a trained Vision Transformer, the experts its activations reveal.
 
-`load_model`, `extract`, `finetune`, `evaluate`, `save` and `load` are the Python interface (`moee.api`).
+`load_model`, `extract`, `finetune`, `shrink`, `evaluate`, `save` and `load` are the Python interface (`moee.api`).
 """
 
 import importlib
@@ -10,7 +10,7 @@ from moee.version import VERSION
 
 __version__ = VERSION
 
-INTERFACE = ("load_model", "extract", "finetune", "evaluate", "save", "load")
+INTERFACE = ("load_model", "extract", "finetune", "shrink", "evaluate", "save", "load")
 MODULES = ("errors", "progress")  # that go with it: `moee.errors.UserError`, `moee.progress.silent`
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moee.api import load as load
     from moee.api import load_model as load_model
     from moee.api import save as save
+    from moee.api import shrink as shrink
 
 
 def __getattr__(name: str) -> Any:

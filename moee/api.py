@@ -47,10 +47,13 @@ from moee.places.placement import check_all
 from moee.places.resume import alone_on
 from moee.progress import Reporter, to_stderr
 from moee.schema import shown
+from moee.shrinking.options import ShrinkConfig
+from moee.shrinking.shrink import mixtures_of
 from moee.stages.extract import run_extract
 from moee.stages.finetune import tune
 from moee.stages.opened import SOURCE, Images, class_names, session_of, source_of
 from moee.stages.session import Session
+from moee.stages.shrink import shrink_with
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
 from moee.store.scratch import temporary_folder
 
@@ -165,6 +168,34 @@ def finetune(
     return tuned
 
 
+@in_python(ShrinkConfig.model_fields)
+def shrink(
+    model: MoeeModel, data: Images = None, val: Images = None, *, out: str | Path | None = None, force: bool = False,
+    device: str = "auto", workers: int = 0, report: Reporter | None = None, **options: Any,
+) -> MoeeModel:  # fmt: skip
+    """A copy of `model` with fewer experts, by what it computes on the images `data` (default: what it was made on).
+
+    `options` are the fields of `moee.shrinking.options.ShrinkConfig`: `experts` merges down to so many, `specialise` drops those
+    that the images do not need. `data` and `val` as for `extract`. With `out` the artifact is written there. Raises `UserError`
+    where there are no experts to make fewer, and for bad input.
+    """
+    report = report or to_stderr()
+    whole("workers", workers, WORKERS)
+    config = validated(ShrinkConfig, options)
+    mixtures_of(model.model, config)
+    source, given = source_of(recorded_data(model.data) if data is None else data, val)
+    inputs = source_paths(source, model.spec.weights) if given is None else source_paths(model.spec.weights)
+    if out is not None:
+        OutputFolder(out, MODEL, force, inputs).check()
+    session = Session(
+        model.dense_spec, source, seed=model.seed, report=report, group=alone(device), workers=workers, classes=model.classes,
+        given=given,
+    )  # fmt: skip
+    smaller = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))
+    shrink_with(smaller, session, config, out, force=force, inputs=inputs)
+    return smaller
+
+
 @in_python()
 def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", report: Reporter | None = None) -> Retention:
     """How much of its dense model `model` retains on the held-out images `data` (default: those it was made on).
@@ -186,7 +217,7 @@ def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", rep
     return retention(reference, outputs, model.probe, told, compared)
 
 
-@in_python()
+@in_python(renamed={"out": "path"})
 def save(model: MoeeModel, path: str | Path, *, force: bool = False) -> None:
     """Write `model` as an artifact, a folder, atomically. Raises `UserError` if `path` exists and `force` is off, or if it holds
     anything but an earlier artifact."""

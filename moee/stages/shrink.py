@@ -40,10 +40,19 @@ def run_shrink(
     mixtures_of(moee.model, config)
     recorded = source or recorded_data(moee.data)
     session = Session(moee.dense_spec, recorded, seed=moee.seed, report=report, group=group, classes=moee.classes)
-    if same_data(recorded, moee.data) and moee.division is not None:
+    shrink_with(moee, session, config, out, force=force, inputs=inputs)
+    return moee
+
+
+def shrink_with(
+    moee: MoeeModel, session: Session, config: ShrinkConfig, out: Path | str | None, *, force: bool = False,
+    inputs: tuple[Path, ...] = (),
+) -> None:  # fmt: skip
+    """Make the experts of `moee` fewer, in place, on the session's images, and save it at `out` unless that is None."""
+    if same_data(session.source, moee.data) and moee.division is not None:
         moee.division.check(session.train)
     session.warn_early(moee.probe)
-    started = time.perf_counter()
+    started, group, report = time.perf_counter(), session.group, session.report
     layers = shrink(moee.model, config, session.train, report=report, group=group)
     facts: dict[str, Any] = {
         "data": session.source, "seconds": time.perf_counter() - started, "device": title_of(group.device),
@@ -61,7 +70,6 @@ def run_shrink(
         stages["shrunk"] = {**measured, **facts}
         moee.info["data_read"] = session.data_facts()
     save(moee, out, force, group, inputs)
-    return moee
 
 
 def _updated(item: dict[str, Any], shrunk: dict[str, ShrunkLayer], moee: MoeeModel) -> dict[str, Any]:

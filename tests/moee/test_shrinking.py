@@ -5,15 +5,19 @@ import itertools
 import pytest
 import torch
 
+import moee
+from moee.data.image_set import TensorSet
 from moee.errors import UserError
-from moee.layers.routed import Experts, RoutedFFN
+from moee.layers.routed import Experts, RoutedFFN, routed_layers
 from moee.methods.recipe import method_options
+from moee.models.model import load_model
+from moee.progress import silent
 from moee.shrinking.merge import alike, merged_groups, merged_layer
 from moee.shrinking.mixture import Mixture, extremes, super_experts
 from moee.shrinking.options import ShrinkConfig
 from moee.shrinking.shrink import shrink
 from moee.shrinking.specialise import dropped_experts, needs, without
-from tests.conftest import extract, tiny_images
+from tests.conftest import extract, tiny_images, tiny_spec
 
 DIM, UNION, WIDTHS = 6, 10, (4, 7, 3, 5)
 
@@ -173,6 +177,20 @@ def test_a_domain_of_one_class_needs_fewer_experts(extracted):
         done = shrink(extracted, ShrinkConfig(specialise=True, tolerance=0.3), tiny_images())
     assert any(layer.dropped for layer in done)
     assert all(layer.given_up <= 0.3 and layer.experts[1] == 4 - len(layer.dropped) for layer in done)
+
+
+def test_in_python_a_copy_is_shrunk(tmp_path):
+    every = tiny_images(60)
+    train, val = (TensorSet("tiny", every.images[rows], every.labels[rows], 4) for rows in (slice(48), slice(48, 60)))
+    asked = {"clustering": "kmeans", "clusters": 4, "cluster_tokens": 500, "target_macs": 0.8, "refit_tokens": 500}
+    tiny_moee = moee.extract(load_model(tiny_spec()), train, val, report=silent, **asked)
+    before = [layer.num_experts for layer in routed_layers(tiny_moee.model).values()]
+    smaller = moee.shrink(tiny_moee, train, val, experts=2, refit_tokens=500, out=tmp_path / "fewer", report=silent)
+    assert [layer.num_experts for layer in routed_layers(tiny_moee.model).values()] == before
+    assert [layer.num_experts for layer in routed_layers(smaller.model).values()] == [2, 2, 2]
+    assert list(smaller.info["stages"])[-1] == "shrunk" and (tmp_path / "fewer" / "moee.json").is_file()
+    with pytest.raises(UserError, match="nothing is asked for; give experts, specialise or both"):
+        moee.shrink(tiny_moee, train, val)
 
 
 @pytest.mark.parametrize(
