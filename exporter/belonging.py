@@ -26,6 +26,8 @@ def artifact_ids(manifest: Mapping[str, Any]) -> dict[str, str]:
     if not isinstance(files, dict):
         return {}
     facts = {"files": files, **{key: manifest.get(key) for key in ("model", "layers", "attention")}}
+    if manifest.get("merging") is not None:  # artifacts of before have none
+        facts["merging"] = manifest["merging"]
     return {ARTIFACT: _digest(facts)}
 
 

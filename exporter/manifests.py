@@ -82,6 +82,7 @@ class Export(Body):
     belongs_to: dict[str, Sha256] = {}
     routed_layers: list[Text]  # none where the dense model itself was exported
     experts: dict[str, int] = {}
+    merged_tokens: dict[str, int] = {}  # by block; none where no tokens merge
     clear_forms: dict[str, Text] = {}
     plugin_nodes: int | None = Field(None, ge=0)
     graphs: dict[str, Text] = {}

@@ -22,6 +22,7 @@ from exporter.graph.trace import INPUT, OPSET, OPSETS, OUTPUT, explained, to_onn
 from exporter.manifests import input_body
 from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.gated import lower_gated
+from exporter.passes.name_merges import name_merges
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
 from exporter.passes.portable import lower_routed_ffn
@@ -43,6 +44,7 @@ from moee.progress import Reporter, silent
 from moee.schema import reason_of
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import EXPORT
+from moee.tokens.block import merging_like, token_merges
 from plugins.contract import DOMAIN
 
 log = logging.getLogger("moee")
@@ -73,8 +75,9 @@ def export(
     """
     dtype = dtype_of(precision)
     layers = routed_layers(moee.model)
-    if not layers and not dense:
-        raise UserError("the model has no routed layer to export; run moee extract first")
+    merges = token_merges(moee.model)
+    if not layers and not merges and not dense:
+        raise UserError("the model has no routed layer and merges no tokens; run moee extract first")
     if runtime_ops:
         refuse_runtime(layers, precision)
     transform = model_transform(moee.model)
@@ -105,6 +108,7 @@ def export(
         graph = to_onnx(typed(model, dtype), transform.shape)
         forms = portable_forms(moee, transform.shape)
         name_routed_nodes(graph, list(layers))
+        name_merges(graph, list(merges))
         plain = lower_single_experts(graph) + lower_gated(graph)
         traced = folder / TRACED
         ir.save(graph, traced, external_data=MOEE_DATA)
@@ -140,6 +144,7 @@ def export(
             BELONGS_TO: made_from,
             "routed_layers": list(layers),
             "experts": {name: layer.num_experts for name, layer in layers.items()},
+            "merged_tokens": {name: merge.merged for name, merge in merges.items()},
             "clear_forms": forms,
             "plugin_nodes": plugin_nodes,
             "graphs": graphs,
@@ -193,7 +198,7 @@ def portable_forms(moee: MoeeModel, shape: Shape) -> dict[str, Form]:
     layers = {name: layer for name, layer in routed_layers(moee.model).items() if form_of(layer).several}
     if not layers:
         return {}
-    tokens = tokens_per_image(moee.layout(), layers, shape)
+    tokens = tokens_per_image(merging_like(moee.layout(), moee.model), layers, shape)
     return {name: cast(Form, form_of(layer).portable(layer, tokens[name])) for name, layer in layers.items()}
 
 

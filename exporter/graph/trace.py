@@ -18,6 +18,7 @@ from torch.onnx import OnnxExporterError
 
 from exporter.graph.fused_attention import TRANSLATIONS as ATTENTION_TRANSLATIONS
 from exporter.graph.operator_schema import VERSION, register
+from exporter.graph.stable_sort import TRANSLATIONS as SORT_TRANSLATIONS
 from exporter.passes.attention import rewrite_attention
 from exporter.quantization.ops import TRANSLATIONS as INT8_TRANSLATIONS
 from moee.errors import UserError
@@ -89,6 +90,7 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
         torch.ops.moee.clear_ffn.default: _clear_ffn,
         torch.ops.moee.gated_ffn.default: _gated_ffn,
         **ATTENTION_TRANSLATIONS,
+        **SORT_TRANSLATIONS,
         **INT8_TRANSLATIONS,
     }
     with _quiet(), explained(), _frozen(model):

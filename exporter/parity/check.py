@@ -18,6 +18,7 @@ from exporter.manifests import read_export
 from exporter.onnx_safety import load_ir
 from exporter.parity.int8 import check_int8
 from exporter.parity.layers import LayerParity, layer_parity
+from exporter.parity.merges.reader import MergeReader, check_merges, following, merge_reader
 from exporter.parity.operator import OperatorParity, tapped_operator, why_not_run
 from exporter.parity.outputs import BatchError, batch_error
 from exporter.parity.probes import check_form, probe_layers, standard_layers
@@ -56,14 +57,15 @@ def image_pool(data: ImageSet, count: int) -> tuple[Tensor, int]:
 @torch.inference_mode()
 def output_errors(
     runner: Runner, yard: Yardsticks, pool: Tensor, sizes: Sequence[int], rtol: float | None = None, *, atol: float | None = None,
-    report: Reporter = silent, message: str = "parity",
+    report: Reporter = silent, message: str = "parity", merges: MergeReader | None = None,
 ) -> list[BatchError]:  # fmt: skip
-    """Errors of a runner's first output at each batch size."""
+    """Errors of a runner's first output at each batch size. With `merges` the models merge tokens as the graph does."""
     runs = []
     for done, size in enumerate(sizes):
         report(message, done, len(sizes))
         x = pool[:size].contiguous()
-        reference, own = with_own_error(yard.exact, yard.own, x, ties=yard.dtype == torch.float32)
+        with following(merges, x):
+            reference, own = with_own_error(yard.exact, yard.own, x, ties=yard.dtype == torch.float32)
         got = runner.run(x.numpy())[0]
         if got.shape != reference.shape:
             raise UserError(f"{runner.name} gives outputs {got.shape}, the model {reference.shape}; export it again")
@@ -102,12 +104,14 @@ def check_parity(
     with ExitStack() as stack:
         plain = stack.enter_context(copied(load_ir(folder / PORTABLE), folder / PORTABLE, widened))
         runner = stack.enter_context(graph_runner(plain, threads, provider))
-        errors = output_errors(runner, yard, pool, sizes, rtol, atol=atol, report=report)
-        agreement, images, notes = _class_agreement(runner, yard, moee, pool, distinct, sizes[-1], group)
+        merges = stack.enter_context(merge_reader(folder / PORTABLE, yard, threads, provider, widened))
+        errors = output_errors(runner, yard, pool, sizes, rtol, atol=atol, report=report, merges=merges)
+        agreement, images, notes = _class_agreement(runner, yard, moee, pool[:distinct], sizes[-1], group, merges=merges)
         name = f"{runner.name}, bfloat16 widened to float32" if widened else runner.name
     x = pool[: min(sizes[-1], LAYER_IMAGES)].contiguous()
     floor = MIN_ROUTE_AGREEMENT.get(precision, 0.0) if min_route_agreement is None else min_route_agreement
-    judged, ties, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
+    with merge_reader(folder / PORTABLE, yard, threads, provider, widened) as again, following(again, x):
+        judged, ties, form_problems = _layers(folder, yard, x, threads, provider, widened, report)
     ties = ties and min_route_agreement is None
     if precision == "fp32" and not all(e.passed for e in errors):
         with tapped_graph(folder / PORTABLE, list(yard.layers()[0])) as tapped:
@@ -123,6 +127,7 @@ def check_parity(
     if rtol is not None or atol is not None:
         rule = f"{atol or 0:g} + {rtol or 0:g} times the rms of the output"
     problems = check_weights(folder / TENSORRT, routed_layers(moee.model), dtype_of(precision)) + form_problems
+    problems += check_merges(folder / TENSORRT, moee.model, dtype_of(precision))
     if int8 is not None:
         problems += check_int8([folder / TENSORRT, folder / PORTABLE], moee.model, int8, yard.dtype)
     return ParityResult(
@@ -140,7 +145,8 @@ def check_parity(
         only_ties=ties,
         notes=notes,
         belongs_to=export_ids(manifest),
-        dense=not manifest["routed_layers"],
+        dense=not manifest["routed_layers"] and merges is None,
+        merges=list(merges.judged.values()) if merges is not None else [],
         operator=operator,
     )
 
@@ -150,13 +156,18 @@ def _operator(
     threads: int | None, provider: str, report: Reporter,
 ) -> OperatorParity:  # fmt: skip
     """`runtime.onnx` as the portable graph is checked: outputs at each batch size, and the weights that it stores."""
-    with graph_runner(folder / RUNTIME, threads, provider) as runner:
-        errors = output_errors(runner, yard, pool, sizes, rtol, atol=atol, report=report, message="parity of the operator")
-        name = runner.name
+    with ExitStack() as stack:
+        runner = stack.enter_context(graph_runner(folder / RUNTIME, threads, provider))
+        merges = stack.enter_context(merge_reader(folder / RUNTIME, yard, threads, provider))
+        said: dict[str, Any] = {"report": report, "message": "parity of the operator", "merges": merges}
+        errors, name = output_errors(runner, yard, pool, sizes, rtol, atol=atol, **said), runner.name
     if not all(e.passed for e in errors):
         with tapped_operator(folder, list(yard.layers()[0])) as tapped:
             errors = _without_ties(tapped, folder / RUNTIME, yard, pool, errors, threads, provider)
     problems = check_weights(folder / RUNTIME, routed_layers(moee.model), yard.dtype)
+    problems += check_merges(folder / RUNTIME, moee.model, yard.dtype)
+    wrong = [merge for merge in (merges.judged.values() if merges is not None else ()) if not merge.passed]
+    problems += [WeightProblem(merge.name, "merges", merge.message) for merge in wrong]
     return OperatorParity(name, tuple(errors), tuple(problems))
 
 
@@ -210,11 +221,13 @@ def _without_ties(
     with ExitStack() as stack:
         tapped = stack.enter_context(graph_runner(tapped_file, threads, provider))
         plain = stack.enter_context(graph_runner(graph, threads, provider))
+        merges = stack.enter_context(merge_reader(graph, yard, threads, provider))
         for error in errors:
             if not error.passed:
                 x = pool[: error.batch].contiguous()
                 taps, got = taps_of(tapped.run(x.numpy()), names), plain.run(x.numpy())[0]
-                error = excuse_ties(error, got, yard.exact(x).numpy(), yard.exact, x, taps=taps)
+                with following(merges, x):
+                    error = excuse_ties(error, got, yard.exact(x).numpy(), yard.exact, x, taps=taps)
             excused.append(error)
     return excused
 
@@ -227,21 +240,22 @@ def _hooked_run(model: nn.Module, names: list[str], x: Tensor) -> dict[str, Tap]
 
 
 def _class_agreement(
-    runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, images: int, size: int, group: Group
+    runner: Runner, yard: Yardsticks, moee: MoeeModel, pool: Tensor, size: int, group: Group, *, merges: MergeReader | None
 ) -> tuple[float | None, int, list[str]]:
-    """Share of the pool's first `images` (behind them they repeat) with the class that torch in the runtime's type gives, how
-    many they are, and what may be said of it."""
-    notes = []
-    few = yard.own(pool[: min(images, LAYER_IMAGES)].contiguous())
+    """Share of the images of `pool` with the class that torch in the runtime's type gives, how many they are, and what may be
+    said of it."""
+    notes, images = [], len(pool)
+    few = yard.own(pool[:LAYER_IMAGES].contiguous())
     if len(few) > 1 and bool((few == few[0]).all()):
         notes.append("the model gives every image the same output, so equal outputs show little; its layers were compared")
     if classes_told(moee.model, moee.probe) < 2:
         return None, images, notes
     ours, theirs = [], []
     with group.placed(yard.own):
-        for part in pool[:images].split(size):
+        for part in pool.split(size):
             x = part.contiguous()
-            by_torch = yard.own(x.to(group.device)).cpu()
+            with following(merges, x):
+                by_torch = yard.own(x.to(group.device)).cpu()
             ours.append(logits(moee, by_torch))
             theirs.append(logits(moee, torch.from_numpy(runner.run(x.numpy())[0])))
     share = shared_answers(torch.cat(ours), torch.cat(theirs))

@@ -9,6 +9,7 @@ from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.schema import shown
+from moee.tokens.block import token_merges
 
 
 def refuse_unrouted(moee: MoeeModel, min_route_agreement: float | None) -> None:
@@ -27,6 +28,10 @@ def refuse_foreign(folder: Path, moee: MoeeModel) -> None:
     elif set(manifest["routed_layers"]) != set(layers):
         name = sorted(set(manifest["routed_layers"]) ^ set(layers))[0]
         differs = f"only one of the two has experts in {shown(name)}"
+    merged = {name: merge.merged for name, merge in token_merges(moee.model).items()}
+    if not differs and manifest.get("merged_tokens", {}) != merged:
+        there, here = (sum(counts.values()) for counts in (manifest.get("merged_tokens", {}), merged))
+        differs = f"{there} tokens are merged there, {here} here" + ("" if there != here else ", in other blocks")
     for name, count in manifest.get("experts", {}).items():
         if not differs and layers.get(name) != count:
             differs = f"{shown(name)} has {count} experts there, {layers.get(name, 0)} here"

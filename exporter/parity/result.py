@@ -8,6 +8,7 @@ from typing import Any
 
 from exporter.forms.form import WeightProblem
 from exporter.parity.layers import Deviation, LayerParity, first_deviation
+from exporter.parity.merges.judge import MergeParity
 from exporter.parity.operator import OperatorParity
 from exporter.parity.outputs import BatchError
 from moee.schema import json_safe
@@ -18,7 +19,8 @@ class ParityResult:
     """Errors by batch size and by layer, share of equal routes by layer, share of equal top-1 classes (None without a head, and
     where the model names one class alone). `rule` says in words what the outputs' tolerance is. `notes`: what was compared and
     shows little. `belongs_to`: the export (`exporter.belonging`).
-    `dense`: the export is of the dense model itself, which has no routed layers to compare.
+    `dense`: the export is of the dense model itself, which has no routed layers to compare. `merges`: of blocks that merge
+    tokens.
     `only_ties`: routes that differ from the float64 run's are near ties. `operator`: of `runtime.onnx`, None where the export has
     none."""
 
@@ -38,6 +40,7 @@ class ParityResult:
     belongs_to: dict[str, str] = field(default_factory=dict)
     dense: bool = False
     operator: OperatorParity | None = None
+    merges: list[MergeParity] = field(default_factory=list)
 
     @property
     def max_abs_error(self) -> float:
@@ -54,14 +57,14 @@ class ParityResult:
 
     @property
     def passed(self) -> bool:
-        parts = [*(b.passed for b in self.batches), *(layer.passed for layer in self.layers)]
+        parts = [part.passed for some in (self.batches, self.layers, self.merges) for part in some]  # type: ignore[attr-defined]
         by_operator = self.operator is None or self.operator.passed
         return not self.unchecked and all(parts) and self.routes_passed and not self.weight_problems and by_operator
 
     @property
     def unchecked(self) -> list[str]:
         """What nothing was compared of: with nothing to check a gate has not passed."""
-        parts = {"batches": self.batches, **({} if self.dense else {"layers": self.layers})}
+        parts = {"batches": self.batches, **({} if self.dense else {"layers": [*self.layers, *self.merges]})}
         return [name for name, found in parts.items() if not found]
 
     def __bool__(self) -> bool:
@@ -71,6 +74,9 @@ class ParityResult:
     def first_deviation(self) -> Deviation | None:
         """The first layer that leaves the model, and how; None if none does."""
         damaged = {p.layer: p.message for p in reversed(self.weight_problems)}
+        wrong = next((merge for merge in self.merges if not merge.passed), None)
+        if wrong is not None:
+            return Deviation(wrong.name, "merges", wrong.message)
         return first_deviation(self.layers, all(b.passed for b in self.batches), damaged)
 
     def to_json(self) -> dict[str, Any]:

@@ -25,8 +25,14 @@ class Yardsticks:
 
     def layers(self) -> tuple[dict[str, RoutedLayer], dict[str, RoutedLayer]]:
         """Routed layers of both by name."""
-        inner = self.own.model if isinstance(self.own, (RoundedModel, TypedModel)) else self.own
-        return routed_layers(self.exact.model), routed_layers(inner)
+        return routed_layers(self.exact.model), routed_layers(self.inner)
+
+    @property
+    def inner(self) -> nn.Module:
+        """`own` as it is beneath what brings images into its type."""
+        found = self.own.model if isinstance(self.own, (RoundedModel, TypedModel)) else self.own
+        assert isinstance(found, nn.Module), "wrappers hold a model"
+        return found
 
 
 def yardsticks(

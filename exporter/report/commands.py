@@ -133,14 +133,15 @@ def _recipe_words(recipe: Any) -> list[Any]:
     for step in steps:
         method = next((method for method in METHODS if method.name == step.get("method")), None)
         if method is not None:
-            words += _step_words(method, step, words)
+            words += _step_words(method, step, words, step is steps[-1])
     return words
 
 
-def _step_words(method: Method[Any], step: dict[str, Any], said: Sequence[Any]) -> list[Any]:
-    """The flags of a step, but for those that were `said`: from the preset that takes the fewest."""
+def _step_words(method: Method[Any], step: dict[str, Any], said: Sequence[Any], last: bool) -> list[Any]:
+    """The flags of a step, but for those that were `said`: from the preset that takes the fewest. `last`: it is the recipe's
+    method."""
     values = {name: value for name, value in step.items() if name != "method"}
-    named = ["--method", method.name] if method.cuts == "mlps" and method is not METHODS[0] else []
+    named = ["--method", method.name] if last and method is not METHODS[0] else []
     ways = []
     for number, (preset, start) in enumerate(method.presets.items()):
         usual = {name: start.get(name, field.default) for name, field in method.options.model_fields.items()}

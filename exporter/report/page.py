@@ -126,7 +126,9 @@ def _policy() -> str:
     return f"default-src 'none'; style-src {digest(STYLE)}; script-src {digest(SCRIPT)}; img-src data:; base-uri 'none'"
 
 
-MAIN_OPTIONS = ("attention_macs", "clustering", "experts", "top_k", "target_macs", "keep")  # of a step
+MAIN_OPTIONS = (  # of a step
+    "attention_macs", "token_macs", "merge_tokens", "clustering", "experts", "top_k", "target_macs", "keep",
+)  # fmt: skip
 
 
 def _method(model: dict[str, Any]) -> str:

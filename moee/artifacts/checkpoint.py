@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from moee.artifacts.manifest import Info, Manifest
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
-from moee.kinds.attention_records import AttentionRecord, attention_records, narrowed_in, rebuild_attention
+from moee.kinds.attention_records import attention_records, narrowed_in, rebuild_attention
 from moee.kinds.kind import LayerRecord
+from moee.kinds.merging_records import check_merging_record, merging_record, rebuild_merging
 from moee.kinds.registry import layer_records, read_record, rebuild_layer
 from moee.libraries.from_python import is_function_name
 from moee.measure.probe import Probe, classes_told
@@ -48,6 +49,7 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
             "classes": list(moee.classes),
             "layers": layer_records(moee.model),
             "attention": attention_records(moee.model),
+            "merging": merging_record(moee.model),
             "info": moee.info,
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
@@ -76,12 +78,13 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
         if name not in manifest["files"] and (path / name).exists():
             raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)
-    _check_size(spec, state, records, body.attention, path)
+    _check_size(spec, state, records, body, path)
     with torch.random.fork_rng(devices=[]):  # modules draw weights, which are then replaced
         made = build_model(spec)
         for record in records:
             rebuild_layer(made, record, state)
         rebuild_attention(made, body.attention, state, path / MANIFEST)
+        rebuild_merging(made, body.merging)
     try:
         made.load_state_dict(state)
     except RuntimeError as error:
@@ -150,15 +153,15 @@ def _probe(path: Path, model: nn.Module) -> Probe | None:
 
 
 def _check_size(
-    spec: ModelSpec, state: dict[str, Tensor], routed: list[LayerRecord], attention: list[AttentionRecord],
-    path: Path,
-) -> None:  # fmt: skip
+    spec: ModelSpec, state: dict[str, Tensor], routed: list[LayerRecord], body: Manifest, path: Path
+) -> None:
     """A manifest may ask for a model of any size, which would fill the memory before the weights were compared with it. So the
     model is first laid out without memory: every tensor outside the routed MLPs and narrowed attentions must be in the
     file, in that shape, and no MLP may be absurdly wide. Raises `UserError` otherwise."""
     model = laid_out(spec, path / MANIFEST, min(MAX_DEPTH, len(state)))
     expected = model.state_dict()
-    known = narrowed_in(model, attention, state, path / MANIFEST)
+    check_merging_record(model, body.merging, path / MANIFEST)
+    known = narrowed_in(model, body.attention, state, path / MANIFEST)
     narrowed = tuple(f"{name}.{part}." for name in known for part in ("qkv", "proj"))
     inside = tuple(f"{each}." for record in routed for each in _names_of_mlp(model, record, path / MANIFEST))
     for key, tensor in expected.items():

@@ -19,12 +19,14 @@ from moee.mlps.attention import narrowing_costs
 from moee.mlps.find import find_ffns
 from moee.models.ffn import FFN, plain_size
 from moee.models.model import ModelSpec, Shape, build_model
+from moee.tokens.block import merged_tokens, merging_like
 
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """One MLP. `macs` per image; `balance` is the largest share times the experts (1: even), `entropy` of the routing
-    relative to its maximum (1: even). Both are None for a dense layer. `gated`: a gated MLP, which static pruning alone cuts."""
+    """One MLP. `tokens` an image that come to it, `merged` fewer than before any were merged. `macs` per image; `balance` is the
+    largest share times the experts (1: even), `entropy` of the routing relative to its maximum (1: even). Both are None for a
+    dense layer. `gated`: a gated MLP, which static pruning alone cuts."""
 
     name: str
     tokens: int
@@ -41,6 +43,7 @@ class LayerFigures:
     balance: float | None = None
     entropy: float | None = None
     gated: bool = False
+    merged: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class AttentionFigures:
 @dataclass(frozen=True)
 class Inspection:
     """`dense` and `moee` hold {"macs", "params"}; `moee` is None for a dense model. `attention` lists what was narrowed,
-    `uncut` what looks like an MLP but cannot be cut, with the reason."""
+    `uncut` what looks like an MLP but cannot be cut, with the reason, `merged_tokens` how many each block merges, if any do."""
 
     model: str
     shape: Shape
@@ -68,6 +71,7 @@ class Inspection:
     layers: list[LayerFigures]
     attention: list[AttentionFigures] = field(default_factory=list)
     uncut: dict[str, str] = field(default_factory=dict)
+    merged_tokens: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         body = asdict(self)
@@ -114,10 +118,13 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
         shares.setdefault(name, [1 / layer.num_experts] * layer.num_experts)
     layers = []
     ffns, uncut = _mlps(dense, shape)
-    for ffn, tokens in ffns:
-        macs, params = _ffn_cost(ffn, tokens)
+    left = tokens_per_image(merging_like(dense, moee.model), [ffn.name for ffn, _ in ffns], shape)
+    for ffn, before in ffns:
+        tokens = left[ffn.name]
+        macs, params = _ffn_cost(ffn, before)
+        facts: dict[str, Any] = {"gated": ffn.only_static, "merged": before - tokens}
         if ffn.name not in routed:
-            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, macs, params, macs, params, gated=ffn.only_static))
+            layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, tokens * ffn.macs, params, macs, params, **facts))
             continue
         layer, share = routed[ffn.name], shares[ffn.name]
         widths = layer.widths
@@ -127,17 +134,18 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
                 layer.stored_numbers(), macs, params,
                 experts=layer.num_experts, union=layer.union, min_width=min(widths),
                 mean_width=sum(w * s for w, s in zip(widths, share, strict=True)), max_width=max(widths),
-                balance=max(share) * len(share), entropy=routing_entropy(share), gated=ffn.only_static,
+                balance=max(share) * len(share), entropy=routing_entropy(share), **facts,
             )  # fmt: skip
         )
     cost = model_cost(dense, moee.model, shares, shape)
     attention = attention_figures(moee.model, dense, shape)
-    return Inspection(moee.spec.name, shape, cost["dense"], cost["moee"], layers, attention, uncut)
+    return Inspection(moee.spec.name, shape, cost["dense"], cost["moee"], layers, attention, uncut, merged_tokens(moee.model))
 
 
 def attention_figures(model: nn.Module, dense: nn.Module, shape: Shape) -> list[AttentionFigures]:
-    """The narrowed attentions of `model`; `dense` shows how many tokens they see."""
+    """The narrowed attentions of `model`, on the tokens that its merging leaves."""
+    merging = merging_like(dense, model)
     return [
         AttentionFigures(name, layer.heads, layer.head_dim, layer.widths.qk, layer.widths.v, now, before)
-        for name, (layer, before, now) in narrowing_costs(model, dense, shape).items()
+        for name, (layer, before, now) in narrowing_costs(model, merging, shape).items()
     ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from moee.data.class_names import MAX_CLASSES
 from moee.kinds.attention_records import AttentionRecord
+from moee.kinds.merging_records import MergingRecord
 from moee.models.model import ModelSpec
 from moee.schema import Body, Text
 
@@ -75,6 +76,13 @@ class Manifest(Body):
     recipe: dict[str, Any] | None
     data: Text
     classes: Classes = []
-    layers: list[dict[str, Any]] = Field(min_length=1)
+    layers: list[dict[str, Any]]
     attention: list[AttentionRecord] = []
+    merging: MergingRecord | None = None
     info: Info
+
+    @model_validator(mode="after")
+    def _changed(self) -> Manifest:
+        if not self.layers and self.merging is None:
+            raise ValueError("expected layers, or merging")
+        return self

@@ -1,7 +1,8 @@
 """Which images a layer is fitted on: about as many as give it a number of tokens of its own.
 
 Swin's first stage has 3,136 tokens an image, its last one 49. So layers are put into groups, in the order in which they run, and
-each group gets images of its own number. A model whose layers all see as many tokens is one group.
+each group gets images of its own number. A model whose layers all see as many tokens is one group, and so are layers whose tokens
+become fewer little by little, where they merge.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from moee.errors import UserError
 from moee.interface.watch import watched
 from moee.parallel.ordered import PARTS, cut
+
+ALIKE = 2  # times the images of a group, from which on a layer gets a group of its own
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,13 @@ def tokens_an_image(model: nn.Module, dims: Mapping[str, int], image: Tensor) ->
 
 
 def image_groups(counts: Mapping[str, int], images: int, tokens: int, least: int = 1) -> list[ImageGroup]:
-    """Layers with `counts` tokens an image, in groups that want about `tokens` tokens: `least` to `images` images."""
+    """Layers with `counts` tokens an image, in groups that want about `tokens` tokens: `least` to `images` images. A layer that
+    wants less than `ALIKE` times as many images as the group before it is content with that one's."""
     groups: list[ImageGroup] = []
     for name, count in counts.items():
         wanted = min(images, max(least, tokens // count))
-        if groups and groups[-1].images == wanted:
-            groups[-1] = ImageGroup((*groups[-1].names, name), wanted)
+        if groups and groups[-1].images <= wanted < ALIKE * groups[-1].images:
+            groups[-1] = ImageGroup((*groups[-1].names, name), groups[-1].images)
         else:
             groups.append(ImageGroup((name,), wanted))
     return groups

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moee.tokens.block import merging_blocks
+
 PREFIX_SHARE = 1 / 8  # of an image's patches, that each of them counts for
 
 
@@ -16,8 +18,9 @@ def prefix_tokens(model: nn.Module) -> int:
 
 
 def holds_prefix(model: nn.Module, count: int) -> bool:
-    """Whether `count` tokens of an image can hold those that are no patches: CaiT's and XCiT's blocks see the patches alone."""
-    return count != getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    """Whether `count` tokens of an image can hold those that are no patches: CaiT's and XCiT's blocks see the patches alone.
+    Where tokens merge, their number says nothing."""
+    return bool(merging_blocks(model)) or count != getattr(getattr(model, "patch_embed", None), "num_patches", None)
 
 
 def token_weights(count: int, prefix: int) -> Tensor:

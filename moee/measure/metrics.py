@@ -15,6 +15,8 @@ from moee.layers.routed import routed_layers
 from moee.mlps.attention import macs_saved, narrow_attentions
 from moee.mlps.structure import read_mlp
 from moee.models.model import Shape
+from moee.tokens.block import merging_like, token_merges, without_merging
+from moee.tokens.schedule import merges_cost
 
 
 def dense_macs(model: nn.Module, shape: Shape) -> int:
@@ -29,8 +31,14 @@ def dense_macs(model: nn.Module, shape: Shape) -> int:
 
 
 def original_macs(model: nn.Module, shape: Shape) -> int:
-    """`dense_macs` of a model as it was before its attention was narrowed."""
-    return dense_macs(model, shape) + macs_saved(model, shape)
+    """`dense_macs` of a model as it was before its attention was narrowed and its tokens were merged."""
+    plain = without_merging(model)
+    return dense_macs(plain, shape) + macs_saved(plain, shape)
+
+
+def saved_macs(model: nn.Module, shape: Shape) -> int:
+    """Multiply-accumulates an image that narrower attention and merged tokens save; `model` has no routed layer yet."""
+    return original_macs(model, shape) - dense_macs(model, shape)
 
 
 def tokens_per_image(model: nn.Module, names: Iterable[str], shape: Shape) -> dict[str, int]:
@@ -50,12 +58,15 @@ def dense_params(model: nn.Module) -> int:
 def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], shape: Shape) -> dict[str, Any]:
     """MACs and parameters of both models: {"dense": {"macs", "params"}, "moee": {"macs", "params"}}.
 
-    `shares` holds, per routed layer, each expert's measured share of the tokens. Neuron ids are indices and not counted.
+    `shares` holds, per routed layer, each expert's measured share of the tokens. Neuron ids are indices and not counted; the maps
+    to mean keys, by which tokens merge, are.
     """
     macs, params = dense_macs(dense, shape), dense_params(dense)
     layers = routed_layers(moee)
-    tokens = tokens_per_image(dense, layers, shape)
-    moee_macs, moee_params = float(macs - macs_saved(moee, shape, dense)), params
+    merging = merging_like(dense, moee)
+    tokens = tokens_per_image(merging, layers, shape)
+    moee_macs = float(dense_macs(merging, shape) - macs_saved(moee, shape, merging))
+    moee_params = params + merges_cost(token_merges(moee))
     for name, attention in narrow_attentions(moee).items():
         moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
     for name, layer in layers.items():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a registry of names and options is read without torch, whos
 
 Chosen = TypeVar("Chosen", bound=Options)
 Shares = Literal["tokens", "groups", "nothing"]
-Part = Literal["attention", "mlps"]
+Part = Literal["attention", "tokens", "mlps"]
 Values = Mapping[str, Any]  # of options, by their names
 
 
@@ -45,11 +45,11 @@ class Method(ABC, Generic[Chosen]):
     """A way to cut a model.
 
     `name`: in recipes and after `--method`; `also`: older names. `summary`: one line for help. `options`: the model of its
-    options, whose descriptions are the help. `cuts`: which part of the model; attention comes before MLPs. `gated`: whether it
-    cuts gated MLPs too. `shares`: what models of different budgets have in common, so that a plan makes it once: the calibration
-    tokens, the groups of a layer's tokens, or nothing. `presets`: named values; the first ones are taken where none are named.
-    `replaced`: the values of a preset that an option, once given, makes void. `variants`: what a plan tries. `allocations`: the
-    values with which it spends a plan's budget, by name.
+    options, whose descriptions are the help. `cuts`: which part of the model; attention comes before tokens, and these before
+    MLPs. `gated`: whether it cuts gated MLPs too. `shares`: what models of different budgets have in common, so that a plan
+    makes it once: the calibration tokens, the groups of a layer's tokens, or nothing. `presets`: named values; the first ones
+    are taken where none are named. `replaced`: the values of a preset that an option, once given, makes void. `variants`: what a
+    plan tries. `allocations`: the values with which it spends a plan's budget, by name.
     """
 
     name: ClassVar[str]

@@ -22,8 +22,10 @@ from moee.mlps.attention import NarrowAttention, Widths
 from moee.mlps.proof import disagreement
 from moee.mlps.sites import mlp_module, mlp_replaced
 from moee.models.ffn import FFN
+from moee.models.model import replace_module
 from moee.progress import Reporter, silent
 from moee.schema import reason_of
+from moee.tokens.block import install_merging, plain_blocks
 
 IMAGES = 2  # a check needs
 NOISE = 1000  # times the dense model's own noise, which is the effect of rounding its input: room for other orders of summing
@@ -91,6 +93,28 @@ def check_attentions(model: nn.Module, attentions: Mapping[str, Attention], imag
     _check(model, stand_ins, images, "heads that keep every dimension", "leave --attention-macs out", report)
 
 
+@torch.no_grad()
+def check_merging(model: nn.Module, images: Tensor, report: Reporter = silent) -> None:
+    """Raise `UserError` unless `model` gives the dense output on `images` [B, C, H, W] where every block matches its tokens,
+    merges none of them, and goes on with them in the order of the matching. Two forward passes. `model` stays as it is."""
+    report("identity check", 0, 2)
+    dense, bound = _dense_output(model, images)
+    report("identity check", 1, 2)
+    blocks = {f"blocks.{at}": block for at, block in enumerate(plain_blocks(model))}
+    try:
+        install_merging(model, [0] * len(blocks), every=True)
+        apart = _worst((_output(model, images) - dense).abs())
+    finally:
+        for name, block in blocks.items():
+            replace_module(model, name, block)
+    if not apart <= bound:
+        raise UserError(
+            f"blocks that merge no tokens do not give the dense output, the difference is {apart / bound:.2g} times what "
+            "rounding can make; leave token merging out"
+        )
+    report("identity check", 2, 2)
+
+
 def _attention_distance(made: NarrowAttention, x: Tensor, output: Tensor, expected: Tensor) -> float:
     """Largest difference of two outputs of attention for x [B, N, D], in units of what rounding may make of it."""
     read = made.v(x).abs().amax(1, keepdim=True)
@@ -112,14 +136,7 @@ def _check(
     model: nn.Module, stand_ins: Mapping[str, _StandIn], images: Tensor, what: str, cure: str, report: Reporter
 ) -> None:  # fmt: skip
     report("identity check", 0, 2)
-    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    rounded = images * (1 + torch.finfo(images.dtype).eps * signs)
-    dense, twin = _output(model, torch.cat([images, rounded])).chunk(2)
-    if not (torch.isfinite(dense).all() and torch.isfinite(twin).all()):
-        raise UserError("the dense model's output on the data is NaN or infinite; check the weights and the input normalisation")
-    size = float(dense.float().square().mean().sqrt())
-    noise = float((dense - twin).abs().max())
-    bound = min(NOISE * max(noise, torch.finfo(dense.dtype).eps * size), LIMIT * size)
+    dense, bound = _dense_output(model, images)
     report("identity check", 1, 2)
     wrong: dict[str, float] = {}
     try:
@@ -153,6 +170,18 @@ def _check(
             f"{cure.format(name)}"
         )
     report("identity check", 2, 2)
+
+
+def _dense_output(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
+    """The model's output on `images`, and how far from it one that computes the same may lie."""
+    signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rounded = images * (1 + torch.finfo(images.dtype).eps * signs)
+    dense, twin = _output(model, torch.cat([images, rounded])).chunk(2)
+    if not (torch.isfinite(dense).all() and torch.isfinite(twin).all()):
+        raise UserError("the dense model's output on the data is NaN or infinite; check the weights and the input normalisation")
+    size = float(dense.float().square().mean().sqrt())
+    noise = float((dense - twin).abs().max())
+    return dense, min(NOISE * max(noise, torch.finfo(dense.dtype).eps * size), LIMIT * size)
 
 
 def _output(model: nn.Module, images: Tensor) -> Tensor:

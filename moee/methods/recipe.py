@@ -33,8 +33,9 @@ from moee.methods.base import Method
 from moee.methods.registry import METHODS, cutting, method_named, method_of, options_for, presets, refuse_dashes
 from moee.schema import shown
 
-PARTS = ("attention", "mlps")  # in the order in which they are cut
-_PART = {"attention": "the attention", "mlps": "MLPs"}  # as sentences call them
+PARTS = ("attention", "tokens", "mlps")  # in the order in which they are cut
+ALONE = ("tokens", "mlps")  # what a recipe may end with
+_PART = {"attention": "the attention", "tokens": "the tokens", "mlps": "MLPs"}  # as sentences call them
 MAX_BYTES = 1 << 20  # of a recipe's file
 
 
@@ -48,8 +49,9 @@ class StepError(UserError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """`steps` are the options of methods: at most one that narrows the attention, then one that cuts MLPs. `tune` is what it was
-    tuned by, or is to be. Raises `UserError` for other orders."""
+    """`steps` are the options of methods: at most one that narrows the attention, then at most one that merges tokens, then one
+    that cuts MLPs, which may lack where tokens merge. `tune` is what it was tuned by, or is to be. Raises `UserError` for other
+    orders."""
 
     steps: tuple[Options, ...]
     tune: FinetuneConfig | None = None
@@ -63,10 +65,11 @@ class Recipe:
             if before is not None and method.cuts == before.cuts:
                 raise StepError(at, f"{method.name} after {before.name}: both cut {_PART[method.cuts]}; keep one", "method")
             if before is not None and PARTS.index(method.cuts) < PARTS.index(before.cuts):
-                raise StepError(at, f"{method.name} after {before.name}: attention is cut first; change the order", "method")
-        if not methods or methods[-1].cuts != "mlps":
-            names = ", ".join(method.name for method in cutting("mlps"))
-            raise UserError(f"a recipe has no step that cuts MLPs; expected one of {names}")
+                order = ", then ".join(_PART[part] for part in PARTS)
+                raise StepError(at, f"{method.name} after {before.name}: expected {order}; change the order", "method")
+        if not methods or methods[-1].cuts not in ALONE:
+            names = ", ".join(method.name for part in reversed(ALONE) for method in cutting(part))
+            raise UserError(f"a recipe has no step that cuts MLPs or merges tokens; expected one of {names}")
 
     @classmethod
     def of(cls, options: Options | Recipe) -> Recipe:
@@ -75,7 +78,7 @@ class Recipe:
 
     @property
     def cut(self) -> Any:
-        """Options of the step that cuts the MLPs."""
+        """Options of the last step: the one that cuts the MLPs, or else merges tokens."""
         return self.steps[-1]
 
     @property
@@ -85,7 +88,7 @@ class Recipe:
 
     @property
     def method(self) -> Method[Any]:
-        """The method that cuts the MLPs."""
+        """The last step's method."""
         return method_of(self.cut)
 
     @property
@@ -133,7 +136,7 @@ def recipe_with(method: Method[Any], values: Mapping[str, Any], start: Mapping[s
     fit."""
     given, steps, known = dict(values), [], method.options.model_fields
     shared = {name for other in cutting("mlps") for name in other.options.model_fields}
-    for beside in cutting("attention"):
+    for beside in (other for part in PARTS[:-1] for other in cutting(part) if other is not method):
         own = {name: value for name, value in given.items() if name in beside.options.model_fields}
         if own.keys() - shared:  # asked for by a name of its own
             steps.append(options_for(beside, own))
@@ -148,7 +151,7 @@ def _chosen(name: str | None, preset: str | None) -> tuple[Method[Any], Mapping[
     if preset is not None and preset not in known:
         raise UserError(f"unknown preset {shown(preset)}; expected one of {', '.join(known)}")
     method = method_named(name) if name is not None else known[preset] if preset is not None else METHODS[0]
-    if method.cuts != "mlps":
+    if method.cuts not in ALONE:
         raise UserError(f"--method {method.name} goes beside another one; give --attention-macs with --method {METHODS[0].name}")
     if preset is not None and known[preset] is not method:
         raise UserError(f"--preset {preset} is of method {known[preset].name}, and not of {method.name}; leave one of them out")

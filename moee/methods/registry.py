@@ -13,6 +13,7 @@ from moee.methods.experts import ExpertsMethod
 from moee.methods.heads.method import HeadsMethod
 from moee.methods.moefication.method import MoeficationMethod
 from moee.methods.static import StaticMethod
+from moee.methods.tokens import TokensMethod
 from moee.schema import shown
 
 METHODS: list[Method[Any]] = [
@@ -21,6 +22,7 @@ METHODS: list[Method[Any]] = [
     MoeficationMethod(),
     ClearMethod(),
     HeadsMethod(),
+    TokensMethod(),
 ]
 
 
@@ -38,7 +40,7 @@ def method_of(options: Options) -> Method[Any]:
 
 
 def cutting(part: str) -> Iterator[Method[Any]]:
-    """The methods that cut the attention, or the MLPs."""
+    """The methods that cut a part: the attention, the tokens or the MLPs."""
     return (method for method in METHODS if method.cuts == part)
 
 

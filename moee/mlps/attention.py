@@ -65,7 +65,7 @@ def find_attentions(model: nn.Module) -> dict[str, Attention]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if type(module) is Attention:
-            what = _obstacle(module)
+            what = obstacle(module)
             if what:
                 raise UserError(f"heads of `{name}` cannot be narrowed, it {what}; leave --attention-macs out")
             found[name] = module
@@ -76,7 +76,7 @@ def find_attentions(model: nn.Module) -> dict[str, Attention]:
     return found
 
 
-def _obstacle(attention: Attention) -> str:
+def obstacle(attention: Attention) -> str:
     """Why a plain attention cannot be narrowed, if so. Older versions of timm lack some of these parts."""
     for part in ("q_norm", "k_norm", "norm"):
         if not isinstance(getattr(attention, part, None), (nn.Identity, type(None))):
@@ -86,6 +86,28 @@ def _obstacle(attention: Attention) -> str:
     if attention.attn_drop.p or attention.proj_drop.p:
         return "has dropout"
     return "changes the width of its tokens" if attention.proj.out_features != attention.qkv.in_features else ""
+
+
+def mean_key_map(attention: nn.Module) -> tuple[Tensor, Tensor]:
+    """The map of a token to the mean over the heads of its keys: weight [d, D] and bias [d]. Of timm's plain attention, or a
+    narrowed one; raises `UserError` that says why another has none."""
+    if isinstance(attention, NarrowAttention):
+        weight = attention.k.weight.unflatten(0, (attention.heads, -1)).mean(0)
+        return weight, weight.new_zeros(len(weight))
+    if type(attention) is not Attention:
+        raise UserError(f"is {type(attention).__name__}, and not timm's plain Attention")
+    if what := obstacle(attention):
+        raise UserError(what)
+    parts = (3, attention.num_heads, -1)
+    weight, bias = attention.qkv.weight.unflatten(0, parts)[1].mean(0), attention.qkv.bias
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias.unflatten(0, parts)[1].mean(0)
+
+
+def pair_macs(attention: nn.Module) -> int:
+    """Multiply-accumulates of a pair of tokens in the two products of tokens with tokens, where there is a `mean_key_map`."""
+    if isinstance(attention, NarrowAttention):
+        return attention.heads * (attention.widths.qk + attention.widths.v)
+    return 2 * int(attention.num_heads) * int(attention.head_dim)  # type: ignore[arg-type]
 
 
 def narrow_attentions(model: nn.Module) -> dict[str, NarrowAttention]:

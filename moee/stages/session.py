@@ -21,6 +21,7 @@ from moee.data.sources import load_splits, located
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.given.images import given_splits
+from moee.interface.adapted import on_meta
 from moee.layers.report import LayerReport
 from moee.measure.accuracy import Comparison, class_count, comparison
 from moee.measure.evaluation import Outputs, retention, run
@@ -28,7 +29,7 @@ from moee.measure.metrics import dense_macs, model_cost, tokens_per_image
 from moee.measure.probe import Probe, classes_told, fit_probe, head_drawn
 from moee.methods.context import Context
 from moee.methods.exchange import check_same_data, share_dense
-from moee.methods.identity import IMAGES, check_attentions, check_ffns
+from moee.methods.identity import IMAGES, check_attentions, check_ffns, check_merging
 from moee.methods.neurons.choice import ffn_budget
 from moee.methods.recipe import Recipe
 from moee.methods.registry import method_of
@@ -130,8 +131,9 @@ class Session:
 
         Raises `UserError` that names the layer whose replacement, with everything kept, does not give the dense output.
         """
-        method, exclude = recipe.method, recipe.cut.exclude
-        mlps, attention = ("method", method.gated, *exclude), ("attention",)
+        method, exclude = recipe.method, getattr(recipe.cut, "exclude", ())
+        mlps = ("method", method.cuts, method.gated, *exclude)
+        cut = {method_of(step).cuts for step in recipe.steps}
         with self.group.agreed():
             if not self.group.leader:
                 return
@@ -141,27 +143,35 @@ class Session:
                 found = find_ffns(self.dense, exclude, self.transform.shape, method.gated)
                 self._count_costs(found.ffns, recipe)
                 names = ("mlps", *(ffn.name for ffn in found.ffns))  # methods that cut the same layers share the check
-                if names not in self._proved:
+                if "mlps" in cut and names not in self._proved:
                     check_ffns(self.dense, found.ffns, self._few_images(), self.report)
                     self._proved.add(names)
                 if self.trial is not None:
                     self.trial(self.spec, self.dense, found.ffns, self.transform.shape, self.report)
-                if found.unscaled:
+                if found.unscaled and "mlps" in cut:
                     log.warning(
                         "what scales the output of %s could not be proved; neurons are chosen as if nothing did",
                         grouped(found.unscaled),
                     )
                 self._proved.add(mlps)
-            if attention not in self._proved and any(method_of(step).cuts == "attention" for step in recipe.first):
-                check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
-                self._proved.add(attention)
+            for part, check in (("attention", self._check_attentions), ("tokens", self._check_merging)):
+                if part in cut and (part,) not in self._proved:
+                    check()
+                    self._proved.add((part,))
+
+    def _check_attentions(self) -> None:
+        check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
+
+    def _check_merging(self) -> None:
+        check_merging(self.dense, self._few_images(), self.report)
 
     def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> None:
         """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Raises
         `UserError`."""
         try:
             whole = dense_macs(self.dense, self.transform.shape)
-            tokens = tokens_per_image(self.dense, [ffn.name for ffn in ffns], self.transform.shape)
+            merging = self._merging(recipe)
+            tokens = tokens_per_image(merging, [ffn.name for ffn in ffns], self.transform.shape)
         except Exception as error:  # the counter runs a stranger's model on shapes alone
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
@@ -176,6 +186,14 @@ class Session:
                 ffn_budget(whole, cut, target, most, floor=floor)
             if asked <= least:  # nothing is left to be cut
                 ffn_budget(whole, cut, target, least, floor=floor)
+
+    def _merging(self, recipe: Recipe) -> nn.Module:
+        """The dense model with the tokens merged that the recipe's steps before its last merge, by its shapes alone."""
+        steps = [step for step in recipe.first if method_of(step).cuts == "tokens"]
+        shadow = on_meta(self.dense) if steps else self.dense
+        for step in steps:
+            method_of(step).convert(shadow, step, self.context())
+        return shadow
 
     def _few_images(self) -> Tensor:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""

@@ -193,7 +193,7 @@ def test_a_target_below_the_rest_of_the_model_is_refused():
     assert ffn_budget(100, 50, 0.5, floor=0.4) == 20 and ffn_budget(100, 50, 0.9, floor=0.4) == 40
     with pytest.raises(UserError, match="stays above 0.40"):
         ffn_budget(100, 50, 0.4, saved=10)
-    with pytest.raises(UserError, match="narrower attention alone leaves 0.70"):
+    with pytest.raises(UserError, match="narrower attention or merged tokens alone leave 0.70"):
         ffn_budget(100, 50, 0.75, saved=30)
 
 

@@ -146,7 +146,7 @@ def test_more_experts_than_neurons_are_refused_before_the_work(monkeypatch, tmp_
 
 
 @pytest.mark.parametrize(
-    "target, said", [(0.05, "so the result stays above"), (0.95, "narrower attention alone leaves 0.8"), (0.7, "")]
+    "target, said", [(0.05, "so the result stays above"), (0.95, "merged tokens alone leave 0.8"), (0.7, "")]
 )
 def test_a_cost_beside_narrower_heads_is_judged_before_the_work(monkeypatch, tmp_path, target, said):
     begun = AssertionError("the work began")

@@ -211,7 +211,7 @@ def test_a_plan_says_what_is_wrong_before_it_starts(session, tmp_path):
         with pytest.raises(UserError, match=words):
             make_plan(session, Budget(min_cosine=0.5), tmp_path / "plan", methods=("static",), attention=(1.0, share))
         assert not (tmp_path / "plan.resume").exists()
-    with pytest.raises(UserError, match="nearest is dense .* narrower attention alone leaves 0.8"):
+    with pytest.raises(UserError, match="nearest is dense .* narrower attention or merged tokens alone leave 0.8"):
         budget, base = Budget(target_macs=0.95), {"cluster_tokens": 200, "tokens": 400}
         make_plan(session, budget, tmp_path / "plan", methods=("static",), base=base, attention=(0.5,))
     with pytest.raises(ValueError, match="go into `attention`"):

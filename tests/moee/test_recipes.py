@@ -91,9 +91,9 @@ def test_what_does_not_fit_is_named_with_its_line(tmp_path, old, new, line, said
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("", "no step that cuts MLPs; expected one of experts"),
+        ("", "no step that cuts MLPs or merges tokens; expected one of experts"),
         ('[[step]]\nmethod = "heads"\nattention_macs = 0.8\n', "no step that cuts MLPs"),
-        ('[[step]]\nmethod = "static"\n' + HEADS, "line 4: heads after static: attention is cut first"),
+        ('[[step]]\nmethod = "static"\n' + HEADS, "heads after static: expected the attention, then the tokens, then MLPs"),
         ('[[step]]\nmethod = "heads"\n[[step]]\nmethod = "static"\n', "line 1: narrower heads need attention_macs"),
         ('[[step]]\nmethod = "static"\nkeep = true\n', "line 3: keep: expected a number (came True)"),
         ('[[step]]\nmethod = "static"\nkeep = "0.5"\n', "line 3: keep: expected a number (came '0.5')"),

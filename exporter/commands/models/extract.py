@@ -31,8 +31,8 @@ from exporter.terminal.options import Known, add_options, flag_of, given_options
 from exporter.terminal.ui import FittingTable, attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
 from moee.bounds import JOBS
 from moee.errors import UserError
-from moee.methods.recipe import make_recipe, read_recipe
-from moee.methods.registry import METHODS, cutting, presets
+from moee.methods.recipe import ALONE, PARTS, make_recipe, read_recipe
+from moee.methods.registry import METHODS, presets
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.places.placement import Output
@@ -47,8 +47,8 @@ def add_parser(subparsers: Any, shown: str | None = None) -> None:
     sub.set_defaults(run=run, loads="moee.stages.extract")
     add_model(sub)
     how = sub.add_argument_group("what is done to the model")
-    names = ",".join(method.name for method in cutting("mlps"))
-    text = f"how MLPs are cut; its options are below, and --method NAME --help shows another one's (default: {METHODS[0].name})"
+    names = ",".join(method.name for method in METHODS if method.cuts in ALONE)
+    text = f"what is done; its options are below, and --method NAME --help shows another one's (default: {METHODS[0].name})"
     how.add_argument("--method", choices=Known(names.split(",")), metavar=f"{{{names}}}", help=text)
     usual = next(iter(METHODS[0].presets))
     named = "; ".join(f"{name}: options of {method.name}" for name, method in presets().items()) + f" (default: {usual})"
@@ -73,17 +73,17 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
 def add_method_options(sub: argparse.ArgumentParser, shown: str | None) -> None:
     """The options of every method; help shows those of the method called `shown`, and of what goes beside it."""
     first = next((m for m in METHODS if shown in (m.name, *m.also)), presets().get(shown or "", METHODS[0]))
-    if first.cuts != "mlps":
+    if first.cuts not in ALONE:
         first = METHODS[0]
     preset = shown if shown in first.presets else next(iter(first.presets), None)
     of = f"--method {first.name}" + (f" --preset {preset}" if len(first.presets) > 1 else "")
     options = sub.add_argument_group(f"options of {of}: {first.summary}")
     add_options(options, first.options, said=first.presets[preset] if preset else {})
-    for method in cutting("attention"):
+    for method in (m for m in METHODS if m.cuts in PARTS[:-1] and m is not first):
         add_options(sub.add_argument_group(f"beside it: {method.summary}"), method.options)
     for method in METHODS:
         add_options(sub, method.options, hidden=True)
-    lines = [f"  {method.name}: {method.summary}" for method in cutting("mlps")]
+    lines = [f"  {method.name}: {method.summary}" for method in METHODS if method.cuts in ALONE]
     sub.epilog = "\n".join(["methods, each with its own options (moee extract --method NAME --help):", *lines])
     sub.formatter_class = argparse.RawDescriptionHelpFormatter
 
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.parallel.joining import joined
     from moee.planning.plan import planned_on, read_plan
     from moee.stages.extract import run_extract
+    from moee.tokens.block import merged_tokens
 
     values = given_options(args, [method.options for method in METHODS])
     chosen = {name: value for name in ("method", "preset") if (value := getattr(args, name)) is not None} | values
@@ -123,7 +124,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
         return OK
     if any("ranks" in layer for layer in moee.info["layers"]):
         console.print(clear_table(moee.info["layers"]))
-    console.print(layer_table(moee.info["layers"]))
+    if moee.info["layers"]:
+        console.print(layer_table(moee.info["layers"]))
+    merged = merged_tokens(moee.model)
+    if merged:
+        console.print(f"tokens merged block by block: {' '.join(map(str, merged))}", highlight=False)
     for note in layer_notes(moee.info["layers"]):
         console.print(note, highlight=False)
     if "attention" in moee.info:

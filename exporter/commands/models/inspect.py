@@ -56,14 +56,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
         table.add_column(column, justify="left" if column == "layer" else "right", no_wrap=True)
     for layer in result.layers:
         widths = f"{layer.min_width}..{layer.max_width}" if layer.experts else str(layer.hidden)
+        tokens = f"{layer.tokens} of {layer.tokens + layer.merged}" if layer.merged else str(layer.tokens)
         table.add_row(
-            layer.name, str(layer.tokens), f"{layer.macs / 1e6:.1f}", f"{layer.dense_macs / 1e6:.1f}",
+            layer.name, tokens, f"{layer.macs / 1e6:.1f}", f"{layer.dense_macs / 1e6:.1f}",
             str(layer.experts or "dense"), str(layer.union or layer.hidden), widths,
             number(layer.balance, 2), number(layer.entropy, 2),
         )  # fmt: skip
     console.print(table)
     if result.attention:
         console.print(attention_table([asdict(a) for a in result.attention]))
+    if result.merged_tokens:
+        console.print(f"tokens merged block by block: {' '.join(map(str, result.merged_tokens))}", markup=False)
     gated = [layer.name for layer in result.layers if layer.gated and not layer.experts]
     if gated:
         console.print(f"gated, which --preset static alone cuts: {grouped(gated)}", markup=False)

@@ -57,16 +57,15 @@ class MoeficationMethod(LayerMethod[MoeficationOptions]):
         self, options: MoeficationOptions, target: float, model: nn.Module, shape: tuple[int, int, int]
     ) -> MoeficationOptions:
         """The most experts a token whose MACs, router included, meet the target."""
-        from moee.measure.metrics import original_macs, tokens_per_image
+        from moee.measure.metrics import original_macs, saved_macs, tokens_per_image
         from moee.methods.neurons.choice import ffn_budget
-        from moee.mlps.attention import macs_saved
         from moee.mlps.find import find_ffns
 
         ffns = {f.name: f for f in find_ffns(model, options.exclude).ffns}
         tokens = tokens_per_image(model, ffns, shape)
         whole = sum(tokens[n] * f.macs for n, f in ffns.items())
         routers = sum(tokens[n] * f.dim * options.experts for n, f in ffns.items())
-        budget = ffn_budget(original_macs(model, shape), whole, target, macs_saved(model, shape))
+        budget = ffn_budget(original_macs(model, shape), whole, target, saved_macs(model, shape))
         most = int((budget - routers) * options.experts / whole)
         if most < 1:
             raise OutOfReach(f"--target-macs {target:g}: not one of {options.experts} experts a token fits")

@@ -10,9 +10,8 @@ from moee.calibrate.options import NeuronOptions
 from moee.calibrate.selection import keep_by_share, select_neurons
 from moee.data.image_set import ImageSet, batches, image_shape
 from moee.errors import OutOfReach
-from moee.measure.metrics import original_macs, tokens_per_image
+from moee.measure.metrics import original_macs, saved_macs, tokens_per_image
 from moee.methods.neurons.allocation import Candidate, allocate
-from moee.mlps.attention import macs_saved
 
 SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
 
@@ -33,7 +32,7 @@ def choose_neurons(
     dense = {n: tokens[n] * r.ffn.macs for n, r in routed.items()}
     budget = None
     if config.target_macs is not None:
-        whole, saved = original_macs(model, shape), macs_saved(model, shape)
+        whole, saved = original_macs(model, shape), saved_macs(model, shape)
         budget = ffn_budget(whole, sum(dense.values()), config.target_macs, saved, floor=config.mlp_floor or 0.0)
     if config.allocation == "expert":
         assert budget is not None
@@ -82,14 +81,14 @@ def _share_for(
 
 def ffn_budget(total: int, ffn: int, target: float, saved: int = 0, *, floor: float = 0.0) -> float:
     """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`,
-    when narrower attention has `saved` some already; at least the share `floor` of theirs. Raises `OutOfReach` if nothing would
-    be left.
+    when narrower attention and merged tokens have `saved` some already; at least the share `floor` of theirs. Raises
+    `OutOfReach` if nothing would be left.
     """
     budget = ffn - ((1 - target) * total - saved)
     if budget >= ffn:
         raise OutOfReach(
-            f"--target-macs {target:g}: narrower attention alone leaves {1 - saved / total:.2f} of the MACs, so nothing is to "
-            "be cut from the MLPs; give a smaller share, or a larger --attention-macs"
+            f"--target-macs {target:g}: narrower attention or merged tokens alone leave {1 - saved / total:.2f} of the MACs, "
+            "so nothing is to be cut from the MLPs; give a smaller share, or a larger --attention-macs or --token-macs"
         )
     budget = max(budget, floor * ffn)
     if budget <= 0:

@@ -1,0 +1,133 @@
+"""How many tokens each block merges so that a model costs a share of its MACs, counted without running it.
+
+All blocks merge as many tokens, or one more in the last ones: what ToMe calls a constant schedule, at the finest steps that whole
+numbers allow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from moee.errors import OutOfReach, UserError
+from moee.interface.watch import shapes_given
+from moee.mlps.attention import mean_key_map, pair_macs
+from moee.models.model import Shape
+from moee.tokens.block import plain_blocks
+from moee.tokens.merge import TokenMerge
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """MACs of a block: a token's in the linear maps of `attention` and `mlp`, and `per_pair` of tokens in the attention's two
+    products. `dim` is the width of a token, `keys` that of the mean key which merging compares."""
+
+    attention: int
+    mlp: int
+    per_pair: int
+    dim: int
+    keys: int
+
+    def macs(self, tokens: int, merged: int, prefix: int, matches: bool) -> int:
+        """MACs of an image of which `tokens` come and `merged` merge; `matches`: the block looks for alike tokens."""
+        cost = tokens * (self.attention + tokens * self.per_pair) + (tokens - merged) * self.mlp
+        return cost + (merge_macs(tokens - prefix, merged, self.dim, self.keys) if matches else 0)
+
+
+def merge_macs(patches: int, merged: int, dim: int, keys: int) -> int:
+    """MACs of one merge: keys of all patches, their products, and the mean."""
+    seconds = patches // 2
+    return patches * dim * keys + (patches - seconds) * seconds * keys + seconds * merged * dim
+
+
+def most_merged(patches: int) -> int:
+    """How many of so many patches one block can merge: each into one of the second set."""
+    return patches // 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The blocks of a model on images of `tokens` tokens, `prefix` of them no patches."""
+
+    blocks: tuple[BlockCost, ...]
+    tokens: int
+    prefix: int
+
+    def macs(self, merged: Sequence[int]) -> int:
+        """MACs an image of all blocks with so many tokens merged in each."""
+        total, tokens = 0, self.tokens
+        for block, count in zip(self.blocks, merged, strict=True):
+            total += block.macs(tokens, count, self.prefix, count > 0)
+            tokens -= count
+        return total
+
+    def overfull(self, merged: Sequence[int]) -> tuple[int, int] | None:
+        """The first block that cannot merge so many tokens, and the patches that come to it; None if all can."""
+        patches = self.tokens - self.prefix
+        for at, count in enumerate(merged):
+            if not 0 <= count <= most_merged(patches):
+                return at, patches
+            patches -= count
+        return None
+
+
+def block_costs(model: nn.Module, shape: Shape) -> Costs:
+    """The costs of a model that merges no tokens, on images of `shape`. Raises `UserError` as `plain_blocks`."""
+    blocks = plain_blocks(model)
+    given = shapes_given(model, ["blocks.0"], shape)["blocks.0"]
+    return Costs(tuple(_cost(block) for block in blocks), given[1], int(model.num_prefix_tokens))  # type: ignore[arg-type]
+
+
+def _cost(block: nn.Module) -> BlockCost:
+    attention, mlp = (_linear_macs(part) for part in (block.attn, block.mlp))  # type: ignore[arg-type]
+    keys, dim = mean_key_map(block.attn)[0].shape  # type: ignore[arg-type]
+    return BlockCost(attention, mlp, pair_macs(block.attn), dim, keys)  # type: ignore[arg-type]
+
+
+def _linear_macs(module: nn.Module) -> int:
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def constant(blocks: int, total: int) -> list[int]:
+    """`total` merged tokens over so many blocks, as evenly as whole numbers allow, the last ones taking what is left over."""
+    each, more = divmod(total, blocks)
+    return [each + (at >= blocks - more) for at in range(blocks)]
+
+
+def schedule_of(costs: Costs, whole: int, share: float) -> list[int]:
+    """The constant schedule that merges fewest tokens for at most the share `share` of the `whole` MACs an image that the model
+    costs without. Raises `OutOfReach` that names the least share if no schedule does."""
+    blocks, plain = len(costs.blocks), costs.macs([0] * len(costs.blocks))
+    budget = plain - (1 - share) * whole
+    total, least = 0, plain
+    while True:
+        merged = constant(blocks, total)
+        if costs.overfull(merged) is not None:
+            reach = math.ceil((whole - plain + least) / whole * 1000) / 1000
+            raise OutOfReach(f"token merging alone leaves {reach:g} of the MACs at least, {share:g} was asked for; give more")
+        least = min(least, cost := costs.macs(merged))
+        if cost <= budget:
+            return merged
+        total += 1
+
+
+def schedule_with(costs: Costs, each: int) -> list[int]:
+    """`each` merged tokens a block. Raises `UserError` for a block that does not have as many to merge."""
+    merged = [each] * len(costs.blocks)
+    over = costs.overfull(merged)
+    if over is not None:
+        at, patches = over
+        most = max(m for m in range(each) if costs.overfull([m] * len(costs.blocks)) is None)
+        raise UserError(
+            f"--merge-tokens {each}: `blocks.{at}` has {patches} patches left, of which {most_merged(patches)} can merge; give "
+            f"{most} or fewer"
+        )
+    return merged
+
+
+def merges_cost(merges: dict[str, TokenMerge]) -> int:
+    """Numbers that the merges of a model store."""
+    return sum(merge.weight.numel() + merge.bias.numel() for merge in merges.values())
