@@ -82,7 +82,7 @@ ROOMS = {
         "data": "parallel store models",
         "mlps": "interface layers models data",
         "tokens": "interface models mlps",
-        "calibrate": "clustering interface layers parallel store models data tokens",
+        "calibrate": "clustering interface layers parallel store models data mlps tokens",
         "given": "interface libraries models data",
         "places": "store data",
         "kinds": "layers models data mlps tokens",

@@ -17,14 +17,20 @@ import torch
 from torch import Tensor
 
 from moee.calibrate.calibration import CHUNK, hidden_activations
-from moee.calibrate.layer_sums import LayerPart
+from moee.calibrate.layer_sums import SAMPLE, LayerPart
+from moee.calibrate.ridge import add_upper, mirrored
 from moee.layers.routed import NeuronLayer
 from moee.models.ffn import FFN
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import OrderedSum
 
 STEPS = 96  # in which all neurons would be removed
+ENOUGH = 4  # tokens a neuron that an expert's Gram matrix is made of, at least, where it has as many
+COMPACT = 0.75  # of the neurons: when so few are left, matrices are made that hold no others
 RIDGE = 0.01  # of the mean diagonal, as the refit takes for layers of this size
+
+
+Rows = dict[int, Tensor]  # of a part's tokens, by their expert
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,16 @@ def eliminate(
     level = float(gram.diagonal().double().mean())
     if not torch.isfinite(gram).all():
         raise ValueError("the Gram matrix is not finite")
+    level = float(gram.diagonal().double().mean())
+    if not torch.isfinite(gram).all():
+        raise ValueError("the Gram matrix is not finite")
     alive = torch.ones(hidden, dtype=torch.bool, device=gram.device)
     if count >= hidden or level <= 0:  # nothing to remove, or all activations are constant
         return torch.arange(min(count, hidden), device=gram.device)
     damped = gram + ridge * level * torch.eye(hidden, dtype=gram.dtype, device=gram.device)
     inverse, rest = torch.cholesky_inverse(torch.linalg.cholesky(damped)), weight.to(gram.dtype).clone()
     block = block or max(1, hidden // STEPS)
+    ids, alive = torch.arange(hidden, device=gram.device), torch.ones(hidden, dtype=torch.bool, device=gram.device)
     for left in range(hidden - count, 0, -block):
         cost = rest.square().sum(1) / inverse.diagonal().clamp(min=torch.finfo(gram.dtype).tiny)
         cost[~alive] = torch.inf
@@ -71,7 +81,9 @@ def eliminate(
         rest.addmm_(columns, solved[:, : rest.shape[1]], alpha=-1)
         inverse.addmm_(columns, solved[:, rest.shape[1] :], alpha=-1)
         alive[gone] = False
-    return alive.nonzero()[:, 0]
+        if count + left - block < COMPACT * len(alive):
+            ids, rest, inverse, alive = ids[alive], rest[alive], inverse[alive][:, alive], alive[alive]
+    return ids[alive]
 
 
 def eliminated(
@@ -81,27 +93,36 @@ def eliminated(
     means [K, H] of its activations. By this rank's parts of the tokens; every rank gets the same. An expert without a token
     goes by all tokens. `metric` [D, D]: of errors of the output; without it they count alike. None where activations are not
     finite."""
-    means, counts = _means(layer, ffn, parts, group)
+    with group.agreed():
+        rows = [{e: rows for e, rows, _ in part.rows(layer)} for part in parts]
+    means, seen = _sampled_means(ffn, parts, rows, layer.num_experts, group)
+    strides = (seen / (ENOUGH * ffn.hidden)).long().clamp(min=1).tolist()
     weight = ffn.w_down.T if metric is None else ffn.w_down.T @ root_of(metric).to(ffn.w_down)
     overall = torch.zeros(ffn.hidden, ffn.hidden, device=weight.device)
+    counts = torch.zeros_like(seen)
     kept: dict[int, Tensor] = {}
     finite = True
-    for e in counts.nonzero()[:, 0].tolist():
-        gram = _gram(layer, ffn, parts, e, means[e], group)
+    for e in seen.nonzero()[:, 0].tolist():
+        some = [each[e][:: strides[e]] if e in each else None for each in rows]
+        sums = _expert_sums(ffn, parts, some, means[e].float(), group)
         with group.agreed():
-            if group.leader and (finite := finite and bool(torch.isfinite(gram).all())):
-                kept[e] = eliminate(gram / float(counts[e]), weight, layer.widths[e])
-                overall += gram
+            if group.leader and finite:
+                counts[e], off = sums["count"], sums["sum"] / sums["count"]
+                means[e] = means[e].float() + off
+                gram = mirrored(sums["gram"]) - (counts[e] * torch.outer(off, off)).float()
+                if finite := bool(torch.isfinite(gram).all()):
+                    kept[e] = eliminate(gram / float(counts[e]), weight, layer.widths[e])
+                    overall += gram
     with group.agreed():
         if group.leader and finite:
-            for e in (counts == 0).nonzero()[:, 0].tolist():
+            for e in (seen == 0).nonzero()[:, 0].tolist():
                 kept[e] = eliminate(overall, weight, layer.widths[e])
                 means[e] = (means * counts[:, None]).sum(0) / counts.sum()
     parcel = Parcel(finite, {"means": means, **{str(e): ids for e, ids in kept.items()}} if finite else {})
     parcel = group.broadcast(parcel)
     if not parcel.body:
         return None
-    return [parcel.tensors[str(e)].to(weight.device) for e in range(len(counts))], parcel.tensors["means"].to(weight.device)
+    return [parcel.tensors[str(e)].to(weight.device) for e in range(len(means))], parcel.tensors["means"].to(weight.device)
 
 
 def root_of(metric: Tensor) -> Tensor:
@@ -111,33 +132,42 @@ def root_of(metric: Tensor) -> Tensor:
     return root / root.norm().clamp(min=1e-300) * len(root) ** 0.5
 
 
-def _means(layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], group: Group) -> tuple[Tensor, Tensor]:
-    """Means [K, H] of each expert's activations, and what its tokens count for [K], on every rank."""
+def _sampled_means(
+    ffn: FFN, parts: Sequence[LayerPart], rows: Sequence[Rows], experts: int, group: Group
+) -> tuple[Tensor, Tensor]:
+    """Means [K, H] of each expert's activations by one in `SAMPLE` of its tokens, and how many it has in all [K], on every rank:
+    sums of what is left when the means are taken off lose nothing to rounding."""
     exact = torch.zeros(0, dtype=torch.float64, device=ffn.w_down.device)
     sums = OrderedSum(group)
     with group.agreed():
-        for part in parts:
-            total, count = exact.new_zeros(len(layer.b_out), ffn.hidden), exact.new_zeros(len(layer.b_out))
-            for e, rows, _ in part.rows(layer):
-                for few in rows.split(CHUNK):
-                    each = part.counts[few]
-                    total[e] += (hidden_activations(ffn, part.tokens[few]) * each[:, None]).sum(0, dtype=torch.float64)
-                    count[e] += each.sum(dtype=torch.float64)
-            sums.add({"sum": total, "count": count})
+        for part, own in zip(parts, rows, strict=True):
+            total, count, rows_of = exact.new_zeros(experts, ffn.hidden), exact.new_zeros(experts), exact.new_zeros(experts)
+            for e, some in own.items():
+                few, each = some[::SAMPLE], part.counts[some[::SAMPLE]]
+                total[e] = (hidden_activations(ffn, part.tokens[few]) * each[:, None]).sum(0, dtype=torch.float64)
+                count[e], rows_of[e] = each.sum(dtype=torch.float64), len(some)
+            sums.add({"sum": total, "count": count, "rows": rows_of})
     whole = group.broadcast(Parcel(None, sums.total())).tensors
-    total, count = (whole[name].to(exact.device) for name in ("sum", "count"))
-    return total / count.clamp(min=1e-9)[:, None], count
+    total, count, rows_of = (whole[name].to(exact.device) for name in ("sum", "count", "rows"))
+    return total / count.clamp(min=1e-9)[:, None], rows_of
 
 
-def _gram(layer: NeuronLayer, ffn: FFN, parts: Sequence[LayerPart], expert: int, mean: Tensor, group: Group) -> Tensor:
-    """The Gram matrix [H, H] of an expert's activations less their mean, on rank 0."""
+def _expert_sums(
+    ffn: FFN, parts: Sequence[LayerPart], rows: Sequence[Tensor | None], shift: Tensor, group: Group
+) -> dict[str, Tensor]:
+    """Of an expert's activations less `shift` [H], on rank 0: the upper part of their Gram matrix [H, H], their sum [H] and what
+    its tokens count for, both float64. `rows`: its tokens in each part."""
     sums, device = OrderedSum(group), ffn.w_down.device
     with group.agreed():
-        for part in parts:
+        for part, own in zip(parts, rows, strict=True):
             gram = torch.zeros(ffn.hidden, ffn.hidden, device=device)
-            for rows in (rows for e, rows, _ in part.rows(layer) if e == expert):
-                for few in rows.split(CHUNK):
-                    hidden = hidden_activations(ffn, part.tokens[few]) - mean.float()
-                    gram.addmm_((hidden * part.counts[few][:, None]).T, hidden)
-            sums.add({"gram": gram})
-    return sums.total().get("gram", torch.zeros(0, 0)).to(device)
+            total, count = torch.zeros(ffn.hidden, dtype=torch.float64, device=device), 0.0
+            for few in () if own is None else own.split(CHUNK):
+                each = part.counts[few]
+                hidden = hidden_activations(ffn, part.tokens[few]) - shift
+                weighed = hidden * each[:, None]
+                add_upper(gram, hidden, weighed)
+                total += weighed.sum(0, dtype=torch.float64)
+                count += float(each.sum(dtype=torch.float64))
+            sums.add({"gram": gram, "sum": total, "count": torch.tensor(count, dtype=torch.float64, device=device)})
+    return {name: value.to(device) for name, value in sums.total().items()}

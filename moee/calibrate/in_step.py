@@ -38,15 +38,15 @@ class WaitingStep(nn.Module):
 
 
 class Pass(threading.Thread):
-    """A forward pass that runs from one `advance` to the next."""
+    """A forward pass that runs from one `advance` to the next. `at` is the step where it waits."""
 
     def __init__(self, work: Callable[[], object]):
         super().__init__(name="pass", daemon=True)
         self.work = work
         self.inference, self.grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
-        self.at: WaitingStep | None = None
-        self.x = torch.empty(0)
+        self.at: object = None
+        self.x = self.beside = torch.empty(0)
         self.error: BaseException | None = None
         self.over = False
 
@@ -63,12 +63,12 @@ class Pass(threading.Thread):
         self.at, self.over = None, True
         self.paused.release()
 
-    def wait(self, step: WaitingStep, x: Tensor) -> None:
-        """In the pass: hand its input to the step, and go on when it is told to."""
+    def wait(self, step: object, x: Tensor) -> None:
+        """In the pass: be at the step with what it is handed, and go on when it is told to."""
         self.at, self.x = step, x
         self.paused.release()
         self.go.acquire()
-        self.x = torch.empty(0)
+        self.x = self.beside = torch.empty(0)
         if self.over:
             raise _Ended
 
@@ -95,12 +95,13 @@ class InStep:
             one.go.release()
             one.join()
 
-    def bring(self, step: WaitingStep, name: str) -> list[Tensor]:
-        """What each pass gives the layer `name`, once it has come there. `step.ready` lets them go on."""
+    def bring(self, step: object, name: str) -> list[Pass]:
+        """Every pass, once it has come to the step of the layer `name`: `x` is what it hands over there, `beside` what it noted
+        on the way. The `ready` of a `WaitingStep` lets them go on."""
         for one in self.passes:
             one.advance()
             if one.error is not None:
                 raise one.error
-            if one.at is not step:
+            if one.at != step:
                 raise StepFailed(f"`{name}` runs out of turn or not at all for some images; skip it with --exclude {name}")
-        return [one.x for one in self.passes]
+        return self.passes

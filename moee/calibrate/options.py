@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from moee.clustering.options import ClusteringOptions
 from moee.config import MOST_FACTOR, PAPER_TOKENS, Count, Options, Seed, Views
 
+MEASURED = ("sensitivity", "taylor")  # criteria by gradients of the model's output, whose figures of all layers are of one kind
+
 
 class CalibrationOptions(Options):
     """The tokens that a method looks at."""
@@ -23,7 +25,7 @@ class SelectionOptions(Options):
     """Which neurons stay: those that hold the share `keep` of a criterion, in each expert with `allocation` expert, over all
     layers and experts together with `allocation` model. `target_macs` finds the share that meets a cost instead."""
 
-    criterion: Literal["sensitivity", "output_variance", "variance", "magnitude", "random"] = Field(
+    criterion: Literal["sensitivity", "taylor", "output_variance", "variance", "magnitude", "weight", "random"] = Field(
         "output_variance", description="what neurons are ranked by"
     )
     keep: float = Field(
@@ -84,7 +86,7 @@ class SelectionOptions(Options):
 
     @model_validator(mode="after")
     def _comparable(self) -> SelectionOptions:
-        if self.allocation == "model" and self.criterion != "sensitivity":
+        if self.allocation == "model" and self.criterion not in MEASURED:
             raise ValueError(
                 f"--allocation model compares neurons across layers, so it needs --criterion sensitivity (came {self.criterion})"
             )
@@ -100,6 +102,11 @@ class RefitOptions(Options):
     refit_lambda: float | None = Field(
         None, gt=0, le=MOST_FACTOR,
         description="ridge of the refit, as a share of the Gram matrix's mean diagonal (default: chosen by held-out tokens)",
+    )  # fmt: skip
+    refit_target: Literal["stream", "layer"] = Field(
+        "layer",
+        description="what the refit brings a layer to: the dense model's residual stream behind it, so that it makes good what "
+        "earlier layers lost too, or the dense MLP's output on the layer's own inputs",
     )  # fmt: skip
     refit_tokens: Count = Field(PAPER_TOKENS, description="tokens a layer that the refit may use")
     augment: Views = Field(0, description="random views of each training image that the refit sees beside it")

@@ -14,21 +14,23 @@ image's tokens mostly stay together).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from moee.calibrate.calibration import BATCH_SIZE, CHUNK, as_tokens
+from moee.calibrate.calibration import BATCH_SIZE
 from moee.calibrate.elimination import Elimination
 from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, spread_parts, tokens_an_image
-from moee.calibrate.in_step import InStep, WaitingStep
-from moee.calibrate.layer_sums import SAMPLE, CentredSums, LayerPart, Original, Shifts, centred, part_sums, shift_of
-from moee.calibrate.prefix import holds_prefix, prefix_tokens, token_weights
+from moee.calibrate.in_step import InStep
+from moee.calibrate.layer_sums import CentredSums, LayerPart, Original, RefitStep, centred, find_shifts, part_sums, scale_of
+from moee.calibrate.prefix import holds_prefix, prefix_tokens
 from moee.calibrate.ridge import LEAST, choose_ridge, held_out_runs, solve_ridge
+from moee.calibrate.stream import Stream, target_of
 from moee.data.image_set import ImageSet, batches
 from moee.errors import StepFailed, UserError
 from moee.layers.report import RefitReport
@@ -66,20 +68,8 @@ def refit_from_parts(
     """`refit_layer` on this rank's parts of the tokens, those of lower ranks first; every rank's layer gets the same bytes. The
     sums are made part by part and added in their order; rank 0 solves."""
     device = layer.w_down.device
-    with group.agreed():
-        own: dict[int, tuple[Tensor, Tensor]] = {}  # tokens of each expert in the first part that has some
-        for part in parts:
-            for e, rows, kept in part.rows(layer):
-                own.setdefault(e, (part.tokens[rows[::SAMPLE]], kept))
-    told = group.all_json({"tokens": [len(part.tokens) for part in parts], "experts": sorted(own)})
-    before, total = (sum(sum(rank["tokens"]) for rank in some) for some in (told[: group.rank], told))
-    shifts: Shifts = {}
-    for rank, facts in enumerate(told):
-        first = [e for e in facts["experts"] if e not in shifts]
-        if first:
-            with group.agreed():
-                mine = {e: shift_of(layer, ffn, *own[e]) for e in first} if rank == group.rank else {}
-            shifts |= _shared_shifts(mine, first, rank, group, device)
+    shifts, told = find_shifts(layer, ffn, parts, group)
+    before, total = sum(told[: group.rank]), sum(told)
     held_out = held_out_runs(total).to(device) if ridge is None else None
     sums = OrderedSum(group)
     with group.agreed():
@@ -93,18 +83,9 @@ def refit_from_parts(
         if not total:
             raise UserError(f"none of the images that `{ffn.name}` would be refitted on can be read; check the files")
         if group.leader:
-            found = centred(layer, {name: value.to(device) for name, value in whole.items()}, shifts)
+            found = centred(layer, ffn, {name: value.to(device) for name, value in whole.items()}, shifts)
             report = _solve(layer, ffn, found, ridge, total)
     return _shared_layer(layer, report, group)
-
-
-def _shared_shifts(mine: Shifts, experts: list[int], source: int, group: Group, device: torch.device) -> Shifts:
-    """The shifts of these experts, which rank `source` has."""
-    if group.alone:
-        return mine
-    tensors = {f"{e} {which}": value for e, pair in mine.items() for which, value in enumerate(pair)}
-    tensors = dict(group.broadcast(Parcel(None, tensors), source).tensors)
-    return {e: (tensors[f"{e} 0"].to(device), tensors[f"{e} 1"].to(device)) for e in experts}
 
 
 def _shared_layer(layer: NeuronLayer, report: RefitReport | None, group: Group) -> RefitReport:
@@ -132,7 +113,8 @@ def _solve(layer: NeuronLayer, ffn: Original, found: CentredSums, ridge: float |
         return RefitReport(**facts, note="refit skipped: the activations are constant")
     before = after = None
     if ridge is None:
-        ridge, gain = choose_ridge(found.gram[0], found.cross[0], found.gram[1], found.cross[1])
+        crosses = found.cross * scale_of(ffn)
+        ridge, gain = choose_ridge(found.gram[0], crosses[0], found.gram[1], crosses[1])
         before = found.missed[1] / found.power[1] if found.power[1] else None
         if ridge is None:
             why = f"{tokens} tokens for {layer.union} neurons"
@@ -150,29 +132,11 @@ def _solve(layer: NeuronLayer, ffn: Original, found: CentredSums, ridge: float |
     return RefitReport(**facts, ridge=used, error_before=before, error_after=after, note=note)
 
 
-class _RefitStep(WaitingStep):
-    """Stands where a routed layer will be: passes wait here until it is refitted on what they bring."""
-
-    def __init__(self, layer: NeuronLayer, ffn: Original, prefix: Callable[[int], int]):
-        super().__init__()
-        self.layer, self.ffn, self.prefix = layer, ffn, prefix
-
-    def part(self, x: Tensor) -> LayerPart:
-        """What a pass brings, as tokens."""
-        weights = None
-        if x.ndim == 3 and (prefix := self.prefix(x.shape[1])):
-            weights = token_weights(x.shape[1], prefix).to(x.device).repeat(len(x))
-        return LayerPart(as_tokens(x, self.layer.channels_first).float(), weights)
-
-    def apply_to(self, x: Tensor) -> Tensor:
-        parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() // self.ffn.dim)))]
-        return torch.cat(parts)
-
-
 @torch.inference_mode()
 def refit(
     model: nn.Module, layers: dict[str, NeuronLayer], ffns: Mapping[str, Original], data: ImageSet, tokens: int, *,
     ridge: float | None, report: Reporter = silent, group: Group = SOLO, elimination: Elimination | None = None,
+    dense: nn.Module | None = None,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and
     layers come and go on the CPU; the work is done on the device of `group`, whose ranks share the images and end with the same
@@ -184,9 +148,12 @@ def refit(
     `moee.calibrate.entry`). Memory grows with `tokens`: about 40 bytes x D a token.
 
     With an `elimination` the neurons of each layer are chosen first, on the same tokens; `layers` then holds the new ones.
+    With the `dense` model the target of a layer is what brings the residual stream behind it to the dense one's
+    (`moee.calibrate.stream`), where a module reads what its output is added to; else it is the dense MLP's output on the layer's
+    own inputs. The dense model takes as much time and memory again.
     """
-    with placed(model, group.device):
-        return _Refit(model, layers, ffns, data, ridge, report, group, elimination).run(tokens)
+    with placed(model, group.device), nullcontext() if dense is None else placed(dense, group.device):
+        return _Refit(model, layers, ffns, data, ridge, report, group, elimination, dense).run(tokens)
 
 
 @dataclass(frozen=True)
@@ -201,6 +168,7 @@ class _Refit:
     report: Reporter
     group: Group
     elimination: Elimination | None
+    dense: nn.Module | None
 
     def run(self, tokens: int) -> dict[str, RefitReport]:
         with self.group.agreed():
@@ -210,6 +178,8 @@ class _Refit:
         fewest = min(some.images for some in todo)  # as many as pass the whole model together
         most_kept = KEPT * tokens * max(widths.values())
         parts = min(PARTS, tokens // (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))
+        with self.group.agreed():
+            stream = Stream.of(self.dense, self._mlps(list(self.ffns)), image)
         done: dict[str, RefitReport] = {}
         self.report("refit", 0, len(self.layers))
         while todo:
@@ -220,9 +190,16 @@ class _Refit:
                 continue
             most = fewest if entry is None else max(fewest, most_kept // entry.numbers)
             with self.group.agreed():
-                passes = self._passes(entry, some.names[0], spread_parts(len(self.data), min(some.images, most), parts), image)
-            self._refit(some.names, passes, done)
+                orders = spread_parts(len(self.data), min(some.images, most), parts)
+                models = [self.model] if self.dense is None else [self.model, self.dense]
+                passes = self._passes(models, entry, some.names[0], orders, image)
+            self._refit(some.names, passes, stream, done)
         return {name: done[name] for name in self.layers}
+
+    def _mlps(self, names: Sequence[str]) -> list[FFN]:
+        """The dense MLPs among the originals of these names, where the work is done."""
+        near = (self.ffns[name].to(self.group.device) for name in names)
+        return [ffn for ffn in near if isinstance(ffn, FFN)]
 
     def _entry(self, some: ImageGroup, done: Mapping[str, RefitReport], image: Tensor) -> Entry | None:
         """Where the passes of these layers begin, on every rank at the same place; None: at the model's beginning."""
@@ -234,11 +211,13 @@ class _Refit:
                 raise StepFailed("the ranks do not read the model alike; start them on machines of one kind")
         return entry
 
-    def _passes(self, entry: Entry | None, first: str, orders: Sequence[Tensor], image: Tensor) -> list[Callable[[], object]]:
-        """Forward passes over this rank's parts of the images, in those `orders`; they begin at the entry."""
+    def _passes(
+        self, models: Sequence[nn.Module], entry: Entry | None, first: str, orders: Sequence[Tensor], image: Tensor
+    ) -> list[list[Callable[[], object]]]:
+        """For each of the models forward passes over this rank's parts of the images, in those `orders`, from the entry on."""
         share = self.group.part(len(orders))
         mine = orders[share.start : share.stop]
-        steps, taken = sum(-(-len(order) // BATCH_SIZE) for order in mine), 0
+        steps, taken = sum(-(-len(order) // BATCH_SIZE) for order in mine) * len(models), 0
 
         def images(order: Tensor) -> Iterator[Tensor]:
             nonlocal taken
@@ -248,39 +227,46 @@ class _Refit:
                 if entry is not None:
                     self.report(f"refit, images for {first}", taken, steps)
 
-        passes: list[Callable[[], object]] = []
+        passes: list[list[Callable[[], object]]] = [[] for _ in models]
         for order in mine:
-            seen = images(order)
-            head = next(seen, None)
-            if head is None:
-                continue  # none of this part can be read
             if entry is None:
-                passes.append(partial(self.model, torch.cat([head, *seen])))
-            else:
-                inputs = gather(self.model, entry, chain([head], seen), len(order))
-                passes.append(partial(self._from_entry, entry, inputs, image))
+                seen = [*images(order)]
+                whole = torch.cat(seen) if seen else None  # none of this part can be read
+                for own, model in zip(passes, models, strict=True):
+                    own += [] if whole is None else [partial(model, whole)]
+                continue
+            for own, model in zip(passes, models, strict=True):
+                late = images(order)
+                if (head := next(late, None)) is not None:
+                    inputs = gather(model, entry, chain([head], late), len(order))
+                    own.append(partial(_from_entry, model, entry, inputs, image))
         return passes
 
-    def _from_entry(self, entry: Entry, inputs: Inputs, image: Tensor) -> None:
-        with taken_up(self.model, entry, inputs):
-            self.model(image)
-
-    def _refit(self, names: Sequence[str], passes: Sequence[Callable[[], object]], done: dict[str, RefitReport]) -> None:
-        """Refit the layers of these names as the passes come to them."""
+    def _refit(
+        self, names: Sequence[str], passes: Sequence[Sequence[Callable[[], object]]], stream: Stream, done: dict[str, RefitReport]
+    ) -> None:
+        """Refit the layers of these names as the passes come to them; the second ones are of the dense model."""
 
         def prefix_of(count: int) -> int:
             return prefix_tokens(self.model) if holds_prefix(self.model, count) else 0
 
-        steps = {name: _RefitStep(self.layers[name], self.ffns[name], prefix_of) for name in names}
+        steps = {name: RefitStep(self.layers[name], self.ffns[name], prefix_of) for name in names}
         for name, step in steps.items():
             replace_module(self.model, name, step)
+        added = [name for name in names if name in stream.readers]
         try:
-            with InStep(passes) as running:
+            with ExitStack() as stack:
+                stack.enter_context(stream.waiting(self._mlps(added)))
+                stack.enter_context(stream.noted(self.model, added))
+                running, *beside = (stack.enter_context(InStep(works)) for works in passes)
                 for name, step in steps.items():
+                    ffn = self.ffns[name].to(self.group.device)
                     with self.group.agreed():
-                        parts = [step.part(x) for x in running.bring(step, name)]
+                        parts = [step.part(one.x) for one in running.bring(step, name)]
+                        if name in added:
+                            given = zip(parts, beside[0].bring(name, name), running.passes, strict=True)
+                            parts = [replace(part, targets=target_of(ffn, d.x, own.beside)) for part, d, own in given]
                     with own_arithmetic():
-                        ffn = self.ffns[name].to(self.group.device)
                         if self.elimination is not None:
                             assert isinstance(ffn, FFN), "neurons are chosen anew for dense MLPs alone"
                             step.layer = self.layers[name] = self.elimination.chosen(self.layers[name], ffn, parts, self.group)
@@ -290,3 +276,8 @@ class _Refit:
         finally:
             for name in names:
                 replace_module(self.model, name, self.layers[name])
+
+
+def _from_entry(model: nn.Module, entry: Entry, inputs: Inputs, image: Tensor) -> None:
+    with taken_up(model, entry, inputs):
+        model(image)

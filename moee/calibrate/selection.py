@@ -58,6 +58,11 @@ def output_weight(ffn: FFN) -> Tensor:
     return columns.double().square().sum(0)
 
 
+def weight_norm(ffn: FFN) -> Tensor:
+    """Norm [H] of each neuron's weights in all maps of the MLP: the group magnitude of DepGraph (Fang et al. 2023)."""
+    return torch.cat([*ffn.maps_in, ffn.w_down.T], 1).double().norm(dim=1)
+
+
 def keep_by_share(importance: Tensor, share: float) -> Tensor:
     """Ascending ids of the fewest entries of importance [H] that sum to `share` of its total; at least one.
 
@@ -76,13 +81,14 @@ def select_neurons(moments: Moments, ffn: FFN, criterion: str, keep: float, seed
     """Per expert, the ascending neuron ids [H_e] int64 to keep.
 
     `variance` and `output_variance` keep the fewest that hold `keep` of the (weighted) variance. `magnitude` (mean
-    absolute activation) and `random` are there to compare with: they keep as many as `variance` would, so that the cost
-    is the same. Raises `UserError` for another criterion.
+    absolute activation), `weight` (norm of a neuron's weights) and `random` are there to compare with: they keep as many as
+    `variance` would, so that the cost is the same. Raises `UserError` for another criterion.
     """
     generator = torch.Generator().manual_seed(seed)
     scores_of: dict[str, Callable[[], Tensor] | None] = {
         "variance": None, "output_variance": None,
-        "magnitude": lambda: moments.magnitude, "random": lambda: torch.rand(moments.mean.shape, generator=generator),
+        "magnitude": lambda: moments.magnitude, "weight": lambda: weight_norm(ffn).expand(moments.mean.shape),
+        "random": lambda: torch.rand(moments.mean.shape, generator=generator),
     }  # fmt: skip
     scores = chosen(scores_of, criterion, "criterion")
     weight = output_weight(ffn) if criterion == "output_variance" else torch.ones(ffn.hidden, dtype=torch.float64)

@@ -86,6 +86,10 @@ class Method(ABC, Generic[Chosen]):
         """Whether the options ask for anything at all."""
         return True
 
+    def obstacle(self, options: Chosen, before: Sequence[str]) -> str:
+        """Why it cannot come after steps of the methods `before`; empty if it can."""
+        return ""
+
     def check(self, model: nn.Module, shape: tuple[int, int, int], options: Chosen) -> None:
         """Raise `UserError` for what can be said of a model, on images of `shape`, without any work."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from moee.calibrate.calibration import LayerTokens
 from moee.data.image_set import ImageSet
 from moee.parallel.group import SOLO, Group
@@ -17,8 +19,8 @@ from moee.progress import Reporter, silent
 class Context:
     """What a method works with: the calibration images, where it reports progress, the ranks that share the work (and their
     devices), how many layers are clustered side by side, tokens that an earlier calibration of the same model collected, where
-    calibration tokens lie (a temporary folder of their own by default), and what a method leaves for its next call on the same
-    dense model and data."""
+    calibration tokens lie (a temporary folder of their own by default), what a method leaves for its next call on the same dense
+    model and data, and the `dense` model, whose outputs are wanted (None: what the method is given)."""
 
     data: ImageSet
     report: Reporter = silent
@@ -27,3 +29,4 @@ class Context:
     sampled: Sequence[LayerTokens] | None = None
     scratch: Path | None = None
     left: dict[Any, Any] = field(default_factory=dict)
+    dense: nn.Module | None = None

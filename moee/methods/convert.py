@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -40,8 +41,8 @@ from moee.store.scratch import temporary_folder
 
 @dataclass(frozen=True)
 class Prepared:
-    """An extraction up to the choice of neurons: the grouped layers, reports of what is no MLP to cut and, for the criterion
-    sensitivity or an elimination, the error [K, H] that dropping each neuron of each expert makes and the `metric` [D, D] of
+    """An extraction up to the choice of neurons: the grouped layers, reports of what is no MLP to cut and, for the criteria of
+    gradients or an elimination, the error [K, H] that dropping each neuron of each expert makes and the `metric` [D, D] of
     errors of each MLP's output. Different budgets can be applied to it."""
 
     ffns: list[FFN]
@@ -146,7 +147,9 @@ def _collected(ffns: list[FFN], layers: list[Finding], group: Group) -> list[Fin
 def install_experts(model: nn.Module, prepared: Prepared, options: Any, context: Context) -> list[LayerReport]:
     """Choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit on the group's devices. All ranks
     call it, and get their layers; the reports are whole on rank 0 alone."""
-    group, reports = context.group, []
+    group, reports, dense = context.group, [], None
+    if options.compensation == "refit" and options.refit_target == "stream":
+        dense = context.dense or copy.deepcopy(model)
     with group.agreed():
         if group.leader:
             reports = _put_layers(model, prepared, options, context.data)
@@ -158,6 +161,7 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         done = refit(
             model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group,
             elimination=Elimination(chosen_anew, prepared.metric) if options.neurons == "eliminated" else None,
+            dense=dense,
         )  # fmt: skip
         reports = [replace(r, refit=done[r.name], union=layers[r.name].union) if r.name in done else r for r in reports]
     return [*reports, *prepared.dense]
@@ -195,6 +199,8 @@ def sensitivity_of(model: nn.Module, prepared: Prepared, options: NeuronOptions,
     """Sensitivity of every routed layer's experts and neurons, measured on the group's devices. All ranks call it and get the
     same; what is routed, rank 0 knows."""
     stats = _shared_stats(prepared.routed, context.group)
+    if options.criterion == "taylor":  # nothing is put in a dropped neuron's place
+        stats = {name: replace(each, mean=torch.zeros_like(each.mean)) for name, each in stats.items()}
     if not stats:
         return {}
     ffns = {ffn.name: ffn for ffn in prepared.ffns if ffn.name in stats}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from moee.calibrate.options import GroupingOptions, NeuronOptions
+from moee.calibrate.options import MEASURED, GroupingOptions, NeuronOptions
 from moee.clustering.options import PARTITIONS
 from moee.errors import UserError
 from moee.methods.base import Row, Shares, Values, Variant
@@ -44,8 +44,8 @@ class ExpertsOptions(NeuronOptions, GroupingOptions):
 
     @model_validator(mode="after")
     def _measured_where_routed(self) -> ExpertsOptions:
-        if self.criterion == "sensitivity" and self.statistics == "cluster":
-            raise ValueError("--criterion sensitivity is measured on routed tokens; use --statistics routed")
+        if self.criterion in MEASURED and self.statistics == "cluster":
+            raise ValueError(f"--criterion {self.criterion} is measured on routed tokens; use --statistics routed")
         return self
 
 
@@ -83,7 +83,7 @@ class NeuronMethod(LayerMethod[Any]):
         """The error that dropping each neuron makes, once it is asked for."""
         from moee.methods.convert import sensitivity_of
 
-        if (options.criterion == "sensitivity" or options.neurons == "eliminated") and not prepared.error:
+        if (options.criterion in MEASURED or options.neurons == "eliminated") and not prepared.error:
             found = sensitivity_of(model, prepared, options, context)
             prepared.error.update({name: of.error for name, of in found.items()})
             prepared.metric.update({name: of.metric for name, of in found.items()})

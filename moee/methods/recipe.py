@@ -70,6 +70,8 @@ class Recipe:
         if not methods or methods[-1].cuts not in ALONE:
             names = ", ".join(method.name for part in reversed(ALONE) for method in cutting(part))
             raise UserError(f"a recipe has no step that cuts MLPs or merges tokens; expected one of {names}")
+        if why := methods[-1].obstacle(self.steps[-1], [method.name for method in methods[:-1]]):
+            raise StepError(len(methods) - 1, why, "method")
 
     @classmethod
     def of(cls, options: Options | Recipe) -> Recipe:

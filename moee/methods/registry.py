@@ -9,6 +9,7 @@ from moee.config import Options, validated
 from moee.errors import OptionError, UserError
 from moee.methods.base import Method
 from moee.methods.clear_moe.method import ClearMethod
+from moee.methods.corp.method import CorpMethod
 from moee.methods.experts import ExpertsMethod
 from moee.methods.heads.method import HeadsMethod
 from moee.methods.moefication.method import MoeficationMethod
@@ -21,6 +22,7 @@ METHODS: list[Method[Any]] = [
     StaticMethod(),
     MoeficationMethod(),
     ClearMethod(),
+    CorpMethod(),
     HeadsMethod(),
     TokensMethod(),
 ]

@@ -66,6 +66,10 @@ class GatedMLP(FFN):
         return 3 * self.dim
 
     @property
+    def maps_in(self) -> tuple[Tensor, ...]:
+        return self.w_gate, self.w_up
+
+    @property
     def only_static(self) -> bool:
         return True
 

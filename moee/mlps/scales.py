@@ -39,7 +39,7 @@ def following_scales(model: nn.Module, outputs: Mapping[str, tuple[int, int]], i
     blocks: dict[str, list[str]] = {}
     found = {name: Scale() for name in outputs}
     for name, (width, _) in outputs.items():
-        for block in _above(name):
+        for block in blocks_above(name):
             if _weights(model.get_submodule(block), width):
                 blocks.setdefault(block, []).append(name)
                 found[name] = Scale(verified=False)
@@ -75,7 +75,7 @@ def following_scales(model: nn.Module, outputs: Mapping[str, tuple[int, int]], i
     return found
 
 
-def _above(name: str) -> Iterator[str]:
+def blocks_above(name: str) -> Iterator[str]:
     """The modules around `name`, nearest first, without the model itself."""
     for _ in range(LEVELS):
         name = name.rpartition(".")[0]

@@ -58,6 +58,11 @@ class FFN:
         return 2 * self.dim
 
     @property
+    def maps_in(self) -> tuple[Tensor, ...]:
+        """The maps [H, D] that read its input."""
+        return (self.w_up,)
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates a token."""
         return self.neuron_macs * self.hidden

@@ -34,6 +34,10 @@ class Mixture:
     def b_down(self) -> Tensor:
         return torch.zeros(self.dim, device=self.layer.w_up.device)
 
+    @property
+    def scale(self) -> None:
+        """What follows it was not looked at."""
+
     def target(self, tokens: Tensor) -> Tensor:
         """Outputs [n, D] for input tokens [n, D]."""
         return self.layer(tokens)

@@ -124,7 +124,7 @@ class Session:
 
     def context(self, jobs: int = 1, sampled: Sequence[LayerTokens] | None = None) -> Context:
         """What methods work with on this model and its training images."""
-        return Context(self.train, self.report, self.group, jobs, sampled, left=self._left)
+        return Context(self.train, self.report, self.group, jobs, sampled, left=self._left, dense=self.dense)
 
     def prove(self, recipe: Recipe) -> None:
         """See that the model was read rightly, and that its costs can be counted, before hours are spent on it.

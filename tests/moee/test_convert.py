@@ -277,7 +277,7 @@ def test_hash_routing_is_the_sign_pattern_for_a_power_of_two():
     assert torch.equal(route(tokens, router, bias)[:, 0], (bits * torch.tensor([1, 2, 4])).sum(1))
 
 
-@pytest.mark.parametrize("criterion", ["magnitude", "random"])
+@pytest.mark.parametrize("criterion", ["magnitude", "weight", "random"])
 def test_criteria_to_compare_with_cost_what_variance_costs(tiny_model, criterion):
     widths = {}
     for name in ("variance", criterion):

@@ -1,10 +1,15 @@
 """Neuron selection and streamed moments."""
 
+import copy
+
 import pytest
 import torch
 
-from moee.calibrate.selection import MomentAccumulator, keep_by_share, output_weight, select_neurons
+from moee.calibrate.selection import MomentAccumulator, Moments, keep_by_share, output_weight, select_neurons, weight_norm
+from moee.layers.routed import routed_layers
+from moee.methods.recipe import method_options
 from moee.mlps.find import find_ffns
+from tests.conftest import extract, tiny_images
 
 
 def test_keeps_the_fewest_neurons_that_hold_the_share():
@@ -44,3 +49,28 @@ def test_output_variance_weighs_by_the_down_projection(tiny_model):
     assert output_weight(ffn)[0] == 0
     assert 0 not in select_neurons(moments, ffn, "output_variance", 0.99)[0].tolist()
     assert 0 in select_neurons(moments, ffn, "variance", 1.0)[0].tolist()
+
+
+def test_weight_ranks_by_the_norm_of_all_that_a_neuron_has(tiny_model):
+    ffn = find_ffns(tiny_model).ffns[0]
+    norms = torch.stack([torch.cat([ffn.w_up[j], ffn.w_down[:, j]]).norm() for j in range(ffn.hidden)])
+    torch.testing.assert_close(weight_norm(ffn).float(), norms)
+    moments = Moments(torch.ones(1), torch.zeros(1, 128), torch.ones(1, 128).double(), torch.zeros(1, 128))
+    kept = select_neurons(moments, ffn, "weight", 0.25)[0]
+    assert kept.tolist() == norms.topk(32).indices.sort().values.tolist()
+
+
+def test_taylor_is_the_sensitivity_of_neurons_that_nothing_replaces(tiny_model):
+    """Around zero and not around the mean: a neuron that hardly varies matters by what it always gives."""
+    with torch.no_grad():
+        mlp = tiny_model.blocks[1].mlp
+        mlp.fc1.weight[5] = 0
+        mlp.fc1.bias[5], mlp.fc1.bias[6:9] = 3.0, -9.0
+    kept = {}
+    for criterion in ("taylor", "sensitivity"):
+        model = copy.deepcopy(tiny_model)
+        options = method_options("static", criterion=criterion, allocation="model", target_macs=0.6, compensation="mean")
+        extract(model, tiny_images(), options)
+        rows = routed_layers(model)["blocks.1.mlp"].w_up
+        kept[criterion] = bool((rows == 0).all(1).any())
+    assert kept == {"taylor": True, "sensitivity": False}

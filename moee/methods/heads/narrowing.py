@@ -136,7 +136,7 @@ def narrow(
             with InStep([partial(model, some.to(group.device)) for some in own]) as running:
                 for name, step in steps.items():
                     with group.agreed():
-                        parts = running.bring(step, name)
+                        parts = [one.x for one in running.bring(step, name)]
                     step.make(parts, group)
                     step.ready = True
         finally:

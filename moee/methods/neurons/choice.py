@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibrate.grouping import GroupedLayer
-from moee.calibrate.options import NeuronOptions
+from moee.calibrate.options import MEASURED, NeuronOptions
 from moee.calibrate.selection import keep_by_share, select_neurons
 from moee.data.image_set import ImageSet, batches, image_shape
 from moee.errors import OutOfReach
@@ -21,7 +21,7 @@ def choose_neurons(
 ) -> dict[str, list[Tensor]]:
     """Per layer and expert, the ascending ids of the neurons to keep; a layer that would cost as much as dense is left out.
 
-    `error` [K, H] a layer is needed by the criterion sensitivity alone.
+    `error` [K, H] a layer is needed by the criteria of gradients alone.
     """
     if not routed:
         return {}
@@ -51,7 +51,7 @@ def choose_neurons(
 
 def _by_expert(routed: GroupedLayer, error: Tensor | None, config: NeuronOptions, keep: float) -> list[Tensor]:
     """Each expert's neurons that hold the share `keep` of the criterion in that expert."""
-    if config.criterion == "sensitivity":
+    if config.criterion in MEASURED:
         assert error is not None
         return [keep_by_share(row, keep) for row in error]
     return select_neurons(routed.moments, routed.ffn, config.criterion, keep, config.seed)

@@ -1,0 +1,1 @@
+"""CORP, structured pruning of MLPs and heads in closed form: `method`; its parts: `budget`, `attention` and `convert`."""

@@ -1,0 +1,98 @@
+"""The residual stream as the target of a refit: where it is read, what the target is, and that it makes good earlier losses."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from moee.calibrate.refit import refit
+from moee.calibrate.stream import target_of
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import mean_cosine
+from moee.methods.recipe import method_options
+from moee.mlps.find import find_ffns
+from moee.mlps.residual import Reader, residual_readers
+from moee.models.model import replace_module
+from tests.conftest import extract, tiny_images
+from tests.moee.test_hierarchical import halved
+
+SMALL = dict(img_size=32, embed_dim=32, num_classes=0)
+MODELS = {  # what reads the stream in front of the first MLP of each; None: nothing does
+    "vit_tiny_patch16_224": (dict(SMALL, patch_size=8, depth=2, num_heads=2, init_values=0.1), "blocks.0.norm2"),
+    "swin_tiny_patch4_window7_224": (dict(SMALL, depths=(1, 1), num_heads=(2, 4), window_size=4), "layers.0.blocks.0.norm2"),
+    "convnext_atto": (dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=0), "stages.0.blocks.0.conv_dw"),
+    "vit_small_patch16_36x1_224": (dict(SMALL, patch_size=8, depth=1, num_heads=2), "blocks.0.norm2"),
+    "swinv2_cr_tiny_224": (dict(SMALL, depths=(1, 1), num_heads=(2, 4), window_size=4), None),  # its norm stands behind the MLP
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stream_is_found_where_a_module_reads_it(name):
+    kwargs, reader = MODELS[name]
+    model = timm.create_model(name, **kwargs).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    found = find_ffns(model, shape=(3, 32, 32)).ffns
+    readers = residual_readers(model, found, torch.randn(1, 3, 32, 32))
+    assert readers == {} if reader is None else readers[found[0].name] == Reader(reader, "conv" in reader)
+
+
+def test_the_target_brings_the_stream_to_the_dense_one(tiny_model):
+    ffn = find_ffns(tiny_model).ffns[0]
+    dense, own, scale = torch.randn(6, 32), torch.randn(6, 32), torch.rand(32) + 0.1
+    scale[3] = 0
+    object.__setattr__(ffn, "scale", scale)
+    after = own + scale * (target_of(ffn, dense, own) + ffn.b_down)
+    after[:, 3] = dense[:, 3]  # nothing reaches this one
+    torch.testing.assert_close(after, dense, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_refit_solves_for_the_dense_stream_on_its_own_inputs(tiny_model):
+    """Layer by layer against two whole forward passes and one least-squares problem each."""
+    dense, data, ridge = copy.deepcopy(tiny_model), tiny_images(40), 0.01
+    ffns = {ffn.name: ffn for ffn in find_ffns(dense).ffns}
+    layers = {name: halved(ffn) for name, ffn in ffns.items()}
+    before = {name: layer.w_down.clone() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        replace_module(tiny_model, name, layer)
+    refit(tiny_model, layers, ffns, data, 10**6, ridge=ridge, dense=dense)
+    seen = {}
+
+    def watch(model, kind):
+        for at, block in enumerate(model.blocks):
+            block.norm2.register_forward_pre_hook(lambda m, a, at=at: seen.__setitem__((kind, at, "stream"), a[0].flatten(0, 1)))
+            block.mlp.register_forward_pre_hook(lambda m, a, at=at: seen.__setitem__((kind, at, "in"), a[0].flatten(0, 1)))
+            block.register_forward_hook(lambda m, a, y, at=at: seen.__setitem__((kind, at, "out"), y.flatten(0, 1)))
+        model(data.images)
+
+    watch(dense, "dense")
+    watch(tiny_model, "cut")
+    weights = torch.ones(len(data), 17)
+    weights[:, 0] = 2.0  # the class token: an eighth of the patches
+    weights = weights.flatten()[:, None]
+    for at, (name, layer) in enumerate(layers.items()):
+        hidden = layer.activations(seen["cut", at, "in"], torch.arange(layer.union))
+        target = seen["dense", at, "out"] - seen["cut", at, "stream"]
+        hidden, target = (each - (each * weights).sum(0) / weights.sum() for each in (hidden, target))
+        gram = (hidden * weights).T @ hidden
+        gram += ridge * gram.diagonal().mean() * torch.eye(len(gram))
+        change = torch.linalg.solve(gram, (hidden * weights).T @ (target - hidden @ before[name]))
+        torch.testing.assert_close(layer.w_down, before[name] + change, rtol=1e-2, atol=1e-3)
+        missed = (seen["cut", at, "out"] - seen["dense", at, "out"]) * weights
+        assert missed.mean(0).abs().max() < 1e-3, "the bias leaves no mean error in the stream"
+
+
+def test_the_last_layers_make_good_what_the_first_lost(tiny_model):
+    made, seen = {}, tiny_images(160).images[96:]
+    dense = tiny_model(seen).detach()
+    for target in ("layer", "stream"):
+        model = copy.deepcopy(tiny_model)
+        options = method_options("static", target_macs=0.6, refit_target=target)
+        extract(model, tiny_images(96), options)
+        with torch.no_grad():
+            made[target] = 1 - mean_cosine(model(seen), dense)
+        assert len(routed_layers(model)) == 3
+    assert 0 < made["stream"] < 0.7 * made["layer"]
