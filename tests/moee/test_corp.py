@@ -89,6 +89,6 @@ def test_whole_heads_and_what_cannot_be_met_are_said(tiny_model):
     with pytest.raises(OutOfReach, match="--target-macs 0.01: with one neuron an MLP and half of the heads'"):
         costs.keep_for(0.01)
     assert costs.macs(1.0) == costs.whole
-    with pytest.raises(UserError, match="corp cuts the heads itself; leave --attention-macs out, or give --corp-attention whole"):
+    with pytest.raises(UserError, match="corp cuts the heads itself; leave --attention-macs and --token-macs out, or give"):
         make_recipe("corp", values={"attention_macs": 0.8, "keep": 0.5})
     assert len(make_recipe("corp", values={"attention_macs": 0.8, "keep": 0.5, "corp_attention": "whole"}).steps) == 2

@@ -9,7 +9,8 @@ from torch import nn
 
 from moee.calibrate.refit import refit
 from moee.calibrate.stream import target_of
-from moee.methods.recipe import method_options
+from moee.errors import UserError
+from moee.methods.recipe import make_recipe, method_options
 from moee.mlps.find import find_ffns
 from moee.mlps.residual import Reader, residual_readers
 from moee.models.model import replace_module
@@ -81,6 +82,11 @@ def test_the_refit_solves_for_the_dense_stream_on_its_own_inputs(tiny_model):
         torch.testing.assert_close(layer.w_down, before[name] + change, rtol=1e-2, atol=1e-3)
         missed = (seen["cut", at, "out"] - seen["dense", at, "out"]) * weights
         assert missed.mean(0).abs().max() < 1e-3, "the bias leaves no mean error in the stream"
+
+
+def test_merged_tokens_have_no_stream_to_follow():
+    with pytest.raises(UserError, match="--refit-target stream needs the dense model's tokens, which --token-macs merges"):
+        make_recipe("static", values={"token_macs": 0.8, "refit_target": "stream"})
 
 
 def test_the_last_layers_make_good_what_the_first_lost(tiny_model):

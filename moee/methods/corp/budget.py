@@ -9,7 +9,7 @@ from timm.layers import Attention
 from torch import nn
 
 from moee.errors import OutOfReach, UserError
-from moee.measure.metrics import original_macs, tokens_per_image
+from moee.measure.metrics import dense_macs, original_macs, tokens_per_image
 from moee.methods.corp.options import CorpOptions
 from moee.mlps.attention import Widths, attention_macs, find_attentions, input_shapes
 from moee.mlps.find import find_ffns
@@ -21,12 +21,14 @@ STEPS = 30  # bisections of the share: finer than one neuron
 
 @dataclass(frozen=True)
 class Costs:
-    """MLPs `ffns` with their `tokens` an image, `attentions` with their shapes, and MACs an image of the `whole` model."""
+    """MLPs `ffns` with their `tokens` an image, `attentions` with their shapes, and MACs an image of the model as it comes (`now`)
+    and as a `whole`, before other steps."""
 
     ffns: Mapping[str, FFN]
     tokens: Mapping[str, int]
     attentions: Mapping[str, Attention]
     shapes: Mapping[str, tuple[int, int]]
+    now: int
     whole: int
 
     @classmethod
@@ -35,7 +37,8 @@ class Costs:
         ffns = {ffn.name: ffn for ffn in find_ffns(model, options.exclude, shape, gated=True).ffns}
         attentions = attentions_of(model) if options.corp_attention == "cut" else {}
         shapes = input_shapes(model, attentions, shape) if attentions else {}
-        return cls(ffns, tokens_per_image(model, ffns, shape), attentions, shapes, original_macs(model, shape))
+        now, whole = dense_macs(model, shape), original_macs(model, shape)
+        return cls(ffns, tokens_per_image(model, ffns, shape), attentions, shapes, now, whole)
 
     def macs(self, keep: float) -> int:
         """MACs an image of the model that keeps the share `keep`."""
@@ -48,7 +51,7 @@ class Costs:
                 attention_macs(dim, heads, Widths(width, head), *self.shapes[name]) for width in (head, dimensions_at(keep, head))
             )
             saved += full - cut
-        return self.whole - saved
+        return self.now - saved
 
     def keep_for(self, target: float) -> float:
         """The largest share that leaves `target` of the MACs. Raises `OutOfReach` where there is none."""

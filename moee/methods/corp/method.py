@@ -25,7 +25,7 @@ class CorpMethod(Method[CorpOptions]):
 
     def obstacle(self, options: CorpOptions, before: Sequence[str]) -> str:
         if before and options.corp_attention == "cut":
-            return "corp cuts the heads itself; leave --attention-macs out, or give --corp-attention whole"
+            return "corp cuts the heads itself; leave --attention-macs and --token-macs out, or give --corp-attention whole"
         return ""
 
     def check(self, model: nn.Module, shape: tuple[int, int, int], options: CorpOptions) -> None:
