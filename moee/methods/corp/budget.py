@@ -21,7 +21,7 @@ STEPS = 30  # bisections of the share: finer than one neuron
 
 @dataclass(frozen=True)
 class Costs:
-    """MLPs `ffns` with their `tokens` an image, `attentions` with their shapes, and MACs an image of the model as it comes (`now`)
+    """MLPs `ffns` with their `tokens` an image, `attentions` with their shapes, and MACs an image of the model as it is (`now`)
     and as a `whole`, before other steps."""
 
     ffns: Mapping[str, FFN]
