@@ -21,9 +21,11 @@ def way(point: dict[str, Any]) -> str:
     return name + (f" beside {point['attention']:.0%} of the attention's MACs" if point["attention"] < 1 else "")
 
 
-def accuracy_line(kept: dict[str, Any] | None, confirmation: dict[str, Any] | None = None) -> str:
+def accuracy_line(
+    kept: dict[str, Any] | None, confirmation: dict[str, Any] | None = None, most: float | None = None
+) -> str:
     """`kept`: the retention of the model that was shipped; None for the dense one without a measurement. `confirmation`: the same
-    on images that nothing was chosen by, where there are some."""
+    on images that nothing was chosen by, where there are some; `most`: points that the budget allows."""
     if kept is None:
         return "accuracy: the dense model's own"
     cosine = f"cosine to the dense outputs {kept['class_cosine']:.4f}"
@@ -37,23 +39,27 @@ def accuracy_line(kept: dict[str, Any] | None, confirmation: dict[str, Any] | No
     return (
         f"accuracy: {percent(kept['accuracy'])} of {of}, dense {percent(kept['dense_accuracy'])} "
         f"(drop {drop:.2f} points{within}); {cosine}"
-    ) + (confirmed_by(confirmation, drop) if confirmation else "")
+    ) + (confirmed_by(confirmation, drop, most) if confirmation else "")
 
 
-def confirmed_by(confirmation: dict[str, Any], drop: float | None = None) -> str:
-    """The end of the accuracy's line. `drop`: that on the held-out images, by which the model was chosen."""
+def confirmed_by(confirmation: dict[str, Any], drop: float | None = None, most: float | None = None) -> str:
+    """The end of the accuracy's line. `drop`: that on the held-out images, by which the model was chosen; `most`: what the budget
+    allows. Both in points."""
     kept = confirmation["retention"]
-    of = f"; on {kept['images']} images of {shown(confirmation['data'], quoted=False)} that nothing was chosen by"
+    new = f"images of {shown(confirmation['data'], quoted=False)} that nothing was chosen by"
+    cosine = f"cosine {kept['class_cosine']:.4f}"
     if kept.get("accuracy") is None:
-        return f"{of}: cosine {kept['class_cosine']:.4f}"
+        return f"; on {kept['images']} {new}: {cosine}"
     found, interval = 100 * (kept["dense_accuracy"] - kept["accuracy"]), kept["drop_interval_pp"]
-    apart = ""
+    told = [f"drop {found:.2f} points", f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"]
     if drop is not None:
-        more = "" if abs(found - drop) < 0.005 else f"{abs(found - drop):.2f} {'more' if found > drop else 'less'} than "
-        apart = f", {more or 'as '}where it was chosen"
+        apart = "as" if abs(found - drop) < 0.005 else f"{abs(found - drop):.2f} {'more' if found > drop else 'less'} than"
+        told.append(f"{apart} where it was chosen")
+    if most is not None and found > most:
+        told.append(f"more than the {most:g} of the budget")
     return (
-        f"{of}: {percent(kept['accuracy'])}, dense {percent(kept['dense_accuracy'])} (drop {found:.2f} points, 95 % interval "
-        f"{interval[0]:.2f} to {interval[1]:.2f}{apart}); cosine {kept['class_cosine']:.4f}"
+        f"; on {kept['labelled']} {new}: {percent(kept['accuracy'])}, dense {percent(kept['dense_accuracy'])} "
+        f"({', '.join(told)}); {cosine}"
     )
 
 
@@ -123,7 +129,7 @@ def last_lines(
     sizes = [(folder / name).stat().st_size for name in (DENSE_DATA, MOEE_DATA)]
     choice = choice_line(plan, point, budget, tuned=tuned, unshipped=unshipped)
     return (
-        accuracy_line(stage["retention"] if stage else None, confirmation),
+        accuracy_line(stage["retention"] if stage else None, confirmation, budget.max_drop),
         speed_line(latencies, planned),
         size_line(stage["cost"], sizes[0], sizes[1]) if stage else "size: that of the dense model",
         choice + missed(latencies if device == CPU else [], budget),

@@ -168,7 +168,7 @@ def check_ways(
         raise ValueError("shares of the attention go into `attention`, not into `base`")
     if "attention_heads" in base and all(share == 1 for share in attention):
         raise UserError("--attention-heads says how --attention-macs is met; give that too")
-    for way in ways(variants(), ALLOCATIONS, attention):
+    for way in ways(methods, allocations, attention):
         recipe_of(way, base)
 
 

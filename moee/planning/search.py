@@ -65,8 +65,20 @@ class Way(NamedTuple):
 
 
 def ways(methods: Iterable[str], allocations: tuple[str, ...], attention: Iterable[float]) -> list[Way]:
-    """Every way of these, by share of the attention: what is calibrated for one share is of no use to another."""
-    return [Way(m, a, share) for share in attention for m in methods for a in allocations_of(m, allocations)]
+    """Every way of these, by share of the attention: what is calibrated for one share is of no use to another. A method that does
+    not go beside narrower heads is tried without, if that is wanted too."""
+    every = [Way(m, a, share) for share in attention for m in methods for a in allocations_of(m, allocations)]
+    alone = {way.method for way in every if way.attention == 1}
+    return [way for way in every if way.attention == 1 or way.method not in alone or _goes(way)]
+
+
+def _goes(way: Way) -> bool:
+    """Whether the steps of a way go together."""
+    try:
+        recipe_of(way, {})
+    except UserError:
+        return False
+    return True
 
 
 def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:

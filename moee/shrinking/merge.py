@@ -63,7 +63,7 @@ def alike(mixture: Mixture, tokens: Tensor) -> Alike:
         total = torch.zeros(experts, mixture.dim, dtype=torch.float64)
         for part in mixture.chunks(own):
             y = (mixture.outputs(part) - first).movedim(1, 0)  # [K, n, D]
-            products[a] += y.flatten(1).double() @ y.flatten(1).double().T
+            products[a] += (y.flatten(1) @ y.flatten(1).T).double()
             total += y.sum(1, dtype=torch.float64)
         products[a] -= total @ total.T / len(own)
     return Alike(products, counts)

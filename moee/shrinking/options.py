@@ -18,7 +18,7 @@ class ShrinkConfig(Options):
         0.01, ge=0, lt=1, description="share of a layer's output norms that dropped experts may have had together"
     )
     unprotected: bool = Field(False, description="merge and drop experts with extreme outputs too")
-    tokens: Count = Field(20_000, description="tokens a layer on which experts are compared")
+    tokens: Count = Field(8_000, description="tokens a layer on which experts are compared")
     refit_tokens: Count = Field(41_600, description="tokens a layer that the refit of merged layers may use")
     refit_lambda: float | None = Field(
         None, gt=0, le=MOST_FACTOR, description="ridge of the refit, over the mean diagonal (default: by held-out tokens)"

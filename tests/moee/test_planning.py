@@ -11,7 +11,8 @@ from moee.methods import convert
 from moee.models.model import ModelSpec
 from moee.planning.budget import Budget, Point, choose, margins, pareto, standing
 from moee.planning.forms import Latency
-from moee.planning.plan import PLAN, STORE_SCHEMA, make_plan, read_plan
+from moee.planning.plan import PLAN, STORE_SCHEMA, check_ways, make_plan, read_plan
+from moee.planning.search import ways
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images
@@ -289,3 +290,12 @@ def test_a_plan_of_other_options_is_refused_before_the_work(session, tmp_path, m
     monkeypatch.setattr("moee.planning.plan.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
     with pytest.raises(UserError, match="base.cluster_tokens None, now 300"):
         make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
+
+
+def test_a_method_that_cuts_the_heads_itself_is_tried_without_narrower_ones():
+    wanted = ways(("static", "corp"), ("sensitivity",), (1.0, 0.75))
+    assert [(way.method, way.attention) for way in wanted] == [("static", 1.0), ("corp", 1.0), ("static", 0.75)]
+    check_ways(("static",), ("sensitivity",), (1.0, 0.75), {})
+    check_ways(("corp", "static"), ("sensitivity",), (1.0, 0.75), {})
+    with pytest.raises(UserError, match="corp cuts the heads itself"):
+        check_ways(("corp",), ("sensitivity",), (0.75,), {})

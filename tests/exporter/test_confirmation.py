@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from exporter.compression.verdicts import confirmed_by
 from moee.data.image_set import Division, TensorSet
 from moee.errors import UserError
 from moee.models.model import load_model
@@ -69,3 +70,16 @@ def test_the_dense_model_confirms_itself(session, monkeypatch):
     assert found["data"] == "other" and found["retention"]["images"] == 30 and found["retention"]["class_cosine"] < 0.99
     same = confirmed(session, session.dense, None, fresh_images(session, "other"), "other")
     assert same["retention"]["class_cosine"] == pytest.approx(1) and same["retention"]["top1_agreement"] == 1
+
+
+def test_the_line_counts_labelled_images_and_says_what_the_budget_does_not_allow():
+    kept = {
+        "images": 100, "labelled": 20, "class_cosine": 0.99, "dense_accuracy": 0.85, "accuracy": 0.80,
+        "drop_interval_pp": [0.0, 15.0],
+    }  # fmt: skip
+    line = confirmed_by({"data": "new", "retention": kept}, 2.0, 1.0)
+    assert line == (
+        "; on 20 images of new that nothing was chosen by: 80.00%, dense 85.00% (drop 5.00 points, 95 % interval 0.00 to 15.00, "
+        "3.00 more than where it was chosen, more than the 1 of the budget); cosine 0.9900"
+    )
+    assert "20 " not in confirmed_by({"data": "new", "retention": {**kept, "accuracy": None}})
