@@ -57,6 +57,12 @@ class Forms:
     static: Line
     experts: Mapping[int, Line] = field(default_factory=dict)
 
+    @property
+    def whole(self) -> float:
+        """Of all neurons: the dense layer, or the static form with everything kept, which computes the same. The longer of the two:
+        what was disturbed while it was timed must not end the search for what is faster, whose result is timed as a whole."""
+        return max(self.dense, self.static.get(1.0, 0.0))
+
     def of(self, share: float, experts: int = 1) -> float:
         """Of a layer whose tokens take `share` of it, with so many `experts`; of a number between measured ones, the nearest."""
         if experts <= 1 or not self.experts:
@@ -101,9 +107,9 @@ class FormTable:
         """As `moee.planning.forms.LayerForms.choices`."""
         as_experts, always = [], []
         for name, forms in self.mlps.items():
-            if forms.of(share) >= forms.dense:
+            if forms.of(share) >= forms.whole:
                 always.append(name)
-            elif experts > 1 and forms.of(share, experts) >= forms.dense:
+            elif experts > 1 and forms.of(share, experts) >= forms.whole:
                 as_experts.append(name)
         if len(always) == len(self.mlps):
             raise OutOfReach(f"no MLP is faster than dense here with {share:.0%} of its neurons")

@@ -32,8 +32,8 @@ def test_a_form_costs_no_more_than_a_wider_one():
 def test_a_layer_is_left_where_its_forms_are_no_faster():
     forms = {
         "fast": Forms(4.0, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
-        "late": Forms(2.2, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
-        "never": Forms(2.0, LINE, {8: {0.5: 2.5, 1.0: 5.0}}),
+        "late": Forms(2.2, {0.25: 1.0, 0.5: 2.0, 0.7: 2.8, 1.0: 2.8}, {8: {0.5: 3.0, 1.0: 5.0}}),
+        "never": Forms(2.0, {0.25: 1.0, 0.5: 2.0, 1.0: 2.0}, {8: {0.5: 2.5, 1.0: 5.0}}),
     }
     table = FormTable(8, dict.fromkeys(forms, 100), dict.fromkeys(forms, 1000.0), forms, {})
     eight, one = table.choices(0.5, 8), table.choices(0.5, 1)
@@ -42,6 +42,13 @@ def test_a_layer_is_left_where_its_forms_are_no_faster():
     assert eight.mac_times == {"fast": 1.1, "late": 0.89}, "5 ms a width with experts, 4 with one"
     with pytest.raises(OutOfReach, match="no MLP is faster than dense here with 100%"):
         FormTable(8, {"never": 100}, {"never": 1e3}, {"never": forms["never"]}, {}).choices(1.0, 1)
+
+
+def test_a_dense_layer_whose_timing_was_disturbed_does_not_end_the_search():
+    """With all neurons the static form computes the same, and took 4 ms."""
+    forms = {"lucky": Forms(0.1, LINE, {8: {0.5: 2.5, 1.0: 5.0}})}
+    found = FormTable(8, {"lucky": 100}, {"lucky": 1e3}, forms, {}).choices(0.5, 8)
+    assert (found.one_expert, found.exclude) == ([], [])
 
 
 def test_a_mac_costs_what_it_takes_in_each_layer():
