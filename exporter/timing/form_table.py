@@ -59,8 +59,8 @@ class Forms:
 
     @property
     def whole(self) -> float:
-        """Of all neurons: the dense layer, or the static form with everything kept, which computes the same. The longer of the two:
-        what was disturbed while it was timed must not end the search for what is faster, whose result is timed as a whole."""
+        """Of all neurons: the dense layer, or the static form with everything kept, which computes the same. It is the longer of
+        the two: a timing that was disturbed must not end the search, whose result is timed as a whole."""
         return max(self.dense, self.static.get(1.0, 0.0))
 
     def of(self, share: float, experts: int = 1) -> float:
