@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # pip's cmake serves where the system has none
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install demo test test-slow test-zoo test-browser lint plugin docs dist clean
+.PHONY: install demo test test-hostile test-slow test-zoo test-browser lint plugin docs dist clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ test: install lint
 test-slow: install
 	$(BIN)/python -m pip install -q -c constraints.txt atheris || echo "no atheris here: its fuzz targets are skipped"
 	$(BIN)/python -m pytest -m "slow and not gpu and not trt" --durations=20
+
+# ordinary and hostile input through every command; ends with the table of docs/reliability.md
+test-hostile: install
+	$(BIN)/python -m pytest tests/hostile -m "not gpu and not trt" --count-kinds
 
 # every family of timm and others through extract, export and verify; writes docs/models.md
 test-zoo: install

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moee.config import validated
-from moee.errors import UserError
+from moee.errors import OptionError, UserError
 from moee.measure.accuracy import seeds_interval
 from moee.methods.clear_moe.convert import convert
 from moee.methods.clear_moe.options import ClearOptions
@@ -85,7 +85,12 @@ class Grid:
     def check(self, design: str) -> None:
         """Raise `UserError` for a setting that cannot be run."""
         for setting in self.settings(design):
-            self.config(setting, 0)
+            try:
+                self.config(setting, 0)
+            except OptionError as error:  # whose option takes one value, and that of a grid several
+                flag = f"--{error.option.replace('_', '-')}"
+                listed = {"--router": "--routers", "--rank": "--ranks"}.get(flag, flag)
+                raise OptionError(str(error).replace(f"{flag}:", f"{listed}:"), error.option) from error
 
     def config(self, setting: dict[str, Any], seed: int) -> ClearOptions:
         """The configuration of a cell."""

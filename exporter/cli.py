@@ -9,7 +9,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import shtab
@@ -17,13 +17,14 @@ import shtab
 from exporter.commands import demo, doctor, plots, report
 from exporter.commands.engines import bench, bench_dispatch, build, bundle, export, plugin, verify
 from exporter.commands.models import ablate, ablate_clear, compress, extract, finetune, inspect, plan, shrink
-from exporter.terminal import ranks
+from exporter.terminal import ranks, streams
 from exporter.terminal.failures import explain
 from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, OK, check_outputs
 from exporter.terminal.interrupts import lose_none
 from exporter.terminal.loading import load
 from exporter.terminal.ui import plain_console
-from moee.errors import UserError, plain
+from moee.errors import UserError, printable
+from moee.schema import shown
 from moee.version import VERSION
 
 COMMANDS = (
@@ -31,6 +32,9 @@ COMMANDS = (
     report, ablate, ablate_clear, doctor, demo,
 )  # fmt: skip
 
+
+MOST_TEXT = 1024  # characters of a value: Linux takes paths of 4095 bytes, and nobody types them
+MOST_SAID = 1500  # of a sentence about a line
 
 USUAL = """usual sequence:
   moee doctor                                                      what is missing here
@@ -50,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {plain(message)}; see {self.prog} --help\n")
+        self.exit(BAD_INPUT, f"{self.prog}: {shown(message, quoted=False, limit=MOST_SAID)}; see {self.prog} --help\n")
 
 
 def build_parser(shown: str | None = None) -> argparse.ArgumentParser:
@@ -94,30 +98,75 @@ def shown_method(argv: Sequence[str]) -> str | None:
     return None
 
 
-def refuse_empty(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Raise `UserError` for a value that is an empty text: as a path it would be the folder that the command runs in."""
-    called, parsers = {}, [parser]
+def called(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
+    """What the user calls the values of `args`: flags, or the metavars of what has none."""
+    names, parsers = {}, [parser]
     for each in parsers:  # commands, and theirs
         for action in each._actions:
-            called[action.dest] = action.option_strings[0] if action.option_strings else action.metavar or action.dest.upper()
+            names[action.dest] = action.option_strings[0] if action.option_strings else action.metavar or action.dest.upper()
             if isinstance(action, argparse._SubParsersAction):
                 parsers.append(action.choices[getattr(args, action.dest)])
+    return {name: str(word) for name, word in names.items()}
+
+
+def refuse_texts(args: argparse.Namespace, names: Mapping[str, str]) -> None:
+    """Raise `UserError` for a value that is an empty text: as a path it would be the folder that the command runs in. Also for
+    one that cannot be shown: manifests record names, and whoever reads them takes no such name."""
     for name, value in vars(args).items():
-        texts = value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(text, str) and not text.strip() for text in texts):
-            raise UserError(f"{called.get(name, name)} is empty; give a value, or leave it out")
+        for text in value if isinstance(value, (list, tuple)) else [value]:
+            if not isinstance(text, str):
+                continue
+            flag = names.get(name, name)
+            if not text.strip():
+                raise UserError(f"{flag} is empty; give a value, or leave it out")
+            if len(text) > MOST_TEXT:
+                raise UserError(f"{flag} is {len(text)} characters long; expected at most {MOST_TEXT}")
+            if not printable(text):
+                raise UserError(
+                    f"{flag} {ascii(text)} holds a control character, or what is no character; rename that file or folder"
+                )
+
+
+def with_option(sentence: str, args: argparse.Namespace, names: Mapping[str, str]) -> str:
+    """A sentence about bad input that quotes the value of one option, with that option's name where it lacks it."""
+    owners = {
+        names[name]
+        for name, value in vars(args).items()
+        if isinstance(value, str) and names.get(name, "").startswith("--")
+        and (repr(value) in sentence or sentence.startswith(f"{value} "))
+    }  # fmt: skip
+    flag = next(iter(owners), "")
+    return sentence if len(owners) != 1 or flag in sentence else f"{flag}: {sentence}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     # before torch is imported: OpenMP threads that spin at barriers slow a shared machine down about fivefold
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if argv is None:  # a process of its own
+        streams.make_usable()
+        lose_none()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
-    if argv is None:  # a process of its own
-        lose_none()
-    words = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            code = run(sys.argv[1:] if argv is None else argv)
+        finally:
+            streams.flush()
+    except BrokenPipeError:  # the reader of a pipe is gone
+        streams.drop_output()
+        return GATE_FAILED
+    except OSError as error:  # of the last lines that were shown
+        streams.drop_output()
+        code, sentence = explain(error)
+        print(f"moee: standard output: {sentence}", file=sys.stderr)
+    return code
+
+
+def run(words: Sequence[str]) -> int:
+    """Run a command line; returns the exit code. Raises `BrokenPipeError` where nobody reads what it shows, and `SystemExit`
+    where its words are wrong or ask for help."""
     parser = build_parser(shown_method(words))
     if any(word.startswith("--print-completion") for word in words):
         complete_files(parser)
@@ -125,10 +174,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return OK
     args = parser.parse_args(words)
+    names = called(parser, args)
     told = sys.stdout.isatty() or os.environ.get("COLUMNS")
     console = plain_console(width=None if told else 120, quiet=ranks.follower())
     try:
-        refuse_empty(parser, args)
+        refuse_texts(args, names)
         ranks.prepare(args)
         if not ranks.several():  # ranks do so together
             check_outputs(args)
@@ -137,13 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "loads" in args:
             load(args.loads)
         return args.run(args, console)
-    except BrokenPipeError:  # the reader of a pipe is gone; Python would complain again when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return GATE_FAILED
+    except BrokenPipeError:
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if args.debug and not isinstance(error, KeyboardInterrupt):
             raise
         code, sentence = explain(error)
+        if code == BAD_INPUT:
+            sentence = with_option(sentence, args, names)
         if ranks.speaks(error):
             print(f"moee: {sentence}", file=sys.stderr)  # plainly: rich opens files of its own, which may be what fails
         ranks.leave(error, code)

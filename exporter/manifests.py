@@ -13,7 +13,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from exporter.precision import Quantization
 from moee.artifacts.manifest import Classes, Costs
 from moee.config import MAX_SIDE
-from moee.errors import UserError
+from moee.errors import UserError, printable
 from moee.models.ffn import plain_size
 from moee.models.model import ModelSpec, Shape
 from moee.schema import Body, Text, checked, shown
@@ -207,7 +207,7 @@ def image_record(manifest: dict[str, Any], folder: Path | str, word: Word | None
 
 def plain_name(name: str) -> str:
     """`name`, if it is a file's in the manifest's own folder. Raises `ValueError` otherwise."""
-    if Path(name).name != name or not name.isprintable():
+    if Path(name).name != name or not printable(name):
         raise ValueError("expected a file of that folder")
     return name
 

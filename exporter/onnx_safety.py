@@ -6,8 +6,9 @@
 3. Initialisers: known type, no negative dimension, stored bytes as many as the shape says; no sparse tensors.
 4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, no loops, each input made before it is used (hence no
    cycle), no name made twice.
-5. `MoeeFfn`: inputs, top_k and max_width as the contract says (the plugin itself checks the rest), offsets rising from 0
-   to the number of neurons, neuron ids ascending within the store.
+5. `MoeeFfn`: inputs and attributes as the contract says, none beside them; offsets rising from 0 to the number of neurons,
+   neuron ids ascending within the store.
+6. Operator sets that are known here, no later version.
 
 What a graph computes is its author's affair: one may take any memory and time when it runs.
 """
@@ -26,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from moee.errors import UserError
 from moee.schema import reason_of
 from moee.store.artifact import stays_inside
-from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
+from plugins.contract import ACTIVATIONS, ATTRIBUTES, DOMAIN, INPUT_NAMES, LOAD_UNIT, OP_TYPE
 
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit
 MAX_RANK = 16
@@ -35,6 +36,8 @@ BRANCH = "If"
 MAX_REASON = 500  # characters
 IN_MEMORY = "_ORT_MEM_ADDR_"  # in a location, ONNX Runtime takes the offset for an address of its own process
 EXTERNAL_KEYS = {"location", "offset", "length", "checksum"}
+OPSET = 1  # of the plugin's domain, the only version that there is
+KINDS = {"string": onnx.AttributeProto.STRING, "int": onnx.AttributeProto.INT, "ints": onnx.AttributeProto.INTS}
 TABLES = {"neurons": 1, "offsets": 1, "w_up": 2, "router": 2}
 
 
@@ -81,8 +84,11 @@ def _check(model: onnx.ModelProto, folder: Path) -> None:
     if model.training_info:
         raise _Refused("it holds training graphs, which nothing here reads")
     for opset in model.opset_import:
-        if opset.domain not in ("", "ai.onnx", DOMAIN):
+        newest = {"": onnx.defs.onnx_opset_version(), "ai.onnx": onnx.defs.onnx_opset_version(), DOMAIN: OPSET}.get(opset.domain)
+        if newest is None:
             raise _Refused(f"it needs operators of {opset.domain!r}")
+        if not 1 <= opset.version <= newest:
+            raise _Refused(f"it needs version {opset.version} of the operators of {opset.domain or 'ONNX'}; known is {newest}")
     rules = onnx.checker.C.CheckerContext()
     rules.ir_version, rules.opset_imports = model.ir_version, {opset.domain: opset.version for opset in model.opset_import}
     _check_graph(model.graph, folder, rules, [])
@@ -200,9 +206,10 @@ def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder
         parts[part] = tensor
     if any(parts[part].data_type != TensorProto.INT32 for part in ("neurons", "offsets")):
         raise _Refused(f"{name}: neurons and offsets must be int32")
-    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = _attributes(node, name)
     experts, union = parts["router"].dims[0], parts["w_up"].dims[0]
-    neurons, offsets = (numpy_helper.to_array(parts[part], str(folder)) for part in ("neurons", "offsets"))
+    # as int64: differences of int32 may wrap round
+    neurons, offsets = (numpy_helper.to_array(parts[part], str(folder)).astype(np.int64) for part in ("neurons", "offsets"))
     if len(offsets) != experts + 1 or offsets[0] != 0 or offsets[-1] != len(neurons) or (np.diff(offsets) < 0).any():
         raise _Refused(f"{name}: offsets do not rise from 0 to {len(neurons)} in {experts} steps")
     if len(neurons) and (neurons.min() < 0 or neurons.max() >= union):
@@ -210,8 +217,30 @@ def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder
     falls = np.flatnonzero(np.diff(neurons) <= 0) + 1
     if not np.isin(falls, offsets).all():
         raise _Refused(f"{name}: an expert's neuron ids do not ascend")
-    top_k, width = attributes.get("top_k", 1), attributes.get("max_width")
-    if not isinstance(top_k, int) or not 1 <= top_k <= experts:
+    top_k, width, load = attributes["top_k"], attributes["max_width"], attributes["load"]
+    if not 1 <= top_k <= experts:
         raise _Refused(f"{name}: top_k {top_k!r} with {experts} experts")
+    if attributes["activation"] not in ACTIVATIONS:
+        raise _Refused(f"{name}: activation {attributes['activation']!r}; known are {', '.join(ACTIVATIONS)}")
+    if len(load) not in (0, experts) or any(not 0 <= part <= LOAD_UNIT for part in load):
+        raise _Refused(f"{name}: load must be {experts} numbers from 0 to {LOAD_UNIT}, or none")
     if width != int(np.diff(offsets).max()):
         raise _Refused(f"{name}: max_width {width!r}, its widest expert has {int(np.diff(offsets).max())} neurons")
+
+
+def _attributes(node: onnx.NodeProto, name: str) -> dict[str, Any]:
+    """The attributes of a MoeeFfn with the contract's defaults. Refused: one that it does not know, of another type, or twice."""
+    known = {attribute.name: attribute for attribute in ATTRIBUTES}
+    found: dict[str, Any] = {}
+    for given in node.attribute:
+        wanted = known.get(given.name)
+        if wanted is None or given.name in found:
+            raise _Refused(f"{name}: attribute {given.name!r} is {'unknown' if wanted is None else 'given twice'}")
+        if given.type != KINDS[wanted.kind]:
+            raise _Refused(f"{name}: attribute {given.name!r} is not of the type {wanted.kind}")
+        value = helper.get_attribute_value(given)
+        found[given.name] = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    missing = [each.name for each in ATTRIBUTES if each.default is None and each.name not in found]
+    if missing:
+        raise _Refused(f"{name}: attribute {missing[0]!r} is missing")
+    return {**{each.name: each.default for each in ATTRIBUTES}, **found}

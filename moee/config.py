@@ -6,17 +6,19 @@ method's own file in `moee.methods`.
 
 from __future__ import annotations
 
-import types
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+import os
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from moee.errors import OptionError, UserError
+from moee.expected import NUMBERS, expected, plain_type
 from moee.schema import shown
 
 PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
 MOST_COUNT = 2**31 - 1  # what any count may be: more than anyone has of anything, and whole in every library behind
-MOST_WORKERS = 4096  # threads or processes of one command
+MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))  # threads or processes of one command: more fill the memory and save no time
 MOST_BATCH = 1 << 16  # images of a batch
 MOST_EPOCHS = 1_000_000
 MOST_FACTOR = 1e6  # a ridge, rate, radius or norm beyond it is a slip
@@ -42,19 +44,10 @@ class Options(BaseModel):
         assert info.field_name is not None, "validators of fields have one"
         kind = plain_type(cls.model_fields[info.field_name].annotation)
         if kind in (int, float) and isinstance(value, (bool, str)):
-            raise ValueError("expected a number")
+            raise PydanticCustomError("float_type", "expected a number")
         if get_origin(kind) is tuple and not isinstance(value, (list, tuple)):
             raise ValueError("expected a list")
         return value
-
-
-def plain_type(annotation: Any) -> Any:
-    """A field's type without None and without bounds."""
-    if get_origin(annotation) is Annotated:
-        return plain_type(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return plain_type(next(part for part in get_args(annotation) if part is not type(None)))
-    return annotation
 
 
 class FinetuneConfig(Options):
@@ -95,7 +88,7 @@ class FinetuneConfig(Options):
     clip_norm: float = Field(0.0, ge=0, le=MOST_FACTOR, description="largest norm of a step's gradient (default: no limit)")
 
 
-def validated(kind: type, values: dict[str, Any]) -> Any:
+def validated(kind: type[BaseModel], values: dict[str, Any]) -> Any:
     """Build a pydantic model; its errors become the sentence of one `OptionError`."""
     if not isinstance(values, dict):  # values may come from a file
         raise UserError(f"{kind.__name__}: expected an object with fields, came {shown(values)}")
@@ -108,4 +101,6 @@ def validated(kind: type, values: dict[str, Any]) -> Any:
         if first["type"] == "missing":
             raise OptionError(f"--{where.replace('_', '-')} is needed; give it", where) from error
         option = f"--{shown(where, quoted=False).replace('_', '-')}: " if where else ""
-        raise OptionError(f"{option}{first['msg'].removeprefix('Value error, ')}{came}", where) from error
+        field = kind.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+        wanted = expected(field) if field is not None and first["type"] in {*NUMBERS, "literal_error"} else ""
+        raise OptionError(f"{option}{wanted or first['msg'].removeprefix('Value error, ')}{came}", where) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -10,10 +11,15 @@ T = TypeVar("T")
 ESCAPES = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)|[@-Z\\-_])")  # a terminal's: colours, titles, links
 
 
+def printable(text: str) -> bool:
+    """Whether text can be shown on one line as it is. Python calls no space printable but one; file names have others too."""
+    return text.isprintable() or all(c.isprintable() or unicodedata.category(c) == "Zs" for c in text)
+
+
 def plain(text: str) -> str:
     """Text that may come from someone else, fit to be shown on one line: line ends become spaces, terminals' escape sequences
     nothing, other control characters "?"."""
-    return "".join(c if c.isprintable() else " " if c == "\n" else "?" for c in ESCAPES.sub("", text))
+    return "".join(c if printable(c) else " " if c == "\n" else "?" for c in ESCAPES.sub("", text))
 
 
 class UserError(ValueError):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from moee.errors import UserError, plain
+from moee.errors import UserError, plain, printable
 from moee.migrations import MIGRATIONS, Migration
 
 MAX_JSON_BYTES = 32 << 20  # the manifests of the largest timm ViTs are below 1 MiB
@@ -57,7 +57,7 @@ def upgraded(
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable():
+    if not printable(text):
         raise ValueError("expected text without control characters")
     return text
 

@@ -100,7 +100,7 @@ def sm_named(text: str) -> int:
     if key in _DEVICES:
         return _DEVICES[key].sm
     if re.fullmatch(r"(sm)?[-+.0-9]+a?", key):
-        raise UserError(f"unknown SM {shown(text, limit=40, quoted=False)}; expected some of {SMS}, or a device: {NAMES}")
+        raise UserError(f"--sm: unknown SM {shown(text, limit=40, quoted=False)}; expected some of {SMS}, or a device: {NAMES}")
     raise UserError(f"unknown device {shown(text, limit=40)}; expected some of {NAMES}, or an SM of {SMS}")
 
 

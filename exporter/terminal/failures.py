@@ -41,7 +41,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 def one_line(text: str) -> str:
     """A sentence that may quote a file from someone else: what would control the terminal is not passed on."""
-    sentence = plain(" ".join(text.split()))
+    sentence = plain(re.sub(r"[ \t\n\r\f\v]+", " ", text).strip())
     return sentence if len(sentence) <= MAX_SENTENCE else f"{sentence[:MAX_SENTENCE]}..."
 
 

@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from moee.config import Options, plain_type
+from moee.config import Options
+from moee.expected import plain_type
 from moee.schema import shown
 
 SAID = "(default"  # in a description that says the default itself

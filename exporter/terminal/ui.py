@@ -33,6 +33,8 @@ class SentenceConsole(Console):
     def print(self, *objects: Any, **settings: Any) -> None:
         if objects and all(isinstance(thing, str) for thing in objects):
             settings.setdefault("soft_wrap", True)
+        if any(isinstance(thing, FittingTable) for thing in objects):
+            settings.setdefault("crop", False)
         super().print(*objects, **settings)
 
 
@@ -79,7 +81,7 @@ class ProgressDisplay:
 
 class FittingTable(Table):
     """A table that gives up its frame where the console is narrow. Columns of words (left-justified) are then folded and those of
-    numbers never cut, as far as any room is left."""
+    numbers never cut. Where that is not enough either, its lines are longer than the console's, which folds them itself."""
 
     def __init__(self, title: str):
         super().__init__(title=title, min_width=LEAST_WIDTH)
@@ -93,6 +95,9 @@ class FittingTable(Table):
                 column.no_wrap, column.overflow = not words, "fold"
                 if column.justify == "right":
                     column.header = str(column.header).replace(" ", "\n")
+            least = self.__rich_measure__(console, options.update(max_width=UNBOUNDED)).minimum
+            if least > options.max_width:
+                options = options.update(width=least, max_width=least)
         return super().__rich_console__(console, options)
 
 

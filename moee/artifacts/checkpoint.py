@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moee.artifacts.manifest import Info, Manifest
+from moee.artifacts.manifest import Info, Manifest, whole_stages
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
 from moee.kinds.attention_records import attention_records, narrowed_in, rebuild_attention
@@ -24,10 +24,11 @@ from moee.schema import checked, shown
 from moee.store.artifact import read_manifest, write_manifest
 from moee.store.result_kinds import MODEL
 from moee.store.tensor_file import write_tensors
-from moee.weights.weights_file import checkpoint_sha256, read_safetensors
+from moee.weights.weights_file import checkpoint_sha256, read_safetensors, refuse_not_finite
 
 MANIFEST, WEIGHTS, PROBE = "moee.json", "model.safetensors", "probe.safetensors"
 SCHEMA = "moee.model/2"
+ROUTER = ("router", "router_bias")  # of a routed layer; they may be buffers
 MAX_MLP_RATIO = 64  # hidden over token width; models have 4
 
 
@@ -72,7 +73,7 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
         named = shown(spec.weights)
         raise UserError(f"{path / MANIFEST} has no hash of the weights {named} that it names; make the artifact again")
     recipe = read_recipe_json(body.recipe, path / MANIFEST) if body.recipe else None
-    info = {"stages": {}, "layers": [], **manifest["info"]}
+    info = {"layers": [], **manifest["info"], "stages": whole_stages(manifest["info"].get("stages", {}))}
     _check_shares(body.info, records, path)
     for name in (WEIGHTS, PROBE):
         if name not in manifest["files"] and (path / name).exists():
@@ -89,6 +90,8 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
         made.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
+    learned = (*dict(made.named_parameters()), *(f"{record.name}.{part}" for record in records for part in ROUTER))
+    refuse_not_finite({name: state[name] for name in learned if name in state}, path / WEIGHTS)
     probe = _probe(path / PROBE, made)
     return MoeeModel(made.eval(), spec, recipe, data, probe, info, _classes(body.classes, made, probe, path))
 
@@ -140,6 +143,7 @@ def _probe(path: Path, model: nn.Module) -> Probe | None:
     if not path.is_file():
         return None
     state = read_safetensors(path)
+    refuse_not_finite(state, path)
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1] or not len(bias):
         raise UserError(f"{path} should hold weight [classes, features] and bias [classes]; make the artifact again")

@@ -53,6 +53,21 @@ class Stage(Body):
     cost: Costs | None = None
     shares: dict[str, list[Annotated[float, Field(ge=0, le=1.001)]]] = {}
 
+    @model_validator(mode="after")
+    def _whole(self) -> Stage:
+        if "retention" in self.model_fields_set and self.cost is None:
+            raise ValueError("a stage that was measured has its cost too")
+        return self
+
+
+def whole_stages(stages: dict[str, Any]) -> dict[str, Any]:
+    """Checked stages with every figure of what was measured: one that lacks is None, and shown as not known."""
+    empty = Retention().model_dump()
+    return {
+        name: {**stage, "retention": {**empty, **stage["retention"]}} if "retention" in stage else stage
+        for name, stage in stages.items()
+    }
+
 
 class Info(Body):
     stages: dict[str, Stage] = {}

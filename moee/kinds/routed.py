@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from moee.errors import UserError
 from moee.kinds.kind import Bypassed, LayerKind, LayerRecord, refuse_gated
-from moee.layers.routed import Experts, RoutedFFN
+from moee.layers.routed import LOAD_UNIT, Experts, RoutedFFN
 from moee.models.ffn import FFN
 
 
@@ -21,7 +21,7 @@ class RoutedRecord(LayerRecord):
     union: int = Field(ge=1)
     neurons: int = Field(ge=1)
     dim: int = Field(ge=1)
-    load: tuple[int, ...]
+    load: tuple[Annotated[int, Field(ge=0, le=LOAD_UNIT)], ...]
     channels_first: bool = False
     bypassed: Bypassed = ()
 
@@ -53,6 +53,10 @@ class RoutedKind(LayerKind[RoutedRecord, RoutedFFN]):
         if record.top_k > record.experts:
             raise UserError(
                 f"layer {record.name}: top_k {record.top_k} exceeds its {record.experts} experts; the artifact is damaged"
+            )
+        if record.load and len(record.load) != record.experts:
+            raise UserError(
+                f"layer {record.name}: load of {len(record.load)} experts, it has {record.experts}; the artifact is damaged"
             )
         experts = Experts(**tensors, activation=record.activation, top_k=record.top_k, load=record.load)
         return RoutedFFN(experts, record.channels_first)

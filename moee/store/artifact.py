@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from moee.errors import UserError
+from moee.errors import UserError, printable
 from moee.schema import json_text, parse_json, shown, upgraded
 from moee.store.atomic import write_text
 from moee.store.leftovers import recover
@@ -64,7 +64,7 @@ def write_manifest(folder: Path, name: str, schema: str, body: dict[str, Any]) -
 
 def stays_inside(folder: Path, relative: str) -> bool:
     """Whether a name from a manifest means a file below `folder`, through no link."""
-    if not relative or not relative.isprintable() or Path(relative).is_absolute() or ".." in Path(relative).parts:
+    if not relative or not printable(relative) or Path(relative).is_absolute() or ".." in Path(relative).parts:
         return False
     try:
         if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(relative).parts):

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from moee.errors import UserError
 from moee.progress import Reporter, silent
+from moee.store.home import cache_home
 from moee.store.leftovers import sweep_all
 from moee.store.tensor_file import write_tensors
 
 
 def cache_dir() -> Path:
-    """`MOEE_CACHE`, or `moee` below `XDG_CACHE_HOME` or `~/.cache`."""
+    """`MOEE_CACHE`, or `moee` below `XDG_CACHE_HOME` or `~/.cache`. What is empty counts as not set."""
     base = os.environ.get("MOEE_CACHE")
-    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "moee"
+    return Path(base) if base else cache_home() / "moee"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
+from moee.errors import printable
 from moee.store.result_kinds import (
     COMPRESSION,
     ENGINE,
@@ -59,7 +60,7 @@ def _cure(folder: Path, held: FolderKind, wanted: FolderKind) -> str:
     if at == wanted:
         return "run " + ", then ".join(f"`{step}`" for step in steps) + " first"
     source = (read_object(folder / held.manifest) or {}).get("source") if (held, wanted) == (EXPORT, MODEL) else None
-    if isinstance(source, str) and source.isprintable():
+    if isinstance(source, str) and printable(source):
         made_from = Path(os.path.normpath(folder / source))
         if kind_of(made_from) == wanted:
             return f"give {made_from}, which it was exported from"

@@ -50,6 +50,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path} are not valid safetensors ({reason}); fetch or convert them again") from error
 
 
+def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `UserError` for the first of a file's tensors that holds NaN or infinity: whatever comes of it would be no number."""
+    for name, tensor in tensors.items():
+        if (tensor.is_floating_point() or tensor.is_complex()) and not tensor.isfinite().all():
+            raise UserError(f"{path}: {shown(name)} holds numbers that are not finite; make it again, or do not use it")
+
+
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """What a file of weights holds: tensors by name, or dictionaries that hold some (`containers` finds them).
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ import triton
 from moee.parallel.machine import usable_cpus
 from moee.places.output_folder import OutputFolder
 from moee.store.atomic import atomic_folder
+from moee.store.home import cache_home
 from moee.store.leftovers import sweep_all
 from moee.store.result_kinds import KERNELS
 from moee.store.scratch import temporary_folder
@@ -112,7 +112,7 @@ def plan(sms: Iterable[int], dtypes: Iterable[str]) -> Iterator[tuple[Job, str]]
 
 def default_cache() -> Path:
     """`$XDG_CACHE_HOME/moee/kernels`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moee" / "kernels"
+    return cache_home() / "moee" / "kernels"
 
 
 @cache

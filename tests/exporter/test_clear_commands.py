@@ -81,7 +81,7 @@ def test_a_damaged_artifact_is_refused(artifact):
     (["--method", "clear-moe", "--keep", "0.9"], "--keep is for method experts or static, and not for clear-moe"),
     (["--rank", "8"], "--rank is for method clear-moe, and not for experts"),
     (["--method", "clear-moe", "--experts", "8", "--calibration-images", "4"], "is smaller than the 8 experts"),
-    (["--method", "clear-moe", "--compensation", "none"], "--compensation: Input should be 'mean' or 'refit'"),
+    (["--method", "clear-moe", "--compensation", "none"], "--compensation: expected one of mean, refit"),
 ])  # fmt: skip
 def test_flags_that_do_not_belong(flags, message, tmp_path, capsys):
     assert main(["extract", "vit_tiny_patch16_224", "--data", "digits", "--out", str(tmp_path / "x"), *flags]) == 2

@@ -147,7 +147,7 @@ def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys)
     ("call", "said"),
     [
         (lambda m, t: moee.extract(7, t), "the model is a int"),
-        (lambda m, t: moee.extract(m, t, keep=2), "keep: Input should be"),
+        (lambda m, t: moee.extract(m, t, keep=2), "keep: expected a share"),
         (lambda m, t: moee.extract(m, t, kep=0.9), "kep"),
         (lambda m, t: moee.extract(m, images(8, size=40)), "images of 3 x 40 x 40"),
         (lambda m, t: moee.extract(m, t, t), "are the training images"),

@@ -13,8 +13,8 @@ from exporter.report import collect, render, write_report
 from exporter.report.commands import commands
 from exporter.report.page import MAX_BYTES
 from exporter.terminal.options import given_options
-from moee.config import plain_type
 from moee.errors import UserError
+from moee.expected import plain_type
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.recipe import Recipe, make_recipe, read_recipe
 from moee.methods.registry import METHODS

@@ -202,7 +202,7 @@ def test_a_loader_that_differs_from_the_models_description_is_told(folder, caplo
         ({"mean": (0.5, 0.4)}, "mean of input= has 2 numbers, and the images 3 channels; give one for each"),
         ({"std": (0.5,) * 4}, "std of input= has 4 numbers"),
         ({"input_size": (3, 48, 48)}, "input_size of input= is 3 x 48 x 48, and the model takes images of 3 x 32 x 32"),
-        ({"std": (0.5, 0, 0.5)}, "^std of input=: Input should be greater than 0"),
+        ({"std": (0.5, 0, 0.5)}, "^std of input=: expected a number above 0"),
     ],
 )
 def test_a_description_that_does_not_fit_the_images_is_refused(said, reason, tmp_path):

@@ -21,7 +21,7 @@ from exporter.terminal.flags import (
     session_of,
     speak,
 )
-from exporter.terminal.options import add_options, given_options
+from exporter.terminal.options import add_options, flag_of, given_options
 from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
@@ -89,8 +89,9 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
     values = given_options(args, [Budget])
     budget = validated(Budget, values) if values else None
     if budget is not None and not budget.limits_quality and budget.target_latency_ms is None:
-        raise UserError("compress looks for speed within a quality, or quality within a time: give --max-drop, --min-cosine or "
-                        "--target-latency-ms")  # fmt: skip
+        alone = " and ".join(map(flag_of, values))
+        raise UserError(f"{alone} alone: compress looks for speed within a quality, or quality within a time; give --max-drop, "
+                        "--min-cosine or --target-latency-ms too")  # fmt: skip
     return budget
 
 

@@ -36,7 +36,9 @@ class HeadsOptions(Options):
     @model_validator(mode="after")
     def _asked_for(self) -> HeadsOptions:
         if self.attention_macs is None:
-            raise ValueError("narrower heads need --attention-macs, the share of the attention's MACs that stays; give it")
+            own = [f"--{name.replace('_', '-')}" for name in sorted(self.model_fields_set) if name.startswith("attention_")]
+            wanted = "need --attention-macs, the share of the attention's MACs that stays; give it"
+            raise ValueError(f"{' and '.join(own)} {wanted}" if own else f"narrower heads {wanted}")
         return self
 
 

@@ -94,6 +94,7 @@ def ffn_budget(total: int, ffn: int, target: float, saved: int = 0, *, floor: fl
     if budget <= 0:
         raise OutOfReach(
             f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
-            f"{1 - (ffn + saved) / total:.2f}"
+            f"{1 - (ffn + saved) / total:.2f}; give a larger share, or save in the attention too: "
+            f"{'a smaller --attention-macs' if saved else '--attention-macs 0.5'}"
         )
     return budget

@@ -1,0 +1,119 @@
+"""A warm process that runs command lines in children with other streams, environments and folders.
+
+    python -m tests.hostile.host < cases.json
+
+`cases.json` is a list of objects; an answer a line comes back: exit code, what was shown, seconds. A child is as a new process
+would be: its streams are opened or closed before the command line is entered as `moee` enters it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+LIMIT_S = 60
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    cases = json.load(sys.stdin)
+    warm_up()
+    for case in cases:
+        print(json.dumps(serve(case)), file=answers, flush=True)
+    answers.close()
+    os._exit(0)  # what was imported takes seconds to take down
+
+
+def warm_up() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    import moee.artifacts.inspection
+    import moee.stages.extract  # noqa: F401
+    import tests.reliability.tiny_vit  # noqa: F401
+
+
+def serve(case: dict[str, Any]) -> dict[str, Any]:
+    """Run one case; `code` is negative for a signal, 9 where it did not end."""
+    started = time.monotonic()
+    ended, ending = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ended)
+        run(case)
+    os.close(ending)
+    late = not select.select([ended], [], [], LIMIT_S)[0]
+    if late:
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(ended)
+    shown = {name: _read(case["work"], name) for name in ("out", "err")}
+    return {"name": case["name"], "code": code, "seconds": time.monotonic() - started, **shown}
+
+
+def _read(work: str, name: str) -> str:
+    path = os.path.join(os.fsencode(work), b".." , f"shown.{name}".encode())
+    with open(path, "rb") as file:
+        return file.read().decode("utf-8", "replace")
+
+
+def run(case: dict[str, Any]) -> None:
+    """In the child: never returns."""
+    code = 70
+    try:
+        work = os.fsencode(case["work"])
+        for number, name in ((1, "out"), (2, "err")):
+            opened = os.open(os.path.join(work, b"..", f"shown.{name}".encode()), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(opened, number)
+            os.close(opened)
+        os.chdir(os.path.join(work, os.fsencode(case.get("cwd", "."))))
+        for name, value in case.get("env", {}).items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        streams(case)
+        sys.argv = ["moee", *case["words"]]
+        from exporter.cli import main as moee
+
+        code = moee()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        import traceback
+
+        with open(os.path.join(os.fsencode(case["work"]), b"..", b"shown.err"), "a") as file:
+            traceback.print_exc(file=file)
+    finally:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+        except (OSError, ValueError):
+            code = 120  # as Python ends where its last flush fails
+        os._exit(code)
+
+
+def streams(case: dict[str, Any]) -> None:
+    """Open, close and encode the standard streams as the case says."""
+    if case.get("stdout") == "full":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    if case.get("stdout") == "pipe without a reader":
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
+        os.close(writer)
+    coding = case.get("encoding", "utf-8")
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), coding, "strict")
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), coding, "backslashreplace")
+    for number in case.get("closed", ()):
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+
+if __name__ == "__main__":
+    main()
