@@ -97,6 +97,8 @@ def base(command: str, without: Sequence[str] = ()) -> list[str]:
     if command in ("extract", "plan", "compress", "ablate", "ablate-clear") and not {"--random-weights", "--pretrained",
                                                                                     "--checkpoint"} & set(without):
         words += ["--random-weights", "0"]
+    if command == "shrink" and not {"--experts", "--specialise"} & set(without):
+        words += ["--experts", "2"]
     if command == "ablate" and "--model" not in without:
         words += ["--model", NAME]
     return words
