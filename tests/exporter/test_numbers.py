@@ -26,7 +26,8 @@ ZERO = {
     "--collages": "extract finetune plan", "--duration": "bench", "--images": "verify", "--max-drop": "plan verify compress",
     "--min-route-agreement": "verify", "--num-classes": "plan extract inspect ablate ablate-clear compress",
     "--random-weights": "plan extract ablate ablate-clear compress", "--residual-rank": "extract bench-dispatch ablate-clear",
-    "--rtol": "verify", "--tolerance": "shrink", "--seed": "plan extract finetune shrink", "--throughput": "bench", "--warmup": "finetune",
+    "--rtol": "verify", "--tolerance": "shrink", "--seed": "plan extract finetune shrink",
+    "--throughput": "bench", "--warmup": "finetune",
     "--weight-decay": "finetune", "--workers": "extract finetune verify",
 }  # fmt: skip
 BESIDE = {  # what an option cannot be without, or must not stand beside
