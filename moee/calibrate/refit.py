@@ -45,6 +45,7 @@ from moee.surroundings import own_arithmetic
 
 CONSTANT = 2.0**-40  # of the second moment: a variance below is the rounding of float32 means
 PART_TOKENS = 256  # of an expert on average: with fewer, adding an expert's sums to the layer's takes longer than making them
+NO_READER = "refitted to the dense MLP's output, since no module reads what it is added to"
 KEPT = 4  # numbers kept of the images on their way to a later stage, as a multiple of the tokens times the widest layer's width
 
 
@@ -180,6 +181,8 @@ class _Refit:
         parts = min(PARTS, tokens // (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))
         with self.group.agreed():
             stream = Stream.of(self.dense, self._mlps(list(self.ffns)), image)
+        if any(theirs != sorted(stream.readers) for theirs in self.group.all_json(sorted(stream.readers))):
+            raise StepFailed("the ranks do not read the model alike; start them on machines of one kind")
         done: dict[str, RefitReport] = {}
         self.report("refit", 0, len(self.layers))
         while todo:
@@ -270,7 +273,10 @@ class _Refit:
                         if self.elimination is not None:
                             assert isinstance(ffn, FFN), "neurons are chosen anew for dense MLPs alone"
                             step.layer = self.layers[name] = self.elimination.chosen(self.layers[name], ffn, parts, self.group)
-                        done[name] = refit_from_parts(self.layers[name], ffn, parts, self.ridge, self.group)
+                        report = refit_from_parts(self.layers[name], ffn, parts, self.ridge, self.group)
+                    if self.dense is not None and name not in added:
+                        report = replace(report, note="; ".join(filter(None, [report.note, NO_READER])))
+                    done[name] = report
                     step.ready = True
                     self.report("refit", len(done), len(self.layers))
         finally:

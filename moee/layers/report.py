@@ -12,8 +12,9 @@ FROM_THE_START = "dense: "
 class RefitReport:
     """What the refit did to one layer: its tokens, its `neurons` (the unknowns), `ridge` (lambda; None: the layer is as before).
 
-    The errors are squares of what the layer misses of the dense output on held-out tokens, over those of the dense output about
-    its mean; None where they were not measured. `note` says what is out of the ordinary."""
+    The errors are squares of what the layer misses of its target on held-out tokens, behind its LayerScale, over those of the
+    target about its mean; None where they were not measured. The target is the dense MLP's output, or what brings the residual
+    stream to the dense model's. `note` says what is out of the ordinary."""
 
     tokens: int
     neurons: int

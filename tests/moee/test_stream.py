@@ -84,6 +84,21 @@ def test_the_refit_solves_for_the_dense_stream_on_its_own_inputs(tiny_model):
         assert missed.mean(0).abs().max() < 1e-3, "the bias leaves no mean error in the stream"
 
 
+def test_where_nothing_reads_the_stream_the_target_is_the_dense_output_and_the_note_says_so():
+    kwargs, _ = MODELS["swinv2_cr_tiny_224"]
+    model = timm.create_model("swinv2_cr_tiny_224", **kwargs).eval()
+    ffns = {ffn.name: ffn for ffn in find_ffns(model, shape=(3, 32, 32)).ffns}
+    states = []
+    for dense in (None, copy.deepcopy(model)):
+        cut, layers = copy.deepcopy(model), {name: halved(ffn) for name, ffn in ffns.items()}
+        for name, layer in layers.items():
+            replace_module(cut, name, layer)
+        done = refit(cut, layers, ffns, tiny_images(8), 256, ridge=0.01, dense=dense)
+        states.append(torch.cat([layer.w_down.flatten() for layer in layers.values()]))
+        assert all(("no module reads what it is added to" in report.note) == (dense is not None) for report in done.values())
+    assert torch.equal(*states)
+
+
 def test_merged_tokens_have_no_stream_to_follow():
     with pytest.raises(UserError, match="--refit-target stream needs the dense model's tokens, which --token-macs merges"):
         make_recipe("static", values={"token_macs": 0.8, "refit_target": "stream"})
