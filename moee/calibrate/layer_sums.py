@@ -15,10 +15,10 @@ from torch import Tensor
 
 from moee.calibrate.calibration import CHUNK, as_tokens
 from moee.calibrate.in_step import WaitingStep
-from moee.calibrate.prefix import token_weights
 from moee.calibrate.ridge import add_upper, mirrored
 from moee.layers.ops import expert_rows
 from moee.layers.routed import NeuronLayer
+from moee.models.prefix import token_weights
 from moee.parallel.group import Group, Parcel
 
 SAMPLE = 16  # one in so many tokens of an expert is seen for its shift

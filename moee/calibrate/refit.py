@@ -28,15 +28,17 @@ from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, spread_parts, tokens_an_image
 from moee.calibrate.in_step import InStep
 from moee.calibrate.layer_sums import CentredSums, LayerPart, Original, RefitStep, centred, find_shifts, part_sums, scale_of
-from moee.calibrate.prefix import holds_prefix, prefix_tokens
+from moee.calibrate.projection import ProjectionStep, project
 from moee.calibrate.ridge import LEAST, choose_ridge, held_out_runs, solve_ridge
 from moee.calibrate.stream import Stream, target_of
 from moee.data.image_set import ImageSet, batches
 from moee.errors import StepFailed, UserError
 from moee.layers.report import RefitReport
 from moee.layers.routed import NeuronLayer
+from moee.mlps.attention import narrow_attentions
 from moee.models.ffn import FFN
 from moee.models.model import replace_module
+from moee.models.prefix import holds_prefix, prefix_tokens
 from moee.parallel.devices import placed
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import PARTS, OrderedSum
@@ -180,7 +182,7 @@ class _Refit:
         most_kept = KEPT * tokens * max(widths.values())
         parts = min(PARTS, tokens // (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))
         with self.group.agreed():
-            stream = Stream.of(self.dense, self._mlps(list(self.ffns)), image)
+            stream = Stream.of(self.dense, self._mlps(list(self.ffns)), narrow_attentions(self.model), image)
         if any(theirs != sorted(stream.readers) for theirs in self.group.all_json(sorted(stream.readers))):
             raise StepFailed("the ranks do not read the model alike; start them on machines of one kind")
         done: dict[str, RefitReport] = {}
@@ -257,6 +259,7 @@ class _Refit:
         for name, step in steps.items():
             replace_module(self.model, name, step)
         added = [name for name in names if name in stream.readers]
+        projections = {name: ProjectionStep(self.model, stream.attentions[name]) for name in added if name in stream.attentions}
         try:
             with ExitStack() as stack:
                 stack.enter_context(stream.waiting(self._mlps(added)))
@@ -264,11 +267,14 @@ class _Refit:
                 running, *beside = (stack.enter_context(InStep(works)) for works in passes)
                 for name, step in steps.items():
                     ffn = self.ffns[name].to(self.group.device)
+                    if name in projections:
+                        project(projections[name], stream.attentions[name], running, beside[0], prefix_of, self.group)
                     with self.group.agreed():
                         parts = [step.part(one.x) for one in running.bring(step, name)]
                         if name in added:
                             given = zip(parts, beside[0].bring(name, name), running.passes, strict=True)
-                            parts = [replace(part, targets=target_of(ffn, d.x, own.beside)) for part, d, own in given]
+                            wanted = [(p, target_of(d.x, own.beside, ffn.scale)) for p, d, own in given]
+                            parts = [replace(part, targets=target - ffn.b_down) for part, target in wanted]
                     with own_arithmetic():
                         if self.elimination is not None:
                             assert isinstance(ffn, FFN), "neurons are chosen anew for dense MLPs alone"
@@ -282,6 +288,8 @@ class _Refit:
         finally:
             for name in names:
                 replace_module(self.model, name, self.layers[name])
+            for name, waiting in projections.items():
+                replace_module(self.model, stream.attentions[name].name, waiting.attention)
 
 
 def _from_entry(model: nn.Module, entry: Entry, inputs: Inputs, image: Tensor) -> None:

@@ -3,6 +3,8 @@ matrices are summed by their upper part, since the lower one is the same."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,11 +65,13 @@ def error_change(change: Tensor, gram: Tensor, cross: Tensor) -> float:
     return float((change * (gram.double() @ change - 2 * cross.double())).sum())
 
 
-def choose_ridge(gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor) -> tuple[float | None, float]:
-    """The lambda of `RIDGES` whose solution dW on (gram, cross) leaves the least squared error on the held-out tokens, and the
-    change of that error. None and 0 where no lambda lowers it, or nothing is held out."""
+def choose_ridge(
+    gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor, ridges: Sequence[float] = RIDGES
+) -> tuple[float | None, float]:
+    """The lambda of `ridges`, ascending, whose solution dW on (gram, cross) leaves the least squared error on held-out tokens,
+    and the change of that error. None and 0 where no lambda lowers it, or nothing is held out."""
     best: tuple[float | None, float] = None, 0.0
-    for ridge in reversed(RIDGES):
+    for ridge in reversed(ridges):
         delta, used = solve_ridge(gram, cross, ridge, LEAST)
         error = error_change(delta, held_gram, held_cross)
         if error < best[1]:

@@ -11,7 +11,7 @@ The dense model runs beside the one that is refitted, in passes of the same imag
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,36 +22,42 @@ from torch import Tensor, nn
 
 from moee.calibrate.calibration import as_tokens
 from moee.calibrate.in_step import Pass
-from moee.calibrate.layer_sums import Original
-from moee.mlps.residual import Reader, residual_readers
+from moee.mlps.residual import AttentionSite, Reader, attention_sites, residual_readers
 from moee.models.ffn import FFN
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The `dense` model, if there is one, and by an MLP's name the module that reads what its output is added to."""
+    """The `dense` model, if there is one, and by an MLP's name the module that reads what its output is added to, and the
+    attention before it, if that is refitted too."""
 
     dense: nn.Module | None
     readers: Mapping[str, Reader]
+    attentions: Mapping[str, AttentionSite]
 
     @classmethod
-    def of(cls, dense: nn.Module | None, ffns: Sequence[FFN], image: Tensor) -> Stream:
-        """`ffns`: MLPs of `dense`; `image` [1, C, H, W]: what its blocks are looked at with."""
-        return cls(dense, {} if dense is None else residual_readers(dense, ffns, image))
+    def of(cls, dense: nn.Module | None, ffns: Sequence[FFN], attentions: Iterable[str], image: Tensor) -> Stream:
+        """`ffns`: MLPs of `dense`; `attentions`: those to be refitted; `image` [1, C, H, W]: what its blocks are looked at
+        with."""
+        if dense is None:
+            return cls(None, {}, {})
+        readers = residual_readers(dense, ffns, image)
+        return cls(dense, readers, attention_sites(dense, readers, attentions, image))
 
     @contextmanager
     def waiting(self, ffns: Sequence[FFN]) -> Iterator[None]:
-        """The dense model whose passes wait behind each of the MLPs, whose name is where they are, with the stream there."""
+        """The dense model whose passes wait with the stream behind each of the MLPs, and behind an attention that is refitted;
+        where they are is the name of the one or the other."""
         before: dict[tuple[int, str], Tensor] = {}
 
         def read(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            before[threading.get_ident(), name] = self.readers[name].tokens(args[0])
+            before[threading.get_ident(), name] = stream = self.readers[name].tokens(args[0])
+            if name in self.attentions:
+                _here().wait(self.attentions[name].name, stream)
 
         def given(ffn: FFN, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            here = threading.current_thread()
-            assert isinstance(here, Pass), "the dense model runs in passes alone"
             stream, added = before.pop((threading.get_ident(), ffn.name)), as_tokens(output, ffn.channels_first)
-            here.wait(ffn.name, stream + (added if ffn.scale is None else added * ffn.scale))
+            _here().wait(ffn.name, stream + (added if ffn.scale is None else added * ffn.scale))
 
         with ExitStack() as stack:
             for ffn in ffns:
@@ -63,24 +69,28 @@ class Stream:
 
     @contextmanager
     def noted(self, model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-        """The cut `model` whose passes note what the MLPs' outputs are added to."""
+        """The cut `model` whose passes note what the outputs of the MLPs, and of the attentions, are added to."""
 
         def read(reader: Reader, module: nn.Module, args: tuple[Any, ...]) -> None:
-            here = threading.current_thread()
-            assert isinstance(here, Pass), "the model runs in passes alone"
-            here.beside = reader.tokens(args[0])
+            _here().beside = reader.tokens(args[0])
 
         with ExitStack() as stack:
             for name in names:
-                reader = self.readers[name]
-                stack.callback(model.get_submodule(reader.path).register_forward_pre_hook(partial(read, reader)).remove)
+                own = [self.attentions[name].reader] if name in self.attentions else []
+                for reader in (*own, self.readers[name]):
+                    stack.callback(model.get_submodule(reader.path).register_forward_pre_hook(partial(read, reader)).remove)
             yield
 
 
-def target_of(ffn: Original, dense: Tensor, own: Tensor) -> Tensor:
-    """What the MLP must give less its bias [tokens, D], so that the stream behind it is the `dense` one [tokens, D]; `own`
-    [tokens, D]: what its output is added to. Where the LayerScale is zero nothing comes of it, and it is zero."""
+def _here() -> Pass:
+    """The pass that runs."""
+    here = threading.current_thread()
+    assert isinstance(here, Pass), "the models run in passes alone"
+    return here
+
+
+def target_of(dense: Tensor, own: Tensor, scale: Tensor | None) -> Tensor:
+    """What must come to the stream `own` [tokens, D] through the LayerScale `scale` [D], so that it is the `dense` one. Where the
+    LayerScale is zero nothing comes through, and it is zero."""
     missing = dense - own
-    if ffn.scale is not None:
-        missing = torch.where(ffn.scale == 0, 0.0, missing / ffn.scale.masked_fill(ffn.scale == 0, 1.0))
-    return missing - ffn.b_down
+    return missing if scale is None else torch.where(scale == 0, 0.0, missing / scale.masked_fill(scale == 0, 1.0))

@@ -1,22 +1,23 @@
-"""What an MLP's output is added to, whatever block it stands in.
+"""What the output of an MLP or an attention is added to, whatever block it stands in.
 
-A pre-norm block has it at hand: its second norm reads it. A module's input is taken for it if the block's output is that input
-plus the MLP's output behind its LayerScale, on random images. Where no module reads it (parallel blocks, norms behind the sum),
-the answer is that none does.
+A pre-norm block has it at hand: its norms read it. A module's input is taken for it if the block's output is that input plus
+the MLP's output behind its LayerScale, on random images; likewise the stream before an attention, if with the attention's
+output it is the stream before the MLP. Where no module reads it (parallel blocks, norms behind the sum), the answer is that none
+does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moee.interface.adapted import tensor_in
-from moee.mlps.scales import blocks_above
+from moee.mlps.scales import blocks_above, weights_of
 from moee.models.ffn import FFN
 
 CLOSE = 1e-4  # of the largest value; another tensor of the block differs by as much as the values themselves
@@ -34,64 +35,113 @@ class Reader:
         return _tokens(x, self.channels_first)
 
 
-def _tokens(x: Tensor, channels_first: bool) -> Tensor:
-    x = x.movedim(1, -1) if channels_first else x
-    return x.reshape(-1, x.shape[-1])
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention by its path: what reads the stream that its output is added to, and the LayerScale [D] behind it, if any."""
+
+    name: str
+    reader: Reader
+    scale: Tensor | None
 
 
-@torch.no_grad()
+class _Seen(NamedTuple):
+    """Inputs and outputs of modules in one forward pass, by their paths."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
 def residual_readers(model: nn.Module, ffns: Sequence[FFN], images: Tensor) -> dict[str, Reader]:
     """By the name of an MLP, a module that reads what its output is added to; those without one are left out.
 
     `images` [B, C, H, W]: one forward pass of the dense `model`.
     """
-    inside: dict[str, list[FFN]] = {}
+    seen = _watched(model, {block for ffn in ffns for block in blocks_above(ffn.name)}, images)
+    found: dict[str, Reader] = {}
     for ffn in ffns:
         for block in blocks_above(ffn.name):
-            inside.setdefault(block, []).append(ffn)
-    found: dict[str, Reader] = {}
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+            whole, output = seen.outputs.get(block), seen.outputs.get(ffn.output_name)
+            if whole is None or output is None or ffn.name in found:
+                continue
+            added = _scaled(_tokens(output, ffn.channels_first), ffn.scale)
+            before = [each - added for each in _readings(whole).values() if each.shape == added.shape]
+            for reader, tokens in _read_in(seen, block):
+                if ffn.name not in found and any(_alike(tokens, expected) for expected in before):
+                    found[ffn.name] = reader
+    return found
+
+
+def attention_sites(
+    model: nn.Module, readers: Mapping[str, Reader], attentions: Iterable[str], images: Tensor
+) -> dict[str, AttentionSite]:
+    """By the name of an MLP with one of the `readers`, the attention among those named that stands before it in its block.
+
+    `images` [B, C, H, W]: one forward pass of the dense `model`.
+    """
+    pairs = [(name, mlp) for name in attentions for mlp in readers if mlp.startswith(f"{_block(name)}.")]
+    seen = _watched(model, {_block(name) for name, _ in pairs}, images)
+    found: dict[str, AttentionSite] = {}
+    for name, mlp in pairs:
+        if name not in seen.outputs or readers[mlp].path not in seen.inputs:
+            continue
+        added, expected = _tokens(seen.outputs[name], False), readers[mlp].tokens(seen.inputs[readers[mlp].path])
+        for scale in (None, *weights_of(model.get_submodule(_block(name)), added.shape[1])):
+            for reader, tokens in _read_in(seen, _block(name)):
+                after = tokens + _scaled(added, scale) if tokens.shape == added.shape else None
+                if mlp not in found and after is not None and _alike(after, expected):
+                    found[mlp] = AttentionSite(name, reader, scale)
+    return found
+
+
+@torch.no_grad()
+def _watched(model: nn.Module, blocks: set[str], images: Tensor) -> _Seen:
+    """What the modules of the blocks read and give, and what the blocks give."""
+    seen = _Seen({}, {})
 
     def reads(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
-            inputs[path] = args[0]
+            seen.inputs[path] = args[0]
 
     def gives(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs[path] = output
-
-    def judges(block: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        whole = tensor_in(output)
-        for ffn in inside[block]:
-            if whole is None or ffn.output_name not in outputs or ffn.name in found:
-                continue
-            added = _tokens(outputs[ffn.output_name], ffn.channels_first)
-            added = added if ffn.scale is None else added * ffn.scale
-            before = [sum_ - added for sum_ in _readings(whole).values() if sum_.shape == added.shape]
-            for path in (path for path in inputs if path.startswith(f"{block}.")):
-                for first, tokens in _readings(inputs[path]).items():
-                    if ffn.name not in found and any(_alike(tokens, expected) for expected in before):
-                        found[ffn.name] = Reader(path, first)
+        given = tensor_in(output)
+        if given is not None:
+            seen.outputs[path] = given
 
     handles = []
     for path, module in model.named_modules():
-        if any(path.startswith(f"{block}.") for block in inside):
+        if path in blocks or any(path.startswith(f"{block}.") for block in blocks):
             handles.append(module.register_forward_pre_hook(partial(reads, path)))
             handles.append(module.register_forward_hook(partial(gives, path)))
-        if path in inside:
-            handles.append(module.register_forward_hook(partial(judges, path)))
     try:
         model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return seen
+
+
+def _read_in(seen: _Seen, block: str) -> list[tuple[Reader, Tensor]]:
+    """What the modules in a block read, in every way in which it may be tokens."""
+    inside = ((path, x) for path, x in seen.inputs.items() if path.startswith(f"{block}."))
+    return [(Reader(path, first), tokens) for path, x in inside for first, tokens in _readings(x).items()]
+
+
+def _block(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _tokens(x: Tensor, channels_first: bool) -> Tensor:
+    x = x.movedim(1, -1) if channels_first else x
+    return x.reshape(-1, x.shape[-1])
 
 
 def _readings(x: Tensor) -> dict[bool, Tensor]:
     """A tensor as tokens, its channels last, and first where it may be a map."""
-    return {first: _tokens(x, first) for first in (False, *[True] * (x.dim() == 4))}
+    return {first: _tokens(x, first) for first in (False, *[True] * (x.dim() == 4))} if x.dim() else {}
+
+
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x * scale
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -40,7 +40,7 @@ def following_scales(model: nn.Module, outputs: Mapping[str, tuple[int, int]], i
     found = {name: Scale() for name in outputs}
     for name, (width, _) in outputs.items():
         for block in blocks_above(name):
-            if _weights(model.get_submodule(block), width):
+            if weights_of(model.get_submodule(block), width):
                 blocks.setdefault(block, []).append(name)
                 found[name] = Scale(verified=False)
     judged: set[str] = set()
@@ -56,7 +56,7 @@ def following_scales(model: nn.Module, outputs: Mapping[str, tuple[int, int]], i
             for name in names:
                 if found[name].weight is None:
                     width, axis = outputs[name]
-                    scale = _proved(_Run(model.get_submodule(name), axis, block, args, kwargs, given), _weights(block, width))
+                    scale = _proved(_Run(model.get_submodule(name), axis, block, args, kwargs, given), weights_of(block, width))
                     if scale.weight is not None or name not in judged:  # the innermost says whether there is none
                         found[name] = scale
                     judged.add(name)
@@ -83,7 +83,7 @@ def blocks_above(name: str) -> Iterator[str]:
             yield name
 
 
-def _weights(block: nn.Module, width: int) -> list[Tensor]:
+def weights_of(block: nn.Module, width: int) -> list[Tensor]:
     """What could scale an output of `width`: the block's own parameters of that size, and those of parts that hold nothing else.
     The last first: an MLP is the end of its block."""
     found: list[Tensor] = [p for p in block.parameters(recurse=False) if p.numel() == width]

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from moee.calibrate.calibration import CHUNK
-from moee.calibrate.prefix import holds_prefix, prefix_tokens
 from moee.calibrate.refit import refit_layer
 from moee.calibrate.ridge import RIDGES, choose_ridge, held_out_runs, solve_ridge
 from moee.errors import UserError
 from moee.layers.routed import Experts, RoutedFFN
 from moee.models.ffn import FFN
+from moee.models.prefix import holds_prefix, prefix_tokens
 
 
 def problem(rows, noise, seed=0):

@@ -10,7 +10,9 @@ from torch import nn
 from moee.calibrate.refit import refit
 from moee.calibrate.stream import target_of
 from moee.errors import UserError
+from moee.methods.heads.narrowing import narrow
 from moee.methods.recipe import make_recipe, method_options
+from moee.mlps.attention import NarrowAttention, narrow_attentions
 from moee.mlps.find import find_ffns
 from moee.mlps.residual import Reader, residual_readers
 from moee.models.model import replace_module
@@ -38,12 +40,10 @@ def test_the_stream_is_found_where_a_module_reads_it(name):
     assert readers == {} if reader is None else readers[found[0].name] == Reader(reader, "conv" in reader)
 
 
-def test_the_target_brings_the_stream_to_the_dense_one(tiny_model):
-    ffn = find_ffns(tiny_model).ffns[0]
+def test_the_target_brings_the_stream_to_the_dense_one():
     dense, own, scale = torch.randn(6, 32), torch.randn(6, 32), torch.rand(32) + 0.1
     scale[3] = 0
-    object.__setattr__(ffn, "scale", scale)
-    after = own + scale * (target_of(ffn, dense, own) + ffn.b_down)
+    after = own + scale * target_of(dense, own, scale)
     after[:, 3] = dense[:, 3]  # nothing reaches this one
     torch.testing.assert_close(after, dense, rtol=1e-4, atol=1e-5)
 
@@ -82,6 +82,40 @@ def test_the_refit_solves_for_the_dense_stream_on_its_own_inputs(tiny_model):
         torch.testing.assert_close(layer.w_down, before[name] + change, rtol=1e-2, atol=1e-3)
         missed = (seen["cut", at, "out"] - seen["dense", at, "out"]) * weights
         assert missed.mean(0).abs().max() < 1e-3, "the bias leaves no mean error in the stream"
+
+
+@torch.no_grad()
+def test_projections_of_narrowed_heads_solve_for_the_dense_stream_too(tiny_model):
+    """The first layers against whole forward passes and one least-squares problem: projection, then down map behind it."""
+    dense, data = copy.deepcopy(tiny_model), tiny_images(64)
+    narrow(tiny_model, data, (3, 32, 32), 0.75)
+    ffns = {ffn.name: ffn for ffn in find_ffns(dense).ffns}
+    layers = {name: halved(ffn) for name, ffn in ffns.items()}
+    for name, layer in layers.items():
+        replace_module(tiny_model, name, layer)
+    before = copy.deepcopy(narrow_attentions(tiny_model))
+    first = next(iter(before))
+    block = int(first.split(".")[1])
+    refit(tiny_model, layers, ffns, data, 10**6, ridge=0.01, dense=dense)
+    assert {name: type(part) for name, part in narrow_attentions(tiny_model).items()} == dict.fromkeys(before, NarrowAttention)
+    seen = {}
+    for kind, model in (("dense", dense), ("cut", tiny_model)):
+        at = model.blocks[block]
+        at.norm1.register_forward_pre_hook(lambda m, a, kind=kind: seen.__setitem__((kind, "before"), a[0].flatten(0, 1)))
+        at.attn.register_forward_pre_hook(lambda m, a, kind=kind: seen.__setitem__((kind, "in"), a[0]))
+        at.norm2.register_forward_pre_hook(lambda m, a, kind=kind: seen.__setitem__((kind, "after"), a[0].flatten(0, 1)))
+        model(data.images)
+    weights = torch.ones(len(data), 17)
+    weights[:, 0] = 2.0
+    weights = weights.flatten().sqrt()[:, None]
+    read = before[first].attend(seen["cut", "in"]).flatten(0, 1)
+    read = torch.cat([read, torch.ones(len(read), 1)], 1)
+    target = seen["dense", "after"] - seen["cut", "before"]
+    solution = torch.linalg.lstsq((read * weights).double(), (target * weights).double()).solution
+    best = ((target - read @ solution.float()) * weights).square().sum()
+    ours = ((seen["cut", "after"] - seen["dense", "after"]) * weights).square().sum()
+    started = ((target - before[first].proj(read[:, :-1])) * weights).square().sum()
+    assert best * 0.999 < ours < best + 0.02 * (started - best), (best, ours, started)
 
 
 def test_where_nothing_reads_the_stream_the_target_is_the_dense_output_and_the_note_says_so():

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from moee.calibrate.calibration import LayerTokens
 from moee.calibrate.grouping import one_group
-from moee.calibrate.prefix import prefix_tokens
 from moee.calibrate.refit import refit_layer
 from moee.data.transform import model_transform
 from moee.data.validation import fitted_part
@@ -39,6 +38,7 @@ from moee.mlps.find import find_ffns, reports_of
 from moee.mlps.sites import put_mlp
 from moee.models.ffn import FFN
 from moee.models.model import replace_module
+from moee.models.prefix import prefix_tokens
 from moee.parallel.devices import computing_on, placed
 from moee.parallel.group import Group, Parcel
 from moee.store.scratch import temporary_folder

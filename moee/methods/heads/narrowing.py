@@ -16,7 +16,6 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee.calibrate.in_step import InStep, WaitingStep
-from moee.calibrate.prefix import prefix_tokens
 from moee.data.image_set import ImageSet, batches
 from moee.errors import UserError
 from moee.interface.adapted import run_model
@@ -26,6 +25,7 @@ from moee.methods.heads.widths import check_reach, choose_widths, full_widths, m
 from moee.mlps.attention import NarrowAttention, Widths, find_attentions, input_shapes
 from moee.models.ffn import channels_last
 from moee.models.model import Shape, replace_module
+from moee.models.prefix import prefix_tokens
 from moee.parallel.devices import placed
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import OrderedSum, cut
