@@ -167,13 +167,13 @@ class Job:
     def _plan(self, state: State, budget: Budget, tried: Tried | None) -> dict[str, Any]:
         target = self.place.folder("plan").place
         if tried is not None:
-            methods, heads = tried
+            methods, heads, tokens = tried
             device = target_of(self.request.device, batch=self.request.batch, sm=self.request.sm)
             latency = device.timing(self.session, self.report)
             with self._stage("plan", state):
                 make_plan(
-                    self.session, budget, target, methods=methods, allocations=ALLOCATION, attention=heads, base=BASE,
-                    latency=latency, force=True, report=self.report, over=Trials(self.clock, self.say),
+                    self.session, budget, target, methods=methods, allocations=ALLOCATION, attention=heads, tokens=tokens,
+                    base=BASE, latency=latency, force=True, report=self.report, over=Trials(self.clock, self.say),
                     slack=self._slack(budget),
                 )  # fmt: skip
         plan: dict[str, Any] = read_json(target / PLAN)

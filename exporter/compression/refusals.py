@@ -11,7 +11,7 @@ from moee.planning.plan import applicable, refuse_incomparable
 from moee.planning.search import recipe_of, ways
 from moee.stages.session import Session
 
-Tried = tuple[tuple[str, ...], tuple[float, ...]]  # methods, and shares of the attention's MACs
+Tried = tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]  # methods, shares of the attention's MACs, of merged tokens
 
 
 def refuse_early(session: Session, request: Request, budget: Budget, say: Callable[[str], None]) -> Tried:
@@ -27,8 +27,8 @@ def refuse_early(session: Session, request: Request, budget: Budget, say: Callab
     if why:
         say(f"the attention stays as it is: {why}")
     methods = applicable(session, request.methods)
-    for way in ways(methods, ALLOCATION, heads):
+    for way in ways(methods, ALLOCATION, heads, request.tokens):
         session.prove(recipe_of(way, BASE))
     if budget.max_drop is not None:
         refuse_incomparable(session.comparison(session.probe()), budget.max_drop)
-    return methods, heads
+    return methods, heads, request.tokens

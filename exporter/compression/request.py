@@ -30,7 +30,8 @@ BASE = {  # of all ways: seconds instead of minutes
 @dataclass(frozen=True)
 class Request:
     """`device`: where models are timed, as `moee plan --device` takes it. `sm`: the GPU that the bundle is for, None for the
-    CPU. `budget`: None for `default_budget`. `time_s`: None for as long as it takes. `methods` and `heads`: what is tried.
+    CPU. `budget`: None for `default_budget`. `time_s`: None for as long as it takes. `methods`, `heads` and
+    `tokens`: what is tried.
     `confirm`: further images, on which the result is measured."""
 
     budget: Budget | None = None
@@ -40,13 +41,14 @@ class Request:
     time_s: float | None = TIME_S
     methods: tuple[str, ...] = METHODS
     heads: tuple[float, ...] = HEADS
+    tokens: tuple[float, ...] = (1.0,)
     confirm: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What a run must have in common with the one that it goes on from: not the time, nor what is done at the end."""
         return {
             "budget": self.budget.model_dump() if self.budget else None, "device": self.device, "sm": self.sm,
-            "batch": self.batch, "methods": list(self.methods), "heads": list(self.heads),
+            "batch": self.batch, "methods": list(self.methods), "heads": list(self.heads), "tokens": list(self.tokens),
         }  # fmt: skip
 
 

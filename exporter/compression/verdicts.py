@@ -11,13 +11,14 @@ from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
 from moee.schema import shown
 
-NAMES = {"static": "static pruning", "dense": "the dense model"}
+NAMES = {"static": "static pruning", "tokens": "merged tokens", "dense": "the dense model"}
 
 
 def way(point: dict[str, Any]) -> str:
     """`8 experts a layer (kmeans-8) beside 75 % of the attention`."""
     method = str(point["method"])
     name = NAMES.get(method, f"experts ({method})")
+    name += f" after merging tokens to {point['tokens']:.0%} of the MACs" if point.get("tokens", 1) < 1 else ""
     return name + (f" beside {point['attention']:.0%} of the attention's MACs" if point["attention"] < 1 else "")
 
 

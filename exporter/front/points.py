@@ -120,9 +120,10 @@ def _same(point: dict[str, Any], winner: Any) -> bool:
 
 def _candidate(point: dict[str, Any], chosen: bool) -> Candidate:
     method = str(point.get("method") or DASH)[:MOST_NAME]
-    allocation, attention = point.get("allocation"), real(point.get("attention"))
+    allocation, attention, tokens = point.get("allocation"), real(point.get("attention")), real(point.get("tokens"))
     parts = [method, *([str(allocation)[:MOST_NAME]] if allocation else [])]
     parts += [f"attention {percent(attention, 0)}"] if attention is not None and attention < WHOLE else []
+    parts += [f"tokens {percent(tokens, 0)}"] if tokens is not None and tokens < WHOLE else []
     interval = numbers(point.get("accuracy_interval"))
     role = DENSE if method == DENSE else STATIC if method == STATIC else ROUTED
     return Candidate(

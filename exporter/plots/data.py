@@ -23,6 +23,7 @@ from moee.models.ffn import plain_size
 from moee.models.model import Shape
 from moee.progress import Reporter, silent, track
 from moee.store.scratch import temporary_folder
+from moee.tokens.block import merging_blocks
 
 BATCH = 32
 CURVE_TOKENS = 20_000
@@ -56,6 +57,7 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
     """Run at most `images` images, spread evenly over `data`, and record every routed layer's experts."""
     layers = routed_layers(moee.model)
     prefix = int(getattr(moee.model, "num_prefix_tokens", 0))
+    merging = tuple(f"{name}." for name in merging_blocks(moee.model))
     collected: dict[str, list[Tensor]] = {name: [] for name in layers}
     grids: dict[str, tuple[int, int, int] | None] = {}
     nearest: dict[str, NearestTokens] = {}
@@ -65,7 +67,8 @@ def trace_routes(moee: MoeeModel, data: ImageSet, images: int = 256, report: Rep
 
     def record(name: str, x: Tensor) -> None:
         layer = layers[name]
-        grid = grids[name] = _grid(x, prefix, layer.channels_first, shape)
+        merged = name.startswith(merging)  # as many tokens as a smaller grid has are none
+        grid = grids[name] = None if merged else _grid(x, prefix, layer.channels_first, shape)
         routes = layer.routes(x).reshape(len(x), -1, layer.top_k)
         collected[name].append(routes)
         x, rows = x.movedim(1, -1) if layer.channels_first else x, layer.router

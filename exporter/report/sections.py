@@ -60,8 +60,16 @@ def cost(sources: Sources) -> tuple[str | None, list[Html]]:
     if drawn:
         groups = [[bar for bar in drawn if bar[0].startswith(label)] for label in ("MACs", "parameters")]
         parts += [charts.bars(group) for group in groups if group]
+    if said := merging(sources):
+        parts.append(tag("p", said))
     parts.append(_bytes(sources))
     return None, parts
+
+
+def merging(sources: Sources) -> str:
+    """How many tokens each block merges, as a sentence; empty where none are."""
+    merged = numbers(dig(sources.body("moee.model"), "merging", "merged"))
+    return f"Tokens that merge in each block: {', '.join(f'{count:.0f}' for count in merged)}." if merged else ""
 
 
 def _bytes(sources: Sources) -> Html:

@@ -8,7 +8,7 @@ from exporter.figures import status_of
 from exporter.markup import Html, table, tag
 from exporter.markup.values import DASH, dig, fixed, numbers, percent, real
 from exporter.report.commands import commands
-from exporter.report.sections import layers, not_there
+from exporter.report.sections import layers, merging, not_there
 from exporter.report.sources import Sources
 
 SHOWN_CLASSES = 20
@@ -17,6 +17,8 @@ SHOWN_CLASSES = 20
 def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
     """One row a layer, sorted by any column."""
     found = layers(sources)
+    if not found and (merged := merging(sources)):
+        return None, [tag("p", f"No MLP was cut. {merged}")]
     if not found:
         return None, [not_there("Layers of a model (moee.json) were", "moee extract")]
     routes = dig(sources.body("moee.parity"), "route_agreement")

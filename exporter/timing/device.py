@@ -26,9 +26,11 @@ from moee.models.model import Shape
 from moee.planning.forms import Latency
 from moee.stages.session import Session
 from moee.store.scratch import temporary_folder
+from moee.tokens.block import merging_like, token_merges
 from plugins.devices import Profile, profile_named
 
 CPU, CPU_RUNS = "cpu", 20
+MERGE_LAUNCHES = 12  # of one merge: products, normalisation, two sorts, gathers, fused elementwise (assumed)
 
 
 def timed_board(device: str) -> Profile | None:
@@ -108,11 +110,19 @@ def modelled(device: Profile, dense: nn.Module, model: nn.Module, facts: DenseFa
     narrowed = {n: sum(p.numel() for p in layer.parameters()) for n, layer in narrow_attentions(model).items()}
     lighter = sum(sum(p.numel() for p in dense.get_submodule(n).parameters()) - left for n, left in narrowed.items())
     rest = operation_ms(device, rest_macs * batch, BYTES * (weights + activations), 8 * len(ffns))
-    our_macs = rest_macs - macs_saved(model, facts.shape, dense)
-    our_rest = operation_ms(device, our_macs * batch, BYTES * (weights - lighter + activations), 8 * len(ffns))
+    merging, left, our_macs, launches = dense, tokens, rest_macs, 8 * len(ffns)
+    if merges := token_merges(model):
+        merging = merging_like(dense, model)
+        left = tokens_per_image(merging, list(ffns), facts.shape)
+        our_macs = dense_macs(merging, facts.shape) - sum(left[n] * f.macs for n, f in ffns.items())
+        launches += MERGE_LAUNCHES * len(merges)
+    moved = sum(12 * left[n] * batch * f.dim for n, f in ffns.items())
+    our_macs -= macs_saved(model, facts.shape, merging)
+    our_rest = operation_ms(device, our_macs * batch, BYTES * (weights - lighter + moved), launches)
     ours = sum(
-        form_of(routed[n]).milliseconds(device, routed[n], tokens[n] * batch) if n in routed else dense_ffn[n] for n in ffns
-    )
+        form_of(routed[n]).milliseconds(device, routed[n], left[n] * batch) if n in routed
+        else mlp_ms(device, f.dim, f.hidden, left[n] * batch, f.neuron_macs // f.dim) for n, f in ffns.items()
+    )  # fmt: skip
     return {
         "kind": "modelled", "device": device.name, "batch": batch, "dense_ms": rest + sum(dense_ffn.values()),
         "moee_ms": our_rest + ours, "speedup": (rest + sum(dense_ffn.values())) / (our_rest + ours),

@@ -40,6 +40,7 @@ from moee.models.model import Shape
 from moee.planning.forms import LayerChoices
 from moee.progress import Reporter, silent
 from moee.store.scratch import temporary_folder
+from moee.tokens.block import merged_tokens
 
 SHARES = (0.3, 0.6, 1.0)  # of a layer's neurons, or of a head's dimensions
 RUNS, WARM_UP = 15, 3
@@ -81,27 +82,38 @@ def between(line: Line, share: float) -> float:
 @dataclass(frozen=True)
 class FormTable:
     """The forms of every MLP and attention by name, for `batch` images; of each MLP its neurons (`hidden`) and the MACs of the
-    dense one on these images."""
+    dense one on these images; of all of them their `tokens` an image in the dense model."""
 
     batch: int
     hidden: Mapping[str, int]
     macs: Mapping[str, float]
     mlps: Mapping[str, Forms]
     attentions: Mapping[str, Forms]
+    tokens: Mapping[str, int] = field(default_factory=dict)
 
     def predict(self, model: nn.Module, dense_ms: float) -> float:
         """Milliseconds of a batch of `model`, which was cut from the one that the table is of and that takes `dense_ms`."""
         total = dense_ms
-        for name, layer in routed_layers(model).items():
-            if name in self.mlps:
-                forms = self.mlps[name]
-                total += forms.of(_share(layer, self.hidden[name]), layer.num_experts) - forms.dense
-        for name, attention in narrow_attentions(model).items():
-            if name in self.attentions:
-                forms = self.attentions[name]
-                kept = (attention.widths.qk + attention.widths.v) / (2 * attention.head_dim)
-                total += forms.of(kept) - forms.dense
+        routed, narrowed, merged = routed_layers(model), narrow_attentions(model), merged_tokens(model)
+        for name, forms in self.mlps.items():
+            ours = forms.dense
+            if (layer := routed.get(name)) is not None:
+                ours = forms.of(_share(layer, self.hidden[name]), layer.num_experts)
+            total += ours * self._left(name, merged, 1) - forms.dense
+        for name, forms in self.attentions.items():
+            ours = forms.dense
+            if (attention := narrowed.get(name)) is not None:
+                ours = forms.of((attention.widths.qk + attention.widths.v) / (2 * attention.head_dim))
+            total += ours * self._left(name, merged, 0) - forms.dense
         return total
+
+    def _left(self, name: str, merged: Sequence[int], after: int) -> float:
+        """The share of its tokens that a layer in block i still gets, where `merged[i]` merge in each; the time is taken to go
+        with it. `after`: 1 for what lies behind the block's own merge."""
+        if not merged:
+            return 1.0
+        block = int(name.split(".")[1])  # merging blocks are those of timm's VisionTransformer: blocks.i
+        return 1 - sum(merged[: block + after]) / self.tokens[name]
 
     def choices(self, share: float, experts: int) -> LayerChoices:
         """As `moee.planning.forms.LayerForms.choices`."""
@@ -186,7 +198,7 @@ def measure_forms(
             report("forms of layers", len(known), len(set(kinds.values())))
         attentions[name] = known[kind]
     hidden, macs = {f.name: f.hidden for f in ffns}, {f.name: float(batch * tokens[f.name] * f.macs) for f in ffns}
-    return FormTable(batch, hidden, macs, mlps, attentions)
+    return FormTable(batch, hidden, macs, mlps, attentions, tokens | {name: count for name, (_, count) in seen.items()})
 
 
 def _mlp_forms(dense: nn.Module, ffn: FFN, tokens: int, experts: Sequence[int], threads: int | None) -> Forms:

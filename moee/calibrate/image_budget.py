@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from moee.errors import UserError
 from moee.interface.watch import watched
 from moee.parallel.ordered import PARTS, cut
+from moee.tokens.block import merging_blocks
 
-ALIKE = 2  # times the images of a group, from which on a layer gets a group of its own
+MERGING = 2.0  # times the images of a group that a layer may want and still be in it, where tokens merge from block to block
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,20 @@ def tokens_an_image(model: nn.Module, dims: Mapping[str, int], image: Tensor) ->
     return counts
 
 
-def image_groups(counts: Mapping[str, int], images: int, tokens: int, least: int = 1) -> list[ImageGroup]:
+def likeness(model: nn.Module) -> float:
+    """What `image_groups` is to take for alike: in a model that merges tokens every layer wants another number of images."""
+    return MERGING if merging_blocks(model) else 1.0
+
+
+def image_groups(
+    counts: Mapping[str, int], images: int, tokens: int, least: int = 1, *, alike: float = 1.0
+) -> list[ImageGroup]:
     """Layers with `counts` tokens an image, in groups that want about `tokens` tokens: `least` to `images` images. A layer that
-    wants less than `ALIKE` times as many images as the group before it is content with that one's."""
+    wants at most `alike` times as many images as the group before it is content with that one's."""
     groups: list[ImageGroup] = []
     for name, count in counts.items():
         wanted = min(images, max(least, tokens // count))
-        if groups and groups[-1].images <= wanted < ALIKE * groups[-1].images:
+        if groups and groups[-1].images <= wanted <= alike * groups[-1].images:
             groups[-1] = ImageGroup((*groups[-1].names, name), groups[-1].images)
         else:
             groups.append(ImageGroup((name,), wanted))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from moee.calibrate.calibration import BATCH_SIZE
 from moee.calibrate.elimination import Elimination
 from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
-from moee.calibrate.image_budget import ImageGroup, image_groups, spread_parts, tokens_an_image
+from moee.calibrate.image_budget import ImageGroup, image_groups, likeness, spread_parts, tokens_an_image
 from moee.calibrate.in_step import InStep
 from moee.calibrate.layer_sums import CentredSums, LayerPart, Original, RefitStep, centred, find_shifts, part_sums, scale_of
 from moee.calibrate.projection import ProjectionStep, project
@@ -177,7 +177,7 @@ class _Refit:
         with self.group.agreed():
             image = next(batches(self.data, 1)).images.to(self.group.device)
             widths = {name: layer.b_out.shape[1] for name, layer in self.layers.items()}
-            todo = image_groups(tokens_an_image(self.model, widths, image), len(self.data), tokens)
+            todo = image_groups(tokens_an_image(self.model, widths, image), len(self.data), tokens, alike=likeness(self.model))
         fewest = min(some.images for some in todo)  # as many as pass the whole model together
         most_kept = KEPT * tokens * max(widths.values())
         parts = min(PARTS, tokens // (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibrate.calibration import CHUNK, as_tokens, hidden_activations
-from moee.calibrate.image_budget import image_groups, spread, tokens_an_image
+from moee.calibrate.image_budget import image_groups, likeness, spread, tokens_an_image
 from moee.data.image_set import Batch, ImageSet, batches, listed_batches
 from moee.errors import UserError, chosen
 from moee.interface.adapted import run_model, title_of_model
@@ -189,7 +189,7 @@ def _measure(
         with group.agreed():
             first = next(batches(data, 1)).images.to(device)
             counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, first)
-        for same in image_groups(counts, len(data), tokens, least=2):
+        for same in image_groups(counts, len(data), tokens, least=2, alike=likeness(model)):
             most = max(counts[name] for name in same.names)
             size = max(1, min(BATCH_TOKENS // most, EARLY_TOKENS // max(counts.values())))
             sums, shared = OrderedSum(group), _Shared(spread(len(data), same.images), size, group)

@@ -53,7 +53,13 @@ class TokensMethod(Method[TokensOptions]):
         return options.token_macs != 1
 
     def check(self, model: nn.Module, shape: tuple[int, int, int], options: TokensOptions) -> None:
-        schedule(model, shape, options)
+        """How many merge is not judged where nobody says it: a plan finds that."""
+        from moee.tokens.schedule import block_costs
+
+        if options.token_macs is None and options.merge_tokens is None:
+            block_costs(model, shape)
+        else:
+            schedule(model, shape, options)
 
     def saves(self, model: nn.Module, shape: tuple[int, int, int], options: TokensOptions) -> tuple[int, int]:
         """What merging saves of a dense model."""

@@ -46,7 +46,7 @@ class Budget(Options):
 class Point:
     """One model that was made and measured: `macs` and `params` as shares of dense, `drop` the share of accuracy lost, latency in
     ms. None is what was not measured: it meets no limit. `recipe` makes it again, and is None for dense; `attention` is the share
-    of the attention's MACs that it keeps."""
+    of the attention's MACs that it keeps, `tokens` that of all MACs which merging tokens leaves first."""
 
     method: str
     allocation: str
@@ -60,6 +60,7 @@ class Point:
     recipe: dict[str, Any] | None
     accuracy_interval: list[float] | None = None
     attention: float = 1.0
+    tokens: float = 1.0
 
     def shortfalls(self, budget: Budget) -> dict[str, float]:
         """By how much each figure misses the budget, relative to the limit; infinite for one that was not measured. Empty if the
@@ -117,6 +118,7 @@ class StoredPoint(Body):
     recipe: dict[str, Any] | None
     accuracy_interval: list[float] | None = None
     attention: float = 1.0
+    tokens: float = 1.0
 
 
 def checked_point(body: Any, path: Path) -> Point:
@@ -166,6 +168,7 @@ def nearest(points: list[Point], budget: Budget) -> str:
         for name, value in best.shortfalls(budget).items()
     )
     heads = f" and {best.attention:.0%} of the attention" if best.attention < 1 else ""
+    heads += f" and tokens merged to {best.tokens:.0%} of the MACs" if best.tokens < 1 else ""
     return (
         f"nothing meets the budget; nearest is {best.method} {best.allocation}{heads} with {best.macs:.0%} of the MACs, "
         f"{best.params:.0%} of the parameters and cosine {best.cosine:.4f}: it misses {missing}"

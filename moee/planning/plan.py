@@ -15,6 +15,7 @@ from typing import Any
 from moee.errors import UserError
 from moee.measure.accuracy import Comparison
 from moee.methods.recipe import Recipe, read_recipe_json
+from moee.methods.registry import cutting
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec
 from moee.places.inputs import source_paths
@@ -50,24 +51,25 @@ def make_plan(
     session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | Shortlist | None = None,
     force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
-    attention: tuple[float, ...] = (1.0,), over: Over | None = None, slack: Budget | None = None,
+    attention: tuple[float, ...] = (1.0,), tokens: tuple[float, ...] = (1.0,), over: Over | None = None,
+    slack: Budget | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`moee plan`: measure the methods at the targets, choose under `budget`, write `out/plan.json` and return it.
 
-    `attention` are the shares of the attention's MACs that every method is tried with (1: as it is). `base` are further options
-    of every configuration, but for `attention_macs`. `latency` times every point as it is made, or, as a `Shortlist`, a few of
-    them at the end, and only these and dense are then chosen from. Points of an interrupted run are kept in `<out>.resume`.
-    With `over`, which says when the time for trials is over (`race`), targets are looked for by bisection (`moee.planning.race`),
-    latencies are measured of points of enough quality alone, and the session keeps the winner's model, so that `run_extract`
-    need not make it again. `slack`: a wider budget, which points are looked for under, since tuning may bring them within
-    `budget`; the best of those is the plan's `ambitious` point. Raises `BudgetUnmet` if nothing meets the budget: it names the
-    nearest point.
+    `attention` are the shares of the attention's MACs that every method is tried with (1: as it is), `tokens` those of all MACs
+    which merging tokens leaves before it (1: none merge). `base` are further options of every configuration, but for these.
+    `latency` times every point as it is made, or, as a `Shortlist`, a few of them at the end, and only these and dense are then
+    chosen from. Points of an interrupted run are kept in `<out>.resume`. With `over`, which says when the time for trials is over
+    (`race`), targets are looked for by bisection (`moee.planning.race`), latencies are measured of points of enough quality
+    alone, and the session keeps the winner's model, so that `run_extract` need not make it again. `slack`: a wider budget, which
+    points are looked for under, since tuning may bring them within `budget`; the best of those is the plan's `ambitious` point.
+    Raises `BudgetUnmet` if nothing meets the budget: it names the nearest point.
     """
     output, store = places(session, out, force)
     with alone_on(store.place, session.group.leader):
         found = search(
             session, budget, store, latency=latency, methods=methods, targets=targets, base=base, report=report,
-            allocations=allocations, attention=attention, over=over, slack=slack,
+            allocations=allocations, attention=attention, tokens=tokens, over=over, slack=slack,
         )  # fmt: skip
         chosen = found.candidates(latency.most) if isinstance(latency, Shortlist) else []
         timed = _timed(latency, chosen, store) if isinstance(latency, Shortlist) and chosen else None
@@ -98,11 +100,11 @@ def search(
     session: Session, budget: Budget, store: OutputFolder, *, latency: Latency | Shortlist | None = None,
     methods: tuple[str, ...] | None = None, targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None,
     report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
-    over: Over | None = None, slack: Budget | None = None,
+    tokens: tuple[float, ...] = (1.0,), over: Over | None = None, slack: Budget | None = None,
 ) -> Found:  # fmt: skip
     """The points of `make_plan`, kept in `store`, on which nobody else works."""
     base, methods = base or {}, usual() if methods is None else methods
-    check_ways(methods, allocations, attention, base)
+    check_ways(methods, allocations, attention, tokens, base)
     if budget.max_drop is not None:
         refuse_incomparable(session.early_comparison(), budget.max_drop)  # what is known before anything has run
     session.warn_early()
@@ -111,7 +113,7 @@ def search(
     methods = applicable(session, methods)
     told = {"model": model_identity(session), "base": base}
     compare_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE)  # before trials and the reading of images
-    for way in ways(methods, allocations, attention):  # said before a resumed plan is bound to the options
+    for way in ways(methods, allocations, attention, tokens):  # said before a resumed plan is bound to the options
         session.prove(recipe_of(way, base))
     fresh = not store.place.exists()
     planner = planner_of(session, slack or budget, base, store, latency, report=report)
@@ -128,9 +130,9 @@ def search(
         targets = (budget.target_macs,)
     left_out = 0
     if over is not None:
-        points, left_out = race(planner, ways(methods, allocations, attention), over)
+        points, left_out = race(planner, ways(methods, allocations, attention, tokens), over)
     else:
-        wanted = [(way, target) for way in ways(methods, allocations, attention) for target in targets]
+        wanted = [(way, target) for way in ways(methods, allocations, attention, tokens) for target in targets]
         points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
         points += planner.refine(points, targets)
     points = list({json.dumps(p.recipe, sort_keys=True): p for p in points}.values())
@@ -155,8 +157,9 @@ def planner_of(
 
 
 def check_ways(
-    methods: tuple[str, ...], allocations: tuple[str, ...], attention: tuple[float, ...], base: dict[str, Any]
-) -> None:
+    methods: tuple[str, ...], allocations: tuple[str, ...], attention: tuple[float, ...], tokens: tuple[float, ...],
+    base: dict[str, Any],
+) -> None:  # fmt: skip
     """Raise `UserError` for what can be said of a plan's options without its model: names that are unknown, values that do not
     fit."""
     for kind, given, known in (("method", methods, tuple(variants())), ("allocation", allocations, ALLOCATIONS)):
@@ -164,22 +167,43 @@ def check_ways(
         if unknown or not given:
             came = ", ".join(shown(name, quoted=False) for name in unknown) or "(none)"
             raise UserError(f"--{kind}s: unknown {kind} {came}; expected some of {', '.join(known)}")
-    if "attention_macs" in base:
-        raise ValueError("shares of the attention go into `attention`, not into `base`")
+    if base.keys() & {"attention_macs", "token_macs", "merge_tokens"}:
+        raise ValueError("shares of the attention and of merged tokens go into `attention` and `tokens`, not into `base`")
+    tried = {way.method for way in ways(methods, allocations, attention, tokens)}
+    if untried := [method for method in methods if method not in tried]:
+        raise UserError(f"--methods {', '.join(untried)}: it merges tokens itself, and --token-macs merges some before; add 1 to that")
     if "attention_heads" in base and all(share == 1 for share in attention):
         raise UserError("--attention-heads says how --attention-macs is met; give that too")
-    for way in ways(methods, allocations, attention):
+    for way in ways(methods, allocations, attention, tokens):
         recipe_of(way, base)
 
 
 def applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
-    """The methods that can cut the model: where all of its MLPs are gated, static pruning alone, if it is among them."""
+    """The methods that can cut the model. Where all of its MLPs are gated, those that take gated ones, if static pruning is among
+    them. Merging tokens is left out where others are tried and the model's cannot be merged."""
+    methods = _mergeable(session, methods)
     gated = all(ffn.only_static for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
-    if not gated or STATIC not in methods or set(methods) == {STATIC}:
+    fitting = tuple(name for name in methods if variants()[name][0].gated)
+    if not gated or STATIC not in fitting or fitting == methods:
         return methods
     if session.group.leader:
-        log.warning("all MLPs of %s are gated: of the methods, only static pruning is tried", session.spec.name)
-    return (STATIC,)
+        said = "static pruning" + " and merging tokens" * (len(fitting) > 1)
+        log.warning("all MLPs of %s are gated: of the methods, only %s is tried", session.spec.name, said)
+    return fitting
+
+
+def _mergeable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
+    others = tuple(name for name in methods if variants()[name][0].cuts != "tokens")
+    if not others or others == methods:
+        return methods
+    try:
+        for method in cutting("tokens"):
+            method.check(session.dense, session.transform.shape, method.options())
+    except UserError as error:
+        if session.group.leader:
+            log.info("merging tokens is not tried: %s", str(error).partition(";")[0])
+        return others
+    return methods
 
 
 def refuse_incomparable(compared: Comparison, max_drop: float) -> None:

@@ -71,14 +71,14 @@ def race(
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
     left = sum(min(count, len(ways)) for count in rounds)
-    forwards, attention, prepared = True, 0.0, set[str]()
+    forwards, first, prepared = True, (0.0, 0.0), set[str]()
     for count in rounds:
         ranked = sorted((r for r in racers if r.points), key=lambda r: standing(r.points, planner.budget))
         chosen = ranked[:count] if ranked else racers[:count]
         ordered = [racer for racer in racers if racer in chosen]
         for racer in ordered if forwards else reversed(ordered):
-            if racer.way.attention != attention:  # what was prepared is of no use to another share
-                attention, prepared = racer.way.attention, set()
+            if racer.way.first != first:  # what was prepared is of no use to another share
+                first, prepared = racer.way.first, set()
             fresh = racer.way.method not in prepared
             prepared.add(racer.way.method)
             if over(fresh) and points:  # asked before the first too, by whose time the second is judged

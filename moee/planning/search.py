@@ -36,6 +36,7 @@ from moee.store.scratch import temporary_folder
 PLAN_POINT = "a plan's point"  # what a message calls the recipe of one
 ALLOCATIONS = tuple(EXPERT_ALLOCATIONS)
 STATIC = "static"  # the variant that cuts gated MLPs
+ALONE = (1.0, 1.0)  # shares of a way that nothing is done beside
 TARGETS = (0.8, 0.7, 0.6, 0.5)
 REFINEMENTS = 2  # bisections of the MACs between the last point that meets the budget and the first that does not
 
@@ -57,19 +58,40 @@ def allocations_of(variant: str, wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Way(NamedTuple):
-    """How a point is made, but for its budget: key of `variants`, how it spends the budget, share of the attention's MACs."""
+    """How a point is made, but for its budget: key of `variants`, how it spends the budget, share of the attention's MACs, share
+    of the MACs that merging tokens leaves first."""
 
     method: str
     allocation: str
     attention: float = 1.0
+    tokens: float = 1.0
+
+    @property
+    def first(self) -> tuple[float, float]:
+        """What the steps before the last are told."""
+        return self.attention, self.tokens
+
+    @property
+    def beside(self) -> str:
+        """What is done beside the method, for a title."""
+        narrowed = f", attention {self.attention:g}" if self.attention < 1 else ""
+        return narrowed + (f", tokens {self.tokens:g}" if self.tokens < 1 else "")
 
 
-def ways(methods: Iterable[str], allocations: tuple[str, ...], attention: Iterable[float]) -> list[Way]:
-    """Every way of these, by share of the attention: what is calibrated for one share is of no use to another. A method that does
-    not go beside narrower heads is tried without, if that is wanted too."""
-    every = [Way(m, a, share) for share in attention for m in methods for a in allocations_of(m, allocations)]
-    alone = {way.method for way in every if way.attention == 1}
-    return [way for way in every if way.attention == 1 or way.method not in alone or _goes(way)]
+def ways(
+    methods: Iterable[str], allocations: tuple[str, ...], attention: Iterable[float], tokens: Iterable[float] = (1.0,)
+) -> list[Way]:
+    """Every way of these, by share of the attention and of merged tokens: what is calibrated for one is of no use to another. A
+    method that does not go beside narrower heads or merged tokens is tried without, if that is wanted too; one that merges tokens
+    itself is never tried beside merged ones."""
+    merging = {name for name, (method, _) in variants().items() if method.cuts == "tokens"}
+    every = [
+        Way(m, a, share, left)
+        for left in tokens for share in attention for m in methods if left == 1 or m not in merging
+        for a in allocations_of(m, allocations)
+    ]  # fmt: skip
+    alone = {way.method for way in every if way.first == ALONE}
+    return [way for way in every if way.first == ALONE or way.method not in alone or _goes(way)]
 
 
 def _goes(way: Way) -> bool:
@@ -85,12 +107,13 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
     """The recipe of a way, of the options `base` those that its steps know, without a budget. Raises `UserError` for values that
     do not fit."""
     method, variant = variants()[way.method]
-    attention = {"attention_macs": way.attention} if way.attention != 1 else {}
-    known = set(method.options.model_fields)
-    for heads in cutting("attention") if attention else ():
-        known |= set(heads.options.model_fields)
+    known, beside = set(method.options.model_fields), {}
+    for part, name, share in (("attention", "attention_macs", way.attention), ("tokens", "token_macs", way.tokens)):
+        if share != 1:
+            beside[name] = share
+            known |= {option for other in cutting(part) for option in other.options.model_fields}
     given = {name: value for name, value in base.items() if name in known}
-    return recipe_with(method, {**given, **attention, **variant.values, **method.allocations[way.allocation]})
+    return recipe_with(method, {**given, **beside, **variant.values, **method.allocations[way.allocation]})
 
 
 class Planner:
@@ -186,14 +209,14 @@ class Planner:
             self.obstacle = str(error)
             write_json(file, None)
             return None
-        name = f"{way.method}, {way.allocation}, {target:.2f}" + (f", attention {way.attention:g}" if way.attention < 1 else "")
+        name = f"{way.method}, {way.allocation}, {target:.2f}{way.beside}"
         measured = self.session.measure(model, self.probe, f"{name} on held-out images")
         kept, cost = measured["retention"], measured["cost"]
         drop = None if kept["accuracy"] is None else kept["dense_accuracy"] - kept["accuracy"]
         result = Point(
             way.method, way.allocation, cost["moee"]["macs"] / cost["dense"]["macs"],
             cost["moee"]["params"] / cost["dense"]["params"], kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
-            None, recipe.to_json(), kept["accuracy_interval"], way.attention,
+            None, recipe.to_json(), kept["accuracy_interval"], way.attention, way.tokens,
         )  # fmt: skip
         if self.latency is not None and not (self.frugal and result.lacks_quality(self.budget)):
             result = replace(result, latency=self.latency.timed(model))
@@ -260,7 +283,7 @@ class Planner:
         """The two ways that serve the budget best, and the best static one: those worth more evaluations."""
         made: dict[Way, list[Point]] = {}
         for p in points:
-            made.setdefault(Way(p.method, p.allocation, p.attention), []).append(p)
+            made.setdefault(Way(p.method, p.allocation, p.attention, p.tokens), []).append(p)
         ranked = sorted(sorted(made), key=lambda way: standing(made[way], self.budget))
         static = [way for way in ranked if way.method == STATIC][:1]
         leaders = dict.fromkeys([*ranked[:2], *static])

@@ -9,6 +9,8 @@ import torch
 
 from exporter.graph.export import export
 from exporter.parity import check_parity
+from exporter.timing.device import dense_facts, modelled
+from exporter.timing.form_table import Forms, FormTable
 from moee.artifacts import checkpoint
 from moee.artifacts.inspection import inspect_artifact
 from moee.artifacts.manifest import Manifest
@@ -19,6 +21,7 @@ from moee.methods.recipe import Recipe, method_options
 from moee.methods.tokens import TokensOptions
 from moee.models.model import load_model
 from moee.tokens.block import install_merging, merged_tokens, token_merges
+from plugins.devices import PROFILES
 from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter.conftest import rehash
 
@@ -111,3 +114,20 @@ def test_other_matchings_and_other_models_fail(made, exported, tmp_path):
     (folder / "export.json").write_text(json.dumps(body))
     with pytest.raises(UserError, match="tokens are merged there"):
         check_parity(folder, moee, data)
+
+
+def test_modelled_and_predicted_times_know_the_tokens(made):
+    moee, _, _ = made
+    dense = load_model(tiny_spec())
+    facts = dense_facts(dense, (3, 32, 32))
+    merged = load_model(tiny_spec())
+    install_merging(merged, merged_tokens(moee.model))
+    same, fewer = (modelled(PROFILES["orin-agx"], dense, model, facts, 64) for model in (dense, merged))
+    assert fewer["dense_ms"] == same["dense_ms"] == same["moee_ms"] != fewer["moee_ms"]
+    names = list(facts.ffns)
+    forms = Forms(4.0, {0.5: 2.0, 1.0: 4.0}, {})
+    every = dict.fromkeys(names, forms)
+    table = FormTable(8, dict.fromkeys(names, 100), dict.fromkeys(names, 1e3), every, {}, facts.tokens)
+    left = [facts.tokens[names[0]] - sum(merged_tokens(moee.model)[: at + 1]) for at in range(len(names))]
+    assert table.predict(merged, 100.0) == pytest.approx(100 - sum(4 * (1 - n / facts.tokens[names[0]]) for n in left))
+    assert table.predict(dense, 100.0) == 100.0

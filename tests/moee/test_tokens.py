@@ -8,12 +8,16 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from moee.calibrate.image_budget import image_groups, likeness
+from moee.calibrate.prefix import holds_prefix
 from moee.errors import OutOfReach, UserError
 from moee.measure.metrics import dense_macs, model_cost, original_macs, saved_macs, tokens_per_image
 from moee.methods.identity import check_merging
 from moee.methods.recipe import make_recipe
 from moee.methods.tokens import TokensOptions, schedule
 from moee.mlps.attention import NarrowAttention, Widths
+from moee.planning.plan import check_ways
+from moee.planning.search import Way, recipe_of, ways
 from moee.tokens.block import install_merging, merged_tokens, plain_blocks
 from moee.tokens.merge import Choice, Merged, TokenMerge, restored
 from moee.tokens.schedule import block_costs, constant
@@ -188,3 +192,25 @@ def test_merging_stands_alone_or_between_the_others():
     assert [step["method"] for step in make_recipe("static", None, {}).to_json()["steps"]] == ["static"]
     with pytest.raises(UserError, match="leave it out"):
         make_recipe("tokens", None, {"target_macs": 0.8})
+
+
+def test_a_plan_tries_merging_alone_and_before_the_others():
+    tried = ways(("static", "tokens"), ("share",), (1.0,), (1.0, 0.85))
+    assert tried == [Way("static", "share"), Way("tokens", ""), Way("static", "share", 1.0, 0.85)]
+    steps = recipe_of(tried[2], {"tokens": 2000}).to_json()["steps"]
+    assert [step["method"] for step in steps] == ["tokens", "static"]
+    assert steps[0]["token_macs"] == 0.85 and steps[1]["tokens"] == 2000
+    made = recipe_of(tried[1], {})
+    assert made.method.within(made.cut, 0.8, small(), SHAPE).token_macs == 0.8
+    with pytest.raises(UserError, match="--methods tokens: it merges tokens itself"):
+        check_ways(("tokens",), ("share",), (1.0,), (0.85,), {})
+
+
+def test_layers_of_slowly_fewer_tokens_are_one_group_of_images():
+    counts = {"a": 100, "b": 80, "c": 51, "d": 40}
+    assert [group.names for group in image_groups(counts, 1000, 1000, alike=2)] == [("a", "b", "c"), ("d",)]
+    assert len(image_groups(counts, 1000, 1000)) == 4
+    model = small()
+    assert likeness(model) == 1 and not holds_prefix(model, 36)
+    install_merging(model, [1, 0, 0])
+    assert likeness(model) == 2 and holds_prefix(model, 36), "37 tokens less one are no patches alone"

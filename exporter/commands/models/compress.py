@@ -50,6 +50,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--methods", metavar="NAMES", help=tried)
     share = "comma-separated shares of the attention's MACs that are tried, heads narrowed to them (1,0.75)"
     sub.add_argument("--attention-macs", metavar="SHARES", help=share)
+    merged = "comma-separated shares of the MACs that merging tokens leaves before each method; 1 merges none (default: 1)"
+    sub.add_argument("--token-macs", metavar="SHARES", help=merged)
     more = "further labelled images, on which the result is measured once it is chosen"
     sub.add_argument("--confirm", metavar="DATA", help=more)
     add_device(sub, target=True)
@@ -81,6 +83,7 @@ def time_of(text: str) -> float | None:
 def check(args: argparse.Namespace) -> None:
     """What can be said of the line alone."""
     parse_shares("--attention-macs", args.attention_macs, whole=True)
+    parse_shares("--token-macs", args.token_macs, whole=True)
     budget_of(args)
 
 
@@ -106,7 +109,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     target_of(args.device, batch=args.batch, sm=sm).check()  # before a model is loaded
     methods = named_in(args.methods) if args.methods is not None else METHODS
     heads = parse_shares("--attention-macs", args.attention_macs, whole=True) or HEADS
-    check_ways(methods, ALLOCATION, heads, {})
+    tokens = parse_shares("--token-macs", args.token_macs, whole=True) or (1.0,)
+    check_ways(methods, ALLOCATION, heads, tokens, {})
     request = Request(budget, args.device, sm, args.batch, args.time, methods, heads, args.confirm)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 BASE = ("seed", "tokens", "cluster_tokens", "refit_tokens", "collages", "attention_heads")  # options that all points share
 BASE_OF = (ExpertsOptions, HeadsOptions)  # whose help says what they are
+BESIDE = {"attention": "attention", "tokens": "merged to"}  # columns of what is done beside a method
 TEXT = "try methods and budgets, print what wins and by how much over static pruning and dense"
 
 
@@ -66,6 +67,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--targets", metavar="SHARES", help="comma-separated shares of MACs to try (default: 0.8,0.7,0.6,0.5)")
     share = "comma-separated shares of the attention's MACs to try, heads narrowed to them; 1 leaves them (default: 1)"
     sub.add_argument("--attention-macs", metavar="SHARES", help=share)
+    merged = "comma-separated shares of the MACs that merging tokens leaves before each method; 1 merges none (default: 1)"
+    sub.add_argument("--token-macs", metavar="SHARES", help=merged)
     group = sub.add_argument_group("options of every method that has them")
     for kind in BASE_OF:
         add_options(group, kind, BASE, {"cluster_tokens": 6000})
@@ -102,6 +105,7 @@ def check(args: argparse.Namespace) -> None:
     """What can be said of the line alone."""
     parse_shares("--targets", args.targets)
     parse_shares("--attention-macs", args.attention_macs, whole=True)
+    parse_shares("--token-macs", args.token_macs, whole=True)
     budget_of(args)
 
 
@@ -116,14 +120,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     targets = parse_shares("--targets", args.targets) or TARGETS
     attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
+    merged = parse_shares("--token-macs", args.token_macs, whole=True) or (1.0,)
     budget = budget_of(args)
     methods = named_in(args.methods) if args.methods is not None else usual()
     allocations = named_in(args.allocations) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
-    check_ways(methods, allocations, attention, base)
+    check_ways(methods, allocations, attention, merged, base)
     if args.emit is not None and result_of(args) is not None:
         raise UserError("--emit begins a measurement and --measured ends it; give one of them")
-    ways: dict[str, Any] = dict(methods=methods, targets=targets, base=base, allocations=allocations, attention=attention)
+    ways: dict[str, Any] = dict(methods=methods, targets=targets, base=base, allocations=allocations)
+    ways |= {"attention": attention, "tokens": merged}
     if args.emit is not None:
         return emit(args, console, budget, ways)
     if result_of(args) is not None:
@@ -164,17 +170,18 @@ def _show(args: argparse.Namespace, console: Console, plan: dict[str, Any]) -> i
 def points_table(plan: dict[str, Any]) -> Table:
     """All points by MACs; those on the Pareto front are marked, and the winner."""
     front = [p["recipe"] for p in plan["front"]]
-    narrowed = any(_attention(p) < 1 for p in plan["points"])
+    beside = [name for name in ("attention", "tokens") if any(_share(p, name) < 1 for p in plan["points"])]
     table = FittingTable(f"{plan['model']['name']} on {data_title(plan['data'])}")
-    for column in ("", "method", "allocation", *["attention"] * narrowed, "MACs", "params", "cosine", "accuracy", "latency ms"):
+    shares = [BESIDE[name] for name in beside]
+    for column in ("", "method", "allocation", *shares, "MACs", "params", "cosine", "accuracy", "latency ms"):
         table.add_column(column, justify="left" if column in ("", "method", "allocation") else "right", no_wrap=True)
     for p in sorted(plan["points"], key=lambda p: p["macs"]):
         mark = "winner" if p["recipe"] == plan["winner"]["recipe"] else "front" if p["recipe"] in front else ""
         ms = p["latency"]
         timing = f"{ms['moee_ms']:.2f}, {ms['dense_ms'] / ms['moee_ms']:.2f}x\n({_kind(ms)})" if ms else ""
         table.add_row(
-            mark, p["method"], p["allocation"], *[percent(_attention(p))] * narrowed, percent(p["macs"]), percent(p["params"]),
-            number(p["cosine"], 4), _accuracy(p), timing,
+            mark, p["method"], p["allocation"], *[percent(_share(p, name)) for name in beside], percent(p["macs"]),
+            percent(p["params"]), number(p["cosine"], 4), _accuracy(p), timing,
         )  # fmt: skip
     return table
 
@@ -187,9 +194,9 @@ def _kind(latency: dict[str, Any]) -> str:
     return "measured" if kind.startswith("measured") else "modelled, scaled"
 
 
-def _attention(point: dict[str, Any]) -> float:
-    """Share of the attention's MACs that a point keeps."""
-    share: float = point["attention"]
+def _share(point: dict[str, Any], name: str) -> float:
+    """Share of the `attention`'s MACs that a point keeps, or of all MACs that merged `tokens` leave; older plans have none."""
+    share: float = point.get(name, 1.0)
     return share
 
 
@@ -203,8 +210,10 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     """The winner and its margins as sentences."""
     winner = plan["winner"]
     name = winner["method"] + (f" ({winner['allocation']})" if winner["allocation"] else "")
-    if _attention(winner) < 1:
-        name += f" beside {percent(_attention(winner))} of the attention"
+    if _share(winner, "attention") < 1:
+        name += f" beside {percent(_share(winner, 'attention'))} of the attention"
+    if _share(winner, "tokens") < 1:
+        name += f" after merging tokens to {percent(_share(winner, 'tokens'))} of the MACs"
     lines = [f"winner: {name} at {percent(winner['macs'])} of the MACs, cosine {number(winner['cosine'], 4)}"]
     measured = plan.get("accuracy", {})
     if measured.get("no_accuracy"):
