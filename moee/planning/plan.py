@@ -104,7 +104,7 @@ def search(
 ) -> Found:  # fmt: skip
     """The points of `make_plan`, kept in `store`, on which nobody else works."""
     base, methods = base or {}, usual() if methods is None else methods
-    check_ways(methods, allocations, attention, tokens, base)
+    check_ways(methods, allocations, attention, base, tokens)
     if budget.max_drop is not None:
         refuse_incomparable(session.early_comparison(), budget.max_drop)  # what is known before anything has run
     session.warn_early()
@@ -157,8 +157,8 @@ def planner_of(
 
 
 def check_ways(
-    methods: tuple[str, ...], allocations: tuple[str, ...], attention: tuple[float, ...], tokens: tuple[float, ...],
-    base: dict[str, Any],
+    methods: tuple[str, ...], allocations: tuple[str, ...], attention: tuple[float, ...], base: dict[str, Any],
+    tokens: tuple[float, ...] = (1.0,),
 ) -> None:  # fmt: skip
     """Raise `UserError` for what can be said of a plan's options without its model: names that are unknown, values that do not
     fit."""
@@ -171,7 +171,7 @@ def check_ways(
         raise ValueError("shares of the attention and of merged tokens go into `attention` and `tokens`, not into `base`")
     tried = {way.method for way in ways(methods, allocations, attention, tokens)}
     if untried := [method for method in methods if method not in tried]:
-        raise UserError(f"--methods {', '.join(untried)}: it merges tokens itself, and --token-macs merges some before; add 1 to that")
+        raise UserError(f"--methods {', '.join(untried)}: it merges tokens itself, and --token-macs merges some first; add 1 there")
     if "attention_heads" in base and all(share == 1 for share in attention):
         raise UserError("--attention-heads says how --attention-macs is met; give that too")
     for way in ways(methods, allocations, attention, tokens):

@@ -203,7 +203,7 @@ def test_a_plan_tries_merging_alone_and_before_the_others():
     made = recipe_of(tried[1], {})
     assert made.method.within(made.cut, 0.8, small(), SHAPE).token_macs == 0.8
     with pytest.raises(UserError, match="--methods tokens: it merges tokens itself"):
-        check_ways(("tokens",), ("share",), (1.0,), (0.85,), {})
+        check_ways(("tokens",), ("share",), (1.0,), {}, (0.85,))
 
 
 def test_layers_of_slowly_fewer_tokens_are_one_group_of_images():

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     methods = named_in(args.methods) if args.methods is not None else METHODS
     heads = parse_shares("--attention-macs", args.attention_macs, whole=True) or HEADS
     tokens = parse_shares("--token-macs", args.token_macs, whole=True) or (1.0,)
-    check_ways(methods, ALLOCATION, heads, tokens, {})
+    check_ways(methods, ALLOCATION, heads, {}, tokens)
     request = Request(budget, args.device, sm, args.batch, args.time, methods, heads, args.confirm)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")

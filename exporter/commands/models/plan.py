@@ -125,7 +125,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     methods = named_in(args.methods) if args.methods is not None else usual()
     allocations = named_in(args.allocations) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
-    check_ways(methods, allocations, attention, merged, base)
+    check_ways(methods, allocations, attention, base, merged)
     if args.emit is not None and result_of(args) is not None:
         raise UserError("--emit begins a measurement and --measured ends it; give one of them")
     ways: dict[str, Any] = dict(methods=methods, targets=targets, base=base, allocations=allocations)
