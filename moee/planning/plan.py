@@ -171,7 +171,7 @@ def check_ways(
         raise ValueError("shares of the attention and of merged tokens go into `attention` and `tokens`, not into `base`")
     tried = {way.method for way in ways(methods, allocations, attention, tokens)}
     if untried := [method for method in methods if method not in tried]:
-        raise UserError(f"--methods {', '.join(untried)}: it merges tokens itself, and --token-macs merges some first; add 1 there")
+        raise UserError(f"--methods {', '.join(untried)}: it merges tokens itself, --token-macs merges some first; add 1 there")
     if "attention_heads" in base and all(share == 1 for share in attention):
         raise UserError("--attention-heads says how --attention-macs is met; give that too")
     for way in ways(methods, allocations, attention, tokens):
