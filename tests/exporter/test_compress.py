@@ -135,6 +135,24 @@ def test_bad_input_is_refused_at_once(line, said, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_line_asks_for_what_it_says(tmp_path, monkeypatch):
+    asked = []
+
+    def made(session, place, request, *args, **kwargs):
+        asked.append(request)
+        return SimpleNamespace(run=lambda: SimpleNamespace(lines=()))
+
+    monkeypatch.setattr(job, "Job", made)
+    monkeypatch.setattr("exporter.commands.models.compress.session_of", lambda *args: SimpleNamespace(spec=tiny_spec()))
+    words = "--max-drop 1 --device rtx-4090 --batch 4 --time 2m --methods static --attention-macs 1,0.7 --token-macs 1,0.8"
+    line = ["compress", "tiny", "--data", "digits", "--out", str(tmp_path / "out")]
+    assert cli.main([*line, *words.split(), "--confirm", "more"]) == 0 and cli.main(line) == 0
+    assert asked == [
+        Request(Budget(max_drop=1), "rtx-4090", 89, 4, 120.0, ("static",), (1.0, 0.7), tokens=(1.0, 0.8), confirm="more"),
+        Request(),
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def session(monkeypatch, tmp_path):
     """A taught tiny classifier with its images."""

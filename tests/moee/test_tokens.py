@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from moee.calibrate.prefix import holds_prefix
 from timm.models.vision_transformer import VisionTransformer
 
 from moee.calibrate.image_budget import image_groups, likeness
-from moee.calibrate.prefix import holds_prefix
 from moee.errors import OutOfReach, UserError
 from moee.measure.metrics import dense_macs, model_cost, original_macs, saved_macs, tokens_per_image
 from moee.methods.identity import check_merging

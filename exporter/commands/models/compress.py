@@ -111,7 +111,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     heads = parse_shares("--attention-macs", args.attention_macs, whole=True) or HEADS
     tokens = parse_shares("--token-macs", args.token_macs, whole=True) or (1.0,)
     check_ways(methods, ALLOCATION, heads, {}, tokens)
-    request = Request(budget, args.device, sm, args.batch, args.time, methods, heads, args.confirm)
+    request = Request(
+        budget, args.device, sm=sm, batch=args.batch, time_s=args.time, methods=methods, heads=heads, tokens=tokens,
+        confirm=args.confirm,
+    )  # fmt: skip
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
         place = StagedFolder(args.out, force=args.force, inputs=_inputs(args))
