@@ -18,8 +18,8 @@ from moee.calibrate.in_step import WaitingStep
 from moee.calibrate.ridge import add_upper, mirrored
 from moee.layers.ops import expert_rows
 from moee.layers.routed import NeuronLayer
-from moee.models.prefix import token_weights
 from moee.parallel.group import Group, Parcel
+from moee.tokens.prefix import token_weights
 
 SAMPLE = 16  # one in so many tokens of an expert is seen for its shift
 

@@ -10,18 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moee.calibrate.in_step import InStep, WaitingStep
 from moee.calibrate.ridge import choose_ridge, held_out_runs, solve_ridge
 from moee.calibrate.stream import target_of
 from moee.mlps.attention import NarrowAttention
 from moee.mlps.residual import AttentionSite
-from moee.models.model import replace_module
-from moee.models.prefix import token_weights
 from moee.parallel.group import Group, Parcel
 from moee.parallel.ordered import OrderedSum
 from moee.surroundings import own_arithmetic
+from moee.tokens.prefix import token_weights
 
 BATCH = 16  # images a product
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # as many numbers as a head has dimensions need less than thousands of neurons
@@ -30,15 +29,9 @@ RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # as many numbers as a head has d
 class ProjectionStep(WaitingStep):
     """Stands where a narrowed attention is: passes wait here until its projection is refitted on what they bring."""
 
-    attention: NarrowAttention
-
-    def __init__(self, model: nn.Module, site: AttentionSite):
-        """Takes the place of the attention of the `site` in `model`."""
+    def __init__(self, attention: NarrowAttention):
         super().__init__()
-        attention = model.get_submodule(site.name)
-        assert isinstance(attention, NarrowAttention), f"{site.name} is {type(attention).__name__}"
         self.attention = attention
-        replace_module(model, site.name, self)
 
     def apply_to(self, x: Tensor) -> Tensor:
         return torch.cat([self.attention(part) for part in x.split(BATCH)])
@@ -55,7 +48,7 @@ class ProjectionPart:
 
 
 def project(
-    step: ProjectionStep, site: AttentionSite, running: InStep, beside: InStep, prefix_of: Callable[[int], int], group: Group
+    step: ProjectionStep, site: AttentionSite, running: InStep, beside: InStep, *, prefix_of: Callable[[int], int], group: Group
 ) -> None:
     """Refit the projection of the attention at a `site`, once the passes of its model and those `beside`, of the dense one, have
     come to it. `prefix_of`: tokens that are no patches, by the number of an image's tokens."""

@@ -38,12 +38,12 @@ from moee.layers.routed import NeuronLayer
 from moee.mlps.attention import narrow_attentions
 from moee.models.ffn import FFN
 from moee.models.model import replace_module
-from moee.models.prefix import holds_prefix, prefix_tokens
 from moee.parallel.devices import placed
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import PARTS, OrderedSum
 from moee.progress import Reporter, silent
 from moee.surroundings import own_arithmetic
+from moee.tokens.prefix import holds_prefix, prefix_tokens
 
 CONSTANT = 2.0**-40  # of the second moment: a variance below is the rounding of float32 means
 PART_TOKENS = 256  # of an expert on average: with fewer, adding an expert's sums to the layer's takes longer than making them
@@ -258,8 +258,10 @@ class _Refit:
         steps = {name: RefitStep(self.layers[name], self.ffns[name], prefix_of) for name in names}
         for name, step in steps.items():
             replace_module(self.model, name, step)
-        added = [name for name in names if name in stream.readers]
-        projections = {name: ProjectionStep(self.model, stream.attentions[name]) for name in added if name in stream.attentions}
+        narrowed, added = narrow_attentions(self.model), [name for name in names if name in stream.readers]
+        projections = {n: ProjectionStep(narrowed[stream.attentions[n].name]) for n in added if n in stream.attentions}
+        for name in projections:
+            replace_module(self.model, stream.attentions[name].name, projections[name])
         try:
             with ExitStack() as stack:
                 stack.enter_context(stream.waiting(self._mlps(added)))
@@ -268,7 +270,8 @@ class _Refit:
                 for name, step in steps.items():
                     ffn = self.ffns[name].to(self.group.device)
                     if name in projections:
-                        project(projections[name], stream.attentions[name], running, beside[0], prefix_of, self.group)
+                        waiting, site = projections[name], stream.attentions[name]
+                        project(waiting, site, running, beside[0], prefix_of=prefix_of, group=self.group)
                     with self.group.agreed():
                         parts = [step.part(one.x) for one in running.bring(step, name)]
                         if name in added:
@@ -288,8 +291,8 @@ class _Refit:
         finally:
             for name in names:
                 replace_module(self.model, name, self.layers[name])
-            for name, waiting in projections.items():
-                replace_module(self.model, stream.attentions[name].name, waiting.attention)
+            for name in projections:
+                replace_module(self.model, stream.attentions[name].name, projections[name].attention)
 
 
 def _from_entry(model: nn.Module, entry: Entry, inputs: Inputs, image: Tensor) -> None:

@@ -19,7 +19,7 @@ from moee.methods.heads.widths import choose_widths, levels, moves
 from moee.methods.recipe import make_recipe
 from moee.mlps.attention import NarrowAttention, Widths, attention_macs, find_attentions, macs_saved, narrow_attentions
 from moee.models.model import load_model, replace_module
-from moee.models.prefix import token_weights
+from moee.tokens.prefix import token_weights
 from tests.conftest import tiny_images, tiny_spec
 from tests.moee.distributed_worker import Broken
 
@@ -122,7 +122,7 @@ def test_class_tokens_count_for_more(attention, monkeypatch):
             fit_projection(made, projection_sums(made, attention, x, prefix))
             return float((made(x) - attention(x))[:, 0].square().mean())
 
-    monkeypatch.setattr("moee.models.prefix.PREFIX_SHARE", 10.0)
+    monkeypatch.setattr("moee.tokens.prefix.PREFIX_SHARE", 10.0)
     assert class_error(1) < class_error(0)
 
 

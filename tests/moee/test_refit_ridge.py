@@ -11,7 +11,7 @@ from moee.calibrate.ridge import RIDGES, choose_ridge, held_out_runs, solve_ridg
 from moee.errors import UserError
 from moee.layers.routed import Experts, RoutedFFN
 from moee.models.ffn import FFN
-from moee.models.prefix import holds_prefix, prefix_tokens
+from moee.tokens.prefix import holds_prefix, prefix_tokens
 
 
 def problem(rows, noise, seed=0):

@@ -38,10 +38,10 @@ from moee.mlps.find import find_ffns, reports_of
 from moee.mlps.sites import put_mlp
 from moee.models.ffn import FFN
 from moee.models.model import replace_module
-from moee.models.prefix import prefix_tokens
 from moee.parallel.devices import computing_on, placed
 from moee.parallel.group import Group, Parcel
 from moee.store.scratch import temporary_folder
+from moee.tokens.prefix import prefix_tokens
 
 
 @torch.no_grad()

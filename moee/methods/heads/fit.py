@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moee.calibrate.ridge import solve_ridge
 from moee.mlps.attention import NarrowAttention, Widths
-from moee.models.prefix import token_weights
+from moee.tokens.prefix import token_weights
 
 BATCH = 16  # images a product
 RIDGE = 1e-6  # of the mean diagonal: the fit has hundreds of tokens a weight, this is for rank-deficient values only

@@ -25,11 +25,11 @@ from moee.methods.heads.widths import check_reach, choose_widths, full_widths, m
 from moee.mlps.attention import NarrowAttention, Widths, find_attentions, input_shapes
 from moee.models.ffn import channels_last
 from moee.models.model import Shape, replace_module
-from moee.models.prefix import prefix_tokens
 from moee.parallel.devices import placed
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import OrderedSum, cut
 from moee.progress import Reporter, silent, track
+from moee.tokens.prefix import prefix_tokens
 from moee.train.step import distillation_loss, token_loss
 
 NUMBERS = 120_000 * 384  # tokens times their width in the fit, which holds all of a layer's inputs at once
