@@ -45,6 +45,7 @@ EXTRACTIONS = {
     "hdbscan": method_options(min_cluster_size=0.02, keep=0.8, cluster_tokens=400, components=8),
     "sensitivity": method_options(criterion="sensitivity", allocation="model", target_macs=0.8, **KMEANS),
     "moefication": method_options("moefication", experts=4, top_k=2),
+    "corp": method_options("corp", keep=0.6),
 }
 FEW = {
     "experts": method_options(clustering="kmeans", clusters=2, target_macs=0.9),
@@ -176,7 +177,7 @@ def commands(group: Group, folder: Path) -> dict:
     """`moee extract` and `moee finetune` as functions, on digits. Random weights: those of rank 0 count."""
     torch.manual_seed(group.rank)
     spec = tiny_spec(num_classes=0)
-    given = dict(clustering="kmeans", clusters=3, cluster_tokens=600, tokens=1200, refit_tokens=2000)
+    given = dict(clustering="kmeans", clusters=3, cluster_tokens=600, tokens=1200, refit_tokens=2000, refit_target="stream")
     config = make_recipe(values={**given, "attention_macs": 0.8})
     run_extract(spec, "digits", config, folder / "extracted", group=group)
     tuned = run_finetune(
