@@ -19,36 +19,53 @@ from moee.expected import limits, plain_type
 from tests.hostile.lines import COMMANDS, base, check, field_of, options, run, stopped
 from tests.reliability.tiny_vit import NAME
 
-TEXTS = ["", " ", "a\nb", "\x1b]0;x\x07", "x" * 5000, "\udcff", "[red]", "[/x]", "[link=file:/x]y", "..", "-", "%s", "{0}",
-    "ß\u3000é"]
-WORDS = ["x", "1.5.", "0x10", "True", "None", "[1]", "1e400", "-0", "9" * 5000, "nan", "-inf", "1e-400", "²"]
+UNFIT = ["", " ", "a\nb", "\x1b]0;x\x07", "x" * 5000, "\udcff"]  # no option takes one
+TEXTS = [*UNFIT, "[red]", "[/x]", "[link=file:/x]y", "..", "-", "%s", "{0}", "ß\u3000é"]
+NO_NUMBERS = ["x", "1.5.", "0x10", "True", "None", "[1]", "9" * 5000, "9" * 30, "nan", "-inf", "²", ""]  # nor of numbers
+WORDS = [*NO_NUMBERS, "1e400", "-0", "1e-400"]
 NETWORK = ("ssh:", "hf-hub:")  # values that would open a connection
 CASES = [(command, option) for command in COMMANDS for option in options(command)]
 
 
-def at_bounds(field) -> list[str]:
-    """Numbers at a field's bounds and next to them."""
-    whole, found = plain_type(field.annotation) is int, []
-    for bound in limits(field).values():
-        step = 1 if whole else 0
-        found += [bound, bound - step, bound + step] if whole else [bound, math.nextafter(bound, -math.inf),
-                                                                   math.nextafter(bound, math.inf)]
-    return [repr(int(value)) if whole else repr(float(value)) for value in found]
+def at_bounds(field) -> list[tuple[str, bool]]:
+    """Numbers at a field's bounds and next to them, and whether each is past one."""
+    whole, bounds, found = plain_type(field.annotation) is int, limits(field), []
+    for bound in bounds.values():
+        near = [bound - 1, bound, bound + 1] if whole else [math.nextafter(bound, -math.inf),
+            bound, math.nextafter(bound, math.inf)]
+        found += [(repr(int(value)) if whole else repr(float(value)), past(value, bounds)) for value in near]
+    return found
 
 
-def values_of(command: str, option: str) -> list[str]:
-    """What is tried of an option, its bounds first."""
+def past(value: float, bounds: dict[str, float]) -> bool:
+    """Whether a number is not within bounds."""
+    low = value < bounds.get("ge", -math.inf) or value <= bounds.get("gt", -math.inf)
+    return low or value > bounds.get("le", math.inf) or value >= bounds.get("lt", math.inf)
+
+
+def values_of(command: str, option: str) -> list[tuple[str, bool]]:
+    """What is tried of an option, its bounds first, and whether it must be refused whatever else the line says."""
     action, field = options(command)[option], field_of(command, option)
     if isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
-        return ["=1"]
+        return [("=1", True)]
     kind = plain_type(field.annotation) if field is not None else None
-    numbers = at_bounds(field) if field is not None and kind in (int, float) else []
     if kind in (int, float) or action.type is not None:
-        return [*numbers, *WORDS, ""]
+        numbers = at_bounds(field) if field is not None else []
+        read = kind in (int, float) or not isinstance(_read(action, "x"), str)
+        return [*numbers, *((word, read and word in NO_NUMBERS) for word in WORDS)]
     if get_origin(kind) is Literal:
         first = str(get_args(kind)[0])
-        return [first, first.upper(), f"{first} ", *TEXTS]
-    return TEXTS
+        return [(first, False), *((word, True) for word in (first.upper(), f"{first} ", *TEXTS))]
+    return [(text, text in UNFIT) for text in TEXTS]
+
+
+def _read(action: argparse.Action, text: str):
+    """What an option's type makes of a text, or None."""
+    try:
+        found = action.type(text)
+    except argparse.ArgumentTypeError:
+        return None
+    return found[0] if isinstance(found, tuple) else found
 
 
 def line(command: str, option: str, value: str) -> list[str]:
@@ -67,9 +84,10 @@ def place(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("command", "option"), CASES, ids=[" ".join(case) for case in CASES])
 def test_every_option_is_taken_or_refused_by_its_name(command, option, place, capsys, tried):
     with stopped():
-        for value in values_of(command, option):
+        for value, unfit in values_of(command, option):
             words = line(command, option, value)
             outcome = run(words, capsys)
+            assert outcome.code == 2 or not unfit, (outcome, value[:60])
             check(outcome, words, place, {"artifact", "images"}, option)
             tried("options", f"{command} {option}", outcome.name)
 
@@ -131,7 +149,7 @@ def test_lines_of_several_options_and_any_values(command, place, capsys, tried):
     def lines(chosen, seed):
         source, words = random.Random(seed), []
         for option, value in chosen.items():
-            fitting = [each for each in values_of(command, option)] if source.random() < 0.7 else [value]
+            fitting = [each for each, _ in values_of(command, option)] if source.random() < 0.7 else [value]
             value = source.choice(fitting)
             words += [option] if value == "=1" else [f"{option}={value}"]
         whole = [*base(command, list(chosen)), *words]

@@ -200,6 +200,16 @@ def test_places_that_cannot_be_are_refused_in_one_sentence(answers, name, tried)
     tried("places", name, "refused")
 
 
+def test_an_empty_cache_folder_is_not_the_current_one(monkeypatch, tried):
+    from moee.store.cache import cache_dir
+    from plugins.aot.build import default_cache
+
+    for name in ("MOEE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+    assert cache_dir().is_absolute() and default_cache().is_absolute()
+    tried("environments", "where the cache lies", "done")
+
+
 def test_nothing_is_left_behind(answers):
     found, _ = answers
     assert [name for name in found["left"] if not name.startswith("n")] == ["closed"]
