@@ -25,6 +25,7 @@ from exporter.terminal.loading import load
 from exporter.terminal.ui import plain_console
 from moee.errors import UserError, printable
 from moee.schema import shown
+from moee.store.scratch import scratch_in
 from moee.version import VERSION
 
 COMMANDS = (
@@ -186,7 +187,8 @@ def run(words: Sequence[str]) -> int:
             args.check(args)
         if "loads" in args:
             load(args.loads)
-        return args.run(args, console)
+        with scratch_in(getattr(args, "scratch", None)):
+            return args.run(args, console)
     except BrokenPipeError:
         raise
     except (Exception, KeyboardInterrupt) as error:

@@ -138,6 +138,12 @@ def add_trial(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-trial-export", action="store_true", help=text)
 
 
+def add_scratch(parser: argparse.ArgumentParser) -> None:
+    """`--scratch`, of the commands that keep tokens on disk while they run."""
+    what = "folder for the tokens that are kept while it runs, gigabytes for large models (TMPDIR, else the system's)"
+    parser.add_argument("--scratch", metavar="DIR", help=what)
+
+
 def trial_of(args: argparse.Namespace) -> Trial | None:
     """What the flag of `add_trial` leaves to be tried."""
     from exporter.graph.trial_export import try_export

@@ -6,7 +6,9 @@ saves four fifths of the disk. Peak memory is one batch's forward pass plus the 
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +109,19 @@ class _Sampler:
             self.drawn[total] = torch.randperm(total, generator=generator)[: self.budget].clone().sort().values
         return self.drawn[total]
 
+    def _reserve(self, size_bytes: int) -> None:
+        """Take the space of the sample. Raises `UserError` where the disk lacks it."""
+        try:
+            reserve(self.path, size_bytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = shutil.disk_usage(self.path.parent).free
+            raise UserError(
+                f"the tokens of `{self.ffn.name}` take {size_bytes / 2**20:.0f} MiB beside those of the other layers, and "
+                f"{self.path.parent} has {free / 2**20:.0f} MiB left; give a larger disk with --scratch DIR, or fewer --tokens"
+            ) from error
+
     def add(self, x: Tensor, indices: Tensor) -> None:
         tokens = as_tokens(x, self.ffn.channels_first)
         if self.chosen is None or self.map is None:
@@ -115,7 +130,7 @@ class _Sampler:
             ends = torch.tensor([self.part.start, self.part.stop]) * self.per_image
             # what falls on this rank's images; an empty file cannot be mapped
             shape = (max(1, int(torch.searchsorted(self.chosen, ends).diff())), self.ffn.dim)
-            reserve(self.path, 2 * shape[0] * shape[1])
+            self._reserve(2 * shape[0] * shape[1])
             self.map = np.memmap(self.path, np.float16, "r+", shape=shape)
         starts = indices * self.per_image
         low = torch.searchsorted(self.chosen, starts)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moee.errors import UserError
 from moee.store.leftovers import make_locked, sweep_matching
 
 SCRATCH = "moee-tmp-"
@@ -35,3 +36,26 @@ def temporary_folder(parent: Path | str | None = None) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def scratch_in(folder: Path | str | None) -> Iterator[None]:
+    """A block whose scratch folders lie below `folder` (None: where they lie anyhow), those of its child processes too. Raises
+    `UserError` unless something can be written there."""
+    if folder is None:
+        yield
+        return
+    path, before, named = os.path.abspath(folder), tempfile.tempdir, os.environ.get("TMPDIR")
+    try:
+        with temporary_folder(path):
+            pass
+    except OSError as error:
+        raise UserError(f"--scratch {folder}: {error.strerror}; give a folder that can be written") from error
+    try:
+        tempfile.tempdir = os.environ["TMPDIR"] = path
+        yield
+    finally:
+        tempfile.tempdir = before
+        os.environ.pop("TMPDIR")
+        if named is not None:
+            os.environ["TMPDIR"] = named

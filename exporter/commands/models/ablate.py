@@ -13,6 +13,7 @@ from exporter.terminal.flags import (
     add_class_map,
     add_device,
     add_outputs,
+    add_scratch,
     add_weights,
     model_inputs,
     session_of,
@@ -42,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--keep", help="comma-separated kept shares that each row is run at (0.50,0.70,0.90)")
     add_options(sub.add_argument_group("the scale of every cell"), AblationConfig, SCALE)
     add_device(sub)
+    add_scratch(sub)
     sub.add_argument("--out", required=True, help="folder; finished cells in it are not run again")
     sub.add_argument("--force", action="store_true", help="delete the ablation in the output folder first")
     add_outputs(sub, lambda args: [_output(args)])

@@ -13,6 +13,7 @@ from exporter.terminal.flags import (
     add_device,
     add_model,
     add_outputs,
+    add_scratch,
     at_least,
     model_inputs,
     session_of,
@@ -40,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--residual-rank", type=at_least(0), default=16)
     sub.add_argument("--seeds", type=at_least(1, MOST_SEEDS), default=3)
     add_device(sub)
+    add_scratch(sub)
     sub.add_argument("--out", required=True, help="folder of the cells; what it holds is not computed again")
     table = "write the Markdown table here, and beside it a plot as SVG if matplotlib is installed"
     sub.add_argument("--table", metavar="FILE", help=table)

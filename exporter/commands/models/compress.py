@@ -15,6 +15,7 @@ from exporter.terminal.flags import (
     add_model,
     add_out,
     add_outputs,
+    add_scratch,
     add_trial,
     at_least,
     model_inputs,
@@ -56,6 +57,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--confirm", metavar="DATA", help=more)
     add_device(sub, target=True)
     add_trial(sub)
+    add_scratch(sub)
     add_out(sub, "all stages; an unfinished one is gone on from")
     add_outputs(sub, lambda args: [StagedFolder(args.out, force=args.force, inputs=_inputs(args))])
 

@@ -17,6 +17,7 @@ from exporter.terminal.flags import (
     add_out,
     add_outputs,
     add_ranks,
+    add_scratch,
     add_trial,
     at_least,
     check_outputs,
@@ -61,6 +62,7 @@ def add_parser(subparsers: Any, shown: str | None = None) -> None:
     sub.add_argument("--jobs", type=at_least(*JOBS), default=1, help=side)
     add_device(sub)
     add_trial(sub)
+    add_scratch(sub)
     add_ranks(sub)
     add_out(sub, "the extracted model")
     add_outputs(sub, _outputs)

@@ -16,6 +16,7 @@ from exporter.terminal.flags import (
     add_model,
     add_out,
     add_outputs,
+    add_scratch,
     add_trial,
     at_least,
     model_flags,
@@ -73,6 +74,7 @@ def add_parser(subparsers: Any) -> None:
     for kind in BASE_OF:
         add_options(group, kind, BASE, {"cluster_tokens": 6000})
     add_trial(sub)
+    add_scratch(sub)
     add_out(sub, "plan.json")
     add_outputs(sub, _outputs)
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from exporter.terminal.advice import after_shrink
-from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, show_skipped
+from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, add_scratch, show_skipped
 from exporter.terminal.options import add_options, given_options
 from exporter.terminal.ui import FittingTable, ProgressDisplay, number, stage_table, title_of
 from moee.config import validated
@@ -29,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     add_options(sub.add_argument_group("what is done"), ShrinkConfig)
     add_moved(sub)
     add_device(sub)
+    add_scratch(sub)
     add_out(sub, "the smaller model")
     add_outputs(sub, _outputs)
 
