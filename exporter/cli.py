@@ -23,7 +23,7 @@ from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, OK, check_outputs
 from exporter.terminal.interrupts import lose_none
 from exporter.terminal.loading import load
 from exporter.terminal.ui import plain_console
-from moee.errors import UserError, printable
+from moee.errors import UserError, plain, printable
 from moee.schema import shown
 from moee.store.scratch import scratch_in
 from moee.version import VERSION
@@ -46,6 +46,13 @@ USUAL = """usual sequence:
   moee bench export                                                faster or not
   moee bundle export --sm orin --out bundle                        what a device needs
 `moee COMMAND --help` says more."""
+
+
+class PlainFormatter(logging.Formatter):
+    """Messages alone; nothing in them steers the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(plain, super().format(record).split("\n")))
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         streams.make_usable()
         lose_none()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for handler in logging.getLogger().handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.setFormatter(PlainFormatter())
     if not ranks.follower():
         logging.getLogger("moee").setLevel(logging.INFO)  # what a command read
     try:

@@ -7,7 +7,7 @@
 4. Nodes: operators that the ONNX standard knows and `moee::MoeeFfn` alone, no loops, each input made before it is used (hence no
    cycle), no name made twice.
 5. `MoeeFfn`: inputs and attributes as the contract says, none beside them; offsets rising from 0 to the number of neurons,
-   neuron ids ascending within the store.
+   neuron ids ascending within the store, a router of finite numbers.
 6. Operator sets that are known here, no later version.
 
 What a graph computes is its author's affair: one may take any memory and time when it runs.
@@ -217,6 +217,10 @@ def _check_experts(node: onnx.NodeProto, tensors: dict[str, TensorProto], folder
     falls = np.flatnonzero(np.diff(neurons) <= 0) + 1
     if not np.isin(falls, offsets).all():
         raise _Refused(f"{name}: an expert's neuron ids do not ascend")
+    for part in ("router", "router_bias"):  # as small as the tables; NaN would send every token to the first expert
+        tensor = tensors.get(given[part])
+        if tensor is not None and not np.isfinite(numpy_helper.to_array(tensor, str(folder)).astype(np.float32)).all():
+            raise _Refused(f"{name}: {part} holds numbers that are not finite")
     top_k, width, load = attributes["top_k"], attributes["max_width"], attributes["load"]
     if not 1 <= top_k <= experts:
         raise _Refused(f"{name}: top_k {top_k!r} with {experts} experts")

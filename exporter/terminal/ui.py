@@ -19,8 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from exporter.figures import macs_unit, status_of
+from moee.errors import plain
 from moee.measure.accuracy import counted, recorded_interval
 from moee.progress import Lines
 
@@ -28,7 +30,8 @@ LEAST_WIDTH, UNBOUNDED = 76, 10_000  # characters of a line
 
 
 class SentenceConsole(Console):
-    """Sentences stay whole lines, which a terminal folds itself: what is cut at a width cannot be searched for or copied."""
+    """Sentences stay whole lines, which a terminal folds itself: what is cut at a width cannot be searched for or copied. No text
+    steers the terminal, wherever it came from."""
 
     def print(self, *objects: Any, **settings: Any) -> None:
         if objects and all(isinstance(thing, str) for thing in objects):
@@ -36,6 +39,9 @@ class SentenceConsole(Console):
         if any(isinstance(thing, FittingTable) for thing in objects):
             settings.setdefault("crop", False)
         super().print(*objects, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str("\n".join(map(plain, text.split("\n"))), **settings)
 
 
 def plain_console(**settings: Any) -> Console:

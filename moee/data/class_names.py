@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from moee.errors import printable
 from moee.natural_order import natural_key
 
 MAX_CLASSES = 1 << 15  # the largest ImageNet has 21,843
@@ -129,7 +130,8 @@ def class_name(raw: str) -> str:
 
 
 def listed(names: Sequence[str], quoted: bool = True) -> str:
-    """Some names for a sentence: "'a', 'b', 'c' and 7 more"."""
-    shown = ", ".join(f"'{name}'" if quoted else name for name in names[:MAX_NAMED])
+    """Some names for a sentence: "'a', 'b', 'c' and 7 more". Characters that print nothing are spelt out."""
+    spelt = ["".join(c if printable(c) else ascii(c)[1:-1] for c in name) for name in names[:MAX_NAMED]]
+    shown = ", ".join(f"'{name}'" if quoted else name for name in spelt)
     more = len(names) - MAX_NAMED
     return f"{shown} and {more} more" if more > 0 else shown

@@ -212,5 +212,7 @@ GRAPHS: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "neuron ids past the store": (table(7, lambda a: np.where(np.arange(len(a)) == len(a) - 1, 2**30, a).astype(np.int32)),
     "lies outside"),
     "neuron ids below zero": (table(7, lambda a: np.where(np.arange(len(a)) == 0, -1, a).astype(np.int32)), "lies outside"),
+    "NaN in the router": (table(1, lambda a: a * np.float32("nan")), "router holds numbers that are not finite"),
+    "infinity in the router's bias": (table(2, lambda a: a + np.float32("inf")), "router_bias holds numbers that are not finite"),
     "a neuron twice": (table(7, lambda a: np.where(np.arange(len(a)) == 1, a[0], a).astype(np.int32)), "do not ascend"),
 }  # fmt: skip

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 OPTIONS, FILES, AROUND = (f"tests/hostile/test_{name}.py" for name in ("options", "files", "surroundings"))
 
+NUMBERS = "tests/exporter/test_numbers.py"
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -22,13 +24,13 @@ FAULTS = {
     "counts without an upper bound": Fault(
         "exporter/terminal/flags.py", "not least <= int(text) <= most:", "not least <= int(text):", OPTIONS, "bench and runs"
     ),
-    "an option takes NaN": Fault("moee/config.py", "allow_inf_nan=False)", "allow_inf_nan=True)", OPTIONS, "finetune and clip"),
+    "an option takes NaN": Fault("moee/config.py", "allow_inf_nan=False)", "allow_inf_nan=True)", NUMBERS, "no_configuration"),
     "a share above 1": Fault("moee/calibrate/options.py", "0.95, gt=0, le=1,", "0.95, gt=0, le=100,",
     FILES, "share_of_90 or (share and 90)"),
     "an empty path is the current folder": Fault("exporter/cli.py", "if not text.strip():", "if not text:",
     OPTIONS, "verify and data"),
     "control characters in names": Fault("exporter/cli.py", "if not printable(text):", "if False:", OPTIONS, "extract and data"),
-    "values without end": Fault("exporter/cli.py", "MOST_TEXT = 1024", "MOST_TEXT = 10**9", OPTIONS, "export and data"),
+    "values without end": Fault("exporter/cli.py", "MOST_TEXT = 1024", "MOST_TEXT = 10**9", OPTIONS, "extract and checkpoint"),
     "a sentence without its option": Fault(
         "exporter/cli.py", "sentence = with_option(sentence, args, names)", "pass", OPTIONS, "export and precision"
     ),
@@ -43,6 +45,9 @@ FAULTS = {
                                     OPTIONS, "together and plan and recipe"),  # fmt: skip
     "markup in names": Fault("exporter/terminal/ui.py", "markup=False, emoji=False", "markup=True, emoji=False",
     AROUND, "odd_characters"),
+    "escapes in names of files": Fault(
+        "moee/data/class_names.py", "c if printable(c) else ascii(c)[1:-1] for c in name)", "c for c in name)", AROUND, "odd_names"
+    ),
     "closed streams stay closed": Fault("exporter/terminal/streams.py", "if getattr(sys, name) is None:", "if False:",
     AROUND, "streams and stdout"),
     "ASCII terminals end a command": Fault("exporter/terminal/streams.py", "stream.reconfigure(errors=REPLACING)", "pass",

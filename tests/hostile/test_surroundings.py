@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,13 @@ def answers(request, tmp_path_factory):
     work = tmp_path_factory.mktemp("hostile") / "work"
     write_images(work / "images", train=4, val=2)
     write_weights(work / "w.safetensors")
+    for split in ("train", "val"):  # names that others gave, and that nobody typed
+        for old, new in (("class0", b"\xff"), ("class1", b"a\nb[red]"), ("class2", "\u202ecba".encode())):
+            folder = os.path.join(os.fsencode(work / "odd" / split), new)
+            shutil.copytree(os.fsencode(work / "images" / split / old), folder)
+            os.rename(os.path.join(folder, b"0.png"), os.path.join(folder, b"\xfe\n.png"))
+            with open(os.path.join(folder, b"\x1b[31m.png"), "wb") as file:
+                file.write(b"no picture")
     (work / "empty").mkdir()
     (work / "empty.safetensors").touch()
     for name, target in (("link", "images"), ("loop", "loop"), ("broken", "nowhere")):
@@ -115,6 +123,9 @@ def answers(request, tmp_path_factory):
     cases = [{"name": name, "words": words, **how} for name, (how, words, _) in STREAMS.items()]
     cases += [{"name": name, "words": INSPECT, "env": env} for name, env in ENVIRONMENTS.items()]
     cases += [{"name": name, "words": words} for name, (words, _) in REFUSED.items()]
+    cases += [{"name": "odd classes", "words": extract("odd", out="odd-out")}, {"name": "odd classes, again",
+        "words": ["inspect", "odd-out"]}]
+    chosen |= {"odd classes", "odd classes, again"} if "test_classes_and_pictures_of_odd_names" in chosen else set()
     if "test_nothing_is_left_behind" not in chosen:
         cases = [case for case in cases if case["name"] in chosen]
     if "test_a_name_of_odd_characters_is_taken_and_shown_as_it_is" in chosen:
@@ -184,6 +195,18 @@ def test_a_name_of_odd_characters_is_taken_and_shown_as_it_is(answers, tried):
     tried("names of files", "all at once", "done")
 
 
+def test_classes_and_pictures_of_odd_names(answers, tried):
+    """Undecodable, with line ends, markup and marks of another direction, and files that are no pictures."""
+    found, work = answers
+    kept_to(found["odd classes"], 0)
+    kept_to(found["odd classes, again"], 0)
+    shown = found["odd classes"]["out"] + found["odd classes"]["err"]
+    assert "\x1b" not in shown and "\u202e" not in shown and "skipped 6 unreadable images" in shown, shown
+    classes = json.loads((work / "odd-out" / "moee.json").read_text())["classes"]
+    assert len(classes) in (0, 3) and all(name.isprintable() for name in classes), classes
+    tried("names of files", "classes and pictures", "done")
+
+
 @pytest.mark.slow
 def test_every_odd_name_alone(tmp_path, tried):
     work = tmp_path / "work"
@@ -216,7 +239,7 @@ def test_an_empty_cache_folder_is_not_the_current_one(monkeypatch, tried):
 
 def test_nothing_is_left_behind(answers):
     found, _ = answers
-    assert [name for name in found["left"] if not name.startswith("n")] == ["closed"]
+    assert [name for name in found["left"] if not name.startswith("n")] == ["closed", "odd-out"]
 
 
 def test_a_process_of_its_own_in_all_of_it_at_once(tmp_path, tried):
