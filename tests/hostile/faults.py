@@ -46,7 +46,8 @@ FAULTS = {
     "markup in names": Fault("exporter/terminal/ui.py", "markup=False, emoji=False", "markup=True, emoji=False",
     AROUND, "odd_characters"),
     "escapes in names of files": Fault(
-        "moee/data/class_names.py", "c if printable(c) else ascii(c)[1:-1] for c in name)", "c for c in name)", AROUND, "odd_names"
+        "moee/data/class_names.py", "c if printable(c) else ascii(c)[1:-1] for c in name)", "c for c in name)",
+        AROUND, "odd_names"
     ),
     "closed streams stay closed": Fault("exporter/terminal/streams.py", "if getattr(sys, name) is None:", "if False:",
     AROUND, "streams and stdout"),
