@@ -115,6 +115,8 @@ class RefitOptions(Options):
     def _refitted(self) -> RefitOptions:
         if self.augment and self.compensation != "refit":
             raise ValueError(f"--augment is for the refit; compensation {self.compensation} has none")
+        if self.refit_target == "stream" and self.compensation != "refit":
+            raise ValueError(f"--refit-target stream is for the refit; compensation {self.compensation} has none")
         return self
 
 

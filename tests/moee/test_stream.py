@@ -136,6 +136,8 @@ def test_where_nothing_reads_the_stream_the_target_is_the_dense_output_and_the_n
 def test_merged_tokens_have_no_stream_to_follow():
     with pytest.raises(UserError, match="--refit-target stream needs the dense model's tokens, which --token-macs merges"):
         make_recipe("static", values={"token_macs": 0.8, "refit_target": "stream"})
+    with pytest.raises(UserError, match="--refit-target stream is for the refit; compensation mean has none"):
+        make_recipe("static", values={"compensation": "mean", "refit_target": "stream"})
 
 
 def test_the_last_layers_make_good_what_the_first_lost(tiny_model):
