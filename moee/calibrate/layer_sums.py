@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moee.calibrate.calibration import CHUNK, as_tokens
+from moee.calibrate.calibration import CHUNK, TokenSite, as_tokens
 from moee.calibrate.in_step import WaitingStep
 from moee.calibrate.ridge import add_upper, mirrored
 from moee.layers.ops import expert_rows
@@ -27,16 +27,8 @@ Shifts = dict[int, tuple[Tensor, Tensor]]
 """By expert: of its activations [H], and of its targets [D]."""
 
 
-class Original(Protocol):
+class Original(TokenSite, Protocol):
     """What a refitted layer stands for: a dense MLP (`moee.models.ffn.FFN`), or a mixture of more experts."""
-
-    @property
-    def name(self) -> str:
-        """Path of the module."""
-
-    @property
-    def dim(self) -> int:
-        """Width of its tokens."""
 
     @property
     def b_down(self) -> Tensor:
