@@ -114,7 +114,7 @@ def possible_heads(session: Session, wanted: tuple[float, ...]) -> tuple[tuple[f
             try:
                 method.check(session.dense, session.transform.shape, method.options.model_validate({"attention_macs": share}))
             except UserError as error:
-                why = str(error)
+                why = str(error).partition("; leave ")[0]  # what the user did not give
                 continue
         kept.append(share)
     return tuple(kept) or (1.0,), why
