@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from moee.calibrate.prefix import holds_prefix
 from timm.models.vision_transformer import VisionTransformer
 
 from moee.calibrate.image_budget import image_groups, likeness
@@ -20,6 +19,7 @@ from moee.planning.plan import check_ways
 from moee.planning.search import Way, recipe_of, ways
 from moee.tokens.block import install_merging, merged_tokens, plain_blocks
 from moee.tokens.merge import Choice, Merged, TokenMerge, restored
+from moee.tokens.prefix import holds_prefix
 from moee.tokens.schedule import block_costs, constant
 
 SHAPE = (3, 24, 24)
@@ -214,3 +214,18 @@ def test_layers_of_slowly_fewer_tokens_are_one_group_of_images():
     assert likeness(model) == 1 and not holds_prefix(model, 36)
     install_merging(model, [1, 0, 0])
     assert likeness(model) == 2 and holds_prefix(model, 36), "37 tokens less one are no patches alone"
+
+
+def test_gradients_pass_merged_tokens_with_and_without_checkpointing():
+    model = small(reg_tokens=1)
+    install_merging(model, [4, 3, 2])
+    images = torch.randn(2, *SHAPE)
+    found = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        output = model(images)
+        output.square().sum().backward()
+        found.append([output.detach(), *[part.grad.clone() for part in model.parameters()]])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
+    assert all(float(part.abs().sum()) > 0 for part in found[0])
