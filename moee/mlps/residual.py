@@ -20,7 +20,7 @@ from moee.interface.adapted import tensor_in
 from moee.mlps.scales import blocks_above, weights_of
 from moee.models.ffn import FFN
 
-CLOSE = 1e-4  # of the largest value; another tensor of the block differs by as much as the values themselves
+CLOSE = 1e-4  # of the largest value. The nearest is taken: behind a tiny LayerScale two tensors of a block may be as alike
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ def residual_readers(model: nn.Module, ffns: Sequence[FFN], images: Tensor) -> d
                 continue
             added = _scaled(_tokens(output, ffn.channels_first), ffn.scale)
             before = [each - added for each in _readings(whole).values() if each.shape == added.shape]
-            for reader, tokens in _read_in(seen, block):
-                if ffn.name not in found and any(_alike(tokens, expected) for expected in before):
-                    found[ffn.name] = reader
+            tried = [(_distance(tokens, each), reader) for reader, tokens in _read_in(seen, block) for each in before]
+            distance, nearest = min(tried, key=lambda pair: pair[0], default=(CLOSE, None))
+            if nearest is not None and distance < CLOSE:
+                found[ffn.name] = nearest
     return found
 
 
@@ -85,11 +86,16 @@ def attention_sites(
         if name not in seen.outputs or readers[mlp].path not in seen.inputs:
             continue
         added, expected = _tokens(seen.outputs[name], False), readers[mlp].tokens(seen.inputs[readers[mlp].path])
-        for scale in (None, *weights_of(model.get_submodule(_block(name)), added.shape[1])):
-            for reader, tokens in _read_in(seen, _block(name)):
-                after = tokens + _scaled(added, scale) if tokens.shape == added.shape else None
-                if mlp not in found and after is not None and _alike(after, expected):
-                    found[mlp] = AttentionSite(name, reader, scale)
+        read = [(reader, tokens) for reader, tokens in _read_in(seen, _block(name)) if tokens.shape == added.shape]
+        scales: list[Tensor | None] = [None, *weights_of(model.get_submodule(_block(name)), added.shape[1])]
+        tried = [
+            (_distance(tokens + _scaled(added, scale), expected), AttentionSite(name, reader, scale))
+            for scale in scales
+            for reader, tokens in read
+        ]
+        distance, nearest = min(tried, key=lambda pair: pair[0], default=(CLOSE, None))
+        if nearest is not None and distance < CLOSE:
+            found[mlp] = nearest
     return found
 
 
@@ -144,5 +150,9 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x * scale
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and float((a - b).abs().max()) <= CLOSE * float(b.abs().max())
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Largest difference, of the largest value; infinite for other shapes and what is not finite."""
+    if a.shape != b.shape:
+        return float("inf")
+    distance = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+    return distance if distance == distance else float("inf")

@@ -24,6 +24,7 @@ MODELS = {  # what reads the stream in front of the first MLP of each; None: not
     "vit_tiny_patch16_224": (dict(SMALL, patch_size=8, depth=2, num_heads=2, init_values=0.1), "blocks.0.norm2"),
     "swin_tiny_patch4_window7_224": (dict(SMALL, depths=(1, 1), num_heads=(2, 4), window_size=4), "layers.0.blocks.0.norm2"),
     "convnext_atto": (dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=0), "stages.0.blocks.0.conv_dw"),
+    "cait_xxs24_224": (dict(SMALL, patch_size=4, depth=1, num_heads=2, depth_token_only=1), "blocks.0.norm2"),  # tiny LayerScale
     "vit_small_patch16_36x1_224": (dict(SMALL, patch_size=8, depth=1, num_heads=2), "blocks.0.norm2"),
     "swinv2_cr_tiny_224": (dict(SMALL, depths=(1, 1), num_heads=(2, 4), window_size=4), None),  # its norm stands behind the MLP
 }
@@ -33,8 +34,8 @@ MODELS = {  # what reads the stream in front of the first MLP of each; None: not
 def test_the_stream_is_found_where_a_module_reads_it(name):
     kwargs, reader = MODELS[name]
     model = timm.create_model(name, **kwargs).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, std=0.3)
+    for path, p in model.named_parameters():
+        nn.init.normal_(p, std=1e-4 if "gamma_" in path else 0.3)
     found = find_ffns(model, shape=(3, 32, 32)).ffns
     readers = residual_readers(model, found, torch.randn(1, 3, 32, 32))
     assert readers == {} if reader is None else readers[found[0].name] == Reader(reader, "conv" in reader)
