@@ -69,7 +69,7 @@ REFUSED = {
     "a tab": (extract(out="a\tb"), "--out"), "an escape": (extract(out="\x1b[31mx"), "--out"),
     "a zero-width space": (extract(out="a\u200bb"), "--out"),
     "a part of 300 characters": (extract(out="x" * 300), "cannot"), "a path of 5,000": (extract(out="x/" * 2500), "--out"),
-    "~ in quotes": (extract(out="~/x"), "--out"), "out is a link": (extract(out="link"), "--out"),
+    "~ in quotes": (extract(out="~/x"), "--out"), "out is a link": (extract(out="link"), "is a link to"),
     "out is the data": (extract(out="images"), "--out"),
     "out in the data": (extract(out="images/train/new"), "--out"), "out holds the data": (extract(out="."), "--out"),
     "out is above": (extract(out=".."), "--out"),
@@ -224,6 +224,8 @@ def test_places_that_cannot_be_are_refused_in_one_sentence(answers, name, tried)
     kept_to(found[name], 2)
     sentence = found[name]["err"].splitlines()[-1]
     assert sentence.startswith("moee: ") and REFUSED[name][1] in sentence, found[name]["err"]
+    if name.startswith("out "):
+        assert found[name]["err"].count("\n") == 1, "refused before anything was read"
     tried("places", name, "refused")
 
 
