@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moee.planning.budget import Budget, Point, standing
-from moee.planning.search import Planner, Way
+from moee.planning.search import Planner, Way, variants
 
 FIRST = 0.72  # of the dense MACs, where every way begins: most budgets are met there, and it is worth deploying
 CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
-GOING_ON = (4, 3, 2, 2)  # ways that are tried in each round
+GOING_ON = (5, 3, 2, 2)  # ways that are tried in each round
 
 
 class Over(Protocol):
@@ -79,7 +79,7 @@ def race(
         for racer in ordered if forwards else reversed(ordered):
             if racer.way.first != first:  # what was prepared is of no use to another share
                 first, prepared = racer.way.first, set()
-            fresh = racer.way.method not in prepared
+            fresh = racer.way.method not in prepared and variants()[racer.way.method][0].shares != "nothing"
             prepared.add(racer.way.method)
             if over(fresh) and points:  # asked before the first too, by whose time the second is judged
                 return points, left

@@ -1,7 +1,7 @@
 """How many tokens each block merges so that a model costs a share of its MACs, counted without running it.
 
 All blocks merge as many tokens, or one more in the last ones: what ToMe calls a constant schedule, at the finest steps that whole
-numbers allow.
+numbers allow. A block whose share would be more than half of its patches merges half.
 """
 
 from __future__ import annotations
@@ -64,6 +64,14 @@ class Costs:
             tokens -= count
         return total
 
+    def capped(self, merged: Sequence[int]) -> list[int]:
+        """As many tokens merged in each block, or half of the patches that are left there."""
+        patches, possible = self.tokens - self.prefix, []
+        for count in merged:
+            possible.append(min(count, most_merged(patches)))
+            patches -= possible[-1]
+        return possible
+
     def overfull(self, merged: Sequence[int]) -> tuple[int, int] | None:
         """The first block that cannot merge so many tokens, and the patches that come to it; None if all can."""
         patches = self.tokens - self.prefix
@@ -99,19 +107,17 @@ def constant(blocks: int, total: int) -> list[int]:
 
 def schedule_of(costs: Costs, whole: int, share: float) -> list[int]:
     """The constant schedule that merges fewest tokens for at most the share `share` of the `whole` MACs an image that the model
-    costs without. Raises `OutOfReach` that names the least share if no schedule does."""
+    costs without; late blocks merge half of their patches where that is less. Raises `OutOfReach` that names the least share if
+    no schedule does."""
     blocks, plain = len(costs.blocks), costs.macs([0] * len(costs.blocks))
-    budget = plain - (1 - share) * whole
-    total, least = 0, plain
-    while True:
-        merged = constant(blocks, total)
-        if costs.overfull(merged) is not None:
-            reach = math.ceil((whole - plain + least) / whole * 1000) / 1000
-            raise OutOfReach(f"token merging alone leaves {reach:g} of the MACs at least, {share:g} was asked for; give more")
+    budget, least = plain - (1 - share) * whole, plain
+    for total in range(blocks * (most_merged(costs.tokens - costs.prefix) + 1)):
+        merged = costs.capped(constant(blocks, total))
         least = min(least, cost := costs.macs(merged))
         if cost <= budget:
             return merged
-        total += 1
+    reach = math.ceil((whole - plain + least) / whole * 1000) / 1000
+    raise OutOfReach(f"token merging alone leaves {reach:g} of the MACs at least, {share:g} was asked for; give more")
 
 
 def schedule_with(costs: Costs, each: int) -> list[int]:

@@ -164,6 +164,7 @@ def test_a_share_of_the_macs_makes_a_schedule():
         share = dense_macs(ours, SHAPE) / dense_macs(model, SHAPE)
         assert least < share <= 0.8 + least
     assert schedule(model, SHAPE, TokensOptions(merge_tokens=4)) == [4, 4, 4]
+    assert schedule(model, SHAPE, TokensOptions(token_macs=0.55))[-1] < schedule(model, SHAPE, TokensOptions(token_macs=0.55))[0]
 
 
 def test_what_cannot_be_merged_is_refused():
