@@ -77,6 +77,8 @@ class VerifyResult:
             cases.append(Case("layer", layer.name, off, None if layer.output_passed else f"the layer alone is off by {off}"))
             if layer.routes:
                 cases.append(self._route_case(layer))
+        for merge in self.parity.merges:
+            cases.append(Case("merges", merge.name, f"{merge.matched:,} tokens", None if merge.passed else merge.message))
         cases += [Case("weights", name, "", message) for name, message in damaged.items()]
         cases += self._operator_cases()
         return cases + [self._accuracy_case()] + self._engine_cases()

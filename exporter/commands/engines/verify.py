@@ -179,6 +179,10 @@ def _show(console: Console, result: Any, layers: bool) -> None:
         f"route agreement: lowest {percent(parity.route_agreement.get(worst))} ({worst or 'no layer has more than one expert'}); "
         f"top-1 agreement with torch: {percent(parity.top1_agreement)} of {parity.images} images"
     )
+    if parity.merges:
+        matched, wrong = (sum(getattr(merge, part) for merge in parity.merges) for part in ("matched", "wrong"))
+        said = f"matchings of tokens in {len(parity.merges)} blocks: {wrong} of {matched:,} wrong by more than rounding"
+        console.print(said, highlight=False, soft_wrap=True)
     if parity.operator is not None:
         by = parity.operator
         largest, verdict = max((b.max_abs_error for b in by.batches), default=0.0), "passed" if by.passed else "FAILED"
