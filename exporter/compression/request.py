@@ -23,7 +23,7 @@ ALLOCATION = ("sensitivity",)  # what serves both best (docs/results/methods.md)
 HEADS = (1.0, 0.75)  # shares of the attention's MACs
 BASE = {  # of all ways: seconds instead of minutes
     "cluster_tokens": 6000, "tokens": 40_000, "refit_tokens": 40_000, "sensitivity_tokens": 16_384, "attention_probes": 16,
-    "attention_tokens": 30_000, "neurons": "eliminated",
+    "attention_tokens": 30_000, "neurons": "eliminated", "refit_target": "stream",
 }  # fmt: skip
 
 
