@@ -37,6 +37,9 @@ from moee.parallel.devices import computing_on
 from moee.parallel.group import Group, Parcel
 from moee.progress import Reporter
 from moee.store.scratch import temporary_folder
+from moee.tokens.block import merging_blocks
+
+MERGED = "refitted to the dense MLP's output, since merged tokens are others in the dense model"
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,9 @@ def _collected(ffns: list[FFN], layers: list[Finding], group: Group) -> list[Fin
 def install_experts(model: nn.Module, prepared: Prepared, options: Any, context: Context) -> list[LayerReport]:
     """Choose the neurons, replace the MLPs of `model` (which `prepared` was made from), refit on the group's devices. All ranks
     call it, and get their layers; the reports are whole on rank 0 alone."""
-    group, reports, dense = context.group, [], None
-    if options.compensation == "refit" and options.refit_target == "stream":
-        dense = context.dense or copy.deepcopy(model)
+    group, reports = context.group, []
+    stream, merged = options.compensation == "refit" and options.refit_target == "stream", bool(merging_blocks(model))
+    dense = (context.dense or copy.deepcopy(model)) if stream and not merged else None
     with group.agreed():
         if group.leader:
             reports = _put_layers(model, prepared, options, context.data)
@@ -163,6 +166,8 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
             elimination=Elimination(chosen_anew, prepared.metric) if options.neurons == "eliminated" else None,
             dense=dense,
         )  # fmt: skip
+        if stream and merged:
+            done = {name: replace(r, note="; ".join(filter(None, [r.note, MERGED]))) for name, r in done.items()}
         reports = [replace(r, refit=done[r.name], union=layers[r.name].union) if r.name in done else r for r in reports]
     return [*reports, *prepared.dense]
 

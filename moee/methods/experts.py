@@ -55,11 +55,6 @@ class NeuronMethod(LayerMethod[Any]):
     shares: ClassVar[Shares] = "groups"
     allocations = ALLOCATIONS
 
-    def obstacle(self, options: NeuronOptions, before: Sequence[str]) -> str:
-        if "tokens" in before and options.refit_target == "stream":
-            return "--refit-target stream needs the dense model's tokens, which --token-macs merges; give --refit-target layer"
-        return ""
-
     def check(self, model: nn.Module, shape: tuple[int, int, int], options: Any) -> None:
         named = {"one_expert": tuple(getattr(options, "one_expert", ())), "mac_time": tuple(options.mac_times())}
         if not any(named.values()):

@@ -10,8 +10,10 @@ from torch import nn
 from moee.calibrate.refit import refit
 from moee.calibrate.stream import target_of
 from moee.errors import UserError
+from moee.methods.context import Context
 from moee.methods.heads.narrowing import narrow
 from moee.methods.recipe import make_recipe, method_options
+from moee.methods.registry import method_of
 from moee.mlps.attention import NarrowAttention, narrow_attentions
 from moee.mlps.find import find_ffns
 from moee.mlps.residual import Reader, residual_readers
@@ -134,9 +136,15 @@ def test_where_nothing_reads_the_stream_the_target_is_the_dense_output_and_the_n
     assert torch.equal(*states)
 
 
-def test_merged_tokens_have_no_stream_to_follow():
-    with pytest.raises(UserError, match="--refit-target stream needs the dense model's tokens, which --token-macs merges"):
-        make_recipe("static", values={"token_macs": 0.8, "refit_target": "stream"})
+def test_merged_tokens_have_no_stream_to_follow_and_the_report_says_so(tiny_model):
+    recipe = make_recipe("static", values={"token_macs": 0.8, "keep": 0.7, "refit_target": "stream"})
+    data, dense = tiny_images(24), copy.deepcopy(tiny_model)
+    for step in recipe.steps:
+        reports = method_of(step).convert(tiny_model, step, Context(data, dense=dense))
+    assert reports and all("merged tokens are others in the dense model" in report.refit.note for report in reports)
+
+
+def test_a_stream_without_a_refit_is_refused():
     with pytest.raises(UserError, match="--refit-target stream is for the refit; compensation mean has none"):
         make_recipe("static", values={"compensation": "mean", "refit_target": "stream"})
 
