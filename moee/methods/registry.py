@@ -68,6 +68,7 @@ def options_for(method: Method[Any], values: dict[str, Any]) -> Options:
             owners = [other.name for other in METHODS if name in other.options.model_fields]
             flag = f"--{shown(name, quoted=False).replace('_', '-')}"
             if owners:
-                raise OptionError(f"{flag} is for method {' or '.join(owners)}, and not for {method.name}; leave it out", name)
+                named = " or ".join([", ".join(owners[:-1]), owners[-1]] if owners[1:] else owners)
+                raise OptionError(f"{flag} is for method {named}, and not for {method.name}; leave it out", name)
             raise OptionError(f"{flag} is no option of method {method.name}; expected some of {', '.join(known)}", name)
     return validated(method.options, values)

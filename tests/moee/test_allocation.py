@@ -200,7 +200,7 @@ def test_a_target_below_the_rest_of_the_model_is_refused():
 @pytest.mark.parametrize(
     "bad, match",
     [
-        (dict(target_macs=0.5, method="moefication", experts=4, top_k=2), "--target-macs is for method experts or static"),
+        (dict(target_macs=0.5, method="moefication", experts=4, top_k=2), "--target-macs is for method experts, static"),
         (dict(allocation="model"), "needs --criterion sensitivity"),
         (dict(criterion="sensitivity", statistics="cluster"), "routed"),
     ],

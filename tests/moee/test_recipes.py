@@ -137,7 +137,7 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
 
 def test_an_option_that_no_step_takes_is_refused():
     """Collages are for heads too, but no heads are asked for."""
-    said = "--collages is for method experts or static or moefication or corp or heads, and not for clear-moe"
+    said = "--collages is for method experts, static, moefication, corp or heads, and not for clear-moe"
     with pytest.raises(UserError, match=said):
         make_recipe("clear-moe", values={"collages": 3})
     both = make_recipe("clear-moe", values={"collages": 3, "attention_macs": 0.8})
