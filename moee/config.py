@@ -18,7 +18,8 @@ from moee.schema import shown
 
 PAPER_TOKENS = 126_080  # tokens a layer in the paper's calibration
 MOST_COUNT = 2**31 - 1  # what any count may be: more than anyone has of anything, and whole in every library behind
-MOST_WORKERS = max(64, 4 * (os.cpu_count() or 1))  # threads or processes of one command: more fill the memory and save no time
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+MOST_WORKERS = max(64, 4 * CPUS)  # threads or processes of one command: more fill the memory and save no time
 MOST_BATCH = 1 << 16  # images of a batch
 MOST_EPOCHS = 1_000_000
 MOST_FACTOR = 1e6  # a ridge, rate, radius or norm beyond it is a slip
@@ -103,4 +104,6 @@ def validated(kind: type[BaseModel], values: dict[str, Any]) -> Any:
         option = f"--{shown(where, quoted=False).replace('_', '-')}: " if where else ""
         field = kind.model_fields.get(str(first["loc"][0])) if first["loc"] else None
         wanted = expected(field) if field is not None and first["type"] in {*NUMBERS, "literal_error"} else ""
+        if isinstance(first["input"], str):  # a text is no share, whatever it says
+            wanted = wanted.replace("a share", "a number")
         raise OptionError(f"{option}{wanted or first['msg'].removeprefix('Value error, ')}{came}", where) from error

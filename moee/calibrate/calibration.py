@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,10 +115,9 @@ class _Sampler:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            free = shutil.disk_usage(self.path.parent).free
             raise UserError(
-                f"the tokens of `{self.ffn.name}` take {size_bytes / 2**20:.0f} MiB beside those of the other layers, and "
-                f"{self.path.parent} has {free / 2**20:.0f} MiB left; give a larger disk with --scratch DIR, or fewer --tokens"
+                f"{os.strerror(error.errno)}: the tokens of `{self.ffn.name}` take {max(1, -(-size_bytes >> 20))} MiB in "
+                f"{self.path.parent}, beside those of the other layers; give a larger disk with --scratch DIR, or fewer --tokens"
             ) from error
 
     def add(self, x: Tensor, indices: Tensor) -> None:

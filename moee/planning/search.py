@@ -95,12 +95,11 @@ def ways(
 
 
 def _goes(way: Way) -> bool:
-    """Whether the steps of a way go together."""
-    try:
-        recipe_of(way, {})
-    except UserError:
-        return False
-    return True
+    """Whether the steps of a way go together; whether their values fit is not asked here."""
+    method, _ = variants()[way.method]
+    beside = [part for part, share in zip(("attention", "tokens"), way.first, strict=True) if share != 1]
+    before = [other.name for part in beside for other in cutting(part)]
+    return not method.obstacle(recipe_of(way._replace(attention=1.0, tokens=1.0), {}).cut, before)
 
 
 def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:

@@ -256,7 +256,7 @@ def test_bench_reports_both_models(exported):
 
 
 def test_a_model_without_routed_layers_is_refused(tiny_model, tmp_path):
-    with pytest.raises(UserError, match="no routed layer to export"):
+    with pytest.raises(UserError, match="the model has no routed layer and merges no tokens"):
         export(MoeeModel(tiny_model, tiny_spec(), None, "tiny"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -160,7 +160,7 @@ def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys)
         (lambda m, t: moee.extract(m, t, jobs=1.5), "jobs: expected a whole number"),
         (lambda m, t: moee.extract(nn.Sequential(m), iter(())), "give input={'input_size': (channels, height, width)}"),
         (lambda m, t: moee.extract(m, t, input={"std": (0, 1, 1)}), "std of input="),
-        (lambda m, t: moee.extract(m, t, keep="0.5"), "keep: expected a number (came '0.5')"),
+        (lambda m, t: moee.extract(m, t, keep="0.5"), "keep: expected a number above 0 and at most 1, such as 0.9 (came '0.5')"),
         (lambda m, t: moee.extract(m, t, recipe={"steps": []}), "recipe came as {'steps': []}; expected the path"),
         (lambda m, t: moee.extract(m, t, recipe=" "), "recipe came as ' '; expected the path"),
         (lambda m, t: moee.extract(m, t, recipe="r.toml", keep=0.5), "leave keep out"),

@@ -50,7 +50,7 @@ def test_a_full_disk_says_how_much_a_layer_needs(tmp_path, monkeypatch, tiny_mod
     monkeypatch.setattr(calibration, "reserve", full)
     ran, ffns = [], find_ffns(tiny_model).ffns
     tiny_model.register_forward_pre_hook(lambda module, inputs: ran.append(1))
-    said = r"`blocks.0.mlp` take \d+ MiB.* MiB left; give .* --scratch DIR, or fewer --tokens"
+    said = r"No space left on device: the tokens of `blocks.0.mlp` take \d+ MiB .* --scratch DIR, or fewer --tokens"
     with pytest.raises(UserError, match=said) as refused:
         calibration.collect_tokens(tiny_model, ffns, tiny_images(80), tmp_path, 1000)
     assert explain(refused.value)[0] == 3 and len(ran) == 1

@@ -107,7 +107,8 @@ def test_tables_share_cells_and_every_row_is_a_valid_configuration():
 
 
 @pytest.mark.parametrize(("bad", "message"), [
-    ({"tables": ("4",)}, "unknown table 4"), ({"keeps": (1.5,)}, "0..1"), ({"compensation": ("much",)}, "should be 'none'"),
+    ({"tables": ("4",)}, "unknown table 4"), ({"keeps": (1.5,)}, "0..1"),
+    ({"compensation": ("much",)}, "expected one of none, mean, refit"),
     ({"seeds": 0}, "--seeds"),
 ])  # fmt: skip
 def test_bad_options_are_named(bad, message):
