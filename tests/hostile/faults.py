@@ -35,7 +35,7 @@ FAULTS = {
         "exporter/cli.py", "sentence = with_option(sentence, args, names)", "pass", OPTIONS, "export and precision"
     ),
     "the validator's words": Fault("moee/config.py",
-    'else ""\n        raise OptionError', 'else ""\n        wanted = ""\n        raise OptionError',
+    '"a number")\n        raise OptionError', '"a number")\n        wanted = ""\n        raise OptionError',
                                    OPTIONS, "finetune and epochs"),  # fmt: skip
     "bad input called unexpected": Fault(
         "exporter/terminal/failures.py", "if isinstance(error, UserError):", "if False:", OPTIONS, "extract and recipe"
