@@ -31,8 +31,7 @@ BASE = {  # of all ways: seconds instead of minutes
 class Request:
     """`device`: where models are timed, as `moee plan --device` takes it. `sm`: the GPU that the bundle is for, None for the
     CPU. `budget`: None for `default_budget`. `time_s`: None for as long as it takes. `methods`, `heads` and
-    `tokens`: what is tried.
-    `confirm`: further images, on which the result is measured."""
+    `tokens`: what is tried. `confirm`: further images, on which the result is measured."""
 
     budget: Budget | None = None
     device: str = CPU

@@ -19,7 +19,9 @@ from moee.methods.base import Method
 from moee.methods.recipe import make_recipe, read_recipe_json
 from moee.methods.registry import METHODS, options_for
 from moee.natural_order import in_order
+from moee.shrinking.options import ShrinkConfig
 
+CHANGES: dict[str, tuple[type[Options], str]] = {"finetune": (FinetuneConfig, "tuned"), "shrink": (ShrinkConfig, "shrunk")}
 ALIASES = ("dinov2-s", "vit-scratch")  # models that bring their weights and arguments (exporter/pretrained.py)
 
 
@@ -31,10 +33,12 @@ def commands(sources: Sources) -> list[str]:
     if model and isinstance(model.get("model"), dict):
         lines += _extract(model)
         source = "extracted"
-        for number, (data, tuned) in enumerate(_tunings(model), 1):
+        for command, data, config in _changes(model):
             other = ["--data", data] if data and data != _extracted_on(model) else []
-            out = "tuned" if number == 1 else f"tuned{number}"
-            lines.append(_line("moee", "finetune", source, *own, *other, *_flags(tuned, FinetuneConfig), "--out", out))
+            kind, done = CHANGES[command]
+            number = 1 + sum(line.startswith(f"moee {command} ") for line in lines)
+            out = done if number == 1 else f"{done}{number}"
+            lines.append(_line("moee", command, source, *own, *other, *_flags(config, kind), "--out", out))
             source = out
     export = sources.body("moee.export")
     if export:
@@ -75,13 +79,27 @@ def _function_words(body: dict[str, Any] | None) -> list[str]:
     return ["--model", str(named)] if named else []
 
 
-def _tunings(body: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Data and options of every tuning, the first one first."""
-    last = dig(body, "info", "stages", "tuned")
+def _done(body: dict[str, Any], stage: str) -> list[dict[str, Any]]:
+    """The record of every tuning or shrinking, the first one first."""
+    last = dig(body, "info", "stages", stage)
     if not isinstance(last, dict):
         return []
-    stages = [*(last["before"] if isinstance(last.get("before"), list) else []), {"data": body.get("data"), **last}]
-    return [(str(s.get("data") or ""), s["config"]) for s in stages if isinstance(s, dict) and isinstance(s.get("config"), dict)]
+    every = [*(last["before"] if isinstance(last.get("before"), list) else []), {"data": body.get("data"), **last}]
+    return [done for done in every if isinstance(done, dict)]
+
+
+def _changes(body: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """What was done to the extracted model, in turn: the command, its data and its options."""
+    tunings = _done(body, "tuned")
+    steps = [("finetune", stage) for stage in tunings]
+    for number, stage in enumerate(_done(body, "shrunk")):
+        came = stage.get("tunings")  # so many tunings were first, and `number` shrinkings
+        at = came if isinstance(came, int) and 0 <= came <= len(tunings) else len(tunings)
+        steps.insert(number + at, ("shrink", stage))
+    return [
+        (command, str(stage.get("data") or ""), stage["config"])
+        for command, stage in steps if isinstance(stage.get("config"), dict)
+    ]  # fmt: skip
 
 
 def _extract(body: dict[str, Any]) -> list[str]:

@@ -59,9 +59,11 @@ def shrink_with(
         "config": config.model_dump(), "layers": [asdict(layer) for layer in layers],
     }  # fmt: skip
     stages = moee.info["stages"]
+    facts["tunings"] = 1 + len(stages["tuned"].get("before", [])) if "tuned" in stages else 0  # that came first
     if "shrunk" in stages:  # of a model that was shrunk before
         former = stages.pop("shrunk")
-        facts["before"] = [*former.get("before", []), {key: former[key] for key in ("data", "config") if key in former}]
+        first = {key: former[key] for key in ("data", "config", "tunings") if key in former}
+        facts["before"] = [*former.get("before", []), first]
     stages["shrunk"] = facts
     moee.info["data_read"], moee.data = session.data_facts(), session.source
     moee.info["layers"] = [_updated(item, {layer.name: layer for layer in layers}, moee) for item in moee.info["layers"]]

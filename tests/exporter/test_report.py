@@ -287,6 +287,13 @@ def test_what_else_a_command_needs_is_there(tmp_path):
     assert shlex.split(lines[0])[2:] == ["red\nblue\n", ">", "classes.txt"] and "--class-map classes.txt" in lines[1]
     assert lines[2] == "moee finetune extracted --model mine:make --epochs 7 --out tuned"
     assert lines[3].startswith("moee finetune tuned --model mine:make --data more --epochs 2")
+    first = {"data": "digits", "config": {"experts": 8}, "tunings": 1}
+    body["info"]["stages"]["shrunk"] = {"data": "more", "config": {"specialise": True}, "tunings": 2, "before": [first]}
+    path.write_text(json.dumps(body))
+    made = [line.split(" ", 2)[1:] for line in commands(collect([run]))[2:6]]
+    assert [command for command, _ in made] == ["finetune", "shrink", "finetune", "shrink"]
+    assert made[1][1] == "tuned --model mine:make --experts 8 --out shrunk" and made[2][1].startswith("shrunk ")
+    assert made[3][1] == "tuned2 --model mine:make --data more --specialise --out shrunk2"
 
 
 def test_the_command_makes_the_same_recipe(tmp_path):
