@@ -21,7 +21,7 @@ from exporter.targets.candidates import Exported, exported, held_out_batch
 from exporter.targets.roofline import board_of, roofline_facts, scale_of
 from exporter.targets.target import Target, latency
 from exporter.timing.device import CPU, latency_of, timed_board
-from exporter.timing.form_table import measure_forms
+from exporter.timing.form_times import measure_forms
 from exporter.timing.latency import LatencyResult, bench
 from moee.errors import MissingDependency, StepFailed, UserError
 from moee.planning.forms import Latency

@@ -1,49 +1,26 @@
-"""What each form of a model's layers costs on this CPU: a table over tokens and widths, measured once, and what it predicts.
+"""What each form of a model's layers costs on this CPU: a table over tokens and widths, and what it predicts.
 
-Every MLP that differs in shape or in how many tokens it sees is timed dense, with a share of its neurons for all tokens, and with
-experts of that share; attention dense and with narrower heads. A layer's time lies between the measured ones of its width, on a
-straight line. A model's is the dense model's, less the dense layers that it replaces, plus what replaces them.
+A layer's time lies between the measured ones of its width, on a straight line, and where tokens merge between those of all tokens
+and of fewer. A model's is the dense model's, less the dense layers that it replaces, plus what replaces them, plus the merging.
+`exporter.timing.form_times` measures it.
 """
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from exporter.graph.trace import to_onnx
-from exporter.passes.gated import lower_gated
-from exporter.passes.plain import lower_single_experts
-from exporter.passes.portable import lower_routed_ffn
-from exporter.runners import OnnxRunner
-from exporter.runners.operator_cache import operator_or_reason
-from exporter.timing.ffn_bench import Residual
-from moee.errors import OutOfReach, UserError
-from moee.layers.routed import Experts, RoutedFFN, RoutedLayer, routed_layers
-from moee.measure.metrics import tokens_per_image
-from moee.methods.neurons.gated_pruning import narrower
-from moee.mlps.attention import NarrowAttention, Widths, find_attentions, input_shapes, narrow_attentions
-from moee.mlps.find import find_ffns
-from moee.mlps.gated import GatedMLP
-from moee.mlps.sites import mlp_module
-from moee.models.ffn import FFN
-from moee.models.model import Shape
+from moee.errors import OutOfReach
+from moee.layers.routed import RoutedLayer, routed_layers
+from moee.mlps.attention import narrow_attentions
 from moee.planning.forms import LayerChoices
-from moee.progress import Reporter, silent
-from moee.store.scratch import temporary_folder
 from moee.tokens.block import merged_tokens
 
-SHARES = (0.3, 0.6, 1.0)  # of a layer's neurons, or of a head's dimensions
-RUNS, WARM_UP = 15, 3
+FEWER = 0.5  # of a layer's tokens, at which it is timed beside all of them where tokens can merge
 ALIKE = 1.15  # times of a MAC that differ by less are within the noise
 LEAST = 0.1  # of the mean time of a MAC: a layer whose time hardly grows with its width was disturbed, or waits for memory
 Line = Mapping[float, float]  # milliseconds by share
@@ -82,7 +59,9 @@ def between(line: Line, share: float) -> float:
 @dataclass(frozen=True)
 class FormTable:
     """The forms of every MLP and attention by name, for `batch` images; of each MLP its neurons (`hidden`) and the MACs of the
-    dense one on these images; of all of them their `tokens` an image in the dense model."""
+    dense one on these images; of all of them their `tokens` an image in the dense model. Where tokens can merge: the forms at
+    `FEWER` of the tokens (`fewer`, of MLPs and attention), and milliseconds of a block's merge by the share of the tokens that
+    reach it (`merge`)."""
 
     batch: int
     hidden: Mapping[str, int]
@@ -90,30 +69,41 @@ class FormTable:
     mlps: Mapping[str, Forms]
     attentions: Mapping[str, Forms]
     tokens: Mapping[str, int] = field(default_factory=dict)
+    fewer: Mapping[str, Forms] = field(default_factory=dict)
+    merge: Line = field(default_factory=dict)
 
     def predict(self, model: nn.Module, dense_ms: float) -> float:
         """Milliseconds of a batch of `model`, which was cut from the one that the table is of and that takes `dense_ms`."""
         total = dense_ms
         routed, narrowed, merged = routed_layers(model), narrow_attentions(model), merged_tokens(model)
         for name, forms in self.mlps.items():
-            ours = forms.dense
+            pick: Callable[[Forms], float] = _dense
             if (layer := routed.get(name)) is not None:
-                ours = forms.of(_share(layer, self.hidden[name]), layer.num_experts)
-            total += ours * self._left(name, merged, 1) - forms.dense
+                pick = _picked(_share(layer, self.hidden[name]), layer.num_experts)
+            total += self._of(name, forms, pick, self._left(name, merged, 1)) - forms.dense
         for name, forms in self.attentions.items():
-            ours = forms.dense
+            pick = _dense
             if (attention := narrowed.get(name)) is not None:
-                ours = forms.of((attention.widths.qk + attention.widths.v) / (2 * attention.head_dim))
-            total += ours * self._left(name, merged, 0) - forms.dense
+                pick = _picked((attention.widths.qk + attention.widths.v) / (2 * attention.head_dim))
+            total += self._of(name, forms, pick, self._left(name, merged, 0)) - forms.dense
+        if self.merge:
+            total += sum(between(self.merge, self._left(name, merged, 0)) for name in self.attentions if _merges(name, merged))
         return total
 
+    def _of(self, name: str, forms: Forms, pick: Callable[[Forms], float], left: float) -> float:
+        """Of a layer with `left` of its tokens, in the form that `pick` names."""
+        if left == 1:
+            return pick(forms)
+        if name not in self.fewer:  # the time is taken to go with the tokens
+            return pick(forms) * left
+        return between({FEWER: pick(self.fewer[name]), 1.0: pick(forms)}, left)
+
     def _left(self, name: str, merged: Sequence[int], after: int) -> float:
-        """The share of its tokens that a layer in block i still gets, where `merged[i]` merge in each; the time is taken to go
-        with it. `after`: 1 for what lies behind the block's own merge."""
+        """The share of its tokens that a layer in block i still gets, where `merged[i]` merge in each. `after`: 1 for what lies
+        behind the block's own merge."""
         if not merged:
             return 1.0
-        block = int(name.split(".")[1])  # merging blocks are those of timm's VisionTransformer: blocks.i
-        return 1 - sum(merged[: block + after]) / self.tokens[name]
+        return 1 - sum(merged[: _block(name) + after]) / self.tokens[name]
 
     def choices(self, share: float, experts: int) -> LayerChoices:
         """As `moee.planning.forms.LayerForms.choices`."""
@@ -139,15 +129,22 @@ class FormTable:
         times = {n: float(f"{max(LEAST, ms / ((high - low) * self.macs[n] * mean)):.2g}") for n, ms in more.items()}
         return times if max(times.values()) > ALIKE * min(times.values()) else {}
 
-    def to_json(self) -> dict[str, Any]:
-        def body(forms: Forms) -> dict[str, Any]:
-            lines = {str(count): {f"{s:g}": round(ms, 5) for s, ms in line.items()} for count, line in forms.experts.items()}
-            return {"dense": forms.dense, "static": {f"{s:g}": round(ms, 5) for s, ms in forms.static.items()}, "experts": lines}
 
-        return {
-            "batch": self.batch, "mlps": {name: body(forms) for name, forms in self.mlps.items()},
-            "attentions": {name: body(forms) for name, forms in self.attentions.items()},
-        }  # fmt: skip
+def _dense(forms: Forms) -> float:
+    return forms.dense
+
+
+def _picked(share: float, experts: int = 1) -> Callable[[Forms], float]:
+    return lambda forms: forms.of(share, experts)
+
+
+def _block(name: str) -> int:
+    """Merging blocks are those of timm's VisionTransformer: blocks.i."""
+    return int(name.split(".")[1])
+
+
+def _merges(name: str, merged: Sequence[int]) -> bool:
+    return bool(merged) and merged[_block(name)] > 0
 
 
 def _share(layer: RoutedLayer, hidden: int) -> float:
@@ -155,136 +152,3 @@ def _share(layer: RoutedLayer, hidden: int) -> float:
     widths = torch.tensor(layer.widths, dtype=torch.float64)
     load = torch.tensor(getattr(layer, "load", ()) or [1] * len(widths), dtype=torch.float64)
     return layer.top_k * float(widths @ load / load.sum()) / hidden
-
-
-def measure_forms(
-    dense: nn.Module, shape: Shape, batch: int, *, experts: Sequence[int] = (4, 8, 32), threads: int | None = None,
-    report: Reporter = silent,
-) -> FormTable:  # fmt: skip
-    """Time the forms of every MLP and attention of `dense` on images of `shape`; layers of one shape are timed once."""
-    ffns = find_ffns(dense, shape=shape, gated=True).ffns
-    tokens = tokens_per_image(dense, [f.name for f in ffns], shape)
-    known: dict[tuple[Any, ...], Forms] = {}
-    mlps, attentions = {}, {}
-    try:
-        found = find_attentions(dense)
-    except UserError:
-        found = {}
-    seen = input_shapes(dense, found, shape)
-    kinds: dict[str, tuple[Any, ...]] = {
-        f.name: ("mlp", f.dim, f.hidden, f.activation, f.only_static, tokens[f.name]) for f in ffns
-    }
-    kinds |= {n: ("attention", a.qkv.in_features, a.num_heads, a.head_dim, *seen[n]) for n, a in found.items()}
-    operator_or_reason(report)
-    report("forms of layers", 0, len(set(kinds.values())))
-    for ffn in ffns:
-        kind = kinds[ffn.name]
-        if kind not in known:
-            known[kind] = _mlp_forms(dense, ffn, batch * tokens[ffn.name], experts, threads)
-            report("forms of layers", len(known), len(set(kinds.values())))
-        mlps[ffn.name] = known[kind]
-    for name, attention in found.items():
-        kind = kinds[name]
-        if kind not in known:
-            images, count = seen[name]
-            x = torch.randn(batch * images, count, attention.qkv.in_features)
-            full = attention.head_dim
-
-            def narrowed(share: float, attention: Any = attention, full: int = full) -> nn.Module:
-                width = max(1, round(full * share))
-                return NarrowAttention(attention.qkv.in_features, attention.num_heads, full, Widths(width, width))
-
-            known[kind] = _forms(copy.deepcopy(attention), {1: narrowed}, x, threads)
-            report("forms of layers", len(known), len(set(kinds.values())))
-        attentions[name] = known[kind]
-    hidden, macs = {f.name: f.hidden for f in ffns}, {f.name: float(batch * tokens[f.name] * f.macs) for f in ffns}
-    return FormTable(batch, hidden, macs, mlps, attentions, tokens | {name: count for name, (_, count) in seen.items()})
-
-
-def _mlp_forms(dense: nn.Module, ffn: FFN, tokens: int, experts: Sequence[int], threads: int | None) -> Forms:
-    generator = torch.Generator().manual_seed(0)
-    count = tokens // 8 * 8 or tokens
-    rows = 8 if count % 8 == 0 else 1
-    x = torch.randn(rows, count // rows, ffn.dim, generator=generator)
-    whole = mlp_module(dense, ffn.name, ffn.bypassed)
-    original = _OnTokens(whole) if ffn.channels_first else whole
-
-    def made(number: int) -> Callable[[float], nn.Module]:
-        return lambda share: _cut(ffn, share, number, generator)
-
-    return _forms(original, {n: made(n) for n in (1, *(() if ffn.only_static else experts))}, x, threads)
-
-
-def _cut(ffn: FFN, share: float, experts: int, generator: torch.Generator) -> nn.Module:
-    """An MLP that keeps `share` of its neurons in each of so many experts, drawn at random; tokens spread evenly over them."""
-    width = max(1, round(share * ffn.hidden))
-    chosen = [torch.randperm(ffn.hidden, generator=generator)[:width].sort().values for _ in range(experts)]
-    if ffn.only_static:
-        return narrower(cast(GatedMLP, ffn), chosen[0])
-    union = torch.cat(chosen).unique()
-    position = torch.zeros(ffn.hidden, dtype=torch.int64)
-    position[union] = torch.arange(len(union))
-    router = nn.functional.normalize(torch.randn(experts, ffn.dim, generator=generator), dim=1)
-    return RoutedFFN(
-        Experts(
-            router=router, router_bias=torch.zeros(experts), w_up=ffn.w_up[union], b_up=ffn.b_up[union],
-            w_down=ffn.w_down.T[union], b_out=ffn.b_down.expand(experts, -1),
-            neurons=torch.cat([position[n] for n in chosen]).to(torch.int32),
-            offsets=torch.arange(0, experts * width + 1, width).to(torch.int32), activation=ffn.activation,
-        )  # fmt: skip
-    )
-
-
-class _OnTokens(nn.Module):
-    """A 1x1-convolution MLP on [B, D, H, W] as one on tokens [B, N, D]: what ONNX Runtime computes is the same product."""
-
-    def __init__(self, mlp: nn.Module):
-        super().__init__()
-        self.mlp = mlp
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.mlp(x.movedim(-1, 1)[..., None])
-        return y[..., 0].movedim(1, -1)
-
-
-def _forms(original: nn.Module, made: Mapping[int, Callable[[float], nn.Module]], x: Tensor, threads: int | None) -> Forms:
-    """Time a layer and what is `made` of it, by the number of experts and the share; all in turns, since a machine's speed
-    changes. What the sum of the residual costs is taken off."""
-    graphs: dict[tuple[int, float], nn.Module] = {(0, 1.0): original, (-1, 1.0): nn.Identity()}
-    graphs |= {(count, share): make(share) for count, make in made.items() for share in SHARES}
-    with temporary_folder() as folder, ExitStack() as stack:
-        calls = {}
-        for number, (key, module) in enumerate(graphs.items()):
-            runner = stack.enter_context(OnnxRunner(_written(module, x, folder / f"{number}.onnx"), threads))
-            calls[key] = runner.bound(x.numpy())
-        times = _in_turns(calls)
-    sum_ms = times.pop((-1, 1.0))
-    net = {key: max(ms - sum_ms, 1e-6) for key, ms in times.items()}
-    lines = {count: undisturbed({share: net[count, share] for share in SHARES}) for count in made}
-    return Forms(net[0, 1.0], lines.pop(1), lines)
-
-
-def undisturbed(line: Line) -> Line:
-    """No form costs more than a wider one of its kind: what was timed above that was disturbed by other work on the machine."""
-    return {share: min(ms for wider, ms in line.items() if wider >= share) for share in line}
-
-
-def _written(module: nn.Module, x: Tensor, path: Path) -> Path:
-    graph = to_onnx(Residual(module.eval()), x[: min(2, len(x))])
-    lower_single_experts(graph)
-    lower_gated(graph)
-    if operator_or_reason()[0] is None:
-        lower_routed_ffn(graph)
-    ir.save(graph, path)
-    return path
-
-
-def _in_turns(calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Median milliseconds of each call, all in turns."""
-    taken: dict[Any, list[float]] = {key: [] for key in calls}
-    for turn in range(WARM_UP + RUNS):
-        for key in calls if turn % 2 == 0 else reversed(list(calls)):
-            started = time.perf_counter()
-            calls[key]()
-            taken[key].append(time.perf_counter() - started)
-    return {key: 1e3 * float(np.median(values[WARM_UP:])) for key, values in taken.items()}

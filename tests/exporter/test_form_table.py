@@ -3,8 +3,11 @@
 import copy
 
 import pytest
+import torch
 
-from exporter.timing.form_table import Forms, FormTable, between, measure_forms, undisturbed
+from exporter.timing import form_times
+from exporter.timing.form_table import FEWER, Forms, FormTable, between
+from exporter.timing.form_times import measure_forms, undisturbed
 from moee.data.image_set import image_shape
 from moee.errors import OutOfReach, UserError
 from moee.methods.recipe import make_recipe
@@ -14,6 +17,7 @@ from moee.planning.budget import Point
 from moee.planning.forms import Latency, LayerChoices
 from moee.planning.found import prediction_error
 from moee.planning.search import Planner, Way
+from moee.tokens.block import install_merging
 from tests.conftest import extract
 
 LINE = {0.25: 1.0, 0.5: 2.0, 1.0: 4.0}
@@ -58,9 +62,11 @@ def test_a_mac_costs_what_it_takes_in_each_layer():
     assert table.choices(0.5, 1).mac_times == {"wide": 0.62, "deep": 2.5}
 
 
-def test_the_dense_model_is_predicted_as_itself_and_a_cut_one_by_its_forms(tiny_moee):
+def test_the_dense_model_is_predicted_as_itself_and_a_cut_one_by_its_forms(tiny_moee, monkeypatch):
     model, dense, data, *_ = tiny_moee
-    table = measure_forms(dense, image_shape(data.images), 2, experts=(4,))
+    monkeypatch.setattr(form_times, "SHARES", (0.5, 1.0))
+    monkeypatch.setattr(form_times, "_mergeable", lambda dense: False)  # a graph takes a second to trace
+    table = measure_forms(dense, image_shape(data.images), 2, experts=(4,), threads=1)
     names = [f.name for f in find_ffns(dense).ffns]
     assert list(table.mlps) == names and set(table.attentions) == {"blocks.0.attn", "blocks.1.attn", "blocks.2.attn"}
     assert table.mlps[names[0]] is table.mlps[names[1]], "one shape is timed once"
@@ -68,6 +74,51 @@ def test_the_dense_model_is_predicted_as_itself_and_a_cut_one_by_its_forms(tiny_
     forms = {name: Forms(4.0, LINE, {4: {0.25: 10.0, 1.0: 10.0}}) for name in names}
     known = FormTable(2, table.hidden, table.macs, forms, {})
     assert known.predict(model, 20.0) == pytest.approx(20 + 3 * (10 - 4))
+
+
+def test_a_layer_with_fewer_tokens_lies_between_its_times_of_all_and_of_half_of_them(tiny_moee):
+    """Blocks of 17 tokens that merge 0, 4, 4: the second MLP has 13 of them, the last attention 13 and the last MLP 9."""
+    _, dense, data, *_ = tiny_moee
+    merged = copy.deepcopy(dense)
+    install_merging(merged, [0, 4, 4])
+    mlps, heads = ([f"blocks.{i}.{part}" for i in range(3)] for part in ("mlp", "attn"))
+    table = FormTable(
+        8, dict.fromkeys(mlps, 100), dict.fromkeys(mlps, 1e3), dict.fromkeys(mlps, Forms(4.0, LINE)),
+        dict.fromkeys(heads, Forms(8.0, LINE)), dict.fromkeys([*mlps, *heads], 17),
+        {**dict.fromkeys(mlps, Forms(3.0, LINE)), **dict.fromkeys(heads, Forms(2.0, LINE))}, {0.5: 0.25, 1.0: 0.5},
+    )  # fmt: skip
+    lost = 4 / 17 / FEWER  # of the way from all tokens to half of them
+    merging = 0.5 + 0.5 - 0.25 * lost
+    assert table.predict(merged, 100.0) == pytest.approx(100 - 1.0 * lost - 1.0 * 2 * lost - 6.0 * lost + merging)
+    assert table.predict(dense, 100.0) == 100.0
+
+
+def test_fewer_tokens_are_timed_where_tokens_can_merge(tiny_moee, monkeypatch):
+    """What each form is timed on, without the timing: rows, tokens and width."""
+    _, dense, data, *_ = tiny_moee
+    timed = []
+
+    def times(modules, inputs, threads):
+        timed.append(([tuple(x.shape) for x in inputs], len(modules)))
+        assert len({module(x).shape for module in modules.values() for x in inputs}) == len(inputs), "all of them do alike"
+        return [{key: 1.0 + (key == 1) for key in modules} for _ in inputs]
+
+    monkeypatch.setattr(form_times, "_times", times)
+    table = measure_forms(dense, image_shape(data.images), 2, experts=(4,))
+    assert timed == [
+        ([(4, 8, 32), (2, 8, 32)], 8), ([(2, 17, 32)], 5), ([(2, 8, 32)], 5),  # MLPs in multiples of eight tokens
+        ([(2, 8, 32)], 2), ([(2, 17, 32)], 2),
+    ]  # fmt: skip
+    assert set(table.fewer) == {*table.mlps, *table.attentions} and table.merge == {FEWER: 1.0, 1.0: 1.0}
+    other = copy.deepcopy(dense)
+    other.blocks[1] = torch.nn.Sequential(other.blocks[1])  # no block of timm's
+    assert not form_times._mergeable(other)
+
+
+@pytest.mark.slow
+def test_a_merge_is_timed_by_itself(tiny_model):
+    line = form_times._merge_line(tiny_model, (1, 17), 2, threads=1)
+    assert set(line) == {FEWER, 1.0} and all(0 <= ms < 1000 for ms in line.values())
 
 
 def test_a_plan_leaves_layers_to_what_the_device_says(tiny_model, tmp_path):
