@@ -96,11 +96,11 @@ def extract(
     `model` is a `torch.nn.Module`, which stays as it is, or a name with pretrained weights. `data` and `val`: a DataLoader, a
     dataset, or an iterable of (images [B, C, H, W] as the model takes them, labels [B]); or a source of the command line, such
     as a folder of images. Without `val` a fifth of `data` is held out. `method`: `experts` (the default), `static`,
-    `moefication`, `clear-moe`, `corp` or `tokens`; `options` are its options, such as `keep` and `target_macs`, `attention_macs`
-    of narrower heads and `token_macs` of merged tokens: `moee extract --method NAME --help` lists them. `recipe`: a TOML file
-    that says both instead. `classes` orders the class names. `num_classes` says how many classes a module tells apart, 0 for
-    features, where it does not say it; `input` how its images are prepared. `out`: a folder to write the artifact to. `device`:
-    `auto`, `cuda`, `cuda:1` or `cpu`.
+    `moefication`, `clear-moe`, `corp`, `lowrank` or `tokens`; `options` are its options, such as `keep` and `target_macs`,
+    `attention_macs` of narrower heads and `token_macs` of merged tokens: `moee extract --method NAME --help` lists them.
+    `recipe`: a TOML file that says both instead. `classes` orders the class names. `num_classes` says how many classes a module
+    tells apart, 0 for features, where it does not say it; `input` how its images are prepared. `out`: a folder to write the
+    artifact to. `device`: `auto`, `cuda`, `cuda:1` or `cpu`.
 
     Raises `UserError` for bad input. Deterministic for the same model, images and options.
     """

@@ -22,6 +22,7 @@ from exporter.graph.trace import INPUT, OPSET, OPSETS, OUTPUT, explained, to_onn
 from exporter.manifests import input_body
 from exporter.passes.clear import Form, lower_clear_ffn
 from exporter.passes.gated import lower_gated
+from exporter.passes.low_rank import lower_low_rank
 from exporter.passes.name_merges import name_merges
 from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.plain import lower_single_experts
@@ -109,7 +110,7 @@ def export(
         forms = portable_forms(moee, transform.shape)
         name_routed_nodes(graph, list(layers))
         name_merges(graph, list(merges))
-        plain = lower_single_experts(graph) + lower_gated(graph)
+        plain = lower_single_experts(graph) + lower_gated(graph) + lower_low_rank(graph)
         traced = folder / TRACED
         ir.save(graph, traced, external_data=MOEE_DATA)
         tensorrt = ir.load(traced)

@@ -8,6 +8,8 @@ from onnx.defs import OpSchema
 from exporter.passes.clear import INPUT_NAMES as CLEAR_INPUTS
 from exporter.passes.clear import OP_TYPE as CLEAR
 from exporter.passes.gated import OP_TYPE as GATED
+from exporter.passes.low_rank import OP_TYPE as LOW_RANK
+from moee.layers.low_rank import NAMES as LOW_RANK_INPUTS
 from moee.mlps.gated import NAMES as GATED_INPUTS
 from plugins.contract import ACTIVATIONS, ATTRIBUTES, DOMAIN, DTYPES, INPUTS, OP_TYPE
 
@@ -72,8 +74,24 @@ def gated_schema() -> OpSchema:
     )
 
 
+def low_rank_schema() -> OpSchema:
+    """The node that a low-rank MLP is while it is being exported; `passes.low_rank` lowers it, no file holds it."""
+    text = OpSchema.Attribute("activation", OpSchema.AttrType.STRING, description="of the hidden layer", required=True)
+    return OpSchema(
+        LOW_RANK,
+        DOMAIN,
+        VERSION,
+        doc="MLP whose two maps are products of two smaller ones.",
+        inputs=[OpSchema.FormalParameter(name, "T", "") for name in ("x", *LOW_RANK_INPUTS)],
+        outputs=[OpSchema.FormalParameter("y", "T", "same shape as x")],
+        type_constraints=[("T", [ONNX_TYPES[d] for d in DTYPES], "token type")],
+        attributes=[text],
+    )
+
+
 def register() -> None:
     """Register the schemas once, so that onnx's checker and onnxscript know the operators."""
-    for name, make in ((OP_TYPE, schema), (CLEAR, clear_schema), (GATED, gated_schema)):
+    made = ((OP_TYPE, schema), (CLEAR, clear_schema), (GATED, gated_schema), (LOW_RANK, low_rank_schema))
+    for name, make in made:
         if not onnx.defs.has(name, VERSION, DOMAIN):
             onnx.defs.register_schema(make())

@@ -59,6 +59,10 @@ def _gated_ffn(x, w_gate, b_gate, w_up, b_up, w_down, b_out, activation: str):
     return _moee.GatedFfn(x, w_gate, b_gate, w_up, b_up, w_down, b_out, activation=activation)
 
 
+def _low_rank_ffn(x, up_in, up_out, up_bias, down_in, down_out, down_bias, activation: str):
+    return _moee.LowRankFfn(x, up_in, up_out, up_bias, down_in, down_out, down_bias, activation=activation)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """torch's exporter and onnxscript log and warn about themselves; errors still raise."""
@@ -77,18 +81,20 @@ def _quiet() -> Iterator[None]:
 
 def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
     """Trace `model` on images of a shape, or on inputs like a tensor, with a dynamic first dimension; routed layers become
-    `moee::MoeeFfn`, `moee::ClearFfn` or `moee::GatedFfn` nodes.
+    `moee::MoeeFfn`, `moee::ClearFfn`, `moee::GatedFfn` or `moee::LowRankFfn` nodes.
 
     Every node is named after the module that it came from (`blocks.0.mlp.fc1/node_linear_2`), as profiles and viewers show it.
     Raises `UserError` with the reason for a model that PyTorch's exporter cannot express.
     """
     import moee.layers.clear_ops
+    import moee.layers.low_rank
     import moee.layers.ops  # noqa: F401  registers the operators
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.moee.ffn.default: _routed_ffn,
         torch.ops.moee.clear_ffn.default: _clear_ffn,
         torch.ops.moee.gated_ffn.default: _gated_ffn,
+        torch.ops.moee.low_rank_ffn.default: _low_rank_ffn,
         **ATTENTION_TRANSLATIONS,
         **SORT_TRANSLATIONS,
         **INT8_TRANSLATIONS,

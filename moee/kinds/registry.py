@@ -12,6 +12,7 @@ from moee.errors import UserError
 from moee.kinds.clear import ClearKind
 from moee.kinds.gated import GatedKind
 from moee.kinds.kind import LayerKind, LayerRecord
+from moee.kinds.low_rank import LowRankKind
 from moee.kinds.routed import RoutedKind
 from moee.layers.routed import RoutedLayer, routed_layers
 from moee.mlps.sites import put_mlp
@@ -19,7 +20,7 @@ from moee.mlps.structure import read_mlp
 from moee.schema import checked, shown
 
 FIRST = RoutedKind()
-KINDS: dict[str, LayerKind[Any, Any]] = {kind.name: kind for kind in (FIRST, ClearKind(), GatedKind())}
+KINDS: dict[str, LayerKind[Any, Any]] = {kind.name: kind for kind in (FIRST, ClearKind(), GatedKind(), LowRankKind())}
 
 
 def kind_of(layer: RoutedLayer) -> LayerKind[Any, Any]:

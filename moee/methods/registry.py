@@ -12,6 +12,7 @@ from moee.methods.clear_moe.method import ClearMethod
 from moee.methods.corp.method import CorpMethod
 from moee.methods.experts import ExpertsMethod
 from moee.methods.heads.method import HeadsMethod
+from moee.methods.lowrank.method import LowRankMethod
 from moee.methods.moefication.method import MoeficationMethod
 from moee.methods.static import StaticMethod
 from moee.methods.tokens import TokensMethod
@@ -23,6 +24,7 @@ METHODS: list[Method[Any]] = [
     MoeficationMethod(),
     ClearMethod(),
     CorpMethod(),
+    LowRankMethod(),
     HeadsMethod(),
     TokensMethod(),
 ]

@@ -15,7 +15,6 @@ from typing import Any
 from moee.errors import UserError
 from moee.measure.accuracy import Comparison
 from moee.methods.recipe import Recipe, read_recipe_json
-from moee.methods.registry import cutting
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec
 from moee.places.inputs import source_paths
@@ -26,7 +25,7 @@ from moee.planning.budget import Budget
 from moee.planning.forms import Latency
 from moee.planning.found import PLAN, SCHEMA, Found
 from moee.planning.race import Over, race
-from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Planner, recipe_of, usual, variants, ways
+from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Planner, Way, recipe_of, usual, variants, ways
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
@@ -180,30 +179,36 @@ def check_ways(
 
 def applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods that can cut the model. Where all of its MLPs are gated, those that take gated ones, if static pruning is among
-    them. Merging tokens is left out where others are tried and the model's cannot be merged."""
-    methods = _mergeable(session, methods)
+    them. What cannot cut this model, such as merging tokens of a Swin, is left out where others are tried."""
+    methods = _possible(session, methods)
     gated = all(ffn.only_static for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
     fitting = tuple(name for name in methods if variants()[name][0].gated)
     if not gated or STATIC not in fitting or fitting == methods:
         return methods
     if session.group.leader:
-        said = "static pruning" + " and merging tokens" * (len(fitting) > 1)
+        titles = {STATIC: "static pruning", "tokens": "merging tokens"}
+        said = " and ".join(titles.get(name, name) for name in sorted(fitting, key=lambda name: name != STATIC))
         log.warning("all MLPs of %s are gated: of the methods, only %s is tried", session.spec.name, said)
     return fitting
 
 
-def _mergeable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
-    others = tuple(name for name in methods if variants()[name][0].cuts != "tokens")
-    if not others or others == methods:
+def _possible(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that do not refuse the model by themselves; all where that would be none. What was asked for is left out with a
+    warning."""
+    refusals = {}
+    for name in methods:
+        method, variant = variants()[name]
+        if method.cuts == "tokens" or not variant.usual:
+            try:
+                method.check(session.dense, session.transform.shape, recipe_of(Way(name, next(iter(method.allocations))), {}).cut)
+            except UserError as error:
+                refusals[name] = str(error).partition(";")[0]
+    if len(refusals) == len(set(methods)):
         return methods
-    try:
-        for method in cutting("tokens"):
-            method.check(session.dense, session.transform.shape, method.options())
-    except UserError as error:
+    for name, reason in refusals.items():
         if session.group.leader:
-            log.info("merging tokens is not tried: %s", str(error).partition(";")[0])
-        return others
-    return methods
+            log.log(logging.INFO if variants()[name][1].usual else logging.WARNING, "%s is not tried: %s", name, reason)
+    return tuple(name for name in methods if name not in refusals)
 
 
 def refuse_incomparable(compared: Comparison, max_drop: float) -> None:

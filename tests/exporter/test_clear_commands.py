@@ -78,7 +78,7 @@ def test_a_damaged_artifact_is_refused(artifact):
 
 @pytest.mark.parametrize("flags, message", [
     (["--method", "clear-moe", "--rank", "8"], "--rank by hand needs --residual-rank too"),
-    (["--method", "clear-moe", "--keep", "0.9"], "--keep is for method experts, static or corp, and not for clear-moe"),
+    (["--method", "clear-moe", "--keep", "0.9"], "--keep is for method experts, static, corp or lowrank, and not for clear-moe"),
     (["--rank", "8"], "--rank is for method clear-moe, and not for experts"),
     (["--method", "clear-moe", "--experts", "8", "--calibration-images", "4"], "is smaller than the 8 experts"),
     (["--method", "clear-moe", "--compensation", "none"], "--compensation: expected one of mean, refit"),

@@ -299,3 +299,17 @@ def test_a_method_that_cuts_the_heads_itself_is_tried_without_narrower_ones():
     check_ways(("corp", "static"), ("sensitivity",), (1.0, 0.75), {})
     with pytest.raises(UserError, match="corp cuts the heads itself"):
         check_ways(("corp",), ("sensitivity",), (0.75,), {})
+
+
+def test_lowrank_is_planned_like_the_others_and_what_cannot_cut_the_model_is_left_out(session, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise UserError("corp: no attention; give another")
+
+    monkeypatch.setattr("moee.methods.corp.method.CorpMethod.check", refuse)
+    fast = {**FAST, "targets": (0.7,)}
+    plan = make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **{**fast, "methods": ("lowrank", "corp")})
+    assert {p["method"] for p in plan["points"]} == {"lowrank", "dense"}
+    assert "corp is not tried: corp: no attention" in caplog.text
+    assert plan["winner"]["macs"] <= 0.8 and plan["winner"]["method"] == "lowrank"
+    with pytest.raises(UserError, match="corp: no attention"):
+        make_plan(session, Budget(target_macs=0.8), tmp_path / "alone", **{**fast, "methods": ("corp",)})

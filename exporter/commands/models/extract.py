@@ -128,6 +128,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(clear_table(moee.info["layers"]))
     if moee.info["layers"]:
         console.print(layer_table(moee.info["layers"]))
+    if ranks := [layer["low_ranks"] for layer in moee.info["layers"] if layer.get("low_ranks")]:
+        console.print(f"ranks of the two maps, layer by layer: {' '.join(f'{up}+{down}' for up, down in ranks)}", highlight=False)
     merged = merged_tokens(moee.model)
     if merged:
         console.print(f"tokens merged block by block: {' '.join(map(str, merged))}", highlight=False)

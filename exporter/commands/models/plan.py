@@ -62,7 +62,8 @@ def add_parser(subparsers: Any) -> None:
     add_device(sub, target=True)
     usual = ",".join(name for method in METHODS for name, variant in method.variants.items() if variant.usual)
     tried = ", ".join(name for method in METHODS for name in method.variants)
-    sub.add_argument("--methods", metavar="NAMES", help=f"comma-separated ways that are tried, of {tried} (default: {usual})")
+    named = f"comma-separated ways that are tried, of {tried}; all: every one (default: {usual})"
+    sub.add_argument("--methods", metavar="NAMES", help=named)
     spent = ", ".join(ALLOCATIONS)
     sub.add_argument("--allocations", metavar="NAMES", help=f"comma-separated ways to spend a budget, of {spent} (default: all)")
     sub.add_argument("--targets", metavar="SHARES", help="comma-separated shares of MACs to try (default: 0.8,0.7,0.6,0.5)")
@@ -118,13 +119,13 @@ def budget_of(args: argparse.Namespace) -> Budget:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from moee.planning.plan import check_ways, make_plan
-    from moee.planning.search import TARGETS, usual
+    from moee.planning.search import TARGETS, usual, variants
 
     targets = parse_shares("--targets", args.targets) or TARGETS
     attention = parse_shares("--attention-macs", args.attention_macs, whole=True) or (1.0,)
     merged = parse_shares("--token-macs", args.token_macs, whole=True) or (1.0,)
     budget = budget_of(args)
-    methods = named_in(args.methods) if args.methods is not None else usual()
+    methods = usual() if args.methods is None else tuple(variants()) if args.methods == "all" else named_in(args.methods)
     allocations = named_in(args.allocations) if args.allocations is not None else tuple(ALLOCATIONS)
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
     check_ways(methods, allocations, attention, base, merged)

@@ -11,14 +11,26 @@ from moee.config import MOST_COUNT, MOST_FACTOR, Count, Options, Seed
 DEFAULT_ENERGY = 0.98  # of each map's output variance, when neither rank nor budget is given
 
 
-class ClearOptions(Options):
+class DecompositionOptions(Options):
+    """What maps are decomposed on, and how; `lowrank` has these options too."""
+
+    seed: Seed = Field(0, description="seed of everything that is drawn")
+    exclude: tuple[str, ...] = Field((), description="MLP or block that stays dense, such as blocks.3; may be repeated")
+    calibration_images: Count = Field(200, description="training images that are looked at")
+    tokens: int = Field(16_384, ge=2, le=MOST_COUNT, description="calibration tokens a layer")
+    metric: Literal["output", "plain"] = Field("output", description="whether the errors of the maps are weighed by their effect")
+    compensation: Literal["mean", "refit"] = Field("refit", description="whether the down maps are refitted to the basis first")
+    refit_lambda: float = Field(
+        0.01, gt=0, le=MOST_FACTOR, description="ridge of the refit, as a share of the Gram matrix's mean diagonal"
+    )
+
+
+class ClearOptions(DecompositionOptions):
     """How layers are chosen and decomposed. Ranks come from one of `rank` (by hand), `energy` or `target_macs`.
 
     `target_macs` together with `rank` selects layers: the best scored ones, until the model is within the budget.
     """
 
-    seed: Seed = Field(0, description="seed of everything that is drawn")
-    exclude: tuple[str, ...] = Field((), description="MLP or block that stays dense, such as blocks.3; may be repeated")
     experts: Count = Field(4, description="experts a layer: clusters of its inputs")
     rank: Count | None = Field(
         None, description="rank of the basis that a layer's experts share, of both maps; needs --residual-rank "
@@ -38,13 +50,6 @@ class ClearOptions(Options):
     layers: Count | None = Field(None, description="how many layers are cut, best scores first (default: all that pay)")
     router: Literal["linear", "mlp", "centroid", "random"] = Field("linear", description="how a token finds its expert")
     router_width: Count = Field(32, description="hidden units of the mlp router")
-    calibration_images: Count = Field(200, description="training images that are looked at")
-    tokens: int = Field(16_384, ge=2, le=MOST_COUNT, description="calibration tokens a layer")
-    metric: Literal["output", "plain"] = Field("output", description="whether the errors of the maps are weighed by their effect")
-    compensation: Literal["mean", "refit"] = Field("refit", description="whether the down maps are refitted to the basis first")
-    refit_lambda: float = Field(
-        0.01, gt=0, le=MOST_FACTOR, description="ridge of the refit, as a share of the Gram matrix's mean diagonal"
-    )
     score: bool = Field(True, description="score the layers, which a run over all of them does not need")
 
     @model_validator(mode="after")
