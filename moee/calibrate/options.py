@@ -9,7 +9,8 @@ from pydantic import Field, model_validator
 from moee.clustering.options import ClusteringOptions
 from moee.config import MOST_FACTOR, PAPER_TOKENS, Count, Options, Seed, Views
 
-MEASURED = ("sensitivity", "taylor")  # criteria by gradients of the model's output, whose figures of all layers are of one kind
+# criteria by gradients of the model's output, whose figures of all layers are of one kind
+MEASURED = ("sensitivity", "taylor", "atomic")
 
 
 class CalibrationOptions(Options):
@@ -25,7 +26,7 @@ class SelectionOptions(Options):
     """Which neurons stay: those that hold the share `keep` of a criterion, in each expert with `allocation` expert, over all
     layers and experts together with `allocation` model. `target_macs` finds the share that meets a cost instead."""
 
-    criterion: Literal["sensitivity", "taylor", "output_variance", "variance", "magnitude", "weight", "random"] = Field(
+    criterion: Literal["sensitivity", "taylor", "atomic", "output_variance", "variance", "magnitude", "weight", "random"] = Field(
         "output_variance", description="what neurons are ranked by"
     )
     keep: float = Field(

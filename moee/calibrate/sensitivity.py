@@ -7,6 +7,10 @@ at once, in the units of the model's own output error, so that layers and expert
 
 The Fisher-weighted saliency of structured pruning (Theis et al. 2018, "Faster gaze prediction with dense networks and Fisher
 pruning"; Molchanov et al. 2019), taken per expert and around the expert's mean.
+
+HEAPr (Li et al. 2025, arXiv 2509.22299) takes the two factors apart: E[a^2] w2' G w2 with G = E[g g'] over the expert's tokens,
+which is E[a^2] E[(g . w2)^2]. `factored` gives that; it is the product of the means where the rest here is the mean of the
+product.
 """
 
 from __future__ import annotations
@@ -58,12 +62,14 @@ class Sensitivity(NamedTuple):
 
 
 class _Accumulator:
-    """Sums (a - m)^2 (g . w2)^2 over tokens, per expert and neuron, and g g', for one layer and one objective after the other."""
+    """Sums (a - m)^2 (g . w2)^2 over tokens, per expert and neuron, and g g', for one layer and one objective after the other.
+    `factored`: (a - m)^2 and (g . w2)^2 are summed apart."""
 
-    def __init__(self, ffn: FFN, stats: RoutedStats, objectives: int):
-        self.ffn, self.stats = ffn, stats
+    def __init__(self, ffn: FFN, stats: RoutedStats, objectives: int, factored: bool = False):
+        self.ffn, self.stats, self.factored = ffn, stats, factored
         device = stats.mean.device
         self.sums = [torch.zeros(stats.mean.shape, dtype=torch.float64, device=device) for _ in range(objectives)]
+        self.squares = torch.zeros(stats.mean.shape if factored else 0, dtype=torch.float64, device=device)
         square = (ffn.w_down.shape[0], ffn.w_down.shape[0])
         self.metrics = [torch.zeros(square, dtype=torch.float64, device=device) for _ in range(objectives)]
         self.count = torch.zeros(len(stats.router), dtype=torch.float64, device=device)
@@ -81,13 +87,29 @@ class _Accumulator:
             (hidden_activations(self.ffn, part) - mean[e]).square_()
             for part, e in zip(tokens.split(CHUNK), self.routes.split(CHUNK), strict=True)
         ]
+        if self.factored:
+            for deviation, experts in zip(self.deviation, self.routes.split(CHUNK), strict=True):
+                self._sum_up(self.squares, deviation, experts)
+
+    @staticmethod
+    def _sum_up(total: Tensor, rows: Tensor, experts: Tensor) -> None:
+        """Add rows [n, H] to the sums [K, H] of their experts [n]."""
+        for e in experts.unique().tolist():
+            total[e] += rows[experts == e].sum(0, dtype=torch.float64)
+
+    def error(self, objective: int) -> Tensor:
+        """Errors [K, H] summed over the tokens of each expert."""
+        if not self.factored:
+            return self.sums[objective]
+        return self.sums[objective] * self.squares / self.count.clamp(min=1)[:, None]
 
     def take(self) -> dict[str, Tensor]:
         """What was summed since the last time, by the layer's name."""
         taken = {f"{self.ffn.name} {i}": total.clone() for i, total in enumerate(self.sums)}
         taken |= {f"{self.ffn.name} metric {i}": metric.clone() for i, metric in enumerate(self.metrics)}
         taken |= {f"{self.ffn.name} count": self.count.clone(), f"{self.ffn.name} images": torch.tensor(self.images)}
-        for total in (*self.sums, *self.metrics, self.count):
+        taken[f"{self.ffn.name} squares"] = self.squares.clone()
+        for total in (*self.sums, *self.metrics, self.count, self.squares):
             total.zero_()
         self.images = 0
         return taken
@@ -99,6 +121,7 @@ class _Accumulator:
         for i, metric in enumerate(self.metrics):
             metric.copy_(whole[f"{self.ffn.name} metric {i}"])
         self.count.copy_(whole[f"{self.ffn.name} count"])
+        self.squares.copy_(whole[f"{self.ffn.name} squares"])
         self.images = int(whole[f"{self.ffn.name} images"])
 
     def add(self, gradient: Tensor, objective: int) -> None:
@@ -106,9 +129,8 @@ class _Accumulator:
         self.metrics[objective] += (tokens.T @ tokens).double()
         parts = zip(tokens.split(CHUNK), self.routes.split(CHUNK), self.deviation, strict=True)
         for part, experts, deviation in parts:
-            weighed = deviation * (part @ self.ffn.w_down).square_()
-            for e in experts.unique().tolist():
-                self.sums[objective][e] += weighed[experts == e].sum(0, dtype=torch.float64)
+            effect = (part @ self.ffn.w_down).square_()
+            self._sum_up(self.sums[objective], effect if self.factored else deviation * effect, experts)
 
 
 def output_projection(output: Tensor, classifier: bool, generator: torch.Generator) -> Tensor:
@@ -127,32 +149,32 @@ def output_projection(output: Tensor, classifier: bool, generator: torch.Generat
 
 def measure_sensitivity(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
-    *, objective: str = "both", seed: int = 0, report: Reporter = silent, group: Group = SOLO,
+    *, objective: str = "both", factored: bool = False, seed: int = 0, report: Reporter = silent, group: Group = SOLO,
 ) -> dict[str, Sensitivity]:  # fmt: skip
     """Sensitivity of each layer's experts and neurons, over about `tokens` tokens of each layer.
 
     `objective`: `output` (what the model returns), `tokens` (every token of the last feature map) or `both`: each scaled to a
-    total of one over the whole model, then averaged. Experts that few tokens reach lean on their layer's average. The model's
-    weights are not changed. Everything comes and goes on the CPU; the work is done on the device of `group`, whose ranks share
-    the images and get the same figures.
+    total of one over the whole model, then averaged. `factored`: HEAPr's product of means. Experts that few tokens reach lean on
+    their layer's average. The model's weights are not changed. Everything comes and goes on the CPU; the work is done on the
+    device of `group`, whose ranks share the images and get the same figures.
     """
     device = group.device
     near = {name: each.to(device) for name, each in stats.items()}
     with placed(model, device):
         moved = {name: ffns[name].to(device) for name in stats}
-        return _measure(model, moved, near, data, tokens, objective, seed, report, group)
+        return _measure(model, moved, near, data, tokens, objective, factored, seed, report, group)
 
 
 def _measure(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int, objective: str,
-    seed: int, report: Reporter, group: Group,
+    factored: bool, seed: int, report: Reporter, group: Group,
 ) -> dict[str, Sensitivity]:  # fmt: skip
     device = group.device
     model.eval()
     kinds = chosen({"output": ["output"], "tokens": ["tokens"], "both": ["output", "tokens"]}, objective, "objective")
     last = "tokens" in kinds
     classifier = bool(getattr(model, "num_classes", 0))
-    layers = {name: _Accumulator(ffns[name], stats[name], len(kinds)) for name in stats}
+    layers = {name: _Accumulator(ffns[name], stats[name], len(kinds), factored) for name in stats}
     frozen = {p: p.requires_grad for p in model.parameters()}
     for p in frozen:
         p.requires_grad_(False)
@@ -252,11 +274,11 @@ def _combine(layers: Mapping[str, _Accumulator], objectives: int) -> dict[str, S
     if not all(layer.images for layer in layers.values()):
         raise UserError("none of the images that the sensitivity is measured on can be read; check the files")
     most = max(layer.images for layer in layers.values())  # layers saw different numbers of images: totals are for as many
-    totals = [sum(float(layer.sums[i].sum()) * (most / layer.images) for layer in layers.values()) for i in range(objectives)]
+    totals = [sum(float(layer.error(i).sum()) * (most / layer.images) for layer in layers.values()) for i in range(objectives)]
     used = [i for i, total in enumerate(totals) if total > 0] or [0]
     result = {}
     for name, layer in layers.items():
-        total = sum(layer.sums[i] / max(totals[i], 1e-300) for i in used) / len(used)
+        total = sum(layer.error(i) / max(totals[i], 1e-300) for i in used) / len(used)
         average = total.sum(0) / layer.count.sum().clamp(min=1)  # type: ignore[union-attr]
         error = (total + SHRINKAGE * average) / (layer.count + SHRINKAGE)[:, None]
         metric = torch.stack([layer.metrics[i] / max(totals[i], 1e-300) for i in used]).sum(0)

@@ -204,14 +204,15 @@ def sensitivity_of(model: nn.Module, prepared: Prepared, options: NeuronOptions,
     """Sensitivity of every routed layer's experts and neurons, measured on the group's devices. All ranks call it and get the
     same; what is routed, rank 0 knows."""
     stats = _shared_stats(prepared.routed, context.group)
-    if options.criterion == "taylor":  # nothing is put in a dropped neuron's place
+    if options.criterion in ("taylor", "atomic"):  # nothing is put in a dropped neuron's place
         stats = {name: replace(each, mean=torch.zeros_like(each.mean)) for name, each in stats.items()}
     if not stats:
         return {}
     ffns = {ffn.name: ffn for ffn in prepared.ffns if ffn.name in stats}
     seen = widened(context.data, model_transform(model), 0, options.collages, options.seed)
     return measure_sensitivity(
-        model, ffns, stats, seen, options.sensitivity_tokens, objective=options.objective, seed=options.seed,
+        model, ffns, stats, seen, options.sensitivity_tokens, objective=options.objective,
+        factored=options.criterion == "atomic", seed=options.seed,
         report=context.report, group=context.group,
     )  # fmt: skip
 
