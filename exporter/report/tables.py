@@ -8,8 +8,9 @@ from exporter.figures import status_of
 from exporter.markup import Html, table, tag
 from exporter.markup.values import DASH, dig, fixed, numbers, percent, real
 from exporter.report.commands import commands
-from exporter.report.sections import layers, merging, not_there
+from exporter.report.sections import latest, layers, merging, not_there
 from exporter.report.sources import Sources
+from moee.layers.report import routing_entropy
 
 SHOWN_CLASSES = 20
 
@@ -23,6 +24,8 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         return None, [not_there("Layers of a model (moee.json) were", "moee extract")]
     routes = dig(sources.body("moee.parity"), "route_agreement")
     head = ["layer", "status", "experts", "hidden", "kept by any", "mean width", "widths", "noise"]
+    entropies = _entropies(sources)
+    head += ["routing entropy"] if entropies else []
     head += ["equal routes"] if isinstance(routes, dict) else []
     times = _times(sources)
     head += ["dense ms", "MoEE ms"] if times else []
@@ -41,6 +44,9 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
             index, status_of(layer), real(layer.get("experts")) or 0.0, hidden or 0.0,
             real(layer.get("union")) or 0.0, mean or 0.0, widths[0] if widths else 0.0, real(layer.get("noise")) or 0.0,
         ]  # fmt: skip
+        if entropies:
+            row.append(fixed(entropies.get(str(layer.get("name"))), 2))
+            key.append(entropies.get(str(layer.get("name")), -1.0))
         if isinstance(routes, dict):
             row.append(percent(dig(routes, str(layer.get("name"))), 4))
             key.append(real(dig(routes, str(layer.get("name")))) or 0.0)
@@ -55,6 +61,8 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
     if any(layer.get("ranks") for layer in found):
         note += "A CLEAR-MoE layer holds no neurons: its widths are those of a dense MLP of equal MACs, kept by any that of one "
         note += "of equally many weights. "
+    if entropies:
+        note += "Routing entropy: of the experts' shares of the held-out tokens, over its maximum; 1 is even, 0 one expert alone. "
     note += "Noise: calibration tokens that the clustering left outside every cluster. Press a column's head to sort."
     doubts = [
         f"{layer.get('name', DASH)}: {text}"
@@ -63,6 +71,13 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
     ]
     said = [tag("ul", *[tag("li", text) for text in doubts])] if doubts else []
     return None, [tag("p", note), *said, table(head, rows, "Layers", id_="layers", sort_keys=keys)]
+
+
+def _entropies(sources: Sources) -> dict[str, float]:
+    """Routing entropy of each layer of several experts, by the shares that the latest stage measured."""
+    found = dig(latest(sources), "shares")
+    shares = {str(name): numbers(values) for name, values in found.items()} if isinstance(found, dict) else {}
+    return {n: routing_entropy(share) for n, share in shares.items() if len(share) > 1 and abs(sum(share) - 1) < 1e-3}
 
 
 def _times(sources: Sources) -> dict[str, tuple[Any, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from moee.artifacts.model import MoeeModel
 from moee.artifacts.stages import latest
 from moee.data.transform import model_transform
 from moee.interface.adapted import on_meta
+from moee.layers.report import routing_entropy
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import dense_macs, dense_params, model_cost, tokens_per_image
 from moee.mlps.attention import narrowing_costs
@@ -99,13 +99,6 @@ def _mlps(model: nn.Module, shape: Shape) -> tuple[list[tuple[FFN, int]], dict[s
     found = find_ffns(on_meta(model), shape=shape, gated=True)
     tokens = tokens_per_image(model, [f.name for f in found.ffns], shape)
     return [(f, tokens[f.name]) for f in found.ffns], {name: part.reason for name, part in found.dense.items()}
-
-
-def routing_entropy(share: list[float]) -> float:
-    """Entropy of a layer's routing over its maximum log K; 1 for one expert."""
-    if len(share) < 2:
-        return 1.0
-    return -sum(p * math.log(p) for p in share if p > 0) / math.log(len(share))
 
 
 def inspect_artifact(moee: MoeeModel) -> Inspection:

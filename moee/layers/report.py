@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +64,13 @@ class LayerReport:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "mean_width": self.mean_width, "notes": self.notes}
+
+
+def routing_entropy(share: Sequence[float]) -> float:
+    """Entropy of the experts' shares [K] of a layer's tokens, over its maximum log K; 1 for one expert."""
+    if len(share) < 2:
+        return 1.0
+    return -sum(p * math.log(p) for p in share if p > 0) / math.log(len(share))
 
 
 def left_dense(name: str, reason: str, hidden: int, noise: float = 0.0) -> LayerReport:

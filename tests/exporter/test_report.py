@@ -118,6 +118,15 @@ def test_what_was_read_is_shown(run):
     assert "1,078" in section and "Classes 0 to 1: &lt;b&gt;zero, one." in section and "only val has images of" in section
 
 
+def test_routing_entropy_stands_beside_each_layer_of_several_experts(run):
+    page = page_of(run)
+    assert "routing entropy" in page.words and "0.56" in page.words  # (.7 ln .7 + .3 ln .3) / -ln 3
+    body = json.loads((run / "tuned" / "moee.json").read_text())
+    body["info"]["stages"]["tuned"]["shares"] = {"blocks.0.mlp": [1.0]}
+    (run / "tuned" / "moee.json").write_text(json.dumps(body))
+    assert "routing entropy" not in page_of(run).words
+
+
 def test_names_from_manifests_are_escaped(tmp_path):
     page = page_of(write_run(tmp_path / "run", layer=EVIL, model=EVIL))
     assert [t for t, _ in page.tags].count("script") == 1
@@ -139,12 +148,12 @@ def test_layers_sort_by_their_numbers(run):
         if "data-sort" in attributes:
             keys.append(attributes["data-sort"])
     head, *body = rows
-    assert len(body) == 3 and all(len(row) == 11 for row in body)
+    assert len(body) == 3 and all(len(row) == 12 for row in body)
     assert [row[0] for row in body] == ["0", "1", "2"], "layers stand in the model's order"
     assert [float(row[4]) for row in body] == [100, 9, 50], "sorted as numbers, 9 comes before 50"
     heads = [a for t, a in page.tags if t == "th" and "aria-sort" in a]
     buttons = [a for t, a in page.tags if t == "button"]
-    assert len(heads) == len(buttons) == 11 and {a["aria-sort"] for a in heads} == {"none"}
+    assert len(heads) == len(buttons) == 12 and {a["aria-sort"] for a in heads} == {"none"}
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from moee.artifacts.inspection import inspect_artifact, inspect_dense, routing_entropy
+from moee.artifacts.inspection import inspect_artifact, inspect_dense
 from moee.artifacts.model import MoeeModel
+from moee.layers.report import routing_entropy
 from moee.layers.routed import routed_layers
 from moee.methods.recipe import Recipe
 from moee.models.model import ModelSpec
