@@ -62,7 +62,7 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         note += "A CLEAR-MoE layer holds no neurons: its widths are those of a dense MLP of equal MACs, kept by any that of one "
         note += "of equally many weights. "
     if entropies:
-        note += "Routing entropy: of the experts' shares of the held-out tokens, over its maximum; 1 is even, 0 one expert alone. "
+        note += "Routing entropy: of the experts' shares of the held-out tokens, over its maximum; 1 is even, 0 a single expert. "
     note += "Noise: calibration tokens that the clustering left outside every cluster. Press a column's head to sort."
     doubts = [
         f"{layer.get('name', DASH)}: {text}"

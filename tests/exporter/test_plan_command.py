@@ -16,6 +16,7 @@ from moee.data.image_set import image_shape
 from moee.errors import UserError
 from moee.methods.clear_moe.convert import convert
 from moee.methods.clear_moe.options import ClearOptions
+from moee.methods.registry import METHODS
 from moee.models.model import ModelSpec
 from moee.planning.budget import Budget
 from moee.planning.plan import make_plan
@@ -103,6 +104,22 @@ def test_bad_input_is_one_sentence(arguments, message, monkeypatch, tmp_path, ca
     assert cli.main(["plan", "tiny", "--data", "digits", "--out", str(tmp_path / "p"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not (tmp_path / "p").exists()
+
+
+def test_all_names_every_method_that_is_registered(monkeypatch, tmp_path, capsys):
+    spec = ModelSpec(name="tiny", timm_name="vit_tiny_patch16_224", kwargs=TINY, random_seed=0)
+    monkeypatch.setattr("exporter.pretrained.resolve", lambda *a, **k: spec)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *a, **k: (tiny_images(8), tiny_images(8)))
+    asked = {}
+
+    def stop(*_, methods, **__):
+        asked["methods"] = methods
+        raise UserError("stopped here")
+
+    monkeypatch.setattr("moee.planning.plan.make_plan", stop)
+    line = ["plan", "tiny", "--data", "digits", "--out", str(tmp_path / "p"), "--min-cosine", "0.9", "--methods", "all"]
+    assert cli.main(line) == 2 and "stopped here" in capsys.readouterr().err
+    assert asked["methods"] == tuple(name for method in METHODS for name in method.variants) and "lowrank" in asked["methods"]
 
 
 def test_shares_are_parsed():
