@@ -36,8 +36,8 @@ class LayerParity:
     whose expert is not the best of their own scores by more than rounding explains. `local`: errors of the layer alone, allowed
     up to `local_tolerance`; `probe`: the same where every expert gets tokens, up to `probe_tolerance`. `equal`, `flipped`:
     cumulative errors of tokens with equal and with other routes. `input_drift`: mean error of the layer's input, allowed up to
-    `input_tolerance`. `kind`: moee (a plugin node in `tensorrt.onnx`), plain (a plain MLP there, of one expert) or clear-moe
-    (standard operators there too). `experts`: how many it has.
+    `input_tolerance`. `kind`: moee (a plugin node in `tensorrt.onnx`), plain (a plain MLP there, of one expert), clear-moe
+    or lowrank (standard operators there too). `experts`: how many it has.
     """
 
     name: str

@@ -27,18 +27,18 @@ MLPs, attention or positions, made small by the arguments shown, with random wei
 
 What each method takes of a model, beside what the table says:
 
-| method | cuts |
-|---|---|
-| `experts`, `moefication`, `clear-moe`, `lowrank` | MLPs of two maps and an activation, those of the column *cut* |
-| `static`, `corp` | these, and gated MLPs |
-| `heads` (`--attention-macs`), and the heads of `corp` | timm's plain `Attention` (ViT, DeiT, DINOv2); with `--corp-attention whole` `corp` leaves heads alone |
-| `tokens` (`--token-macs`) | the blocks of timm's `VisionTransformer` with plain attention (ViT, DINOv2 with and without registers, DeiT without a distillation token, SigLIP, CLIP, MAE) |
+- `experts`, `moefication`, `clear-moe`, `lowrank`: MLPs of two maps and an activation, those of the column *cut*.
+- `static`, `corp`: these, and gated MLPs.
+- `heads` (`--attention-macs`), and the heads of `corp`: timm's plain `Attention` (ViT, DeiT, DINOv2). `--corp-attention whole`
+  leaves heads alone.
+- `tokens` (`--token-macs`): the blocks of timm's `VisionTransformer` with plain attention (ViT, DINOv2 with and without registers,
+  DeiT without a distillation token, SigLIP, CLIP, MAE).
 
-What a method cannot cut is refused before any work, with the reason; `moee plan` and `compress` leave such a method out.
+What a method cannot cut is refused before any work, with the reason; `moee plan` leaves such a method out where others are tried.
 
 | family | model | size | outcome | cut | fp16 | the rest stays dense because |
 |---|---|---|---|---|---|---|
-"""  # noqa: E501
+"""
 
 
 def page(outcomes: Mapping[Entry, Outcome | None]) -> str:
