@@ -31,8 +31,8 @@ What each method takes of a model, beside what the table says:
 - `static`, `corp`: these, and gated MLPs.
 - `heads` (`--attention-macs`), and the heads of `corp`: timm's plain `Attention` (ViT, DeiT, DINOv2). `--corp-attention whole`
   leaves heads alone.
-- `tokens` (`--token-macs`): the blocks of timm's `VisionTransformer` with plain attention (ViT, DINOv2 with and without registers,
-  DeiT without a distillation token, SigLIP, CLIP, MAE).
+- `tokens` (`--token-macs`): the blocks of timm's `VisionTransformer` with plain attention (ViT, DINOv2 with and without
+  registers, DeiT without a distillation token, SigLIP, CLIP, MAE).
 
 What a method cannot cut is refused before any work, with the reason; `moee plan` leaves such a method out where others are tried.
 
