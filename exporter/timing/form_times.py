@@ -42,6 +42,7 @@ from moee.progress import Reporter, silent
 from moee.store.scratch import temporary_folder
 from moee.tokens.block import plain_blocks
 from moee.tokens.merge import Merged, TokenMerge
+from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
 SHARES = (0.3, 0.6, 1.0)  # of a layer's neurons, or of a head's dimensions
 MERGED = 0.06  # of the tokens, about what a block merges where half of the MACs are left; the time hardly goes with it
@@ -120,7 +121,7 @@ def _merge_line(dense: nn.Module, seen: tuple[int, int], batch: int, threads: in
         count = max(prefix + 2, round(tokens * share))
         merged = max(1, min(round(MERGED * tokens), (count - prefix) // 2))
         x = torch.randn(batch * images, count, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        (times,) = _times({1: _Merging(weight, bias, merged, prefix), 0: _Shorter(merged)}, [x], threads)
+        (times,) = _times({1: _Merging(weight, bias, merged, prefix), 0: _Shorter(merged)}, [x], threads, {})
         line[share] = max(0.0, times[1] - times[0])
     return line
 
@@ -164,7 +165,8 @@ def _mlp_forms(
     def made(number: int) -> Callable[[float], nn.Module]:
         return lambda share: _cut(ffn, share, number, generator)
 
-    return _forms(original, {n: made(n) for n in (1, *(() if ffn.only_static else experts))}, inputs, threads)
+    numbers = (1,) if ffn.only_static else (1, *experts)
+    return _forms(original, {n: made(n) for n in numbers}, inputs, threads, routed=not ffn.only_static)
 
 
 def _cut(ffn: FFN, share: float, experts: int, generator: torch.Generator) -> nn.Module:
@@ -200,14 +202,16 @@ class _OnTokens(nn.Module):
 
 
 def _forms(
-    original: nn.Module, made: Mapping[int, Callable[[float], nn.Module]], inputs: Sequence[Tensor], threads: int | None
+    original: nn.Module, made: Mapping[int, Callable[[float], nn.Module]], inputs: Sequence[Tensor], threads: int | None,
+    routed: bool = False,
 ) -> list[Forms]:  # fmt: skip
     """Time a layer and what is `made` of it, by the number of experts and the share, on each of the inputs. What the sum of the
-    residual costs is taken off."""
+    residual costs is taken off. `routed`: all that is made is routed."""
     layers: dict[tuple[int, float], nn.Module] = {(0, 1.0): original, (-1, 1.0): nn.Identity()}
     layers |= {(count, share): make(share) for count, make in made.items() for share in SHARES}
     found = []
-    for times in _times({key: Residual(layer.eval()) for key, layer in layers.items()}, inputs, threads):
+    ffns = {key: layer for key, layer in layers.items() if routed and key[0] > 0}
+    for times in _times({key: Residual(layer.eval()) for key, layer in layers.items()}, inputs, threads, ffns):
         sum_ms = times.pop((-1, 1.0))
         net = {key: max(ms - sum_ms, 1e-6) for key, ms in times.items()}
         lines = {count: undisturbed({share: net[count, share] for share in SHARES}) for count in made}
@@ -215,15 +219,40 @@ def _forms(
     return found
 
 
-def _times(modules: Mapping[Key, nn.Module], inputs: Sequence[Tensor], threads: int | None) -> list[dict[Key, float]]:
+def _times(
+    modules: Mapping[Key, nn.Module], inputs: Sequence[Tensor], threads: int | None, ffns: Mapping[Key, nn.Module]
+) -> list[dict[Key, float]]:  # fmt: skip
     """Median milliseconds of each on each input [rows, ...], all in turns, since a machine's speed changes. Inputs differ in
-    their rows alone."""
+    their rows alone. `ffns`: the routed layers of those modules that differ by them alone."""
+    traced: ir.Model | None = None  # of one, for all of them: tracing takes longer than timing
     with temporary_folder() as folder, ExitStack() as stack:
         runners = {}
         for number, (key, module) in enumerate(modules.items()):
-            path = _written(module, inputs[0], folder / f"{number}.onnx")
+            if key in ffns and traced is not None:
+                graph = _with_weights_of(ffns[key], traced)
+            else:
+                graph = to_onnx(module.eval(), inputs[0][: min(2, len(inputs[0]))])
+                if key in ffns:
+                    traced = graph.clone()
+            path = _lowered(graph, folder / f"{number}.onnx")
             runners[key] = stack.enter_context(OnnxRunner(path, threads))
         return [_in_turns({key: runner.bound(x.numpy()) for key, runner in runners.items()}) for x in inputs]
+
+
+def _with_weights_of(layer: nn.Module, traced: ir.Model) -> ir.Model:
+    """The graph that was `traced` of another routed layer of the same width and activation, with this one's inputs."""
+    model = traced.clone()
+    (node,) = (node for node in model.graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
+    for at, part in enumerate(INPUT_NAMES[1:], 1):
+        array = getattr(layer, part).detach().numpy()
+        tensor = ir.tensor(array)
+        value = ir.Value(name=f"of/{part}", shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        model.graph.register_initializer(value)
+        node.replace_input_with(at, value)
+    node.attributes["max_width"] = ir.AttrInt64("max_width", int(layer.max_width))  # type: ignore[arg-type]
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        del model.graph.initializers[name]
+    return model
 
 
 def undisturbed(line: Line) -> Line:
@@ -231,8 +260,7 @@ def undisturbed(line: Line) -> Line:
     return {share: min(ms for wider, ms in line.items() if wider >= share) for share in line}
 
 
-def _written(module: nn.Module, x: Tensor, path: Path) -> Path:
-    graph = to_onnx(module.eval(), x[: min(2, len(x))])
+def _lowered(graph: ir.Model, path: Path) -> Path:
     lower_single_experts(graph)
     lower_gated(graph)
     if operator_or_reason()[0] is None:

@@ -2,10 +2,15 @@
 
 import copy
 
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 
+from exporter.graph.trace import to_onnx
+from exporter.passes.portable import lower_routed_ffn
 from exporter.timing import form_times
+from exporter.timing.ffn_bench import Residual
 from exporter.timing.form_table import FEWER, Forms, FormTable, between
 from exporter.timing.form_times import measure_forms, undisturbed
 from moee.data.image_set import image_shape
@@ -98,7 +103,7 @@ def test_fewer_tokens_are_timed_where_tokens_can_merge(tiny_moee, monkeypatch):
     _, dense, data, *_ = tiny_moee
     timed = []
 
-    def times(modules, inputs, threads):
+    def times(modules, inputs, threads, ffns):
         timed.append(([tuple(x.shape) for x in inputs], len(modules)))
         assert len({module(x).shape for module in modules.values() for x in inputs}) == len(inputs), "all of them do alike"
         return [{key: 1.0 + (key == 1) for key in modules} for _ in inputs]
@@ -113,6 +118,21 @@ def test_fewer_tokens_are_timed_where_tokens_can_merge(tiny_moee, monkeypatch):
     other = copy.deepcopy(dense)
     other.blocks[1] = torch.nn.Sequential(other.blocks[1])  # no block of timm's
     assert not form_times._mergeable(other)
+
+
+def test_a_graph_of_one_routed_layer_serves_another(tiny_moee):
+    """Another number of experts, other widths and weights: what the traced graph computes then, by standard operators."""
+    _, dense, *_ = tiny_moee
+    ffn = find_ffns(dense).ffns[0]
+    generator = torch.Generator().manual_seed(1)
+    one, other = (form_times._cut(ffn, *cut, generator) for cut in ((1.0, 4), (0.3, 3)))
+    x = torch.randn(4, 8, ffn.dim)
+    traced = to_onnx(Residual(one.eval()), x[:2])
+    for layer in (other, one):
+        graph = form_times._with_weights_of(layer, traced)
+        lower_routed_ffn(graph)
+        session = ort.InferenceSession(ir.to_proto(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+        assert torch.allclose(torch.from_numpy(session.run(None, {"input": x.numpy()})[0]), x + layer(x), atol=1e-5)
 
 
 @pytest.mark.slow

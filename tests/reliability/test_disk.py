@@ -114,7 +114,7 @@ def mounted(target, *options):
         subprocess.run(["umount", str(target)], check=True)
 
 
-@pytest.mark.parametrize("size_kib", [4, 64, 128])
+@pytest.mark.parametrize("size_kib", [4, pytest.param(64, marks=pytest.mark.slow), 128])
 def test_output_on_a_small_file_system(size_kib, zygote, place):
     work = prepare(zygote, place, COMMANDS["extract"])
     argv = [*COMMANDS["extract"].argv[:-1]]
