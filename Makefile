@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # pip's cmake serves where the system has none
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install demo test test-hostile test-slow test-zoo test-browser lint plugin docs dist clean
+.PHONY: install demo test test-hostile test-slow soak test-zoo test-browser lint plugin docs dist clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -34,6 +34,11 @@ test-slow: install
 # ordinary and hostile input through every command; ends with the table of docs/reliability.md
 test-hostile: install
 	$(BIN)/python -m pytest tests/hostile -m "not gpu and not trt" --count-kinds
+
+# the whole pipeline in one process for MINUTES; exit code 1 if memory, handles, threads or files grow
+MINUTES ?= 30
+soak: install
+	folder=$$(mktemp -d) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.reliability.soak $$folder --minutes $(MINUTES)
 
 # every family of timm and others through extract, export and verify; writes docs/models.md
 test-zoo: install

@@ -1,4 +1,5 @@
-"""The whole pipeline again and again in one process: `python -m tests.reliability.soak REPEATS FOLDER [COMMAND ...]`.
+"""The whole pipeline again and again in one process: `python -m tests.reliability.soak FOLDER [COMMAND ...] --rounds 20`, or
+`--minutes 30` (`make soak`), which ends with a verdict and exit code 1 where something grew.
 
 After each round one JSON line: resident memory in MiB, open file handles, threads, files in the temporary folder. The memory is
 read after a collection and with the allocator's free pages given back, so that what is left is in use.
@@ -6,6 +7,7 @@ read after a collection and with the allocator's free pages given back, so that 
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import io
@@ -13,14 +15,25 @@ import json
 import os
 import sys
 import tempfile
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
+
 from moee.store.scratch import SCRATCH
 
+WARM_UP = 8  # rounds until the allocator and the caches of torch have grown
+EXPORT_SLOPE_MIB = 1.5  # a round with exports: 1.0 was measured, and none of it in the other commands
 
 def main() -> None:
-    repeats, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    parser = argparse.ArgumentParser(prog="tests.reliability.soak", description=__doc__)
+    parser.add_argument("folder", type=Path, help="an empty folder, where the commands work")
+    parser.add_argument("commands", nargs="*", help="of tests.reliability.commands (the whole pipeline)")
+    parser.add_argument("--rounds", type=int, default=sys.maxsize)
+    parser.add_argument("--minutes", type=float, help="go on for so long, and judge")
+    args = parser.parse_args()
+    folder, names = args.folder.resolve(), args.commands
     os.chdir(folder)
     tempfile.tempdir = str(folder / "tmp")
     os.environ.update(MOEE_CACHE=str(folder / "cache"), TMPDIR=str(folder / "tmp"))
@@ -28,12 +41,14 @@ def main() -> None:
 
     torch.set_num_threads(1)
     from exporter.cli import main as moee
+    from tests.plugins import built
     from tests.reliability.commands import COMMANDS
     from tests.reliability.tiny_vit import write_images, write_weights
 
     (folder / "tmp").mkdir()
     write_images(folder / "images")
     write_weights(folder / "w.safetensors")
+
     def run(name: str) -> None:
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
@@ -44,11 +59,32 @@ def main() -> None:
     if names and "verify" in names:  # what it needs, once
         run("extract")
         run("export")
-    for repeat in range(repeats):
+    if not names:
+        os.link(built.plugin(), folder / "plugin.so")
+    rounds: list[dict[str, float]] = []
+    started = time.monotonic()
+    while len(rounds) < args.rounds and (args.minutes is None or time.monotonic() < started + 60 * args.minutes):
         for name in names or ["extract", "finetune", "export", "verify", "bench", "report", "build"]:
             run(name)
-        print(json.dumps({"repeat": repeat, **usage(folder)}), flush=True)
-    os._exit(0)
+        rounds.append(usage(folder))
+        print(json.dumps({"repeat": len(rounds) - 1, **rounds[-1]}), flush=True)
+    code = 0
+    if args.minutes is not None:
+        text, code = verdict(rounds)
+        print(text, flush=True)
+    os._exit(code)
+
+
+def verdict(rounds: list[dict[str, float]]) -> tuple[str, int]:
+    """What grew after `WARM_UP` rounds, and the exit code: too few rounds show nothing, and do not pass."""
+    after = rounds[WARM_UP:]
+    if len(after) < 3:
+        return f"{len(rounds)} rounds show nothing, since {WARM_UP} warm up; give more --minutes", 1
+    slope = float(np.polyfit(range(len(after)), [r["rss_mib"] for r in after], 1)[0])
+    grew = [name for name in ("handles", "threads", "temporary") if len({r[name] for r in after}) != 1]
+    grew += ["scratch"] * any(r["scratch"] for r in rounds) + ["rss_mib"] * (slope >= EXPORT_SLOPE_MIB)
+    text = f"{len(rounds)} rounds; memory {slope:+.2f} MiB a round (at most {EXPORT_SLOPE_MIB:g})"
+    return f"{text}; grew: {', '.join(grew) or 'nothing'}", 1 if grew else 0
 
 
 def usage(folder: Path) -> dict[str, float]:

@@ -11,19 +11,18 @@ import sys
 import numpy as np
 import pytest
 
-from tests.plugins import built
 from tests.reliability.commands import COMMANDS, KMEANS, MODEL, prepare
 from tests.reliability.runner import ROOT, tree
+from tests.reliability.soak import EXPORT_SLOPE_MIB, WARM_UP, verdict
 from tests.reliability.test_kill import under
 
-REPEATS, WARM_UP = 20, 8
+REPEATS = 20
 MAX_SLOPE_MIB = 0.2  # a round, after warming up
-EXPORT_SLOPE_MIB = 1.5  # with exports: 1.0 was measured, and none of it in the other commands
 
 
 def soak(folder, repeats, *names):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.reliability.soak", str(repeats), str(folder), *names]
+    command = [sys.executable, "-m", "tests.reliability.soak", str(folder), *names, "--rounds", str(repeats)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -45,10 +44,24 @@ def test_short_soak(place):
     assert flat(rounds, 2) < 3, [r["rss_mib"] for r in rounds]
 
 
+@pytest.mark.parametrize(
+    ("changed", "said", "code"),
+    [
+        ({}, "grew: nothing", 0), ({"handles": 9}, "grew: handles", 1), ({"scratch": 1}, "grew: scratch", 1),
+        ({"rss_mib": 2000.0}, "grew: rss_mib", 1),
+    ],
+)  # fmt: skip
+def test_the_verdict_of_a_soak(changed, said, code):
+    calm = {"rss_mib": 900.0, "handles": 7, "threads": 3, "temporary": 1, "scratch": 0}
+    rounds = [dict(calm) for _ in range(WARM_UP + 4)]
+    rounds[-1].update(changed)
+    assert verdict(rounds)[0].endswith(said) and verdict(rounds)[1] == code
+    assert verdict(rounds[: WARM_UP + 2])[1] == 1, "too few show nothing"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_soak_of_the_whole_pipeline(place, record):
-    os.link(built.plugin(), place / "plugin.so")
     rounds = soak(place, REPEATS)
     record("soak rounds", {"rounds": rounds})
     slope = flat(rounds, WARM_UP)
