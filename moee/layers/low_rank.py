@@ -28,7 +28,7 @@ def weight_shapes(dim: int, hidden: int, ranks: tuple[int, int]) -> dict[str, tu
 @dataclass(frozen=True)
 class LowRankWeights:
     """What a `LowRankFFN` computes with, float32: up map x -> `up_out`' (`up_in` x) + `up_bias` with `up_in` [r, D], `up_out`
-    [r, H], `up_bias` [H], and the down map likewise with `down_in` [r2, H], `down_out` [r2, D], `down_bias` [D]."""
+    [r, H], `up_bias` [H], and the down map in the same way with `down_in` [r2, H], `down_out` [r2, D], `down_bias` [D]."""
 
     up_in: Tensor
     up_out: Tensor

@@ -1,7 +1,7 @@
 """What the output of an MLP or an attention is added to, whatever block it stands in.
 
 A pre-norm block has it at hand: its norms read it. A module's input is taken for it if the block's output is that input plus
-the MLP's output behind its LayerScale, on random images; likewise the stream before an attention, if with the attention's
+the MLP's output behind its LayerScale, on random images; and the stream before an attention, if with the attention's
 output it is the stream before the MLP. Where no module reads it (parallel blocks, norms behind the sum), the answer is that none
 does.
 """
