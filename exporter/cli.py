@@ -80,7 +80,28 @@ def build_parser(shown: str | None = None) -> argparse.ArgumentParser:
         else:
             module.add_parser(subparsers)
     shtab.add_argument_to(parser, ["--print-completion"], help="print a script that completes commands and flags in this shell")
+    name_values(parser)
     return parser
+
+
+VALUES = {  # what help calls the value of a flag, in the place of the flag's own name
+    "data": "IMAGES", "out": "DIR", "model": "DIR", "provider": "{cpu,cuda,tensorrt}", "backend": "NAME",
+    "plugin": "FILE", "sm": "DEVICE",
+    "device": "WHERE", "layer": "NAME", "design": "{star,full}", "precision": "{fp32,fp16,bf16,int8,int8-fp32}",
+}  # fmt: skip
+LISTED = "LIST"  # values with commas between them
+
+
+def name_values(parser: argparse.ArgumentParser) -> None:
+    """Let help say what kind of value each flag takes: N a whole number, X a number, or a word of `VALUES`."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                name_values(inner)
+        elif action.option_strings and action.metavar is None and action.nargs != 0 and action.choices is None:
+            kind = getattr(action.type, "__annotations__", {}).get("return")
+            by_type = {"int": "N", "float": "X"}.get(str(kind))
+            action.metavar = by_type or VALUES.get(action.dest, LISTED)
 
 
 def complete_files(parser: argparse.ArgumentParser) -> None:

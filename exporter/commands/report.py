@@ -19,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("report", help=TEXT, description=TEXT)
     sub.set_defaults(run=run)
     sub.add_argument("paths", nargs="+", metavar="PATH", help="folders that moee commands wrote, or their JSON files")
-    sub.add_argument("--out", default="report.html", help="the file (report.html); refused if it exists")
+    sub.add_argument("--out", default="report.html", metavar="FILE", help="the file (report.html); refused if it exists")
     sub.add_argument("--force", action="store_true", help="replace an existing file")
     add_outputs(sub, lambda args: [OutputFile(args.out, REPORT, args.force, source_paths(*args.paths))])
     sub.add_argument("--no-hash-check", action="store_true", help="do not compare files with the hashes that manifests list")

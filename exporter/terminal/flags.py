@@ -107,7 +107,7 @@ def add_device(parser: argparse.ArgumentParser, *, target: bool = False, what: s
     """`--device`, also called `--torch-device`; that alone where the command has a `target` device of that name."""
     names = ["--torch-device"] if target else ["--device", "--torch-device"]
     text = f"{what}: cpu, cuda, cuda:1 or auto, a GPU if there is one (auto)"
-    parser.add_argument(*names, dest="torch_device", default="auto", metavar="DEVICE", help=text)
+    parser.add_argument(*names, dest="torch_device", default="auto", metavar="NAME", help=text)
 
 
 @contextmanager

@@ -131,6 +131,19 @@ def test_every_command_takes_the_same_flags():
         assert flags <= {flag for action in commands[name]._actions for flag in action.option_strings}, name
 
 
+def test_help_says_what_a_value_is_and_does_not_repeat_the_flag():
+    commands = next(a for a in cli.build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    wrong = []
+    for command, inner in commands.items():
+        for action in inner._actions:
+            if not action.option_strings or action.nargs == 0:
+                continue
+            flag = action.option_strings[0]
+            if not (action.metavar or action.choices) or action.metavar == flag.strip("-").replace("-", "_").upper():
+                wrong.append(f"{command} {flag} {action.metavar}")
+    assert not wrong
+
+
 def test_flags_are_repeated_for_the_next_command():
     parser = argparse.ArgumentParser()
     add_model(parser)

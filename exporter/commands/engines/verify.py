@@ -45,7 +45,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     what = "artifact it was exported from (default: the one its manifest names), or package.module:function; repeatable"
-    sub.add_argument("--model", action=ArtifactOrFunction, metavar="MODEL", help=what)
+    sub.add_argument("--model", action=ArtifactOrFunction, metavar="DIR", help=what)
     sub.set_defaults(word=None)
     sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
     sub.add_argument("--images", type=at_least(*IMAGES), default=1000, help="labelled images for accuracy, 0 for none (1000)")

@@ -33,7 +33,7 @@ TEXT = "the paper's ablation tables and sweeps, and whether their orderings hold
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("ablate", help=TEXT, description=TEXT)
     sub.set_defaults(run=run, loads="moee.ablation.run")
-    sub.add_argument("--model", default="vit-scratch", help="vit-scratch (default), dinov2-s or a timm model name")
+    sub.add_argument("--model", default="vit-scratch", metavar="NAME", help="vit-scratch (default), dinov2-s or timm's")
     text = "digits (default), photos, photo-crops, an image folder or a timm.data dataset string"
     sub.add_argument("--data", default="digits", help=text)
     add_weights(sub)

@@ -52,10 +52,15 @@ def add_parser(subparsers: Any, shown: str | None = None) -> None:
     text = f"what is done; its options are below, and --method NAME --help shows another one's (default: {METHODS[0].name})"
     how.add_argument("--method", choices=Known(names.split(",")), metavar=f"{{{names}}}", help=text)
     usual = next(iter(METHODS[0].presets))
-    named = "; ".join(f"{name}: options of {method.name}" for name, method in presets().items()) + f" (default: {usual})"
-    how.add_argument("--preset", choices=Known(presets()), metavar="NAME", help=named)
+    several = {m.name: ", ".join(m.presets) for m in METHODS if set(m.presets) - {m.name}}
+    named = "; ".join(f"{listed} of {name}" for name, listed in several.items())
+    text = (
+        f"options under one name, which --preset NAME --help shows: {named}; others are called as their method, and given with "
+        f"--method (default: {usual})"
+    )
+    how.add_argument("--preset", choices=Known(presets()), metavar="NAME", help=text)
     alone = "takes no method and no options"
-    how.add_argument("--plan", metavar="PLAN", help=f"the winner of this plan.json of moee plan; {alone}")
+    how.add_argument("--plan", metavar="FILE", help=f"the winner of this plan.json of moee plan; {alone}")
     how.add_argument("--recipe", metavar="FILE", help=f"the steps of this TOML file (docs/recipes.md); {alone}")
     add_method_options(sub, shown)
     side = "layers clustered side by side (1); each takes memory of its own"
