@@ -11,7 +11,7 @@ class LowRankOptions(DecompositionOptions):
     """The ranks: `target_macs` finds them layer by layer, `keep` gives every MLP the same share of its MACs."""
 
     keep: float = Field(
-        0.5, gt=0, lt=1, description="share of each MLP's MACs that stays, which gives the rank of both of its maps"
+        0.5, gt=0, le=1, description="share of each MLP's MACs that stays, which gives the rank of both of its maps"
     )
     target_macs: float | None = Field(
         None, gt=0, lt=1,
