@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # pip's cmake serves where the system has none
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install demo test test-hostile test-slow soak test-zoo test-browser lint plugin docs dist clean
+.PHONY: install demo test test-hostile test-slow soak test-zoo test-browser results lint plugin docs dist clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +43,10 @@ soak: install
 # every family of timm and others through extract, export and verify; writes docs/models.md
 test-zoo: install
 	$(BIN)/python -m tests.zoo
+
+# static pruning and experts beside the dense model, timed in turns; writes docs/results/speed.md
+results: install
+	$(BIN)/python scripts/results.py
 
 test-browser: install
 	$(BIN)/python -m pytest -m browser

@@ -1,25 +1,22 @@
-"""Time each routed layer of an artifact alone against its dense MLP, in ONNX Runtime on the CPU.
+"""Time the layers of artifacts alone against their dense MLPs, all in turns, in ONNX Runtime on the CPU.
 
-python scripts/bench_ffn.py runs/demo/tuned --tokens 2056
+python scripts/bench_ffn.py runs/static runs/routed --batches 1,8,32
 """
 
 import argparse
 
-from exporter.timing.ffn_bench import ffn_speeds, overall
+from exporter.timing.ffn_bench import layers_side_by_side
 from moee.artifacts import checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("artifact")
-parser.add_argument("--tokens", type=int, default=2056)
+parser.add_argument("artifacts", nargs="+", help="folders of moee extract or finetune, cut from one dense model")
+parser.add_argument("--batches", default="1,8,32", help="images of a batch, separated by commas")
 parser.add_argument("--runs", type=int, default=40)
 parser.add_argument("--threads", type=int)
 args = parser.parse_args()
-moee = checkpoint.load(args.artifact)
-data = moee.record.images("val")
-rows = ffn_speeds(moee, data, args.tokens, args.runs, args.threads)
-for r in rows:
-    share = r.speedup / r.ideal
-    print(f"{r.name}: {r.tokens} tokens, dense {r.dense_ms:.2f} ms, MoEE {r.moee_ms:.2f} ms", end=", ")
-    print(f"{r.speedup:.2f}x of {r.ideal:.2f}x = {share:.2f}")
-speed, ideal = overall(rows)
-print(f"all layers: {speed:.2f}x of {ideal:.2f}x = {speed / ideal:.2f}")
+models = {folder: checkpoint.load(folder) for folder in args.artifacts}
+data = next(iter(models.values())).record.images("val")
+for row in layers_side_by_side(models, data, [int(part) for part in args.batches.split(",")], args.runs, args.threads):
+    v = row.verdict
+    print(f"batch {row.batch}, {row.tokens} tokens, {row.name}: {v.ratio:.2f}x ({v.low:.2f} to {v.high:.2f})", end=" ")
+    print(f"of {row.ideal:.2f}x = {v.ratio / row.ideal:.2f}")

@@ -1,7 +1,8 @@
 """Latency of a candidate on a device: measured here on the CPU, modelled for a GPU by a roofline.
 
 The model of a GPU takes, per operation, the larger of arithmetic time and memory time, and a launch: routed layers pay for
-whole tiles (a tile of tokens an expert, rounded up) and read every expert's weights. It knows no caches and no overlap, so it
+whole tiles (a tile of tokens an expert, rounded up), read every expert's weights, and take the fastest of the plugin's forms,
+which have four launches a layer, two or one. It knows no caches and no overlap, so it
 ranks candidates; it does not predict milliseconds. Its figures are always labelled `modelled`.
 """
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -21,12 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from exporter.graph.trace import to_onnx
-from exporter.passes.gated import lower_gated
-from exporter.passes.plain import lower_single_experts
-from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
 from exporter.runners.operator_cache import operator_or_reason
-from exporter.timing.ffn_bench import Residual
+from exporter.timing.ffn_bench import Residual, lowered
 from exporter.timing.form_table import FEWER, Forms, FormTable, Line
 from moee.errors import UserError
 from moee.layers.routed import Experts, RoutedFFN
@@ -234,7 +230,7 @@ def _times(
                 graph = to_onnx(module.eval(), inputs[0][: min(2, len(inputs[0]))])
                 if key in ffns:
                     traced = graph.clone()
-            path = _lowered(graph, folder / f"{number}.onnx")
+            path = lowered(graph, folder / f"{number}.onnx")
             runners[key] = stack.enter_context(OnnxRunner(path, threads))
         return [_in_turns({key: runner.bound(x.numpy()) for key, runner in runners.items()}) for x in inputs]
 
@@ -258,15 +254,6 @@ def _with_weights_of(layer: nn.Module, traced: ir.Model) -> ir.Model:
 def undisturbed(line: Line) -> Line:
     """No form costs more than a wider one of its kind: what was timed above that was disturbed by other work on the machine."""
     return {share: min(ms for wider, ms in line.items() if wider >= share) for share in line}
-
-
-def _lowered(graph: ir.Model, path: Path) -> Path:
-    lower_single_experts(graph)
-    lower_gated(graph)
-    if operator_or_reason()[0] is None:
-        lower_routed_ffn(graph)
-    ir.save(graph, path)
-    return path
 
 
 def _in_turns(calls: Mapping[Key, Callable[[], Any]]) -> dict[Key, float]:

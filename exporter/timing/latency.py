@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -73,23 +73,23 @@ def percentiles(seconds: np.ndarray) -> dict[str, float]:
     return {f"p{p}": float(np.percentile(seconds, p) * 1e3) for p in PERCENTILES}
 
 
-def time_pairs(
-    pair: tuple[Callable[[], Any], Callable[[], Any]], runs: int, duration_s: float = 0.0, report: Reporter = silent,
+def time_in_turns(
+    calls: Sequence[Callable[[], Any]], runs: int, duration_s: float = 0.0, report: Reporter = silent,
     clock: Callable[[], float] = time.perf_counter,
 ) -> np.ndarray:  # fmt: skip
-    """Seconds [2, N] of two calls in turn, the first of each pair alternating: at least `runs` pairs and `duration_s` seconds."""
+    """Seconds [len(calls), N] of calls in turn, forwards and backwards: at least `runs` rounds and `duration_s` seconds."""
     for _ in range(WARM_UP):
-        for call in pair:
+        for call in calls:
             call()
-    times: list[tuple[float, float]] = []
-    began = clock()
+    times: list[list[float]] = []
+    began, order = clock(), range(len(calls))
     while len(times) < runs or clock() - began < duration_s:
-        taken = [0.0, 0.0]
-        for which in (0, 1) if len(times) % 2 == 0 else (1, 0):
+        taken = [0.0] * len(calls)
+        for which in order if len(times) % 2 == 0 else reversed(order):
             started = clock()
-            pair[which]()
+            calls[which]()
             taken[which] = clock() - started
-        times.append((taken[0], taken[1]))
+        times.append(taken)
         passed = clock() - began
         expected = max(runs, round(len(times) * duration_s / passed)) if duration_s and passed else runs
         report("latency", min(len(times), expected - 1), expected)
@@ -174,7 +174,7 @@ def bench(
             both = [graph_runner(folder / name, threads, provider) for name in (DENSE, ours)]
         runners = [stack.enter_context(runner) for runner in both]
         calls = (runners[0].bound(images), runners[1].bound(images))
-        times = time_pairs(calls, runs, duration_s, report)
+        times = time_in_turns(calls, runs, duration_s, report)
         rate = None
         if throughput_s > 0:
             in_flight = streams if engine is None else 1  # an engine's context serves one request at a time

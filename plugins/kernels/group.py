@@ -66,7 +66,8 @@ def choose(x, router, router_bias, load_cdf, token, live, dim, experts, by_load,
 def arrange(chosen, live, experts, BM: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr):
     """Tokens by expert in their own order, each expert's on tiles of ROWS of its own.
 
-    Returns each token's place [BM], tile * ROWS + row, -1 for a token that is not `live` or has no expert, and the number of tiles.
+    Returns each token's place [BM], tile * ROWS + row, -1 for a token that is not `live` or has no expert, and the number of
+    tiles.
     """
     place = tl.full((BM,), -1, tl.int32)
     tiles = experts * 0
@@ -89,5 +90,3 @@ def tile_tokens(place, chosen, tile, BM: tl.constexpr, ROWS: tl.constexpr):
     inside = (place >= tile * ROWS) & (place < tile * ROWS + ROWS)
     return tl.max(tl.where(inside, chosen, 0), 0), tl.maximum(after - 1, 0), after > 0
 
-
-# ruff: noqa: E501

@@ -10,7 +10,7 @@ from exporter import cli
 from exporter.engines import environment
 from exporter.report import write_report
 from exporter.runners import EngineRunner
-from exporter.timing.latency import _flood, bench, percentiles, throughput, time_pairs
+from exporter.timing.latency import _flood, bench, percentiles, throughput, time_in_turns
 from exporter.timing.layer_profile import place, sum_events
 from exporter.verdict import MIN_PAIRS, judge
 from moee.errors import MissingDependency, UserError
@@ -90,7 +90,7 @@ class Clock:
 
 def test_pairs_are_interleaved_and_alternate():
     clock = Clock()
-    times = time_pairs((clock.model("d", 0.2), clock.model("m", 0.1)), runs=4, clock=clock)
+    times = time_in_turns((clock.model("d", 0.2), clock.model("m", 0.1)), runs=4, clock=clock)
     assert "".join(clock.order) == "dm" * 5 + "dmmd" * 2
     np.testing.assert_allclose(times, [[0.2] * 4, [0.1] * 4])
     assert percentiles(times[0]) == pytest.approx({"p50": 200, "p90": 200, "p95": 200, "p99": 200})
@@ -98,7 +98,7 @@ def test_pairs_are_interleaved_and_alternate():
 
 def test_duration_goes_on_beyond_the_runs():
     clock = Clock()
-    assert time_pairs((clock.model("d", 0.5), clock.model("m", 0.5)), runs=2, duration_s=10, clock=clock).shape == (2, 10)
+    assert time_in_turns((clock.model("d", 0.5), clock.model("m", 0.5)), runs=2, duration_s=10, clock=clock).shape == (2, 10)
 
 
 def test_throughput_counts_images_of_all_streams():
@@ -174,7 +174,7 @@ def test_fail_if_slower_needs_a_verdict(tiny_export, monkeypatch, capsys):
     import exporter.timing.latency
 
     times = {"value": np.ones((2, 40))}
-    monkeypatch.setattr(exporter.timing.latency, "time_pairs", lambda *args, **kwargs: times["value"])
+    monkeypatch.setattr(exporter.timing.latency, "time_in_turns", lambda *args, **kwargs: times["value"])
     command = ["bench", str(tiny_export.folder()), "--batch", "1", "--throughput", "0", "--fail-if-slower"]
     assert cli.main(command) == 0 and "no winner" in capsys.readouterr().out
     times["value"] = np.stack([np.ones(40), np.full(40, 2.0)])

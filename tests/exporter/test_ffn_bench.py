@@ -1,9 +1,10 @@
 """The bench of single layers: real tokens, ideal by MACs, sums over layers."""
 
+import numpy as np
 import pytest
 import torch
 
-from exporter.timing.ffn_bench import FFNSpeed, ffn_speeds, ideal_speedup, layer_inputs, overall
+from exporter.timing.ffn_bench import FFNSpeed, ffn_speeds, ideal_speedup, image_tokens, layer_inputs, overall
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
 from moee.layers.routed import RoutedFFN, routed_layers
@@ -14,10 +15,12 @@ from tests.moee.test_ops import layer_of
 
 def test_layers_of_a_model(tiny_export):
     moee = tiny_export.moee
-    rows = ffn_speeds(moee, tiny_export.data, tokens=50, runs=2)
-    assert [r.name for r in rows] == list(routed_layers(moee.model))
+    rows = ffn_speeds([moee, moee], tiny_export.data, tokens=50, runs=2)
+    assert [r.name for r in rows if r.model == 0] == list(routed_layers(moee.model)) == [r.name for r in rows if r.model == 1]
     for row in rows:
-        assert row.tokens == 48 and row.dense_ms > 0 and row.moee_ms > 0 and row.ideal > 1
+        assert row.tokens == 48 and row.dense_ms > 0 and row.ours_ms > 0 and row.ideal > 1
+        assert row.dense_s.shape == row.ours_s.shape == (2,)
+    assert image_tokens(moee, tiny_export.data) == 17  # 16 patches and the class token
 
 
 def test_inputs_are_the_tokens_that_the_layer_sees(tiny_export):
@@ -39,10 +42,15 @@ def test_ideal_counts_router_and_the_experts_taken():
 
 
 def test_sums_weigh_by_dense_time():
-    rows = [FFNSpeed("a", 8, 4.0, 2.0, 2.0, 4.0), FFNSpeed("b", 8, 2.0, 1.0, 2.0, 2.0)]
-    assert overall(rows) == (2.0, 3.0)
+    """Round by round: two layers that are disturbed in different rounds."""
+    slow, fast = np.array([4.0] * 20), np.array([2.0] * 20)
+    slow[3], fast[5] = 40.0, 20.0
+    rows = [FFNSpeed(0, "a", 8, slow, slow / 2, 4.0), FFNSpeed(0, "b", 8, fast, fast / 2, 2.0)]
+    speed, ideal = overall(rows)
+    assert (speed.ratio, speed.low, speed.high, ideal) == (2.0, 2.0, 2.0, 3000.0 / 1000)
+    assert (rows[0].dense_ms, rows[0].ours_ms) == (4000.0, 2000.0)
 
 
 def test_a_dense_model_is_refused(tiny_model, tiny_export):
     with pytest.raises(UserError, match="no routed MLP"):
-        ffn_speeds(MoeeModel(tiny_model, tiny_spec(), None, "tiny"), tiny_export.data, 16)
+        ffn_speeds([MoeeModel(tiny_model, tiny_spec(), None, "tiny")], tiny_export.data, 16)

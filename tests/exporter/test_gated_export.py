@@ -179,7 +179,7 @@ def test_modelled_latency_and_single_layers_are_timed(made):
     assert result["moee_ms"] < result["dense_ms"] and result["kind"] == "modelled"
     if moee.spec.name == NAMES["dinov2-g"]:
         return  # one model suffices for what follows
-    rows = ffn_speeds(moee, data, 64, runs=2, threads=1)
+    rows = ffn_speeds([moee], data, 64, runs=2, threads=1)
     assert [row.name for row in rows] == LAYERS
     widths = [layer.union for layer in routed_layers(moee.model).values()]
     assert [row.ideal for row in rows] == pytest.approx([128 / width for width in widths])

@@ -149,7 +149,7 @@ def test_fail_if_slower_fails_where_nothing_could_be_told(tiny_export, monkeypat
     command = ["bench", str(tiny_export.folder()), "--batch", "1", "--throughput", "0", "--fail-if-slower", "--runs", "3"]
     assert cli.main([*command, "--duration", "0"]) == 2
     assert "needs 10 pairs of runs or more, came --runs 3" in capsys.readouterr().err
-    monkeypatch.setattr("exporter.timing.latency.time_pairs", lambda *args, **kwargs: np.ones((2, 3)))
+    monkeypatch.setattr("exporter.timing.latency.time_in_turns", lambda *args, **kwargs: np.ones((2, 3)))
     assert cli.main(command) == 1 and "FAILED: whether MoEE is slower could not be told" in capsys.readouterr().out
     assert cli.main([a for a in command if a != "--fail-if-slower"]) == 0
 

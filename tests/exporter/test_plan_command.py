@@ -1,6 +1,7 @@
 """`moee plan` from the command line, the latency it is given, and the plan held to its word."""
 
 import copy
+import dataclasses
 import io
 import json
 
@@ -9,7 +10,8 @@ import torch
 
 from exporter import cli
 from exporter.commands.models.plan import parse_shares, points_table, verdict
-from exporter.forms.roofline import operation_ms
+from exporter.forms import roofline
+from exporter.forms.roofline import operation_ms, routed_ms
 from exporter.terminal.ui import plain_console
 from exporter.timing.device import dense_facts, latency_of, modelled
 from moee.data.image_set import image_shape
@@ -21,6 +23,7 @@ from moee.models.model import ModelSpec
 from moee.planning.budget import Budget
 from moee.planning.plan import make_plan
 from moee.stages.session import Session
+from plugins import tactics
 from plugins.devices import PROFILES
 from tests.conftest import TINY, tiny_images
 
@@ -53,6 +56,38 @@ def test_roofline_takes_the_slower_of_arithmetic_and_memory():
     assert operation_ms(device, 0, device.gbytes * 1e6, 0) == pytest.approx(1.0)
     assert operation_ms(device, 1e12, 0, 0) > 10 * operation_ms(device, 1e10, 0, 0)
     assert operation_ms(device, 0, 0, 10) == pytest.approx(device.launch_us * 1e-2)
+
+
+def test_the_roofline_takes_the_forms_that_the_plugin_has():
+    """Its launches, tiles and limits are those of the tactics, which it does not import: they need Triton."""
+    forms = {t.name: t for t in tactics.TACTICS}
+    up, fused = (tactics.VARIANTS["float16"][role].block for role in (("group_up", "r16"), ("group_fused", "d384")))
+    steps = [s.role for s in forms["tile64"].launches if s.role != "combine"]  # which sums several experts of a token
+    assert roofline.TILED_LAUNCHES == len(["clear", *steps])
+    assert roofline.GROUP_LAUNCHES == len(forms["group16"].launches)
+    assert roofline.GROUP_FUSED_LAUNCHES == len(forms["group_fused_d384"].launches)
+    assert (roofline.GROUP, roofline.SCORED) == (tactics.GROUP, tactics.SCORED)
+    assert (up.m, up.n) == roofline.GROUP_UP and fused.m == roofline.FUSED_TOKENS == roofline.GROUP_TILE
+    assert roofline.FUSED_DIM == forms["group_fused_d384"].max_d
+
+
+def test_a_routed_layer_takes_as_few_launches_as_its_sizes_allow():
+    """Next to nothing to compute or to read: what is left of the time are the launches."""
+    device = dataclasses.replace(PROFILES["orin-agx"], tflops=1e9, gbytes=1e9)
+
+    def launches(dim, top_k):
+        return round(routed_ms(device, dim, [64] * 4, [0.25] * 4, tokens=65, top_k=top_k) / device.launch_us * 1e3, 6)
+
+    assert (launches(384, 1), launches(768, 1), launches(384, 2)) == (1, 2, 5)
+
+
+def test_many_tokens_take_the_form_that_scores_each_once():
+    device = PROFILES["orin-agx"]
+    widths, load, tokens = [768] * 64, [1 / 64] * 64, 1 << 16
+    routed = routed_ms(device, 768, widths, load, tokens=tokens, top_k=1)
+    scores = operation_ms(device, tokens * 768 * 64, 2 * tokens * 768, 2)
+    moved = 2 * (2 * tokens * 768 + 2 * 64 * 768 * 768 + 2 * tokens * 768)
+    assert routed == pytest.approx(scores + operation_ms(device, 2 * tokens * 768 * 768, moved, 2))
 
 
 def test_small_batches_pay_for_tiles(tiny_moee):

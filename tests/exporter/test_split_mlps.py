@@ -88,8 +88,8 @@ def test_fine_tuning_trains_them(tmp_path):
 def test_each_layer_is_timed_against_its_three_parts(monkeypatch):
     moee, data = made(TINY_VIT, METHODS["experts"])
     timed = []
-    monkeypatch.setattr("exporter.timing.ffn_bench._speed", lambda name, dense, layer, *_: timed.append((name, dense, layer)))
-    ffn_speeds(moee, data, tokens=64)
+    monkeypatch.setattr("exporter.timing.ffn_bench._speeds", lambda name, dense, own, *_: timed.append((name, dense, *own)) or [])
+    ffn_speeds([moee], data, tokens=64)
     assert [name for name, _, _ in timed] == list(routed_layers(moee.model))
     for name, dense, layer in timed:
         assert dense.up.in_features == layer.w_up.shape[1] == dense.down.out_features, name

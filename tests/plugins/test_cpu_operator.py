@@ -88,6 +88,15 @@ def test_routes_ties_and_tokens_that_are_not_finite():
     assert torch.equal(told(given), expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17, 35])
+def test_a_route_does_not_depend_on_the_tokens_around_it(tokens):
+    """Tokens are scored by up to four rows, and in tasks of sixteen."""
+    given = operator(35, 37, [8] * 7, 24, "float32")
+    expected = told(given)
+    given["x"] = given["x"][-tokens:].clone()
+    assert torch.equal(told(given), expected[-tokens:])
+
+
 def test_a_token_that_is_not_finite_spoils_no_other():
     given = operator(40, 32, [20, 24], 30, "float32")
     clean = operator_session.run(given)

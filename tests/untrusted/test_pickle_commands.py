@@ -79,6 +79,7 @@ PATHS = {
     "verify --data": ("verify", "EXPORT", "--model", "MODEL", "--data", "PICKLE"),
     "bench path": ("bench", "PICKLE", "--runs", "1"),
     "bench --data": ("bench", "EXPORT", "--data", "PICKLE", "--runs", "1"),
+    "bench --beside": ("bench", "EXPORT", "--beside", "PICKLE", "--runs", "1"),
     "bench --engine": ("bench", "EXPORT", "--engine", "PICKLE"),
     "bench-dispatch path": ("bench-dispatch", "PICKLE"),
     "build path": ("build", "PICKLE", "--out", "OUT"),

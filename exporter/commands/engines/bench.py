@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.terminal.advice import after_bench
-from exporter.terminal.flags import GATE_FAILED, OK, add_outputs, add_word, at_least, finite
+from exporter.terminal.flags import GATE_FAILED, OK, add_outputs, add_word, at_least, finite, several
 from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.bounds import BATCH, JOBS, RUNS, SECONDS
 from moee.places.inputs import source_paths
@@ -33,6 +33,11 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     sub.add_argument("--provider", default="cpu", help="what runs the graphs: cpu, cuda or tensorrt of ONNX Runtime (cpu)")
     sub.add_argument("--batch", type=at_least(*BATCH), default=8, help="images of a batch (8)")
+    beside = "another export of the same dense model, timed in the same turns; may be given several times. Prints what share of "
+    beside += "the speed-up that its MACs allow each reaches"
+    sub.add_argument("--beside", metavar="DIR", action="append", default=[], help=beside)
+    sizes = "such a table at several batch sizes, separated by commas (1,8,32 with --beside)"
+    sub.add_argument("--batches", type=several(at_least(*BATCH)), metavar="LIST", help=sizes)
     sub.add_argument("--runs", "--iterations", type=at_least(*RUNS), default=40, help="pairs of runs, at least (40)")
     sub.add_argument("--duration", type=finite(*SECONDS), default=3.0, metavar="S", help="seconds of pairs, at least (3)")
     flying = "requests in flight for throughput (2)"
@@ -50,7 +55,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _output(args: argparse.Namespace) -> OutputFile:
-    return OutputFile(args.out, LATENCY, args.force, source_paths(args.path, args.engine, args.data))
+    return OutputFile(args.out, LATENCY, args.force, source_paths(args.path, args.engine, args.data, *args.beside))
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -62,6 +67,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
     manifest = read_export(args.path)
     refuse_lost_dense(manifest, args.path)
+    if args.beside or args.batches:
+        return _side_by_side(args, manifest, console)
     if args.fail_if_slower and args.runs < MIN_PAIRS and args.duration <= 0:
         raise UserError(f"--fail-if-slower needs {MIN_PAIRS} pairs of runs or more, came --runs {args.runs}")
     with ProgressDisplay() as report:
@@ -92,6 +99,44 @@ def run(args: argparse.Namespace, console: Console) -> int:
         slower = "MoEE is slower than dense" if result.verdict.decidable else "whether MoEE is slower could not be told"
         console.print(f"FAILED: {slower}")
         return GATE_FAILED
+    return OK
+
+
+def _side_by_side(args: argparse.Namespace, manifest: dict[str, Any], console: Console) -> int:
+    """The table of `--beside` and `--batches`."""
+    from exporter.manifests import read_export, refuse_lost_dense
+    from exporter.timing.side_by_side import BATCHES, side_by_side
+    from exporter.verdict import MIN_PAIRS
+    from moee.data.image_set import batches
+    from moee.errors import UserError
+
+    for flag in ("engine", "trust_engine", "cuda_graph", "profile", "out", "fail_if_slower"):
+        if getattr(args, flag):
+            raise UserError(f"--{flag.replace('_', '-')} is for one export at one --batch; leave out --beside and --batches")
+    for folder in args.beside:
+        refuse_lost_dense(read_export(folder), folder)
+    sizes = args.batches or BATCHES
+    with ProgressDisplay() as report:
+        data = _data(args.data, manifest, args.path, report, args.word)
+        images = next(batches(data, max(sizes))).images.numpy() if data is not None else None
+        rows = side_by_side(
+            [args.path, *args.beside], images, sizes, runs=args.runs, duration_s=args.duration, threads=args.threads,
+            provider=args.provider, report=report,
+        )  # fmt: skip
+    if data is None:
+        console.print(f"on noise: {_why_noise(manifest)}", highlight=False, soft_wrap=True)
+    table = FittingTable("speed-up over dense, all in turns")
+    for column in ("", "batch", "dense p50 ms", "p50 ms", "speed-up", "99 % interval", "ideal", "realised"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        ideal = (f"{row.ideal:.2f}x", f"{row.share:.2f}") if row.ideal and row.share else ("–", "–")
+        verdict = row.verdict
+        interval = f"{verdict.low:.2f} to {verdict.high:.2f}" if verdict.decidable else f"fewer than {MIN_PAIRS} rounds"
+        figures = (f"{row.dense_p50_ms:.2f}", f"{row.p50_ms:.2f}", f"{verdict.ratio:.2f}x", interval)
+        table.add_row(row.name, str(row.batch), *figures, *ideal)
+    console.print(table)
+    for name, runtime in dict.fromkeys((row.name, row.runtime) for row in rows):
+        console.print(f"{name}: {runtime}", highlight=False, soft_wrap=True)
     return OK
 
 

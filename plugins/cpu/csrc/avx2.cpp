@@ -4,6 +4,7 @@
 
 #define LANES 8
 #define ROWS 3
+#define FEWEST 6
 #define BY_1 8
 #define BY_2 6
 #define BY_3 4

@@ -4,6 +4,7 @@
 
 #define LANES 16
 #define ROWS 4
+#define FEWEST 15
 #define BY_1 8
 #define BY_2 8
 #define BY_3 8

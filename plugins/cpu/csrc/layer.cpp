@@ -8,7 +8,7 @@ namespace moee {
 namespace {
 
 constexpr size_t CHUNK = 128;             // neurons of the stores that a task of the first product goes through
-constexpr size_t ROUTED_TOKENS = 64;     // tokens that a task routes
+constexpr size_t ROUTED_TOKENS = 16;     // tokens that a task routes
 constexpr size_t HIDDEN_BYTES = 4 << 20;  // of hidden activations that are kept at a time
 const char* const ACTIVATIONS[] = {"gelu", "gelu_tanh", "relu", "silu", "quick_gelu"};
 

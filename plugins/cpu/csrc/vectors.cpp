@@ -3,6 +3,7 @@
 
 #define LANES 4
 #define ROWS 4
+#define FEWEST 3
 #define BY_1 8
 #define BY_2 8
 #define BY_3 6
