@@ -19,7 +19,7 @@ from plugins.library.build import elf_machine, run_logged
 LIBRARY = "libmoee_onnxruntime.so"
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden")
-SANITIZE = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 OLDEST = (1, 18)  # ONNX Runtime, whose table of functions is the 18th
 
 
