@@ -37,6 +37,7 @@ DROP = Bounds(0, 100)  # percentage points
 CANDIDATES = Counts(1, 20)  # of one measurement on a device: each is exported, built and timed
 AGREEMENT = Bounds(0, 1)
 SECONDS = Bounds(0, DAY)
+MEMORY = Counts(1 << 26, 1 << 50)  # bytes
 
 
 def whole(name: str, value: Any, bounds: Counts) -> int:

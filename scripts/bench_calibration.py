@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from exporter.pretrained import resolve
-from moee.calibrate.calibration import BATCH_SIZE, collect_tokens
+from moee.calibrate.calibration import collect_tokens
 from moee.config import PAPER_TOKENS
 from moee.data.image_set import batches
 from moee.data.sources import load_data
 from moee.data.transform import model_transform
 from moee.mlps.find import find_ffns
 from moee.models.model import load_model
+from moee.space.limits import FORWARD
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
             started = time.perf_counter()
             if which == 0:
                 with torch.inference_mode():
-                    for batch in batches(data, BATCH_SIZE):
+                    for batch in batches(data, FORWARD):
                         model(batch.images)
             else:
                 with tempfile.TemporaryDirectory() as folder:

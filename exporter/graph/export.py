@@ -43,6 +43,8 @@ from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
 from moee.schema import reason_of
+from moee.space import estimate
+from moee.space.refusal import refuse_without_space
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import EXPORT
 from moee.tokens.block import merging_like, token_merges
@@ -75,6 +77,7 @@ def export(
     routed layer, for an unknown precision or data that cannot be read.
     """
     dtype = dtype_of(precision)
+    weights = weights_of(moee)
     layers = routed_layers(moee.model)
     merges = token_merges(moee.model)
     if not layers and not merges and not dense:
@@ -84,6 +87,7 @@ def export(
     transform = model_transform(moee.model)
     output = OutputFolder(path, EXPORT, force, source_paths(source))
     output.check()
+    refuse_without_space([space_of(moee, precision)], weights, folder=output.place.parent)
     made_from = dense_ids(moee.spec.model_dump(mode="json")) if dense else source_ids(source)
     graphs = {"dense": DENSE, "portable": PORTABLE, "tensorrt": TENSORRT}
     original, model, quantization = moee.dense().eval(), moee.model.eval(), {}
@@ -153,6 +157,16 @@ def export(
         }
         write_manifest(folder, MANIFEST, SCHEMA, body)
     report("export", 3, 3)
+
+
+def weights_of(moee: MoeeModel) -> int:
+    """Numbers that the model holds."""
+    return sum(parameter.numel() for parameter in moee.model.parameters())
+
+
+def space_of(moee: MoeeModel, precision: str) -> estimate.Need:
+    """What its export takes."""
+    return estimate.export(weights_of(moee), precision in INT8)
 
 
 def _refuse_unloadable(folder: Path, precision: str) -> None:

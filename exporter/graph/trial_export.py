@@ -32,7 +32,7 @@ from moee.methods.identity import LIMIT, whole_ffn
 from moee.mlps.proof import random_images
 from moee.mlps.sites import put_mlp
 from moee.models.ffn import FFN
-from moee.models.model import ModelSpec, Shape
+from moee.models.model import ModelSpec, Shape, sharing
 from moee.progress import Reporter, silent
 from moee.schema import parse_json
 from moee.store.artifact import write_json
@@ -59,8 +59,9 @@ def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Sh
     record, path = {"schema": SCHEMA, "key": key}, cache_dir() / "trials" / f"{key}.json"
     if _remembered(path) == record:
         return
-    dense = copy.deepcopy(model).cpu()
-    routed = copy.deepcopy(dense)
+    here = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    dense = sharing(model, model) if here else copy.deepcopy(model).cpu()
+    routed = sharing(dense, dense)
     for ffn in kinds:
         put_mlp(routed, ffn.name, whole_ffn(ffn).cpu(), ffn.bypassed)
     trials = [("one layer of experts", routed)]

@@ -18,6 +18,7 @@ LACKS = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close other programs",
     errno.ENOMEM: "free some memory",
+    errno.EAGAIN: "raise the limit on processes and threads (ulimit -u), or use fewer --workers, --jobs and --threads",
     errno.EIO: "check the disk",
 }
 PATH_CURES = {
@@ -26,6 +27,7 @@ PATH_CURES = {
     errno.EACCES: "change its permissions or choose another",
     errno.EPERM: "change its permissions or choose another",
 }
+NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's words, and those of C++ libraries
 MAX_SENTENCE = 2000  # characters
 GPU_CURES = (
     "use --device cpu (plan: --torch-device cpu) or a smaller --batch-size, or close what else uses the GPU"
@@ -62,6 +64,10 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return ENVIRONMENT, f"out of memory; free some, or use fewer tokens or a smaller batch; {INTACT}"
     if isinstance(error, OSError):
         return _explain_os_error(error)
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_THREAD):
+        return ENVIRONMENT, f"no more threads can be started; {LACKS[errno.EAGAIN]}; {INTACT}"
+    if isinstance(error, RuntimeError) and "cpuinfo" in str(error):
+        return ENVIRONMENT, f"PyTorch cannot tell the processor, for which it reads /proc/cpuinfo; mount /proc; {INTACT}"
     text = (str(error).strip().splitlines() or ["no message"])[0]
     return GATE_FAILED, (
         f"unexpected {type(error).__name__}: {text}; {INTACT}. Run `moee --debug` with the same arguments for the "

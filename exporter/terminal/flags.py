@@ -138,12 +138,6 @@ def add_trial(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-trial-export", action="store_true", help=text)
 
 
-def add_scratch(parser: argparse.ArgumentParser) -> None:
-    """`--scratch`, of the commands that keep tokens on disk while they run."""
-    what = "folder for the tokens that are kept while it runs, gigabytes for large models (TMPDIR, else the system's)"
-    parser.add_argument("--scratch", metavar="DIR", help=what)
-
-
 def trial_of(args: argparse.Namespace) -> Trial | None:
     """What the flag of `add_trial` leaves to be tried."""
     from exporter.graph.trial_export import try_export
@@ -246,7 +240,9 @@ def session_of(args: argparse.Namespace, report: Reporter, console: Console, dev
     spec = model_of(args, report, console)
     trial = trial_of(args) if "no_trial_export" in args else None
     seed, classes = getattr(args, "seed", None) or 0, classes_of(args)
-    session = stage.Session(spec, args.data, seed=seed, report=report, group=group, classes=classes, trial=trial)
+    session = stage.Session(
+        spec, args.data, seed=seed, report=report, group=group, classes=classes, trial=trial, memory=getattr(args, "memory", None)
+    )
     session.check_names(classes)
     return session
 

@@ -1,7 +1,7 @@
 """Calibration: one pass over the data that keeps a uniform sample of every MLP's input tokens on disk.
 
 Only inputs [N, D] are kept (float16); hidden activations are recomputed from them, which costs one matrix product and
-saves four fifths of the disk. Peak memory is one batch's forward pass plus the pages being written.
+saves four fifths of the disk. Peak memory is one batch's forward pass.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from moee.errors import UserError
 from moee.interface.watch import watched
 from moee.models.ffn import FFN
 from moee.parallel.group import SOLO, Group, Parcel
+from moee.parallel.machine import in_half
 from moee.progress import Reporter, silent, track
+from moee.space.limits import USUAL, Limits
 
-BATCH_SIZE = 32
 CHUNK = 8192  # tokens a matrix product
 
 
@@ -76,7 +78,7 @@ def as_tokens(x: Tensor, channels_first: bool) -> Tensor:
 def reserve(path: Path, size_bytes: int) -> None:
     """Make a file of this size whose space on the disk is taken at once.
 
-    Raises `OSError` on a full disk; a memory map over a file with holes would kill the process with SIGBUS when it writes.
+    Raises `OSError` on a full disk.
     """
     with open(path, "wb") as file:
         if size_bytes and hasattr(os, "posix_fallocate"):  # macOS lacks it
@@ -88,12 +90,16 @@ def reserve(path: Path, size_bytes: int) -> None:
 class _Sampler:
     """Writes the sampled tokens of one layer; the sample is drawn when the first batch shows the tokens an image."""
 
-    def __init__(self, ffn: TokenSite, folder: Path, budget: int, images: int, seed: int, drawn: dict[int, Tensor], part: range):
+    def __init__(
+        self, ffn: TokenSite, folder: Path, budget: int, images: int, seed: int, *, drawn: dict[int, Tensor], part: range,
+        files: ExitStack,
+    ):  # fmt: skip
         self.ffn, self.budget, self.images, self.seed, self.drawn, self.part = ffn, budget, images, seed, drawn, part
+        self.files = files
         self.path = folder / f"{ffn.name}.f16"
         self.filled = 0
         self.chosen: Tensor | None = None
-        self.map: np.memmap | None = None
+        self.file: BinaryIO | None = None
         self.per_image = 0
 
     def _draw(self, per_image: int) -> Tensor:
@@ -122,14 +128,13 @@ class _Sampler:
 
     def add(self, x: Tensor, indices: Tensor) -> None:
         tokens = as_tokens(x, self.ffn.channels_first)
-        if self.chosen is None or self.map is None:
+        if self.chosen is None or self.file is None:
             self.per_image = len(tokens) // len(indices)
             self.chosen = self._draw(self.per_image)
             ends = torch.tensor([self.part.start, self.part.stop]) * self.per_image
             # what falls on this rank's images; an empty file cannot be mapped
-            shape = (max(1, int(torch.searchsorted(self.chosen, ends).diff())), self.ffn.dim)
-            self._reserve(2 * shape[0] * shape[1])
-            self.map = np.memmap(self.path, np.float16, "r+", shape=shape)
+            self._reserve(2 * max(1, int(torch.searchsorted(self.chosen, ends).diff())) * self.ffn.dim)
+            self.file = self.files.enter_context(open(self.path, "r+b"))  # written, not mapped: pages would stay in memory
         starts = indices * self.per_image
         low = torch.searchsorted(self.chosen, starts)
         high = torch.searchsorted(self.chosen, starts + self.per_image)
@@ -143,14 +148,14 @@ class _Sampler:
                 f"`{self.ffn.name}` receives NaN or infinite activations on the calibration data; "
                 "check the weights and the input normalisation"
             )
-        half = picked.clamp(-65504, 65504).half().numpy()
-        self.map[self.filled : self.filled + len(half)] = half
+        half = in_half(picked.clamp(-65504, 65504)).numpy()
+        self.file.write(half.tobytes())
         self.filled += len(half)
 
 
 def collect_tokens(
     model: nn.Module, ffns: Sequence[TokenSite], data: ImageSet, folder: Path, budget: int, *, seed: int = 0,
-    report: Reporter = silent, group: Group = SOLO,
+    report: Reporter = silent, group: Group = SOLO, limits: Limits = USUAL,
 ) -> list[LayerTokens]:  # fmt: skip
     """Sample at most `budget` input tokens of each MLP, uniformly over images and positions, in one pass over `data`.
 
@@ -160,25 +165,22 @@ def collect_tokens(
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[int, Tensor] = {}
-    part = group.part(len(data), BATCH_SIZE)
-    samplers = [_Sampler(ffn, folder, budget, len(data), seed, drawn, part) for ffn in ffns]
+    part = group.part(len(data), limits.forward)
+    files = ExitStack()
+    samplers = [_Sampler(ffn, folder, budget, len(data), seed, drawn=drawn, part=part, files=files) for ffn in ffns]
     by_name = {sampler.ffn.name: sampler for sampler in samplers}
     indices = torch.empty(0)  # of the batch that runs
 
     def sample(name: str, x: Tensor) -> None:
         by_name[name].add(x.detach(), indices)
 
-    with watched(model, by_name, sample), group.agreed(), group.placed(model), torch.inference_mode():
-        shared = batches(data, BATCH_SIZE, order=torch.arange(part.start, part.stop), strict=group.alone)
-        for batch in track(shared, "calibrate", -(-len(part) // BATCH_SIZE), report):
+    with files, watched(model, by_name, sample), group.agreed(), group.placed(model), torch.inference_mode():
+        shared = batches(data, limits.forward, order=torch.arange(part.start, part.stop), strict=group.alone)
+        for batch in track(shared, "calibrate", -(-len(part) // limits.forward), report):
             indices = batch.indices
             model(batch.images.to(group.device))
     if not group.alone:
         merge_skipped(data, group)
-    for sampler in samplers:
-        if sampler.map is not None:
-            sampler.map.flush()
-            sampler.map = None
     return [LayerTokens(s.ffn.name, s.path, s.filled, s.ffn.dim) for s in samplers]
 
 

@@ -22,7 +22,6 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from moee.calibrate.calibration import BATCH_SIZE
 from moee.calibrate.elimination import Elimination
 from moee.calibrate.entry import Entry, Inputs, find_entry, gather, taken_up
 from moee.calibrate.image_budget import ImageGroup, image_groups, likeness, spread_parts, tokens_an_image
@@ -42,6 +41,8 @@ from moee.parallel.devices import placed
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import PARTS, OrderedSum
 from moee.progress import Reporter, silent
+from moee.space.limits import USUAL, Limits
+from moee.space.machine import give_back
 from moee.surroundings import own_arithmetic
 from moee.tokens.prefix import holds_prefix, prefix_tokens
 
@@ -139,7 +140,7 @@ def _solve(layer: NeuronLayer, ffn: Original, found: CentredSums, ridge: float |
 def refit(
     model: nn.Module, layers: dict[str, NeuronLayer], ffns: Mapping[str, Original], data: ImageSet, tokens: int, *,
     ridge: float | None, report: Reporter = silent, group: Group = SOLO, elimination: Elimination | None = None,
-    dense: nn.Module | None = None,
+    dense: nn.Module | None = None, limits: Limits = USUAL,
 ) -> dict[str, RefitReport]:  # fmt: skip
     """Refit every layer in `layers`, front to back, on about `tokens` tokens of its own; returns what was done to each. Model and
     layers come and go on the CPU; the work is done on the device of `group`, whose ranks share the images and end with the same
@@ -147,16 +148,15 @@ def refit(
 
     `model` holds the routed layers already; `ffns` are their originals, dense MLPs as a rule. Layers that want as many images
     are refitted in forward passes of these images, in parts that wait for each other at every layer, so that each sees what the
-    refitted layers before it produce. Images that only later layers want pass the earlier ones in batches (see
-    `moee.calibrate.entry`). Memory grows with `tokens`: about 40 bytes x D a token.
+    refitted layers before it produce. Images that only later layers want pass the earlier ones in batches
+    (`moee.calibrate.entry`). Memory grows with `tokens` (`moee.space.estimate`).
 
     With an `elimination` the neurons of each layer are chosen first, on the same tokens; `layers` then holds the new ones.
-    With the `dense` model the target of a layer is what brings the residual stream behind it to the dense one's
-    (`moee.calibrate.stream`), where a module reads what its output is added to; else it is the dense MLP's output on the layer's
-    own inputs. The dense model takes as much time and memory again.
+    With the `dense` model the target of a layer is what brings the residual stream behind it to the dense one's, where a module
+    reads what its output is added to (`moee.calibrate.stream`); else it is the dense MLP's output on the layer's own inputs.
     """
     with placed(model, group.device), nullcontext() if dense is None else placed(dense, group.device):
-        return _Refit(model, layers, ffns, data, ridge, report, group, elimination, dense).run(tokens)
+        return _Refit(model, layers, ffns, data, ridge, report, group, elimination, dense, limits).run(limits.refitted(tokens))
 
 
 @dataclass(frozen=True)
@@ -172,17 +172,17 @@ class _Refit:
     group: Group
     elimination: Elimination | None
     dense: nn.Module | None
+    limits: Limits
 
     def run(self, tokens: int) -> dict[str, RefitReport]:
         with self.group.agreed():
             image = next(batches(self.data, 1)).images.to(self.group.device)
             widths = {name: layer.b_out.shape[1] for name, layer in self.layers.items()}
             todo = image_groups(tokens_an_image(self.model, widths, image), len(self.data), tokens, alike=likeness(self.model))
+            stream = Stream.of(self.dense, self._mlps(list(self.ffns)), narrow_attentions(self.model), image)
         fewest = min(some.images for some in todo)  # as many as pass the whole model together
         most_kept = KEPT * tokens * max(widths.values())
         parts = min(PARTS, tokens // (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))
-        with self.group.agreed():
-            stream = Stream.of(self.dense, self._mlps(list(self.ffns)), narrow_attentions(self.model), image)
         if any(theirs != sorted(stream.readers) for theirs in self.group.all_json(sorted(stream.readers))):
             raise StepFailed("the ranks do not read the model alike; start them on machines of one kind")
         done: dict[str, RefitReport] = {}
@@ -220,13 +220,12 @@ class _Refit:
         self, models: Sequence[nn.Module], entry: Entry | None, first: str, orders: Sequence[Tensor], image: Tensor
     ) -> list[list[Callable[[], object]]]:
         """For each of the models forward passes over this rank's parts of the images, in those `orders`, from the entry on."""
-        share = self.group.part(len(orders))
-        mine = orders[share.start : share.stop]
-        steps, taken = sum(-(-len(order) // BATCH_SIZE) for order in mine) * len(models), 0
+        mine = [orders[part] for part in self.group.part(len(orders))]
+        steps, taken = sum(-(-len(order) // self.limits.forward) for order in mine) * len(models), 0
 
         def images(order: Tensor) -> Iterator[Tensor]:
             nonlocal taken
-            for batch in batches(self.data, BATCH_SIZE, order=order, strict=False):
+            for batch in batches(self.data, self.limits.forward, order=order, strict=False):
                 yield batch.images.to(image.device)
                 taken += 1
                 if entry is not None:
@@ -287,6 +286,7 @@ class _Refit:
                         report = replace(report, note="; ".join(filter(None, [report.note, NO_READER])))
                     done[name] = report
                     step.ready = True
+                    give_back()  # every pass has freed some of it in a thread of its own
                     self.report("refit", len(done), len(self.layers))
         finally:
             for name in names:

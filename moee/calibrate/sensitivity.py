@@ -35,10 +35,10 @@ from moee.parallel.devices import placed
 from moee.parallel.group import SOLO, Group, Parcel
 from moee.parallel.ordered import OrderedSum, cut
 from moee.progress import Reporter, silent, track
+from moee.space.limits import USUAL, Limits
 
 SHRINKAGE = 16.0  # tokens' worth of the layer's average that an expert's own figures are blended with
-BATCH_TOKENS = 4096  # tokens a backward pass
-EARLY_TOKENS = 8 * BATCH_TOKENS  # of layers that only the forward pass goes through
+EARLY = 8  # times the tokens of a backward pass, of layers that only the forward pass goes through
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,7 @@ def output_projection(output: Tensor, classifier: bool, generator: torch.Generat
 def measure_sensitivity(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int,
     *, objective: str = "both", factored: bool = False, seed: int = 0, report: Reporter = silent, group: Group = SOLO,
+    limits: Limits = USUAL,
 ) -> dict[str, Sensitivity]:  # fmt: skip
     """Sensitivity of each layer's experts and neurons, over about `tokens` tokens of each layer.
 
@@ -162,12 +163,12 @@ def measure_sensitivity(
     near = {name: each.to(device) for name, each in stats.items()}
     with placed(model, device):
         moved = {name: ffns[name].to(device) for name in stats}
-        return _measure(model, moved, near, data, tokens, objective, factored, seed, report, group)
+        return _measure(model, moved, near, data, tokens, objective, factored, seed, report, group, limits)
 
 
 def _measure(
     model: nn.Module, ffns: Mapping[str, FFN], stats: Mapping[str, RoutedStats], data: ImageSet, tokens: int, objective: str,
-    factored: bool, seed: int, report: Reporter, group: Group,
+    factored: bool, seed: int, report: Reporter, group: Group, limits: Limits,
 ) -> dict[str, Sensitivity]:  # fmt: skip
     device = group.device
     model.eval()
@@ -213,7 +214,7 @@ def _measure(
             counts = tokens_an_image(model, {name: ffns[name].dim for name in layers}, first)
         for same in image_groups(counts, len(data), tokens, least=2, alike=likeness(model)):
             most = max(counts[name] for name in same.names)
-            size = max(1, min(BATCH_TOKENS // most, EARLY_TOKENS // max(counts.values())))
+            size = max(1, min(limits.backward // most, EARLY * limits.backward // max(counts.values())))
             sums, shared = OrderedSum(group), _Shared(spread(len(data), same.images), size, group)
             what = "sensitivity" if same.names[0] == next(iter(counts)) else f"sensitivity from {same.names[0]}"
             with group.agreed(), torch.enable_grad(), ExitStack() as stack:

@@ -55,6 +55,11 @@ class ClusteringOptions(Options):
             raise ValueError(f"--eps is for dbscan; clustering {self.clustering} has no radius")
         return self
 
+    @property
+    def by_density(self) -> bool:
+        """Whether distances between all tokens are looked at: a number of clusters that nobody gave is found so too."""
+        return self.clustering not in PARTITIONS or self.clusters is None
+
     def clustering_json(self) -> str:
         """What decides the labels, as text that tells one clustering from another."""
         return self.model_dump_json(include=set(ClusteringOptions.model_fields) - {"cluster_tokens"})

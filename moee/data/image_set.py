@@ -22,6 +22,7 @@ from moee.data.class_names import MAX_NAMED, class_name, listed
 from moee.errors import UserError
 from moee.models.model import Shape
 from moee.parallel.group import Group
+from moee.parallel.machine import startable_processes
 from moee.progress import Reporter, silent, track
 from moee.schema import reason_of
 from moee.store.file_content import COMPARED, spread
@@ -32,6 +33,7 @@ SPLITS = {"train": ("train",), "val": ("validation", "val", "test")}  # what set
 HELD_OUT = 0.2  # of a source that is not divided
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what decoders raise
 SAMPLED = 256  # images that tell a set from another one: about a second
+TASKS = 3  # that reading ahead takes: a process, a thread of its own, and one here
 MAX_SKIPPED = 20  # names of unreadable images in a manifest
 
 
@@ -174,7 +176,7 @@ def listed_batches(
     data: ImageSet, lists: Sequence[list[int]], workers: int = 0, strict: bool = True
 ) -> Iterator[Batch]:
     """One batch for each list of positions, as `batches`; a list that holds no readable image gives none."""
-    count = workers or data.workers
+    count = _readers(data, workers or data.workers)
     loader = DataLoader(data, batch_sampler=lists, num_workers=count, collate_fn=list)  # type: ignore[arg-type]
     seen = 0
     for items in loader:
@@ -191,6 +193,15 @@ def listed_batches(
     if strict and not seen:
         first = next(iter(data.skipped.values()), data.name)
         raise UserError(f"none of the {len(data)} images of {data.name} could be read (first: {first}); check the files")
+
+
+def _readers(data: ImageSet, count: int) -> int:
+    """The `count` of processes that read ahead, or none where they and their threads cannot be started."""
+    if not count or startable_processes(TASKS * count) == TASKS * count:
+        return count
+    log.warning("%d processes that read images ahead cannot be started (ulimit -u): this one reads them", count)
+    data.workers = 0  # what is asked for by hand is tried again
+    return 0
 
 
 def say_read(**splits: ImageSet) -> None:

@@ -1,5 +1,5 @@
 """How a changed model compares with the dense one.
 
 Two models and images come in; accuracies with intervals, cosines and costs go out.
-Imports interface, layers, parallel, models, data, mlps and tokens.
+Imports interface, layers, parallel, space, models, data, mlps and tokens.
 """

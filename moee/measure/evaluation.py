@@ -17,7 +17,9 @@ from moee.measure.metrics import mean_cosine
 from moee.measure.probe import Probe
 from moee.models.ffn import channels_last
 from moee.parallel.group import SOLO, Group, Parcel
+from moee.parallel.machine import in_half
 from moee.progress import Reporter, silent, track
+from moee.space.limits import FORWARD
 
 MAX_TOKEN_BYTES = 1 << 30  # above this the token features of a data set are not kept
 
@@ -62,7 +64,7 @@ class Retention:
 
 @torch.inference_mode()
 def run(
-    model: nn.Module, data: ImageSet, report: Reporter = silent, message: str = "evaluate", batch_size: int = 32,
+    model: nn.Module, data: ImageSet, report: Reporter = silent, message: str = "evaluate", batch_size: int = FORWARD,
     *, group: Group = SOLO,
 ) -> Outputs:  # fmt: skip
     """Outputs, last token features and routing shares of `model` on `data`, in one pass.
@@ -88,7 +90,7 @@ def run(
             labels.append(batch.labels)
             no_tokens = no_tokens or _no_token_map(last, model, len(data))
             if not no_tokens:
-                tokens.append(channels_last(last, model).half().cpu())
+                tokens.append(in_half(channels_last(last, model)).cpu())
     if not group.alone:
         merge_skipped(data, group)
     answers = {"features": torch.cat(features), "labels": torch.cat(labels)} if features else {}
@@ -147,8 +149,7 @@ def retention(reference: Outputs, outputs: Outputs, probe: Probe | None, told: i
         }  # fmt: skip
     token_cosine = None
     if reference.tokens is not None and outputs.tokens is not None:
-        dense_tokens, tokens = (part.flatten(0, -2).float() for part in (reference.tokens, outputs.tokens))
-        token_cosine = mean_cosine(dense_tokens, tokens)
+        token_cosine = mean_cosine(reference.tokens.flatten(0, -2), outputs.tokens.flatten(0, -2))
     return Retention(
         images=len(reference.labels),
         top1_agreement=shared_answers(dense_logits, logits) if told > 1 else None,

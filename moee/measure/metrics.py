@@ -18,6 +18,8 @@ from moee.models.model import Shape
 from moee.tokens.block import merging_like, token_merges, without_merging
 from moee.tokens.schedule import merges_cost
 
+ROWS = 8192  # of features that are compared at once
+
 
 def dense_macs(model: nn.Module, shape: Shape) -> int:
     """Multiply-accumulates of one image of `shape`, attention products included. Works on shapes alone."""
@@ -81,4 +83,5 @@ def mean_cosine(a: Tensor, b: Tensor) -> float:
     the two columns is taken."""
     if a.shape[1] == 1:
         a, b = a.T, b.T
-    return float(nn.functional.cosine_similarity(a.double(), b.double(), dim=1).mean())
+    parts = zip(a.split(ROWS), b.split(ROWS), strict=True)  # float64 takes four times what half precision does
+    return float(torch.cat([nn.functional.cosine_similarity(x.double(), y.double(), dim=1) for x, y in parts]).mean())

@@ -36,6 +36,7 @@ from moee.models.ffn import FFN
 from moee.parallel.devices import computing_on
 from moee.parallel.group import Group, Parcel
 from moee.progress import Reporter
+from moee.space.machine import give_back
 from moee.store.scratch import temporary_folder
 from moee.tokens.block import merging_blocks
 
@@ -107,7 +108,7 @@ def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: 
         threads = torch.get_num_threads()
         with group.agreed(), computing_on(group.device):
             report("experts", 0, len(share))
-            pool = ThreadPoolExecutor(max(1, context.jobs))
+            pool = ThreadPoolExecutor(max(1, context.limits.side_by_side(context.jobs)))
             try:
                 for layer in pool.map(lambda pair: method.find(pair[0], pair[1], options, report, group.device), share):
                     layers.append(layer)
@@ -115,6 +116,7 @@ def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: 
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # an interrupt need not wait for a clustering
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
+    give_back()
     return Prepared(ffns, layers if group.alone else _collected(ffns, layers, group), {}, reports_of(mlps))
 
 
@@ -125,7 +127,9 @@ def calibrate(
     unreadable."""
     data, group = context.data, context.group
     seen = widened(data, model_transform(model), 0, options.collages, options.seed)
-    sampled = collect_tokens(model, ffns, seen, folder, options.tokens, seed=options.seed, report=context.report, group=group)
+    sampled = collect_tokens(
+        model, ffns, seen, folder, options.tokens, seed=options.seed, report=context.report, group=group, limits=context.limits
+    )
     data.skipped.update({index: what for index, what in seen.skipped.items() if index < len(data)})
     with group.agreed():
         refuse_all_skipped(data)
@@ -157,6 +161,7 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         if group.leader:
             reports = _put_layers(model, prepared, options, context.data)
     share_layers(model, group)
+    give_back()
     if options.compensation == "refit":
         seen = widened(fitted_part(context.data), model_transform(model), options.augment, options.collages, options.seed)
         ffns = {f.name: f for f in prepared.ffns}
@@ -164,8 +169,9 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         done = refit(
             model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group,
             elimination=Elimination(chosen_anew, prepared.metric) if options.neurons == "eliminated" else None,
-            dense=dense,
+            dense=dense, limits=context.limits,
         )  # fmt: skip
+        give_back()
         if stream and merged:
             done = {name: replace(r, note="; ".join(filter(None, [r.note, MERGED]))) for name, r in done.items()}
         reports = [replace(r, refit=done[r.name], union=layers[r.name].union) if r.name in done else r for r in reports]
@@ -213,7 +219,7 @@ def sensitivity_of(model: nn.Module, prepared: Prepared, options: NeuronOptions,
     return measure_sensitivity(
         model, ffns, stats, seen, options.sensitivity_tokens, objective=options.objective,
         factored=options.criterion == "atomic", seed=options.seed,
-        report=context.report, group=context.group,
+        report=context.report, group=context.group, limits=context.limits,
     )  # fmt: skip
 
 

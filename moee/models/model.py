@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -201,6 +202,12 @@ def _check_hash(path: Path, expected: str | None) -> None:
 def names_of(model: nn.Module, module: nn.Module) -> list[str]:
     """Every name under which `module` is part of the model: shared modules have several."""
     return [name for name, part in model.named_modules(remove_duplicate=False) if part is module]
+
+
+def sharing(model: nn.Module, dense: nn.Module) -> nn.Module:
+    """A copy of `model` whose layers can be replaced; the weights that it has of the `dense` model stay the same tensors. They
+    are not to be changed in place: where the copy is kept, make it whole with `copy.deepcopy`."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in dense.parameters()})
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:

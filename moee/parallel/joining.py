@@ -18,6 +18,7 @@ from moee.errors import RankLost, StepFailed, UserError
 from moee.parallel.devices import AUTO, Rank, chosen_device, local_ranks, say_device
 from moee.parallel.group import Group, Parcel
 from moee.parallel.lifeline import Lifeline, Offer, connect
+from moee.parallel.machine import affordable_threads
 
 TIMEOUT_S = 3600.0  # without a rank that computes
 FOREVER_S = 30 * 86400.0  # of a collective operation, where the lifelines tell whether somebody computes
@@ -45,6 +46,7 @@ def launched() -> tuple[int, int, int] | None:
 
 def alone(device: str = AUTO, option: str = "--device") -> Group:
     """The group of one process, on the device of that name (`moee.parallel.devices.chosen_device`); logs which one it is."""
+    affordable_threads()
     group = Group(device=chosen_device(device, option=option))
     say_device(group.device, device)
     return group

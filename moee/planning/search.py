@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import statistics
@@ -26,6 +25,7 @@ from moee.methods.experts import ALLOCATIONS as EXPERT_ALLOCATIONS
 from moee.methods.recipe import Recipe, read_recipe_json, recipe_with
 from moee.methods.registry import METHODS, cutting
 from moee.mlps.find import find_ffns
+from moee.models.model import sharing
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.planning.forms import Latency
 from moee.progress import Reporter
@@ -182,7 +182,7 @@ class Planner:
 
     def make(self, variant: str, recipe: Recipe) -> tuple[nn.Module, Sequence[LayerReport]]:
         """A model by one of the plan's recipes. Raises `NothingRouted` or `OutOfReach` if it cannot be made."""
-        model, method = copy.deepcopy(self.session.start(recipe)), recipe.method
+        model, method = sharing(self.session.start(recipe), self.session.dense), recipe.method
         if method.shares == "groups":
             prepared = self.prepare(variant, recipe)
             return model, method.apply(model, prepared, recipe.cut, self.session.context())

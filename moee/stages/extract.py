@@ -13,7 +13,7 @@ from moee.artifacts.inspection import attention_figures
 from moee.artifacts.model import MoeeModel
 from moee.config import Options
 from moee.methods.recipe import Recipe
-from moee.models.model import ModelSpec
+from moee.models.model import ModelSpec, sharing
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
 from moee.places.inputs import source_paths
@@ -27,7 +27,7 @@ from moee.store.result_kinds import MODEL
 def run_extract(
     spec: ModelSpec, source: str, recipe: Recipe | Options, out: Path | str | None, *, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
-    classes: Sequence[str] = (), trial: Trial | None = None,
+    classes: Sequence[str] = (), trial: Trial | None = None, memory: int | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: cut the model of `spec` by a recipe, or by the options of its one step, on the training images of
     `source`, and save the artifact.
@@ -42,19 +42,20 @@ def run_extract(
     with group.agreed():
         if group.leader and out is not None:
             OutputFolder(out, MODEL, force, inputs).check()
-    session = session or Session(
-        spec, source, seed=recipe.seed, report=report, group=group, workers=workers, classes=classes, trial=trial
-    )
+    given, session = session, session or Session(
+        spec, source, seed=recipe.seed, report=report, group=group, workers=workers, classes=classes, trial=trial,
+        memory=memory,
+    )  # fmt: skip
     with group.agreed():
         session.check_names(classes)
     session.warn_early()
-    session.prove(recipe)
+    session.prove(recipe, jobs)
     probe = session.probe()
     started = time.perf_counter()
     if session.made is not None and session.made[0] == replace(recipe, tune=None).to_json():
         _, model, layers = session.made
     else:
-        model = copy.deepcopy(session.start(recipe))
+        model = sharing(session.start(recipe), session.dense)
         layers = recipe.method.convert(model, recipe.cut, replace(session.context(jobs), report=report))
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
@@ -71,4 +72,6 @@ def run_extract(
         if narrowed:
             info["attention"] = [asdict(layer) for layer in narrowed]
     save(moee, out, force, group, inputs)
+    if given is not None:  # whose dense model lives on, and shares weights with this one
+        moee.model = copy.deepcopy(model)
     return moee

@@ -12,6 +12,9 @@ from moee.artifacts.model import MoeeModel, recorded_data
 from moee.config import FinetuneConfig
 from moee.data.sources import same_data
 from moee.errors import UserError
+from moee.layers.routed import routed_layers
+from moee.measure.metrics import tokens_per_image
+from moee.mlps.find import find_ffns
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
 from moee.places.inputs import source_paths
@@ -21,6 +24,7 @@ from moee.places.resume import alone_on
 from moee.progress import Reporter, silent
 from moee.stages.results import kept, save
 from moee.stages.session import Session
+from moee.stages.space import model_shape
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
 from moee.train.finetuning import finetune
 
@@ -28,7 +32,7 @@ from moee.train.finetuning import finetune
 def run_finetune(
     path: Path | str, config: FinetuneConfig, out: Path | str, *, source: str | None = None, force: bool = False,
     report: Reporter = silent, session: Session | None = None, group: Group = SOLO, workers: int = 0,
-    weights: Path | str | None = None, model: str | None = None,
+    weights: Path | str | None = None, model: str | None = None, memory: int | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee finetune`: distil the dense model into the artifact at `path` and save the result at `out`.
 
@@ -58,7 +62,9 @@ def run_finetune(
                 )
             recorded = source or (recorded_data(moee.data) if session is None else moee.data)
         seed = moee.seed
-        session = session or Session(spec, recorded, seed=seed, report=report, group=group, workers=workers, classes=moee.classes)
+        session = session or Session(
+            spec, recorded, seed=seed, report=report, group=group, workers=workers, classes=moee.classes, memory=memory
+        )
         session.warn_early(moee.probe)
         tune(moee, session, config, state.place, out, force=force, inputs=inputs)
         if group.leader:
@@ -76,6 +82,7 @@ def tune(
     if division is not None:
         division.check(session.train)
     started, group = time.perf_counter(), session.group
+    config = _within_memory(moee, session, config)
     result = finetune(
         moee.model, session.dense, session.train, config, session.report, resume=state,
         teacher=lambda: session.train_outputs.features, group=group
@@ -103,3 +110,17 @@ def tune(
         stages["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
         moee.info["data_read"] = session.data_facts()
     save(moee, out, force, group, inputs)
+
+
+def _within_memory(moee: MoeeModel, session: Session, config: FinetuneConfig) -> FinetuneConfig:
+    """The configuration, with batches in as many parts as a bound on the memory asks for. Raises `UserError` where it lacks."""
+    with session.group.agreed():
+        dense, image = session.dense, session.transform.shape
+        try:
+            ffns = find_ffns(dense, shape=image, gated=True).ffns
+        except UserError:  # merged tokens alone are tuned, say; of its steps the weights are known
+            ffns = []
+        tokens = tokens_per_image(dense, [ffn.name for ffn in ffns], image) if ffns else {}
+        parts = [moee.model] if config.train == "all" else routed_layers(moee.model).values()
+        trained = sum(p.numel() for part in parts for p in part.parameters())
+        return session.space.tuned(model_shape(dense, ffns, tokens, image), config, trained)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +12,9 @@ from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
 from moee.parallel.group import Group
 from moee.schema import reason_of
+from moee.space.machine import peak_memory_bytes
 
 log = logging.getLogger("moee")
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

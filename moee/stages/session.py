@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from collections import Counter
@@ -37,10 +36,12 @@ from moee.mlps.attention import find_attentions
 from moee.mlps.find import find_ffns, grouped
 from moee.mlps.proof import random_images
 from moee.models.ffn import FFN
-from moee.models.model import ModelSpec, Shape, load_model
+from moee.models.model import ModelSpec, Shape, load_model, sharing
 from moee.parallel.group import SOLO, Group
 from moee.progress import Reporter, silent
 from moee.schema import reason_of
+from moee.space.machine import give_back
+from moee.stages.space import Space, model_shape
 
 log = logging.getLogger("moee")
 Given = tuple[Any, Any]  # training images as Python has them, and held-out ones or None
@@ -59,13 +60,15 @@ class Session:
     The data are those of `source`, or training and held-out images `given` in Python (`moee.given.images`).
 
     `classes`: those of an artifact or of a class map, by which the images are labelled; else the folders' own. Raises `UserError`
-    unless a classifier tells as many apart. `trial` is run once the model is proved, before the work.
+    unless a classifier tells as many apart. `trial` is run once the model is proved, before the work. `memory`: bytes that a
+    process may take (`Space`).
     """
 
     def __init__(
         self, spec: ModelSpec, source: str, *, seed: int = 0, report: Reporter = silent, group: Group = SOLO, workers: int = 0,
-        classes: Sequence[str] = (), trial: Trial | None = None, given: Given | None = None,
+        classes: Sequence[str] = (), trial: Trial | None = None, given: Given | None = None, memory: int | None = None,
     ):  # fmt: skip
+        self.space = Space(group, memory)
         self.spec, self.source, self.report, self.group, self.trial = spec, located(source), report, group, trial
         with group.agreed():
             self.dense = load_model(spec)
@@ -124,13 +127,19 @@ class Session:
 
     def context(self, jobs: int = 1, sampled: Sequence[LayerTokens] | None = None) -> Context:
         """What methods work with on this model and its training images."""
-        return Context(self.train, self.report, self.group, jobs, sampled, left=self._left, dense=self.dense)
+        limits = self.space.limits
+        return Context(self.train, self.report, self.group, jobs, sampled, left=self._left, dense=self.dense, limits=limits)
 
-    def prove(self, recipe: Recipe) -> None:
-        """See that the model was read rightly, and that its costs can be counted, before hours are spent on it.
+    def prove(self, recipe: Recipe, jobs: int = 1) -> None:
+        """See that the model was read rightly, that its costs can be counted, and that memory and disk suffice, before hours are
+        spent on it.
 
         Raises `UserError` that names the layer whose replacement, with everything kept, does not give the dense output.
         """
+        self._prove(recipe, jobs)
+        self.space.share()
+
+    def _prove(self, recipe: Recipe, jobs: int) -> None:
         method, exclude = recipe.method, getattr(recipe.cut, "exclude", ())
         mlps = ("method", method.cuts, method.gated, *exclude)
         cut = {method_of(step).cuts for step in recipe.steps}
@@ -141,7 +150,11 @@ class Session:
                 method_of(step).check(self.dense, self.transform.shape, step)
             if mlps not in self._proved:
                 found = find_ffns(self.dense, exclude, self.transform.shape, method.gated)
-                self._count_costs(found.ffns, recipe)
+                tokens = self._count_costs(found.ffns, recipe)
+                if found.ffns:
+                    shape = model_shape(self.dense, found.ffns, tokens, self.transform.shape)
+                    tried = self.trial is not None
+                    self.space.find(shape, recipe.cut, len(self.train), len(self.held_out), jobs=jobs, tried=tried)
                 names = ("mlps", *(ffn.name for ffn in found.ffns))  # methods that cut the same layers share the check
                 if "mlps" in cut and names not in self._proved:
                     check_ffns(self.dense, found.ffns, self._few_images(), self.report)
@@ -165,9 +178,9 @@ class Session:
     def _check_merging(self) -> None:
         check_merging(self.dense, self._few_images(), self.report)
 
-    def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> None:
-        """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Raises
-        `UserError`."""
+    def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> dict[str, int]:
+        """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Tokens of an
+        image that each MLP sees. Raises `UserError`."""
         try:
             whole = dense_macs(self.dense, self.transform.shape)
             merging = self._merging(recipe)
@@ -186,6 +199,7 @@ class Session:
                 ffn_budget(whole, cut, target, most, floor=floor)
             if asked <= least:  # nothing is left to be cut
                 ffn_budget(whole, cut, target, least, floor=floor)
+        return tokens
 
     def _merging(self, recipe: Recipe) -> nn.Module:
         """The dense model with the tokens merged that the recipe's steps before its last merge, by its shapes alone."""
@@ -207,7 +221,7 @@ class Session:
         if not recipe.first:
             return self.dense
         if recipe.first not in self._started:
-            model = copy.deepcopy(self.dense)
+            model = sharing(self.dense, self.dense)
             for step in recipe.first:
                 method_of(step).convert(model, step, self.context())
             self._started[recipe.first] = model
@@ -224,7 +238,9 @@ class Session:
         return {**facts, "division": asdict(division) if division is not None else None}
 
     def _run(self, model: nn.Module, data: ImageSet, message: str) -> Outputs:
-        return run(model, data, self.report, message, group=self.group)
+        found = run(model, data, self.report, message, self.space.limits.forward, group=self.group)
+        give_back()
+        return found
 
     def probe(self) -> Probe | None:
         """A probe on the dense features of the training images; None for classifiers, and where the labels are of fewer than two

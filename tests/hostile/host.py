@@ -8,9 +8,11 @@ would be: its streams are opened or closed before the command line is entered as
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -18,6 +20,10 @@ import time
 from typing import Any
 
 LIMIT_S = 60
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # of <sched.h> and <sys/mount.h>
+PR_SET_KEEPCAPS, CAP_DAC_OVERRIDE, CAPABILITY_VERSION = 8, 1, 0x20080522  # of <linux/prctl.h> and <linux/capability.h>
+NOBODY = 61_234  # a user who has no other process
+NOT_HERE = 77  # exit code where this machine does not let a case be made
 
 
 def main() -> None:
@@ -78,6 +84,7 @@ def run(case: dict[str, Any]) -> None:
             if value is not None:
                 os.environ[name] = value
         streams(case)
+        surroundings(case)
         sys.argv = ["moee", *case["words"]]
         from exporter.cli import main as moee
 
@@ -113,6 +120,23 @@ def streams(case: dict[str, Any]) -> None:
     for number in case.get("closed", ()):
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+
+def surroundings(case: dict[str, Any]) -> None:
+    """Take /proc away, or the right to start more than so many processes and threads, as the case says. Needs root."""
+    if case.get("proc") == "none":
+        libc = ctypes.CDLL(None)
+        private = libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+        if private or libc.mount(b"none", b"/proc", b"tmpfs", 0, None):
+            os._exit(NOT_HERE)
+    if "tasks" in case:  # root has no such limit
+        resource.setrlimit(resource.RLIMIT_NPROC, (case["tasks"], case["tasks"]))
+        libc = ctypes.CDLL(None)
+        libc.prctl(PR_SET_KEEPCAPS, 1)
+        os.setuid(NOBODY)
+        files = (1 << CAP_DAC_OVERRIDE, 1 << CAP_DAC_OVERRIDE, 0)  # effective, permitted: root's files stay readable
+        if libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)(*files, 0, 0, 0)):
+            os._exit(NOT_HERE)
 
 
 if __name__ == "__main__":

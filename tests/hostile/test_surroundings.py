@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hostile.host import NOT_HERE
 from tests.reliability.runner import ROOT
 from tests.reliability.tiny_vit import NAME, write_images, write_weights
 
@@ -50,6 +51,13 @@ ENVIRONMENTS = {
     "FORCE_COLOR": {"FORCE_COLOR": "1"}, "TMPDIR not there": {"TMPDIR": "/nowhere"}, "TMPDIR empty": {"TMPDIR": ""},
     "PATH empty": {"PATH": ""}, "OMP_NUM_THREADS of text": {"OMP_NUM_THREADS": "x"}, "TZ unknown": {"TZ": "Mars/Olympus"},
     "RANK without WORLD_SIZE": {"RANK": "0"}, "WORLD_SIZE alone": {"WORLD_SIZE": "8"},
+}  # fmt: skip
+LIMITS = {  # what the system does not give, the line, its exit code, and a part of what is said
+    "no /proc": ({"proc": "none"}, INSPECT, 0, ""),
+    "no /proc, and work": ({"proc": "none"}, extract(out="no-proc"), 0, ""),
+    "no thread": ({"tasks": 1}, INSPECT, 0, ""),
+    "no thread, and work": ({"tasks": 1}, extract(out="no-thread"), 3, "raise the limit on processes and threads (ulimit -u)"),
+    "no process that reads ahead": ({"tasks": 11}, [*extract(out="no-process"), "--workers", "4"], 0, "this one reads them"),
 }  # fmt: skip
 NAMES = {
     "a space": "a b", "brackets": "set[red]", "a closing tag": "[", "a link": "[link=file:x]y", "quotes": "it's \"it\"",
@@ -123,6 +131,7 @@ def answers(request, tmp_path_factory):
     cases = [{"name": name, "words": words, **how} for name, (how, words, _) in STREAMS.items()]
     cases += [{"name": name, "words": INSPECT, "env": env} for name, env in ENVIRONMENTS.items()]
     cases += [{"name": name, "words": words} for name, (words, _) in REFUSED.items()]
+    cases += [{"name": name, "words": words, **how} for name, (how, words, *_) in LIMITS.items()]
     cases += [{"name": "odd classes", "words": extract("odd", out="odd-out")}, {"name": "odd classes, again",
         "words": ["inspect", "odd-out"]}]
     chosen |= {"odd classes", "odd classes, again"} if "test_classes_and_pictures_of_odd_names" in chosen else set()
@@ -186,6 +195,21 @@ def test_environments(answers, name, tried):
     found, _ = answers
     kept_to(found[name], 0)
     tried("environments", name, "done")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="another user's limits and mounts need root")
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_system_that_gives_less(answers, name, tried):
+    """No /proc, and no more processes and threads for this user."""
+    found, work = answers
+    how, words, code, said = LIMITS[name]
+    if found[name]["code"] == NOT_HERE:
+        pytest.skip("this machine lets nobody change mounts")
+    kept_to(found[name], code)
+    assert said in found[name]["err"], found[name]["err"]
+    if words is not INSPECT:
+        assert (work / words[words.index("--out") + 1] / "moee.json").is_file() == (code == 0)
+    tried("limits", name, "done" if code == 0 else "refused")
 
 
 def test_a_name_of_odd_characters_is_taken_and_shown_as_it_is(answers, tried):

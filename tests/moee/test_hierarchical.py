@@ -22,6 +22,7 @@ from moee.mlps.find import find_ffns
 from moee.mlps.structure import read_mlp
 from moee.models.ffn import FFN
 from moee.models.model import ModelSpec, load_model, replace_module
+from moee.space.limits import Limits
 from tests.conftest import extract, tiny_images
 
 SWIN = dict(img_size=32, patch_size=4, window_size=2, embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 4), num_classes=10)
@@ -72,8 +73,7 @@ def test_taking_the_pass_up_in_the_middle_gives_what_whole_passes_give(name, mon
     data = tiny_images(64)
     ffns, layers = mean_compensated(model, data)
     other = copy.deepcopy(model)
-    monkeypatch.setattr(moee.calibrate.refit, "BATCH_SIZE", 7)
-    done = refit(model, layers, ffns, data, 512, ridge=None)
+    done = refit(model, layers, ffns, data, 512, ridge=None, limits=Limits(forward=7))
     counts = counts_of(hierarchical(name), data)
     for layer_name, layer in routed_layers(other).items():  # one whole pass a layer, over all of its images
         order = spread(64, min(64, 512 // counts[layer_name]))

@@ -42,17 +42,19 @@ def _outputs(args: argparse.Namespace) -> list[OutputFolder]:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from exporter.graph.export import export, read_quantization
+    from exporter.graph.export import export, read_quantization, space_of, weights_of
     from exporter.manifests import read_export
     from exporter.precision import dtype_of, refuse_calibration
     from exporter.quantization import CALIBRATION_IMAGES
     from moee.data.image_set import say_read
+    from moee.space.refusal import say_space
 
     dtype_of(args.precision)
     refuse_calibration(args.precision, args.calibration_images is not None or bool(args.data))
     images = CALIBRATION_IMAGES if args.calibration_images is None else args.calibration_images
     with ProgressDisplay() as report:
         moee = open_artifact(args)
+        say_space([space_of(moee, args.precision)], weights_of(moee), args.out)
         given = None
         if args.data:
             given = moee.record.images("train", args.data, report)

@@ -13,13 +13,13 @@ from exporter.terminal.flags import (
     add_class_map,
     add_device,
     add_outputs,
-    add_scratch,
     add_weights,
     model_inputs,
     session_of,
     show_skipped,
 )
 from exporter.terminal.options import add_options
+from exporter.terminal.space import add_scratch
 from exporter.terminal.ui import ProgressDisplay
 from moee.ablation.grid import AblationConfig
 from moee.errors import UserError

@@ -13,13 +13,13 @@ from exporter.terminal.flags import (
     add_device,
     add_model,
     add_outputs,
-    add_scratch,
     at_least,
     model_inputs,
     session_of,
     several,
     show_skipped,
 )
+from exporter.terminal.space import add_scratch
 from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_SEEDS
 from moee.places.output_file import OutputFile

@@ -15,7 +15,6 @@ from exporter.terminal.flags import (
     add_model,
     add_out,
     add_outputs,
-    add_scratch,
     add_trial,
     at_least,
     model_inputs,
@@ -23,6 +22,7 @@ from exporter.terminal.flags import (
     speak,
 )
 from exporter.terminal.options import add_options, flag_of, given_options
+from exporter.terminal.space import add_memory, add_scratch
 from exporter.terminal.ui import ProgressDisplay
 from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
@@ -58,6 +58,7 @@ def add_parser(subparsers: Any) -> None:
     add_device(sub, target=True)
     add_trial(sub)
     add_scratch(sub)
+    add_memory(sub)
     add_out(sub, "all stages; an unfinished one is gone on from")
     add_outputs(sub, lambda args: [StagedFolder(args.out, force=args.force, inputs=_inputs(args))])
 

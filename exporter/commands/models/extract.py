@@ -17,7 +17,6 @@ from exporter.terminal.flags import (
     add_out,
     add_outputs,
     add_ranks,
-    add_scratch,
     add_trial,
     at_least,
     check_outputs,
@@ -29,6 +28,7 @@ from exporter.terminal.flags import (
     trial_of,
 )
 from exporter.terminal.options import Known, add_options, flag_of, given_options
+from exporter.terminal.space import add_memory, add_scratch
 from exporter.terminal.ui import FittingTable, attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
 from moee.bounds import JOBS
 from moee.errors import UserError
@@ -68,6 +68,7 @@ def add_parser(subparsers: Any, shown: str | None = None) -> None:
     add_device(sub)
     add_trial(sub)
     add_scratch(sub)
+    add_memory(sub)
     add_ranks(sub)
     add_out(sub, "the extracted model")
     add_outputs(sub, _outputs)
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         assert recipe is not None, "from the flags, a recipe's file or a plan"
         moee = run_extract(
             spec, args.data, recipe, args.out, force=args.force, report=report, session=None, jobs=args.jobs, group=group,
-            workers=args.workers, classes=classes, trial=trial_of(args)
+            workers=args.workers, classes=classes, trial=trial_of(args), memory=args.memory,
         )  # fmt: skip
     if not group.leader:
         return OK

@@ -10,6 +10,7 @@ from rich.console import Console
 from exporter.terminal.advice import after_finetune
 from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, add_ranks, rank_display, show_skipped
 from exporter.terminal.options import add_options, flag_of, given_options
+from exporter.terminal.space import add_memory
 from exporter.terminal.ui import stage_table, title_of
 from moee.config import FinetuneConfig, validated
 from moee.errors import UserError
@@ -32,6 +33,7 @@ def add_parser(subparsers: Any) -> None:
     add_moved(sub)
     add_device(sub)
     add_ranks(sub)
+    add_memory(sub)
     add_out(sub, "the tuned model")
     add_outputs(sub, _outputs)
 
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         moee = run_finetune(
             args.path, config, args.out, source=args.data, force=args.force, report=report, session=None, group=group,
-            workers=args.workers, weights=args.checkpoint, model=args.word,
+            workers=args.workers, weights=args.checkpoint, model=args.word, memory=args.memory,
         )  # fmt: skip
     if not group.leader:
         return OK

@@ -16,7 +16,6 @@ from exporter.terminal.flags import (
     add_model,
     add_out,
     add_outputs,
-    add_scratch,
     add_trial,
     at_least,
     model_flags,
@@ -25,6 +24,7 @@ from exporter.terminal.flags import (
     show_skipped,
 )
 from exporter.terminal.options import add_options, given_options
+from exporter.terminal.space import add_memory, add_scratch
 from exporter.terminal.ui import FittingTable, ProgressDisplay, data_title, number, percent, span
 from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
@@ -76,6 +76,7 @@ def add_parser(subparsers: Any) -> None:
         add_options(group, kind, BASE, {"cluster_tokens": 6000})
     add_trial(sub)
     add_scratch(sub)
+    add_memory(sub)
     add_out(sub, "plan.json")
     add_outputs(sub, _outputs)
 

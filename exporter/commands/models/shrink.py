@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from exporter.terminal.advice import after_shrink
-from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, add_scratch, show_skipped
+from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, show_skipped
 from exporter.terminal.options import add_options, given_options
+from exporter.terminal.space import add_scratch
 from exporter.terminal.ui import FittingTable, ProgressDisplay, number, stage_table, title_of
 from moee.config import validated
 from moee.places.inputs import source_paths

@@ -1,0 +1,192 @@
+"""What each stage takes beyond the loaded dense model, from shapes alone.
+
+Numbers are float32 unless a term says otherwise. D is the width of a layer's tokens, H its hidden neurons, N the tokens of an
+image there, B images of a batch, T tokens a layer, K experts. Where each term comes from:
+
+- A forward pass: B N (5 D + 2 H) of the widest layer, for stream, norm, attention's parts, and the hidden layer before and
+  behind its activation; two copies of the images.
+- Calibration: an int64 permutation of the data set's tokens where not all are kept (`_Sampler._draw`), and a forward pass. On
+  disk T D in half precision a layer.
+- Grouping, a layer: T (D + 3 H) of the clustered tokens, for members, activations and a centred copy; another T H by density
+  (`moee.clustering.pairwise`), 9 H^2 for `eigh` in float64 with principal components. Or a chunk's tokens (D + 4 H), for the
+  statistics (`MomentAccumulator.add`).
+- Kept from there on: moments of 3 K H in float64 a layer.
+- Sensitivity: T (6 D + 3 H) of every layer for the T of a backward pass, which needs of a block the inputs of two norms, queries,
+  keys, values, their product and the activation's input; the squared deviations (`_Accumulator.see`) and what they come from.
+  And 3 (D^2 + K H) in float64 of every layer and objective: sums, the part that is added, the total (`_Accumulator.take`,
+  `OrderedSum`).
+- Kept from there on: D^2 + K H in float64 a layer (`Sensitivity`).
+- The cut model: 2 D H a layer at most; all else are the dense model's own weights (`moee.models.model.sharing`).
+- Refit: T (3 D + an image's share) for what a waiting pass holds, a block's input, the stream and the layer's input; T 6 D more
+  for the dense model's pass, its stream and the targets. T (5 D + 2 H) of the one part that runs. And for one layer
+  6 H (H + D) + 26 H^2: sums of two parts with held-out tokens apart; copies and factors in float64, and LAPACK's own
+  (`solve_ridge`, `eliminate`).
+- Measurement: a forward pass, and 1.5 of each number of the held-out feature maps, in half precision: the dense model's, these in
+  batches, and whole.
+- Fine-tuning: 6 of every trained weight, for the student, gradients, AdamW's two moments, best and tried weights. And
+  B N (10 D + H) of every layer for the B images of a part, what a backward pass needs where weights have gradients: the inputs of
+  norms and products; a routed layer keeps its input alone, and computes the rest again.
+- Export: 4 of every weight, since graphs hold weights of their own, and so does ONNX Runtime; 2 for the trial of one graph.
+
+Held against what a tiny and a small model really take by tests/moee/test_space.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from moee.space.limits import USUAL, Limits
+
+FLOAT, HALF = 4, 2
+CHUNK = 8192  # tokens of a matrix product
+MOST_MAPS = 1 << 30  # bytes of feature maps that a measurement keeps
+
+
+class LayerShape(NamedTuple):
+    """An MLP: width of its tokens, hidden neurons, tokens of an image."""
+
+    dim: int
+    hidden: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A dense model: its trainable `weights` and the numbers of an `image`, the MLPs that are cut in their order."""
+
+    weights: int
+    image: int
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def feature_map(self) -> int:
+        """Numbers of an image's last feature map, about."""
+        return self.layers[-1].dim * self.layers[-1].tokens if self.layers else 0
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """What an extraction is asked for. `images`: of calibration, collages included; `held_out`: of the measurement. `tokens`: a
+    layer; `clustered`: of these in the clustering, 0 for none; `by_density`, `components`: how. `experts`: a layer, about.
+    `objectives`: of the sensitivity on `measured` tokens, 0 for none. `refitted`: tokens of the refit, 0 for none, to the dense
+    `stream` or not. `jobs`: layers side by side."""
+
+    images: int
+    held_out: int
+    tokens: int
+    clustered: int = 0
+    by_density: bool = False
+    components: bool = False
+    experts: int = 1
+    objectives: int = 0
+    measured: int = 0
+    refitted: int = 0
+    stream: bool = False
+    jobs: int = 1
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a stage takes at its peak, in bytes."""
+
+    stage: str
+    memory_bytes: int
+    disk_bytes: int = 0
+
+
+def forward(model: ModelShape, images: int) -> int:
+    """Bytes of a forward pass."""
+    widest = max((each.tokens * (5 * each.dim + 2 * each.hidden) for each in model.layers), default=0)
+    return FLOAT * images * (widest + 2 * model.image)
+
+
+def sampled(layer: LayerShape, images: int, tokens: int) -> int:
+    """Tokens of a layer that are kept of so many images."""
+    return min(tokens, images * layer.tokens)
+
+
+def calibration(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
+    """The pass that keeps tokens on disk."""
+    totals = {work.images * each.tokens for each in model.layers if work.images * each.tokens > work.tokens}
+    kept = sum(sampled(each, work.images, work.tokens) * each.dim for each in model.layers)
+    running = forward(model, min(limits.forward, work.images))
+    return Need("calibration", 2 * FLOAT * sum(totals) + running, HALF * kept)
+
+
+def grouping(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
+    """Clustering and statistics; layers side by side take as much each."""
+    most = 0
+    for each in model.layers:
+        count = sampled(each, work.images, work.tokens)
+        clustered = min(work.clustered, count)
+        wide = clustered * (each.dim + (3 + work.by_density) * each.hidden)
+        most = max(
+            most, FLOAT * (wide + 9 * each.hidden**2 * work.components), FLOAT * min(CHUNK, count) * (each.dim + 4 * each.hidden)
+        )
+    return Need("clustering" if work.clustered else "statistics", limits.side_by_side(work.jobs) * most)
+
+
+def sensitivity(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
+    """Backward passes."""
+    if not work.objectives:
+        return Need("sensitivity", 0)
+    images = max(1, min(work.images, limits.backward // max(each.tokens for each in model.layers)))
+    graph = sum(images * each.tokens * (6 * each.dim + 3 * each.hidden) for each in model.layers)
+    sums = sum(6 * work.objectives * (each.dim**2 + work.experts * each.hidden) for each in model.layers)
+    return Need("sensitivity", FLOAT * (graph + sums))
+
+
+def passes(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> int:
+    """Passes of the refit that wait for each other, each in a thread of its own; as many again run of the dense model."""
+    wanted = limits.refitted(work.refitted)
+    return max(1, min(8, wanted // (256 * work.experts), work.images))
+
+
+def refit(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
+    """Waiting passes, and one layer's sums and solution."""
+    if not work.refitted:
+        return Need("refit", 0)
+    most = max(sampled(each, work.images, limits.refitted(work.refitted)) for each in model.layers)
+    widest = max(model.layers, key=lambda each: each.hidden)
+    dim, hidden = widest.dim, widest.hidden
+    held = most * (3 * dim + 6 * dim * work.stream + model.image // max(1, min(each.tokens for each in model.layers)))
+    running = most // passes(model, work, limits) * (5 * dim + 2 * hidden)
+    layer = 6 * hidden * (hidden + dim) + 26 * hidden**2
+    return Need("refit", FLOAT * (held + running + layer))
+
+
+def measurement(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
+    """The held-out images through the cut model, beside what is kept of the dense one."""
+    maps = HALF * model.feature_map * work.held_out
+    return Need("measurement", forward(model, min(limits.forward, work.held_out)) + 3 * maps * (maps <= MOST_MAPS))
+
+
+def extraction(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> list[Need]:
+    """Every stage in turn, with what is kept of those before it."""
+    moments = FLOAT * sum(6 * work.experts * each.hidden for each in model.layers)
+    found = FLOAT * sum(2 * (each.dim**2 + work.experts * each.hidden) for each in model.layers) * bool(work.objectives)
+    stores = FLOAT * sum(2 * each.dim * each.hidden for each in model.layers)
+    stages = [(calibration, 0), (grouping, 0), (sensitivity, moments), (refit, moments + found + stores)]
+    stages += [(measurement, moments + found + stores)]
+    needs = [(make(model, work, limits), held) for make, held in stages]
+    return [Need(each.stage, each.memory_bytes + held, each.disk_bytes) for each, held in needs if each.memory_bytes]
+
+
+def tuning(model: ModelShape, batch: int, accumulate: int, trained: int, checkpointing: bool = False) -> Need:
+    """Steps on `batch` images in `accumulate` parts, of `trained` weights."""
+    part = -(-batch // accumulate)
+    each_layer = [part * each.tokens * (10 * each.dim + each.hidden) for each in model.layers]
+    inputs = part * sum(each.tokens * each.dim for each in model.layers)
+    graph = inputs + max(each_layer, default=0) if checkpointing else sum(each_layer)
+    return Need("fine-tuning", FLOAT * (6 * trained + graph + 2 * part * model.image))
+
+
+def trial(weights: int) -> Need:
+    """The trial export of the dense model."""
+    return Need("trial export", 2 * FLOAT * weights)
+
+
+def export(weights: int, reference: bool = False) -> Need:
+    """Two models' graphs, one after another; their files, and those of a `reference` where the graphs are in int8."""
+    return Need("export", 4 * FLOAT * weights, (2 + reference) * FLOAT * weights)

@@ -1,0 +1,105 @@
+"""What a command says of its memory and disk before the work, and how it refuses where they are not there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moee.errors import UserError
+from moee.space.estimate import FLOAT, Need
+from moee.space.limits import USUAL, Limits
+from moee.space.machine import available_memory, free_disk
+
+log = logging.getLogger("moee")
+LIBRARIES = 1 << 30  # bytes that Python, PyTorch, timm, scikit-learn and ONNX Runtime take once they are loaded
+SLACK = 1.5  # times the memory that is free, up to which an estimate may be too high, and is only warned of
+STEP = 0.9  # of a refit's tokens that are tried next
+CURES = {
+    "calibration": "fewer images or a smaller --img-size", "clustering": "fewer --cluster-tokens", "statistics": "fewer --jobs",
+    "sensitivity": "--criterion output_variance and --neurons ranked", "refit": "fewer --refit-tokens",
+    "measurement": "fewer held-out images", "fine-tuning": "more --accumulate, --checkpointing, or --train experts",
+    "export": "a machine that has it", "trial export": "--no-trial-export",
+}  # fmt: skip
+
+FILES = {"calibration": "the calibration's tokens", "export": "the graphs"}
+PLACES = {"calibration": "a larger disk with --scratch DIR, or fewer --tokens", "export": "an --out on a larger disk"}
+
+
+def in_words(size_bytes: int) -> str:
+    """Bytes as people read them."""
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 1 << 30 else f"{-(-size_bytes >> 20)} MiB"
+
+
+def worst(needs: Sequence[Need]) -> Need:
+    """The stage that takes the most memory."""
+    return max(needs, key=lambda need: need.memory_bytes)
+
+
+def loaded(weights: int) -> int:
+    """Bytes of the process before the work: libraries, and a model of so many `weights`."""
+    return LIBRARIES + FLOAT * weights
+
+
+def limits_within(memory: int, weights: int, needs: Callable[[Limits], Sequence[Need]], refitted: int, least: int) -> Limits:
+    """The largest pieces with which every stage of a model of so many `weights` stays within `memory` bytes, or the smallest.
+    The refit keeps `least` of its `refitted` tokens. By shapes alone: the same command cuts its work the same way again."""
+    limits = USUAL
+    while (most := worst(needs(limits))).memory_bytes > memory - loaded(weights):
+        smaller = _smaller(limits, most.stage, refitted, least)
+        if smaller == limits:
+            break
+        limits = smaller
+    return limits
+
+
+def _smaller(limits: Limits, stage: str, refitted: int, least: int) -> Limits:
+    """Smaller pieces of a stage; the same where they are the smallest."""
+    if stage in ("calibration", "measurement"):
+        return replace(limits, forward=max(1, limits.forward // 2))
+    if stage == "sensitivity":
+        return replace(limits, backward=max(1, limits.backward // 2))
+    if stage in ("clustering", "statistics"):
+        return replace(limits, jobs=1)
+    if stage == "refit":
+        return replace(limits, refit_tokens=max(min(refitted, least), int(STEP * limits.refitted(refitted))))
+    return limits
+
+
+def refuse_without_space(
+    needs: Sequence[Need], weights: int, memory: int | None = None, folder: Path | str | None = None
+) -> None:
+    """Raise `UserError` unless what the stages need is there: within the bound `memory` that a user gave, on this machine, and
+    below the `folder` of files. The model of so many `weights` is loaded already. What a system does not tell refuses nothing."""
+    most, disk = worst(needs), sum(need.disk_bytes for need in needs)
+    cure = CURES[most.stage]
+    if memory is not None and loaded(weights) + most.memory_bytes > memory:
+        raise UserError(
+            f"the {most.stage} takes about {in_words(most.memory_bytes)} in the smallest pieces, beside "
+            f"{in_words(loaded(weights))} of libraries and weights, and --memory allows {in_words(memory)}; give a larger "
+            f"--memory, or {cure}"
+        )
+    there = available_memory()
+    if there is not None and most.memory_bytes > there.size_bytes:
+        smaller = "" if memory is not None or "export" in most.stage else "--memory with what there is, or "
+        sentence = (
+            f"the {most.stage} takes about {in_words(most.memory_bytes)} of memory beside the model, and "
+            f"{in_words(there.size_bytes)} are {there.limit}; give {smaller}{cure}"
+        )
+        if most.memory_bytes > SLACK * there.size_bytes:
+            raise UserError(sentence)
+        log.warning("memory may not suffice: %s", sentence)
+    free = free_disk(folder) if folder is not None and disk else None
+    if free is not None and disk > free:
+        raise UserError(
+            f"{FILES[needs[0].stage]} take {in_words(disk)} in {folder}, and {in_words(free)} are free there; give "
+            f"{PLACES[needs[0].stage]}"
+        )
+
+
+def say_space(needs: Sequence[Need], weights: int, folder: Path | str | None = None) -> None:
+    """Log what the stages will take at their peak, and where their files lie."""
+    most, disk = worst(needs), sum(need.disk_bytes for need in needs)
+    where = f"; disk: {in_words(disk)} in {folder}" if disk and folder is not None else ""
+    log.info("memory: about %s at the peak (%s)%s", in_words(loaded(weights) + most.memory_bytes), most.stage, where)

@@ -1,0 +1,180 @@
+"""Memory and disk before the work: estimates from shapes, what is there, smaller pieces within a bound, refusals."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from exporter import cli
+from exporter.terminal.space import size_of
+from moee.config import FinetuneConfig
+from moee.errors import UserError
+from moee.methods.recipe import method_options
+from moee.models.model import sharing
+from moee.parallel.group import SOLO
+from moee.space import machine, refusal
+from moee.space.estimate import Extraction, LayerShape, ModelShape, Need, export, extraction, refit, sensitivity, tuning
+from moee.space.limits import USUAL, Limits
+from moee.space.refusal import limits_within, loaded, refuse_without_space, worst
+from moee.stages.space import Space, extraction_of
+from tests.conftest import extract, tiny_images
+from tests.reliability.runner import ROOT
+from tests.reliability.tiny_vit import NAME
+
+LARGE = ModelShape(303_301_632, 3 * 224 * 224, tuple(LayerShape(1024, 4096, 257) for _ in range(24)))
+PAPER = Extraction(
+    images=1000, held_out=100, tokens=126_080, clustered=6000, experts=4, objectives=2, measured=32_768, refitted=126_080,
+    stream=True,
+)  # fmt: skip
+
+
+def test_a_vit_l_keeps_six_gigabytes_of_tokens():
+    assert sum(need.disk_bytes for need in extraction(LARGE, PAPER)) == 2 * 126_080 * 1024 * 24
+
+
+def test_smaller_pieces_take_less_and_are_the_same_for_the_same_bound():
+    def needs(limits):
+        return extraction(LARGE, PAPER, limits)
+
+    usual = worst(needs(USUAL))
+    for memory in (8 << 30, 7 << 30, 6 << 30):
+        limits = limits_within(memory, LARGE.weights, needs, PAPER.refitted, 4096)
+        assert limits == limits_within(memory, LARGE.weights, needs, PAPER.refitted, 4096)
+        assert loaded(LARGE.weights) + worst(needs(limits)).memory_bytes <= memory < loaded(LARGE.weights) + usual.memory_bytes
+        assert limits.backward < USUAL.backward and 4096 <= limits.refitted(PAPER.refitted) < PAPER.refitted
+    assert limits_within(1 << 40, LARGE.weights, needs, PAPER.refitted, 4096) == USUAL
+    smallest = limits_within(1 << 30, LARGE.weights, needs, PAPER.refitted, 4096)  # not even the weights
+    assert smallest.refitted(PAPER.refitted) == 4096, "a neuron keeps a token"
+
+
+def test_stages_that_are_not_asked_for_take_nothing():
+    static = replace(PAPER, objectives=0, refitted=0)
+    assert sensitivity(LARGE, static).memory_bytes == 0 and refit(LARGE, static).memory_bytes == 0
+    assert {need.stage for need in extraction(LARGE, static)} == {"calibration", "clustering", "measurement"}
+
+
+def test_what_the_options_ask_for_is_what_is_estimated():
+    work = extraction_of(method_options(clustering="kmeans", clusters=16, neurons="eliminated", objective="output"), 10, 5, 3)
+    assert (work.experts, work.objectives, work.by_density, work.jobs) == (16, 1, False, 3)
+    assert extraction_of(method_options(collages=2, augment=1, compensation="refit"), 10, 5).images == 40
+    assert extraction_of(method_options(compensation="mean"), 10, 5).refitted == 0
+    assert extraction_of(FinetuneConfig(), 10, 5) is None
+
+
+def test_the_tighter_of_two_limits():
+    assert Limits(8, 4096, None, 2).tighter(Limits(32, 100, 50)) == Limits(8, 100, 50, 2)
+    assert USUAL.tighter(USUAL) == USUAL
+
+
+@pytest.mark.parametrize("text, size", [("8G", 8 << 30), ("7.5GiB", 15 << 29), ("900m", 900 << 20), ("1tb", 1 << 40)])
+def test_sizes_as_people_write_them(text, size):
+    assert size_of(text) == size
+
+
+def test_a_bound_that_nothing_fits_in_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = ["extract", NAME, "--random-weights", "0", "--data", "digits", "--memory", "100M", "--out", "out", "--no-trial-export"]
+    assert cli.main(line) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"takes about \S+ \wiB .* and --memory allows 100 MiB; give a larger --memory, or ", said), said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_the_machine_lacks_is_refused():
+    need = Need("refit", 1 << 60)
+    with pytest.raises(UserError, match=r"the refit takes about .* GiB of memory beside the model, and .* are .*--refit-tokens"):
+        refuse_without_space([need], 1)
+    refuse_without_space([Need("refit", 1)], 1)
+
+
+def test_memory_that_may_not_suffice_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(refusal, "available_memory", lambda: machine.Available(1000, "free on this machine"))
+    refuse_without_space([Need("refit", 1400)], 1)
+    assert "memory may not suffice: the refit takes about 1 MiB" in caplog.text
+    with pytest.raises(UserError):
+        refuse_without_space([Need("refit", 1600)], 1)
+
+
+def test_a_disk_that_lacks_the_space_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(refusal, "free_disk", lambda folder: 1000)
+    said = r"the calibration's tokens take \S+ \wiB in .*, and 1 MiB are free there; .* --scratch DIR"
+    with pytest.raises(UserError, match=said):
+        Space(SOLO).find(LARGE, method_options(), 1000, 10)
+    with pytest.raises(UserError, match="the graphs take .* --out on a larger disk"):
+        refuse_without_space([export(1 << 20)], 1 << 20, folder=tmp_path)
+
+
+def test_a_system_that_does_not_tell_refuses_nothing(monkeypatch, tmp_path):
+    """No /proc, no control groups."""
+    for name in ("STATUS", "MEMINFO", "OWN_GROUP", "GROUPS"):
+        monkeypatch.setattr(machine, name, tmp_path / "none")
+    assert machine.resident_bytes() == machine.peak_memory_bytes()
+    assert machine.available_memory() is None
+    refuse_without_space([Need("refit", 1 << 60)], 1)
+    assert machine.free_disk(tmp_path / "to" / "be" / "made") > 0
+
+
+def test_the_least_of_control_groups_counts(monkeypatch, tmp_path):
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    for folder, most, held in ((inner, "max", 0), (inner.parent, "5000", 3000), (tmp_path, "9000000000000000", 10)):
+        (folder / "memory.max").write_text(most)
+        (folder / "memory.current").write_text(str(held))
+        (folder / "memory.stat").write_text("anon 5\ninactive_file 1000\n")
+    (tmp_path / "own").write_text("0::/a/b\n")
+    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(machine, "GROUPS", tmp_path)
+    assert machine.available_memory() == (3000, "left by the control group's limit")
+
+
+def test_a_fine_tuning_is_cut_into_parts_that_the_memory_holds(monkeypatch):
+    monkeypatch.setattr(refusal, "available_memory", lambda: machine.Available(1 << 40, "free on this machine"))
+    space = Space(SOLO, loaded(LARGE.weights) + tuning(LARGE, 32, 8, 1000).memory_bytes)
+    config = FinetuneConfig()
+    assert space.tuned(LARGE, config, 1000) == config.model_copy(update={"accumulate": 8})
+    assert Space(SOLO).tuned(LARGE, config, 1) == config, "no bound, no change"
+    with pytest.raises(UserError, match="fine-tuning .* --memory .*--checkpointing"):
+        Space(SOLO, 1 << 30).tuned(LARGE, config, LARGE.weights)
+
+
+def test_smaller_pieces_give_the_same_experts(tiny_model):
+    """But for rounding, where nothing is drawn a batch."""
+    data, options = tiny_images(48), method_options(clustering="kmeans", clusters=3, tokens=600, refit_tokens=400, keep=0.8)
+    other = tiny_model_again = sharing(tiny_model, tiny_model)
+    extract(tiny_model, data, options)
+    extract(other, data, options, limits=Limits(forward=5, backward=100))
+    for (name, one), two in zip(tiny_model.state_dict().items(), tiny_model_again.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_copy_that_shares_weights_leaves_the_dense_model_alone(tiny_model):
+    from moee.methods.registry import METHODS
+
+    before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    copy = sharing(tiny_model, tiny_model)
+    assert all(a is b for a, b in zip(copy.parameters(), tiny_model.parameters(), strict=True)) and METHODS
+    extract(copy, tiny_images(48), method_options(clustering="kmeans", clusters=3, tokens=600, refit_tokens=400, keep=0.8))
+    assert all(torch.equal(before[name], value) for name, value in tiny_model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [NAME, "vit_small_patch16_224"])
+def test_an_estimate_is_within_a_factor_of_two(tmp_path, name):
+    """What a command says before its work against what it took, by the process's peak."""
+    done = subprocess.run(
+        [sys.executable, "-m", "exporter.cli", "extract", name, "--random-weights", "0", "--data", "photos",
+            "--out", tmp_path / "o", "--clustering", "kmeans", "--clusters", "4", "--cluster-tokens", "1000",
+            "--criterion", "sensitivity", "--no-trial-export"],
+        capture_output=True, text=True, cwd=ROOT, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = re.search(r"memory: about ([\d.]+) GiB at the peak", done.stdout + done.stderr)
+    took = re.search(r"peak memory ([\d.]+) GiB", done.stdout)
+    assert 0.5 <= float(said[1]) / float(took[1]) <= 2, (said[0], took[0])
+    assert Path(tmp_path, "o").is_dir()
