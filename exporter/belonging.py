@@ -13,6 +13,7 @@ from typing import Any
 
 from moee.errors import UserError
 from moee.store.artifact import read_json, sha256_file
+from moee.store.result_kinds import CARD
 
 BELONGS_TO = "belongs_to"
 ARTIFACT, EXPORT = "artifact", "export"
@@ -25,7 +26,8 @@ def artifact_ids(manifest: Mapping[str, Any]) -> dict[str, str]:
     files = manifest.get("files")
     if not isinstance(files, dict):
         return {}
-    facts = {"files": files, **{key: manifest.get(key) for key in ("model", "layers", "attention")}}
+    weights = {name: digest for name, digest in files.items() if name != CARD}  # whose words are no part of the model
+    facts = {"files": weights, **{key: manifest.get(key) for key in ("model", "layers", "attention")}}
     if manifest.get("merging") is not None:  # artifacts of before have none
         facts["merging"] = manifest["merging"]
     return {ARTIFACT: _digest(facts)}

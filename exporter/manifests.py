@@ -18,6 +18,7 @@ from moee.models.ffn import plain_size
 from moee.models.model import ModelSpec, Shape
 from moee.schema import Body, Text, checked, shown
 from moee.store.artifact import read_manifest, sha256_file, stays_inside
+from moee.store.result_kinds import CARD
 from moee.store.wrong_folder import another_kind
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ EXPORT, EXPORT_SCHEMA = "export.json", "moee.export/1"
 ENGINE, ENGINE_SCHEMA = "engine.json", "moee.engine/1"
 EXPORT_FILES = (
     "dense.onnx", "portable.onnx", "tensorrt.onnx", "runtime.onnx", "reference.onnx", "dense.data", "moee.data", "reference.data",
+    CARD,
 )  # fmt: skip
 # Back end: Python module, wheel that holds its libraries, extra of this project.
 BACKENDS = {"tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_libs", "rtx"), "tensorrt": ("tensorrt", None, "trt")}

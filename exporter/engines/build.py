@@ -18,6 +18,7 @@ from typing import Any
 from exporter.belonging import BELONGS_TO, export_ids
 from exporter.manifests import BACKENDS, ENGINE, ENGINE_SCHEMA, read_engine, read_export
 from exporter.onnx_safety import check_onnx
+from moee.artifacts.card import pass_card
 from moee.errors import MissingDependency, StepFailed, UserError
 from moee.places.inputs import source_paths
 from moee.places.output_file import OutputFile
@@ -129,6 +130,7 @@ def build_engines(
         }
         if library is not None and info is not None:
             body["plugin"] = {"file": library.name, "sha256": sha256_file(library), "headers": info.headers}
+        pass_card(export_dir, export, folder)
         write_manifest(folder, "engine.json", SCHEMA, body)
     return report_of(out_dir, body)
 

@@ -31,6 +31,8 @@ from exporter.precision import INT8, Quantization, dtype_of, refuse_overflow, ty
 from exporter.quantization import CALIBRATION_IMAGES, calibrate, quantized
 from exporter.runners import OnnxRunner
 from exporter.runners.operator_cache import operator_or_reason
+from moee.artifacts.card import model_card, write_card
+from moee.artifacts.checkpoint import manifest_body
 from moee.artifacts.model import MoeeModel
 from moee.artifacts.stages import latest
 from moee.data.image_set import ImageSet, say_read
@@ -155,6 +157,7 @@ def export(
             "graphs": graphs,
             "quantization": {name: q.model_dump() for name, q in quantization.items()} or None,
         }
+        write_card(folder, model_card(manifest_body(moee), body))
         write_manifest(folder, MANIFEST, SCHEMA, body)
     report("export", 3, 3)
 

@@ -215,6 +215,7 @@ It resizes, crops and normalises as timm does, prints the top-1 class of each im
 {plugin_row}| runner/ | moee_run and moee_preprocess |
 | triton/ | a model repository and start.sh{preloads}; build.sh puts the models in place |
 | deepstream/ | nvinfer's configuration |
+| MODEL_CARD.md | what was cut, on which data, the accuracy with its interval, the licence of the base model |
 | SHA256SUMS, deployment.json | hashes; build.sh checks them first |
 
 An engine is code. Load only engines that you built, or that come from someone you trust.

@@ -15,6 +15,7 @@ from exporter.runners.operator_cache import operator_or_reason
 from exporter.ship import bundle_configs as configs
 from exporter.ship.contents import read_contents, write_sums
 from exporter.ship.deployment import DEPLOYMENT_SCHEMA
+from moee.artifacts.card import pass_card
 from moee.artifacts.checkpoint import Word
 from moee.errors import UserError
 from moee.measure.probe import Probe
@@ -38,7 +39,8 @@ run.py checks the files against SHA256SUMS, and resizes, crops and normalises as
 |---|---|
 | models/portable.onnx, models/moee.data | the graph, of standard ONNX operators, and its weights |
 | models/preprocess.txt | how images are prepared |
-{rows}| SHA256SUMS, deployment.json | hashes; where the graph comes from |
+{rows}| MODEL_CARD.md | what was cut, on which data, the accuracy with its interval, the licence of the base model |
+| SHA256SUMS, deployment.json | hashes; where the graph comes from |
 """
 
 
@@ -82,6 +84,7 @@ def write_cpu_bundle(
         text = README.format(title=contents.title.replace("`", "'"), what=what, rows=rows)
         (folder / "README.md").write_text(text, encoding="utf-8")
         shutil.copy2(DEPLOY / "run.py", folder / "run.py")
+        pass_card(export_dir, contents.export, folder)
         write_sums(folder)
         write_manifest(folder, "deployment.json", DEPLOYMENT_SCHEMA, {"sm": None, **contents.to_json()})
     return out

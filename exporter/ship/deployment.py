@@ -12,6 +12,7 @@ from exporter.passes.raw_pixels import take_raw_pixels
 from exporter.ship import bundle_configs as configs
 from exporter.ship.contents import MODELS, read_contents, write_sums
 from exporter.ship.selftest_layers import layer_cases
+from moee.artifacts.card import pass_card
 from moee.artifacts.checkpoint import Word
 from moee.errors import UserError
 from moee.measure.probe import Probe
@@ -78,6 +79,7 @@ def write_deployment(
             (folder / name).write_text(text, encoding="utf-8")
             if name.endswith(".sh"):
                 (folder / name).chmod(0o755)
+        pass_card(export_dir, contents.export, folder)
         write_sums(folder)
         body = {"sm": sm, "batch": {"min": low, "opt": opt, "max": high}, **contents.to_json()}
         write_manifest(folder, "deployment.json", DEPLOYMENT_SCHEMA, body)

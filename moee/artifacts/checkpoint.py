@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from moee.artifacts.card import model_card, write_card
 from moee.artifacts.manifest import Info, Manifest, whole_stages
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
@@ -18,11 +21,12 @@ from moee.libraries.from_python import is_function_name
 from moee.measure.probe import Probe, classes_told
 from moee.methods.recipe import read_recipe_json
 from moee.mlps.structure import read_mlp
+from moee.models.licence import licence_of
 from moee.models.model import MAX_DEPTH, ModelSpec, build_model, check_numbers, load_model, names_of
 from moee.places.output_folder import OutputFolder
-from moee.schema import checked, shown
+from moee.schema import checked, json_text, shown
 from moee.store.artifact import read_manifest, write_manifest
-from moee.store.result_kinds import MODEL
+from moee.store.result_kinds import CARD, MODEL
 from moee.store.tensor_file import write_tensors
 from moee.weights.weights_file import checkpoint_sha256, read_safetensors, refuse_not_finite
 
@@ -43,17 +47,24 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
         write_tensors(moee.model.state_dict(), folder / WEIGHTS)
         if moee.probe is not None:
             write_tensors(moee.probe.state(), folder / PROBE)
-        body = {
-            "model": spec.model_dump(),
-            "recipe": moee.recipe.to_json() if moee.recipe else None,
-            "data": moee.data,
-            "classes": list(moee.classes),
-            "layers": layer_records(moee.model),
-            "attention": attention_records(moee.model),
-            "merging": merging_record(moee.model),
-            "info": moee.info,
-        }
+        body = {**manifest_body(moee), "model": spec.model_dump(mode="json")}
+        write_card(folder, model_card(body))
         write_manifest(folder, MANIFEST, SCHEMA, body)
+
+
+def manifest_body(moee: MoeeModel) -> dict[str, Any]:
+    """What `moee.json` says of a model, as JSON has it."""
+    body = {
+        "model": moee.spec.model_dump(mode="json"),
+        "recipe": moee.recipe.to_json() if moee.recipe else None,
+        "data": moee.data,
+        "classes": list(moee.classes),
+        "layers": layer_records(moee.model),
+        "attention": attention_records(moee.model),
+        "merging": merging_record(moee.model),
+        "info": {"licence": licence_of(moee.spec), **moee.info},
+    }
+    return cast(dict[str, Any], json.loads(json_text(body)))
 
 
 def load(path: Path | str, model: Word | None = None) -> MoeeModel:
@@ -75,7 +86,7 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
     recipe = read_recipe_json(body.recipe, path / MANIFEST) if body.recipe else None
     info = {"layers": [], **manifest["info"], "stages": whole_stages(manifest["info"].get("stages", {}))}
     _check_shares(body.info, records, path)
-    for name in (WEIGHTS, PROBE):
+    for name in (WEIGHTS, PROBE, CARD):
         if name not in manifest["files"] and (path / name).exists():
             raise UserError(f"{path / MANIFEST} has no hash of {name}, which lies beside it; make the artifact again")
     state = read_safetensors(path / WEIGHTS)

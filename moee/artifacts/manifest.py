@@ -69,9 +69,17 @@ def whole_stages(stages: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class Licence(Body):
+    """Of the base model's weights, and who says so (`moee.models.licence`)."""
+
+    name: Text
+    stated_by: Text
+
+
 class Info(Body):
     stages: dict[str, Stage] = {}
     layers: list[dict[str, Any]] = []
+    licence: Licence | None = None
 
 
 def _distinct(names: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from moee.schema import parse_json, split
 OURS_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # what moee.store.atomic leaves when it is killed
 LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of file managers, which nobody misses
 HEAD_BYTES, BLOCK_BYTES = 4096, 1 << 20
+CARD = "MODEL_CARD.md"  # of a model, an export, engines or a bundle: what `moee.artifacts.card` writes of its manifest
 BUILT_IN_DATA = ("digits", "photos", "photo-crops")  # names of data that lie in no file
 
 

@@ -26,6 +26,7 @@ from exporter.manifests import exported_model, read_export
 from exporter.passes.raw_pixels import take_raw_pixels
 from exporter.ship import bundle_configs, contents, selftest_layers
 from exporter.ship.contents import Preprocessing, Tensor, ends_in_classes, make_preprocessing, read_contents, read_head
+from exporter.ship.cpu_bundle import write_cpu_bundle
 from exporter.ship.deployment import DEPLOYMENT_SCHEMA, write_deployment
 from moee.artifacts import checkpoint
 from moee.artifacts.checkpoint import laid_out
@@ -36,6 +37,7 @@ from moee.measure.probe import Probe
 from moee.methods.recipe import Recipe, method_options
 from moee.models.model import ModelSpec, load_model
 from moee.store.artifact import read_manifest, sha256_file, write_manifest
+from moee.store.result_kinds import CARD
 from moee.store.tensor_file import write_tensors
 from plugins.library.build import select_headers
 from plugins.library.selftest import read_selftest
@@ -95,6 +97,22 @@ def test_files_and_hashes(written):
             "plugin/CMakeLists.txt", "runner/CMakeLists.txt", "runner/compat/cuda_runtime_api.h", "selftest/CMakeLists.txt",
             "selftest/main.cpp", "selftest/cases.bin"} <= names  # fmt: skip
     assert not [n for n in names if n.endswith((".pyc", ".py")) or "__pycache__" in n]
+
+
+def test_the_bundle_has_the_card_of_its_export(shared, written, exported, tmp_path):
+    text = (shared / "export" / CARD).read_text()
+    assert (written / CARD).read_text() == text and "Precision: `fp32`" in text and "| `blocks.0.mlp` | experts | 4 |" in text
+    assert CARD in read_export(exported)["files"] and "MODEL_CARD.md" in (written / "README.md").read_text()
+    body = read_manifest(exported, "export.json", SCHEMA)
+    del body["files"][CARD]
+    (exported / "export.json").write_text(json.dumps(body))
+    with pytest.raises(UserError, match=f"no hash of {CARD}"):
+        read_export(exported)
+    (exported / CARD).unlink()
+    write_cpu_bundle(exported, tmp_path / "bundle")
+    later = (tmp_path / "bundle" / CARD).read_text()
+    assert "Layer by layer: not known" in later and "need the TensorRT plugin: 3" in later
+    assert CARD in (tmp_path / "bundle" / "SHA256SUMS").read_text()
 
 
 @pytest.mark.parametrize("name", ["moee", "dense", "moee_onnx"])
