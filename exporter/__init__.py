@@ -1,11 +1,11 @@
 """ONNX export, engines, parity, latency and the command line for routed ViTs.
 
-`compress`, `export`, `verify`, `bench`, `build` and `bundle` are the Python interface (`exporter.api`).
+`compress`, `export`, `verify`, `quick_check`, `bench`, `build` and `bundle` are the Python interface (`exporter.api`).
 """
 
 from typing import TYPE_CHECKING, Any
 
-INTERFACE = ("compress", "export", "verify", "bench", "build", "bundle")
+INTERFACE = ("compress", "export", "verify", "quick_check", "bench", "build", "bundle")
 
 if TYPE_CHECKING:
     from exporter.api import bench as bench
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from exporter.api import bundle as bundle
     from exporter.api import compress as compress
     from exporter.api import export as export
+    from exporter.api import quick_check as quick_check
     from exporter.api import verify as verify
 
 

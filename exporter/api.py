@@ -37,6 +37,8 @@ from exporter.timing.latency import LatencyResult
 from exporter.timing.latency import bench as time_export
 from exporter.verification import VerifyResult
 from exporter.verification import verify as verify_export
+from exporter.verification.quick import QuickCheck
+from exporter.verification.quick import quick_check as check_quickly
 from moee.api import INPUT_SIZE, OF_INPUT, held_out_images
 from moee.artifacts.model import MoeeModel
 from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, Bounds, real, several, whole
@@ -104,6 +106,16 @@ def verify(
         export_dir, model, held_out, sizes=sizes, provider=provider, max_drop_pp=max_drop,
         min_route_agreement=least, images=images, engine=engine, report=report,
     )  # fmt: skip
+
+
+@in_python()
+def quick_check(path: str | Path, model: MoeeModel | None = None) -> QuickCheck:
+    """What `moee verify --quick` checks of a model, an export, engines or a bundle, in seconds: manifest, hashes, graphs, the
+    operator's contract, parity on random images. The result is true if all of it passed; `not_done` says what it leaves out.
+
+    `model`: what an export was made from, where its artifact is not at hand. Raises `UserError` for a damaged folder.
+    """
+    return check_quickly(path, model)
 
 
 @in_python([*inspect.signature(time_export).parameters], {"duration": "duration_s", "throughput": "throughput_s"})

@@ -114,7 +114,7 @@ ROOMS = {
         "ship": "moee plugins deploy engines passes runners graph parity",
         "targets": "moee plugins deploy engines runners graph ship timing",
         "report": "moee markup front terminal",
-        "verification": "moee runners graph parity",
+        "verification": "moee plugins engines runners graph parity ship",
         "compression": "moee plugins engines plots graph ship terminal timing targets report verification",
         "commands": "moee plugins engines front plots quantization graph ship terminal timing targets report "
         "verification compression clear_ablation demo doctor",

@@ -1,7 +1,7 @@
 """`moee verify`: parity, routes, accuracy and engines in one verdict, and the files that a CI job reads.
 
 An export, its model and images come in; a result, JUnit XML and Markdown go out.
-Imports moee, runners, graph and parity.
+Imports moee, plugins, engines, runners, graph, parity and ship.
 """
 
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy

@@ -41,7 +41,7 @@ def test_graphs_and_manifest(exported):
     manifest = read_manifest(folder, MANIFEST, SCHEMA)
     assert manifest["routed_layers"] == list(routed_layers(moee.model))
     names = {p.name for p in folder.iterdir()}
-    assert names == {"dense.onnx", "dense.data", "portable.onnx", "tensorrt.onnx", "moee.data", "export.json"}
+    assert names == {"dense.onnx", "dense.data", "portable.onnx", "tensorrt.onnx", "moee.data", "export.json", "MODEL_CARD.md"}
     for name in ("dense", "portable", "tensorrt"):
         onnx.checker.check_model(str(folder / f"{name}.onnx"), full_check=name != "tensorrt")
     portable = onnx.load(folder / "portable.onnx", load_external_data=False)

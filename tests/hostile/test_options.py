@@ -110,7 +110,7 @@ CONFLICTS = [
     ["extract", "--neurons=eliminated", "--compensation=none"], ["extract", "--preset=static", "--method=clear-moe"],
     ["extract", "--method=heads"], ["extract", "--method=moefication", "--top-k=9", "--experts=4"],
     ["extract", "--pretrained", "--random-weights=0"], ["extract", "--checkpoint=w.safetensors", "--random-weights=0"],
-    ["finetune", "--recipe=r", "--epochs=3"], ["export", "--calibration-images=4"], ["export", "--precision=int4"],
+    ["verify", "--quick", "--max-drop=1"], ["finetune", "--recipe=r", "--epochs=3"], ["export", "--calibration-images=4"], ["export", "--precision=int4"],
     ["bundle", "--sm=87,90"], ["bundle", "--sm=12345"], ["compress", "--target-macs=0.5"],
     ["compress", "--time=1s"], ["compress", "--time=nan"], ["plan", "--emit=e", "--measured=m"], ["plan", "--methods=none"],
     ["plan", "--targets=0.5,1.5"], ["plan", "--device=nothing"], ["bench-dispatch", "--rank=400"],

@@ -74,6 +74,7 @@ PATHS = {
     "export path": ("export", "PICKLE", "--out", "OUT"),
     "export --data": ("export", "MODEL", "--precision", "int8", "--data", "PICKLE", "--out", "OUT"),
     "verify path": ("verify", "PICKLE", "--model", "MODEL", "--data", "digits"),
+    "verify more": ("verify", "--quick", "MODEL", "PICKLE"),
     "verify --engine": ("verify", "EXPORT", "--model", "MODEL", "--data", "digits", "--engine", "PICKLE"),
     "verify --model": ("verify", "EXPORT", "--model", "PICKLE", "--data", "digits"),
     "verify --data": ("verify", "EXPORT", "--model", "MODEL", "--data", "PICKLE"),

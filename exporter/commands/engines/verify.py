@@ -40,8 +40,11 @@ TEXT = "parity, routes and accuracy of an export, and of an engine; exit code 1 
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("verify", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run, loads="exporter.verification")
-    sub.add_argument("path", help="folder that moee export wrote")
+    sub.set_defaults(check=_check, run=run, loads="exporter.verification")
+    sub.add_argument("path", help="folder that moee export wrote; with --quick also a model, engines, a bundle, or a file of one")
+    sub.add_argument("more", nargs="*", metavar="PATH", help="further ones, with --quick alone")
+    what = "take seconds: manifest, hashes, graphs, the operator's contract, parity on random images; no accuracy"
+    sub.add_argument("--quick", action="store_true", help=what)
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
     sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
     what = "artifact it was exported from (default: the one its manifest names), or package.module:function; repeatable"
@@ -66,6 +69,8 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
     sub.add_argument("--force", action="store_true", help="replace an earlier result in --out, or FILE.json of another kind")
     add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
+    quick = ("help", "path", "more", "quick", "model", "word")
+    sub.set_defaults(whole={a.dest: (a.option_strings[0], a.default) for a in sub._actions if a.dest not in quick})
 
 
 class ArtifactOrFunction(argparse.Action):
@@ -83,7 +88,37 @@ def _output(args: argparse.Namespace) -> OutputFolder | OutputFile:
     return OutputFolder(args.out, VERIFY, args.force, inputs)
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Raise `UserError` for options of the whole verification beside --quick, and for several folders without it."""
+    if not args.quick and args.more:
+        raise UserError(f"{args.more[0]}: expected one export, came {1 + len(args.more)}; give one, or --quick")
+    beside = next((flag for name, (flag, default) in args.whole.items() if args.quick and getattr(args, name) != default), None)
+    if beside is not None:
+        raise UserError(f"--quick does not take {beside}; leave one of them out")
+    if args.quick and args.more and (args.model is not None or args.word is not None):
+        raise UserError(f"--model is of one export, and --quick came with {1 + len(args.more)} paths; give one")
+
+
+def _run_quick(args: argparse.Namespace, console: Console) -> int:
+    """Check each artifact once, however many of its files are named."""
+    from exporter.verification.quick import artifact_at, quick_check
+
+    folders = list(dict.fromkeys(artifact_at(path)[0] for path in (args.path, *args.more)))
+    passed = True
+    for folder in folders:
+        result = quick_check(folder, args.model, args.word)
+        console.print(f"{folder}, {result.what}: {'passed' if result else 'FAILED'}", highlight=False, soft_wrap=True)
+        for mark, lines in (("checked", result.done), ("FAILED", result.failures), ("not checked", result.not_done)):
+            for line in lines:
+                console.print(f"  {mark}: {line}", highlight=False, soft_wrap=True)
+        passed = passed and result.passed
+    console.print(f"quick check {'passed' if passed else 'FAILED'}")
+    return OK if passed else GATE_FAILED
+
+
 def run(args: argparse.Namespace, console: Console) -> int:
+    if args.quick:
+        return _run_quick(args, console)
     from exporter.verification.write import write_result
     from moee.parallel.group import Parcel
     from moee.parallel.joining import joined
