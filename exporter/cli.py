@@ -12,8 +12,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import shtab
-
 from exporter.commands import demo, doctor, plots, report
 from exporter.commands.engines import bench, bench_dispatch, build, bundle, export, plugin, verify
 from exporter.commands.models import ablate, ablate_clear, compress, extract, finetune, inspect, plan, shrink
@@ -34,6 +32,7 @@ COMMANDS = (
 )  # fmt: skip
 
 
+SHELLS = ("bash", "zsh", "tcsh", "fish", "powershell")  # that shtab knows; it is imported where a script is asked for
 MOST_TEXT = 1024  # characters of a value: Linux takes paths of 4095 bytes, and nobody types them
 MOST_SAID = 1500  # of a sentence about a line
 
@@ -79,7 +78,8 @@ def build_parser(shown: str | None = None) -> argparse.ArgumentParser:
             extract.add_parser(subparsers, shown)
         else:
             module.add_parser(subparsers)
-    shtab.add_argument_to(parser, ["--print-completion"], help="print a script that completes commands and flags in this shell")
+    what = "print a script that completes commands and flags in this shell"
+    parser.add_argument("--print-completion", choices=SHELLS, action=PrintCompletion, help=what)
     name_values(parser)
     return parser
 
@@ -104,17 +104,28 @@ def name_values(parser: argparse.ArgumentParser) -> None:
             action.metavar = by_type or VALUES.get(action.dest, LISTED)
 
 
-def complete_files(parser: argparse.ArgumentParser) -> None:
-    """Let a shell complete files for every value that may be one, and show it every flag."""
+class PrintCompletion(argparse.Action):
+    """Prints the script of a shell and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option: str | None = None) -> NoReturn:
+        import shtab
+
+        complete_files(parser, shtab.FILE)
+        print(shtab.complete(parser, shell))
+        parser.exit()
+
+
+def complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
+    """Let a shell complete `files` for every value that may be one, and show it every flag."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner in action.choices.values():
-                complete_files(inner)
+                complete_files(inner, files)
             continue
         if action.help == argparse.SUPPRESS:
             action.help = ""
         if action.nargs != 0 and action.choices is None and action.type is None:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]
+            action.complete = files  # type: ignore[attr-defined]
 
 
 def shown_method(argv: Sequence[str]) -> str | None:
@@ -200,8 +211,6 @@ def run(words: Sequence[str]) -> int:
     """Run a command line; returns the exit code. Raises `BrokenPipeError` where nobody reads what it shows, and `SystemExit`
     where its words are wrong or ask for help."""
     parser = build_parser(shown_method(words))
-    if any(word.startswith("--print-completion") for word in words):
-        complete_files(parser)
     if not words:
         parser.print_help()
         return OK

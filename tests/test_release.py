@@ -105,6 +105,30 @@ def test_versions_and_documents_agree():
         assert re.search(rf"\b{re.escape(name)}\b", notices), f"{name} is not in THIRD_PARTY_NOTICES.md"
 
 
+WHEELS = {"PIL": "pillow", "sklearn": "scikit-learn", "onnx_ir": "onnx-ir", "pydantic_core": "pydantic", "triton": "torch"}
+BY_NAME = {  # what is imported by a name in a text, or opened as data
+    "scikit-image": "moee/data/built_in.py", "transformers": "moee/libraries/transformers_classes.py",
+    "webdataset": "moee/data/shards.py", "tensorrt": "exporter/manifests.py", "tensorrt-rtx-cu13": "exporter/manifests.py",
+    "onnxruntime-gpu": "exporter/runners/onnx_runtime.py",
+}  # fmt: skip
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(need for extra in ("stream", "hf", "rtx", "trt") for need in extras[extra])]
+    declared = {re.split(r"[<>=;\[ ]", need)[0] for need in wanted}
+    line = re.compile(r"^ *(?:import ([\w.]+)(?: as \w+|, .+)?$|from ([\w.]+) import )", re.MULTILINE)
+    texts = [path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    names = {plain or source for text in texts for plain, source in line.findall(text)}
+    tops = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - set(PACKAGES)
+    imported = {WHEELS.get(name, name) for name in tops}
+    assert imported <= declared, "imported and not declared"
+    for name in declared - imported:
+        assert name in BY_NAME, f"{name} is declared and not imported"
+        assert re.search(r"skimage|transformers|webdataset|tensorrt|onnxruntime", (ROOT / BY_NAME[name]).read_text())
+
+
 def test_links_of_the_documents_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -22,7 +22,7 @@ from moee.store.result_kinds import CARD
 NOT_KNOWN = "not known"
 SHOWN_CLASSES = 20
 DID = {"extracted": "cut", "tuned": "tuned", "shrunk": "experts made fewer"}  # by the name of a stage
-KIND = {"moee": "experts", "clear-moe": "CLEAR-MoE", "gated": "pruned, gated"}
+KIND = {"moee": "experts", "clear-moe": "CLEAR-MoE", "gated": "pruned, gated", "lowrank": "low rank"}
 
 
 def model_card(body: Mapping[str, Any], export: Mapping[str, Any] | None = None) -> str:
@@ -60,20 +60,23 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _base(model: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
     library, name = model.get("library", "timm"), model["timm_name"]
-    of = {"hf": "transformers", "python": "a function of the user", "module": "a module given in Python"}.get(library, library)
+    others = {"hf": "of transformers", "python": "a function of the user's", "module": "a module given in Python"}
+    made_by = others.get(library, f"of {library}")
     licence = info.get("licence")
     stated = f"{_code(licence['name'])}, stated by {plain(licence['stated_by'])}" if licence else NOT_KNOWN
     digest = model.get("weights_sha256")
     hashed = f"SHA-256 `{digest}`" if digest else f"SHA-256 {NOT_KNOWN}"
     if model.get("weights"):
         weights = f"the file {_code(Path(model['weights']).name)}, {hashed}"
+    elif library == "module":
+        weights = f"those of the module, {hashed}"
     elif model.get("pretrained"):
         weights = f"those that the {'function' if library == 'python' else 'library'} brings, {hashed}"
     elif model.get("random_seed") is not None:
         weights = f"drawn at random under seed {model['random_seed']}: nothing has trained them, {hashed}"
     else:
-        weights = f"those of the module, {hashed}" if library == "module" else NOT_KNOWN
-    return [_list([f"Model: {_code(name)}, of {of}.", f"Weights: {weights}.", f"Licence of the weights: {stated}."])]
+        weights = NOT_KNOWN
+    return [_list([f"Model: {_code(name)}, {made_by}.", f"Weights: {weights}.", f"Licence of the weights: {stated}."])]
 
 
 def _cut(body: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:

@@ -8,15 +8,15 @@ number of classes; skewed labels, where a constant is right most of the time, ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from moee.schema import shown
 
-if TYPE_CHECKING:  # a report reads intervals, and importing torch takes seconds
+if TYPE_CHECKING:  # a report and `--help` read this file, and importing torch takes seconds, NumPy a quarter of `--help`
+    import numpy as np
     from torch import Tensor
 
 Z = 1.959963984540054  # 95 %, two-sided
@@ -49,12 +49,14 @@ def wilson(successes: float, count: int) -> Proportion:
         raise ValueError(f"a share needs some images and not more hits than images; came {successes} of {count}")
     share = successes / count
     centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    half = Z / (1 + Z * Z / count) * float(np.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)))
+    half = Z / (1 + Z * Z / count) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
     return Proportion(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
 def paired_drop(dense_correct: np.ndarray, moee_correct: np.ndarray, seed: int = 0) -> tuple[float, Interval]:
     """Drop in percentage points and its 95 % interval; images are resampled in pairs, so that shared difficulty cancels."""
+    import numpy as np
+
     difference = dense_correct.astype(np.float64) - moee_correct.astype(np.float64)
     counts = np.array([(difference == v).sum() for v in (-1, 0, 1)])
     draws = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), RESAMPLES)
@@ -84,6 +86,8 @@ def shared_answers(dense: Tensor, moee: Tensor) -> float | None:
 
 def class_count(labels: Sequence[int] | Tensor | np.ndarray, classes: int) -> int:
     """How many classes labels number from 0: `classes`, or more if a label lies above it; 0 for data without labels."""
+    import numpy as np
+
     known = np.asarray(labels, np.int64)
     return max(classes, int(known.max()) + 1) if classes > 1 and len(known) else classes
 
@@ -145,6 +149,8 @@ def comparison(
     that is not refused yet may still be. `drawn`: the head's weights are random ones, whose accuracy may beat a guess by chance.
     `probe`: the logits are those of a probe on the dense features.
     """
+    import numpy as np
+
     given, name = np.asarray(labels, np.int64), shown(name, quoted=False, limit=MAX_NAME)
     known = given[given >= 0]
     classes = class_count(given, classes)

@@ -188,3 +188,28 @@ except KeyboardInterrupt:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert ran.stdout == "interrupted\n" and ran.stderr == ""
+
+
+def test_help_imports_nothing_that_takes_long():
+    """docs/install.md has its time; NumPy alone adds a quarter, torch and timm several seconds."""
+    code = """
+import sys
+from exporter.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+heavy = {"torch", "timm", "torchvision", "onnx", "onnxruntime", "numpy", "scipy", "sklearn", "matplotlib", "shtab", "PIL"}
+sys.exit(" ".join(heavy & set(sys.modules)) or 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: moee" in done.stdout, done.stderr
+
+
+def test_the_shells_of_completion_are_shtabs(capsys):
+    import shtab
+
+    assert list(cli.SHELLS) == shtab.SUPPORTED_SHELLS
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--print-completion", "bash"])
+    assert ended.value.code == 0 and "--max-drop" in capsys.readouterr().out
