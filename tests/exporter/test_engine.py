@@ -50,7 +50,8 @@ class TestTiny:
     def test_folder_holds_engines_plugin_and_manifest(self, tiny):
         _, folder, report, _ = tiny
         made = folder / "engine"
-        assert {p.name for p in made.iterdir()} == {"dense.plan", "moee.plan", "engine.json", built.plugin().name}
+        written = {"dense.plan", "moee.plan", "engine.json", "MODEL_CARD.md", built.plugin().name}
+        assert {p.name for p in made.iterdir()} == written
         body = json.loads((made / "engine.json").read_text())
         assert body["schema"] == "moee.engine/1"
         assert body["builder"].startswith("tensorrt-rtx 1.") and "built on" in body["builder"]
