@@ -19,8 +19,8 @@ image there, B images of a batch, T tokens a layer, K experts. Where each term c
 - The cut model: 2 D H a layer at most; all else are the dense model's own weights (`moee.models.model.sharing`).
 - Refit: T (3 D + an image's share) for what a waiting pass holds, a block's input, the stream and the layer's input; T 6 D more
   for the dense model's pass, its stream and the targets. T (5 D + 2 H) of the one part that runs. And for one layer
-  6 H (H + D) + 26 H^2: sums of two parts with held-out tokens apart; copies and factors in float64, and LAPACK's own
-  (`solve_ridge`, `eliminate`).
+  6 H (H + D) + 14 H^2: sums of two parts with held-out tokens apart; copies and factors in float64, and LAPACK's own
+  (`solve_ridge`, `eliminate`). And what threads and libraries hold, 128 MiB.
 - Measurement: a forward pass, and 1.5 of each number of the held-out feature maps, in half precision: the dense model's, these in
   batches, and whole.
 - Fine-tuning: 6 of every trained weight, for the student, gradients, AdamW's two moments, best and tried weights. And
@@ -40,6 +40,7 @@ from moee.space.limits import USUAL, Limits
 
 FLOAT, HALF = 4, 2
 CHUNK = 8192  # tokens of a matrix product
+BUFFERS = 1 << 25  # numbers that the threads of a refit and the libraries behind it hold
 MOST_MAPS = 1 << 30  # bytes of feature maps that a measurement keeps
 
 
@@ -152,7 +153,7 @@ def refit(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
     dim, hidden = widest.dim, widest.hidden
     held = most * (3 * dim + 6 * dim * work.stream + model.image // max(1, min(each.tokens for each in model.layers)))
     running = most // passes(model, work, limits) * (5 * dim + 2 * hidden)
-    layer = 6 * hidden * (hidden + dim) + 26 * hidden**2
+    layer = 6 * hidden * (hidden + dim) + 14 * hidden**2 + BUFFERS
     return Need("refit", FLOAT * (held + running + layer))
 
 
