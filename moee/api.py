@@ -51,7 +51,7 @@ from moee.shrinking.options import ShrinkConfig
 from moee.shrinking.shrink import mixtures_of
 from moee.stages.extract import run_extract
 from moee.stages.finetune import tune
-from moee.stages.opened import SOURCE, Images, class_names, session_of, source_of
+from moee.stages.opened import SOURCE, Images, class_names, say_guessed_preparation, session_of, source_of
 from moee.stages.session import Session
 from moee.stages.shrink import shrink_with
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
@@ -161,6 +161,8 @@ def finetune(
             model.dense_spec, source, seed=seed, report=report, group=alone(device), workers=workers, classes=model.classes,
             given=given,
         )  # fmt: skip
+        if given is None:
+            say_guessed_preparation(session.dense, session.source)
         tuned = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))
         with nullcontext(state.place) if out is not None else temporary_folder() as place:
             tune(tuned, session, config, Path(place), out, force=force, inputs=inputs)
@@ -192,6 +194,8 @@ def shrink(
         model.dense_spec, source, seed=model.seed, report=report, group=alone(device), workers=workers, classes=model.classes,
         given=given,
     )  # fmt: skip
+    if given is None:
+        say_guessed_preparation(session.dense, session.source)
     smaller = replace(model, model=copy.deepcopy(model.model), info=copy.deepcopy(model.info))
     shrink_with(smaller, session, config, out, force=force, inputs=inputs)
     return smaller
@@ -239,6 +243,8 @@ def held_out_images(model: MoeeModel, data: Images = None, report: Reporter | No
     """The held-out images that `data` means for `model`: a source of the command line, or images given in Python."""
     report = report or to_stderr()
     if data is None or isinstance(data, (str, Path)):
+        if data is not None:
+            say_guessed_preparation(model.model, os.fspath(data))
         return model.record.images("val", None if data is None else os.fspath(data), report)
     transform = model_transform(model.model)
     told = classes_told(model.model, model.probe) or None

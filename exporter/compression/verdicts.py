@@ -50,7 +50,8 @@ def confirmed_by(confirmation: dict[str, Any], drop: float | None = None, most: 
     new = f"images of {shown(confirmation['data'], quoted=False)} that nothing was chosen by"
     cosine = f"cosine {kept['class_cosine']:.4f}"
     if kept.get("accuracy") is None:
-        return f"; on {kept['images']} {new}: {cosine}"
+        why = kept.get("no_accuracy")
+        return f"; on {kept['images']} {new}: {cosine}" + (f", accuracy not compared ({why})" if why else "")
     found, interval = 100 * (kept["dense_accuracy"] - kept["accuracy"]), kept["drop_interval_pp"]
     told = [f"drop {found:.2f} points", f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"]
     if drop is not None:

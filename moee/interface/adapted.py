@@ -75,12 +75,32 @@ class AdaptedModel(nn.Module):
 def run_model(model: nn.Module, images: Tensor) -> tuple[Tensor, Any]:
     """The output [B, C] of `model` and its last feature map as it comes, [B, ..., D] or [B, D, H, W]: see `channels_last`.
 
-    The second is None where a model of another library has none, and whatever timm's gives where it is no tensor.
+    The second is None where a model has none, and whatever timm's gives where it is no tensor.
     """
     if isinstance(model, AdaptedModel):
         return _run_adapted(model, images)
-    features: Any = model.forward_features(images)  # type: ignore[operator]
-    return model.forward_head(features), features  # type: ignore[operator]
+    return _run_timm(model, images)
+
+
+def _run_timm(model: Any, images: Tensor) -> tuple[Tensor, Any]:
+    """What a model of timm's gives whoever calls it: a hook, or a `forward` of a user's own, may make another output than its two
+    halves do."""
+    caught: list[Any] = []
+    own, first_half = vars(model).get("forward_features"), model.forward_features
+
+    def caught_features(*args: Any, **kwargs: Any) -> Any:
+        caught.append(first_half(*args, **kwargs))
+        return caught[-1]
+
+    model.forward_features = caught_features
+    try:
+        output = model(images)
+    finally:
+        if own is None:
+            del model.forward_features
+        else:
+            model.forward_features = own
+    return output, caught[-1] if caught else None
 
 
 def _run_adapted(model: AdaptedModel, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moee.errors import UserError
 from moee.interface.watch import shapes_given
+from moee.mlps.structure import HOOKED, hooked
 from moee.models.model import Shape
 
 
@@ -65,7 +66,7 @@ def find_attentions(model: nn.Module) -> dict[str, Attention]:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if type(module) is Attention:
-            what = obstacle(module)
+            what = obstacle(module) or (HOOKED if hooked(module) else "")
             if what:
                 raise UserError(f"heads of `{name}` cannot be narrowed, it {what}; leave --attention-macs out")
             found[name] = module

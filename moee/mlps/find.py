@@ -21,7 +21,7 @@ from moee.mlps.proof import ELSEWHERE, SUMMARY, Call, Run, prove, prove_alone, r
 from moee.mlps.scales import following_scales
 from moee.mlps.sites import inseparable, mlp_module
 from moee.mlps.strain import strained
-from moee.mlps.structure import SHARED, Dense, candidates
+from moee.mlps.structure import HOOKED, SHARED, Dense, candidates, hooked
 from moee.models.ffn import FFN
 from moee.models.model import Shape
 
@@ -67,6 +67,9 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     calls = _without_summaries(plain, {name: run.calls[name] for name in plain})
     plain = {name: ffn.readings()[calls[name].reading] for name, ffn in plain.items()}
     dense |= {name: Dense(call.obstacle, plain[name].hidden) for name, call in calls.items() if call.obstacle}
+    parts = {name: (name, *ffn.bypassed) for name, ffn in plain.items() if name not in dense}
+    seen = [name for name, paths in parts.items() if any(hooked(model.get_submodule(path)) for path in paths)]
+    dense |= {name: Dense(HOOKED, plain[name].hidden) for name in seen}
     split = [ffn for name, ffn in plain.items() if ffn.bypassed and name not in dense]
     dense |= {name: Dense(why, plain[name].hidden) for name, why in inseparable(model, split, run.images, run.output).items()}
     if run.images is not None and not run.images.is_meta:

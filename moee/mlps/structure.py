@@ -26,6 +26,7 @@ from moee.schema import shown
 INERT = (nn.Identity, DropPath, nn.modules.dropout._DropoutNd)  # pass their input on in eval mode
 
 SHARED = "shares weights with another module"
+HOOKED = "has a forward hook, which would no longer run"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ def shared_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters that more than one module holds."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return {key for key, count in owners.items() if count > 1}
+
+
+def hooked(module: nn.Module, inside: bool = True) -> bool:
+    """Whether someone's hook sees what goes into a module or comes out of it, or, `inside`, of a part of it. What takes its place
+    has no such hook, and what the hook keeps for another part of the model would be of an earlier run."""
+    parts = module.modules() if inside else (module,)
+    return any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def is_map(module: nn.Module) -> bool:

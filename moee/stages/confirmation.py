@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moee.data.image_set import UNREADABLE, ImageSet
+from moee.data.image_set import UNREADABLE, ImageSet, say_read
 from moee.data.sources import load_data, located
 from moee.data.validation import Part
 from moee.errors import UserError
@@ -27,10 +27,16 @@ MOST = 2000  # images: they tell accuracies apart by about a point
 def fresh_images(session: Session, source: str) -> list[ImageSet]:
     """Images of `source` that the session has not: the held-out ones, or all where the source has no splits, spread over them, at
     most `MOST`. Labels go by the session's classes. Raises `UserError` where none is new."""
+    if session.unlike:
+        raise UserError(
+            f"confirm {source}: which of its images are new cannot be told, since they are prepared by the model's description "
+            f"and those that were given otherwise ({'; '.join(session.unlike)}); say with input={{...}} how they are prepared"
+        )
     names = session.train.classes
     parts = [_opened(session, source, "val", names)]
     if parts[0].division is not None:
         parts.append(_opened(session, source, "train", names))
+    say_read(**dict(zip((f"val of {source}", "train"), parts, strict=False)))
     known = {digest for data in (session.train, session.held_out) for _, digest in _hashed(data, session)}
     found, total = list[ImageSet](), sum(map(len, parts))
     for data in parts:

@@ -13,6 +13,7 @@ from torch import nn
 
 from moee.bounds import CLASSES, whole
 from moee.config import validated
+from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.given.images import first_shape
 from moee.given.preparation import differences, read_preparation, refuse_unfit
@@ -51,7 +52,9 @@ def session_of(
     if input is not None and session.spec.input is not None:
         refuse_unfit(session.spec.input, session.transform)
     _say_guesses(session)
-    if given is not None:
+    if given is None:
+        say_guessed_preparation(session.dense, session.source)
+    else:
         _say_preparation(prepared, session)
     return session
 
@@ -75,6 +78,16 @@ class Seen:
         return InputConfig(**taken) if taken else None
 
 
+def say_guessed_preparation(model: nn.Module, source: str) -> None:
+    """Warn where images of a `source` are prepared in a way that nobody told of the `model`."""
+    _, guessed = guesses_of(model)
+    if guessed:
+        log.warning(
+            "nobody says how the model's images are prepared, so those of %s are prepared by a guess: %s. Give input={...}",
+            source, described(model_transform(model).config, guessed),
+        )  # fmt: skip
+
+
 def _say_guesses(session: Session) -> None:
     """Warn of what was guessed of a model of another library, but for its images: whoever gives a loader prepared them."""
     for note in guesses_of(session.dense)[0]:
@@ -86,6 +99,7 @@ def _say_preparation(prepared: InputConfig | None, session: Session) -> None:
     """Warn where a device would prepare images otherwise than the loader does, or where that is not known."""
     transform, (_, guessed) = session.transform, guesses_of(session.dense)
     unlike = differences(prepared, transform) if prepared is not None else []
+    session.unlike = unlike or ([f"guessed: {described(transform.config, guessed)}"] if guessed else [])
     if unlike:
         log.warning(
             "the loader prepares images by %s as the model's description says; a bundle's runner follows the description: give "

@@ -92,6 +92,7 @@ class Session:
             check_same_data(data, group)
         if group.leader:
             say_read(train=self.train, val=self.held_out)
+        self.unlike: Sequence[str] = ()  # how a folder's images would be prepared otherwise than those that Python gave
         self._reference: Outputs | None = None
         self.dense_seconds = 0.0  # that `reference` took
         self._train_outputs: Outputs | None = None

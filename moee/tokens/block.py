@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moee.errors import UserError
 from moee.interface.adapted import on_meta, title_of_model
 from moee.mlps.attention import mean_key_map
+from moee.mlps.structure import HOOKED, hooked
 from moee.models.model import replace_module
 from moee.tokens.merge import Merged, TokenMerge, restored
 
@@ -86,6 +87,8 @@ def plain_blocks(model: nn.Module) -> list[nn.Module]:
     for at, block in enumerate(blocks):
         if type(block) is not Block:
             raise UserError(f"tokens are merged in timm's plain Block alone, and `blocks.{at}` is {type(block).__name__}; {CURE}")
+        if hooked(block, inside=False):
+            raise UserError(f"tokens cannot be merged in `blocks.{at}`, it {HOOKED}; {CURE}")
         try:
             mean_key_map(block.attn)
         except UserError as error:

@@ -23,7 +23,7 @@ from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.libraries.adapt import adapt
 from moee.models.model import load_model as load_spec
-from moee.stages.opened import spec_of
+from moee.stages.opened import session_of, spec_of
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"preset": "static", "keep": 0.7, "tokens": 400, "refit_tokens": 400}
@@ -247,6 +247,36 @@ def test_a_timm_model_that_was_trained_here_needs_no_name(data):
     model = timm.create_model("test_vit", num_classes=3, img_size=32)
     result = moee.extract(model, train, val, **QUICK)
     assert result.spec.library == "module" and result.dense().state_dict().keys() == model.state_dict().keys()
+
+
+class Reversed(timm.models.vision_transformer.VisionTransformer):
+    def forward(self, x):
+        return super().forward(x).flip(-1)
+
+
+def _reversed_by_a_hook(model):
+    model.register_forward_hook(lambda module, args, output: output.flip(-1))
+
+
+def _reversed_by_a_class(model):
+    model.__class__ = Reversed
+
+
+def _turned_images(model):
+    model.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
+
+
+@pytest.mark.parametrize("change", [_reversed_by_a_hook, _reversed_by_a_class, _turned_images])
+def test_figures_are_of_what_a_timm_model_gives_its_caller(data, change):
+    """Its two halves, `forward_features` and `forward_head`, give another output."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=3, img_size=32)
+    change(model)
+    dense = session_of(model, *data).reference
+    pixels = data[1].tensors[0]
+    with torch.no_grad():
+        assert torch.allclose(dense.features, model.eval()(pixels), atol=1e-5)
+    assert dense.tokens is not None
 
 
 def _relu(model):

@@ -17,6 +17,7 @@ import moee
 from moee.data.transform import Transform, evaluation
 from moee.errors import UserError
 from moee.given.preparation import differences, read_preparation
+from moee.stages.confirmation import fresh_images
 from moee.stages.opened import session_of
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -187,6 +188,38 @@ def test_what_nobody_says_is_a_warning_at_extraction_and_in_the_bundle(folder, t
     exporter.export(result, tmp_path / "export")
     exporter.bundle(tmp_path / "export", tmp_path / "bundle", sm=87, model=result)
     assert "nobody said how the model's images are prepared" in caplog.text
+
+
+def test_images_of_a_folder_that_are_prepared_by_a_guess_are_told(folder, caplog):
+    model = Patches()
+    model.img_size = 32
+    assert session_of(model, str(folder)).unlike == ()
+    assert f"those of {folder} are prepared by a guess: mean 0.485 0.456 0.406" in caplog.text
+    images, labels = torch.randn(24, 3, 32, 32), torch.arange(24) % 2
+    result = moee.extract(model, (images[:12], labels[:12]), (images[12:], labels[12:]), preset="static", keep=0.7)
+    caplog.clear()
+    moee.evaluate(result, folder)
+    assert "prepared by a guess" in caplog.text
+    caplog.clear()
+    session_of(model, folder, input={"mean": MEAN, "std": STD, "crop_pct": 1.0, "interpolation": "bilinear"})
+    assert "guess" not in caplog.text
+
+
+def test_images_that_were_prepared_otherwise_confirm_nothing(folder):
+    """The very images that a model was chosen by were taken for new ones."""
+    steps = [transforms.Resize(36), transforms.CenterCrop(32), *END]
+    whole = loader(folder, *steps).dataset
+    train, val = Subset(whole, range(0, 24, 2)), Subset(whole, range(1, 24, 2))
+    images = torch.stack([image for image, _ in train]), torch.tensor([label for _, label in train])
+    held_out = torch.stack([image for image, _ in val]), torch.tensor([label for _, label in val])
+    model = Patches()
+    model.img_size = 32
+    with pytest.raises(UserError, match=r"new cannot be told.*guessed: mean 0.485.*say with input=\{\.\.\.\} how"):
+        fresh_images(session_of(model, images, held_out), str(folder))
+    with pytest.raises(UserError, match=r"otherwise \(crop_pct 0.8.*, not 0.5"):
+        fresh_images(session_of(model, train, val, input={"crop_pct": 0.5}), str(folder))
+    with pytest.raises(UserError, match="none of the 24 images .* is new"):
+        fresh_images(session_of(model, train, val), str(folder))
 
 
 def test_a_loader_that_differs_from_the_models_description_is_told(folder, caplog):

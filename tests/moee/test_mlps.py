@@ -198,6 +198,30 @@ def test_a_module_under_two_names_is_replaced_under_both():
     assert model.again is new and model.blocks[1].mlp is new
 
 
+def _keep_output(model):
+    kept = {}
+    model.blocks[1].mlp.register_forward_hook(lambda module, args, output: kept.update(now=output))
+    model.norm.register_forward_hook(lambda module, args, output: output + kept["now"])
+
+
+def _keep_input(model):
+    model.blocks[1].mlp.register_forward_pre_hook(lambda module, args: None)
+
+
+def _keep_part(model):
+    model.blocks[1].mlp.act.register_forward_hook(lambda module, args, output: None)
+
+
+@pytest.mark.parametrize("hook", [_keep_output, _keep_input, _keep_part])
+def test_an_mlp_that_a_hook_looks_at_stays_dense(hook):
+    """Its replacement has no hook, and what the hook kept for another part of the model would be of an earlier run."""
+    model = load_model(tiny_spec())
+    hook(model)
+    found = find_ffns(model)
+    assert [ffn.name for ffn in found.ffns] == ["blocks.0.mlp", "blocks.2.mlp"]
+    assert found.dense["blocks.1.mlp"].reason == "has a forward hook, which would no longer run"
+
+
 def test_nan_is_not_the_mlps_fault():
     model = load_model(tiny_spec())
     with torch.no_grad():

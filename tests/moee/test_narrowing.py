@@ -229,6 +229,12 @@ def test_attention_with_a_norm_inside_is_refused():
         find_attentions(load_model(tiny_spec(qk_norm=True)))
 
 
+def test_attention_that_a_hook_looks_at_is_refused(tiny_model):
+    tiny_model.blocks[1].attn.proj.register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(UserError, match="heads of `blocks.1.attn` cannot be narrowed, it has a forward hook"):
+        find_attentions(tiny_model)
+
+
 def test_a_forward_with_tensors_of_its_own_is_refused_in_a_sentence(tiny_model):
     tiny_model.blocks[1].forward = lambda x, *args, **kwargs: x + torch.ones(x.shape)
     with pytest.raises(UserError, match="the model does not run on shapes alone"):

@@ -183,6 +183,12 @@ def test_what_cannot_be_merged_is_refused():
             plain_blocks(timm.create_model(name))
     with pytest.raises(UserError, match="`blocks.0.attn`, it has a q_norm"):
         plain_blocks(small(qk_norm=True))
+    seen = small()
+    seen.blocks[1].mlp.register_forward_hook(lambda module, args, output: None)
+    assert len(plain_blocks(seen)) == len(seen.blocks)  # its parts stay
+    seen.blocks[2].register_forward_hook(lambda module, args, output: None)
+    with pytest.raises(UserError, match="`blocks.2`, it has a forward hook, which would no longer run; leave token merging out"):
+        plain_blocks(seen)
 
 
 def test_merging_stands_alone_or_between_the_others():
