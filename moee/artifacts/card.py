@@ -139,7 +139,10 @@ def _data(body: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
 
 
 def _source(data: str) -> str:
-    return f"images given in Python ({_code(data.removeprefix(PREFIX))})" if data.startswith(PREFIX) else _code(data)
+    """Of a folder its name alone: where it lay on a machine is in the manifest, and nobody else's business."""
+    if data.startswith(PREFIX):
+        return f"images given in Python ({_code(data.removeprefix(PREFIX))})"
+    return f"the folder {_code(Path(data).name)}" if Path(data).is_absolute() else _code(data)
 
 
 def _figures(info: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moee.errors import UserError
+from moee.errors import MissingDependency, UserError
 from moee.space.estimate import FLOAT, Need
 from moee.space.limits import USUAL, Limits
 from moee.space.machine import available_memory, free_disk
@@ -29,7 +29,9 @@ PLACES = {"calibration": "a larger disk with --scratch DIR, or fewer --tokens", 
 
 def in_words(size_bytes: int) -> str:
     """Bytes as people read them."""
-    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 1 << 30 else f"{-(-size_bytes >> 20)} MiB"
+    if size_bytes >= 1 << 30:
+        return f"{size_bytes / 2**30:.1f} GiB"
+    return f"{-(-size_bytes >> 20)} MiB" if size_bytes >= 1 << 20 else f"{-(-size_bytes >> 10)} KiB"
 
 
 def worst(needs: Sequence[Need]) -> Need:
@@ -70,8 +72,9 @@ def _smaller(limits: Limits, stage: str, refitted: int, least: int) -> Limits:
 def refuse_without_space(
     needs: Sequence[Need], weights: int, memory: int | None = None, folder: Path | str | None = None
 ) -> None:
-    """Raise `UserError` unless what the stages need is there: within the bound `memory` that a user gave, on this machine, and
-    below the `folder` of files. The model of so many `weights` is loaded already. What a system does not tell refuses nothing."""
+    """Raise `UserError` unless what the stages need is within the bound `memory` that a user gave, and `MissingDependency` unless
+    it is there, on this machine and below the `folder` of files. The model of so many `weights` is loaded already. What a system
+    does not tell refuses nothing."""
     most, disk = worst(needs), sum(need.disk_bytes for need in needs)
     cure = CURES[most.stage]
     if memory is not None and loaded(weights) + most.memory_bytes > memory:
@@ -88,11 +91,11 @@ def refuse_without_space(
             f"{in_words(there.size_bytes)} are {there.limit}; give {smaller}{cure}"
         )
         if most.memory_bytes > SLACK * there.size_bytes:
-            raise UserError(sentence)
+            raise MissingDependency(sentence)
         log.warning("memory may not suffice: %s", sentence)
     free = free_disk(folder) if folder is not None and disk else None
     if free is not None and disk > free:
-        raise UserError(
+        raise MissingDependency(
             f"{FILES[needs[0].stage]} take {in_words(disk)} in {folder}, and {in_words(free)} are free there; give "
             f"{PLACES[needs[0].stage]}"
         )

@@ -102,7 +102,7 @@ def check_build(folder: Path, layers: int):
     return report
 
 
-@pytest.mark.parametrize("case", SMALL)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * ("rectangles" in c)) for c in SMALL])
 def test_small_models(case, tmp_path):
     """Distilled tokens, windows, [B, H, W, C]: parity, and where the builder is installed, engines."""
     name, kwargs = SMALL[case]

@@ -18,6 +18,7 @@ from moee.methods.clear_moe.options import ClearOptions
 from moee.parallel.group import SOLO
 from moee.stages.extract import run_extract
 from moee.stages.session import Session
+from moee.stages.space import Space
 from moee.store.artifact import read_manifest
 from tests.conftest import tiny_spec
 from tests.exporter.test_clear_export import random_layer
@@ -33,7 +34,7 @@ class TinySession(Session):
 
         torch.manual_seed(0)
         self.spec, self.source, self.report, self.group = tiny_spec(num_classes=4), "tiny", lambda *a: None, SOLO
-        self.trial = None
+        self.trial, self.space = None, Space(SOLO)
         self.dense = load_model(self.spec)
         self.transform = model_transform(self.dense)
         self.train, self.held_out = tiny_images(40), tiny_images(24)

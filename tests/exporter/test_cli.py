@@ -169,6 +169,7 @@ def test_imports_that_take_long_say_so_and_cheap_checks_come_first(monkeypatch, 
     assert begun == ["torch"], "refused before anything was imported"
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_a_destructor_is_not_lost():
     """Python prints it and goes on."""
     program = """

@@ -45,13 +45,17 @@ def exported(made, tmp_path, precision="fp32"):
     return tmp_path / "export"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8-fp32"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "int8-fp32")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", *SLOW])
 def test_parity(made, tmp_path, precision):
     moee, data, _ = made
     result = check_parity(exported(made, tmp_path, precision), moee, data)
     assert result.passed, result
 
 
+@pytest.mark.slow
 def test_a_shared_input_scale_is_compared_for_every_layer_that_reads_it(made, tmp_path):
     """Query, key and values read one quantised input."""
     moee, data, _ = made

@@ -193,7 +193,7 @@ def reduced(monkeypatch):
     monkeypatch.setattr(from_torchvision, "get_model_builder", small.__getitem__)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "dinov2" else name for name in HF])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("dinov2", "clip"))) for n in HF])
 def test_transformers_to_a_verified_export(place, name, capsys):
     net = HF[name](place / "hf")
     moee = chain(["hf:hf"], KMEANS if name in ("vit", "clip") else STATIC, place)

@@ -70,6 +70,7 @@ def folder_of(tiny_export, root: Path) -> Path:
     return root / "labelled"
 
 
+@pytest.mark.slow
 def test_extract_and_verify_under_torchrun_give_what_one_process_gives(weights, tiny_export, tmp_path):
     pictures = folder_of(tiny_export, tmp_path / "pictures")
 

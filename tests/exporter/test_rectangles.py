@@ -54,7 +54,7 @@ def pictures(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=SIZES)
+@pytest.fixture(scope="module", params=["test_vit", pytest.param("test_convnext", marks=pytest.mark.slow)])
 def chain(request, pictures, tmp_path_factory):
     """Folder of a rectangular model's artifact, tuned artifact and export, all from the command line; its size."""
     name, (height, width) = request.param, SIZES[request.param]

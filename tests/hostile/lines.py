@@ -88,8 +88,8 @@ def base(command: str, without: Sequence[str] = ()) -> list[str]:
     """The shortest line of a command that begins to work, without some of its options."""
     words = command.split()
     for action in COMMANDS[command]._actions:
-        if not action.option_strings and action.nargs != "?":
-            words.append(NAME if action.dest == "model" else "artifact")
+        if not action.option_strings:
+            words += [NAME if action.dest == "model" else "artifact"] * (action.nargs not in ("?", "*"))
         elif action.required and action.option_strings[0] not in without:
             words += [action.option_strings[0], {"--data": "images", "--sm": "87"}.get(action.option_strings[0], "new")]
     if command == "plan" and not {"--max-drop", "--min-cosine", "--target-macs", "--target-params"} & set(without):

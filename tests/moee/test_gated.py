@@ -353,7 +353,8 @@ def test_bad_manifests_are_refused(case, saved, tmp_path):
     _, path = saved
     manifest = json.loads((path / "moee.json").read_text())
     manifest["layers"][0] |= changes
-    (tmp_path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes())
+    for name in manifest["files"]:
+        (tmp_path / name).write_bytes((path / name).read_bytes())
     (tmp_path / "moee.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError) as refusal:
         checkpoint.load(tmp_path)

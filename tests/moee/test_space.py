@@ -14,7 +14,7 @@ import torch
 from exporter import cli
 from exporter.terminal.space import size_of
 from moee.config import FinetuneConfig
-from moee.errors import UserError
+from moee.errors import MissingDependency, UserError
 from moee.methods.recipe import method_options
 from moee.models.model import sharing
 from moee.parallel.group import SOLO
@@ -88,7 +88,7 @@ def test_a_bound_that_nothing_fits_in_is_refused_before_the_work(tmp_path, monke
 
 def test_memory_that_the_machine_lacks_is_refused():
     need = Need("refit", 1 << 60)
-    with pytest.raises(UserError, match=r"the refit takes about .* GiB of memory beside the model, and .* are .*--refit-tokens"):
+    with pytest.raises(MissingDependency, match=r"the refit takes about .* GiB of memory beside .*, and .* are .*--refit-tokens"):
         refuse_without_space([need], 1)
     refuse_without_space([Need("refit", 1)], 1)
 
@@ -96,17 +96,17 @@ def test_memory_that_the_machine_lacks_is_refused():
 def test_memory_that_may_not_suffice_is_warned_of(monkeypatch, caplog):
     monkeypatch.setattr(refusal, "available_memory", lambda: machine.Available(1000, "free on this machine"))
     refuse_without_space([Need("refit", 1400)], 1)
-    assert "memory may not suffice: the refit takes about 1 MiB" in caplog.text
-    with pytest.raises(UserError):
+    assert "memory may not suffice: the refit takes about 2 KiB" in caplog.text
+    with pytest.raises(MissingDependency):
         refuse_without_space([Need("refit", 1600)], 1)
 
 
 def test_a_disk_that_lacks_the_space_is_refused_in_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(refusal, "free_disk", lambda folder: 1000)
-    said = r"the calibration's tokens take \S+ \wiB in .*, and 1 MiB are free there; .* --scratch DIR"
-    with pytest.raises(UserError, match=said):
+    said = r"the calibration's tokens take \S+ \wiB in .*, and 1 KiB are free there; .* --scratch DIR"
+    with pytest.raises(MissingDependency, match=said):
         Space(SOLO).find(LARGE, method_options(), 1000, 10)
-    with pytest.raises(UserError, match="the graphs take .* --out on a larger disk"):
+    with pytest.raises(MissingDependency, match="the graphs take .* --out on a larger disk"):
         refuse_without_space([export(1 << 20)], 1 << 20, folder=tmp_path)
 
 

@@ -186,6 +186,7 @@ def test_remove_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_where_names_cannot_be_exchanged(zygote, place):
     """Every one of the last changes of an extraction that replaces another, on a file system without RENAME_EXCHANGE."""
     command = COMMANDS["extract"]

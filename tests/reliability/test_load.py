@@ -39,6 +39,7 @@ def flat(rounds, warm_up):
     return slope
 
 
+@pytest.mark.slow
 def test_short_soak(place):
     rounds = soak(place, 5, "extract", "finetune")
     assert flat(rounds, 2) < 3, [r["rss_mib"] for r in rounds]

@@ -739,8 +739,9 @@ def test_the_timing_cache_grows_and_outlives_a_failed_build(work, monkeypatch, f
             raise UserError("the graph cannot be built")
         return fake_worker(spec, progress)
 
+    export = {"plugin_nodes": 0, "model": {"name": "tiny", "timm_name": "tiny"}, "data": "digits"}
     monkeypatch.setattr("exporter.engines.build.require_backend", lambda backend: None)
-    monkeypatch.setattr("exporter.engines.build.read_export", lambda folder: {"plugin_nodes": 0})
+    monkeypatch.setattr("exporter.engines.build.read_export", lambda folder: export)
     monkeypatch.setattr("exporter.engines.build._graph", lambda folder, export, key: folder / "dense.onnx")
     monkeypatch.setattr("exporter.engines.build.count_plugin_nodes", lambda graph: 0)
     monkeypatch.setattr("exporter.engines.build.run_worker", worker)

@@ -61,12 +61,14 @@ GUARDED = {
     "ctypes.CDLL": {
         "exporter/engines/worker.py": "the driver, by its fixed name",
         "moee/store/exchange.py": "the C library, which is loaded already",
+        "moee/space/machine.py": "the C library, which is loaded already",
     },
     "torch.load": {"moee/weights/weights_file.py": "with weights_only, the user's checkpoint"},
     "load_file": {"moee/weights/weights_file.py": "read_safetensors", "moee/store/cache.py": "the user's own cache"},
     "json.loads": {
         "moee/schema.py": "parse_json",
         "moee/models/source.py": "of what json.dumps gave a moment ago",
+        "moee/artifacts/checkpoint.py": "of what json_text gave a moment ago",
         "moee/parallel/group.py": "messages between the ranks of one run",
         "plugins/aot/build.py": "the user's own cache",
         "exporter/engines/build.py": "lines of our own worker",

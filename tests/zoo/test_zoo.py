@@ -26,7 +26,7 @@ from tests.zoo.table import ENTRIES, Entry
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OTHERS = {"torchvision", "transformers"}
-FEW = ("vit_base_patch16_siglip_224", "regnety_002")
+FEW = (pytest.param("vit_base_patch16_siglip_224", marks=pytest.mark.slow), "regnety_002")
 
 
 def test_every_family_of_timm_is_in_the_zoo():
