@@ -479,6 +479,7 @@ def test_a_bundle_compiles_in_an_empty_folder_and_builds(written, tmp_path):
     assert read_selftest(place / "selftest.json").cases[0]["name"] == "blocks.0.mlp (noise)"
 
 
+@pytest.mark.slow
 def test_the_selftest_runs_the_exports_layers(shared, tmp_path):
     """Their tokens are of noise, since this model's images lie in no file, and their names say so."""
     done = selftest_double.run(tmp_path / "out.json", "--check-only", cases_=shared / "bundle" / "selftest" / "cases.bin")

@@ -57,6 +57,7 @@ def test_timings_that_were_removed_are_not_done(tmp_path):
     assert not state.done("latency")
 
 
+@pytest.mark.slow
 def test_an_interrupted_fallback_to_the_dense_model_goes_on_as_that(session, quick, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(job, "slower", lambda latencies, budget, device: "dense is faster: 0.9x")
     with monkeypatch.context() as patch:

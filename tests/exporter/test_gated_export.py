@@ -185,6 +185,7 @@ def test_modelled_latency_and_single_layers_are_timed(made):
     assert [row.ideal for row in rows] == pytest.approx([128 / width for width in widths])
 
 
+@pytest.mark.slow
 def test_commands_from_extract_to_bundle(tmp_path, capsys):
     model, folder = tmp_path / "model", tmp_path / "export"
     assert run("extract", NAMES["eva02"], *FLAGS, "--data", "digits", *STATIC, "--out", model) == 0

@@ -165,7 +165,8 @@ def chain(model, method, place, word=()):
 
 
 @pytest.mark.parametrize("name, method", [
-    ("vit_b_16", KMEANS), ("swin_t", STATIC), pytest.param("vit_b_16", STATIC, marks=pytest.mark.slow),
+    ("vit_b_16", KMEANS), pytest.param("swin_t", STATIC, marks=pytest.mark.slow),
+    pytest.param("vit_b_16", STATIC, marks=pytest.mark.slow),
     pytest.param("swin_t", KMEANS, marks=pytest.mark.slow), ("convnext_tiny", STATIC),
 ], ids=lambda value: value if isinstance(value, str) else "static" if value is STATIC else "experts")  # fmt: skip
 def test_torchvision_to_a_verified_export(place, name, method, reduced):

@@ -102,6 +102,7 @@ def test_extract_and_verify_under_torchrun_give_what_one_process_gives(weights, 
     assert figures[0] == figures[1] and figures[0]["accuracy"]["images"] == 40
 
 
+@pytest.mark.slow
 def test_a_place_that_must_not_be_written_is_refused_by_all_ranks_in_one_sentence(weights, tmp_path):
     data = tmp_path / "data"
     data.mkdir()

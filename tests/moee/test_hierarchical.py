@@ -310,7 +310,7 @@ def test_token_cosine_of_every_shape_of_feature_map(name):
 ])  # fmt: skip
 def test_features_that_are_no_token_map_say_so(tiny_model, kind, why):
     forward = tiny_model.forward_features
-    tiny_model.forward_features = lambda images: kind(forward(images))
+    tiny_model.forward_features = lambda images, **more: kind(forward(images, **more))
     tiny_model.forward_head = lambda features: torch.zeros(4, 10)
     outputs = run(tiny_model, tiny_images(8), batch_size=4)
     kept = retention(outputs, outputs, None, 0, UNLABELLED)

@@ -257,6 +257,7 @@ def take_away(zygote, name, points, place):
     return refused
 
 
+@pytest.mark.slow
 def test_input_that_disappears(zygote, place):
     assert take_away(zygote, "finetune", 1, place) >= 0
 

@@ -101,6 +101,7 @@ def together_on_one_cache(zygote, place, count, rounds):
         assert list((work / "tmp").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_extractions_together_on_one_cache(zygote, place):
     together_on_one_cache(zygote, place, count=3, rounds=1)
 
