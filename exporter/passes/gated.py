@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.passes.activation import activation
+from exporter.passes.stored import drop_unused, stored_inputs
 from exporter.passes.tape import Tape
 from moee.mlps.gated import NAMES
 from plugins.contract import DOMAIN
@@ -34,17 +35,12 @@ def lower_gated(model: ir.Model) -> list[str]:
     for node in nodes:
         _lower(model.graph, node)
     if nodes:
-        for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
-            del model.graph.initializers[name]
+        drop_unused(model)
     return [node.name or "" for node in nodes]
 
 
 def _lower(graph: ir.Graph, node: ir.Node) -> None:
-    stored: dict[str, np.ndarray] = {}
-    for name, value in zip(NAMES, node.inputs[1:], strict=True):
-        if value is None or value.const_value is None:
-            raise ValueError(f"`{node.name}`: {name} must be an initialiser to be lowered to standard operators")
-        stored[name] = value.const_value.numpy()
+    stored = stored_inputs(node, NAMES)
     weights = {
         **stored, "w_gate": np.ascontiguousarray(stored["w_gate"].T), "w_up": np.ascontiguousarray(stored["w_up"].T),
         "b_out": stored["b_out"][0],

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.passes.activation import activation
+from exporter.passes.stored import drop_unused, stored_inputs
 from exporter.passes.tape import Tape
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
@@ -34,17 +35,12 @@ def lower_single_experts(model: ir.Model) -> list[str]:
             _lower(model.graph, node)
             names.append(node.name or "")
     if names:
-        for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
-            del model.graph.initializers[name]
+        drop_unused(model)
     return names
 
 
 def _lower(graph: ir.Graph, node: ir.Node) -> None:
-    stored: dict[str, np.ndarray] = {}
-    for name, value in zip(INPUT_NAMES[1:], node.inputs[1:], strict=True):
-        if value is None or value.const_value is None:
-            raise ValueError(f"`{node.name}`: {name} must be an initialiser to be lowered to standard operators")
-        stored[name] = value.const_value.numpy()
+    stored = stored_inputs(node, INPUT_NAMES[1:])
     kept = stored["neurons"].astype(np.int64)
     weights = {
         "w_up": np.ascontiguousarray(stored["w_up"][kept].T), "b_up": stored["b_up"][kept],

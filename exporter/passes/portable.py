@@ -28,6 +28,7 @@ import onnx_ir as ir
 
 from exporter.passes.activation import activation
 from exporter.passes.dispatch import by_expert
+from exporter.passes.stored import drop_unused
 from exporter.passes.tape import Tape
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
@@ -78,8 +79,7 @@ def lower_routed_ffn(model: ir.Model) -> int:
         _lower(model.graph, node)
     if nodes:
         model.opset_imports.pop(DOMAIN, None)
-        for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
-            del model.graph.initializers[name]
+        drop_unused(model)
     return len(nodes)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from exporter.graph.trace import to_onnx
+from exporter.passes.stored import drop_unused
 from exporter.runners import OnnxRunner
 from exporter.runners.operator_cache import operator_or_reason
 from exporter.timing.ffn_bench import Residual, lowered
@@ -246,8 +247,7 @@ def _with_weights_of(layer: nn.Module, traced: ir.Model) -> ir.Model:
         model.graph.register_initializer(value)
         node.replace_input_with(at, value)
     node.attributes["max_width"] = ir.AttrInt64("max_width", int(layer.max_width))  # type: ignore[arg-type]
-    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
-        del model.graph.initializers[name]
+    drop_unused(model)
     return model
 
 
