@@ -32,7 +32,11 @@ MANY_TOKENS = 30_000  # HDBSCAN's time grows with their square: above it a layer
 ALLOCATIONS: dict[str, Values] = {
     "share": {"criterion": "output_variance", "allocation": "expert"},
     "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
+    "weight": {"criterion": "weight", "allocation": "expert"},  # from here on other people's criteria, to compare with
+    "taylor": {"criterion": "taylor", "allocation": "model"},
+    "atomic": {"criterion": "atomic", "allocation": "model"},
 }
+USUAL = ("share", "sensitivity")  # those that a plan tries when nobody says which
 
 
 class ExpertsOptions(NeuronOptions, GroupingOptions):
@@ -81,16 +85,15 @@ class NeuronMethod(LayerMethod[Any]):
 
     def _measure(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> None:
         """The error that dropping each neuron makes, once it is asked for."""
-        from moee.methods.convert import sensitivity_of
+        from moee.methods.convert import measured_by, sensitivity_of
 
-        if (options.criterion in MEASURED or options.neurons == "eliminated") and not prepared.error:
-            found = sensitivity_of(model, prepared, options, context)
-            prepared.error.update({name: of.error for name, of in found.items()})
-            prepared.metric.update({name: of.metric for name, of in found.items()})
+        kind = measured_by(options)
+        if (options.criterion in MEASURED or options.neurons == "eliminated") and kind not in prepared.measured:
+            prepared.measured[kind] = sensitivity_of(model, prepared, options, context)
 
 
 class ExpertsMethod(NeuronMethod):
-    name, also, options = "experts", ("moee",), ExpertsOptions
+    name, also, options, plugin = "experts", ("moee",), ExpertsOptions, True
     summary = "experts of neurons, found by clustering each layer's tokens; every token goes to one"
     presets: ClassVar = {
         "deploy": {
