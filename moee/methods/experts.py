@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moee.progress import Reporter
 
 log = logging.getLogger("moee")
+WIDTHS = 16  # multiples that tensor cores take in fp16 (8) and int8 (16), and that fill a vector of AVX-512 in float32
 MANY_TOKENS = 30_000  # HDBSCAN's time grows with their square: above it a layer takes minutes on two cores
 # How a plan spends a budget: every expert keeps the same share, or all neurons of the model are held against one threshold.
 ALLOCATIONS: dict[str, Values] = {
@@ -98,6 +99,7 @@ class ExpertsMethod(NeuronMethod):
     presets: ClassVar = {
         "deploy": {
             "clustering": "kmeans", "clusters": 4, "components": 50, "cluster_tokens": 6000, "target_macs": 0.7, "mlp_floor": 0.5,
+            "width_multiple": WIDTHS,
         },
         "compensated": {},
         "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},

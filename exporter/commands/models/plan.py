@@ -29,7 +29,7 @@ from exporter.terminal.ui import FittingTable, ProgressDisplay, data_title, numb
 from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
 from moee.measure.accuracy import counted
-from moee.methods.experts import ALLOCATIONS, USUAL, ExpertsOptions
+from moee.methods.experts import ALLOCATIONS, USUAL, WIDTHS, ExpertsOptions
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.registry import METHODS
 from moee.places.inputs import source_paths
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 BASE = (  # options that all points share
     "seed", "tokens", "cluster_tokens", "sensitivity_tokens", "neurons", "compensation", "refit_target", "refit_tokens",
-    "collages", "attention_heads",
+    "collages", "attention_heads", "width_multiple",
 )  # fmt: skip
 BASE_OF = (ExpertsOptions, HeadsOptions)  # whose help says what they are
 BESIDE = {"attention": "attention", "tokens": "merged to"}  # columns of what is done beside a method
@@ -76,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--token-macs", metavar="SHARES", help=merged)
     group = sub.add_argument_group("options of every method that has them")
     for kind in BASE_OF:
-        add_options(group, kind, BASE, {"cluster_tokens": 6000})
+        add_options(group, kind, BASE, {"cluster_tokens": 6000, "width_multiple": WIDTHS})
     add_trial(sub)
     add_scratch(sub)
     add_memory(sub)
