@@ -78,7 +78,7 @@ def keep_by_share(importance: Tensor, share: float, multiple: int = 1) -> Tensor
 
 
 def select_neurons(
-    moments: Moments, ffn: FFN, criterion: str, keep: float, seed: int = 0, multiple: int = 1
+    moments: Moments, ffn: FFN, criterion: str, keep: float, *, seed: int = 0, multiple: int = 1
 ) -> list[Tensor]:
     """Per expert, the ascending neuron ids [H_e] int64 to keep; their number is a multiple of `multiple`, or all.
 

@@ -56,7 +56,7 @@ def _by_expert(routed: GroupedLayer, error: Tensor | None, config: NeuronOptions
     if config.criterion in MEASURED:
         assert error is not None
         return [keep_by_share(row, keep, multiple) for row in error]
-    return select_neurons(routed.moments, routed.ffn, config.criterion, keep, config.seed, multiple)
+    return select_neurons(routed.moments, routed.ffn, config.criterion, keep, seed=config.seed, multiple=multiple)
 
 
 def _macs(routed: GroupedLayer, kept: list[Tensor], tokens: int) -> float:
