@@ -108,7 +108,7 @@ class Job:
         moee = self._made(shipped)
         self._verify(state, moee, budget)
         self._bundle(state, moee)
-        self._confirm(state, shipped, moee)
+        confirmation = self._confirm(state, shipped, moee)
         if shipped != "dense" and not state.done("examples") and (images := images_within(self.clock)):
             with self._stage("examples", state) as facts:
                 facts["images"], file, source = images, self.place.file("examples.json").place, self.place.folder(shipped).place
@@ -119,7 +119,7 @@ class Job:
         measured = moee.info["stages"].get(shipped)
         lines = last_lines(
             self.place, self.request.device, plan, budget, measured, latencies=latencies, point=point, tuned=tuned,
-            unshipped=unshipped, confirmation=None if shipped == "dense" else state.stages.get("confirm"),
+            unshipped=unshipped, confirmation=confirmation,
         )  # fmt: skip
         with self._stage("report"):
             paths, why = reported(self.place.place, shipped)
@@ -268,13 +268,16 @@ class Job:
                 details = self.place.folder("verify").place
                 raise StepFailed(f"the export does not verify ({failed}); nothing was bundled, and {details} has the details")
 
-    def _confirm(self, state: State, shipped: str, moee: MoeeModel) -> None:
-        """Measure the result on images that nothing was chosen by, where the user gave some."""
-        source = self.request.confirm
-        if source is None or shipped == "dense" or state.stages.get("confirm", {}).get("data") == located(source):
-            return
-        with self._stage("confirm", state) as facts:
-            facts.update(confirmed(self.session, moee.model, moee.probe, self.fresh, source))
+    def _confirm(self, state: State, shipped: str, moee: MoeeModel) -> dict[str, Any] | None:
+        """The result measured on images that nothing was chosen by, where the user gave some; anew where they are others now."""
+        source, before = self.request.confirm, state.stages.get("confirm", {})
+        if source is None or shipped == "dense":
+            return None
+        content = " ".join(fingerprint(part, self.report) for part in self.fresh)
+        if (before.get("data"), before.get("content")) != (located(source), content):
+            with self._stage("confirm", state) as facts:
+                facts.update(confirmed(self.session, moee.model, moee.probe, self.fresh, source), content=content)
+        return state.stages["confirm"]
 
     def _bundle(self, state: State, moee: MoeeModel) -> None:
         if state.done("bundle"):

@@ -22,8 +22,7 @@ from moee.natural_order import in_order
 from moee.shrinking.options import ShrinkConfig
 
 CHANGES: dict[str, tuple[type[Options], str]] = {"finetune": (FinetuneConfig, "tuned"), "shrink": (ShrinkConfig, "shrunk")}
-# models that bring their weights and arguments (exporter/pretrained.py)
-ALIASES = ("dinov2-s", "vit-scratch", "swin-scratch", "convnext-scratch")
+ALIASES = ("dinov2-s", "vit-scratch")  # models that bring their weights and arguments (exporter/pretrained.py)
 
 
 def commands(sources: Sources) -> list[str]:

@@ -197,11 +197,13 @@ class KeyValues(argparse.Action):
     """`k=v ...` to a dictionary, as timm's scripts take it: values as Python literals, anything else as text."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        given = {}
+        given = dict(getattr(namespace, self.dest) or {})  # the flag may come again
         for word in values:
             key, equals, text = word.partition("=")
             if not equals or not key.isidentifier():
                 parser.error(f"argument {option}: expected name=value, came {word!r}")
+            if key in given:
+                parser.error(f"argument {option}: {key} is given twice")
             try:
                 given[key] = ast.literal_eval(text)
             except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -91,7 +91,7 @@ class ImageSet(Dataset):
             return f"{text}, unlabelled"
         missing = [name for name in self.classes if name not in have]
         if len(missing) <= max(MAX_NAMED, len(have)):
-            text += f", {len(have)} classes" + (f" (no {listed(missing)})" if missing else "")
+            text += f", {len(have)} class{'es' if len(have) != 1 else ''}" + (f" (no {listed(missing)})" if missing else "")
         else:
             text += f", {len(have)} of {len(self.classes)} classes"
         unlabelled = len(self) - sum(have.values())

@@ -21,7 +21,7 @@ from moee.models.input_size import sized
 from moee.models.model import LIBRARIES, ModelSpec, build_model, check_arguments, check_numbers, load_model, state_sha256
 from moee.models.training_args import as_trained
 from moee.schema import shown
-from moee.weights.fitting import Fit, alternatives, best_fit, classes_of, image_size, listed
+from moee.weights.fitting import Fit, alternatives, best_fit, classes_of, holds_head, image_size, listed
 from moee.weights.hub import CONFIG, find_folder, source_of
 from moee.weights.loading import classifier_names, refuse_misfit
 from moee.weights.weights_file import checkpoint_sha256, containers, read_checkpoint
@@ -133,7 +133,7 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
     asked = spec.kwargs.get("num_classes")
     notes: list[str] = []
     if 2 * len(fit.fitting) > len(model.state_dict()) and classifier and LIBRARIES[spec.library].takes_classes(spec):
-        if asked is None and told != wanted:
+        if asked is None and told != wanted and (told or not holds_head(fit.state, classifier)):  # a part of one is refused
             spec = _with_classes(spec, told)
             with torch.device("meta"):
                 model = build_model(spec)
@@ -143,7 +143,7 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
                 f"checkpoint {path} has {told} classes, --num-classes says {asked}: leave --num-classes out or give {told}"
             )
         if not told and wanted and asked is None:
-            notes.append(f"{path.name} has no classifier: features are compared, with a probe where images are labelled")
+            notes.append(_no_classifier(path.name, classifier, [name for name, _ in found if name not in ("", fit.container)]))
         elif not asked and told and asked is not None:
             notes.append(f"the classifier of {path.name} ({told} classes) is left out, as --num-classes 0 asks")
         elif asked is None and told != wanted:
@@ -163,6 +163,14 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
     part = WeightsPart(container=fit.container, prefix=fit.prefix)
     place = os.path.abspath(path)  # for later commands, which may run in another folder
     return spec.model_copy(update={"weights": place, "weights_sha256": checkpoint_sha256(path), "part": part}), notes
+
+
+def _no_classifier(file: str, classifier: tuple[str, ...], others: list[str]) -> str:
+    beside = f", and its other parts are not read ({listed(others)})" if others else ""
+    return (
+        f"{file} has no classifier under the model's name of it ({listed(classifier)}){beside}: features are compared, with a "
+        "probe where images are labelled"
+    )
 
 
 def _trained_size(fit: Fit, model: torch.nn.Module) -> int | None:

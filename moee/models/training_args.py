@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+import timm
 import torch
 from pydantic import ValidationError
 from timm.models import split_model_name_tag
@@ -43,7 +44,7 @@ def as_trained(spec: ModelSpec, content: Mapping[str, Any], file: str) -> tuple[
     """
     args = training_args(content)
     taken, refused = _preparation(args, _channels(spec, args))
-    notes = _differences(spec, args, file)
+    notes = _differences(spec, {**args, "model": _said_model(content, args)}, file)
     if spec.library != "timm":
         names = ", ".join([*taken, *refused])
         return spec, [f"{file}: its args name {names}, which are taken for timm's models alone", *notes] if names else notes
@@ -127,8 +128,12 @@ def _differences(spec: ModelSpec, args: Mapping[str, Any], file: str) -> list[st
     """Sentences about what the training says otherwise, or knows, of the model."""
     notes = []
     model = args.get("model")
-    if isinstance(model, str) and spec.library == "timm" and _bare_name(model) != _bare_name(spec.timm_name):
-        notes.append(f"{file} says that it is {shown(model, quoted=False)}; it is taken as {spec.timm_name}")
+    if isinstance(model, str) and spec.library == "timm":
+        said = f"{file} says that it is {shown(model, quoted=False)}; it is taken as {spec.timm_name}"
+        if _bare_name(model) != _bare_name(spec.timm_name):
+            notes.append(said)
+        elif _prepared(model) not in (None, _prepared(spec.timm_name)):
+            notes.append(f"{said}, for which images are prepared otherwise: give that name")
     arguments = args.get("model_kwargs")
     other = {name: value for name, value in (arguments.items() if isinstance(arguments, Mapping) else ())
              if isinstance(name, str) and name != "img_size" and _plain(spec.kwargs.get(name)) != _plain(value)}  # fmt: skip
@@ -143,5 +148,24 @@ def _differences(spec: ModelSpec, args: Mapping[str, Any], file: str) -> list[st
     return notes
 
 
+def _said_model(content: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
+    """The model that was trained: by its argument, else by the name beside the weights, where timm knows that."""
+    arch = content.get("arch")
+    return args.get("model") or (arch if isinstance(arch, str) and timm.is_model(_bare_name(arch)) else None)
+
+
+def _prepared(model: str) -> tuple[Any, ...] | None:
+    """How images are prepared for a name of timm's with its tag, where nothing else says it; None for a tag that timm lacks."""
+    try:
+        described = timm.get_pretrained_cfg(_plain_name(model))
+    except RuntimeError:
+        return None
+    return None if described is None else tuple(getattr(described, name) for name in (*PREPARATION, "input_size"))
+
+
+def _plain_name(model: str) -> str:
+    return model.rpartition("/")[2].rpartition(":")[2]
+
+
 def _bare_name(model: str) -> str:
-    return split_model_name_tag(model.rpartition("/")[2].rpartition(":")[2])[0]
+    return split_model_name_tag(_plain_name(model))[0]

@@ -117,6 +117,9 @@ def schedule_of(costs: Costs, whole: int, share: float) -> list[int]:
         if cost <= budget:
             return merged
     reach = math.ceil((whole - plain + least) / whole * 1000) / 1000
+    if reach >= 1:
+        patches = costs.tokens - costs.prefix
+        raise OutOfReach(f"merging tokens saves none of the MACs of a model with {patches} patches; merge none")
     raise OutOfReach(f"token merging alone leaves {reach:g} of the MACs at least, {share:g} was asked for; give more")
 
 
@@ -127,9 +130,9 @@ def schedule_with(costs: Costs, each: int) -> list[int]:
     if over is not None:
         at, patches = over
         most = max(m for m in range(each) if costs.overfull([m] * len(costs.blocks)) is None)
+        cure = f"give {most} or fewer" if most > 1 else "give 1" if most else "not every block can merge one, leave it out"
         raise UserError(
-            f"--merge-tokens {each}: `blocks.{at}` has {patches} patches left, of which {most_merged(patches)} can merge; give "
-            f"{most} or fewer"
+            f"--merge-tokens {each}: `blocks.{at}` has {patches} patches left, of which {most_merged(patches)} can merge; {cure}"
         )
     return merged
 

@@ -211,6 +211,11 @@ def classes_of(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> int:
     return 0
 
 
+def holds_head(state: Mapping[str, Tensor], classifier: tuple[str, ...]) -> bool:
+    """Whether a state has tensors of the classifier, in whatever form."""
+    return any(_is_head(key, classifier) for key in state)
+
+
 def difference(fit: Fit, model: nn.Module, name: str, classifier: tuple[str, ...], says: str | None) -> str:
     """What differs between a checkpoint and the model `name`, and the flag that mends it. `says` is the architecture that the
     file names for itself."""
@@ -231,7 +236,7 @@ def difference(fit: Fit, model: nn.Module, name: str, classifier: tuple[str, ...
         return f"{shown(key, quoted=False)} of the classifier is {list(came)}, {name} takes {list(wanted)}: {cure}"
     if fit.missing and all(_is_head(key, classifier) for key in fit.missing) and not fit.unexpected and not fit.mismatched:
         cure = "add --num-classes 0 to compare features"
-        if any(_is_head(key, classifier) for key in fit.state):
+        if holds_head(fit.state, classifier):
             return f"the file has only a part of the classifier and lacks {listed(fit.missing)}: store that too, or {cure}"
         return f"the file has no classifier, {name} has one: {cure}"
     channels = _channels(fit, model)

@@ -32,6 +32,8 @@ ZIP_START = b"PK\x03\x04"
 ALONE = "save the state dict alone where it comes from: torch.save(model.state_dict(), FILE)"
 INDEX = ".index.json"  # of shards, as transformers writes it
 MAX_SHARDS = 1000
+# containers of what a training keeps beside the weights, of their names and shapes: gradients and an optimiser's averages
+TRAINING = re.compile(r"(^|[._])(optim\w*|opt|grads?|gradients?|exp_avg(_sq)?|momentum\w*)([._]|$)")
 MAX_DEPTH = 3  # of dictionaries in a checkpoint: {"model": {"state_dict": {...}}}
 MAX_CONTAINERS = 64
 MAX_SHARING = 4  # tensors may share memory, as tied weights do; more than this is no model
@@ -82,29 +84,36 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def shards_of(path: Path) -> list[Path]:
-    """The files of an index of shards as transformers writes it, in order. Raises `UserError` for an index that is none, and for
-    names that leave its folder."""
-    try:
-        body = parse_json(path)
-        names = sorted(set(body["weight_map"].values()))
-        fine = all(Path(name).name == name and name.endswith((".safetensors", *PICKLED)) for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {path} is no index of shards ({shown(error, quoted=False)}); save it again") from error
-    if not names or not fine or len(names) > MAX_SHARDS:
-        raise UserError(f"checkpoint {path} names {shown(names[:3])} as its shards; expected files of its own folder")
-    shards = [path.parent / name for name in names]
+    """The files of an index of shards as transformers writes it, in order. Raises `UserError` as `_weight_map`, and for one that
+    is not there."""
+    shards = [path.parent / name for name in sorted(set(_weight_map(path).values()))]
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"checkpoint {path} names the shard {shown(shard.name)}, which is not beside it; put it there")
     return shards
 
 
+def _weight_map(path: Path) -> dict[str, str]:
+    """The shard of every tensor. Raises `UserError` for an index that is none, and for names that leave its folder."""
+    try:
+        places: dict[str, str] = parse_json(path)["weight_map"]
+        names = sorted(set(places.values()))
+        fine = all(Path(name).name == name and name.endswith((".safetensors", *PICKLED)) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {path} is no index of shards ({shown(error, quoted=False)}); save it again") from error
+    if not names or not fine or len(names) > MAX_SHARDS:
+        raise UserError(f"checkpoint {path} names {shown(names[:3])} as its shards; expected files of its own folder")
+    return places
+
+
 def _read_shards(path: Path) -> dict[str, Any]:
-    """All tensors of an index's shards."""
-    tensors: dict[str, Any] = {}
-    for shard in shards_of(path):
-        tensors |= read_checkpoint(shard)
-    return tensors
+    """The tensors that an index names, each from its own shard: another shard may hold an older one of that name."""
+    places = _weight_map(path)
+    shards = {shard.name: read_checkpoint(shard) for shard in shards_of(path)}
+    for name, shard in places.items():
+        if name not in shards[shard]:
+            raise UserError(f"checkpoint {path}: {shown(name)} is not in {shown(shard)}, which it names for it; save it again")
+    return {name: shards[shard][name] for name, shard in places.items()}
 
 
 def checkpoint_sha256(path: Path) -> str:
@@ -165,7 +174,8 @@ def _reason(message: str, kind: str) -> str:
 
 
 def containers(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[str, Tensor]]]:
-    """Every dictionary of tensors in a checkpoint with its name (`state_dict_ema`, "" for the whole), averaged weights first.
+    """Every dictionary of tensors in a checkpoint with its name (`state_dict_ema`, "" for the whole), averaged weights first, an
+    optimiser's last.
 
     Raises `UserError` if there is none, or if tensors are larger than the file that should hold them.
     """
@@ -178,7 +188,7 @@ def containers(content: Mapping[str, Any], path: Path) -> list[tuple[str, dict[s
         sizes = [t.numel() * t.element_size() for t in tensors.values()]
         if max(sizes) > size or sum(sizes) > MAX_SHARING * size:
             raise UserError(f"checkpoint {path} claims tensors of {sum(sizes)} bytes in a file of {size}; do not use it")
-    return sorted(found, key=lambda item: not is_average(item[0]))
+    return sorted(found, key=lambda item: (TRAINING.search(item[0].lower()) is not None, not is_average(item[0])))
 
 
 def unusable(content: Mapping[str, Any], container: str) -> dict[str, str]:

@@ -1,12 +1,18 @@
 """Images that confirm a choice are new ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from exporter.compression import job
+from exporter.compression.request import Request
+from exporter.compression.state import State
 from exporter.compression.verdicts import confirmed_by
 from moee.data.image_set import Division, TensorSet
 from moee.errors import UserError
 from moee.models.model import load_model
+from moee.places.staged_folder import StagedFolder
 from moee.stages import confirmation
 from moee.stages.confirmation import confirmed, fresh_images
 from moee.stages.session import Session
@@ -70,6 +76,29 @@ def test_the_dense_model_confirms_itself(session, monkeypatch):
     assert found["data"] == "other" and found["retention"]["images"] == 30 and found["retention"]["class_cosine"] < 0.99
     same = confirmed(session, session.dense, None, fresh_images(session, "other"), "other")
     assert same["retention"]["class_cosine"] == pytest.approx(1) and same["retention"]["top1_agreement"] == 1
+
+
+def test_a_resumed_job_confirms_again_by_images_that_are_others_now(session, tmp_path, monkeypatch):
+    """The folder's name and its labels are the same; a run that names no images has no figure of theirs."""
+    asked = []
+
+    def measured(session, model, probe, images, source):
+        asked.append(images)
+        return {"data": source, "retention": {"class_cosine": len(asked)}}
+
+    monkeypatch.setattr(job, "confirmed", measured)
+
+    def confirmation(fresh, source="more"):
+        made = job.Job(session, StagedFolder(tmp_path / "out"), Request(confirm=source))
+        made.fresh = [TensorSet("more", fresh, [0, 1], 10)]
+        state = State(made.place, {"a": 1})
+        state.open()
+        found = made._confirm(state, "extracted", SimpleNamespace(model=None, probe=None))
+        return found and found["retention"]["class_cosine"]
+
+    first, other = torch.zeros(2, 3, 32, 32), torch.ones(2, 3, 32, 32)
+    assert [confirmation(first), confirmation(first), confirmation(other), confirmation(other)] == [1, 1, 2, 2]
+    assert confirmation(other, source=None) is None
 
 
 def test_the_line_counts_labelled_images_and_says_what_the_budget_does_not_allow():

@@ -104,6 +104,7 @@ def test_from_a_checkpoint_to_a_tuned_model(folder, capsys):
         (["--random-weights", "0", "--model-kwargs", "checkpoint_path=x.pth"], "it would open files"),
         (["--random-weights", "0", "--model-kwargs", "depth=b'x'"], "expected numbers, texts, lists and None"),
         (["--random-weights", "0", "--model-kwargs", "depth"], "expected name=value, came 'depth'"),
+        (["--random-weights", "0", "--model-kwargs", "depth=2", "--model-kwargs", "depth=1"], "depth is given twice"),
         (["--random-weights", "-1"], "expected a whole number from 0 to"),
         (["--pretrained", "--num-classes", "4"], "have 1000 classes, --num-classes says 4: leave it out, or give 0"),
     ],
@@ -120,6 +121,14 @@ def test_bad_input_ends_before_any_image_is_read(tmp_path, flags, words, capsys,
     assert run("extract", *model, "--data", "digits", *flags, "--out", "out") == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_model_arguments_may_be_given_in_several_parts():
+    parser = argparse.ArgumentParser()
+    add_model(parser)
+    line = ["tiny", "--data", "digits", "--model-kwargs", "num_heads=4", "--pretrained", "--model-kwargs", "global_pool=avg"]
+    assert parser.parse_args(line).model_kwargs == {"num_heads": 4, "global_pool": "avg"}
+    assert parser.parse_args(["tiny", "--data", "digits"]).model_kwargs == {}
 
 
 def test_every_command_takes_the_same_flags():

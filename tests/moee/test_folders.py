@@ -240,6 +240,29 @@ def test_a_flat_folder_holds_every_file_once(tmp_path):
     assert len(train) + len(val) == 20 and any("1 image under a second name" in note for note in val.notes)
 
 
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_split_holds_every_file_once(tmp_path, split, link):
+    """Twice in a split it would count twice in an accuracy, and narrow its interval."""
+    root = tree(tmp_path / "d")
+    counts = [len(data) for data in load_splits(str(root), SMALL)]
+    link(root / split / "ant" / "0.png", root / split / "ant" / "again.png")
+    train, val = load_splits(str(root), SMALL)
+    assert [len(train), len(val)] == counts and any("1 image under a second name" in note for note in val.notes)
+
+
+def test_copies_in_a_folder_without_splits_are_counted(tmp_path):
+    for name in ("a", "bb", "ccc", "dddd"):
+        add(tmp_path / "d" / name, 5)
+    assert not any("byte for byte" in note for note in load_splits(str(tmp_path / "d"), SMALL)[0].notes)
+    for path in list((tmp_path / "d").rglob("*.png")):
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    train, val = load_splits(str(tmp_path / "d"), SMALL)
+    trained = {open(path, "rb").read() for path in train.paths}
+    both = sum(open(path, "rb").read() in trained for path in val.paths)
+    assert both > 1 and any(f"{both} of the {len(val)} held-out images are copies of training" in note for note in val.notes)
+
+
 def test_val_that_is_train_is_refused(tmp_path):
     root = tree(tmp_path / "d", val=())
     (root / "val").rmdir()

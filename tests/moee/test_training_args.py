@@ -73,6 +73,22 @@ def test_what_the_training_says_otherwise_is_said(tmp_path):
     assert len(notes) == 2, "a tag is no other model"
 
 
+def test_a_training_whose_images_were_prepared_otherwise_is_said(tmp_path):
+    """By a tag of the same model, or another model's name beside weights of equal shapes."""
+    name, small = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    state = timm.create_model(name, num_classes=3, **small).state_dict()
+    tag = "says that it is vit_small_patch16_224.dino; it is taken as vit_small_patch16_224, for which images are prepared"
+    for arch, model, taken, said in (
+        ("deit_tiny_patch16_224", None, name, "says that it is deit_tiny_patch16_224; it is taken as vit_tiny_patch16_224"),
+        ("visiontransformer", None, name, ""), ("x", "timm/vit_tiny_patch16_224.augreg_in21k", name, ""),
+        ("x", "vit_small_patch16_224.dino", "vit_small_patch16_224", tag), ("x", f"{name}.nonsense", name, ""),
+    ):  # fmt: skip
+        path = tmp_path / "w.pth"
+        torch.save({"arch": arch, "state_dict": state, **({"args": {"model": model}} if model else {})}, path)
+        notes = with_file(named_spec(taken, small)[0], path)[1]
+        assert [said in note for note in notes if "says that it is" in note] == [True] * bool(said)
+
+
 @pytest.mark.parametrize(
     "name, value",
     [("crop_pct", 3.0), ("crop_pct", float("nan")), ("crop_pct", "a\x1b"), ("mean", [0.5, 0.5]), ("mean", "imagenet"),

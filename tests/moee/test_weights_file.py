@@ -1,6 +1,7 @@
 """Checkpoints as people have them: what is taken from them, and what is said about those that do not fit."""
 
 import argparse
+import json
 import pathlib
 import zipfile
 
@@ -235,6 +236,30 @@ def test_without_a_classifier_features_are_compared(tmp_path):
     assert spec.kwargs["num_classes"] == 0 and loaded.num_classes == 0 and "has no classifier" in notes[1]
     with pytest.raises(UserError, match="no classifier, vit_tiny_patch16_224 has one: add --num-classes 0"):
         taken(tmp_path / "w.pth", num_classes=4)
+
+
+def test_a_classifier_in_another_form_is_no_lack_of_one(tmp_path):
+    """By weight_norm it is refused; under another name, or in a part of its own, it is said."""
+    state = model_of().state_dict()
+    backbone = {key: value for key, value in state.items() if not key.startswith("head")}
+    head = state["head.weight"]
+    torch.save({**backbone, "head.bias": head[:, 0], "head.weight_g": head[:, :1], "head.weight_v": head}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"1 tensors missing \(head.weight\), 2 unexpected \(head.weight_g, head.weight_v\)"):
+        taken(tmp_path / "w.pth")
+    torch.save({"backbone": backbone, "classifier": {"weight": head, "bias": state["head.bias"]}}, tmp_path / "w.pth")
+    assert taken(tmp_path / "w.pth")[2][1].startswith(
+        "w.pth has no classifier under the model's name of it (head), and its other parts are not read (classifier): features"
+    )
+
+
+@pytest.mark.parametrize("beside", ["exp_avg", "optimizer.exp_avg", "grads"])
+def test_what_an_optimiser_keeps_is_not_taken_for_the_weights(tmp_path, beside):
+    state = model_of().state_dict()
+    first, *rest = beside.split(".")
+    other = {key: value + 1 for key, value in state.items()}
+    torch.save({first: {rest[0]: other} if rest else other, "net": state}, tmp_path / "w.pth")
+    loaded, spec, notes = taken(tmp_path / "w.pth")
+    assert equal(loaded, state) and spec.part.container == "net" and any(f"fit as well: {beside}" in note for note in notes)
 
 
 def test_a_classifier_on_a_model_that_has_none_by_itself(tmp_path):
@@ -525,3 +550,25 @@ def test_a_tensor_that_cannot_be_used_is_named(tmp_path, unfit, kind, key, prefi
     torch.save({"model": wrapped}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=f"{name} is .*{kind}"):
         taken(tmp_path / "w.pth")
+
+
+def sharded(folder, first, second, places):
+    """An index of two shards, as transformers writes it."""
+    folder.mkdir()
+    for name, tensors in (("a.safetensors", first), ("b.safetensors", second)):
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder / "model.safetensors.index.json"
+
+
+def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path):
+    """Another shard may hold an older one of its name, and things that are no weights of the model."""
+    state = model_of().state_dict()
+    key, *others = state
+    places = {key: "a.safetensors", **dict.fromkeys(others, "b.safetensors")}
+    stale = {**state, key: state[key] + 1, "step": torch.ones(1)}
+    loaded, _, notes = taken(sharded(tmp_path / "stale", {key: state[key]}, stale, places))
+    assert equal(loaded, state) and notes[0] == f"model.safetensors.index.json: {len(state)} tensors"
+    lacking = sharded(tmp_path / "lacking", {}, state, places)
+    with pytest.raises(UserError, match=f"'{key}' is not in 'a.safetensors', which it names for it; save it again"):
+        taken(lacking)

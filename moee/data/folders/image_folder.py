@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from moee.data.class_names import class_name, listed
-from moee.data.folders.doubles import count_images, take_apart, without_doubles
+from moee.data.folders.doubles import copied, count_images, take_apart, without_doubles
 from moee.data.folders.splits import LAYOUT, TYPES, find_splits
 from moee.data.folders.walk import Listing, Walk
 from moee.data.image_set import Division, ImageSet, Source, divide
@@ -77,6 +77,7 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
         notes.append("there is no train and val, so a fifth of the images is held out")
         whole = samples["all"]
         samples = {split: [whole[i] for i in part] for split, part in divide(len(whole), seed).items()}
+        notes += copied(samples["train"], samples["val"])
     empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
     sets: dict[str, ImageSet] = {split: FolderSet(source, part, transform) for split, part in samples.items()}
     if not divided:
@@ -96,13 +97,11 @@ def list_folder(
     """
     walk = Walk(splits, report)
     listings, notes = walk.listings, _left_out(walk)
-    if len(listings) == 1:
-        (name, whole), = listings.items()
-        kept, doubles = without_doubles(whole)
-        listings = {name: kept}
+    for name, listing in listings.items():
+        listings[name], doubles = without_doubles(listing)
         if doubles:
             notes.append(f"{count_images(len(doubles))} under a second name were left out ({listed(doubles, False)})")
-    else:
+    if len(listings) > 1:
         notes += take_apart(source, listings)
     for split, listing in listings.items():
         if split in wanted and not listing.images:
