@@ -112,7 +112,7 @@ def guesses(spec: ModelSpec) -> tuple[str, ...]:
 
 
 def _with_classes(spec: ModelSpec, count: int) -> ModelSpec:
-    return spec.model_copy(update={"kwargs": {**spec.kwargs, "num_classes": count}, "labels": ()})
+    return spec.model_copy(update={"kwargs": {**spec.kwargs, "num_classes": count}})  # labels of another count are said later
 
 
 def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:

@@ -73,6 +73,22 @@ def test_the_names_of_a_folder_number_the_classes_wherever_they_stand(folder, im
     assert train.classes == tuple(NAMES) and train.labels == [3, 3, 2, 2, 1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("names", [NAMES, NAMES[:3]])
+def test_names_stay_where_only_the_head_says_how_many_classes_there_are(folder, images, names):
+    """As folders of earlier timm, whose model_args lack num_classes."""
+    path = folder / "config.json"
+    body = json.loads(path.read_text())
+    body["model_args"] = {"img_size": 32}
+    path.write_text(json.dumps(body))
+    spec, said = configured(folder, {"label_names": names})
+    assert any("4 classes, as the classifier of" in note for note in said)
+    train = splits(images("a", "b", "c", "d"), spec)
+    if names == NAMES:
+        assert train.classes == tuple(NAMES) and train.labels == [3, 3, 2, 2, 1, 1, 0, 0]
+    else:
+        assert any("the model names 3 classes and tells 4 apart: its class numbers are guessed" in note for note in train.notes)
+
+
 def test_a_class_map_wins(folder, images):
     spec, _ = configured(folder, {"label_names": NAMES})
     assert splits(images("a", "b", "c", "d"), spec, ("b", "a", "d", "c")).classes == ("b", "a", "d", "c")
