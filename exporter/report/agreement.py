@@ -9,6 +9,7 @@ from exporter.markup.values import DASH, dig, fixed, numbers, percent, real, sci
 from exporter.report import charts
 from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.sources import Sources
+from moee.artifacts.stages import CHANGED, dense_differs, images_changed
 from moee.measure.accuracy import counted, recorded_interval
 
 
@@ -23,7 +24,8 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
     data = {name: dig(stage, "data") or model_data for name, stage in found.items()}
     ours: list[object] = [accuracy_of(r, "accuracy") for r in kept.values()]
     rows: list[list[object]] = [["accuracy (95 % interval)", accuracy_of(first, "dense_accuracy"), *ours]]
-    if len(set(map(str, data.values()))) > 1:  # no one figure of the dense model is that of all stages
+    changed = images_changed(found.values())
+    if len(set(map(str, data.values()))) > 1 or changed or dense_differs(found.values()):  # no one dense figure is that of all
         rows = [
             ["accuracy (95 % interval)", DASH, *ours],
             ["dense, on the same images", DASH, *[accuracy_of(r, "dense_accuracy") for r in kept.values()]],
@@ -38,7 +40,7 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
     names = [STAGE_NAMES.get(name, name) for name in found]
     caption = f"{fixed(dig(first, 'images'), 0)} held-out images of {next(iter(data.values()))}"
     parts = [table(["", "dense", *names], rows, caption)]
-    parts += [tag("p", note, class_="missing") for note in _accuracy_notes(kept)]
+    parts += [tag("p", note, class_="missing") for note in [*_accuracy_notes(kept), *[f"T{CHANGED[1:]}."] * changed]]
     missing = next((str(dig(r, "no_tokens")) for r in kept.values() if dig(r, "no_tokens")), "")
     parts += [tag("p", f"No cosine of token features: {missing}.")] if missing else []
     parts += _intervals(sources.body("moee.parity"))

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from exporter.figures import macs_unit, status_of
+from moee.artifacts.stages import CHANGED, dense_differs, images_changed
 from moee.errors import plain
 from moee.measure.accuracy import counted, recorded_interval
 from moee.progress import Lines
@@ -145,7 +146,8 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
         table.add_column(column, justify="left" if not column else "right")
     kept = [stage["retention"] for stage in stages.values()]
     measured = any(r.get("accuracy") is not None for r in kept)
-    apart = measured and len({stage.get("data") for stage in stages.values()}) > 1
+    changed = images_changed(stages.values())
+    apart = measured and (len({stage.get("data") for stage in stages.values()}) > 1 or changed or dense_differs(stages.values()))
 
     def figures(key: str) -> list[tuple[str, str]]:
         intervals = [recorded_interval(r, key) for r in kept]
@@ -168,7 +170,7 @@ def stage_table(info: dict[str, Any], title: str) -> Table:
         before = first["cost"]["dense"][key]
         cells = [f"{s['cost']['moee'][key] / unit:.3f} ({s['cost']['moee'][key] / before - 1:+.1%})" for s in stages.values()]
         table.add_row(label, f"{before / unit:.3f}", *cells)
-    table.caption = "\n".join(retention_notes(kept)) or None
+    table.caption = "\n".join([*retention_notes(kept), *[CHANGED] * changed]) or None
     return table
 
 

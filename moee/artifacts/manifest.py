@@ -46,9 +46,10 @@ class Costs(Body):
 
 class Stage(Body):
     """What a command measured, on the held-out images of `data`: `shares` are those of each layer's tokens that each expert
-    got. `data` is empty where the stage did not record it: then it is the artifact's."""
+    got. `data` is empty where the stage did not record it: then it is the artifact's. `held_out` is a hash of those images."""
 
     data: Text = ""
+    held_out: Text = ""
     retention: Retention = Retention()
     cost: Costs | None = None
     shares: dict[str, list[Annotated[float, Field(ge=0, le=1.001)]]] = {}

@@ -19,7 +19,7 @@ from moee.parallel.group import SOLO, Group
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
-from moee.stages.results import kept, save
+from moee.stages.results import kept, measured, save
 from moee.stages.session import Session, Trial
 from moee.store.result_kinds import MODEL
 
@@ -65,8 +65,8 @@ def run_extract(
     }
     moee = MoeeModel(model.eval(), spec, replace(recipe, tune=None), session.source, probe, info, session.classes(probe))
     with kept(moee, "extracted", out, force, group, inputs=inputs):
-        measured = session.measure(model, probe, "extracted on held-out images")
-        info["stages"]["extracted"] = {**measured, **info["stages"]["extracted"]}
+        figures = measured(session, model, probe, "extracted on held-out images")
+        info["stages"]["extracted"] = {**figures, **info["stages"]["extracted"]}
         info["data_read"] = session.data_facts()
         narrowed = attention_figures(model, session.dense, session.transform.shape)
         if narrowed:

@@ -22,7 +22,7 @@ from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import check_all
 from moee.places.resume import alone_on
 from moee.progress import Reporter, silent
-from moee.stages.results import kept, save
+from moee.stages.results import kept, measured, save
 from moee.stages.session import Session
 from moee.stages.space import model_shape
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
@@ -107,7 +107,7 @@ def tune(
     stages["tuned"] = tuned
     moee.info["data_read"], moee.data = session.data_facts(), session.source
     with kept(moee, "tuned", out, force, group, inputs=inputs):
-        stages["tuned"] = {**session.measure(moee.model, moee.probe, "tuned on held-out images"), **tuned}
+        stages["tuned"] = {**measured(session, moee.model, moee.probe, "tuned on held-out images"), **tuned}
         moee.info["data_read"] = session.data_facts()
     save(moee, out, force, group, inputs)
 

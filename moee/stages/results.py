@@ -6,15 +6,28 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
+from moee.measure.probe import Probe
 from moee.parallel.group import Group
+from moee.places.resume import fingerprint
 from moee.schema import reason_of
 from moee.space.machine import peak_memory_bytes
+from moee.stages.session import Session
 
 log = logging.getLogger("moee")
+
+
+def measured(session: Session, model: nn.Module, probe: Probe | None, message: str) -> dict[str, Any]:
+    """`Session.measure` with a hash of the held-out images, `held_out`, by which figures on others are told apart; empty on ranks
+    other than 0."""
+    found = session.measure(model, probe, message)
+    return {**found, "held_out": fingerprint(session.held_out, session.report)} if found else found
 
 
 @contextmanager

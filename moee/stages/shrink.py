@@ -17,7 +17,7 @@ from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
 from moee.shrinking.options import ShrinkConfig
 from moee.shrinking.shrink import ShrunkLayer, mixtures_of, shrink
-from moee.stages.results import kept, save
+from moee.stages.results import kept, measured, save
 from moee.stages.session import Session
 from moee.store.result_kinds import MODEL
 
@@ -68,8 +68,7 @@ def shrink_with(
     moee.info["data_read"], moee.data = session.data_facts(), session.source
     moee.info["layers"] = [_updated(item, {layer.name: layer for layer in layers}, moee) for item in moee.info["layers"]]
     with kept(moee, "shrunk", out, force, group, inputs=inputs):
-        measured = session.measure(moee.model, moee.probe, "shrunk on held-out images")
-        stages["shrunk"] = {**measured, **facts}
+        stages["shrunk"] = {**measured(session, moee.model, moee.probe, "shrunk on held-out images"), **facts}
         moee.info["data_read"] = session.data_facts()
     save(moee, out, force, group, inputs)
 

@@ -63,6 +63,24 @@ def test_stages_on_other_images_have_the_dense_accuracy_on_the_same():
     assert title_of(same, "m", "digits") == title_of({"stages": {}}, "m", "digits") == "m on digits"
 
 
+NOTE = "the held-out images changed between these stages, so that their figures are of different images"
+
+
+@pytest.mark.parametrize(("tuned", "noted"), [
+    (stage(0.9, 0.9) | {"held_out": "b"}, True), (stage(0.9) | {"held_out": "b"}, True),
+    (stage(None, None) | {"held_out": "b"}, True),
+    (stage(0.9, images=41), True), (stage(0.9, 0.9) | {"held_out": "a"}, False), (stage(0.9) | {"held_out": "a"}, False),
+])  # fmt: skip
+def test_stages_on_images_that_changed_are_told_apart(tuned, noted):
+    """In a folder of one name: by the hash of its held-out images, their number, and what the dense model is right on."""
+    measured = tuned["retention"]["accuracy"] is not None
+    first = stage(0.9, 0.95) if measured else stage(None, None)
+    text = text_of(stage_table({"stages": {"extracted": {**first, "held_out": "a"}, "tuned": tuned}}, "t"))
+    assert (NOTE in text) == noted
+    apart = noted or tuned["retention"]["dense_accuracy"] == 0.9
+    assert ("dense, same images" in text) == (apart and measured)
+
+
 def test_a_table_says_why_there_is_no_accuracy_and_of_how_many_images_one_is():
     lacking = stage(None, None, no_accuracy="[x] has no labels")
     assert "accuracy is not compared: [x] has no labels" in text_of(stage_table({"stages": {"extracted": lacking}}, "t"))
@@ -159,6 +177,17 @@ def test_a_report_says_why_nothing_was_measured(page, tmp_path):
     text = page()
     assert "Accuracy is not compared: digits has no labels." in text and "accuracy is not compared" in text
     assert "Accuracy of the exported graphs was not measured: too few." in text and "not checked, accuracy drop: too few" in text
+
+
+def test_a_report_tells_stages_on_images_that_changed_apart(page, tmp_path):
+    def change(body):
+        for name, stage in body["info"]["stages"].items():
+            stage["held_out"] = f"of {name}"
+
+    assert "dense, on the same images" not in page()
+    edited(tmp_path / "run" / "tuned" / "moee.json", change)
+    text = page()
+    assert "dense, on the same images" in text and f"T{NOTE[1:]}." in text
 
 
 def test_a_report_names_the_data_of_each_stage(page, tmp_path):
