@@ -10,7 +10,7 @@ from pathlib import Path
 from exporter.cli import main
 from exporter.engines.environment import environment
 from exporter.timing.ffn_bench import layers_side_by_side
-from exporter.timing.results_page import STEPS, page
+from exporter.timing.results_page import MODELS, STEPS, page
 from exporter.timing.side_by_side import BATCHES, side_by_side
 from moee.artifacts import checkpoint
 from moee.data.image_set import batches
@@ -25,7 +25,7 @@ args = parser.parse_args()
 for folder, command in STEPS:
     if not (args.work / folder).exists() and (code := main(command.format(work=args.work).split())) != 0:
         sys.exit(code)
-models = {name: checkpoint.load(args.work / name) for name in ("static", "routed")}
+models = {name: checkpoint.load(args.work / name) for name in MODELS}
 data = models["static"].record.images("val")
 report, before = to_stderr(), environment()
 images = next(batches(data, max(BATCHES))).images.numpy()
