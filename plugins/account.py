@@ -185,7 +185,39 @@ def text(build: Manifest) -> str:
         parts.append(f"| {p.name} | sm_{p.sm} | {' | '.join(map(str, figures))} | {p.source} |")
     for board in built:
         parts += _board(board, build)
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, *_layout()]) + "\n"
+
+
+def packed_bytes(layer: Layer) -> int:
+    """Bytes of a layer's weights with a copy of its rows for every expert."""
+    return BYTES * 2 * layer.experts * layer.width * layer.dim
+
+
+def idle_share(width: int, multiple: int, tile: int) -> float:
+    """Share of a tile's columns that do nothing, on average over widths about `width` that are multiples of `multiple`."""
+    widths = range(width - tile + multiple - width % multiple, width + multiple, multiple)
+    return sum(1 - w / (ceil(w / tile) * tile) for w in widths) / len(widths)
+
+
+def _layout() -> Iterator[str]:
+    yield LAYOUT_HEADER
+    yield "| layer | store MiB | ids / weights | packed MiB, K = 4, 8, 32 | µs on orin-agx: store, packed at K = 4, 8, 32 |"
+    yield "|---|---|---|---|---|"
+    gbytes = profile_named("orin-agx").gbytes
+    for name, dim, hidden in MODELS:
+        layers = [Layer(1, dim, hidden, k) for k in EXPERTS[1:]]
+        store = BYTES * 2 * hidden * dim
+        packed = [packed_bytes(layer) for layer in layers]
+        sizes = ", ".join(f"{b / 2**20:.1f}" for b in packed)
+        times = ", ".join(f"{b / gbytes / 1e3:.0f}" for b in (store, *packed))
+        yield f"| {name} | {store / 2**20:.1f} | {4 / (BYTES * dim):.2%} | {sizes} | {times} |"
+    yield TILES_HEADER
+    columns = sorted({TABLE[role, v].block.n for role, v in TABLE if role in ("expert_up", "group_up")})
+    yield "| layer | tile | any width | multiples of 8 | 16 | 32 | 64 |\n|---|---|---|---|---|---|---|"
+    for name, _, hidden in MODELS:
+        for tile in columns:
+            cells = (f"{idle_share(hidden // 2, multiple, tile):.1%}" for multiple in (1, 8, 16, 32, 64))
+            yield f"| {name}, {hidden // 2} neurons an expert | {tile} | " + " | ".join(cells) + " |"
 
 
 def _cases() -> Iterator[tuple[str, int, int, list[Layer]]]:
@@ -250,3 +282,17 @@ first instructions. `selftest` and `moee bench` measure it on a device. Clocks a
 
 | board | SM | multiprocessors | GHz | TFLOP/s | GB/s | µs a launch | source |
 |---|---|---|---|---|---|---|---|"""
+LAYOUT_HEADER = """
+## One store, or a copy for every expert
+
+The kernels read the rows of an expert from one store of all neurons that any expert keeps, by ids. A row is contiguous and as
+wide as a token, so reading by ids costs the ids alone: 4 bytes beside a row. A copy of its rows for every expert (packed) would
+save these, and multiply the weights that must come from memory by what experts share. **It was not built**: with few tokens
+memory is the floor of a layer, and there the copies would cost more than the ids by far (modelled, as above: every expert has
+tokens and keeps half of the neurons; weights alone).
+"""
+TILES_HEADER = """
+What a packed layout would do for tiles, widths do: a tile of the up product that an expert fills in part costs as a whole one.
+Share of its columns that do nothing, on average over widths about half of the layer's (`--width-multiple`, 16 where presets and
+plans choose; 64 leaves no partial tile in most forms):
+"""

@@ -6,7 +6,20 @@ import json
 
 import pytest
 
-from plugins.account import EXPERTS, TOKENS, Layer, boards, bucket_forms, dense, one_launch, scoring, times_us, two_launches
+from plugins.account import (
+    EXPERTS,
+    TOKENS,
+    Layer,
+    boards,
+    bucket_forms,
+    dense,
+    idle_share,
+    one_launch,
+    packed_bytes,
+    scoring,
+    times_us,
+    two_launches,
+)
 from plugins.aot.resources import main
 from tests.plugins.synthetic import write_kernels
 
@@ -25,6 +38,14 @@ def test_a_layer_by_hand():
     assert up.macs == scoring(layer)[0] + 4 * 16 * 64 * 384 and down.macs == 3 * 16 * 64 * 768
     (single,) = one_launch(layer)
     assert single.programs == 16 and one_launch(Layer(197, 768, 3072, 8)) is None
+
+
+def test_copies_and_partial_tiles_by_hand():
+    assert packed_bytes(Layer(1, 384, 1536, 8)) == 8 * 2 * 768 * 384 * 2
+    assert idle_share(768, 64, 64) == 0
+    widths = range(705, 769)  # each as often as the others
+    assert idle_share(768, 1, 64) == pytest.approx(sum(1 - w / 768 for w in widths) / 64)
+    assert idle_share(768, 16, 64) == pytest.approx((1 - 720 / 768 + 1 - 736 / 768 + 1 - 752 / 768) / 4)
 
 
 def test_no_form_is_faster_than_its_floors():
