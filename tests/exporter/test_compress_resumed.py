@@ -70,6 +70,7 @@ def test_an_interrupted_fallback_to_the_dense_model_goes_on_as_that(session, qui
     assert result.lines[1] == "speed: that of the dense model"
 
 
+@pytest.mark.slow
 def test_a_report_of_a_shipped_dense_model_has_no_figures_of_the_cut_one(session, quick, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(job, "slower", lambda latencies, budget, device: "dense is faster: 0.9x")
     assert Job(session, StagedFolder(tmp_path / "out"), REQUEST).run().shipped == "dense"
@@ -116,6 +117,7 @@ def test_a_refusal_leaves_an_earlier_result_alone(session, tmp_path):  # noqa: F
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_timed_where_no_candidate_could_be(session, tmp_path, monkeypatch):  # noqa: F811
     def none_faster(*args, **kwargs):
         raise OutOfReach("no MLP is faster than dense here")

@@ -43,6 +43,7 @@ def test_words():
         target_of("abacus")
 
 
+@pytest.mark.slow
 def test_points_are_timed_as_they_are_made_on_the_cpu_and_modelled_for_a_board(session):
     cpu, board = (target_of(word, batch=4).timing(session, silent) for word in ("cpu", "orin-agx"))
     assert isinstance(cpu, Latency) and cpu.label == "cpu, batch 4", "as in earlier versions, whose points are kept"

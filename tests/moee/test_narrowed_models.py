@@ -71,6 +71,7 @@ def test_a_plan_narrows_every_method_alike(session, tmp_path):
     assert made == pytest.approx(plan["winner"]["cosine"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_plan_tries_shares_of_the_attention(session, tmp_path, monkeypatch):
     """Whole and narrower attention in one front, the widths of every share from one measurement, one calibration a share; a plan
     broken off between two shares ends the same."""
