@@ -139,8 +139,11 @@ def vouched(spec: ModelSpec, word: Word | None) -> ModelSpec:
 
 
 def _check_shares(info: Info, records: list[LayerRecord], path: Path) -> None:
+    """Of stages since the experts were made fewer, if they were: before, there were more."""
     experts = {record.name: record.num_experts for record in records}
-    for stage, body in info.stages.items():
+    stages = list(info.stages.items())
+    since = next((number for number, (stage, _) in enumerate(stages) if stage == "shrunk"), 0)
+    for stage, body in stages[since:]:
         for name, shares in body.shares.items():
             if len(shares) != experts.get(name, len(shares)):
                 raise UserError(
