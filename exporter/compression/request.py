@@ -12,6 +12,7 @@ from exporter.terminal.options import flag_of
 from moee.errors import UserError
 from moee.methods.registry import cutting
 from moee.planning.budget import Budget
+from moee.planning.search import variants
 from moee.stages.session import Session
 from plugins.devices import parse_sm
 
@@ -49,6 +50,11 @@ class Request:
             "budget": self.budget.model_dump() if self.budget else None, "device": self.device, "sm": self.sm,
             "batch": self.batch, "methods": list(self.methods), "heads": list(self.heads), "tokens": list(self.tokens),
         }  # fmt: skip
+
+
+def every_method() -> tuple[str, ...]:
+    """Every way that is registered, the usual ones first: the time may not serve for all."""
+    return tuple(dict.fromkeys([*METHODS, *variants()]))
 
 
 def target_sm(device: str, sm: str | None) -> int | None:

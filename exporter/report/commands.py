@@ -22,7 +22,8 @@ from moee.natural_order import in_order
 from moee.shrinking.options import ShrinkConfig
 
 CHANGES: dict[str, tuple[type[Options], str]] = {"finetune": (FinetuneConfig, "tuned"), "shrink": (ShrinkConfig, "shrunk")}
-ALIASES = ("dinov2-s", "vit-scratch")  # models that bring their weights and arguments (exporter/pretrained.py)
+# models that bring their weights and arguments (exporter/pretrained.py)
+ALIASES = ("dinov2-s", "vit-scratch", "swin-scratch", "convnext-scratch")
 
 
 def commands(sources: Sources) -> list[str]:

@@ -1,4 +1,4 @@
 """Ablations: the paper's tables and sweeps at the scale of one machine, resumable, with a verdict on each published ordering.
 
-Imports store, calibrate, mlps, places, measure, methods and stages.
+Imports space, store, calibrate, mlps, places, measure, methods and stages.
 """

@@ -62,10 +62,6 @@ def eliminate(
     level = float(gram.diagonal().double().mean())
     if not torch.isfinite(gram).all():
         raise ValueError("the Gram matrix is not finite")
-    level = float(gram.diagonal().double().mean())
-    if not torch.isfinite(gram).all():
-        raise ValueError("the Gram matrix is not finite")
-    alive = torch.ones(hidden, dtype=torch.bool, device=gram.device)
     if count >= hidden or level <= 0:  # nothing to remove, or all activations are constant
         return torch.arange(min(count, hidden), device=gram.device)
     damped = gram + ridge * level * torch.eye(hidden, dtype=gram.dtype, device=gram.device)

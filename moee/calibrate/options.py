@@ -11,6 +11,8 @@ from moee.config import MOST_FACTOR, PAPER_TOKENS, Count, Options, Seed, Views
 
 # criteria by gradients of the model's output, whose figures of all layers are of one kind
 MEASURED = ("sensitivity", "taylor", "atomic")
+MOST_MULTIPLE = 1024
+STEPS_OF_WIDTH = 8  # that a layer's width can take at least, however large a multiple is asked for
 
 
 class CalibrationOptions(Options):
@@ -46,6 +48,11 @@ class SelectionOptions(Options):
         description="which neurons an expert keeps, once their number is known: the first by the criterion, or those that are "
         "left when the refit makes good each that is removed, which takes longer and misses less of a layer's output",
     )  # fmt: skip
+    width_multiple: int = Field(
+        1, ge=1, le=MOST_MULTIPLE,
+        description="each expert keeps a multiple of so many neurons, as tensor cores (8, 16 for int8) and vector units want it; "
+        "less in layers of under 8 times as many",
+    )  # fmt: skip
     allocation: Literal["expert", "model"] = Field(
         "expert",
         description="whether each expert keeps its share, or all layers share one threshold, which needs --criterion sensitivity",
@@ -71,6 +78,14 @@ class SelectionOptions(Options):
         if self.mac_times() and self.allocation != "model":
             raise ValueError("--mac-time holds layers against each other; use it with --allocation model")
         return self
+
+    def multiple_of(self, hidden: int) -> int:
+        """What the number of neurons that an expert keeps is a multiple of, in an MLP of `hidden`: `width_multiple`, halved until
+        the layer has `STEPS_OF_WIDTH` widths to choose from."""
+        multiple = self.width_multiple
+        while multiple > 1 and multiple * STEPS_OF_WIDTH > hidden:
+            multiple //= 2
+        return multiple
 
     def mac_times(self) -> dict[str, float]:
         """Times of a MAC by the MLP's name. Raises `ValueError` for what is no name with a factor."""

@@ -63,22 +63,24 @@ def weight_norm(ffn: FFN) -> Tensor:
     return torch.cat([*ffn.maps_in, ffn.w_down.T], 1).double().norm(dim=1)
 
 
-def keep_by_share(importance: Tensor, share: float) -> Tensor:
-    """Ascending ids of the fewest entries of importance [H] that sum to `share` of its total; at least one.
+def keep_by_share(importance: Tensor, share: float, multiple: int = 1) -> Tensor:
+    """Ascending ids of the fewest entries of importance [H] that sum to `share` of its total, at least one, rounded up to a
+    multiple of `multiple` or to all.
 
     Ties go to the lower id.
     """
     order = importance.sort(descending=True, stable=True)
     cumulative = order.values.cumsum(0)
     total = cumulative[-1]
-    if total <= 0:
-        return torch.zeros(1, dtype=torch.int64)
-    needed = int((cumulative < share * total * (1 - 1e-12)).sum()) + 1
+    needed = int((cumulative < share * total * (1 - 1e-12)).sum()) + 1 if total > 0 else 1
+    needed = -(-needed // multiple) * multiple
     return order.indices[: min(needed, len(importance))].sort().values
 
 
-def select_neurons(moments: Moments, ffn: FFN, criterion: str, keep: float, seed: int = 0) -> list[Tensor]:
-    """Per expert, the ascending neuron ids [H_e] int64 to keep.
+def select_neurons(
+    moments: Moments, ffn: FFN, criterion: str, keep: float, *, seed: int = 0, multiple: int = 1
+) -> list[Tensor]:
+    """Per expert, the ascending neuron ids [H_e] int64 to keep; their number is a multiple of `multiple`, or all.
 
     `variance` and `output_variance` keep the fewest that hold `keep` of the (weighted) variance. `magnitude` (mean
     absolute activation), `weight` (norm of a neuron's weights) and `random` are there to compare with: they keep as many as
@@ -92,7 +94,7 @@ def select_neurons(moments: Moments, ffn: FFN, criterion: str, keep: float, seed
     }  # fmt: skip
     scores = chosen(scores_of, criterion, "criterion")
     weight = output_weight(ffn) if criterion == "output_variance" else torch.ones(ffn.hidden, dtype=torch.float64)
-    kept = [keep_by_share(row * weight, keep) for row in moments.variance]
+    kept = [keep_by_share(row * weight, keep, multiple) for row in moments.variance]
     if scores is None:
         return kept
     ranked = scores().sort(dim=1, descending=True, stable=True).indices

@@ -46,9 +46,10 @@ class Method(ABC, Generic[Chosen]):
 
     `name`: in recipes and after `--method`; `also`: older names. `summary`: one line for help. `options`: the model of its
     options, whose descriptions are the help. `cuts`: which part of the model; attention comes before tokens, and these before
-    MLPs. `gated`: whether it cuts gated MLPs too. `shares`: what models of different budgets have in common, so that a plan
-    makes it once: the calibration tokens, the groups of a layer's tokens, or nothing. `presets`: named values; the first ones
-    are taken where none are named. `replaced`: the values of a preset that an option, once given, makes void. `variants`: what a
+    MLPs. `gated`: whether it cuts gated MLPs too. `plugin`: whether its tokens are routed, which TensorRT needs a plugin for.
+    `shares`: what models of different budgets have in common, so that a plan makes it once: the calibration tokens, the
+    groups of a layer's tokens, or nothing. `presets`: named values; the first ones are taken where none are named.
+    `replaced`: the values of a preset that an option, once given, makes void. `variants`: what a
     plan tries. `allocations`: the values with which it spends a plan's budget, by name.
     """
 
@@ -58,6 +59,7 @@ class Method(ABC, Generic[Chosen]):
     options: ClassVar[type[Options]]
     cuts: ClassVar[Part] = "mlps"
     gated: ClassVar[bool] = False
+    plugin: ClassVar[bool] = False
     shares: ClassVar[Shares] = "nothing"
     presets: ClassVar[Mapping[str, Values]] = {}
     replaced: ClassVar[Mapping[str, tuple[str, ...]]] = {}

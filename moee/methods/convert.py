@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moee.calibrate.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.calibrate.elimination import Elimination
 from moee.calibrate.grouping import GroupedLayer
-from moee.calibrate.options import CalibrationOptions, NeuronOptions
+from moee.calibrate.options import MEASURED, CalibrationOptions, NeuronOptions
 from moee.calibrate.refit import refit
 from moee.calibrate.sensitivity import RoutedStats, Sensitivity, measure_sensitivity
 from moee.data.image_set import ImageSet, refuse_all_skipped
@@ -43,17 +43,30 @@ from moee.tokens.block import merging_blocks
 MERGED = "refitted to the dense MLP's output, since merged tokens are others in the dense model"
 
 
+def measured_by(options: NeuronOptions) -> str:
+    """The criterion of gradients that is measured for the options: theirs, or else the one that an elimination's metric comes
+    with."""
+    return options.criterion if options.criterion in MEASURED else MEASURED[0]
+
+
 @dataclass(frozen=True)
 class Prepared:
     """An extraction up to the choice of neurons: the grouped layers, reports of what is no MLP to cut and, for the criteria of
-    gradients or an elimination, the error [K, H] that dropping each neuron of each expert makes and the `metric` [D, D] of
-    errors of each MLP's output. Different budgets can be applied to it."""
+    gradients or an elimination, what was `measured`, by the criterion and by the MLP's name. Different budgets can be applied to
+    it."""
 
     ffns: list[FFN]
     layers: list[Finding]
-    error: dict[str, Tensor]
     dense: list[LayerReport] = field(default_factory=list)
-    metric: dict[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, dict[str, Sensitivity]] = field(default_factory=dict)
+
+    def error(self, options: NeuronOptions) -> dict[str, Tensor]:
+        """The error [K, H] that dropping each neuron of each expert makes; empty where the criterion is not of gradients."""
+        return {name: found.error for name, found in self.measured.get(options.criterion, {}).items()}
+
+    def metric(self, options: NeuronOptions) -> dict[str, Tensor]:
+        """The metric [D, D] of errors of each MLP's output."""
+        return {name: found.metric for name, found in self.measured[measured_by(options)].items()}
 
     @property
     def routed(self) -> dict[str, GroupedLayer]:
@@ -117,7 +130,7 @@ def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: 
                 pool.shutdown(wait=False, cancel_futures=True)  # an interrupt need not wait for a clustering
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order
     give_back()
-    return Prepared(ffns, layers if group.alone else _collected(ffns, layers, group), {}, reports_of(mlps))
+    return Prepared(ffns, layers if group.alone else _collected(ffns, layers, group), reports_of(mlps))
 
 
 def calibrate(
@@ -168,7 +181,7 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         layers = {name: layer for name in ffns if isinstance(layer := model.get_submodule(name), NeuronLayer)}
         done = refit(
             model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group,
-            elimination=Elimination(chosen_anew, prepared.metric) if options.neurons == "eliminated" else None,
+            elimination=Elimination(chosen_anew, prepared.metric(options)) if options.neurons == "eliminated" else None,
             dense=dense, limits=context.limits,
         )  # fmt: skip
         give_back()
@@ -180,7 +193,7 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
 
 def _put_layers(model: nn.Module, prepared: Prepared, options: Any, data: ImageSet) -> list[LayerReport]:
     """Put the layers that the choice of neurons makes into `model`; a report for each MLP that was looked at."""
-    kept = choose_neurons(model, prepared.routed, prepared.error, data, options) if prepared.routed else {}
+    kept = choose_neurons(model, prepared.routed, prepared.error(options), data, options) if prepared.routed else {}
     reports: list[LayerReport] = []
     layers: dict[str, NeuronLayer] = {}
     for ffn, finding in zip(prepared.ffns, prepared.layers, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -93,3 +94,17 @@ def share_layers(model: nn.Module, group: Group) -> None:
     if not group.leader:
         rebuild_layers(model, parcel.body, dict(parcel.tensors))
         model.eval()
+
+
+def by_leader(
+    model: nn.Module, group: Group, convert: Callable[[], Sequence[LayerReport]],
+    share: Callable[[nn.Module, Group], None] = share_layers,
+) -> Sequence[LayerReport]:  # fmt: skip
+    """Rank 0 alone converts `model`, and `share` puts its layers into every other rank's. The reports are rank 0's; an error
+    there is raised on every rank."""
+    reports: Sequence[LayerReport] = ()
+    with group.agreed():
+        if group.leader:
+            reports = convert()
+    share(model, group)
+    return reports

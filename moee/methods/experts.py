@@ -27,12 +27,17 @@ if TYPE_CHECKING:
     from moee.progress import Reporter
 
 log = logging.getLogger("moee")
+WIDTHS = 16  # multiples that tensor cores take in fp16 (8) and int8 (16), and that fill a vector of AVX-512 in float32
 MANY_TOKENS = 30_000  # HDBSCAN's time grows with their square: above it a layer takes minutes on two cores
 # How a plan spends a budget: every expert keeps the same share, or all neurons of the model are held against one threshold.
 ALLOCATIONS: dict[str, Values] = {
     "share": {"criterion": "output_variance", "allocation": "expert"},
     "sensitivity": {"criterion": "sensitivity", "allocation": "model"},
+    "weight": {"criterion": "weight", "allocation": "expert"},  # from here on other people's criteria, to compare with
+    "taylor": {"criterion": "taylor", "allocation": "model"},
+    "atomic": {"criterion": "atomic", "allocation": "model"},
 }
+USUAL = ("share", "sensitivity")  # those that a plan tries when nobody says which
 
 
 class ExpertsOptions(NeuronOptions, GroupingOptions):
@@ -81,20 +86,20 @@ class NeuronMethod(LayerMethod[Any]):
 
     def _measure(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> None:
         """The error that dropping each neuron makes, once it is asked for."""
-        from moee.methods.convert import sensitivity_of
+        from moee.methods.convert import measured_by, sensitivity_of
 
-        if (options.criterion in MEASURED or options.neurons == "eliminated") and not prepared.error:
-            found = sensitivity_of(model, prepared, options, context)
-            prepared.error.update({name: of.error for name, of in found.items()})
-            prepared.metric.update({name: of.metric for name, of in found.items()})
+        kind = measured_by(options)
+        if (options.criterion in MEASURED or options.neurons == "eliminated") and kind not in prepared.measured:
+            prepared.measured[kind] = sensitivity_of(model, prepared, options, context)
 
 
 class ExpertsMethod(NeuronMethod):
-    name, also, options = "experts", ("moee",), ExpertsOptions
+    name, also, options, plugin = "experts", ("moee",), ExpertsOptions, True
     summary = "experts of neurons, found by clustering each layer's tokens; every token goes to one"
     presets: ClassVar = {
         "deploy": {
             "clustering": "kmeans", "clusters": 4, "components": 50, "cluster_tokens": 6000, "target_macs": 0.7, "mlp_floor": 0.5,
+            "width_multiple": WIDTHS,
         },
         "compensated": {},
         "paper": {"criterion": "variance", "keep": 0.80, "statistics": "cluster", "compensation": "none"},

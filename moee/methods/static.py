@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moee.calibrate.options import NeuronOptions
 from moee.methods.base import Row, Variant
-from moee.methods.experts import NeuronMethod
+from moee.methods.experts import WIDTHS, NeuronMethod
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ class StaticOptions(NeuronOptions):
 class StaticMethod(NeuronMethod):
     name, options, gated = "static", StaticOptions, True
     summary = "the same neurons for every token: plain pruning, which needs no plugin and takes gated MLPs too"
-    presets: ClassVar = {"static": {"target_macs": 0.7, "mlp_floor": 0.5}}
+    presets: ClassVar = {"static": {"target_macs": 0.7, "mlp_floor": 0.5, "width_multiple": WIDTHS}}
     replaced: ClassVar = {"keep": ("target_macs", "mlp_floor"), "target_macs": ("mlp_floor",)}
     variants: ClassVar = {"static": Variant({})}
 

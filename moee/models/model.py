@@ -63,7 +63,10 @@ def _check_timm(spec: ModelSpec) -> None:
         close = difflib.get_close_matches(spec.timm_name, timm.list_models(), n=3)
         hint = f"; did you mean {', '.join(close)}?" if close else "; `timm.list_models()` lists the names"
         name = shown(spec.name)
-        raise UserError(f"unknown model {name}: expected a timm name or one of the aliases dinov2-s, vit-scratch{hint}")
+        raise UserError(
+            f"unknown model {name}: expected a timm name or one of the aliases dinov2-s, vit-scratch, swin-scratch, "
+            f"convnext-scratch{hint}"
+        )
     forbidden = sorted(spec.kwargs.keys() & FILE_ARGUMENTS)
     if forbidden:
         raise UserError(f"{spec.timm_name} with the argument {forbidden[0]}: it would open files; give weights with --checkpoint")

@@ -14,6 +14,7 @@ from typing import Any
 
 from moee.errors import UserError
 from moee.measure.accuracy import Comparison
+from moee.methods.experts import USUAL as USUAL_ALLOCATIONS
 from moee.methods.recipe import Recipe, read_recipe_json
 from moee.mlps.find import find_ffns
 from moee.models.model import ModelSpec
@@ -49,7 +50,7 @@ class Plan(Body):
 def make_plan(
     session: Session, budget: Budget, out: Path | str, *, methods: tuple[str, ...] | None = None,
     targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None, latency: Latency | Shortlist | None = None,
-    force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS,
+    force: bool = False, report: Reporter = silent, allocations: tuple[str, ...] = USUAL_ALLOCATIONS,
     attention: tuple[float, ...] = (1.0,), tokens: tuple[float, ...] = (1.0,), over: Over | None = None,
     slack: Budget | None = None,
 ) -> dict[str, Any]:  # fmt: skip
@@ -98,7 +99,7 @@ def places(session: Session, out: Path | str, force: bool) -> tuple[OutputFolder
 def search(
     session: Session, budget: Budget, store: OutputFolder, *, latency: Latency | Shortlist | None = None,
     methods: tuple[str, ...] | None = None, targets: tuple[float, ...] = TARGETS, base: dict[str, Any] | None = None,
-    report: Reporter = silent, allocations: tuple[str, ...] = ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
+    report: Reporter = silent, allocations: tuple[str, ...] = USUAL_ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
     tokens: tuple[float, ...] = (1.0,), over: Over | None = None, slack: Budget | None = None,
 ) -> Found:  # fmt: skip
     """The points of `make_plan`, kept in `store`, on which nobody else works."""

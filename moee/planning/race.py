@@ -16,6 +16,16 @@ from moee.planning.search import Planner, Way, variants
 FIRST = 0.72  # of the dense MACs, where every way begins: most budgets are met there, and it is worth deploying
 CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
 GOING_ON = (5, 3, 2, 2)  # ways that are tried in each round
+FEW = 6  # ways up to which that is so; of more, all are tried first, and half as many in each round until they are few
+
+
+def rounds_of(ways: int) -> tuple[int, ...]:
+    """How many ways are tried in each round: successive halving down to `GOING_ON`."""
+    halved = []
+    while ways > FEW:
+        halved.append(ways)
+        ways = -(-ways // 2)
+    return (*halved, *GOING_ON)
 
 
 class Over(Protocol):
@@ -60,14 +70,15 @@ def may_cost_more(point: Point, budget: Budget) -> bool:
 
 
 def race(
-    planner: Planner, ways: Sequence[Way], over: Over, rounds: Sequence[int] = GOING_ON
+    planner: Planner, ways: Sequence[Way], over: Over, rounds: Sequence[int] | None = None
 ) -> tuple[list[Point], int]:
-    """Points of `ways`, and how many more there would have been, had `over` not said that the time is.
+    """Points of `ways`, and how many more there would have been, had `over` not said that the time is. `rounds`: ways that are
+    tried in each, else `rounds_of` them.
 
     The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
     for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
     """
-    planner.ready = over.ready
+    planner.ready, rounds = over.ready, rounds_of(len(ways)) if rounds is None else rounds
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
     left = sum(min(count, len(ways)) for count in rounds)

@@ -22,6 +22,7 @@ from moee.measure.accuracy import Comparison
 from moee.methods.base import Method, Variant
 from moee.methods.convert import Prepared, calibrate
 from moee.methods.experts import ALLOCATIONS as EXPERT_ALLOCATIONS
+from moee.methods.experts import WIDTHS
 from moee.methods.recipe import Recipe, read_recipe_json, recipe_with
 from moee.methods.registry import METHODS, cutting
 from moee.mlps.find import find_ffns
@@ -35,6 +36,7 @@ from moee.store.scratch import temporary_folder
 
 PLAN_POINT = "a plan's point"  # what a message calls the recipe of one
 ALLOCATIONS = tuple(EXPERT_ALLOCATIONS)
+UNSAID = {"width_multiple": WIDTHS}  # values of options that the base of a plan does not name
 STATIC = "static"  # the variant that cuts gated MLPs
 ALONE = (1.0, 1.0)  # shares of a way that nothing is done beside
 TARGETS = (0.8, 0.7, 0.6, 0.5)
@@ -111,7 +113,7 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
         if share != 1:
             beside[name] = share
             known |= {option for other in cutting(part) for option in other.options.model_fields}
-    given = {name: value for name, value in base.items() if name in known}
+    given = {name: value for name, value in {**UNSAID, **base}.items() if name in known}
     return recipe_with(method, {**given, **beside, **variant.values, **method.allocations[way.allocation]})
 
 

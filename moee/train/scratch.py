@@ -1,13 +1,14 @@
-"""The alias `vit-scratch`: a small ViT trained here, from nothing, on scikit-learn's digits.
+"""The aliases `vit-scratch`, `swin-scratch` and `convnext-scratch`: small models trained here, from nothing, on scikit-learn's
+digits.
 
-What it is for: ablations whose cells take seconds, on a classifier with a head of its own and real labels. The weights are
-trained once, with a fixed seed, and kept in the cache folder; the file's name carries a hash of the recipe.
+What they are for: ablations and tables whose cells take seconds, on classifiers with heads of their own and real labels. The
+weights are trained once, with a fixed seed, and kept in the cache folder; the file's name carries a hash of the recipe.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -24,19 +25,54 @@ from moee.store.tensor_file import write_tensors
 
 NAME, DATA = "vit-scratch", "digits"
 TIMM_NAME = "vit_tiny_patch16_224"
+SIDE = 32  # pixels
 
 
-class ScratchRecipe(BaseModel):
-    """Architecture and training of the small ViT. Everything that decides its weights."""
+class Arguments(BaseModel):
+    """timm's, of one of them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    img_size: int = 32
+
+class Vit(Arguments):
+    """timm's arguments of the small ViT."""
+
+    img_size: int = SIDE
     patch_size: int = 4
     embed_dim: int = 96
     depth: int = 6
     num_heads: int = 3
     num_classes: int = 10
+
+
+class Swin(Arguments):
+    """timm's arguments of the small Swin: 256 tokens, then 64."""
+
+    img_size: int = SIDE
+    patch_size: int = 2
+    embed_dim: int = 48
+    depths: tuple[int, ...] = (2, 4)
+    num_heads: tuple[int, ...] = (2, 4)
+    window_size: int = 4
+    num_classes: int = 10
+
+
+class ConvNext(Arguments):
+    """timm's arguments of the small ConvNeXt: 256, 64, 16 and 4 pixels. Trained for minutes, a LayerScale of 1e-6 would leave
+    its blocks without effect."""
+
+    patch_size: int = 2
+    dims: tuple[int, ...] = (48, 96, 128, 160)
+    depths: tuple[int, ...] = (1, 2, 2, 1)
+    ls_init_value: float = 0.1
+    num_classes: int = 10
+
+
+class Training(BaseModel):
+    """How they are trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
     seed: int = 0
     epochs: int = 60
     warmup_epochs: int = 4
@@ -47,27 +83,57 @@ class ScratchRecipe(BaseModel):
     shift: float = 0.08  # of the image's width
     scale: float = 0.1
 
+    name: ClassVar[str]
+    timm_name: ClassVar[str]
+    said: ClassVar[str]  # in sentences
+    input_size: ClassVar[tuple[int, int] | None] = None  # of a model that takes any
+
     def model_kwargs(self) -> dict[str, Any]:
         """What timm's `create_model` takes."""
-        names = {"img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes"}
-        return self.model_dump(include=names)
+        return self.model_dump(mode="json", exclude=set(Training.model_fields))
+
+    def spec(self) -> ModelSpec:
+        """The model without its weights."""
+        return ModelSpec(name=self.name, timm_name=self.timm_name, kwargs=self.model_kwargs(), input_size=self.input_size)
 
 
-def scratch_spec(recipe: ScratchRecipe | None = None, report: Reporter = silent) -> ModelSpec:
-    """The `ModelSpec` of the small ViT; trains it on first use (minutes on two cores)."""
+class ScratchRecipe(Training, Vit):
+    """Architecture and training of the small ViT. Everything that decides its weights, in the order that its file is named by."""
+
+    name, timm_name, said = NAME, TIMM_NAME, "A ViT of six blocks and 96 channels"
+
+
+class SwinRecipe(Training, Swin):
+    """Architecture and training of the small Swin."""
+
+    name, timm_name, said = "swin-scratch", "swin_tiny_patch4_window7_224", "A Swin of six blocks, 48 and 96 channels"
+    epochs: int = 30
+
+
+class ConvNextRecipe(Training, ConvNext):
+    """Architecture and training of the small ConvNeXt."""
+
+    name, timm_name, said = "convnext-scratch", "convnext_tiny", "A ConvNeXt of six blocks, 48 to 160 channels"
+    input_size = (2 * SIDE, 2 * SIDE)
+    epochs: int = 30
+
+
+SCRATCH: dict[str, Training] = {recipe.name: recipe for recipe in (ScratchRecipe(), SwinRecipe(), ConvNextRecipe())}
+
+
+def scratch_spec(recipe: Training | None = None, report: Reporter = silent) -> ModelSpec:
+    """The `ModelSpec` of a small model, the ViT by default; trains it on first use (minutes on two cores)."""
     recipe = recipe or ScratchRecipe()
-    path = cache_dir() / f"{NAME}-{tensor_hash(extra=recipe.model_dump_json())[:12]}.safetensors"
+    path = cache_dir() / f"{recipe.name}-{tensor_hash(extra=recipe.model_dump_json())[:12]}.safetensors"
     if not path.is_file():
         with cache_lock(path.stem, report):
             if not path.is_file():
                 state = train(recipe, report=report)
                 write_tensors(state, path, metadata={"recipe": recipe.model_dump_json(), "data": DATA})
-    return ModelSpec(
-        name=NAME, timm_name=TIMM_NAME, kwargs=recipe.model_kwargs(), weights=str(path), weights_sha256=sha256_file(path)
-    )
+    return recipe.spec().model_copy(update={"weights": str(path), "weights_sha256": sha256_file(path)})
 
 
-def train(recipe: ScratchRecipe, data: ImageSet | None = None, report: Reporter = silent) -> dict[str, Tensor]:
+def train(recipe: Training, data: ImageSet | None = None, report: Reporter = silent) -> dict[str, Tensor]:
     """Train from random weights on `data` (default: the digits' training images); returns the state dict.
 
     AdamW with warm-up and cosine annealing on randomly rotated, shifted and scaled images. The same recipe, data and thread
@@ -75,13 +141,13 @@ def train(recipe: ScratchRecipe, data: ImageSet | None = None, report: Reporter 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = build_model(ModelSpec(name=NAME, timm_name=TIMM_NAME, kwargs=recipe.model_kwargs())).train()
+        model = build_model(recipe.spec()).train()
         data = data or load_data(DATA, model_transform(model), "train")
         steps = recipe.epochs * math.ceil(len(data) / recipe.batch_size)
         warmup = recipe.warmup_epochs * math.ceil(len(data) / recipe.batch_size)
         optimizer = torch.optim.AdamW(_decay_groups(model, recipe.weight_decay), lr=recipe.lr)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, warmup, steps))
-        report(f"train {NAME}", 0, recipe.epochs)
+        report(f"train {recipe.name}", 0, recipe.epochs)
         for epoch in range(recipe.epochs):
             for batch in batches(data, recipe.batch_size, order=torch.randperm(len(data))):
                 loss = nn.functional.cross_entropy(model(_jitter(batch.images, recipe)), batch.labels)
@@ -90,7 +156,7 @@ def train(recipe: ScratchRecipe, data: ImageSet | None = None, report: Reporter 
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
-            report(f"train {NAME}", epoch + 1, recipe.epochs)
+            report(f"train {recipe.name}", epoch + 1, recipe.epochs)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
@@ -108,7 +174,7 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _jitter(images: Tensor, recipe: ScratchRecipe) -> Tensor:
+def _jitter(images: Tensor, recipe: Training) -> Tensor:
     """Each image [B, 3, H, W] rotated, scaled and shifted at random; what enters from outside is the border's value."""
     count = len(images)
     angle = (torch.rand(count) * 2 - 1) * math.radians(recipe.rotate_degrees)

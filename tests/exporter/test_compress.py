@@ -14,7 +14,7 @@ from exporter import cli
 from exporter.compression import job
 from exporter.compression.clock import Clock, Trials, duration, images_within, remaining, seconds_of
 from exporter.compression.job import Job
-from exporter.compression.request import Request, possible_heads, widened
+from exporter.compression.request import METHODS, Request, possible_heads, widened
 from exporter.compression.tuning import epochs_within, within
 from exporter.compression.verdicts import choice_line
 from exporter.deploy.run import main as run_main
@@ -26,6 +26,7 @@ from moee.errors import BudgetUnmet, StepFailed, UserError
 from moee.models.model import ModelSpec, build_model
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
+from moee.planning.search import variants
 from moee.stages.session import Session
 from moee.store.tensor_file import write_tensors
 from tests.conftest import TINY, teach, tiny_images, tiny_spec
@@ -147,6 +148,9 @@ def test_the_line_asks_for_what_it_says(tmp_path, monkeypatch):
     words = "--max-drop 1 --device rtx-4090 --batch 4 --time 2m --methods static --attention-macs 1,0.7 --token-macs 1,0.8"
     line = ["compress", "tiny", "--data", "digits", "--out", str(tmp_path / "out")]
     assert cli.main([*line, *words.split(), "--confirm", "more"]) == 0 and cli.main(line) == 0
+    assert cli.main([*line, "--methods", "all"]) == 0
+    every = asked.pop().methods
+    assert every[:3] == METHODS and sorted(every) == sorted(variants()), "every way once, the usual ones first"
     assert asked == [
         Request(Budget(max_drop=1), "rtx-4090", 89, 4, 120.0, ("static",), (1.0, 0.7), tokens=(1.0, 0.8), confirm="more"),
         Request(),

@@ -24,9 +24,6 @@ from moee.config import FinetuneConfig
 from moee.data.image_set import TensorSet
 from moee.errors import UserError
 from moee.measure.evaluation import run
-from moee.methods.clear_moe.convert import convert
-from moee.methods.clear_moe.options import ClearOptions
-from moee.methods.exchange import share_layers
 from moee.methods.heads import narrowing
 from moee.methods.recipe import make_recipe, method_options
 from moee.mlps.find import find_ffns
@@ -46,6 +43,8 @@ EXTRACTIONS = {
     "sensitivity": method_options(criterion="sensitivity", allocation="model", target_macs=0.8, **KMEANS),
     "moefication": method_options("moefication", experts=4, top_k=2),
     "corp": method_options("corp", keep=0.6),
+    "lowrank": method_options("lowrank", target_macs=0.8, calibration_images=40),
+    "clear": method_options(method="clear-moe", experts=2, rank=12, residual_rank=2, calibration_images=40),
 }
 FEW = {
     "experts": method_options(clustering="kmeans", clusters=2, target_macs=0.9),
@@ -82,11 +81,6 @@ def experts(group: Group, folder: Path, dense: torch.nn.Module) -> dict:
         reports = extract(model, data, config, group=group)
         keep(group, model, folder / f"{name}.safetensors")
         found[name] = {"reports": [r.to_json() for r in reports], "shares": run(model, data, batch_size=9, group=group).shares}
-    model = copy.deepcopy(dense)
-    if group.leader:
-        convert(model, data, ClearOptions(experts=2, rank=12, residual_rank=2, calibration_images=40))
-    share_layers(model, group)
-    keep(group, model, folder / "clear.safetensors")
     return found
 
 

@@ -17,8 +17,10 @@ from moee.measure.metrics import mean_cosine, model_cost
 from moee.methods.neurons.allocation import Candidate, allocate
 from moee.methods.neurons.choice import ffn_budget
 from moee.methods.recipe import method_options
+from moee.methods.registry import METHODS
 from moee.mlps.find import find_ffns
 from moee.models.model import load_model
+from moee.planning.search import Way, recipe_of
 from tests.conftest import extract, tiny_images, tiny_spec
 
 KMEANS = dict(clustering="kmeans", clusters=4, cluster_tokens=500)
@@ -61,6 +63,60 @@ def test_budget_is_met_and_no_dropped_neuron_is_worth_more_than_a_kept_one(seed,
             kept += row[mask & (row < row.max())].tolist()
             dropped += row[~mask].tolist()
     assert not kept or not dropped or min(kept) >= max(dropped)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), part=st.floats(0.6, 1.0), multiple=st.integers(2, 7))
+def test_widths_are_multiples_and_no_dropped_block_is_worth_more_than_a_kept_one(seed, part, multiple):
+    layers = {name: replace(c, multiple=multiple) for name, c in candidates(seed).items()}
+    budget = part * sum(c.tokens * (c.neuron_macs * c.error.shape[1] + c.routing_macs) for c in layers.values())
+    result = allocate(layers, macs=budget)
+    assert macs_of(layers, result.kept) == pytest.approx(result.macs) and result.macs <= budget
+    kept, dropped = [], []
+    for name, c in layers.items():
+        for row, neurons in zip(c.error / c.neuron_macs, result.kept[name], strict=True):
+            width = len(neurons)
+            assert width == c.error.shape[1] or width and width % multiple == 0
+            ranked = row.sort(descending=True).values
+            assert sorted(row[neurons].tolist(), reverse=True) == ranked[:width].tolist(), "the best of the expert"
+            means = [float(block.mean()) for block in ranked.split(multiple)]
+            kept += means[1 : -(-width // multiple)]
+            dropped += means[-(-width // multiple) :]
+    assert not kept or not dropped or min(kept) >= max(dropped) - 1e-12
+
+
+def test_a_multiple_leaves_a_small_layer_eight_widths():
+    options = method_options(width_multiple=64)
+    assert [options.multiple_of(hidden) for hidden in (1536, 512, 511, 64, 8, 4)] == [64, 64, 32, 8, 1, 1]
+    assert method_options(width_multiple=12).multiple_of(50) == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method="static", target_macs=0.8),
+        dict(method="static", keep=0.9),
+        dict(target_macs=0.8, **MODEL),
+        dict(target_macs=0.8, neurons="eliminated", **MODEL),
+    ],
+)
+def test_every_expert_keeps_a_multiple(tiny_model, options):
+    dense, data = copy.deepcopy(tiny_model), tiny_images(32)
+    extract(tiny_model, data, method_options(width_multiple=16, **options))
+    layers = routed_layers(tiny_model)
+    hidden = {ffn.name: ffn.hidden for ffn in find_ffns(dense).ffns}
+    widths = [(width, hidden[name]) for name, layer in layers.items() for width in layer.widths]
+    assert widths and all(width == full or width % 16 == 0 for width, full in widths)
+    assert any(width < full for width, full in widths)
+
+
+def test_what_is_made_for_a_device_has_widths_for_it():
+    """Presets for use and a plan's points; the paper's recipe is as published."""
+    for method, preset, multiple in (("experts", "deploy", 16), ("static", "static", 16), ("experts", "paper", 1)):
+        values = next(m for m in METHODS if m.name == method).presets[preset]
+        assert values.get("width_multiple", 1) == multiple
+    way = Way("kmeans-4", "sensitivity")
+    assert recipe_of(way, {}).cut.width_multiple == 16 and recipe_of(way, {"width_multiple": 64}).cut.width_multiple == 64
 
 
 def test_a_layer_whose_macs_take_longer_keeps_fewer():

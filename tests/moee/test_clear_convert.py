@@ -14,6 +14,7 @@ from moee.measure.evaluation import run
 from moee.measure.metrics import dense_macs, model_cost
 from moee.methods.clear_moe.convert import convert
 from moee.methods.clear_moe.options import ClearOptions
+from moee.methods.recipe import method_options
 from tests.conftest import tiny_images
 
 
@@ -144,6 +145,12 @@ def test_bad_input_is_one_sentence_and_changes_nothing(tiny_model, case):
         convert(tiny_model, tiny_images(), config)
     after = tiny_model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_errors_of_unlike_units_divide_no_budget():
+    with pytest.raises(UserError, match="--metric plain leaves them in unlike units; use --metric output"):
+        method_options(method="clear-moe", metric="plain", target_macs=0.7)
+    assert method_options(method="clear-moe", metric="plain", target_macs=0.7, rank=8, residual_rank=0).rank == 8
 
 
 def test_more_experts_than_clusters(tiny_model):

@@ -233,7 +233,7 @@ def test_budgets_and_criteria(spec, options, images):
     assert cost["moee"] == {"macs": dense_macs(model, (3, 56, 56)), "params": dense_params(model)}  # counted, not derived
     share = cost["moee"]["macs"] / cost["dense"]["macs"]
     if "target_macs" in options:
-        assert 0.74 < share <= 0.75
+        assert 0.72 < share <= 0.75
     else:
         assert share < 0.99
     with torch.no_grad():

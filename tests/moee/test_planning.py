@@ -151,6 +151,16 @@ def test_what_no_point_needs_is_not_computed(session, tmp_path, monkeypatch):
     assert calls == ["sensitivity_of", "install_experts"] * 2
 
 
+def test_criteria_of_gradients_are_each_measured(session, tmp_path):
+    """In one plan or by itself, a criterion chooses the same neurons: none is given another's figures."""
+    fast = {**FAST, "methods": ("static",), "targets": (0.7,)}
+    both = make_plan(session, Budget(target_macs=0.7), tmp_path / "both", **fast, allocations=("sensitivity", "taylor"))
+    alone = make_plan(session, Budget(target_macs=0.7), tmp_path / "alone", **fast, allocations=("taylor",))
+    found = {p["allocation"]: p for p in both["points"]}
+    assert found["taylor"] == {p["allocation"]: p for p in alone["points"]}["taylor"]
+    assert found["taylor"]["cosine"] != found["sensitivity"]["cosine"]
+
+
 def stopped(session, monkeypatch, call):
     """Interrupts the `call`-th measurement; returns what was measured, as a list that goes on growing."""
     real, seen = session.measure, []

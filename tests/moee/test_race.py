@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from moee.planning.budget import Budget, Point
+from moee.planning.budget import Budget, Point, choose
 from moee.planning.forms import Latency, LayerChoices
-from moee.planning.race import FIRST, Racer, may_cost_more, race
-from moee.planning.search import Way
+from moee.planning.race import FIRST, GOING_ON, Racer, may_cost_more, race, rounds_of
+from moee.planning.search import Way, variants
 
 GOOD, POOR, LATE = Way("static", "sensitivity"), Way("kmeans-8", "sensitivity"), Way("hdbscan", "sensitivity")
 
@@ -48,6 +48,20 @@ def test_the_better_way_gets_the_trials_and_comes_near_its_limit():
     assert tried[0] == FIRST and len(tried) == 4 and min(t for t in tried if t >= 0.5) - 0.5 < 0.07
     assert len([way for way, _ in ours.asked if way is LATE]) < 4
     assert all(target > FIRST for way, target in ours.asked[3:] if way is POOR), "it missed the budget, so it must cost more"
+
+
+def test_of_many_ways_all_are_tried_and_half_go_on():
+    assert rounds_of(3) == rounds_of(6) == GOING_ON and rounds_of(21) == (21, 11, *GOING_ON)
+    many = [Way(name, "sensitivity") for name in list(variants())[:9]]
+    last = many[-1].method
+    ours = planner({way: 0.5 if way.method == last else 0.9 for way in many}, Budget(min_cosine=0.98))
+    points, left = race(ours, many, Until())
+    assert [way for way, _ in ours.asked[:9]] == many and left == 0, "the last one too"
+    tried = [target for way, target in ours.asked if way.method == last]
+    assert len(tried) == 5 and min(t for t in tried if t >= 0.5) - 0.5 < 0.05
+    assert choose(points, ours.budget).recipe == {"way": last}
+    points, left = race(ours, many, Until(*[False] * 5, True))
+    assert len(points) == 5 and left == 9 - 5 + sum(GOING_ON)
 
 
 def test_the_first_point_is_made_and_the_rest_when_there_is_time():

@@ -127,7 +127,7 @@ def test_no_file_at_all(tmp_path):
 
 def test_a_step_that_changes_nothing_is_left_out(tmp_path):
     whole = HEADS.replace("0.8", "1") + '[[step]]\nmethod = "static"\n'
-    assert read_recipe(written(tmp_path, whole)) == make_recipe("static", values={"keep": 0.95})
+    assert read_recipe(written(tmp_path, whole)) == make_recipe("static", values={"keep": 0.95, "width_multiple": 1})
 
 
 def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
@@ -195,7 +195,9 @@ def test_steps_in_another_order_cannot_be_made():
         ({"method": "moee", "clustering": "hdbscan", "keep": 0.9, "experts": None, "top_k": 1, "seed": 2},
          make_recipe(preset="compensated", values={"keep": 0.9, "seed": 2})),
         ({"clustering": "none", "statistics": "routed", "attention_macs": 0.8, "attention_heads": "equal", "seed": 1},
-         make_recipe("static", values={"attention_macs": 0.8, "attention_heads": "equal", "seed": 1, "keep": 0.95})),
+         make_recipe("static", values={
+             "attention_macs": 0.8, "attention_heads": "equal", "seed": 1, "keep": 0.95, "width_multiple": 1,
+         })),
         ({"method": "moefication", "experts": 8, "top_k": 2, "compensation": "mean", "keep": 0.95, "attention_macs": 1.0},
          make_recipe("moefication", values={"experts": 8, "top_k": 2})),
         ({"method": "clear-moe", "refit": False, "energy": 0.9, "attention_macs": None},
@@ -213,7 +215,8 @@ def test_a_plan_of_the_former_version_is_read(tmp_path):
     dense = {**point, "method": "dense", "config": None}
     body = {"model": spec.model_dump(mode="json"), "data": "digits", "winner": point, "points": [point, dense], "front": [point]}
     write_manifest(tmp_path, "plan.json", "moee.plan/1", body)
-    assert read_plan(tmp_path, spec) == make_recipe("static", values={"target_macs": 0.7, "attention_macs": 0.8})
+    expected = make_recipe("static", values={"target_macs": 0.7, "attention_macs": 0.8, "width_multiple": 1})
+    assert read_plan(tmp_path, spec) == expected
     write_manifest(tmp_path, "plan.json", "moee.plan/1", {**body, "winner": dense})
     with pytest.raises(UserError, match="the dense model wins"):
         read_plan(tmp_path, spec)

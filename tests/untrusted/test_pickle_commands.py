@@ -31,7 +31,8 @@ TEXT = WRITTEN | {
     "--torch-device", "--methods", "--allocations", "--model-kwargs", "--amp", "finetune --train", "--attention-heads",
     "--targets", "plan --attention-macs", "--one-expert", "--emit", "compress --attention-macs", "demo --data",
     "extract --metric", "--print-completion", "--neurons", "--mac-time", "--refit-target", "--corp-attention",
-    "plan --token-macs", "compress --token-macs", "--scratch",  # a folder in which one of its own is made, and nothing read
+    "plan --token-macs", "compress --token-macs", "ablate what",
+    "--scratch",  # a folder in which one of its own is made, and nothing read
     # a function's name, of an artifact whose model comes from one
     *(
         f"{command} --model"

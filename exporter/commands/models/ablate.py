@@ -22,8 +22,12 @@ from exporter.terminal.options import add_options
 from exporter.terminal.space import add_scratch
 from exporter.terminal.ui import ProgressDisplay
 from moee.ablation.grid import AblationConfig
+from moee.ablation.paper import NAME as PAPER
+from moee.ablation.paper import TABLES as PAPER_TABLES
+from moee.ablation.paper import lines
 from moee.errors import UserError
 from moee.places.output_folder import OutputFolder
+from moee.schema import shown
 from moee.store.result_kinds import ABLATION
 
 SCALE = ("seeds", "tokens", "cluster_tokens", "components", "min_cluster_size", "statistics", "refit_tokens")  # options
@@ -32,7 +36,9 @@ TEXT = "the paper's ablation tables and sweeps, and whether their orderings hold
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("ablate", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run, loads="moee.ablation.run")
+    sub.set_defaults(check=check, run=run, loads="moee.ablation.run")
+    what = "paper: tables 2, 7, 8, fig6 and fig7, and what Tables 1 and 5 would take on ImageNet with a GPU (modelled)"
+    sub.add_argument("what", nargs="?", metavar="{paper}", help=what)
     sub.add_argument("--model", default="vit-scratch", metavar="NAME", help="vit-scratch (default), dinov2-s or timm's")
     text = "digits (default), photos, photo-crops, an image folder or a timm.data dataset string"
     sub.add_argument("--data", default="digits", help=text)
@@ -53,6 +59,14 @@ def _output(args: argparse.Namespace) -> OutputFolder:
     return OutputFolder(args.out, ABLATION, args.force, model_inputs(args), grows=True)
 
 
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the line alone."""
+    if args.what not in (None, PAPER):
+        raise UserError(f"ablate {shown(args.what)}: expected {PAPER}, or nothing; a model goes with --model")
+    if args.what is not None and args.tables is not None:
+        raise UserError(f"ablate {PAPER} runs tables {', '.join(PAPER_TABLES)}; leave --tables out")
+
+
 def _list(text: str | None, kind: type = str) -> tuple | None:
     if text is None:
         return None
@@ -68,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.ablation.run import run_ablation
     from moee.ablation.summary import verdict_lines
 
-    tables = _list(args.tables)
+    tables = PAPER_TABLES if args.what else _list(args.tables)
     ablation = make_ablation_config(
         tables=tables, compensation=_list(args.compensation), keeps=_list(args.keep, float),
         **{name: getattr(args, name) for name in SCALE},
@@ -84,5 +98,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     show_skipped(console, summary["data_read"])
     if summary["no_accuracy"]:
         console.print(f"accuracy is not compared: {summary['no_accuracy']}", highlight=False)
+    if args.what:
+        for line in lines():
+            console.print(line, highlight=False, soft_wrap=True)
     console.print(f"written to {args.out}: ablation.json, table.md, {len(drawn)} plots")
     return OK

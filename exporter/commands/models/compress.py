@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images of a batch that is timed (8)")
     when = f"how long it may take, such as 15m, 900s or 2h; none for no limit ({DEFAULT})"
     sub.add_argument("--time", type=time_of, default=DEFAULT, metavar="T", help=when)
-    tried = "comma-separated ways that are tried, as in moee plan (static,kmeans-4,tokens)"
+    tried = "comma-separated ways that are tried, as in moee plan; all: every one (static,kmeans-4,tokens)"
     sub.add_argument("--methods", metavar="NAMES", help=tried)
     share = "comma-separated shares of the attention's MACs that are tried, heads narrowed to them (1,0.75)"
     sub.add_argument("--attention-macs", metavar="SHARES", help=share)
@@ -103,14 +103,14 @@ def budget_of(args: argparse.Namespace) -> Budget | None:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.compression.job import Job
-    from exporter.compression.request import ALLOCATION, HEADS, METHODS, Request, target_sm
+    from exporter.compression.request import ALLOCATION, HEADS, METHODS, Request, every_method, target_sm
     from exporter.targets.registry import target_of
     from moee.planning.plan import check_ways
 
     budget = budget_of(args)
     sm = target_sm(args.device, args.sm)
     target_of(args.device, batch=args.batch, sm=sm).check()  # before a model is loaded
-    methods = named_in(args.methods) if args.methods is not None else METHODS
+    methods = METHODS if args.methods is None else every_method() if args.methods == "all" else named_in(args.methods)
     heads = parse_shares("--attention-macs", args.attention_macs, whole=True) or HEADS
     tokens = parse_shares("--token-macs", args.token_macs, whole=True) or (1.0,)
     check_ways(methods, ALLOCATION, heads, {}, tokens)

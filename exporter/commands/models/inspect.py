@@ -18,7 +18,7 @@ TEXT = "MACs, parameters, experts and routing, layer by layer"
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("inspect", help=TEXT, description=TEXT)
     sub.set_defaults(run=run, loads="moee.artifacts.inspection")
-    sub.add_argument("model", help=f"{NAMES}, vit-scratch, or a folder that extract or finetune wrote")
+    sub.add_argument("model", help=f"{NAMES}, vit-, swin- or convnext-scratch, or a folder that extract or finetune wrote")
     add_weights(sub)
     add_word(sub)
     sub.add_argument("--json", action="store_true", help="print JSON")

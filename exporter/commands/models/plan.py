@@ -29,7 +29,7 @@ from exporter.terminal.ui import FittingTable, ProgressDisplay, data_title, numb
 from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
 from moee.measure.accuracy import counted
-from moee.methods.experts import ALLOCATIONS, ExpertsOptions
+from moee.methods.experts import ALLOCATIONS, USUAL, WIDTHS, ExpertsOptions
 from moee.methods.heads.method import HeadsOptions
 from moee.methods.registry import METHODS
 from moee.places.inputs import source_paths
@@ -42,7 +42,10 @@ from plugins.devices import PROFILES, parse_sm
 if TYPE_CHECKING:
     from exporter.targets.target import Target
 
-BASE = ("seed", "tokens", "cluster_tokens", "refit_tokens", "collages", "attention_heads")  # options that all points share
+BASE = (  # options that all points share
+    "seed", "tokens", "cluster_tokens", "sensitivity_tokens", "neurons", "compensation", "refit_target", "refit_tokens",
+    "collages", "attention_heads", "width_multiple",
+)  # fmt: skip
 BASE_OF = (ExpertsOptions, HeadsOptions)  # whose help says what they are
 BESIDE = {"attention": "attention", "tokens": "merged to"}  # columns of what is done beside a method
 TEXT = "try methods and budgets, print what wins and by how much over static pruning and dense"
@@ -64,8 +67,8 @@ def add_parser(subparsers: Any) -> None:
     tried = ", ".join(name for method in METHODS for name in method.variants)
     named = f"comma-separated ways that are tried, of {tried}; all: every one (default: {usual})"
     sub.add_argument("--methods", metavar="NAMES", help=named)
-    spent = ", ".join(ALLOCATIONS)
-    sub.add_argument("--allocations", metavar="NAMES", help=f"comma-separated ways to spend a budget, of {spent} (default: all)")
+    spent = f"comma-separated ways to spend a budget, of {', '.join(ALLOCATIONS)} (default: {','.join(USUAL)})"
+    sub.add_argument("--allocations", metavar="NAMES", help=spent)
     sub.add_argument("--targets", metavar="SHARES", help="comma-separated shares of MACs to try (default: 0.8,0.7,0.6,0.5)")
     share = "comma-separated shares of the attention's MACs to try, heads narrowed to them; 1 leaves them (default: 1)"
     sub.add_argument("--attention-macs", metavar="SHARES", help=share)
@@ -73,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--token-macs", metavar="SHARES", help=merged)
     group = sub.add_argument_group("options of every method that has them")
     for kind in BASE_OF:
-        add_options(group, kind, BASE, {"cluster_tokens": 6000})
+        add_options(group, kind, BASE, {"cluster_tokens": 6000, "width_multiple": WIDTHS})
     add_trial(sub)
     add_scratch(sub)
     add_memory(sub)
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     merged = parse_shares("--token-macs", args.token_macs, whole=True) or (1.0,)
     budget = budget_of(args)
     methods = usual() if args.methods is None else tuple(variants()) if args.methods == "all" else named_in(args.methods)
-    allocations = named_in(args.allocations) if args.allocations is not None else tuple(ALLOCATIONS)
+    allocations = named_in(args.allocations) if args.allocations is not None else USUAL
     base = {name: value for name in BASE if (value := getattr(args, name)) is not None}
     check_ways(methods, allocations, attention, base, merged)
     if args.emit is not None and result_of(args) is not None:

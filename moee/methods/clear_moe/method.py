@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ClearMethod(Method[ClearOptions]):
-    name, also, options = "clear-moe", ("clear_moe",), ClearOptions
+    name, also, options, plugin = "clear-moe", ("clear_moe",), ClearOptions, True
     summary = "a low-rank basis that a layer's experts share, and a small low-rank map for each"
     variants: ClassVar = {"clear-moe": Variant({})}
     allocations: ClassVar = {"ranks": {}}  # a rank for every map
@@ -27,11 +27,9 @@ class ClearMethod(Method[ClearOptions]):
         """Rank 0 works alone: layers are built front to back on 200 images, so there is little to share."""
         from moee.data.validation import fitted_part
         from moee.methods.clear_moe.convert import convert
-        from moee.methods.exchange import share_layers
+        from moee.methods.exchange import by_leader
 
-        layers: Sequence[LayerReport] = ()
-        with context.group.agreed():
-            if context.group.leader:
-                layers = convert(model, fitted_part(context.data), options, context.report, context.group.device)
-        share_layers(model, context.group)
-        return layers
+        def work() -> Sequence[LayerReport]:
+            return convert(model, fitted_part(context.data), options, context.report, context.group.device)
+
+        return by_leader(model, context.group, work)

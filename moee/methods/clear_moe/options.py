@@ -62,6 +62,11 @@ class ClearOptions(DecompositionOptions):
             raise ValueError("--rank by hand needs --residual-rank too (0 for none)")
         if self.rank is None and self.residual_rank is not None and self.energy is None and self.target_macs is None:
             raise ValueError("--residual-rank needs --rank, --energy or --target-macs beside it")
+        if self.metric == "plain" and self.target_macs is not None and self.rank is None:
+            raise ValueError(
+                "--target-macs holds the errors of all maps against each other, and --metric plain leaves them in unlike units; "
+                "use --metric output, or give --rank and --residual-rank too"
+            )
         if self.calibration_images < self.experts:
             raise ValueError(
                 f"--calibration-images {self.calibration_images} is smaller than the {self.experts} experts; give more images"

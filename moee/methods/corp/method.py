@@ -38,13 +38,9 @@ class CorpMethod(Method[CorpOptions]):
     def convert(self, model: nn.Module, options: CorpOptions, context: Context) -> Sequence[LayerReport]:
         """Rank 0 works alone: one forward pass over the images, then a solve a layer."""
         from moee.methods.corp.convert import convert, share
+        from moee.methods.exchange import by_leader
 
-        layers: Sequence[LayerReport] = ()
-        with context.group.agreed():
-            if context.group.leader:
-                layers = convert(model, options, context)
-        share(model, context.group)
-        return layers
+        return by_leader(model, context.group, lambda: convert(model, options, context), share)
 
     def within(self, options: CorpOptions, target: float, model: nn.Module, shape: tuple[int, int, int]) -> CorpOptions:
         """The largest share whose MACs meet the target."""

@@ -36,12 +36,10 @@ class LowRankMethod(Method[LowRankOptions]):
     def convert(self, model: nn.Module, options: LowRankOptions, context: Context) -> Sequence[LayerReport]:
         """Rank 0 works alone: layers are built front to back on 200 images, so there is little to share."""
         from moee.data.validation import fitted_part
-        from moee.methods.exchange import share_layers
+        from moee.methods.exchange import by_leader
         from moee.methods.lowrank.convert import convert
 
-        layers: Sequence[LayerReport] = ()
-        with context.group.agreed():
-            if context.group.leader:
-                layers = convert(model, fitted_part(context.data), options, context.report, context.group.device)
-        share_layers(model, context.group)
-        return layers
+        def work() -> Sequence[LayerReport]:
+            return convert(model, fitted_part(context.data), options, context.report, context.group.device)
+
+        return by_leader(model, context.group, work)

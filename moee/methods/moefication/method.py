@@ -24,7 +24,7 @@ _TOP_K = tuple({"top_k": k} for k in (4, 8, 12, 14))
 
 
 class MoeficationMethod(LayerMethod[MoeficationOptions]):
-    name, options = "moefication", MoeficationOptions
+    name, options, plugin = "moefication", MoeficationOptions, True
     summary = "disjoint experts of equal size; every token goes to the best few"
     shares: ClassVar[Shares] = "tokens"
     presets: ClassVar = {"moefication": {}}

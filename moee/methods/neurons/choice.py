@@ -41,7 +41,8 @@ def choose_neurons(
         times = config.mac_times()
         candidates = {
             n: Candidate(
-                error[n], r.share, tokens[n], r.ffn.neuron_macs, r.ffn.routing_macs(len(error[n])), times.get(n, 1.0)
+                error[n], r.share, tokens[n], r.ffn.neuron_macs, r.ffn.routing_macs(len(error[n])), times.get(n, 1.0),
+                config.multiple_of(r.ffn.hidden),
             )
             for n, r in routed.items()
         }
@@ -51,10 +52,11 @@ def choose_neurons(
 
 def _by_expert(routed: GroupedLayer, error: Tensor | None, config: NeuronOptions, keep: float) -> list[Tensor]:
     """Each expert's neurons that hold the share `keep` of the criterion in that expert."""
+    multiple = config.multiple_of(routed.ffn.hidden)
     if config.criterion in MEASURED:
         assert error is not None
-        return [keep_by_share(row, keep) for row in error]
-    return select_neurons(routed.moments, routed.ffn, config.criterion, keep, config.seed)
+        return [keep_by_share(row, keep, multiple) for row in error]
+    return select_neurons(routed.moments, routed.ffn, config.criterion, keep, seed=config.seed, multiple=multiple)
 
 
 def _macs(routed: GroupedLayer, kept: list[Tensor], tokens: int) -> float:
