@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from moee.config import Options
 from moee.schema import Body, checked
 
-COST_TOLERANCE = 0.005  # of the dense MACs: routing on held-out images differs a little from calibration
+COST_TOLERANCE = 0.005  # of the dense MACs, or of its time: routing on held-out images differs a little from calibration
 
 MOST_MS = 1e6  # of a batch: a quarter of an hour
 ALIKE = 0.05  # of dense, half the distance between the usual targets
@@ -138,12 +138,14 @@ def pareto(points: list[Point]) -> list[Point]:
 
 
 def choose(points: list[Point], budget: Budget) -> Point | None:
-    """The best point that meets the budget: the cheapest under a quality limit, else the most faithful; None if none does."""
+    """The best point that meets the budget: the cheapest under a quality limit, of those that cost the same but for
+    `COST_TOLERANCE` the most faithful; else the most faithful. None if none does."""
     meeting = [p for p in points if not p.shortfalls(budget) and math.isfinite(p.cost())]
     if not meeting:
         return None
     if budget.limits_quality:
-        return min(meeting, key=lambda p: (p.cost(), -p.cosine))
+        least = min(p.cost() for p in meeting)
+        return max((p for p in meeting if p.cost() <= least + COST_TOLERANCE), key=lambda p: (p.cosine, -p.cost()))
     return max(meeting, key=lambda p: (p.cosine, -p.cost()))
 
 

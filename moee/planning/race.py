@@ -6,16 +6,17 @@ gives there says whether it may save more or must save less, and after every rou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from moee.planning.budget import Budget, Point, standing
+from moee.planning.budget import COST_TOLERANCE, Budget, Point, choose, standing
 from moee.planning.search import Planner, Way, variants
 
 FIRST = 0.72  # of the dense MACs, where every way begins: most budgets are met there, and it is worth deploying
 CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
 GOING_ON = (5, 3, 2, 2)  # ways that are tried in each round
+RIVALS = 3  # of more ways: that are tried at the cost of what would be chosen
 FEW = 6  # ways up to which that is so; of more, all are tried first, and half as many in each round until they are few
 
 
@@ -73,32 +74,45 @@ def race(
     planner: Planner, ways: Sequence[Way], over: Over, rounds: Sequence[int] | None = None
 ) -> tuple[list[Point], int]:
     """Points of `ways`, and how many more there would have been, had `over` not said that the time is. `rounds`: ways that are
-    tried in each, else `rounds_of` them.
+    tried in each, else `rounds_of` them; of more than `FEW`, the best others are tried at the cost of what would be chosen, too.
 
     The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
     for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
     """
     planner.ready, rounds = over.ready, rounds_of(len(ways)) if rounds is None else rounds
+    rivals = RIVALS if len(ways) > FEW else 0
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
-    left = sum(min(count, len(ways)) for count in rounds)
-    forwards, first, prepared = True, (0.0, 0.0), set[str]()
+    left = sum(min(count, len(ways)) for count in rounds) + rivals
+    first, prepared = (0.0, 0.0), set[str]()
+    for racer, target in _trials(racers, rounds, rivals, planner.budget):
+        if racer.way.first != first:  # what was prepared is of no use to another share
+            first, prepared = racer.way.first, set()
+        fresh = racer.way.method not in prepared and variants()[racer.way.method][0].shares != "nothing"
+        prepared.add(racer.way.method)
+        if over(fresh) and points:  # asked before the first too, by whose time the second is judged
+            return points, left
+        point = planner.point(racer.way, target)
+        racer.learn(target, point, planner.budget)
+        if point is not None:
+            points.append(point)
+        left -= 1
+    return points, 0
+
+
+def _trials(racers: list[Racer], rounds: Sequence[int], rivals: int, budget: Budget) -> Iterator[tuple[Racer, float]]:
+    """Who is tried next, and at which target; what came of a trial is known before the next one is asked for."""
+    forwards = True
     for count in rounds:
-        ranked = sorted((r for r in racers if r.points), key=lambda r: standing(r.points, planner.budget))
+        ranked = sorted((r for r in racers if r.points), key=lambda r: standing(r.points, budget))
         chosen = ranked[:count] if ranked else racers[:count]
         ordered = [racer for racer in racers if racer in chosen]
         for racer in ordered if forwards else reversed(ordered):
-            if racer.way.first != first:  # what was prepared is of no use to another share
-                first, prepared = racer.way.first, set()
-            fresh = racer.way.method not in prepared and variants()[racer.way.method][0].shares != "nothing"
-            prepared.add(racer.way.method)
-            if over(fresh) and points:  # asked before the first too, by whose time the second is judged
-                return points, left
-            target = racer.target
-            point = planner.point(racer.way, target)
-            racer.learn(target, point, planner.budget)
-            if point is not None:
-                points.append(point)
-            left -= 1
+            yield racer, racer.target
         forwards = not forwards
-    return points, 0
+    best = choose([point for racer in racers for point in racer.points], budget)
+    if best is None:
+        return
+    others = [r for r in racers if r.points and all(abs(point.macs - best.macs) > COST_TOLERANCE for point in r.points)]
+    for racer in sorted(others, key=lambda r: standing(r.points, budget))[:rivals]:
+        yield racer, round(best.macs, 3)

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moee.errors import UserError
 from moee.measure.accuracy import counted
-from moee.planning.budget import Budget
-from moee.planning.plan import PLAN, SCHEMA, make_plan
+from moee.places.output_folder import resume_folder
+from moee.planning.budget import Budget, checked_point
+from moee.planning.plan import IDENTITY, PLAN, SCHEMA, make_plan
 from moee.planning.search import ALLOCATIONS, variants
 from moee.progress import Reporter, silent
 from moee.stages.session import Session
-from moee.store.artifact import read_manifest
+from moee.store.artifact import read_json, read_manifest
 from moee.store.atomic import write_text
+from moee.store.result_kinds import PLAN_STATE
 
 TARGETS = (0.8, 0.65, 0.5)  # shares of the dense MACs
 NEAR = 0.03  # of them: what is further from a target than experts that are whole numbers make it stands in no row
 LEAST = 1e-6  # the cosine that is asked of a row's plan: every point counts, however bad
-SCALE = {"tokens": 16_384, "cluster_tokens": 6000, "refit_tokens": 16_384, "sensitivity_tokens": 8192}  # of a layer
+SCALE = {  # of a layer; widths of any number of neurons, since time is none of the columns
+    "tokens": 16_384, "cluster_tokens": 6000, "refit_tokens": 16_384, "sensitivity_tokens": 8192, "width_multiple": 1,
+}  # fmt: skip
 REFUSED = ".refused"  # a file beside a row's folder: why the method cannot cut the model
 
 
@@ -103,6 +107,19 @@ def made(case: Case, row: Row, work: Path) -> dict[str, Any] | None:
     return plan if same else None
 
 
+def begun(case: Case, row: Row, work: Path) -> list[dict[str, Any]] | None:
+    """The points of a row that was interrupted; None where nothing was begun, or with other options."""
+    store = resume_folder(case.folder(work, row), PLAN_STATE).place
+    if not (store / IDENTITY).is_file():
+        return None
+    told = read_json(store / IDENTITY)
+    if (told.get("base"), told.get("data"), told.get("model", {}).get("name")) != (row.base, case.data, case.model):
+        return None
+    files = [path for path in sorted(store.glob("*.json")) if path.name != IDENTITY]
+    bodies = [(path, body) for path in files if (body := read_json(path)) is not None]
+    return [asdict(checked_point(body, path)) for path, body in bodies]
+
+
 def refused(case: Case, row: Row, work: Path) -> str:
     """Why a row cannot be made; empty where nothing is known against it."""
     file = case.folder(work, row).with_name(row.name + REFUSED)
@@ -123,6 +140,8 @@ def fill(
             return False
         opened = opened or session()
         out = case.folder(work, row)
+        if begun(case, row, work) is None:
+            resume_folder(out, PLAN_STATE).remove()  # of other options
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             make_plan(
@@ -140,43 +159,47 @@ def page(cases: Sequence[Case], work: Path, header: str) -> str:
 
 
 def _section(case: Case, work: Path) -> str:
-    plans = [(row, plan) for row in ROWS if (plan := made(case, row, work)) is not None]
-    if not plans:
+    whole = {row.name: plan for row in ROWS if (plan := made(case, row, work)) is not None}
+    found = [(row, whole[row.name]["points"] if row.name in whole else begun(case, row, work)) for row in ROWS]
+    rows = [(row, points) for row, points in found if points]
+    if not rows:
         return ""
-    known = plans[0][1]
-    dense = next(point for point in known["points"] if point["method"] == "dense")
-    measured = known["accuracy"]
-    right = "" if dense["accuracy"] is None else f"Dense accuracy {_accuracy(dense)}, of " + counted(
-        measured["labelled"], measured["images"], measured["probe"]
-    ) + "."  # fmt: skip
+    right = _dense(next(iter(whole.values()))) if whole else ""
     lines = [f"## {case.model} on {case.data}", "", " ".join(filter(None, [case.about, right])), ""]
     head = "| budget | method | MACs | parameters | class cosine | accuracy (95 % interval) | plugin |"
     lines += [head, "|---|---|---|---|---|---|---|"]
     for target in TARGETS:
-        points = [(row, point) for row, plan in plans for point in _at(target, plan)]
+        points = [(row, point) for row, made_of in rows for point in _at(target, made_of)]
         best = max((point["cosine"] for _, point in points if point["cosine"] is not None), default=None)
         for row, point in sorted(points, key=lambda cell: -_number(cell[1]["cosine"])):
-            cosine = "no number" if point["cosine"] is None else f"{point['cosine']:.4f}"
+            cosine = _cosine(point["cosine"])
             cells = (
                 _change(target, 0), row.called[point["allocation"]], _change(point["macs"]), _change(point["params"]),
-                f"**{cosine}**" if point["cosine"] == best else cosine, _accuracy(point),
+                f"**{cosine}**" if cosine == _cosine(best) else cosine, _accuracy(point),
                 "yes" if variants()[row.method][0].plugin else "no",
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     for row in ROWS:
         if why := refused(case, row, work):
             lines.append(f"\n{', '.join(row.called.values())}: not made. {why}")
-    lines += ["", "By these commands:", "", *(f"    {row.command(case.model, case.data)}" for row, _ in plans), ""]
+    lines += ["", "By these commands:", "", *(f"    {row.command(case.model, case.data)}" for row, _ in rows), ""]
     return "\n".join(lines)
 
 
-def _at(target: float, plan: dict[str, Any]) -> list[dict[str, Any]]:
-    """The points of a plan that were made for a target: for each way the nearest."""
-    ways = {point["allocation"] for point in plan["points"] if point["method"] != "dense"}
+def _dense(plan: dict[str, Any]) -> str:
+    """A sentence about the dense model's accuracy; empty where that is not known."""
+    point, measured = next(p for p in plan["points"] if p["method"] == "dense"), plan["accuracy"]
+    if point["accuracy"] is None:
+        return ""
+    return f"Dense accuracy {_accuracy(point)}, of {counted(measured['labelled'], measured['images'], measured['probe'])}."
+
+
+def _at(target: float, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a row's points those that were made for a target: for each way the nearest."""
+    cut = [point for point in points if point["method"] != "dense"]
     found = []
-    for way in sorted(ways):
-        points = [point for point in plan["points"] if point["method"] != "dense" and point["allocation"] == way]
-        nearest = min(points, key=lambda point: abs(point["macs"] - target))
+    for way in sorted({point["allocation"] for point in cut}):
+        nearest = min((point for point in cut if point["allocation"] == way), key=lambda point: abs(point["macs"] - target))
         if abs(nearest["macs"] - target) <= NEAR:
             found.append(nearest)
     return found
@@ -185,6 +208,10 @@ def _at(target: float, plan: dict[str, Any]) -> list[dict[str, Any]]:
 def _change(share: float, digits: int = 1) -> str:
     """A share of dense as the change from it."""
     return f"{100 * (share - 1):+.{digits}f} %".replace("-", "−")
+
+
+def _cosine(cosine: float | None) -> str:
+    return "no number" if cosine is None else f"{cosine:.4f}"
 
 
 def _number(cosine: float | None) -> float:

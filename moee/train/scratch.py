@@ -46,23 +46,23 @@ class Vit(Arguments):
 
 
 class Swin(Arguments):
-    """timm's arguments of the small Swin: 256 tokens, then 64."""
+    """timm's arguments of the small Swin: 16 tokens, then 4."""
 
     img_size: int = SIDE
-    patch_size: int = 2
+    patch_size: int = 8
     embed_dim: int = 48
     depths: tuple[int, ...] = (2, 4)
     num_heads: tuple[int, ...] = (2, 4)
-    window_size: int = 4
+    window_size: int = 2
     num_classes: int = 10
 
 
 class ConvNext(Arguments):
-    """timm's arguments of the small ConvNeXt: 256, 64, 16 and 4 pixels. Trained for minutes, a LayerScale of 1e-6 would leave
+    """timm's arguments of the small ConvNeXt: 64, 16, 4 and 1 pixels. Trained for minutes, a LayerScale of 1e-6 would leave
     its blocks without effect."""
 
     patch_size: int = 2
-    dims: tuple[int, ...] = (48, 96, 128, 160)
+    dims: tuple[int, ...] = (32, 64, 96, 128)
     depths: tuple[int, ...] = (1, 2, 2, 1)
     ls_init_value: float = 0.1
     num_classes: int = 10
@@ -107,15 +107,15 @@ class SwinRecipe(Training, Swin):
     """Architecture and training of the small Swin."""
 
     name, timm_name, said = "swin-scratch", "swin_tiny_patch4_window7_224", "A Swin of six blocks, 48 and 96 channels"
-    epochs: int = 30
+    epochs: int = 25
 
 
 class ConvNextRecipe(Training, ConvNext):
     """Architecture and training of the small ConvNeXt."""
 
-    name, timm_name, said = "convnext-scratch", "convnext_tiny", "A ConvNeXt of six blocks, 48 to 160 channels"
-    input_size = (2 * SIDE, 2 * SIDE)
-    epochs: int = 30
+    name, timm_name, said = "convnext-scratch", "convnext_tiny", "A ConvNeXt of six blocks, 32 to 128 channels"
+    input_size = (SIDE, SIDE)
+    epochs: int = 15
 
 
 SCRATCH: dict[str, Training] = {recipe.name: recipe for recipe in (ScratchRecipe(), SwinRecipe(), ConvNextRecipe())}

@@ -38,6 +38,8 @@ def test_quality_budget_takes_the_cheapest_and_cost_budget_the_most_faithful():
     assert choose(points, Budget(target_macs=0.65)).macs == 0.6
     assert choose(points, Budget(target_macs=0.72)).macs == 0.7
     assert choose(points, Budget(min_cosine=0.999)) is None
+    alike = [*points, point(macs=0.604, cosine=0.995), point(macs=0.606, cosine=0.999)]
+    assert choose(alike, Budget(min_cosine=0.98)).cosine == 0.995, "half a point of cost is within what routing moves"
 
 
 def test_a_slower_model_with_fewer_macs_does_not_win():
