@@ -109,6 +109,7 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
     assert program is not None, "torch.onnx.export with dynamo=True returns a program"
     _forget_shapes()
     graph = program.model
+    _refuse_fixed(graph)
     for node in graph.graph:
         scope = _scope(node)
         node.name = f"{scope}/{node.name}" if scope else node.name
@@ -121,6 +122,16 @@ def to_onnx(model: nn.Module, example: Shape | torch.Tensor) -> ir.Model:
         if shape is not None:
             shape[0] = ir.SymbolicDim("batch")
     return graph
+
+
+def _refuse_fixed(graph: ir.Model) -> None:
+    """Raise `UserError` for a graph of one batch size: where a forward makes a plain number of it, torch falls back to that."""
+    shape = graph.graph.inputs[0].shape
+    if shape is not None and isinstance(shape[0], int):
+        raise UserError(
+            f"the model's graph holds for batches of {shape[0]} images alone: its forward makes a number of the batch size, as "
+            "len(x) and int(x.shape[0]) do; take x.shape[0] there"
+        )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from moee.interface.adapted import on_meta
 from moee.interface.spec import InputConfig, ModelSpec
 from moee.libraries.adapt import adapt
 from moee.libraries.library import Library
-from moee.libraries.wrapped import plain, uncompiled
+from moee.libraries.wrapped import plain, unwrapped
 from moee.schema import reason_of, shown
 
 
@@ -54,7 +54,7 @@ def _create(spec: ModelSpec) -> nn.Module:
 
 
 def _adapted(own: nn.Module, spec: ModelSpec) -> nn.Module:
-    return adapt(uncompiled(own), spec.input, spec.outputs, spec.name)
+    return adapt(unwrapped(own, spec.name), spec.input, spec.outputs, spec.name)
 
 
 def _copied(spec: ModelSpec, copied: Callable[[nn.Module], nn.Module] = copy.deepcopy) -> nn.Module:

@@ -1,9 +1,10 @@
-"""Modules as Python hands them over: compiled ones are unwrapped, and what cannot be copied is refused."""
+"""Modules as Python hands them over: what was wrapped around them is taken off, and what cannot be copied is refused."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,17 +13,20 @@ from torch import Tensor, nn
 from moee.errors import UserError
 
 log = logging.getLogger("moee")
+INSIDE = {  # where wrappers that compute the same keep the module, and what was done to it
+    "_orig_mod": "compiled (torch.compile)",
+    "_checkpoint_wrapped_module": "wrapped to be checkpointed (checkpoint_wrapper)",  # its state leaves this name out
+}
 
 
 def plain(module: Any, title: str) -> Any:
-    """A module as it can be copied and worked on: without `torch.compile` around it. Anything but a module as it is.
+    """A module as it can be copied and worked on: without wrappers around it. Anything but a module as it is.
 
     Raises `UserError` for a module whose weights are not there as plain tensors: TorchScript, the device meta, quantised ones,
     and weights that are computed anew at each run, as pruning leaves them.
     """
-    while isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        _say_compiled(title)
-        module = module._orig_mod
+    while (inner := _inside(module, title)) is not None:
+        module = inner
     if not isinstance(module, nn.Module):
         return module
     if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
@@ -43,17 +47,45 @@ def plain(module: Any, title: str) -> Any:
     return module
 
 
-@functools.cache
-def _say_compiled(title: str) -> None:
-    """Once for each model: it is loaded many times."""
-    log.info("%s was compiled (torch.compile); the module that was compiled is taken", title)
-
-
-def uncompiled(module: nn.Module) -> nn.Module:
-    """The module with `torch.compile` taken from its submodules, in place."""
+def unwrapped(module: nn.Module, title: str) -> nn.Module:
+    """The module with wrappers taken from its submodules, in place. Raises `UserError` for one whose state has other names than
+    its modules: what was saved could not be read again."""
     for part in list(module.modules()):
-        for name, inner in list(part.named_children()):
-            if isinstance(getattr(inner, "_orig_mod", None), nn.Module):
-                _say_compiled(type(module).__name__)
-                setattr(part, name, inner._orig_mod)
+        for name, child in list(part.named_children()):
+            while (inner := _inside(child, title)) is not None:
+                setattr(part, name, inner)
+                child = inner
+    state = module.state_dict()
+    lost = next((name for name in _names(module) if name not in state), None)
+    if lost is not None:
+        raise UserError(
+            f"{title} saves its weights under other names than its modules have ({lost}), as wrappers do; give the module inside"
+        )
     return module
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    """Names that the parameters and the saved buffers of a module have by their places."""
+    for path, part in module.named_modules(remove_duplicate=False):
+        kept = (name for name, buffer in part._buffers.items() if buffer is not None)
+        for name in (
+            *(name for name, parameter in part._parameters.items() if parameter is not None),
+            *(name for name in kept if name not in part._non_persistent_buffers_set),
+        ):
+            yield f"{path}.{name}" if path else name
+
+
+def _inside(module: Any, title: str) -> nn.Module | None:
+    """The module that a wrapper holds, which is said; None where it is none."""
+    for name, what in INSIDE.items():
+        inner = getattr(module, name, None)
+        if isinstance(module, nn.Module) and isinstance(inner, nn.Module):
+            _say_wrapped(title, what)
+            return inner
+    return None
+
+
+@functools.cache
+def _say_wrapped(title: str, what: str) -> None:
+    """Once for each model: it is loaded many times."""
+    log.info("%s was %s; the module inside is taken", title, what)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moee.interface.adapted import on_meta
 from moee.interface.watch import shapes_given
 from moee.layers.routed import routed_layers
-from moee.mlps.attention import macs_saved, narrow_attentions
+from moee.mlps.attention import macs_saved
 from moee.mlps.structure import read_mlp
 from moee.models.model import Shape
 from moee.tokens.block import merging_like, token_merges, without_merging
@@ -53,28 +53,27 @@ def tokens_per_image(model: nn.Module, names: Iterable[str], shape: Shape) -> di
 
 
 def dense_params(model: nn.Module) -> int:
-    """Trainable numbers of a model."""
+    """Numbers in a model's parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def model_cost(dense: nn.Module, moee: nn.Module, shares: dict[str, list[float]], shape: Shape) -> dict[str, Any]:
     """MACs and parameters of both models: {"dense": {"macs", "params"}, "moee": {"macs", "params"}}.
 
-    `shares` holds, per routed layer, each expert's measured share of the tokens. Neuron ids are indices and not counted; the maps
-    to mean keys, by which tokens merge, are.
+    `shares` holds, per routed layer, each expert's measured share of the tokens. Parameters are those that the model holds, what
+    several modules share counted once, and the floating-point buffers of routers. Neuron ids are indices and not counted; the
+    maps to mean keys, by which tokens merge, are.
     """
     macs, params = dense_macs(dense, shape), dense_params(dense)
     layers = routed_layers(moee)
     merging = merging_like(dense, moee)
     tokens = tokens_per_image(merging, layers, shape)
     moee_macs = float(dense_macs(merging, shape) - macs_saved(moee, shape, merging))
-    moee_params = params + merges_cost(token_merges(moee))
-    for name, attention in narrow_attentions(moee).items():
-        moee_params += dense_params(attention) - dense_params(dense.get_submodule(name))
+    moee_params = dense_params(moee) + merges_cost(token_merges(moee))
     for name, layer in layers.items():
         ffn = read_mlp(dense, name, layer.bypassed)
         moee_macs += tokens[name] * (layer.macs_per_token(shares[name]) - float(ffn.macs))
-        moee_params += layer.stored_numbers() - ffn.params
+        moee_params += layer.stored_numbers() - dense_params(layer)
     return {"dense": {"macs": macs, "params": params}, "moee": {"macs": round(moee_macs), "params": moee_params}}
 
 

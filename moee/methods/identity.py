@@ -98,12 +98,12 @@ def check_merging(model: nn.Module, images: Tensor, report: Reporter = silent) -
     """Raise `UserError` unless `model` gives the dense output on `images` [B, C, H, W] where every block matches its tokens,
     merges none of them, and goes on with them in the order of the matching. Two forward passes. `model` stays as it is."""
     report("identity check", 0, 2)
-    dense, bound = _dense_output(model, images)
+    dense, bound = dense_output(model, images)
     report("identity check", 1, 2)
     blocks = {f"blocks.{at}": block for at, block in enumerate(plain_blocks(model))}
     try:
         install_merging(model, [0] * len(blocks), every=True)
-        apart = _worst((_output(model, images) - dense).abs())
+        apart = worst((output_of_batch(model, images) - dense).abs())
     finally:
         for name, block in blocks.items():
             replace_module(model, name, block)
@@ -122,10 +122,10 @@ def _attention_distance(made: NarrowAttention, x: Tensor, output: Tensor, expect
     q, k = (part(x).unflatten(-1, (made.heads, -1)).transpose(1, 2) for part in (made.q, made.k))
     logits = 1 + float((q @ k.mT).abs().max())  # an exponent's error is its result's
     bound = ROUNDING * torch.finfo(x.dtype).eps * summands * logits + torch.finfo(torch.float32).tiny
-    return _worst((output - expected).abs() / bound)
+    return worst((output - expected).abs() / bound)
 
 
-def _worst(values: Tensor) -> float:
+def worst(values: Tensor) -> float:
     """The maximum; NaN counts as infinite."""
     most = float(values.max())
     return most if most == most else float("inf")
@@ -136,12 +136,12 @@ def _check(
     model: nn.Module, stand_ins: Mapping[str, _StandIn], images: Tensor, what: str, cure: str, report: Reporter
 ) -> None:  # fmt: skip
     report("identity check", 0, 2)
-    dense, bound = _dense_output(model, images)
+    dense, bound = dense_output(model, images)
     report("identity check", 1, 2)
     wrong: dict[str, float] = {}
     try:
         with _replaced(model, stand_ins, wrong):
-            apart = _worst((_output(model, images) - dense).abs())
+            apart = worst((output_of_batch(model, images) - dense).abs())
     except (UserError, MemoryError):
         raise
     except Exception:  # a parent may want what only the original has
@@ -150,7 +150,7 @@ def _check(
         for name, stand_in in stand_ins.items():
             try:
                 with _replaced(model, {name: stand_in}, wrong):
-                    alone = _worst((_output(model, images) - dense).abs())
+                    alone = worst((output_of_batch(model, images) - dense).abs())
             except (UserError, MemoryError):
                 raise
             except Exception as error:  # as above
@@ -172,19 +172,19 @@ def _check(
     report("identity check", 2, 2)
 
 
-def _dense_output(model: nn.Module, images: Tensor) -> tuple[Tensor, float]:
-    """The model's output on `images`, and how far from it one that computes the same may lie."""
+def dense_output(model: nn.Module, images: Tensor, room: float = NOISE) -> tuple[Tensor, float]:
+    """The model's output on `images`, and how far from it one that computes the same may lie: `room` times its own noise."""
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rounded = images * (1 + torch.finfo(images.dtype).eps * signs)
-    dense, twin = _output(model, torch.cat([images, rounded])).chunk(2)
+    dense, twin = output_of_batch(model, torch.cat([images, rounded])).chunk(2)
     if not (torch.isfinite(dense).all() and torch.isfinite(twin).all()):
         raise UserError("the dense model's output on the data is NaN or infinite; check the weights and the input normalisation")
     size = float(dense.float().square().mean().sqrt())
     noise = float((dense - twin).abs().max())
-    return dense, min(NOISE * max(noise, torch.finfo(dense.dtype).eps * size), LIMIT * size)
+    return dense, min(room * max(noise, torch.finfo(dense.dtype).eps * size), LIMIT * size)
 
 
-def _output(model: nn.Module, images: Tensor) -> Tensor:
+def output_of_batch(model: nn.Module, images: Tensor) -> Tensor:
     output = model(images)
     if not isinstance(output, Tensor):
         raise UserError(f"{type(model).__name__} returns {type(output).__name__}, expected one tensor an image")

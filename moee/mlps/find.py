@@ -108,7 +108,7 @@ def _scaled(model: nn.Module, ffns: list[FFN], shape: Shape) -> tuple[list[FFN],
     if images.is_meta or not ffns:
         return ffns, []
     outputs = {ffn.output_name: (ffn.dim, 1 if ffn.channels_first else -1) for ffn in ffns}
-    scales = following_scales(model, outputs, images[:1])
+    scales = following_scales(model, outputs, images[:2])
     unscaled = [ffn.name for ffn in ffns if not scales[ffn.output_name].verified]
     return [replace(ffn, scale=scales[ffn.output_name].weight) for ffn in ffns], unscaled
 

@@ -108,7 +108,9 @@ def prove(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Tenso
 def judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> Call:
     """What a call shows of an MLP; it counts for none yet."""
     given = [value for value in (*args, *kwargs.values()) if value is not None]
-    if len(given) != 1 or kwargs or not isinstance(given[0], Tensor):
+    if len(given) == 1 and kwargs:
+        return Call(obstacle=f"is called by keyword ({next(iter(kwargs))}=), expected one tensor without")
+    if len(given) != 1 or not isinstance(given[0], Tensor):
         return Call(obstacle=f"is called with {len(given)} arguments, expected one tensor")
     x = given[0]
     axis = 1 if ffn.channels_first else -1

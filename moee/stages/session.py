@@ -26,6 +26,7 @@ from moee.measure.accuracy import Comparison, class_count, comparison
 from moee.measure.evaluation import Outputs, retention, run
 from moee.measure.metrics import dense_macs, model_cost, tokens_per_image
 from moee.measure.probe import Probe, classes_told, fit_probe, head_drawn
+from moee.methods.apart import check_apart
 from moee.methods.context import Context
 from moee.methods.exchange import check_same_data, share_dense
 from moee.methods.identity import IMAGES, check_attentions, check_ffns, check_merging
@@ -48,6 +49,10 @@ Given = tuple[Any, Any]  # training images as Python has them, and held-out ones
 FIRST = 16  # training images among which those of the identity check are looked for
 # A trial of what is to be done with the result, with the model, its MLPs and the shape of an image; raises `UserError`
 Trial = Callable[[ModelSpec, nn.Module, Sequence[FFN], Shape, Reporter], None]
+
+
+def _check_attentions(model: nn.Module, images: Tensor, report: Reporter) -> None:
+    check_attentions(model, find_attentions(model), images, report)
 
 
 def is_classifier(model: nn.Module) -> bool:
@@ -149,6 +154,9 @@ class Session:
                 return
             for step in recipe.steps:
                 method_of(step).check(self.dense, self.transform.shape, step)
+            if ("apart",) not in self._proved:
+                check_apart(self.dense, self._few_images()[:1])
+                self._proved.add(("apart",))
             if mlps not in self._proved:
                 found = find_ffns(self.dense, exclude, self.transform.shape, method.gated)
                 tokens = self._count_costs(found.ffns, recipe)
@@ -168,16 +176,10 @@ class Session:
                         grouped(found.unscaled),
                     )
                 self._proved.add(mlps)
-            for part, check in (("attention", self._check_attentions), ("tokens", self._check_merging)):
+            for part, check in (("attention", _check_attentions), ("tokens", check_merging)):
                 if part in cut and (part,) not in self._proved:
-                    check()
+                    check(self.dense, self._few_images(), self.report)
                     self._proved.add((part,))
-
-    def _check_attentions(self) -> None:
-        check_attentions(self.dense, find_attentions(self.dense), self._few_images(), self.report)
-
-    def _check_merging(self) -> None:
-        check_merging(self.dense, self._few_images(), self.report)
 
     def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> dict[str, int]:
         """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Tokens of an
@@ -189,8 +191,7 @@ class Session:
         except Exception as error:  # the counter runs a stranger's model on shapes alone
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
-        budget = recipe.method.budget(recipe.cut)
-        if budget is not None:
+        if (budget := recipe.method.budget(recipe.cut)) is not None:
             target, floor = budget
             cut = sum(tokens[ffn.name] * ffn.macs for ffn in ffns)
             saved = [method_of(step).saves(self.dense, self.transform.shape, step) for step in recipe.first]
@@ -214,8 +215,7 @@ class Session:
         """The first readable images [IMAGES, C, H, W] of the training set; random ones if there are none among its first."""
         order = torch.arange(min(len(self.train), FIRST))
         images = [batch.images for batch in batches(self.train, IMAGES, order=order, strict=False)]
-        found = torch.cat(images) if images else random_images(self.transform.shape, next(self.dense.parameters()))
-        return found[:IMAGES]
+        return (torch.cat(images) if images else random_images(self.transform.shape, next(self.dense.parameters())))[:IMAGES]
 
     def start(self, recipe: Recipe) -> nn.Module:
         """The model that the recipe's last step starts from: the dense one after the steps before it. Not to be changed."""

@@ -220,3 +220,15 @@ def test_a_trial_is_remembered_for_the_sources_of_both_packages():
     """A change anywhere in them may change what exports."""
     found = {path.relative_to(ROOT).as_posix() for path in trial_export._sources(torch.nn.Identity()) if ROOT in path.parents}
     assert {"moee/layers/routed.py", "exporter/passes/plain.py", "exporter/cli.py", "plugins/contract.py"} <= found
+
+
+class Counting(nn.Module):
+    """A forward that makes a plain number of the batch size."""
+
+    def forward(self, images):
+        return images.flatten(1)[:, :4].reshape(len(images), 4)
+
+
+def test_a_graph_of_one_batch_size_is_refused_and_not_called_one_of_any():
+    with pytest.raises(UserError, match=r"holds for batches of 2 images alone: .*as len\(x\) and int\(x.shape\[0\]\) do"):
+        to_onnx(Counting(), (1, 4, 4))

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+import moee
 from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, has_feature_map, on_meta, run_model
 from moee.interface.spec import InputConfig
@@ -148,3 +149,48 @@ def test_the_input_comes_from_where_it_is_said():
     config = adapt(own).pretrained_cfg
     assert config["input_size"] == (3, 64, 48) and config["mean"] == (0.1,) * 3 and config["interpolation"] == "bilinear"
     assert adapt(own, InputConfig(input_size=(3, 32, 32))).pretrained_cfg["input_size"] == (3, 32, 32)
+
+
+class Renamed(nn.Module):
+    """A wrapper whose state leaves its own name out, as those of torch.distributed do."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self._register_state_dict_hook(lambda module, state, prefix, _: [
+            state.update({prefix + name.removeprefix(f"{prefix}inner."): state.pop(name)})
+            for name in list(state) if name.startswith(f"{prefix}inner.")
+        ] and None)  # fmt: skip
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_wrappers_that_rename_the_state_are_taken_off_or_refused(tmp_path):
+    """What was saved of them could not be read again."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    class Small(nn.Module):
+        image_size, num_classes = 32, 5
+
+        def __init__(self):
+            super().__init__()
+            self.cut, self.norm, self.head = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16), nn.Linear(16, 5)
+            self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+        def forward(self, images):
+            tokens = self.cut(images).flatten(2).transpose(1, 2)
+            return self.head((tokens + self.mlp(self.norm(tokens))).mean(1))
+
+    images = torch.randn(12, 3, 32, 32)
+    model = Small()
+    model.mlp = checkpoint_wrapper(model.mlp)
+    result = moee.extract(model, (images, torch.arange(12) % 5), preset="static", keep=0.9)
+    moee.save(result, tmp_path / "saved")
+    again = moee.load(tmp_path / "saved", model=model)
+    with torch.no_grad():
+        assert torch.equal(again.model(images), result.model(images)), "the wrapped module was read again"
+    assert type(model.mlp).__name__ == "CheckpointWrapper", "the user's stays as it is"
+    model.mlp = Renamed(model.mlp._checkpoint_wrapped_module)
+    with pytest.raises(UserError, match=r"other names than its modules have \(mlp.inner.0.weight\), .* give the module inside"):
+        moee.extract(model, (images, torch.arange(12) % 5), preset="static", keep=0.9)

@@ -264,6 +264,20 @@ def test_mlps_without_biases_are_counted_exactly():
     assert cost["moee"]["params"] == sum(p.numel() for p in model.parameters()) + 3 * 2  # each router's biases are a buffer
 
 
+def test_a_map_that_two_mlps_share_is_counted_once_and_then_for_both():
+    """Replaced, each has its own; what the dense model holds once is not taken away twice."""
+    dense = load_model(tiny_spec())
+    dense.blocks[1].mlp.fc1 = dense.blocks[0].mlp.fc1
+    model = copy.deepcopy(dense)
+    from moee.methods.identity import whole_ffn
+
+    for ffn in find_ffns(dense).ffns:
+        replace_module(model, ffn.name, whole_ffn(ffn))
+    cost = model_cost(dense, model, dict.fromkeys(routed_layers(model), [0.5, 0.5]), SHAPE)
+    assert cost["dense"]["params"] == sum(p.numel() for p in dense.parameters())
+    assert cost["moee"]["params"] == sum(p.numel() for p in model.parameters()) + 3 * 2
+
+
 @pytest.mark.parametrize("attribute", ["gamma_2", "weird_name"])
 def test_layer_scale_by_any_name(attribute):
     """A bare parameter of the block that its forward multiplies the MLP's output with; a decoy of the same shape is not taken."""
@@ -285,6 +299,52 @@ def test_layer_scale_by_any_name(attribute):
     found = find_ffns(model)
     assert torch.equal(found.ffns[1].scale, getattr(model.blocks[1], attribute).detach()) and not found.unscaled
     assert found.ffns[0].scale is None
+
+
+FACTORS = {
+    "a buffer": lambda of: of.register_buffer("kept", of.drawn) or (lambda: of.kept),
+    "one of a list": lambda of: setattr(of, "all", nn.ParameterList([torch.ones(32), of.drawn])) or (lambda: of.all[1]),
+    "of a dictionary": lambda of: setattr(of, "all", nn.ParameterDict({"attn": torch.ones(32), "mlp": of.drawn}))
+    or (lambda: of.all["mlp"]),
+    "tanh of a parameter": lambda of: setattr(of, "gate", nn.Parameter(of.drawn)) or (lambda: of.gate.tanh()),
+    "two parameters": lambda of: setattr(of, "one", nn.Parameter(of.drawn)) or setattr(of, "two", nn.Parameter(of.drawn + 3))
+    or (lambda: of.one * of.two),
+    "one number": lambda of: setattr(of, "alpha", nn.Parameter(torch.tensor(-0.3))) or (lambda: of.alpha.expand(32)),
+    "tiny": lambda of: of.register_buffer("kept", 1e-6 * of.drawn) or (lambda: of.kept),
+}  # fmt: skip
+
+
+class Factored(nn.Module):
+    """A block that adds `bent` of its MLP's output times a factor."""
+
+    def __init__(self, block, make, bent=lambda y, x: y):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp, self.bent = block.norm1, block.attn, block.norm2, block.mlp, bent
+        self.drawn = torch.linspace(-1, 2, 32)
+        self.factor = make(self)
+
+    def forward(self, x, *args, **kwargs):
+        x = x + self.attn(self.norm1(x))
+        return x + self.bent(self.factor() * self.mlp(self.norm2(x)), x)
+
+
+@pytest.mark.parametrize("what", FACTORS)
+def test_a_factor_that_is_no_weight_of_the_block_is_measured(what):
+    model = load_model(tiny_spec())
+    model.blocks[1] = Factored(model.blocks[1], FACTORS[what])
+    found, factor = find_ffns(model), model.blocks[1].factor().detach()
+    assert not found.unscaled and found.ffns[0].scale is None
+    torch.testing.assert_close(found.ffns[1].scale, factor, rtol=1e-5, atol=1e-5 * float(factor.abs().max()))
+
+
+@pytest.mark.parametrize("bent", [
+    lambda y, x: 1e-4 * torch.tanh(y), lambda y, x: y * torch.sigmoid(x), lambda y, x: y * torch.sigmoid(x.mean(1, keepdim=True)),
+    lambda y, x: y.roll(1, 1), lambda y, x: nn.functional.layer_norm(y, (32,)), lambda y, x: 0 * y,
+], ids=["bent", "gated by its token", "gated by its image", "of another token", "normed", "not used"])  # fmt: skip
+def test_what_is_no_factor_is_none(bent):
+    model = load_model(tiny_spec())
+    model.blocks[1] = Factored(model.blocks[1], FACTORS["one number"], bent)
+    assert find_ffns(model).ffns[1].scale is None
 
 
 def test_a_scale_that_cannot_be_proved_is_said(tmp_path, caplog):
