@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from moee.artifacts.answers import CODED, answers_of, check_answers
 from moee.artifacts.card import model_card, write_card
 from moee.artifacts.manifest import Info, Manifest, whole_stages
 from moee.artifacts.model import MoeeModel
@@ -48,6 +49,8 @@ def save(moee: MoeeModel, path: Path | str, force: bool = False, inputs: tuple[P
         if moee.probe is not None:
             write_tensors(moee.probe.state(), folder / PROBE)
         body = {**manifest_body(moee), "model": spec.model_dump(mode="json")}
+        if spec.library in CODED:
+            body["info"]["answers"] = answers_of(moee.model)
         write_card(folder, model_card(body))
         write_manifest(folder, MANIFEST, SCHEMA, body)
 
@@ -103,6 +106,8 @@ def load(path: Path | str, model: Word | None = None) -> MoeeModel:
         raise UserError(f"{path / WEIGHTS} does not fit its manifest: {str(error).splitlines()[-1].strip()}") from error
     learned = (*dict(made.named_parameters()), *(f"{record.name}.{part}" for record in records for part in ROUTER))
     refuse_not_finite({name: state[name] for name in learned if name in state}, path / WEIGHTS)
+    if spec.library in CODED:
+        check_answers(made.eval(), body.info.answers)
     probe = _probe(path / PROBE, made)
     return MoeeModel(made.eval(), spec, recipe, data, probe, info, _classes(body.classes, made, probe, path))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from moee.data.class_names import MAX_CLASSES
+from moee.interface.spec import Finite
 from moee.kinds.attention_records import AttentionRecord
 from moee.kinds.merging_records import MergingRecord
 from moee.models.model import ModelSpec
@@ -77,7 +78,12 @@ class Licence(Body):
     stated_by: Text
 
 
+# Outputs of a model of someone's own code on random images (`moee.artifacts.answers`)
+Answers = Annotated[list[Annotated[list[Finite], Field(min_length=1, max_length=64)]], Field(max_length=8)]
+
+
 class Info(Body):
+    answers: Answers = []
     stages: dict[str, Stage] = {}
     layers: list[dict[str, Any]] = []
     licence: Licence | None = None

@@ -30,8 +30,9 @@ def check_apart(model: nn.Module, images: Tensor) -> None:
     it gives for that image alone, to a bound from the type, and gives it every time. `model` stays as it is. Takes the forward
     passes of 3 B + 4 images."""
     title, first = title_of_model(model), images[:1]
-    images = torch.cat([images, random_images(tuple(images.shape[1:]), images)[:1]])
-    with _explained(model, f"images of {' x '.join(map(str, images.shape[1:]))}"):
+    channels, height, width = images.shape[1:]
+    images = torch.cat([images, random_images((channels, height, width), images)[:1]])
+    with _explained(model, f"images of {channels} x {height} x {width}"):
         dense, bound = dense_output(model, images, ROOM)
     with _explained(model, "one image alone"):
         parts = [output_of_batch(model, image) for image in images.split(1)]

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 import moee
+from moee.artifacts.answers import check_answers
 from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, has_feature_map, on_meta, run_model
 from moee.interface.spec import InputConfig
@@ -194,3 +195,28 @@ def test_wrappers_that_rename_the_state_are_taken_off_or_refused(tmp_path):
     model.mlp = Renamed(model.mlp._checkpoint_wrapped_module)
     with pytest.raises(UserError, match=r"other names than its modules have \(mlp.inner.0.weight\), .* give the module inside"):
         moee.extract(model, (images, torch.arange(12) % 5), preset="static", keep=0.9)
+
+
+def test_a_module_of_the_same_weights_that_computes_something_else_is_refused(tmp_path):
+    """Its weights have a hash; what its code makes of them, and its attributes, show in its outputs alone."""
+
+    class Tempered(Stranger):
+        temperature = 1.0
+
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(5, 16), nn.GELU(), nn.Linear(16, 5))
+
+        def forward(self, images):
+            tokens = self.block(self.cut(images).flatten(2).transpose(1, 2))
+            return self.temperature * (lambda y: y + self.mlp(y))(self.fc(tokens)).mean(1)
+
+    model, images = Tempered().eval(), torch.randn(12, 3, 32, 32)
+    result = moee.extract(model, (images, torch.arange(12) % 5), preset="static", keep=0.9, num_classes=5)
+    moee.save(result, tmp_path / "saved")
+    assert moee.load(tmp_path / "saved", model=copy.deepcopy(model)).info["answers"]
+    model.temperature = 1.1
+    with pytest.raises(UserError, match="Tempered has the weights .* and gives other outputs than then: its code, or"):
+        moee.load(tmp_path / "saved", model=model)
+    with pytest.raises(UserError, match="gives other outputs than then"):
+        check_answers(result.model, [[0.5] * 5, [0.5] * 4])
