@@ -39,7 +39,7 @@ from exporter.verification import VerifyResult
 from exporter.verification import verify as verify_export
 from exporter.verification.quick import QuickCheck
 from exporter.verification.quick import quick_check as check_quickly
-from moee.api import INPUT_SIZE, OF_INPUT, held_out_images
+from moee.api import INPUT_SIZE, OF_INPUT, SCRATCH, held_out_images
 from moee.artifacts.model import MoeeModel
 from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, Bounds, real, several, whole
 from moee.config import validated
@@ -198,21 +198,22 @@ def bundle(
     )
 
 
-@in_python(renamed={"time": "time_s", "img_size": INPUT_SIZE, **OF_INPUT})
+@in_python(renamed={"time": "time_s", "img_size": INPUT_SIZE, **OF_INPUT, **SCRATCH})
 def compress(
     model: nn.Module | str, data: Images, val: Images = None, *, out: str | Path, max_drop: float | None = None,
     min_cosine: float | None = None, target_latency_ms: float | None = None, device: str = CPU, sm: str | int | None = None,
     batch: int = 8, time_s: float | None = TIME_S, classes: Sequence[str] = (), num_classes: int | None = None,
     input: InputConfig | Mapping[str, Any] | None = None, torch_device: str = "auto", force: bool = False,
-    confirm: str | Path | None = None, report: Reporter | None = None,
+    confirm: str | Path | None = None, memory: int | str | None = None, report: Reporter | None = None,
 ) -> Compressed:  # fmt: skip
     """The fastest model within a budget, by measurement: plan, extract, tune, export, verify, bench, bundle and report, each
     stage's artifact in the folder `out`. An interrupted call goes on where it was.
 
-    `model`, `data`, `val`, `classes`, `num_classes` and `input` as for `moee.extract`. `max_drop`: percentage points of accuracy;
-    without any budget 1 point, or a cosine of 0.98 where accuracy cannot be compared. `device`: where candidates are timed, "cpu"
-    or a board's name (modelled); `sm`: the GPU that the bundle is for (default: that of `device`). `time_s`: seconds that it may
-    take, None for no limit. `confirm`: further images by the name of a source, on which the result is measured once it is chosen.
+    `model`, `data`, `val`, `classes`, `num_classes`, `input` and `memory` as for `moee.extract`. `max_drop`: percentage points of
+    accuracy; without any budget 1 point, or a cosine of 0.98 where accuracy cannot be compared. `device`: where candidates are
+    timed, "cpu" or a board's name (modelled); `sm`: the GPU that the bundle is for (default: that of `device`). `time_s`: seconds
+    that it may take, None for no limit. `confirm`: further images by the name of a source, on which the result is measured once
+    it is chosen.
     What it does is said on stderr, or logged where a `report` is given. Raises `BudgetUnmet` where
     nothing meets the budget, `StepFailed` if the result does not verify.
     """
@@ -230,8 +231,9 @@ def compress(
     say = log.info if report is not None else partial(print, file=sys.stderr)
     report = report or to_stderr()
     session = session_of(
-        model, data, val, classes=classes, num_classes=num_classes, input=input, device=torch_device, report=report
-    )
+        model, data, val, classes=classes, num_classes=num_classes, input=input, device=torch_device, report=report,
+        memory=memory,
+    )  # fmt: skip
     word = model if session.spec.library in ("python", "module") else None
     return Job(session, place, request, report, say, word).run()
 

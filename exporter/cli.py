@@ -200,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe is gone
         streams.drop_output()
         return GATE_FAILED
+    except KeyboardInterrupt as error:  # before the words were read
+        code, sentence = explain(error)
+        print(f"moee: {sentence}", file=sys.stderr)
     except OSError as error:  # of the last lines that were shown
         streams.drop_output()
         code, sentence = explain(error)

@@ -51,7 +51,7 @@ from moee.shrinking.options import ShrinkConfig
 from moee.shrinking.shrink import mixtures_of
 from moee.stages.extract import run_extract
 from moee.stages.finetune import tune
-from moee.stages.opened import SOURCE, Images, class_names, say_guessed_preparation, session_of, source_of
+from moee.stages.opened import SOURCE, Images, bytes_of, class_names, say_guessed_preparation, session_of, source_of
 from moee.stages.session import Session
 from moee.stages.shrink import shrink_with
 from moee.store.result_kinds import FINETUNE_STATE, MODEL
@@ -60,6 +60,7 @@ from moee.store.scratch import temporary_folder
 log = logging.getLogger("moee")
 INPUT_SIZE = "input={'input_size': (channels, height, width)}"
 OF_INPUT = {name: f"{name} of input=" for name in InputConfig.model_fields}
+SCRATCH = {"scratch": "TMPDIR=DIR"}  # a flag of the command line; Python has the environment
 
 
 @in_python(renamed={"random_weights": "random_seed"})
@@ -84,12 +85,13 @@ def load_model(
     return model
 
 
-@in_python([name for method in METHODS for name in method.options.model_fields], {"img_size": INPUT_SIZE, **OF_INPUT})
+@in_python([name for method in METHODS for name in method.options.model_fields], {"img_size": INPUT_SIZE, **OF_INPUT, **SCRATCH})
 def extract(
     model: nn.Module | str, data: Images, val: Images = None, *, method: str | None = None, preset: str | None = None,
     recipe: str | Path | None = None, classes: Sequence[str] = (), num_classes: int | None = None,
     input: InputConfig | Mapping[str, Any] | None = None, out: str | Path | None = None, force: bool = False,
-    device: str = "auto", jobs: int = 1, workers: int = 0, report: Reporter | None = None, **options: Any,
+    device: str = "auto", jobs: int = 1, workers: int = 0, memory: int | str | None = None, report: Reporter | None = None,
+    **options: Any,
 ) -> MoeeModel:  # fmt: skip
     """Cut the MLPs of `model`, found on the images `data`, and measure the result on the held-out images `val`.
 
@@ -100,7 +102,8 @@ def extract(
     `attention_macs` of narrower heads and `token_macs` of merged tokens: `moee extract --method NAME --help` lists them.
     `recipe`: a TOML file that says both instead. `classes` orders the class names. `num_classes` says how many classes a module
     tells apart, 0 for features, where it does not say it; `input` how its images are prepared. `out`: a folder to write the
-    artifact to. `device`: `auto`, `cuda`, `cuda:1` or `cpu`.
+    artifact to. `device`: `auto`, `cuda`, `cuda:1` or `cpu`. `memory`: the most that the process may take, such as `"8G"` or
+    bytes; the work is cut into smaller pieces, or refused before it begins.
 
     Raises `UserError` for bad input. Deterministic for the same model, images and options.
     """
@@ -118,7 +121,7 @@ def extract(
         steps = make_recipe(method, preset, _tuples(options))
     session = session_of(
         model, data, val, classes=classes, num_classes=num_classes, input=input, device=device, workers=workers, report=report,
-        seed=steps.seed,
+        seed=steps.seed, memory=memory,
     )  # fmt: skip
     return run_extract(
         session.spec, session.source, steps, out, force=force, report=report, session=session, jobs=jobs, workers=workers,
@@ -129,17 +132,17 @@ def extract(
 @in_python(FinetuneConfig.model_fields)
 def finetune(
     model: MoeeModel, data: Images = None, val: Images = None, *, recipe: str | Path | None = None,
-    out: str | Path | None = None, force: bool = False, device: str = "auto", workers: int = 0, report: Reporter | None = None,
-    **options: Any,
+    out: str | Path | None = None, force: bool = False, device: str = "auto", workers: int = 0,
+    memory: int | str | None = None, report: Reporter | None = None, **options: Any,
 ) -> MoeeModel:  # fmt: skip
     """A copy of `model` into which its dense model was distilled on the images `data` (default: what it was made on).
 
     `options` are the fields of `moee.config.FinetuneConfig`, such as `epochs`, `lr` and `distil`; `recipe` is a TOML file whose
-    `[tune]` says them instead. `data` and `val` as for
+    `[tune]` says them instead. `data`, `val` and `memory` as for
     `extract`. With `out` the artifact is written there, and an interrupted run leaves its state in `<out>.resume`, where the same
     call goes on. Raises `UserError` for bad input, and for images whose probe was fitted on others.
     """
-    report = report or to_stderr()
+    report, bound = report or to_stderr(), bytes_of(memory)
     whole("workers", workers, WORKERS)
     config = validated(FinetuneConfig, options)
     if recipe is not None:
@@ -159,7 +162,7 @@ def finetune(
     with alone_on(state.place) if out is not None else nullcontext():
         session = Session(
             model.dense_spec, source, seed=seed, report=report, group=alone(device), workers=workers, classes=model.classes,
-            given=given,
+            given=given, memory=bound,
         )  # fmt: skip
         if given is None:
             say_guessed_preparation(session.dense, session.source)
@@ -171,18 +174,18 @@ def finetune(
     return tuned
 
 
-@in_python(ShrinkConfig.model_fields)
+@in_python(ShrinkConfig.model_fields, SCRATCH)
 def shrink(
     model: MoeeModel, data: Images = None, val: Images = None, *, out: str | Path | None = None, force: bool = False,
-    device: str = "auto", workers: int = 0, report: Reporter | None = None, **options: Any,
+    device: str = "auto", workers: int = 0, memory: int | str | None = None, report: Reporter | None = None, **options: Any,
 ) -> MoeeModel:  # fmt: skip
     """A copy of `model` with fewer experts, by what it computes on the images `data` (default: what it was made on).
 
     `options` are the fields of `moee.shrinking.options.ShrinkConfig`: `experts` merges down to so many, `specialise` drops those
-    that the images do not need. `data` and `val` as for `extract`. With `out` the artifact is written there. Raises `UserError`
-    where there are no experts to make fewer, and for bad input.
+    that the images do not need. `data`, `val` and `memory` as for `extract`. With `out` the artifact is written there. Raises
+    `UserError` where there are no experts to make fewer, and for bad input.
     """
-    report = report or to_stderr()
+    report, bound = report or to_stderr(), bytes_of(memory)
     whole("workers", workers, WORKERS)
     config = validated(ShrinkConfig, options)
     mixtures_of(model.model, config)
@@ -192,7 +195,7 @@ def shrink(
         OutputFolder(out, MODEL, force, inputs).check()
     session = Session(
         model.dense_spec, source, seed=model.seed, report=report, group=alone(device), workers=workers, classes=model.classes,
-        given=given,
+        given=given, memory=bound,
     )  # fmt: skip
     if given is None:
         say_guessed_preparation(session.dense, session.source)

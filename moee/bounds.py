@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,19 @@ def whole(name: str, value: Any, bounds: Counts) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not bounds.least <= int(value) <= bounds.most:
         raise UserError(f"{name}: expected a whole number from {bounds.least} to {bounds.most}, came {shown(value, limit=40)}")
     return int(value)
+
+
+def size(name: str, value: Any) -> int:
+    """Bytes within `MEMORY`: a whole number of them, or text such as `8G`, `7.5GiB` or `900M`. Raises `UserError` as `whole`."""
+    found = None
+    if isinstance(value, str):
+        parts = re.fullmatch(r"(\d{1,7}(?:\.\d{1,3})?)([MGT])(?:i?B)?", value.strip(), re.IGNORECASE)
+        found = int(float(parts[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[parts[2].upper()]) if parts else None
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        found = int(value)
+    if found is None or not MEMORY.least <= found <= MEMORY.most:
+        raise UserError(f"{name}: expected a size from 64M to 1024T, such as 8G; came {shown(value, limit=40)}")
+    return found
 
 
 def real(name: str, value: Any, bounds: Bounds) -> float:

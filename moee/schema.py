@@ -91,14 +91,14 @@ def shown(value: Any, quoted: bool = True, limit: int = MAX_SHOWN) -> str:
 
 
 def parse_json(path: Path) -> Any:
-    """The JSON in a file. Raises `ValueError` for a file that is none, that no command would write for its size, or whose values
-    nest so deep that code which walks them would run out of stack; `OSError` if it cannot be read."""
+    """The JSON in a file. Raises `ValueError` for a file that is none, that no command would write for its size, that says a
+    key twice, or whose values nest so deep that code which walks them would run out of stack; `OSError` if it cannot be read."""
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
         raise ValueError("it is no ordinary file")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"it is larger than {MAX_JSON_BYTES >> 20} MiB, which no manifest is")
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
+        body = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it nests too deep") from error
     level = [body]
@@ -108,6 +108,15 @@ def parse_json(path: Path) -> Any:
     if level:
         raise ValueError(f"it nests deeper than {MAX_JSON_DEPTH} levels")
     return body
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Readers do not agree on which of two values of a key counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it says {shown(next(name for name in names if names.count(name) > 1), limit=40)} twice")
+    return found
 
 
 def json_safe(value: Any) -> Any:

@@ -91,7 +91,7 @@ ROOMS = {
         "train": "interface layers parallel store weights models data mlps places measure",
         "methods": "clustering interface layers parallel space store models data mlps tokens calibrate kinds measure train",
         "artifacts": "interface layers store weights libraries models data mlps tokens given places kinds measure methods",
-        "shrinking": "layers parallel store models data calibrate",
+        "shrinking": "layers parallel space store models data calibrate",
         "stages": "interface layers parallel space store libraries models data calibrate given mlps places measure train methods "
         "artifacts shrinking",
         "ablation": "space store calibrate mlps places measure methods stages",
@@ -122,7 +122,7 @@ ROOMS = {
 }  # fmt: skip
 ON_TOP = {  # what the command line and Python's users import, and no room that does not name it
     "moee": {"moee.api"},
-    "exporter": {"exporter.api", "exporter.cli", "exporter.clear_ablation", "exporter.demo", "exporter.doctor"},
+    "exporter": {"exporter.api", "exporter.cli", "exporter.clear_ablation", "exporter.demo", "exporter.doctor", "exporter.start"},
 }
 MOST_FILES, MOST_LINES = 15, 300
 

@@ -189,8 +189,11 @@ def require_backend(backend: str) -> None:
 
 def needs_plugin(export_dir: Path | str) -> bool:
     """Whether the TensorRT graph of an export folder holds plugin nodes; CLEAR-MoE layers and those of one expert are standard
-    operators."""
-    return read_export(export_dir).get("plugin_nodes") != 0
+    operators. Raises `UserError` for graphs that cannot be built, before minutes are spent on a plugin for them."""
+    export = read_export(export_dir)
+    for key in ("dense", "tensorrt"):
+        _graph(Path(export_dir), export, key)
+    return export.get("plugin_nodes") != 0
 
 
 def count_plugin_nodes(graph: Path) -> int:

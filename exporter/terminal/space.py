@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 
-from moee.bounds import MEMORY
-from moee.schema import shown
+from moee.bounds import size
+from moee.errors import UserError
 
 
 def add_scratch(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +22,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 def size_of(text: str) -> int:
     """A type for argparse: `8G`, `7.5GiB` or `900M`, in bytes."""
-    parts = re.fullmatch(r"(\d{1,7}(?:\.\d{1,3})?)([MGT])(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(parts[1]) * 2 ** {"M": 20, "G": 30, "T": 40}[parts[2].upper()]) if parts else 0
-    if not MEMORY.least <= size <= MEMORY.most:
-        raise argparse.ArgumentTypeError(f"expected a size from 64M to 1024T, such as 8G; came {shown(text, limit=40)}")
-    return size
+    try:
+        return size("", text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from moee.layers.ops import expert_rows
 from moee.layers.routed import LOAD_UNIT, Experts, RoutedFFN
+from moee.space.limits import OUTPUTS
 
-CHUNK_NUMBERS = 1 << 24  # of the outputs of all experts that are held at once
 SUPER_SHARE, SUPER_RANK, SUPER_FACTOR = 0.1, 0.995, 10.0
 
 
@@ -64,7 +64,7 @@ class Mixture:
 
     def chunks(self, tokens: Tensor) -> Sequence[Tensor]:
         """Parts of tokens [n, D] of which all experts' outputs fit into memory."""
-        return tokens.split(max(1, CHUNK_NUMBERS // (self.layer.num_experts * self.dim)))
+        return tokens.split(max(1, OUTPUTS // (self.layer.num_experts * self.dim)))
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from moee.shrinking.merge import Merges, alike, merged_groups, merged_layer
 from moee.shrinking.mixture import Mixture, extremes, super_experts
 from moee.shrinking.options import ShrinkConfig
 from moee.shrinking.specialise import dropped_experts, needs, without
+from moee.space.limits import USUAL, Limits
 from moee.store.scratch import temporary_folder
 
 
@@ -65,8 +66,9 @@ def mixtures_of(model: nn.Module, config: ShrinkConfig) -> list[Mixture]:
 
 @torch.no_grad()
 def shrink(
-    model: nn.Module, config: ShrinkConfig, images: ImageSet, *, report: Reporter = silent, group: Group = SOLO
-) -> list[ShrunkLayer]:
+    model: nn.Module, config: ShrinkConfig, images: ImageSet, *, report: Reporter = silent, group: Group = SOLO,
+    limits: Limits = USUAL,
+) -> list[ShrunkLayer]:  # fmt: skip
     """Make the experts of `model` fewer, in place; returns what was done to each layer of several experts.
 
     Its own outputs on `images` are the measure and what the refit aims at: neither the dense model nor labels are needed. Raises
@@ -75,8 +77,9 @@ def shrink(
     mixtures = mixtures_of(model, config)
     with temporary_folder() as folder:
         sampled = collect_tokens(
-            model, mixtures, images, Path(folder), config.tokens, seed=config.seed, report=report, group=group
-        )
+            model, mixtures, images, Path(folder), config.tokens, seed=config.seed, report=report, group=group,
+            limits=limits,
+        )  # fmt: skip
         seen = {tokens.name: tokens for tokens in sampled}
         protected = {} if config.unprotected else _protected(mixtures, seen)
         done, merged = list[ShrunkLayer](), dict[str, Mixture]()
@@ -92,8 +95,9 @@ def shrink(
         found = {name: model.get_submodule(name) for name in merged}
         layers = {name: layer for name, layer in found.items() if isinstance(layer, NeuronLayer)}
         reports = refit(
-            model, layers, merged, fitted_part(images), config.refit_tokens, ridge=config.refit_lambda, report=report, group=group
-        )
+            model, layers, merged, fitted_part(images), config.refit_tokens, ridge=config.refit_lambda, report=report,
+            group=group, limits=limits,
+        )  # fmt: skip
         for facts in done:
             facts.refit = reports.get(facts.name)
     return done

@@ -26,6 +26,8 @@ image there, B images of a batch, T tokens a layer, K experts. Where each term c
 - Fine-tuning: 6 of every trained weight, for the student, gradients, AdamW's two moments, best and tried weights. And
   B N (10 D + H) of every layer for the B images of a part, what a backward pass needs where weights have gradients: the inputs of
   norms and products; a routed layer keeps its input alone, and computes the rest again.
+- Comparing experts, a layer: T 2 D of its tokens; 3 K D and 6 H of each token of a part, for the outputs of all experts and the
+  hidden layer in float64 (`Mixture.outputs`, `merged_layer`); K^3 in float64 of their products.
 - Export: 4 of every weight, since graphs hold weights of their own, and so does ONNX Runtime; 2 for the trial of one graph.
 
 Held against what a tiny and a small model really take by tests/moee/test_space.py.
@@ -36,7 +38,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moee.space.limits import USUAL, Limits
+from moee.space.limits import OUTPUTS, USUAL, Limits
 
 FLOAT, HALF = 4, 2
 CHUNK = 8192  # tokens of a matrix product
@@ -170,6 +172,24 @@ def extraction(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> l
     stores = FLOAT * sum(2 * each.dim * each.hidden for each in model.layers)
     stages = [(calibration, 0), (grouping, 0), (sensitivity, moments), (refit, moments + found + stores)]
     stages += [(measurement, moments + found + stores)]
+    needs = [(make(model, work, limits), held) for make, held in stages]
+    return [Need(each.stage, each.memory_bytes + held, each.disk_bytes) for each, held in needs if each.memory_bytes]
+
+
+def comparison(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
+    """The experts of a layer beside each other, where they become fewer."""
+    most = 0
+    for each in model.layers:
+        count = sampled(each, work.images, work.tokens)
+        part = min(count, max(1, OUTPUTS // (work.experts * each.dim)))
+        most = max(most, 2 * count * each.dim + part * (3 * work.experts * each.dim + 6 * each.hidden) + 2 * work.experts**3)
+    return Need("comparison", FLOAT * most)
+
+
+def shrinking(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> list[Need]:
+    """Every stage of making experts fewer, with the smaller layers beside those that they are made from."""
+    stores = FLOAT * sum(2 * each.dim * each.hidden for each in model.layers)
+    stages = [(calibration, 0), (comparison, stores), (refit, stores), (measurement, stores)]
     needs = [(make(model, work, limits), held) for make, held in stages]
     return [Need(each.stage, each.memory_bytes + held, each.disk_bytes) for each, held in needs if each.memory_bytes]
 

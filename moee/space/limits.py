@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass
 
 FORWARD = 32  # images of a batch that only runs forward
 BACKWARD = 4096  # tokens of a backward pass
+OUTPUTS = 1 << 24  # numbers of the outputs of all experts that are held at once where they are compared
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def resident_bytes() -> int:
 def available_memory() -> Available | None:
     """What this process may still take: the least of what the machine has, its control groups leave and its limits allow; None
     where nothing tells."""
-    found = [each for each in (_machine(), _groups(), _limit()) if each is not None]
+    found = [each for each in (_machine(), _groups(), *_limits()) if each is not None]
     return min(found, default=None)
 
 
@@ -107,10 +107,12 @@ def _left(folder: Path, limit: str, current: str, inactive: str) -> int | None:
     return most - held + int(stat.get(inactive, 0))
 
 
-def _limit() -> Available | None:
-    """What the limit on the address space (ulimit -v) leaves."""
-    most = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if most == resource.RLIM_INFINITY:
-        return None
-    taken = _field(STATUS, "VmSize") or peak_memory_bytes()
-    return Available(max(0, most - taken), "left by the limit on the address space (ulimit -v)")
+def _limits() -> list[Available]:
+    """What the limits on the address space and on private memory leave."""
+    found = []
+    for kind, field, flag in ((resource.RLIMIT_AS, "VmSize", "-v"), (resource.RLIMIT_DATA, "VmData", "-d")):
+        most = resource.getrlimit(kind)[0]
+        if most != resource.RLIM_INFINITY:
+            taken = _field(STATUS, field) or peak_memory_bytes()
+            found.append(Available(max(0, most - taken), f"left by the limit on the process (ulimit {flag})"))
+    return found

@@ -19,7 +19,8 @@ STEP = 0.9  # of a refit's tokens that are tried next
 CURES = {
     "calibration": "fewer images or a smaller --img-size", "clustering": "fewer --cluster-tokens", "statistics": "fewer --jobs",
     "sensitivity": "--criterion output_variance and --neurons ranked", "refit": "fewer --refit-tokens",
-    "measurement": "fewer held-out images", "fine-tuning": "more --accumulate, --checkpointing, or --train experts",
+    "comparison": "fewer --tokens", "measurement": "fewer held-out images",
+    "fine-tuning": "more --accumulate, --checkpointing, or --train experts",
     "export": "a machine that has it", "trial export": "--no-trial-export",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from moee.bounds import CLASSES, whole
+from moee.bounds import CLASSES, size, whole
 from moee.config import validated
 from moee.data.transform import model_transform
 from moee.errors import UserError
@@ -37,17 +37,18 @@ Images = Any  # a DataLoader, a dataset, an iterable of (images, labels), an `Im
 def session_of(
     model: nn.Module | str, data: Images, val: Images = None, *, classes: Sequence[str] = (), num_classes: int | None = None,
     input: InputConfig | Mapping[str, Any] | None = None, device: str = "auto", workers: int = 0,
-    report: Reporter | None = None, seed: int = 0,
+    report: Reporter | None = None, seed: int = 0, memory: int | str | None = None,
 ) -> Session:  # fmt: skip
     """A dense model with its images, from what `extract` takes; what was guessed of them is logged."""
-    named = class_names(classes)
+    named, bound = class_names(classes), bytes_of(memory)
     group = alone(device)
     source, given = source_of(data, val)
     prepared = None if given is None else read_preparation(data if val is None else val)
     spec = spec_of(model, num_classes, input, None if given is None else Seen(prepared, data))
     session = Session(
-        spec, source, seed=seed, report=report or to_stderr(), group=group, workers=workers, classes=named, given=given
-    )
+        spec, source, seed=seed, report=report or to_stderr(), group=group, workers=workers, classes=named, given=given,
+        memory=bound,
+    )  # fmt: skip
     session.check_names(named)
     if input is not None and session.spec.input is not None:
         refuse_unfit(session.spec.input, session.transform)
@@ -147,6 +148,11 @@ def source_of(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:
             raise UserError("held-out images go with training images given in Python; a folder or a named source has its own")
         return os.fspath(data), None
     return "", (data, val)
+
+
+def bytes_of(memory: int | str | None) -> int | None:
+    """The most memory that a process may take, as Python says it: bytes, or text such as `8G`; None for no bound."""
+    return None if memory is None else size("memory", memory)
 
 
 def class_names(classes: Any) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel, recorded_data
 from moee.data.sources import same_data
+from moee.measure.metrics import tokens_per_image
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
 from moee.places.inputs import source_paths
@@ -17,6 +19,7 @@ from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
 from moee.shrinking.options import ShrinkConfig
 from moee.shrinking.shrink import ShrunkLayer, mixtures_of, shrink
+from moee.space.estimate import LayerShape, ModelShape
 from moee.stages.results import kept, measured, save
 from moee.stages.session import Session
 from moee.store.result_kinds import MODEL
@@ -25,6 +28,7 @@ from moee.store.result_kinds import MODEL
 def run_shrink(
     path: Path | str, config: ShrinkConfig, out: Path | str, *, source: str | None = None, force: bool = False,
     report: Reporter = silent, group: Group = SOLO, weights: Path | str | None = None, model: str | None = None,
+    memory: int | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee shrink`: make the experts of the artifact at `path` fewer and save the result at `out`.
 
@@ -39,7 +43,9 @@ def run_shrink(
         moee.take_weights(weights)
     mixtures_of(moee.model, config)
     recorded = source or recorded_data(moee.data)
-    session = Session(moee.dense_spec, recorded, seed=moee.seed, report=report, group=group, classes=moee.classes)
+    session = Session(
+        moee.dense_spec, recorded, seed=moee.seed, report=report, group=group, classes=moee.classes, memory=memory
+    )
     shrink_with(moee, session, config, out, force=force, inputs=inputs)
     return moee
 
@@ -53,7 +59,8 @@ def shrink_with(
         moee.division.check(session.train)
     session.warn_early(moee.probe)
     started, group, report = time.perf_counter(), session.group, session.report
-    layers = shrink(moee.model, config, session.train, report=report, group=group)
+    _keep_within_memory(moee, session, config)
+    layers = shrink(moee.model, config, session.train, report=report, group=group, limits=session.space.limits)
     facts: dict[str, Any] = {
         "data": session.source, "seconds": time.perf_counter() - started, "device": title_of(group.device),
         "config": config.model_dump(), "layers": [asdict(layer) for layer in layers],
@@ -71,6 +78,17 @@ def shrink_with(
         stages["shrunk"] = {**measured(session, moee.model, moee.probe, "shrunk on held-out images"), **facts}
         moee.info["data_read"] = session.data_facts()
     save(moee, out, force, group, inputs)
+
+
+def _keep_within_memory(moee: MoeeModel, session: Session, config: ShrinkConfig) -> None:
+    """Cut the work into pieces that the memory holds. Raises `UserError` where memory or disk do not suffice."""
+    mixtures = mixtures_of(moee.model, config)
+    tokens = tokens_per_image(session.dense, [mixture.name for mixture in mixtures], session.transform.shape)  # or fewer, merged
+    layers = tuple(LayerShape(each.dim, each.layer.union, tokens[each.name]) for each in mixtures)
+    weights = sum(p.numel() for model in (moee.model, session.dense) for p in model.parameters())
+    shape = ModelShape(weights, math.prod(session.transform.shape), layers)
+    experts = max(mixture.layer.num_experts for mixture in mixtures)
+    session.space.shrunk(shape, config, len(session.train), len(session.held_out), experts)
 
 
 def _updated(item: dict[str, Any], shrunk: dict[str, ShrunkLayer], moee: MoeeModel) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple
 
 from torch import nn
@@ -16,12 +16,14 @@ from moee.models.ffn import FFN
 from moee.models.model import Shape
 from moee.parallel.group import Group, Parcel
 from moee.parallel.machine import startable_threads
-from moee.space.estimate import Extraction, LayerShape, ModelShape, Need, extraction, passes, trial, tuning
+from moee.shrinking.options import ShrinkConfig
+from moee.space.estimate import Extraction, LayerShape, ModelShape, Need, extraction, passes, shrinking, trial, tuning
 from moee.space.limits import USUAL, Limits
 from moee.space.refusal import limits_within, loaded, refuse_without_space, say_space, worst
 
 log = logging.getLogger("moee")
 
+Stages = Callable[[ModelShape, Extraction, Limits], list[Need]]
 EXPERTS = 8  # of a layer, where the clustering says how many there are
 
 
@@ -50,7 +52,6 @@ def extraction_of(options: Options, images: int, held_out: int, jobs: int = 1) -
     return Extraction(images=images * views, held_out=held_out, tokens=options.tokens, **more)  # type: ignore[arg-type]
 
 
-
 class Space:
     """What a session says of its memory and disk, and the `limits` of its pieces of work. `memory`: bytes that a process may
     take; without a bound pieces are of the usual size. What a GPU holds is not estimated: there the disk alone is looked at."""
@@ -64,16 +65,26 @@ class Space:
     ) -> None:
         """Cut the work that the options of a method ask for into pieces that the memory holds, and say what it takes. `tried`:
         whether an export is tried first. Of rank 0 alone. Raises `UserError` where memory or disk do not suffice."""
-        world, folder, weights = self.group.world, tempfile.gettempdir(), shape.weights
+        world = self.group.world
         work = extraction_of(options, -(-images // world), -(-held_out // world), jobs)
-        if work is None:
-            return
+        if work is not None:
+            self._find(shape, work, extraction, [trial(shape.weights)] * tried)
+
+    def shrunk(self, shape: ModelShape, config: ShrinkConfig, images: int, held_out: int, experts: int) -> None:
+        """The same for `experts` a layer that become fewer. `shape`: of the model that has them, whose weights lie beside the
+        dense ones."""
+        refitted = config.refit_tokens if config.experts is not None else 0
+        self._find(shape, Extraction(images, held_out, config.tokens, experts=experts, refitted=refitted), shrinking)
+
+    def _find(self, shape: ModelShape, work: Extraction, stages: Stages, more: Sequence[Need] = ()) -> None:
+        """Cut `work` into pieces, and say what its `stages` take, and `more` of them."""
+        folder, weights = tempfile.gettempdir(), shape.weights
         if self.memory is not None:
             least = max(layer.hidden for layer in shape.layers)  # tokens: a neuron one
-            found = limits_within(self.memory, weights, lambda some: extraction(shape, work, some), work.refitted, least)
+            found = limits_within(self.memory, weights, lambda some: stages(shape, work, some), work.refitted, least)
             self.limits = self.limits.tighter(found)
         on_cpu = self.group.device.type == "cpu"
-        needs = extraction(shape, work, self.limits)[: None if on_cpu else 1] + [trial(weights)] * tried
+        needs = [*stages(shape, work, self.limits)[: None if on_cpu else 1], *more]
         refuse_without_space(needs, weights, self.memory if on_cpu else None, folder)
         self._refuse_without_threads(passes(shape, work, self.limits) * (1 + work.stream) if work.refitted else 0)
         size = worst(needs).memory_bytes + sum(need.disk_bytes for need in needs)
@@ -82,7 +93,7 @@ class Space:
         self._said = size
         say_space(needs, weights, folder)
         if (left := self.limits.refitted(work.refitted)) < work.refitted:
-            log.warning("--memory leaves the refit %s of its %s tokens a layer", f"{left:,}", f"{work.refitted:,}")
+            log.warning("the bound on the memory leaves the refit %s of its %s tokens a layer", f"{left:,}", f"{work.refitted:,}")
 
     @staticmethod
     def _refuse_without_threads(count: int) -> None:
@@ -90,7 +101,7 @@ class Space:
         there = startable_threads(count + 1)  # and one that groups the layers' tokens
         if there <= count:
             raise MissingDependency(
-                f"extraction runs up to {count + 1} threads side by side, and {there} can be started; raise the limit on "
+                f"the refit runs up to {count + 1} threads side by side, and {there} can be started; raise the limit on "
                 "processes and threads (ulimit -u)"
             )
 

@@ -142,6 +142,31 @@ def test_interruption_leaves_nothing_half_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupt_while_the_program_is_read_is_no_traceback():
+    """And one before its words are read."""
+    code = """
+import os, signal, sys
+class Hook:
+    def find_spec(self, name, path, target=None):
+        if name == "exporter.commands":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Hook())
+from exporter.start import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "moee: interrupted; nothing was begun\n", "")
+
+
+def test_an_interrupt_before_the_words_are_read_is_a_sentence(monkeypatch, capsys):
+    def interrupted(shown=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert run("doctor") == 130
+    assert capsys.readouterr().err == "moee: interrupted; earlier results are as they were\n"
+
+
 def test_doctor_lists_what_is_missing(capsys):
     assert run("doctor") == 0
     text = capsys.readouterr().out

@@ -44,6 +44,7 @@ def test_from_a_model_to_a_verified_export_of_fewer_experts(tiny_export, tmp_pat
         ((), "nothing is asked for; give --experts, --specialise or both"),
         (("--experts", "4"), "--experts 4 merges nothing: a layer has 4 experts at most"),
         (("--specialise", "--data", "/nowhere"), "/nowhere"),
+        (("--specialise", "--memory", "100M"), "--memory allows 100 MiB; give a larger --memory, or "),
     ],
 )
 def test_what_is_refused(tiny_export, tmp_path, capsys, words, says):

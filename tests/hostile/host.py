@@ -9,7 +9,8 @@ would be: its streams are opened or closed before the command line is entered as
 from __future__ import annotations
 
 import ctypes
-import io
+import fcntl
+import itertools
 import json
 import os
 import resource
@@ -21,8 +22,10 @@ from typing import Any
 
 LIMIT_S = 60
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18  # of <sched.h> and <sys/mount.h>
+MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 0x20, 0x1000
 PR_SET_KEEPCAPS, CAP_DAC_OVERRIDE, CAPABILITY_VERSION = 8, 1, 0x20080522  # of <linux/prctl.h> and <linux/capability.h>
 NOBODY = 61_234  # a user who has no other process
+WORK = "WORK"  # in a variable's value: the folder that the cases run in
 NOT_HERE = 77  # exit code where this machine does not let a case be made
 
 
@@ -82,7 +85,7 @@ def run(case: dict[str, Any]) -> None:
         for name, value in case.get("env", {}).items():
             os.environ.pop(name, None)
             if value is not None:
-                os.environ[name] = value
+                os.environ[name] = value.replace(WORK, case["work"])
         streams(case)
         surroundings(case)
         sys.argv = ["moee", *case["words"]]
@@ -114,20 +117,41 @@ def streams(case: dict[str, Any]) -> None:
         os.dup2(writer, 1)
         os.close(reader)
         os.close(writer)
+    if case.get("stdout") == "pipe that ends early":
+        reader, writer = os.pipe()
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+        if os.fork() == 0:
+            os.read(reader, 1)
+            os._exit(0)
+        os.dup2(writer, 1)
+        os.close(reader)
+        os.close(writer)
     coding = case.get("encoding", "utf-8")
-    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), coding, "strict")
-    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), coding, "backslashreplace")
+    sys.stdout = open(1, "w", encoding=coding, errors="strict", closefd=False)  # noqa: SIM115 - as Python opens them
+    sys.stderr = open(2, "w", encoding=coding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     for number in case.get("closed", ()):
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)
 
 
 def surroundings(case: dict[str, Any]) -> None:
-    """Take /proc away, or the right to start more than so many processes and threads, as the case says. Needs root."""
+    """Take /proc away, make folders read-only or small, let the clock jump, or take the right to start more than so many
+    processes and threads, as the case says. All but the clock need root."""
+    if case.get("clock") == "jumps":
+        real, away = time.time, itertools.cycle([0.0, -3600.0, 3e9, -1.7e9])  # into the next century, and before 1972
+        time.time = lambda: real() + next(away)
+    mounts: list[tuple[bytes, bytes, bytes | None, int, bytes | None]] = []
     if case.get("proc") == "none":
+        mounts.append((b"none", b"/proc", b"tmpfs", 0, None))
+    for folder, size_bytes in case.get("small", {}).items():
+        mounts.append((b"none", os.path.abspath(os.fsencode(folder)), b"tmpfs", 0, b"size=%d" % size_bytes))
+    for folder in case.get("fixed", ()):
+        path = os.path.abspath(os.fsencode(folder))
+        mounts += [(path, path, None, MS_BIND, None), (b"none", path, None, MS_BIND | MS_REMOUNT | MS_RDONLY, None)]
+    if mounts:
         libc = ctypes.CDLL(None)
         private = libc.unshare(CLONE_NEWNS) or libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None)
-        if private or libc.mount(b"none", b"/proc", b"tmpfs", 0, None):
+        if private or any(libc.mount(*mount) for mount in mounts):
             os._exit(NOT_HERE)
     if "tasks" in case:  # root has no such limit
         resource.setrlimit(resource.RLIMIT_NPROC, (case["tasks"], case["tasks"]))

@@ -22,11 +22,10 @@ from moee.artifacts import checkpoint
 from moee.errors import UserError
 from moee.store.artifact import sha256_file
 from tests.hostile.damage import GRAPHS, MANIFESTS, WEIGHTS, changed_manifest
-from tests.untrusted.conftest import made  # noqa: F401 - a fixture
 
 
 @pytest.fixture
-def model(made, tmp_path, monkeypatch):  # noqa: F811
+def model(made, tmp_path, monkeypatch):
     """A copy of a small artifact, in the folder that the test runs in."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copytree(made / "model", tmp_path / "model"))
@@ -60,7 +59,7 @@ def test_weights_that_no_model_has_are_refused_when_they_are_read(model, kind, c
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
-def test_a_graph_that_breaks_the_contract_is_refused(made, tmp_path, kind, tried):  # noqa: F811
+def test_a_graph_that_breaks_the_contract_is_refused(made, tmp_path, kind, tried):
     """By the check that stands before every reader: ONNX Runtime, the parsers of TensorRT and our own passes."""
     folder = Path(shutil.copytree(made / "export", tmp_path / "export"))
     graph = onnx.load(folder / "tensorrt.onnx")
@@ -118,7 +117,7 @@ def test_a_hash_is_wanted_of_the_weights_that_a_manifest_names(model, capsys, tr
     tried("manifests from others", "weights without a hash", "refused")
 
 
-def test_the_offsets_of_a_graph_do_not_wrap_round(made, tmp_path, tried):  # noqa: F811
+def test_the_offsets_of_a_graph_do_not_wrap_round(made, tmp_path, tried):
     """Differences of int32 do: 2147483647 to -2 would rise by 2147483647."""
     offsets = np.array([0, 2**31 - 1, -2, 7], np.int32)
     assert (np.diff(offsets) >= 0).sum() == 3, "as they were computed once"

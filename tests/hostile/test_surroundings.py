@@ -36,6 +36,9 @@ STREAMS = {  # what is other than usual, the line, and its exit code
     "a pipe that nobody reads": ({"stdout": "pipe without a reader"}, INSPECT, 1),
     "help into a pipe that nobody reads": ({"stdout": "pipe without a reader"}, ["--help"], 1),
     "JSON into a pipe that nobody reads": ({"stdout": "pipe without a reader"}, [*INSPECT, "--json"], 1),
+    "help into a pipe that ends early": ({"stdout": "pipe that ends early"}, ["extract", "--help"], 0),  # argparse's own
+    "a pipe that nobody reads, and work": ({"stdout": "pipe without a reader"}, extract(out="not-read"), 1),
+    "a full device, and work": ({"stdout": "full"}, extract(out="not-shown"), 3),
     "a full device as stdout": ({"stdout": "full"}, INSPECT, 3),
     "JSON to a full device": ({"stdout": "full"}, [*INSPECT, "--json"], 3),
     "help to a full device": ({"stdout": "full"}, ["--help"], 3),
@@ -52,11 +55,24 @@ ENVIRONMENTS = {
     "PATH empty": {"PATH": ""}, "OMP_NUM_THREADS of text": {"OMP_NUM_THREADS": "x"}, "TZ unknown": {"TZ": "Mars/Olympus"},
     "RANK without WORLD_SIZE": {"RANK": "0"}, "WORLD_SIZE alone": {"WORLD_SIZE": "8"},
 }  # fmt: skip
+SLOW = {"a clock that jumps, and work", "a read-only HOME, and work", "read-only data", "no temporary space",
+    "no space where it is written"}  # fmt: skip
+HOME = {"HOME": "WORK/fixed", "MOEE_CACHE": None, "XDG_CACHE_HOME": None}
 LIMITS = {  # what the system does not give, the line, its exit code, and a part of what is said
     "no /proc": ({"proc": "none"}, INSPECT, 0, ""),
     "no /proc, and work": ({"proc": "none"}, extract(out="no-proc"), 0, ""),
     "no thread": ({"tasks": 1}, INSPECT, 0, ""),
     "no thread, and work": ({"tasks": 1}, extract(out="no-thread"), 3, "raise the limit on processes and threads (ulimit -u)"),
+    "a clock that jumps": ({"clock": "jumps"}, INSPECT, 0, ""),
+    "a clock that jumps, and work": ({"clock": "jumps"}, extract(out="new-clock"), 0, ""),
+    "a read-only HOME": ({"fixed": ["fixed"], "env": HOME}, INSPECT, 0, ""),
+    "a read-only HOME, and work": ({"fixed": ["fixed"], "env": HOME}, extract(out="new-home"), 0, ""),
+    "read-only data": ({"fixed": ["images"]}, extract(out="new-data"), 0, ""),
+    "a read-only place": ({"fixed": ["fixed"]}, extract(out="fixed/out"), 2, "Read-only file system"),
+    "no temporary space": (
+        {"small": {"little": 16384}, "env": {"TMPDIR": "WORK/little"}}, extract(out="no-space"), 3, "--scratch"
+    ),
+    "no space where it is written": ({"small": {"little": 16384}}, extract(out="little/out"), 3, "No space left on device"),
     "no process that reads ahead": ({"tasks": 11}, [*extract(out="no-process"), "--workers", "4"], 0, "this one reads them"),
 }  # fmt: skip
 NAMES = {
@@ -123,7 +139,8 @@ def answers(request, tmp_path_factory):
             os.rename(os.path.join(folder, b"0.png"), os.path.join(folder, b"\xfe\n.png"))
             with open(os.path.join(folder, b"\x1b[31m.png"), "wb") as file:
                 file.write(b"no picture")
-    (work / "empty").mkdir()
+    for name in ("empty", "fixed", "little"):
+        (work / name).mkdir()
     (work / "empty.safetensors").touch()
     for name, target in (("link", "images"), ("loop", "loop"), ("broken", "nowhere")):
         (work / name).symlink_to(target)
@@ -131,7 +148,7 @@ def answers(request, tmp_path_factory):
     cases = [{"name": name, "words": words, **how} for name, (how, words, _) in STREAMS.items()]
     cases += [{"name": name, "words": INSPECT, "env": env} for name, env in ENVIRONMENTS.items()]
     cases += [{"name": name, "words": words} for name, (words, _) in REFUSED.items()]
-    cases += [{"name": name, "words": words, **how} for name, (how, words, *_) in LIMITS.items()]
+    cases += [{"name": name, "words": words, **how} for name, (how, words, *_) in LIMITS.items() if name not in SLOW - chosen]
     cases += [{"name": "odd classes", "words": extract("odd", out="odd-out")}, {"name": "odd classes, again",
         "words": ["inspect", "odd-out"]}]
     chosen |= {"odd classes", "odd classes, again"} if "test_classes_and_pictures_of_odd_names" in chosen else set()
@@ -177,7 +194,7 @@ def kept_to(answer: dict, code: int) -> None:
 @pytest.mark.parametrize("name", STREAMS)
 def test_streams_that_are_closed_full_or_of_another_encoding(answers, name, tried):
     found, work = answers
-    how, _, code = STREAMS[name]
+    how, words, code = STREAMS[name]
     kept_to(found[name], code)
     shown = found[name]["out"] + found[name]["err"]
     if how.get("encoding") == "ascii":
@@ -187,6 +204,9 @@ def test_streams_that_are_closed_full_or_of_another_encoding(answers, name, trie
     if name == "all streams closed, and work":
         header = (work / "closed" / "model.safetensors").read_bytes()[8:9]
         assert header == b"{", "what a library printed was written into a file of weights"
+    if "--out" in words:
+        place = work / words[words.index("--out") + 1]
+        assert (place / "moee.json").is_file() or not (code == 0 or place.exists()), "whole, or not there"
     tried("streams", name, {0: "done", 1: "ended", 2: "refused", 3: "refused"}[code])
 
 
@@ -198,9 +218,9 @@ def test_environments(answers, name, tried):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="another user's limits and mounts need root")
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LIMITS])
 def test_a_system_that_gives_less(answers, name, tried):
-    """No /proc, and no more processes and threads for this user."""
+    """No /proc, no more processes and threads for this user, no space, nowhere to write, no true clock."""
     found, work = answers
     how, words, code, said = LIMITS[name]
     if found[name]["code"] == NOT_HERE:

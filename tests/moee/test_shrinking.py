@@ -1,6 +1,7 @@
 """Experts that are merged or dropped: against loops, and bit for bit where nothing may change."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -191,6 +192,12 @@ def test_in_python_a_copy_is_shrunk(tmp_path):
     assert list(smaller.info["stages"])[-1] == "shrunk" and (tmp_path / "fewer" / "moee.json").is_file()
     with pytest.raises(UserError, match="nothing is asked for; give experts, specialise or both"):
         moee.shrink(tiny_moee, train, val)
+    for call in (partial(moee.shrink, experts=2), moee.finetune, partial(moee.extract, num_classes=10, **asked)):
+        model = tiny_moee if "num_classes" not in getattr(call, "keywords", {}) else tiny_moee.dense()
+        with pytest.raises(UserError, match=r"takes about .*, and memory allows 100 MiB; give a larger memory, or "):
+            call(model, train, val, memory="100M", report=silent)
+        with pytest.raises(UserError, match="^memory: expected a size"):
+            call(model, train, val, memory="much", report=silent)
 
 
 @pytest.mark.parametrize(

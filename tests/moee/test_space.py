@@ -13,13 +13,26 @@ import torch
 
 from exporter import cli
 from exporter.terminal.space import size_of
+from moee.bounds import size
 from moee.config import FinetuneConfig
 from moee.errors import MissingDependency, UserError
 from moee.methods.recipe import method_options
 from moee.models.model import sharing
 from moee.parallel.group import SOLO
+from moee.shrinking.options import ShrinkConfig
 from moee.space import machine, refusal
-from moee.space.estimate import Extraction, LayerShape, ModelShape, Need, export, extraction, refit, sensitivity, tuning
+from moee.space.estimate import (
+    Extraction,
+    LayerShape,
+    ModelShape,
+    Need,
+    export,
+    extraction,
+    refit,
+    sensitivity,
+    shrinking,
+    tuning,
+)
 from moee.space.limits import USUAL, Limits
 from moee.space.refusal import limits_within, loaded, refuse_without_space, worst
 from moee.stages.space import Space, extraction_of
@@ -77,6 +90,39 @@ def test_sizes_as_people_write_them(text, size):
     assert size_of(text) == size
 
 
+@pytest.mark.parametrize("value, came", [(8 << 30, 8 << 30), ("8G", 8 << 30)])
+def test_python_takes_bytes_too(value, came):
+    assert size("memory", value) == came
+
+
+@pytest.mark.parametrize("value", ["8", "8X", "", "-8G", True, 8.5, 1000, 1 << 60, None, "9999999T"])
+def test_what_is_no_size_is_refused_by_its_name(value):
+    with pytest.raises(UserError, match="^memory: expected a size from 64M to 1024T, such as 8G; came "):
+        size("memory", value)
+
+
+def test_experts_that_become_fewer_stay_within_a_bound(caplog, monkeypatch):
+    monkeypatch.setattr(refusal, "available_memory", lambda: machine.Available(1 << 40, "free on this machine"))
+    config, experts = ShrinkConfig(experts=4), 16
+
+    def bounded(memory, asked=config):
+        space = Space(SOLO, memory)
+        space.shrunk(LARGE, asked, 1000, 100, experts)
+        return space.limits
+
+    work = Extraction(1000, 100, config.tokens, experts=experts, refitted=config.refit_tokens)
+    needs = shrinking(LARGE, work)
+    assert [need.stage for need in needs] == ["calibration", "comparison", "refit", "measurement"]
+    caplog.set_level("INFO", "moee")
+    assert bounded(None) == USUAL and "memory: about" in caplog.text
+    most = loaded(LARGE.weights) + worst(needs).memory_bytes
+    assert bounded(most) == USUAL and 4096 <= bounded(most - (1 << 27)).refitted(config.refit_tokens) < config.refit_tokens
+    with pytest.raises(UserError, match="the refit takes about .* --memory allows 4.0 GiB; give a larger --memory, or "):
+        bounded(4 << 30)
+    dropped = shrinking(LARGE, replace(work, refitted=0))
+    assert bounded(loaded(LARGE.weights) + worst(dropped).memory_bytes, ShrinkConfig(specialise=True)) == USUAL
+
+
 def test_a_bound_that_nothing_fits_in_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     line = ["extract", NAME, "--random-weights", "0", "--data", "digits", "--memory", "100M", "--out", "out", "--no-trial-export"]
@@ -118,6 +164,17 @@ def test_a_system_that_does_not_tell_refuses_nothing(monkeypatch, tmp_path):
     assert machine.available_memory() is None
     refuse_without_space([Need("refit", 1 << 60)], 1)
     assert machine.free_disk(tmp_path / "to" / "be" / "made") > 0
+
+
+@pytest.mark.parametrize(("kind", "flag"), [("RLIMIT_AS", "-v"), ("RLIMIT_DATA", "-d")])
+def test_limits_on_the_process_count(monkeypatch, kind, flag):
+    limits = {getattr(machine.resource, kind): (1 << 60, 1 << 60)}
+    unlimited = (machine.resource.RLIM_INFINITY,) * 2
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda of: limits.get(of, unlimited))
+    monkeypatch.setattr(machine, "_machine", lambda: None)
+    monkeypatch.setattr(machine, "_groups", lambda: None)
+    there = machine.available_memory()
+    assert (1 << 60) - (1 << 50) < there.size_bytes < 1 << 60 and there.limit.endswith(f"(ulimit {flag})")
 
 
 def test_the_least_of_control_groups_counts(monkeypatch, tmp_path):

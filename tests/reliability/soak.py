@@ -35,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     folder, names = args.folder.resolve(), args.commands
     os.chdir(folder)
+    (folder / "tmp").mkdir()
     tempfile.tempdir = str(folder / "tmp")
     os.environ.update(MOEE_CACHE=str(folder / "cache"), TMPDIR=str(folder / "tmp"))
     import torch
@@ -45,7 +46,6 @@ def main() -> None:
     from tests.reliability.commands import COMMANDS
     from tests.reliability.tiny_vit import write_images, write_weights
 
-    (folder / "tmp").mkdir()
     write_images(folder / "images")
     write_weights(folder / "w.safetensors")
 

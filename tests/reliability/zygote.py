@@ -21,6 +21,7 @@ from typing import Any
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 NOBODY = 65534
+PATIENCE_S = 30  # until a command that is interrupted has ended
 
 
 def main() -> None:
@@ -66,9 +67,12 @@ def _serve(request: dict[str, Any]) -> dict[str, Any]:
         os.close(reader)
         _run(request)
     os.close(writer)
-    limit = request.get("kill_after") or request.get("timeout", 120)
+    limit = request.get("kill_after") or request.get("interrupt_after") or request.get("timeout", 120)
     ended, _, _ = select.select([reader], [], [], limit)
     late = not ended
+    if late and "interrupt_after" in request:
+        os.kill(child, signal.SIGINT)
+        late = not select.select([reader], [], [], PATIENCE_S)[0]
     if late:
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -133,6 +137,8 @@ def _run(request: dict[str, Any]) -> None:
         code = _command(request)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:  # before the command line began, or after its end
+        code = 130
     except BaseException:
         import traceback
 
@@ -145,7 +151,9 @@ def _run(request: dict[str, Any]) -> None:
 
 def _command(request: dict[str, Any]) -> int:
     from exporter.cli import main as moee
+    from exporter.terminal.interrupts import lose_none
 
+    lose_none()
     if request.get("small_demo"):
         _shrink_demo(Path(request["cwd"]) / "w.safetensors")
     return moee(request["argv"])

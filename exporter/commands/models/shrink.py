@@ -10,7 +10,7 @@ from rich.console import Console
 from exporter.terminal.advice import after_shrink
 from exporter.terminal.flags import OK, add_device, add_moved, add_out, add_outputs, show_skipped
 from exporter.terminal.options import add_options, given_options
-from exporter.terminal.space import add_scratch
+from exporter.terminal.space import add_memory, add_scratch
 from exporter.terminal.ui import FittingTable, ProgressDisplay, number, stage_table, title_of
 from moee.config import validated
 from moee.places.inputs import source_paths
@@ -31,6 +31,7 @@ def add_parser(subparsers: Any) -> None:
     add_moved(sub)
     add_device(sub)
     add_scratch(sub)
+    add_memory(sub)
     add_out(sub, "the smaller model")
     add_outputs(sub, _outputs)
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     with ProgressDisplay() as report:
         moee = run_shrink(
             args.path, config, args.out, source=args.data, force=args.force, report=report, weights=args.checkpoint,
-            model=args.word, group=alone(args.torch_device),
+            model=args.word, group=alone(args.torch_device), memory=args.memory,
         )  # fmt: skip
     console.print(_table(moee.info["stages"]["shrunk"]["layers"]))
     console.print(stage_table(moee.info, title_of(moee.info, moee.spec.name, moee.data)))
