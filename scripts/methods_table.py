@@ -13,7 +13,6 @@ from pathlib import Path
 from exporter.engines.environment import environment
 from exporter.pretrained import resolve
 from exporter.timing.methods_page import CASES, header
-from moee.parallel.machine import usable_cpus
 from moee.planning.table import ROWS, fill, page
 from moee.progress import to_stderr
 from moee.stages.session import Session
@@ -36,5 +35,5 @@ for case in CASES:
         session = lambda case=case: Session(resolve(case.model, case.data, report=report), case.data, report=report)  # noqa: E731
         whole = fill(case, rows, args.work, session, over=over, report=report) and whole
 cpu = environment()["cpu"]
-write_text(args.out, page(CASES, args.work, header(cpu["model"] or cpu["machine"], usable_cpus())))
+write_text(args.out, page(CASES, args.work, header(cpu["model"] or cpu["machine"])))
 sys.exit(0 if whole else 3)

@@ -15,7 +15,7 @@ HEADER = """# Methods side by side
 Made by `make results-methods`, which runs the commands below and goes on where it was stopped. Rows that were not made are not
 here. Budgets: {targets} of the dense MACs. No gradient step anywhere; what tuning brings stands in [overview.md](overview.md).
 One run a cell (seed 0): differences of a few thousandths of cosine say little, and accuracies whose intervals overlap rank
-nothing. All figures are of held-out images, which nothing was fitted on. *Measured on CPU*: {cpu}, {threads} threads.
+nothing. All figures are of held-out images, which nothing was fitted on. *Measured on CPU*: {cpu}.
 
 Every method sees {tokens:,} calibration tokens a layer, as many in a refit, {sensitivity:,} in a sensitivity, {cluster:,} are
 clustered; low-rank maps and CLEAR-MoE see 200 images. *Magnitude of the weights* is the group magnitude
@@ -24,9 +24,9 @@ whether TensorRT needs ours. What each method computes: [method.md](../method.md
 """
 
 
-def header(cpu: str, threads: int) -> str:
+def header(cpu: str) -> str:
     """What stands above the tables."""
     return HEADER.format(
-        targets=", ".join(f"−{100 * (1 - target):.0f} %" for target in TARGETS), cpu=cpu, threads=threads, tokens=SCALE["tokens"],
+        targets=", ".join(f"−{100 * (1 - target):.0f} %" for target in TARGETS), cpu=cpu, tokens=SCALE["tokens"],
         sensitivity=SCALE["sensitivity_tokens"], cluster=SCALE["cluster_tokens"],
     )  # fmt: skip

@@ -211,7 +211,7 @@ def _change(share: float, digits: int = 1) -> str:
 
 
 def _cosine(cosine: float | None) -> str:
-    return "no number" if cosine is None else f"{cosine:.4f}"
+    return "no number" if cosine is None else f"{cosine:.5f}"
 
 
 def _number(cosine: float | None) -> float:
