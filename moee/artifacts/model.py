@@ -21,20 +21,21 @@ from moee.models.model import ModelSpec, build_model, load_model
 from moee.progress import Reporter, silent
 from moee.schema import shown
 
+Divisions = tuple[tuple[str, Division], ...]  # by the name of the data
+
 
 @dataclass(frozen=True)
 class ImageRecord:
     """How the images of an artifact are read again: `source` divided with the `seed` that it was made with, numbered by its
-    `classes`, or, where it records none, to fit the `head_classes` that the model tells apart. `division` is what the source
-    `divided` was divided from when the artifact was made, None where it had splits or that is not known."""
+    `classes`, or, where it records none, to fit the `head_classes` that the model tells apart. `divisions` are what sources were
+    divided from when its stages were made, as far as that is known."""
 
     source: str
     transform: Transform
     seed: int
     classes: tuple[str, ...]
     head_classes: int | None
-    division: Division | None = None
-    divided: str = ""
+    divisions: Divisions = ()
 
     def images(self, split: str, given: str | None = None, report: Reporter = silent) -> ImageSet:
         """The `train` or `val` images of what the artifact was made on, or in its stead of the source `given`. Raises `UserError`
@@ -56,9 +57,7 @@ class ImageRecord:
         return train, val
 
     def _check(self, source: str, data: ImageSet) -> None:
-        """Raise `UserError` where the source changed so that other images would be held out."""
-        if self.division is not None and sources.same_data(source, self.divided):
-            self.division.check(data)
+        check_divisions(self.divisions, source, data)
 
 
 @dataclass
@@ -92,7 +91,7 @@ class MoeeModel:
     def record(self) -> ImageRecord:
         """How its images are read again."""
         transform, told = model_transform(self.model), head_classes(self.model)
-        return ImageRecord(self.data, transform, self.seed, self.classes, told, self.division, self.data)
+        return ImageRecord(self.data, transform, self.seed, self.classes, told, self.divisions)
 
     @property
     def seed(self) -> int:
@@ -100,9 +99,19 @@ class MoeeModel:
         return self.recipe.seed if self.recipe else 0
 
     @property
-    def division(self) -> Division | None:
-        """What its images were divided from, as far as it was recorded."""
-        return recorded_division(self.info.get("data_read"))
+    def divisions(self) -> Divisions:
+        """What the images of each of its stages were divided from, by the name of their data, as far as it was recorded."""
+        stages = [stage for stage in self.info.get("stages", {}).values() if isinstance(stage, dict)]
+        stages += [before for stage in stages for before in stage.get("before", []) if isinstance(before, dict)]
+        found: list[tuple[Any, Division | None]] = [(self.data, recorded_division(self.info.get("data_read")))]
+        for stage in stages:
+            read = {"division": stage["division"]} if "division" in stage else stage.get("data_read")
+            found.append((stage.get("data"), recorded_division(read)))
+        return tuple((name, division) for name, division in found if isinstance(name, str) and division is not None)
+
+    def check_divisions(self, source: str, data: ImageSet) -> None:
+        """Raise `UserError` where `source` is data of one of its stages and changed, so that other images would be held out."""
+        check_divisions(self.divisions, source, data)
 
     def take_weights(self, path: Path | str) -> None:
         """The dense model's weights have moved to `path`; their hash is compared when they are loaded. Raises `UserError` if they
@@ -139,6 +148,13 @@ def recorded_data(source: str) -> str:
     if os.path.isabs(path) and not os.path.exists(path):
         raise UserError(f"the artifact was made on {shown(source)}, where no folder is now; say where it lies with --data")
     return source
+
+
+def check_divisions(divisions: Divisions, source: str, data: ImageSet) -> None:
+    """Raise `UserError` where `source` was divided before, and changed so that other images would be held out."""
+    for name, division in divisions:
+        if sources.same_data(source, name):
+            division.check(data)
 
 
 def recorded_division(data_read: Any) -> Division | None:

@@ -59,10 +59,11 @@ def run_extract(
         layers = recipe.method.convert(model, recipe.cut, replace(session.context(jobs), report=report))
     seconds = time.perf_counter() - started
     info: dict[str, Any] = {
-        "stages": {"extracted": {"data": session.source, "seconds": seconds, "device": title_of(group.device)}},
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
+    told = {"data": session.source, "division": info["data_read"]["division"]}
+    info["stages"] = {"extracted": {**told, "seconds": seconds, "device": title_of(group.device)}}
     moee = MoeeModel(model.eval(), spec, replace(recipe, tune=None), session.source, probe, info, session.classes(probe))
     with kept(moee, "extracted", out, force, group, inputs=inputs):
         figures = measured(session, model, probe, "extracted on held-out images")

@@ -78,9 +78,7 @@ def tune(
 ) -> None:  # fmt: skip
     """Distil the session's dense model into `moee`, in place, and save it at `out` unless that is None. `state`: the folder of
     what an interrupted run leaves."""
-    division = moee.division if same_data(session.source, moee.data) else None
-    if division is not None:
-        division.check(session.train)
+    moee.check_divisions(session.source, session.train)
     started, group = time.perf_counter(), session.group
     config = _within_memory(moee, session, config)
     result = finetune(
@@ -92,17 +90,18 @@ def tune(
     used = {**config.model_dump(), "amp": result.amp}
     losses = {"train": result.train_loss[1:], "validation": result.validation_loss}
     tuned = {
-        "data": session.source, "seconds": seconds, "device": title_of(group.device), "config": used,
-        "best_epoch": result.best_epoch, "losses": losses,
+        "data": session.source, "division": session.data_facts()["division"], "seconds": seconds,
+        "device": title_of(group.device), "config": used, "best_epoch": result.best_epoch, "losses": losses,
     }  # fmt: skip
     stages = moee.info["stages"]
     if isinstance(former := stages.pop("tuned", None), dict):  # an artifact that was tuned before is tuned again
-        first = {key: former[key] for key in ("data", "config") if key in former}
+        first = {key: former[key] for key in ("data", "division", "config") if key in former}
         tuned["before"] = [*former.get("before", []), first]
     if moee.recipe is not None:
         moee.recipe = replace(moee.recipe, tune=config)
     if "extracted" in stages:  # artifacts of the first release name their data once, and it may be another from now on
-        read = {"data_read": moee.info["data_read"]} if "data_read" in moee.info else {}
+        own = stages["extracted"].get("data", moee.data) == moee.data  # not those of a stage in between
+        read = {"data_read": moee.info["data_read"]} if own and "data_read" in moee.info else {}
         stages["extracted"] = {"data": moee.data, **read, **stages["extracted"]}
     stages["tuned"] = tuned
     moee.info["data_read"], moee.data = session.data_facts(), session.source

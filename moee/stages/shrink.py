@@ -10,7 +10,6 @@ from typing import Any
 
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel, recorded_data
-from moee.data.sources import same_data
 from moee.measure.metrics import tokens_per_image
 from moee.parallel.devices import title_of
 from moee.parallel.group import SOLO, Group
@@ -55,21 +54,20 @@ def shrink_with(
     inputs: tuple[Path, ...] = (),
 ) -> None:  # fmt: skip
     """Make the experts of `moee` fewer, in place, on the session's images, and save it at `out` unless that is None."""
-    if same_data(session.source, moee.data) and moee.division is not None:
-        moee.division.check(session.train)
+    moee.check_divisions(session.source, session.train)
     session.warn_early(moee.probe)
     started, group, report = time.perf_counter(), session.group, session.report
     _keep_within_memory(moee, session, config)
     layers = shrink(moee.model, config, session.train, report=report, group=group, limits=session.space.limits)
     facts: dict[str, Any] = {
-        "data": session.source, "seconds": time.perf_counter() - started, "device": title_of(group.device),
-        "config": config.model_dump(), "layers": [asdict(layer) for layer in layers],
+        "data": session.source, "division": session.data_facts()["division"], "seconds": time.perf_counter() - started,
+        "device": title_of(group.device), "config": config.model_dump(), "layers": [asdict(layer) for layer in layers],
     }  # fmt: skip
     stages = moee.info["stages"]
     facts["tunings"] = 1 + len(stages["tuned"].get("before", [])) if "tuned" in stages else 0  # that came first
     if "shrunk" in stages:  # of a model that was shrunk before
         former = stages.pop("shrunk")
-        first = {key: former[key] for key in ("data", "config", "tunings") if key in former}
+        first = {key: former[key] for key in ("data", "division", "config", "tunings") if key in former}
         facts["before"] = [*former.get("before", []), first]
     stages["shrunk"] = facts
     moee.info["data_read"], moee.data = session.data_facts(), session.source

@@ -162,6 +162,41 @@ def test_what_was_recorded_of_a_division_is_compared(made, tmp_path, facts, how)
     assert len(record.images("val", str(tmp_path / "others"))) == 8, "of other data nothing is known"
 
 
+@pytest.mark.parametrize("stages", [
+    {"extracted": "now"}, {"extracted": "before"}, {"tuned": "now"}, {"shrunk": "now"}, {"tuned": "earlier"},
+    {"shrunk": "earlier"},
+])  # fmt: skip
+def test_what_an_earlier_stage_divided_is_not_divided_anew(made, tmp_path, stages):
+    """The artifact's data are others by now; its model has seen images of these all the same."""
+    whole = asdict(load_data(str(made / "pictures"), TRANSFORM).division)
+    root = recorded(made, tmp_path / "r", {**COUNTS, "division": None})
+    body = read_json(root / "model" / "moee.json")
+    body["data"] = "photos"
+    for name, how in stages.items():
+        told = {"data": str(root / "pictures"), "division": whole}
+        if how == "before":  # as artifacts of before that were tuned on other data
+            told = {"data": told["data"], "data_read": {**COUNTS, "division": whole}}
+        body["info"]["stages"] = {name: {"data": "digits", "before": [told]} if how == "earlier" else told}
+    write_json(root / "model" / "moee.json", body)
+    record = checkpoint.load(root / "model").record
+    assert len(record.images("val", str(root / "pictures"))) == 8
+    changed(root, "grown")
+    with pytest.raises(UserError, match="made on 40 images of it, there are 41 now"):
+        record.images("val", str(root / "pictures"))
+
+
+def test_stages_record_what_they_divided(made, tmp_path):
+    shutil.copytree(made / "pictures", tmp_path / "other")
+    assert cli.main([
+        "finetune", str(made / "model"), "--data", str(tmp_path / "other"), "--epochs", "1", "--lr", "1e-6",
+        "--out", str(tmp_path / "tuned"),
+    ]) == 0  # fmt: skip
+    stages = read_json(tmp_path / "tuned" / "moee.json")["info"]["stages"]
+    assert stages["tuned"]["division"]["images"] == 40 and stages["tuned"]["data"] == str(tmp_path / "other")
+    divided = checkpoint.load(tmp_path / "tuned").divisions
+    assert {name for name, division in divided if division.images == 40} == {str(tmp_path / "other")}
+
+
 def test_a_folder_that_lost_its_splits_is_not_divided(made, tmp_path):
     root = recorded(made, tmp_path / "r", {**COUNTS, "division": None})
     with pytest.raises(UserError, match="the artifact was made on splits of it, there are 40 now"):
