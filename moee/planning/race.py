@@ -16,7 +16,7 @@ from moee.planning.search import Planner, Way, variants
 FIRST = 0.72  # of the dense MACs, where every way begins: most budgets are met there, and it is worth deploying
 CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
 GOING_ON = (5, 3, 2, 2)  # ways that are tried in each round
-RIVALS = 3  # of more ways: that are tried at the cost of what would be chosen
+REPEATS = 3  # of more: how often the others are tried at the cost of what would be chosen, which they may change
 FEW = 6  # ways up to which that is so; of more, all are tried first, and half as many in each round until they are few
 
 
@@ -74,24 +74,24 @@ def race(
     planner: Planner, ways: Sequence[Way], over: Over, rounds: Sequence[int] | None = None
 ) -> tuple[list[Point], int]:
     """Points of `ways`, and how many more there would have been, had `over` not said that the time is. `rounds`: ways that are
-    tried in each, else `rounds_of` them; of more than `FEW`, the best others are tried at the cost of what would be chosen, too.
+    tried in each, else `rounds_of` them; of more than `FEW`, the others are tried at the cost of what would be chosen, too.
 
     The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
     for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
     """
     planner.ready, rounds = over.ready, rounds_of(len(ways)) if rounds is None else rounds
-    rivals = RIVALS if len(ways) > FEW else 0
+    many = len(ways) > FEW
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
-    left = sum(min(count, len(ways)) for count in rounds) + rivals
+    left = sum(min(count, len(ways)) for count in rounds) + many * (len(ways) - 1)
     first, prepared = (0.0, 0.0), set[str]()
-    for racer, target in _trials(racers, rounds, rivals, planner.budget):
+    for racer, target in _trials(racers, rounds, many, planner.budget):
         if racer.way.first != first:  # what was prepared is of no use to another share
             first, prepared = racer.way.first, set()
         fresh = racer.way.method not in prepared and variants()[racer.way.method][0].shares != "nothing"
         prepared.add(racer.way.method)
         if over(fresh) and points:  # asked before the first too, by whose time the second is judged
-            return points, left
+            return points, max(0, left)
         point = planner.point(racer.way, target)
         racer.learn(target, point, planner.budget)
         if point is not None:
@@ -100,7 +100,7 @@ def race(
     return points, 0
 
 
-def _trials(racers: list[Racer], rounds: Sequence[int], rivals: int, budget: Budget) -> Iterator[tuple[Racer, float]]:
+def _trials(racers: list[Racer], rounds: Sequence[int], many: bool, budget: Budget) -> Iterator[tuple[Racer, float]]:
     """Who is tried next, and at which target; what came of a trial is known before the next one is asked for."""
     forwards = True
     for count in rounds:
@@ -110,9 +110,12 @@ def _trials(racers: list[Racer], rounds: Sequence[int], rivals: int, budget: Bud
         for racer in ordered if forwards else reversed(ordered):
             yield racer, racer.target
         forwards = not forwards
-    best = choose([point for racer in racers for point in racer.points], budget)
-    if best is None:
-        return
-    others = [r for r in racers if r.points and all(abs(point.macs - best.macs) > COST_TOLERANCE for point in r.points)]
-    for racer in sorted(others, key=lambda r: standing(r.points, budget))[:rivals]:
-        yield racer, round(best.macs, 3)
+    last = None
+    for _ in range(REPEATS if many else 0):  # a trial may cost less than what would be chosen until then
+        best = choose([point for racer in racers for point in racer.points], budget)
+        if best is None or best is last:
+            return
+        last, target = best, round(best.macs, 3)
+        others = [r for r in racers if r.points and all(abs(point.macs - best.macs) > COST_TOLERANCE for point in r.points)]
+        for racer in sorted(others, key=lambda r: standing(r.points, budget)):
+            yield racer, target

@@ -14,7 +14,7 @@ from exporter import cli
 from exporter.compression import job
 from exporter.compression.clock import Clock, Trials, duration, images_within, remaining, seconds_of
 from exporter.compression.job import Job
-from exporter.compression.request import METHODS, Request, possible_heads, widened
+from exporter.compression.request import ALLOCATION, BASE, METHODS, Request, every_method, possible_heads, widened
 from exporter.compression.tuning import epochs_within, within
 from exporter.compression.verdicts import choice_line
 from exporter.deploy.run import main as run_main
@@ -25,7 +25,8 @@ from moee.data.transform import decoded
 from moee.errors import BudgetUnmet, StepFailed, UserError
 from moee.models.model import ModelSpec, build_model
 from moee.places.staged_folder import StagedFolder
-from moee.planning.budget import Budget
+from moee.planning.budget import COST_TOLERANCE, Budget
+from moee.planning.plan import make_plan
 from moee.planning.search import variants
 from moee.stages.session import Session
 from moee.store.tensor_file import write_tensors
@@ -234,6 +235,28 @@ def test_it_ships_what_meets_the_budget_and_says_so(session, quick, tmp_path, mo
     (out / "bundle" / "SHA256SUMS").unlink()
     ran = subprocess.run([sys.executable, out / "bundle" / "run.py", tmp_path / "image.png"], capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stderr == "SHA256SUMS is missing or was changed; copy the bundle again\n"
+
+
+@pytest.mark.slow
+def test_no_method_beats_what_all_of_them_choose_by_more_than_two_thousandths(tmp_path, monkeypatch):
+    """Successive halving of every way, held against every way made at the cost of what it chose."""
+    splits = tiny_images(30, classes=10), tiny_images(20, classes=10)
+    monkeypatch.setattr("moee.stages.session.load_splits", lambda *args, **kwargs: splits)
+    session = Session(tiny_spec(depth=1, num_classes=0), "tiny")
+
+    class Never:
+        def __call__(self, fresh):
+            return False
+
+        def ready(self):
+            pass
+
+    asked = dict(methods=every_method(), allocations=ALLOCATION, base={**BASE, "cluster_tokens": 400})
+    chosen = make_plan(session, Budget(min_cosine=0.97), tmp_path / "raced", over=Never(), **asked)["winner"]
+    made = make_plan(session, Budget(target_macs=chosen["macs"]), tmp_path / "all", **asked)
+    others = {p["method"]: p["cosine"] for p in made["points"] if p["macs"] <= chosen["macs"] + COST_TOLERANCE}
+    assert chosen["cosine"] >= 0.97 and len(others) >= 3, "the others cannot be made at this cost"
+    assert max(others.values()) <= chosen["cosine"] + 0.002, f"{chosen['method']} {chosen['macs']}: {others}"
 
 
 def test_a_budget_that_any_model_would_keep_is_refused_before_anything_is_written(session, tmp_path):
