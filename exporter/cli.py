@@ -18,10 +18,10 @@ from exporter.commands.models import ablate, ablate_clear, compress, extract, fi
 from exporter.terminal import ranks, streams
 from exporter.terminal.failures import explain
 from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, OK, check_outputs
-from exporter.terminal.interrupts import lose_none
+from exporter.terminal.interrupts import ARRIVED, lose_none
 from exporter.terminal.loading import load
 from exporter.terminal.ui import plain_console
-from moee.errors import UserError, plain, printable
+from moee.errors import StepFailed, UserError, plain, printable
 from moee.schema import shown
 from moee.store.scratch import scratch_in
 from moee.version import VERSION
@@ -237,7 +237,7 @@ def run(words: Sequence[str]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if args.debug and not isinstance(error, KeyboardInterrupt):
             raise
-        code, sentence = explain(error)
+        code, sentence = explain(KeyboardInterrupt() if ARRIVED.is_set() and not isinstance(error, StepFailed) else error)
         if code == BAD_INPUT:
             sentence = with_option(sentence, args, names)
         if ranks.speaks(error):

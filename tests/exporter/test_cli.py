@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from exporter import cli
 from exporter.doctor import _gpu
+from exporter.terminal import interrupts
 from exporter.terminal.loading import load
+from moee.errors import UserError
 from moee.models.model import load_model
 from tests.conftest import tiny_spec
 
@@ -156,6 +158,20 @@ sys.exit(main())
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (130, "moee: interrupted; nothing was begun\n", "")
+
+
+def test_an_error_that_a_library_makes_of_an_interrupt_is_the_interrupt(monkeypatch, capsys):
+    """safetensors says that the file is none, and the user would fetch good weights again."""
+    def load(name):
+        interrupts.ARRIVED.set()
+        raise UserError("weights are not valid safetensors; fetch or convert them again")
+
+    monkeypatch.setattr(cli, "load", load)
+    try:
+        assert run("extract", MODEL, "--data", "digits", "--out", "x") == 130
+    finally:
+        interrupts.ARRIVED.clear()
+    assert capsys.readouterr().err == "moee: interrupted; earlier results are as they were\n"
 
 
 def test_an_interrupt_before_the_words_are_read_is_a_sentence(monkeypatch, capsys):
