@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moee.artifacts.trained_on import trained_on
 from moee.data import sources
 from moee.data.image_set import Division, ImageSet
 from moee.data.transform import Transform, model_transform
@@ -21,6 +23,7 @@ from moee.models.model import ModelSpec, build_model, load_model
 from moee.progress import Reporter, silent
 from moee.schema import shown
 
+log = logging.getLogger("moee")
 Divisions = tuple[tuple[str, Division], ...]  # by the name of the data
 
 
@@ -28,7 +31,7 @@ Divisions = tuple[tuple[str, Division], ...]  # by the name of the data
 class ImageRecord:
     """How the images of an artifact are read again: `source` divided with the `seed` that it was made with, numbered by its
     `classes`, or, where it records none, to fit the `head_classes` that the model tells apart. `divisions` are what sources were
-    divided from when its stages were made, as far as that is known."""
+    divided from when its stages were made, as far as that is known; `made_on` is the data of its stages."""
 
     source: str
     transform: Transform
@@ -36,6 +39,7 @@ class ImageRecord:
     classes: tuple[str, ...]
     head_classes: int | None
     divisions: Divisions = ()
+    made_on: tuple[str, ...] = ()
 
     def images(self, split: str, given: str | None = None, report: Reporter = silent) -> ImageSet:
         """The `train` or `val` images of what the artifact was made on, or in its stead of the source `given`. Raises `UserError`
@@ -45,6 +49,8 @@ class ImageRecord:
             source, self.transform, split, self.seed, self.classes or None, head_classes=self.head_classes, report=report
         )
         self._check(source, data)
+        if split == "val":
+            self.told(source, data)
         return data
 
     def splits(self, given: str | None = None, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
@@ -54,10 +60,17 @@ class ImageRecord:
             source, self.transform, self.seed, self.classes or None, self.head_classes, report=report
         )
         self._check(source, val)
+        train.notes = (*train.notes, *self.told(source, val))
         return train, val
 
     def _check(self, source: str, data: ImageSet) -> None:
         check_divisions(self.divisions, source, data)
+
+    def told(self, source: str, held_out: ImageSet) -> list[str]:
+        """What is to be said of `held_out` images of a `source` that stages were made with; they have it in their notes then."""
+        notes = trained_on(self.made_on, source, held_out, self.transform, self.seed)
+        held_out.notes = (*held_out.notes, *notes)
+        return notes
 
 
 @dataclass
@@ -91,7 +104,7 @@ class MoeeModel:
     def record(self) -> ImageRecord:
         """How its images are read again."""
         transform, told = model_transform(self.model), head_classes(self.model)
-        return ImageRecord(self.data, transform, self.seed, self.classes, told, self.divisions)
+        return ImageRecord(self.data, transform, self.seed, self.classes, told, self.divisions, self.made_on)
 
     @property
     def seed(self) -> int:
@@ -99,19 +112,33 @@ class MoeeModel:
         return self.recipe.seed if self.recipe else 0
 
     @property
+    def _stages(self) -> list[dict[str, Any]]:
+        """What is recorded of every stage, those that a later one of the same name took the place of too."""
+        stages = [stage for stage in self.info.get("stages", {}).values() if isinstance(stage, dict)]
+        return stages + [before for stage in stages for before in stage.get("before", []) if isinstance(before, dict)]
+
+    @property
+    def made_on(self) -> tuple[str, ...]:
+        """The names of the data of its stages."""
+        names = [self.data, *(stage.get("data") for stage in self._stages)]
+        return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+    @property
     def divisions(self) -> Divisions:
         """What the images of each of its stages were divided from, by the name of their data, as far as it was recorded."""
-        stages = [stage for stage in self.info.get("stages", {}).values() if isinstance(stage, dict)]
-        stages += [before for stage in stages for before in stage.get("before", []) if isinstance(before, dict)]
         found: list[tuple[Any, Division | None]] = [(self.data, recorded_division(self.info.get("data_read")))]
-        for stage in stages:
+        for stage in self._stages:
             read = {"division": stage["division"]} if "division" in stage else stage.get("data_read")
             found.append((stage.get("data"), recorded_division(read)))
         return tuple((name, division) for name, division in found if isinstance(name, str) and division is not None)
 
-    def check_divisions(self, source: str, data: ImageSet) -> None:
-        """Raise `UserError` where `source` is data of one of its stages and changed, so that other images would be held out."""
-        check_divisions(self.divisions, source, data)
+    def check_images(self, source: str, train: ImageSet, held_out: ImageSet) -> None:
+        """Raise `UserError` where `source` is data of one of its stages and changed, so that other images would be held out. Warn
+        where held-out images of other data are training images of a stage, and note it."""
+        check_divisions(self.divisions, source, train)
+        for note in self.record.told(source, held_out):
+            train.notes = (*train.notes, note)
+            log.warning("%s", note)
 
     def take_weights(self, path: Path | str) -> None:
         """The dense model's weights have moved to `path`; their hash is compared when they are loaded. Raises `UserError` if they

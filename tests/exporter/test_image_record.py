@@ -11,7 +11,7 @@ from exporter import cli
 from exporter.graph.export import export
 from moee.artifacts import checkpoint
 from moee.artifacts.model import MoeeModel
-from moee.data.sources import load_data
+from moee.data.sources import load_data, load_splits
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.methods.recipe import Recipe, method_options
@@ -206,3 +206,38 @@ def test_a_folder_that_lost_its_splits_is_not_divided(made, tmp_path):
 def test_extract_records_what_it_divided(made):
     session = Session(tiny_spec(), str(made / "pictures"), seed=SEED)
     assert session.data_facts()["division"] == asdict(session.train.division) and session.train.division.images == 40
+
+
+@pytest.mark.parametrize("stage", ["now", "tuned", "earlier"])
+def test_held_out_images_that_a_stage_was_trained_on_are_counted_and_said(made, tmp_path, caplog, stage):
+    """A model looks better than it is on the images that it was made on, given as other data: their folder, or links to them."""
+    root = recorded(made, tmp_path / "r", {**COUNTS, "division": None})
+    changed(root, "split")
+    pictures = root / "pictures"
+    for image in (pictures / "train").glob("[b-e]/*.png"):
+        (pictures / "val" / image.parent.name).mkdir(exist_ok=True)
+        image.rename(pictures / "val" / image.parent.name / image.name)
+    body = read_json(root / "model" / "moee.json")
+    if stage != "now":
+        told, body["data"] = {"data": str(pictures)}, "photos"
+        body["info"]["stages"] = {"tuned": told if stage == "tuned" else {"data": "digits", "before": [told]}}
+    write_json(root / "model" / "moee.json", body)
+    record = checkpoint.load(root / "model").record
+    said = f"are training images of {pictures}, which the model was made on"
+    (root / "links").symlink_to(pictures / "train")
+    for given in (pictures / "train", root / "links"):
+        held_out = record.images("val", str(given))
+        whole = f"{len(held_out)} of the {len(held_out)} held-out images {said}"
+        assert [whole in note for note in held_out.notes] == [False, True]
+        assert any(said in note for note in record.splits(str(given))[0].notes)
+    for given in (pictures, pictures / "val", made / "pictures"):
+        assert not any(said in note for note in record.images("val", str(given)).notes)
+    if stage == "now":
+        given = str(pictures / "train")
+        assert cli.main(["verify", str(root / "export"), "--data", given, "--out", str(root / "checked")]) == 0
+        assert said in caplog.text
+        assert any(said in note for note in read_json(root / "checked" / "parity.json")["data_read"]["notes"])
+    caplog.clear()
+    moee, splits = checkpoint.load(root / "model"), load_splits(str(pictures / "train"), TRANSFORM)
+    moee.check_images(str(pictures / "train"), *splits)  # as finetune and shrink do
+    assert said in caplog.text and all(any(said in note for note in data.notes) for data in splits)
