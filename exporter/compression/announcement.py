@@ -19,13 +19,25 @@ def announce(session: Session, request: Request, clock: Clock, budget: Budget, s
         f"{session.spec.name}: {len(session.train)} training and {images} held-out images; budget: {described(budget)}; "
         f"device: {request.device}, batch {request.batch}"
     )
+    if few := allowance(budget, sum(label >= 0 for label in session.held_out.labels)):
+        say(few)
     if request.time_s is None:
         say("no time limit: plan, extract, tune, export, verify, bench, bundle, report")
         return
     trials, rest = max(0.0, clock.trials_end - clock.spent), clock.finish
-    planned = f"trials for about {duration(trials)}" if trials >= 1 else "one trial, for which it is too short"
+    planned = f"trials for about {duration(trials)}" if trials >= 1 else "which is too short: one trial"
     say(
         f"time {duration(request.time_s)}: {planned}, then {'tuning, then ' * clock.tunes}"
         f"{duration(rest)} for export, verification, timing and bundle (the dense model takes "
         f"{1e3 * clock.image_s:.0f} ms an image here)"
     )
+
+
+def allowance(budget: Budget, labelled: int) -> str:
+    """What a drop of accuracy is in images, where single ones matter: of 80 images one is 1.25 points. Else empty."""
+    if budget.max_drop is None or not labelled or 100 / labelled < budget.max_drop / 5:
+        return ""
+    most = int(budget.max_drop * labelled / 100 + 1e-9)
+    lost = f"{most} may be lost" if most else "none may be lost"
+    one = f"one of the {labelled} labelled held-out images is {100 / labelled:.3g} points of accuracy"
+    return f"{one}, so {lost}; more images tell more"

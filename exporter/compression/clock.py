@@ -76,6 +76,15 @@ class Clock:
         return self.left - self.finish
 
 
+    @property
+    def overrun(self) -> str:
+        """A sentence where the last stages will no longer end in time; empty where they will, or a tenth later at most."""
+        whole = self.spent + self.finish
+        if self.seconds is None or whole <= MARGIN * self.seconds:
+            return ""
+        return f"this takes longer than the {duration(self.seconds)} that it was given: about {duration(whole)} in all"
+
+
 def images_within(clock: Clock) -> int:
     """How many held-out images a report can show from: at most `SHOWN`, and no more than half of the time that is left takes; 0
     where that is too few to say anything."""
@@ -106,6 +115,10 @@ class Trials:
         return left < each * MARGIN
 
     def ready(self) -> None:
+        """The first trial is not broken off, however long it takes; what it makes of the time is said as soon as it is known."""
+        late = self.clock.overrun
+        if late and len(self.begun) == 1 and self.begun[0].ready is None:
+            self.say(f"the first trial is slower than the dense model's speed had promised; {late}")
         self.begun[-1].ready = self.clock.spent
 
     def expected(self, fresh: bool) -> float:

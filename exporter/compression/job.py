@@ -176,6 +176,8 @@ class Job:
                     base=BASE, latency=latency, force=True, report=self.report, over=Trials(self.clock, self.say),
                     slack=self._slack(budget),
                 )  # fmt: skip
+            if late := self.clock.overrun:
+                self.say(late)
         plan: dict[str, Any] = read_json(target / PLAN)
         return plan
 
@@ -200,7 +202,7 @@ class Job:
             begun = state.stages.get("tuning") if self.place.folder("tuned.resume").place.is_dir() else None
             epochs = begun["epochs"] if begun else epochs_within(self.clock)
             if not epochs:
-                self.say(f"not tuned: {remaining(self.clock.tuning)}, too little for a tuning")
+                self.say(f"not tuned: {remaining(self.clock.tuning)}{', too little for it' * (self.clock.tuning >= 1)}")
                 state.add("tuned", {"epochs": 0, "kept": False, "why": "no time was left"})
             else:
                 state.add("tuning", {"epochs": epochs})

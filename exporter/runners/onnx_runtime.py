@@ -22,8 +22,8 @@ from plugins.contract import DOMAIN
 # name on the command line: ONNX Runtime's name, label in results, what it needs
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "CPU", "pip install onnxruntime"),
-    "cuda": ("CUDAExecutionProvider", "CUDA", "pip install onnxruntime-gpu, an NVIDIA driver, CUDA and cuDNN"),
-    "tensorrt": ("TensorrtExecutionProvider", "TensorRT", "pip install onnxruntime-gpu, an NVIDIA driver, CUDA and TensorRT"),
+    "cuda": ("CUDAExecutionProvider", "CUDA", "onnxruntime-gpu, an NVIDIA driver, CUDA and cuDNN"),
+    "tensorrt": ("TensorrtExecutionProvider", "TensorRT", "onnxruntime-gpu, an NVIDIA driver, CUDA and TensorRT"),
 }
 FATAL = 4
 

@@ -36,7 +36,7 @@ def layer_table(session: Session, planner: Planner, winner: Point, report: Repor
         if layer.name in routed:
             row["cosine_alone"] = _alone(base, layer.name, routed[layer.name], images, reference)
         rows.append(row)
-        report("layer by layer", position, len(reports))
+        report("each layer alone", position, len(reports))
     return rows
 
 

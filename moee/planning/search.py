@@ -220,7 +220,10 @@ class Planner:
             None, recipe.to_json(), kept["accuracy_interval"], way.attention, way.tokens,
         )  # fmt: skip
         if self.latency is not None and not (self.frugal and result.lacks_quality(self.budget)):
+            timing = f"{name}, export and timing"
+            self.report(timing, 0, 1)
             result = replace(result, latency=self.latency.timed(model))
+            self.report(timing, 1, 1)
         write_json(file, asdict(result))
         if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
             self.best = (result, model, reports)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from exporter import cli
 from exporter.compression import job
+from exporter.compression.announcement import allowance
 from exporter.compression.clock import Clock, Trials, duration, images_within, remaining, seconds_of
 from exporter.compression.job import Job
 from exporter.compression.request import ALLOCATION, BASE, METHODS, Request, every_method, possible_heads, widened
@@ -69,6 +70,29 @@ def test_preparation_is_not_counted_for_the_next_trial():
     now.time += 40.0
     trials(fresh=False)
     assert trials.expected(fresh=False) == 40.0 and trials.expected(fresh=True) == 130.0
+
+
+def test_a_job_that_will_take_longer_says_so_when_its_first_trial_shows_it():
+    now, said = Faked(), []
+    clock = Clock(600.0, now)
+    trials = Trials(clock, said.append)
+    trials(fresh=True)
+    now.time += 300.0
+    assert clock.overrun == ""
+    now.time += 700.0
+    trials.ready()
+    late = "this takes longer than the 10 min that it was given: about 17 min 40 s in all"
+    assert said == [f"the first trial is slower than the dense model's speed had promised; {late}"] and clock.overrun == late
+    trials.ready()
+    assert len(said) == 1 and Clock(None, now).overrun == ""
+
+
+@pytest.mark.parametrize("drop, labelled, said", [(1, 80, "1.25 points of accuracy, so none may be lost"),
+                                                  (1, 200, "0.5 points of accuracy, so 2 may be lost"),
+                                                  (1, 719, ""), (None, 80, ""), (1, 0, "")])  # fmt: skip
+def test_what_a_drop_is_in_images(drop, labelled, said):
+    found = allowance(Budget(max_drop=drop) if drop else Budget(min_cosine=0.9), labelled)
+    assert said in found and bool(said) == bool(found)
 
 
 def test_tuning_gets_what_is_left_and_none_where_few_epochs_fit():

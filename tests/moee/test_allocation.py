@@ -242,6 +242,16 @@ def test_allocation_over_the_model_beats_equal_shares_where_layers_differ(tiny_m
     assert cosines["model"][0] > cosines["expert"][0]
 
 
+def test_a_floor_that_misses_the_target_is_said(tiny_model, caplog):
+    data, floor = tiny_images(16), dict(method="static", target_macs=0.6, mlp_floor=0.9)
+    with caplog.at_level("INFO", logger="moee"):
+        extract(copy.deepcopy(tiny_model), data, method_options(**floor))
+        assert "--target-macs 0.6 is not reached: --mlp-floor 0.9 leaves 9" in caplog.text
+        caplog.clear()
+        extract(tiny_model, data, method_options(**{**floor, "mlp_floor": 0.1}))
+    assert "not reached" not in caplog.text
+
+
 def test_a_target_below_the_rest_of_the_model_is_refused():
     with pytest.raises(UserError, match="hold 50% of the MACs"):
         ffn_budget(100, 50, 0.5)

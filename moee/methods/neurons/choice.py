@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,8 @@ from moee.errors import OutOfReach
 from moee.measure.metrics import original_macs, saved_macs, tokens_per_image
 from moee.methods.neurons.allocation import Candidate, allocate
 
+log = logging.getLogger("moee")
+SHORT = 0.005  # of the model's MACs, by which a floor may miss a target without a word
 SHARE_STEPS = 24  # bisections of the kept share: finer than one neuron
 
 
@@ -34,6 +38,12 @@ def choose_neurons(
     if config.target_macs is not None:
         whole, saved = original_macs(model, shape), saved_macs(model, shape)
         budget = ffn_budget(whole, sum(dense.values()), config.target_macs, saved, floor=config.mlp_floor or 0.0)
+        left = (whole - saved - sum(dense.values()) + budget) / whole
+        if left > config.target_macs + SHORT:
+            log.info(
+                "--target-macs %g is not reached: --mlp-floor %g leaves %.1f %% of the MACs; give a smaller floor, or a smaller "
+                "--attention-macs", config.target_macs, config.mlp_floor, 100 * left,
+            )  # fmt: skip
     if config.allocation == "expert":
         assert budget is not None
         kept = _share_for(budget, routed, error, tokens, config)
