@@ -118,7 +118,8 @@ class Trials:
         """The first trial is not broken off, however long it takes; what it makes of the time is said as soon as it is known."""
         late = self.clock.overrun
         if late and len(self.begun) == 1 and self.begun[0].ready is None:
-            self.say(f"the first trial is slower than the dense model's speed had promised; {late}")
+            promised = self.clock.trials_end >= 1  # else it was known to be too short from the beginning
+            self.say("the first trial is slower than the dense model's speed had promised; " * promised + late)
         self.begun[-1].ready = self.clock.spent
 
     def expected(self, fresh: bool) -> float:

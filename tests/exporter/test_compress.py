@@ -85,6 +85,10 @@ def test_a_job_that_will_take_longer_says_so_when_its_first_trial_shows_it():
     assert said == [f"the first trial is slower than the dense model's speed had promised; {late}"] and clock.overrun == late
     trials.ready()
     assert len(said) == 1 and Clock(None, now).overrun == ""
+    short = Trials(Clock(50.0, now), said.append)  # the last stages alone take longer: nothing was promised
+    short(fresh=True)
+    short.ready()
+    assert said[1:] == ["this takes longer than the 50 s that it was given: about 60 s in all"]
 
 
 @pytest.mark.parametrize("drop, labelled, said", [(1, 80, "1.25 points of accuracy, so none may be lost"),
