@@ -68,9 +68,10 @@ docs: install
 	$(BIN)/python -m sphinx -W --keep-going -q -E docs build/site
 	$(BIN)/python scripts/build_api.py build/site/api
 
-# wheel and source distribution, in dist/
+# wheel, with the operator of ONNX Runtime for x86-64 and aarch64, and source distribution, in dist/
 dist: install
-	$(BIN)/python scripts/build_dist.py dist
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dist]'
+	$(BIN)/python scripts/build_dist.py dist --operator
 
 clean:
 	rm -rf build runs .pytest_cache .mypy_cache .ruff_cache

@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("moee", "exporter", "plugins")
 
 
-def build_dist(out: Path) -> tuple[Path, Path]:
+def build_dist(out: Path, *more: str) -> tuple[Path, Path]:
     """Through the script, in a process of its own: setuptools changes folders and hooks into imports."""
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "build_dist.py", out], capture_output=True, text=True, cwd=out)
+    command = [sys.executable, ROOT / "scripts" / "build_dist.py", out, *more]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out)
     assert done.returncode == 0, done.stderr[-2000:]
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
 
@@ -60,6 +61,18 @@ def test_the_source_distribution_builds_and_tests(dist):
     assert wanted <= names
     assert {"Makefile", "constraints.txt", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "docs/deploy.md"} <= names
     assert not [n for n in names if n.endswith((".pyc", ".so", ".plan"))]
+
+
+@pytest.mark.slow
+def test_a_wheel_with_the_operator(tmp_path):
+    pytest.importorskip("ziglang")
+    wheel, source = build_dist(tmp_path, "--operator")
+    with zipfile.ZipFile(wheel) as archive:
+        brought = {n for n in archive.namelist() if "/prebuilt/" in n}
+    libraries = {f"{machine}/libmoee_onnxruntime.so" for machine in ("x86_64", "aarch64")}
+    assert brought == {f"plugins/cpu/prebuilt/{name}" for name in (*libraries, "sources.sha256")}
+    with tarfile.open(source) as archive:
+        assert not [n for n in archive.getnames() if n.endswith(".so")]
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import DEPLOYMENT
-from plugins.cpu.build import FLAGS, LIBRARY, sources
+from plugins.cpu.build import FLAGS, LIBRARY, prebuilt, sources
 
 log = logging.getLogger("moee")
 CPU = "cpu"  # in place of an SM
@@ -91,19 +91,21 @@ def write_cpu_bundle(
 
 
 def _write_operator(folder: Path) -> str:
-    """Write the operator's sources and build.sh, and its library for this machine's processor if it can be had; returns the
-    README's rows."""
+    """Write the operator's sources and build.sh, and the libraries of the wheel, or the one for this machine's processor if
+    it can be had; returns the README's rows."""
     (folder / "csrc").mkdir(parents=True)
     for source in sources():
         shutil.copy2(source, folder / "csrc" / source.name)
     script = folder / "build.sh"
     script.write_text((DEPLOY / "operator.sh").read_text(encoding="utf-8").replace("@FLAGS@", " ".join(FLAGS)), encoding="utf-8")
     script.chmod(0o755)
-    library, reason = operator_or_reason()
-    if library is None:
-        log.warning("the bundle holds the operator's sources alone: %s", reason)
-        return OPERATOR_ROWS.format(machines="no processor yet")
-    place = folder / platform.machine()
-    place.mkdir()
-    shutil.copy2(library, place / LIBRARY)
-    return OPERATOR_ROWS.format(machines=platform.machine())
+    libraries, reason = prebuilt(), ""
+    if platform.machine() not in libraries:
+        library, reason = operator_or_reason()
+        libraries |= {platform.machine(): library} if library else {}
+    if reason:
+        log.warning("the bundle's operator has no library for %s: %s", platform.machine(), reason)
+    for machine, library in libraries.items():
+        (folder / machine).mkdir()
+        shutil.copy2(library, folder / machine / LIBRARY)
+    return OPERATOR_ROWS.format(machines=" and ".join(libraries) or "no processor yet")

@@ -1,14 +1,18 @@
 """Compiles the operator for ONNX Runtime's CPU provider with the system's C++ compiler, and says what a library was built for.
 
-No headers are needed: `csrc/ort.h` declares what the operator uses of ONNX Runtime's C interface, by its fixed places.
+A wheel brings libraries that were compiled for several processors (`PREBUILT`); a source tree has none. No headers are needed:
+`csrc/ort.h` declares what the operator uses of ONNX Runtime's C interface, by its fixed places.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import platform
 import re
 import shutil
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +24,10 @@ LIBRARY = "libmoee_onnxruntime.so"
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden")
 SANITIZE = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+PREBUILT = Path(__file__).resolve().parent / "prebuilt"
+HASH = "sources.sha256"  # beside them
+MACHINES = ("x86_64", "aarch64")  # that a wheel has libraries for
+GLIBC = "2.28"  # the oldest that they load with: Debian 10, Ubuntu 20.04, RHEL 8
 OLDEST = (1, 18)  # ONNX Runtime, whose table of functions is the 18th
 
 
@@ -63,6 +71,39 @@ def build_operator(out_dir: Path, *, sanitize: bool = False, widest: int = 16) -
         command = [compiler, *FLAGS, *(SANITIZE if sanitize else ()), f"-DMOEE_WIDEST={widest}", "-o", str(temporary), *files]
         run_logged(command, out_dir / "build.log", "the operator for ONNX Runtime")
     return library
+
+
+def cross_build(out_dir: Path, machine: str) -> Path:
+    """Compile the library for `machine`, one of `MACHINES`, by Zig's C++ compiler, and return its path, `out_dir/MACHINE/...`.
+
+    Raises `MissingDependency` without the package ziglang, `StepFailed` if compiling fails.
+    """
+    if importlib.util.find_spec("ziglang") is None:
+        raise MissingDependency("ziglang is not installed, which compiles for other processors; run `pip install ziglang`")
+    folder = Path(out_dir).resolve() / machine
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [str(path) for path in sources() if path.suffix == ".cpp"]
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.{GLIBC}"]
+    with atomic_file(folder / LIBRARY) as temporary, tempfile.TemporaryDirectory() as scratch:
+        caches = [f"ZIG_LOCAL_CACHE_DIR={scratch}", f"ZIG_GLOBAL_CACHE_DIR={scratch}"]
+        command = ["env", *caches, *zig, *FLAGS, "-s", "-o", str(temporary), *files]
+        run_logged(command, folder / "build.log", f"the operator for {machine}")
+    return folder / LIBRARY
+
+
+def write_prebuilt(out_dir: Path) -> list[Path]:
+    """Write a wheel's libraries into `out_dir`, with the hash of what they are made from; returns their paths."""
+    libraries = [cross_build(out_dir, machine) for machine in MACHINES]
+    (out_dir / HASH).write_text(source_sha256() + "\n", encoding="ascii")
+    return libraries
+
+
+def prebuilt() -> dict[str, Path]:
+    """The libraries that came with this installation, by processor; none where its sources are others than theirs."""
+    made_from = PREBUILT / HASH
+    if not made_from.is_file() or made_from.read_text(encoding="ascii").strip() != source_sha256():
+        return {}
+    return {machine: PREBUILT / machine / LIBRARY for machine in MACHINES if (PREBUILT / machine / LIBRARY).is_file()}
 
 
 def describe_operator(path: Path) -> OperatorInfo:
