@@ -25,7 +25,7 @@ from moee.parallel.group import Group
 from moee.parallel.machine import startable_processes
 from moee.progress import Reporter, silent, track
 from moee.schema import reason_of
-from moee.store.file_content import COMPARED, spread
+from moee.store.file_content import COMPARED, Stored, spread
 
 log = logging.getLogger("moee")
 
@@ -126,6 +126,10 @@ class ImageSet(Dataset):
 
     def describe(self, index: int) -> str:
         return f"{self.name}[{index}]"
+
+    def stored(self, index: int) -> Stored | None:
+        """Where an image lies; None where it lies in no file."""
+        return None
 
     def content(self, report: Reporter = silent) -> bytes:
         """What tells this data set from another one with the same labels, wherever it lies; a resumed run compares it. Here the

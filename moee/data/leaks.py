@@ -1,7 +1,8 @@
 """Images that are trained on and held out at once: an accuracy on them says nothing.
 
 Which image it is, is told by where it comes from (a position of a dataset below its subsets, a file, a row of a tensor), and by
-its content where the images are read anyway.
+its content where the images are read anyway. Copies of files, and of members of shards, are told by size, then by their
+ends, then by all of their bytes, so that few are read.
 """
 
 from __future__ import annotations
@@ -10,17 +11,20 @@ import bisect
 import hashlib
 import os
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
+from moee.data.image_set import ImageSet
 from moee.errors import UserError
-from moee.store.file_content import spread
+from moee.store.file_content import Stored, spread
 
 LOOKED = 1024  # held-out files that are compared with training files
 MOST_FILES = 1 << 16  # training files whose sizes are looked at
-WHOLE_BYTES, END_BYTES = 1 << 20, 1 << 16
+WHOLE_BYTES, END_BYTES, LITTLE_BYTES = 1 << 20, 1 << 16, 1 << 12
+NOWHERE = Stored("")
 CURE = "give others, or leave them out to hold out a fifth"
 
 
@@ -47,34 +51,60 @@ def _shared(train: Iterable[Hashable], val: Sequence[Hashable]) -> int:
     return sum(image in trained for image in val)
 
 
-def copied_files(train: Sequence[str], val: Sequence[str]) -> tuple[int, int]:
-    """How many of the held-out files are copies of training files, byte for byte, and how many were looked at: some spread over
-    all, none where there are so many training files that their sizes would take minutes to learn."""
-    looked = spread(val, LOOKED) if len(train) <= MOST_FILES else ()
-    sizes = {path: _size(path) for path in looked}
-    wanted = {size for size in sizes.values() if size > 0}
-    trained = {_content(path, size) for path in train if (size := _size(path)) in wanted}
-    return sum(_content(path, size) in trained for path, size in sizes.items() if size > 0) if trained else 0, len(looked)
+def copied(train: ImageSet, val: ImageSet) -> list[str]:
+    """A sentence if held-out images are copies of training images, in whatever files they lie."""
+    both, looked = count_copies(train, val, range(len(val)))
+    if not both:
+        return []
+    of = f"{looked} compared held-out images" if looked < len(val) else f"the {looked} held-out images"
+    are = "is a copy" if both == 1 else "are copies"
+    return [f"{both} of {of} {are} of training images, byte for byte: on them an accuracy says nothing"]
 
 
-def _size(path: str) -> int:
+def count_copies(train: ImageSet, val: ImageSet, positions: Sequence[int]) -> tuple[int, int]:
+    """How many of the held-out images at `positions` are copies of training images, byte for byte, and how many were looked at:
+    some spread over all, none that lies in no file, none where there are so many training files that learning their sizes would
+    take minutes."""
+    looked = [place for index in spread(positions, LOOKED) if (place := _sized(val.stored(index))).size > 0]
+    if not looked or len(train) > MOST_FILES and (train.stored(0) or NOWHERE).size < 0:
+        return 0, 0
+    held_out, trained = looked, [_sized(train.stored(index)) for index in range(len(train))]
+    for most in (0, LITTLE_BYTES, WHOLE_BYTES):
+        told = partial(_content, most=most)
+        wanted = {told(place) for place in held_out}
+        trained = [place for place in trained if told(place) in wanted]
+        known = {told(place) for place in trained}
+        held_out = [place for place in held_out if told(place) in known]
+        if not held_out:
+            break
+    return len(held_out), len(looked)
+
+
+def _sized(place: Stored | None) -> Stored:
+    """With its size; -1 for what lies nowhere or cannot be looked at."""
+    if place is None or place.size >= 0:
+        return place or NOWHERE
     try:
-        return os.stat(path).st_size
+        return Stored(place.path, 0, os.stat(place.path).st_size)
     except OSError:  # it is named when it is read
-        return -1
+        return NOWHERE
 
 
-def _content(path: str, size: int) -> tuple[int, bytes]:
-    """Size and hash of a file; of a large one of its ends."""
+def _content(place: Stored, most: int) -> tuple[int, bytes]:
+    """The size of an image in bytes and their hash; of more than `most` that of a part of both ends."""
+    if not most:
+        return place.size, b""
+    ends = place.size if place.size <= most else min(END_BYTES, most // 2)
     try:
-        with open(path, "rb") as file:
-            if size <= WHOLE_BYTES:
-                return size, hashlib.blake2b(file.read(), digest_size=16).digest()
-            start = file.read(END_BYTES)
-            file.seek(size - END_BYTES)
-            return size, hashlib.blake2b(start + file.read(END_BYTES), digest_size=16).digest()
+        with open(place.path, "rb") as file:
+            file.seek(place.start)
+            digest = hashlib.blake2b(file.read(ends), digest_size=16)
+            if ends < place.size:
+                file.seek(place.start + place.size - ends)
+                digest.update(file.read(ends))
+        return place.size, digest.digest()
     except OSError:
-        return size, path.encode(errors="surrogateescape")
+        return place.size, repr(place).encode(errors="surrogateescape")
 
 
 def sources_of(dataset: Any, positions: Iterable[int]) -> list[Hashable]:
@@ -85,7 +115,7 @@ def sources_of(dataset: Any, positions: Iterable[int]) -> list[Hashable]:
         samples = getattr(base, "samples", None)
         if isinstance(base, TensorDataset):
             found.append(_row(base.tensors[0], index))
-        elif isinstance(samples, (list, tuple)) and len(samples) == len(base) and _is_file(samples[index]):
+        elif is_file_list(samples, len(base)):
             found.append(os.path.abspath(samples[index][0]))
         else:
             found.append((id(base), index))
@@ -118,5 +148,8 @@ def _base(dataset: Any, index: int) -> tuple[Any, int]:
     return dataset, index % len(dataset)
 
 
-def _is_file(sample: Any) -> bool:
-    return isinstance(sample, (list, tuple)) and len(sample) > 0 and isinstance(sample[0], (str, os.PathLike))
+def is_file_list(samples: Any, count: int) -> TypeGuard[Sequence[Any]]:
+    """Whether these are `count` files, each before its label, as torchvision's `ImageFolder` has them."""
+    if not isinstance(samples, (list, tuple)) or len(samples) != count or not count:
+        return False
+    return isinstance(samples[0], (list, tuple)) and len(samples[0]) > 0 and isinstance(samples[0][0], (str, os.PathLike))

@@ -33,7 +33,7 @@ from moee.errors import MissingDependency, UserError
 from moee.progress import Reporter, silent
 from moee.schema import shown
 from moee.store.artifact import read_json, stays_inside
-from moee.store.file_content import files_digest
+from moee.store.file_content import Stored, files_digest
 
 PREFIX = "wds/"
 INFO = ("_info.json", "info.json")
@@ -77,6 +77,10 @@ class ShardSet(ImageSet):
         shard, offset, size = self.places[index].tolist()
         raw = os.pread(self._descriptor(shard), size, offset)
         return decoded(io.BytesIO(raw), self.transform)
+
+    def stored(self, index: int) -> Stored:
+        shard, offset, size = self.places[index].tolist()
+        return Stored(str(self.shards[shard]), offset, size)
 
     def content(self, report: Reporter = silent) -> bytes:
         """The shards, and which of their bytes are this split's."""

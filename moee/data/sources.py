@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moee.data.built_in import Digits, PhotoCrops, Photos
 from moee.data.class_names import SYNSET, Labels, Numbering, listed, number_classes
 from moee.data.folders.image_folder import Folders
 from moee.data.image_set import ImageSet, Source
+from moee.data.leaks import copied
 from moee.data.shards import Shards
 from moee.data.source import DataSource
 from moee.data.timm_sets import TimmSets
@@ -79,7 +81,10 @@ def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int,
     if not source.strip():
         expected = "expected digits, photos, photo-crops, an image folder or a timm.data dataset string"
         raise UserError(f"the name of the data is empty; {expected}")
-    return source_of(source).open(source, transform, splits, seed, report)
+    opened = source_of(source).open(source, transform, splits, seed, report)
+    if not {"train", "val"} <= opened.splits.keys():
+        return opened
+    return replace(opened, notes=[*opened.notes, *copied(opened.splits["train"], opened.splits["val"])])
 
 
 def numbered(

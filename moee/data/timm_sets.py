@@ -14,11 +14,13 @@ from torch import Tensor
 
 from moee.data.class_names import class_name
 from moee.data.image_set import SPLITS, ImageSet, Source
+from moee.data.leaks import is_file_list
 from moee.data.source import DataSource
 from moee.data.transform import Transform, converted, decoded, evaluation
 from moee.errors import MissingDependency, UserError
 from moee.progress import Reporter, silent
 from moee.schema import reason_of
+from moee.store.file_content import Stored
 
 INDEXED, STREAMS = ("torch", "hfds"), ("tfds", "hfids")
 PACKAGES = {"hfds": "datasets"}
@@ -51,6 +53,10 @@ class TimmSet(ImageSet):
             return converted(self.dataset[index][0], self.transform)
         # not dataset[index]: timm quietly returns the next image in the place of an unreadable one
         return decoded(self.dataset.reader[index][0], self.transform)
+
+    def stored(self, index: int) -> Stored | None:
+        samples = getattr(self.dataset, "samples", None)
+        return Stored(str(samples[index][0])) if is_file_list(samples, len(self)) else None
 
 
 def open_timm(source: str, transform: Transform) -> Source:

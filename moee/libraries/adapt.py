@@ -85,6 +85,9 @@ def adapt(
     if features is None:
         notes.append(f"no submodule of {title} gives a last feature map: single tokens are not compared")
     prefix = _prefix_tokens(module, config["input_size"], features, channels_last)
+    if prefix and features is not None and not _prefix_comes_first(module, config["input_size"], features[1].shape[1], prefix):
+        notes.append(f"{prefix} tokens of {title} are no patches and do not come before them: every token counts alike")
+        prefix = 0
     output_width = observed.output.shape[1]
     return AdaptedModel(module, Description(
         title=title, features=features[0] if features else None, num_classes=classes,
@@ -241,6 +244,38 @@ def _prefix_tokens(module: nn.Module, shape: Shape, features: tuple[str, Tensor]
     rows, columns = (side // step for side, step in zip(shape[1:], patches.stride, strict=True))
     extra = features[1].shape[1] - rows * columns
     return extra if 0 <= extra <= MAX_PREFIX else 0
+
+
+class _Seen(Exception):
+    """Ends a run whose rest is not needed."""
+
+
+def _prefix_comes_first(module: nn.Module, shape: Shape, tokens: int, prefix: int) -> bool:
+    """Whether of the `tokens` that a part reads or gives exactly the first `prefix` are alike for two images, as class tokens
+    and registers are before attention mixes them. True of a module without memory, which nothing can be seen of."""
+    like = next(module.parameters(), None)
+    if like is None or like.is_meta:
+        return True
+    alike: list[bool] = []
+
+    def see(part: nn.Module, args: Any, output: Any = None) -> None:
+        given = tensor_in(args if output is None else output)
+        if given is not None and given.dim() == 3 and given.shape[:2] == (2, tokens):
+            alike.extend((given[0] == given[1]).all(-1).tolist())
+            raise _Seen
+
+    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(like.device)
+    parts = [part for name, part in module.named_modules() if name]
+    handles = [part.register_forward_pre_hook(see) for part in parts] + [part.register_forward_hook(see) for part in parts]
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            module(images)
+    except Exception:  # `_Seen`, or any code's own: what was not seen is not so
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return alike == [at < prefix for at in range(tokens)]
 
 
 def without_head(module: nn.Module, head: Sequence[str]) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from moee.errors import UserError
+from moee.interface.computed import computed
 
 log = logging.getLogger("moee")
 INSIDE = {  # where wrappers that compute the same keep the module, and what was done to it
@@ -38,23 +40,27 @@ def plain(module: Any, title: str) -> Any:
     if any(tensor.is_meta for tensor in state.values()):
         raise UserError(f"{title} is on the device meta, which has no weights; give it with them")
     for name, part in module.named_modules():
+        if not is_parametrized(part) and (by := computed(part)):
+            raise UserError(f"`{name or type(part).__name__}` of {title} {by} first")
         made = next((key for key, value in vars(part).items() if isinstance(value, Tensor) and not value.is_leaf), None)
         if made is not None:
             raise UserError(
-                f"{title} computes {f'{name}.' if name else ''}{made} anew at each run, as pruned layers do; make it a plain "
-                "weight first (torch.nn.utils.prune.remove, remove_weight_norm)"
+                f"{title} computes {f'{name}.' if name else ''}{made} anew at each run; make it a plain weight "
+                "first"
             )
     return module
 
 
 def unwrapped(module: nn.Module, title: str) -> nn.Module:
-    """The module with wrappers taken from its submodules, in place. Raises `UserError` for one whose state has other names than
-    its modules: what was saved could not be read again."""
+    """The module with wrappers taken from its submodules, and torch's encoder layers run part by part, in place. Raises
+    `UserError` for one whose state has other names than its modules: what was saved could not be read again."""
     for part in list(module.modules()):
         for name, child in list(part.named_children()):
             while (inner := _inside(child, title)) is not None:
                 setattr(part, name, inner)
                 child = inner
+        if isinstance(part, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            _run_by_parts(part)
     state = module.state_dict()
     lost = next((name for name in _names(module) if name not in state), None)
     if lost is not None:
@@ -62,6 +68,16 @@ def unwrapped(module: nn.Module, title: str) -> nn.Module:
             f"{title} saves its weights under other names than its modules have ({lost}), as wrappers do; give the module inside"
         )
     return module
+
+
+def _run_by_parts(layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer) -> None:
+    """A layer of torch whose activation is a module, and which does without the kernel that in eval mode reads the weights past
+    their modules: what takes the place of a part would not be run."""
+    for function, module in ((nn.functional.relu, nn.ReLU), (nn.functional.gelu, nn.GELU)):
+        if layer.activation is function:
+            layer.activation = module()
+    if isinstance(layer, nn.TransformerEncoderLayer):
+        layer.activation_relu_or_gelu = 0
 
 
 def _names(module: nn.Module) -> Iterator[str]:

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from moee.interface.computed import is_leaf, is_parametrisation
 from moee.layers.activations import ACTIVATIONS, KNOWN
-from moee.mlps.structure import INERT, SHARED, Dense, is_map, read_split, shared_parameters
+from moee.mlps.structure import INERT, SHARED, Dense, is_map, read_split, runs_several_times, shared_parameters
 from moee.models.ffn import FFN
 
 WINDOW = 8  # maps whose output is kept at a time: what runs beside an MLP between its up and its down map
@@ -68,10 +69,10 @@ class Flow:
         self.model, self.judge = model, judge
         self.parts: dict[str, Any] = {
             path: part for path, part in model.named_modules()
-            if path and path not in whole and not path.startswith(inside)
-            and (_is_leaf(part) or _has_state(part)) and not isinstance(part, INERT)
+            if path and path not in whole and not path.startswith(inside) and not is_parametrisation(path)
+            and (is_leaf(part) or _has_state(part)) and not isinstance(part, INERT)
         }  # fmt: skip
-        self.maps = {path for path, part in self.parts.items() if is_map(part) and _is_leaf(part)}
+        self.maps = {path for path, part in self.parts.items() if is_map(part) and is_leaf(part)}
         sizes = Counter(tuple(self.parts[path].weight.shape[:2]) for path in self.maps)
         if not any(sizes[d, h] > (d == h) for h, d in list(sizes)):
             self.parts, self.maps = {}, set()
@@ -122,11 +123,11 @@ class Flow:
         up, act, down = site.parts
         for path in (up, down):
             if self.counts[path] > 1:
-                return f"`{path}` runs {self.counts[path]} times an image"
+                return f"`{path}` {runs_several_times(self.counts[path])}"
             if any(id(p) in shared for p in self.parts[path].parameters()):
                 return SHARED
         if self.counts[act] > 1:
-            return f"its activation `{act}` runs {self.counts[act]} times an image: give each MLP one of its own"
+            return f"its activation `{act}` runs {self.counts[act]} times in one forward pass: give each MLP one of its own"
         hooked = [path for path in site.parts if path in self.hooked]
         return f"`{hooked[0]}` carries hooks of its own" if hooked else ""
 
@@ -231,10 +232,6 @@ class Flow:
         depth = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
         around = (self.model.get_submodule(".".join(path[: depth + 1])) for path in (a, b))
         return all(sum(map(has_weights, part.modules())) == 1 for part in around)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
 
 
 def has_weights(module: nn.Module) -> bool:

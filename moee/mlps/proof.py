@@ -13,7 +13,7 @@ from moee.errors import UserError
 from moee.interface.adapted import title_of_model
 from moee.mlps.flow import Flow, Near, Site
 from moee.mlps.sites import SplitMLP
-from moee.mlps.structure import read_module, read_split
+from moee.mlps.structure import read_module, read_split, runs_several_times
 from moee.models.ffn import FFN
 from moee.models.model import Shape
 from moee.schema import reason_of
@@ -99,7 +99,7 @@ def prove(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Tenso
         if not call.count:
             calls[name] = replace(call, obstacle="takes no part in a forward pass")
         elif call.count > 1:
-            calls[name] = replace(call, obstacle=f"runs {call.count} times an image")
+            calls[name] = replace(call, obstacle=runs_several_times(call.count))
     sites = flow.sites()
     calls |= {name: Call(1, site.tokens) for name, site in sites.items() if isinstance(site.read, FFN)}
     return Run(calls, sites, flow.near, images, output)

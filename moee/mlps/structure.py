@@ -18,6 +18,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from moee.errors import UserError
+from moee.interface.computed import computed, is_leaf, is_parametrisation
 from moee.layers.activations import KNOWN, activation_name
 from moee.mlps.gated_structure import gated_width, read_gated
 from moee.models.ffn import FFN
@@ -27,6 +28,11 @@ INERT = (nn.Identity, DropPath, nn.modules.dropout._DropoutNd)  # pass their inp
 
 SHARED = "shares weights with another module"
 HOOKED = "has a forward hook, which would no longer run"
+
+
+def runs_several_times(count: int) -> str:
+    """What is said of an MLP that one forward pass runs several times: what takes its place would see the tokens of all runs."""
+    return f"runs {count} times in one forward pass, on other tokens each time; only what runs once is cut"
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def read_module(name: str, module: nn.Module) -> FFN | Dense | None:
     """`module` as an MLP, with what speaks against it, or None if it is nothing like one."""
-    leaves = {path: part for path, part in module.named_modules() if path and next(part.children(), None) is None}
+    leaves = {path: part for path, part in module.named_modules() if path and is_leaf(part) and not is_parametrisation(path)}
     maps = {path: part for path, part in leaves.items() if is_map(part)}
     functions = {
         path: part for path, part in leaves.items()
@@ -106,9 +112,9 @@ def read_module(name: str, module: nn.Module) -> FFN | Dense | None:
     }  # fmt: skip
     gated = len(maps) == 3 and sum("." not in path for path in maps) >= 2
     if (len(maps) != 2 and not gated) or _within_one_child(maps):
-        return None
+        return _with_factors(module)
     width = gated_width(maps)
-    if width and (as_gated := read_gated(name, module, maps, functions, _foreign(module, maps) or _unplain(maps))):
+    if width and (as_gated := read_gated(name, module, maps, functions, _unknown(module, maps) or _unplain(maps))):
         return Dense(as_gated, width) if isinstance(as_gated, str) else as_gated
     if not functions:
         return None
@@ -121,11 +127,25 @@ def read_module(name: str, module: nn.Module) -> FFN | Dense | None:
     return _ffn((name,), up, next(iter(functions.values())), down)
 
 
+def _with_factors(module: nn.Module) -> Dense | None:
+    """What speaks against two maps of an MLP's widths of which one has factors of LoRA beside it, as peft has them."""
+    maps: dict[str, Any] = {name: getattr(part, "base_layer", part) for name, part in module.named_children()}
+    maps = {name: part for name, part in maps.items() if is_map(part)}
+    beside = next((name for name, part in maps.items() if part is not module.get_submodule(name)), None)
+    shapes = [tuple(part.weight.shape[:2]) for part in maps.values()]
+    if beside is None or len(shapes) != 2 or shapes[0] != shapes[1][::-1] or shapes[0][0] == shapes[0][1]:
+        return None
+    reason = f"`{beside}` has factors of LoRA beside its weight: merge them first (in peft merge_and_unload())"
+    return Dense(reason, max(shapes[0]))
+
+
 def read_split(paths: Sequence[str], up: Any, act: nn.Module, down: Any) -> FFN | Dense | None:
     """An up map, an activation and a down map that lie apart, at `paths`, as an MLP; otherwise as `read_module`."""
     if not is_map(up) or not is_map(down) or up is down:
         return None
     for path, part in ((paths[0], up), (paths[2], down)):
+        if by := computed(part):
+            return Dense(f"`{path}` {by}", int(up.weight.shape[0]))
         known = {id(part.weight), id(part.bias)}
         if next(part.children(), None) or any(id(t) not in known for t in (*part.parameters(), *part.buffers())):
             return Dense(f"`{path}` computes its weights from others", int(up.weight.shape[0]))
@@ -163,6 +183,11 @@ def _within_one_child(maps: dict[str, nn.Module]) -> bool:
     return len(firsts) == 1
 
 
+def _unknown(module: nn.Module, maps: dict[str, Any]) -> str:
+    """What computes the weights of its maps, or what a module holds beside them, if so."""
+    return next((f"`{path}` {by}" for path, part in maps.items() if (by := computed(part))), "") or _foreign(module, maps)
+
+
 def _foreign(module: nn.Module, maps: dict[str, Any]) -> str:
     """What a module holds beside its maps, if so."""
     inside = {id(t) for part in maps.values() for t in (part.weight, part.bias) if t is not None}
@@ -176,7 +201,7 @@ def _foreign(module: nn.Module, maps: dict[str, Any]) -> str:
 def _obstacle(module: nn.Module, maps: dict[str, Any], functions: dict[str, nn.Module]) -> str:
     """What keeps a module of two maps from being down(act(up(x))), as far as its parts show it."""
     others = ", ".join(f"`{path}` ({type(part).__name__})" for path, part in functions.items())
-    reason = _foreign(module, maps) or _map_obstacle(maps, f"holds {others} beside its two maps" if len(functions) > 1 else "")
+    reason = _unknown(module, maps) or _map_obstacle(maps, f"holds {others} beside its two maps" if len(functions) > 1 else "")
     act = next(iter(functions.values()))
     return reason or ("" if activation_name(act) else f"uses {type(act).__name__}; known are {KNOWN}")
 

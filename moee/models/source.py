@@ -21,7 +21,8 @@ from moee.models.input_size import sized
 from moee.models.model import LIBRARIES, ModelSpec, build_model, check_arguments, check_numbers, load_model, state_sha256
 from moee.models.training_args import as_trained
 from moee.schema import shown
-from moee.weights.fitting import Fit, alternatives, best_fit, classes_of, holds_head, image_size, listed
+from moee.weights.difference import image_size
+from moee.weights.fitting import Fit, alternatives, best_fit, classes_of, holds_head, listed
 from moee.weights.hub import CONFIG, find_folder, source_of
 from moee.weights.loading import classifier_names, refuse_misfit
 from moee.weights.weights_file import checkpoint_sha256, containers, read_checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from moee.progress import Reporter, silent, track
 
@@ -16,6 +17,15 @@ WHOLE_BYTES = 1 << 28
 SAMPLED_FILES, END_BYTES = 4096, 4096
 BLOCK_BYTES = 1 << 20
 COMPARED = "hash of the images"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where something lies: a file, or `size` bytes of one from the byte `start` on (-1: all that there are)."""
+
+    path: str
+    start: int = 0
+    size: int = -1
 
 
 def files_digest(paths: Sequence[str], root: str, report: Reporter = silent) -> bytes:

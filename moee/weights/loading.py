@@ -12,7 +12,8 @@ from moee.errors import UserError
 from moee.interface.adapted import bare
 from moee.interface.spec import WeightsPart
 from moee.schema import shown
-from moee.weights.fitting import Fit, best_fit, difference, listed
+from moee.weights.difference import difference
+from moee.weights.fitting import Fit, best_fit, listed
 from moee.weights.weights_file import containers, read_checkpoint, unusable
 
 
@@ -47,7 +48,7 @@ def refuse_misfit(fit: Fit, model: nn.Module, path: Path, name: str, content: Ma
             f"checkpoint {path} holds {listed(useless)} without plain values: {shown(key, quoted=False)} is {kind}; save dense "
             "float tensors on the CPU"
         )
-    if not fit.complete:
+    if fit.rivals or not fit.complete:
         says = content.get("arch")  # timm's train.py writes it
         reason = difference(fit, model, name, classifier_names(model), says if isinstance(says, str) else None)
         raise UserError(f"checkpoint {path} does not fit: {reason}")

@@ -1,6 +1,7 @@
 """Every command reads the images of an artifact as it was made from them: the same division, the same classes."""
 
 import shutil
+import tarfile
 from dataclasses import asdict
 
 import numpy as np
@@ -241,3 +242,27 @@ def test_held_out_images_that_a_stage_was_trained_on_are_counted_and_said(made, 
     moee, splits = checkpoint.load(root / "model"), load_splits(str(pictures / "train"), TRANSFORM)
     moee.check_images(str(pictures / "train"), *splits)  # as finetune and shrink do
     assert said in caplog.text and all(any(said in note for note in data.notes) for data in splits)
+
+
+@pytest.mark.parametrize("layout", ["folder", "shards"])
+def test_copies_of_images_that_a_stage_was_trained_on_are_counted(made, tmp_path, layout):
+    """In another folder, and in shards."""
+    root = recorded(made, tmp_path / "r", {**COUNTS, "division": None})
+    changed(root, "split")
+    pictures, given = root / "pictures", tmp_path / "given"
+    copied = sorted((pictures / "train").rglob("*.png"))[:3]
+    if layout == "folder":
+        (given / "val" / "a").mkdir(parents=True)
+        for path in [*copied, next((pictures / "val").rglob("*.png"))]:
+            shutil.copy(path, given / "val" / "a" / f"other-{path.name}")
+    else:
+        pytest.importorskip("webdataset", reason="the extra `stream`")
+        given.mkdir()
+        for split, paths in (("train", sorted((pictures / "val").rglob("*.png"))), ("val", copied)):
+            with tarfile.open(given / f"{split}.tar", "w") as archive:
+                for path in paths:
+                    archive.add(path, path.name)
+    record = checkpoint.load(root / "model").record
+    held_out = record.images("val", f"{'wds/' if layout == 'shards' else ''}{given}")
+    of = f"3 of the {len(held_out)} held-out images are training images of {pictures}, 3 of them byte by byte under another name"
+    assert any(of in note for note in held_out.notes), held_out.notes

@@ -310,7 +310,7 @@ def test_what_a_function_compiled_is_taken_plain(place, caplog):
     (["mymodels:sizeless"], "does not say which size of images it takes: give --img-size"),
     (["mymodels:changing"], "returns are not those that the artifact was made from, or other ones at every call"),
     (["mymodels:quantised"], "mymodels:quantised returned is quantised"),
-    (["mymodels:pruned"], "computes fc.weight anew at each run"),
+    (["mymodels:pruned"], "`fc` of the model that mymodels:pruned returned has weights that a hook computes (pruning): remove"),
     (["mymodels:traced"], "mymodels:traced returned is TorchScript"),
     (["mymodels:mine", "--img-size", 36], "patches of 8 x 8 pixels"),
     (["mymodels:Mine", "--num-classes", 3], "gives 2 outputs, --num-classes says 3"),

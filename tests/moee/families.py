@@ -99,7 +99,7 @@ SLOW = {
     "nfnet": Family("nfnet_f0", dense=(SE,)),
     "efficientformer": Family("efficientformer_l1", {}, 224, cut=1, scaled=1, dense=("`norm1` \\(BatchNorm2d\\)",)),
     "efficientformerv2": Family("efficientformerv2_s0", {}, 224, dense=("`fc1.bn`",)),
-    "coat": Family("coat_tiny", dict(img_size=64), cut=8, dense=("runs 3 times an image",)),
+    "coat": Family("coat_tiny", dict(img_size=64), cut=8, dense=("runs 3 times in one forward pass",)),
     "resmlp": Family("resmlp_12_224", dict(img_size=64), cut=12, scaled=12),
     "mixer": Family("mixer_s32_224", {}, 224, cut=16),
     "gmixer": Family("gmixer_12_224", {}, 224, gated=24),

@@ -15,6 +15,7 @@ from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, has_feature_map, on_meta, run_model
 from moee.interface.spec import InputConfig
 from moee.libraries.adapt import adapt, library_of
+from moee.progress import silent
 
 transformers = pytest.importorskip("transformers")
 SMALL = InputConfig(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -45,6 +46,19 @@ class Stranger(nn.Module):
     def forward(self, images):
         tokens = self.block(self.cut(images).flatten(2).transpose(1, 2))
         return getattr(self, self.last)(tokens.mean(1))
+
+
+class Detector(Stranger):
+    """Four tokens of its own behind the patches, as YOLOS has for what it detects, or before them."""
+
+    def __init__(self, last: bool):
+        super().__init__()
+        self.own, self.behind = nn.Parameter(torch.randn(1, 4, 16)), last
+
+    def forward(self, images):
+        patches = self.cut(images).flatten(2).transpose(1, 2)
+        own = self.own.expand(images.shape[0], -1, -1)
+        return self.fc(self.block(torch.cat([patches, own] if self.behind else [own, patches], 1)).mean(1))
 
 
 # maker, last feature map, classes, width, width of the output, tokens that are no patches, head
@@ -93,6 +107,40 @@ def test_what_a_model_gives_is_found_by_running_it(name):
     with torch.no_grad():
         assert torch.equal(fresh(images), output)
     assert not model.training and model.train().net.training
+
+
+def test_tokens_that_do_not_come_before_the_patches_are_no_prefix():
+    """What a fit weighs a class token by would be given to patches."""
+    found = [adapt(Detector(last), SMALL).description for last in (False, True)]
+    assert [d.num_prefix_tokens for d in found] == [4, 0]
+    assert [any("4 tokens of Detector are no patches and do not come before them" in n for n in d.notes) for d in found] == [0, 1]
+
+
+class OfTorch(nn.Module):
+    """torch's own encoder, whose kernel for eval mode reads its weights past their modules."""
+
+    def __init__(self, activation, norm_first):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.1, activation, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.cut, self.fc, self.image_size = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5), 32
+
+    def forward(self, images):
+        return self.fc(self.encoder(self.cut(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", nn.functional.gelu, nn.GELU()])
+def test_torchs_own_encoder_layers_are_cut(activation, norm_first):
+    given = OfTorch(activation, norm_first).eval()
+    images = torch.randn(12, 3, 32, 32)
+    before = given(images)
+    labels = torch.arange(12) % 5
+    result = moee.extract(given, (images, labels), (images + 1, labels), method="static", keep=0.75, report=silent)
+    assert [layer["status"] for layer in result.info["layers"]] == ["routed"] * 2
+    assert torch.equal(given(images), before) and given.encoder.layers[0].activation_relu_or_gelu
+    with torch.no_grad():
+        assert result.model(images).shape == (12, 5) and torch.allclose(result.dense()(images), before, atol=1e-5)
 
 
 def test_timm_models_are_taken_as_they_are():

@@ -300,12 +300,12 @@ TRAPS = {
     "an unknown function": (UnknownFunction, "what lies between .* is none of gelu", "its activation is a function"),
     "an unknown module": (lambda: Block(nn.Mish()), "uses Mish; known are gelu", None),
     "parameters between": (NormBetween, "more than an activation lies between", None),
-    "maps used twice": (Twice, "`blocks.0.fc1` runs 2 times an image", None),
+    "maps used twice": (Twice, "`blocks.0.fc1` runs 2 times in one forward pass", None),
     "a weight is read": (ReadsWeight, "something else in the model uses its parts: .*weight", None),
     "the width is read": (ReadsWidth, "something else in the model uses its parts: .*in_features", None),
     "the hidden layer is read": (ReadsHidden, "something else in the model reads its hidden layer", ""),
     "the hidden layer is clamped": (ClampsHidden, "on inputs 256 times as large, such as a clamp", ""),
-    "weight norm": (Parametrized, "", None),
+    "weight norm": (Parametrized, r"`blocks.0.fc1` has a parametrisation .weight norm.: remove it with torch", None),
     "a computed weight": (ComputedWeights, "computes its weights from others", None),
     "gated": (Gated, "gated|three linear maps", None),
     "a gate of channels": (OneToken, "sees one token an image", None),
@@ -366,7 +366,7 @@ def test_an_activation_that_blocks_share_stays():
         found = find_ffns(each, shape=SHAPE)
         assert [ffn.name for ffn in found.ffns] == ["blocks.2.fc1"]
         reasons = {name: part.reason for name, part in found.dense.items()}
-        alike = "its activation `blocks.0.gelu` runs 2 times an image: give each MLP one of its own"
+        alike = "its activation `blocks.0.gelu` runs 2 times in one forward pass: give each MLP one of its own"
         assert reasons == {"blocks.0.fc1": alike, "blocks.1.fc1": alike}
 
 

@@ -97,6 +97,24 @@ class Twice(nn.Module):
         return self.inner(self.inner(x))
 
 
+class Factors(nn.Module):
+    """As peft leaves a map of which the factors are not merged."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = nn.Linear(32, 64)
+        self.lora_A, self.lora_B = nn.Linear(32, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+class Adapted(Plain):
+    def __init__(self):
+        super().__init__()
+        self.widen = Factors()
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -135,7 +153,8 @@ def with_mlp(mlp, at=1):
         (lambda: Plain(act=nn.Mish()), "blocks.1.mlp", "uses Mish; known are gelu"),
         (lambda: Plain(act=nn.PReLU()), "blocks.1.mlp", "holds `bend` (PReLU)"),
         (TwoArguments, "blocks.1.mlp.inner", "called with 2 arguments"),
-        (Twice, "blocks.1.mlp.inner", "runs 2 times an image"),
+        (Twice, "blocks.1.mlp.inner", "runs 2 times in one forward pass"),
+        (Adapted, "blocks.1.mlp", "`widen` has factors of LoRA beside its weight: merge them first"),
         (Unused, "blocks.1.mlp.inner", "takes no part in a forward pass"),
         (Mixing, "blocks.1.mlp.inner", "do not lie image by image"),
     ],

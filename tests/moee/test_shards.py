@@ -234,7 +234,7 @@ def write_members(root, **members):
     for split in ("train", "val"):
         with tarfile.open(root / f"{split}-0.tar", "w") as archive:
             for i in range(2):
-                add(archive, f"{i:05d}.png", png(i))
+                add(archive, f"{i:05d}.png", png(i + 2 * (split == "val")))
                 for extension, text in members.items():
                     add(archive, f"{i:05d}.{extension}", text.encode())
     return f"wds/{root}"
@@ -266,3 +266,18 @@ def test_timms_reader_keeps_quiet_about_a_file_that_no_set_needs(tmp_path, trans
     pytest.importorskip("webdataset", reason="the extra `stream`")
     load_splits(write_classes(tmp_path / "s", train=[0, 1], val=[1]), transform)
     assert not [record for record in caplog.records if record.name.startswith("timm")]
+
+
+def test_copies_in_other_shards_are_counted(tmp_path, transform):
+    """Of the same images in both splits, of a set that is divided, and of none."""
+    pytest.importorskip("webdataset", reason="the extra `stream`")
+    train, _ = load_splits(write_classes(tmp_path / "s", train=[0, 1, 2, 2], val=[0, 1]), transform)
+    assert any("2 of the 2 held-out images are copies of training images, byte for byte" in note for note in train.notes)
+    for name, values, said in (("twice", [*range(8), *range(8)], True), ("once", range(16), False)):
+        (tmp_path / name).mkdir()
+        for shard in range(2):
+            with tarfile.open(tmp_path / name / f"{shard}.tar", "w") as archive:
+                for i, value in enumerate(values[8 * shard : 8 * shard + 8]):
+                    add(archive, f"{i:05d}.png", png(value))
+        _, val = load_splits(f"wds/{tmp_path / name}", transform)
+        assert any("copies of training images" in note for note in val.notes) == said

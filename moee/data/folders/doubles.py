@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from moee.data.folders.walk import Inode, Listing
-from moee.data.leaks import copied_files
 from moee.errors import UserError
 
 
@@ -31,24 +28,12 @@ def take_apart(source: str, listings: dict[str, Listing]) -> list[str]:
     kept = [image for image in train.images if image[1] is None or image[1] not in held_out]
     both = len(train.images) - len(kept)
     if not both:
-        return copied(train.paths(), val.paths())
+        return []
     if not kept:
         raise UserError(f"data {source!r}: every image of {train.root} is in {val.root} too; give val images of its own, or "
                         f"remove it and a fifth is held out")  # fmt: skip
     train.images = kept
-    return [f"{count_images(both)} in both train and val, under whatever name, {'is' if both == 1 else 'are'} not trained on",
-            *copied(train.paths(), val.paths())]  # fmt: skip
-
-
-def copied(train: Iterable[tuple[str, str | None]], val: Iterable[tuple[str, str | None]]) -> list[str]:
-    """A sentence if held-out images are copies of training images. Both by path and class name."""
-    held_out = [path for path, _ in val]
-    both, looked = copied_files([path for path, _ in train], held_out)
-    if not both:
-        return []
-    of = f"{looked} compared held-out images" if looked < len(held_out) else f"the {looked} held-out images"
-    are = "is a copy" if both == 1 else "are copies"
-    return [f"{both} of {of} {are} of training images, byte for byte: on them an accuracy says nothing"]
+    return [f"{count_images(both)} in both train and val, under whatever name, {'is' if both == 1 else 'are'} not trained on"]
 
 
 def count_images(count: int) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from moee.data.class_names import class_name, listed
-from moee.data.folders.doubles import copied, count_images, take_apart, without_doubles
+from moee.data.folders.doubles import count_images, take_apart, without_doubles
 from moee.data.folders.splits import LAYOUT, TYPES, find_splits
 from moee.data.folders.walk import Listing, Walk
 from moee.data.image_set import Division, ImageSet, Source, divide
@@ -20,7 +20,7 @@ from moee.data.transform import Transform, decoded, evaluation
 from moee.errors import UserError
 from moee.natural_order import in_order
 from moee.progress import Reporter, silent
-from moee.store.file_content import files_digest
+from moee.store.file_content import Stored, files_digest
 from moee.store.wrong_folder import what_is_in
 
 
@@ -56,6 +56,9 @@ class FolderSet(ImageSet):
     def describe(self, index: int) -> str:
         return self.paths[index]
 
+    def stored(self, index: int) -> Stored:
+        return Stored(self.paths[index])
+
     def content(self, report: Reporter = silent) -> bytes:
         return files_digest(self.paths, self.name, report)
 
@@ -77,7 +80,6 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
         notes.append("there is no train and val, so a fifth of the images is held out")
         whole = samples["all"]
         samples = {split: [whole[i] for i in part] for split, part in divide(len(whole), seed).items()}
-        notes += copied(samples["train"], samples["val"])
     empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
     sets: dict[str, ImageSet] = {split: FolderSet(source, part, transform) for split, part in samples.items()}
     if not divided:
