@@ -112,6 +112,23 @@ def test_a_plan_and_an_ablation_try_it(norms, session, tmp_path):
     assert {cell.point for cell in cells} == {"0.50", "0.70", "0.90"}
 
 
+def test_a_method_that_looks_at_tokens_is_refitted_exported_and_planned(monkeypatch, session, tmp_path):
+    METHODS.extend(added("A method that looks at tokens", monkeypatch))
+    try:
+        few = {"experts": 3, "tokens": 300, "refit_tokens": 300}
+        recipe = make_recipe("drawn", values={**few, "keep": 0.25})
+        moee = run_extract(session.spec, "digits", recipe, tmp_path / "m", session=session)
+        for layer in moee.info["layers"]:
+            assert layer["experts"] == 3 and layer["widths"] == [32, 32, 32] and 32 <= layer["union"] <= 96
+            assert sum(layer["share"]) == pytest.approx(1) and layer["refit"]["tokens"] > 0
+        assert cli.main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "e")]) == 0
+        assert cli.main(["verify", str(tmp_path / "e"), "--model", str(tmp_path / "m"), "--images", "0"]) == 0
+        plan = make_plan(session, Budget(target_macs=0.7), tmp_path / "plan", methods=("drawn",), base=few)
+        assert plan["points"][0]["macs"] == pytest.approx(0.7, abs=0.02)
+    finally:
+        METHODS.pop()
+
+
 def apply(diff: str, root: Path) -> None:
     """Change the file that a diff begins with: each hunk's old lines, which stand in it once, become its new ones."""
     name, *hunks = re.split(r"^@@\n", diff, flags=re.M)
@@ -132,7 +149,7 @@ def changed(tmp_path_factory):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", root)
     changes = code("An activation", "diff")
-    assert len(changes) == 6
+    assert len(changes) == 9
     for diff in changes:
         apply(diff, root)
     return root
@@ -172,6 +189,14 @@ def test_the_plugin_knows_it(changed, tmp_path):
     flags = [word for folder in include for word in ("-isystem", str(folder))]
     done = subprocess.run(["g++", "-std=c++17", "-fsyntax-only", *flags, str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_the_operator_on_a_cpu_knows_it(changed):
+    own = "tests/plugins/test_cpu_operator.py::test_every_activation"
+    shown = run_in(changed, "-m", "pytest", "-p", "no:cacheprovider", f"{own}[relu6-16]", f"{own}[gelu-16]")
+    assert "2 passed" in shown
 
 
 def test_a_runtime_verifies_and_is_timed(tiny_moee, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moee.calibrate.calibration import LayerTokens, collect_tokens, gather_tokens
 from moee.calibrate.elimination import Elimination
 from moee.calibrate.grouping import GroupedLayer
-from moee.calibrate.options import MEASURED, CalibrationOptions, NeuronOptions
+from moee.calibrate.options import MEASURED, CalibrationOptions, NeuronOptions, SelectionOptions
 from moee.calibrate.refit import refit
 from moee.calibrate.sensitivity import RoutedStats, Sensitivity, measure_sensitivity
 from moee.data.image_set import ImageSet, refuse_all_skipped
@@ -181,7 +181,7 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
         layers = {name: layer for name in ffns if isinstance(layer := model.get_submodule(name), NeuronLayer)}
         done = refit(
             model, layers, ffns, seen, options.refit_tokens, ridge=options.refit_lambda, report=context.report, group=group,
-            elimination=Elimination(chosen_anew, prepared.metric(options)) if options.neurons == "eliminated" else None,
+            elimination=Elimination(chosen_anew, prepared.metric(options)) if _eliminates(options) else None,
             dense=dense, limits=context.limits,
         )  # fmt: skip
         give_back()
@@ -189,6 +189,11 @@ def install_experts(model: nn.Module, prepared: Prepared, options: Any, context:
             done = {name: replace(r, note="; ".join(filter(None, [r.note, MERGED]))) for name, r in done.items()}
         reports = [replace(r, refit=done[r.name], union=layers[r.name].union) if r.name in done else r for r in reports]
     return [*reports, *prepared.dense]
+
+
+def _eliminates(options: Any) -> bool:
+    """Whether the refit chooses the neurons anew; methods that choose them in a way of their own have no such option."""
+    return isinstance(options, SelectionOptions) and options.neurons == "eliminated"
 
 
 def _put_layers(model: nn.Module, prepared: Prepared, options: Any, data: ImageSet) -> list[LayerReport]:

@@ -171,6 +171,28 @@ def test_constant_activations_leave_the_layer_as_it_was(ridge):
     assert torch.equal(layer.w_down, before)
 
 
+@pytest.mark.parametrize("far", [0.0, 1000.0])
+def test_nearly_constant_activations_are_told_by_their_own_size(far):
+    """Neurons that never fire, and ones whose spread beside their mean is the rounding of float32."""
+    layer, ffn, x = starved(500)
+    for weights, bias in ((ffn.w_up, ffn.b_up), (layer.w_up.data, layer.b_up.data)):
+        weights.mul_(1e-6 if far else 0.0)
+        bias.fill_(far)
+    before = layer.w_down.detach().clone()
+    facts = refit_layer(layer, ffn, x, 0.01)
+    assert facts.note == "refit skipped: the activations are constant" and torch.equal(layer.w_down, before)
+    if far:  # a spread that is no rounding is not skipped
+        layer.w_up.data.mul_(1e6)
+        assert refit_layer(layer, ffn, x, 0.01).ridge == 0.01
+
+
+@pytest.mark.parametrize(("tokens", "note"), [(63, "refitted on 63 tokens for 64 neurons"), (64, "")])
+def test_fewer_tokens_than_neurons_are_said(tokens, note):
+    layer, ffn, x = starved(tokens)
+    facts = refit_layer(layer, ffn, x, 0.1)
+    assert (facts.note, facts.ridge, facts.tokens, facts.neurons) == (note, 0.1, tokens, 64)
+
+
 def test_a_well_posed_fit_keeps_its_bits():
     (a, r), _ = problem(300, 1.0)
     gram, cross = a.T @ a, a.T @ r

@@ -57,16 +57,10 @@ class MoeficationMethod(LayerMethod[MoeficationOptions]):
         self, options: MoeficationOptions, target: float, model: nn.Module, shape: tuple[int, int, int]
     ) -> MoeficationOptions:
         """The most experts a token whose MACs, router included, meet the target."""
-        from moee.measure.metrics import original_macs, saved_macs, tokens_per_image
-        from moee.methods.neurons.choice import ffn_budget
-        from moee.mlps.find import find_ffns
+        from moee.methods.neurons.choice import kept_share
 
-        ffns = {f.name: f for f in find_ffns(model, options.exclude).ffns}
-        tokens = tokens_per_image(model, ffns, shape)
-        whole = sum(tokens[n] * f.macs for n, f in ffns.items())
-        routers = sum(tokens[n] * f.dim * options.experts for n, f in ffns.items())
-        budget = ffn_budget(original_macs(model, shape), whole, target, saved_macs(model, shape))
-        most = int((budget - routers) * options.experts / whole)
+        share = kept_share(model, options.exclude, target, shape, experts=options.experts)
+        most = int(share * options.experts + 1e-9)
         if most < 1:
             raise OutOfReach(f"--target-macs {target:g}: not one of {options.experts} experts a token fits")
         return options.model_copy(update={"top_k": min(most, options.experts)})

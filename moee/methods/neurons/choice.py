@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from moee.data.image_set import ImageSet, batches, image_shape
 from moee.errors import OutOfReach
 from moee.measure.metrics import original_macs, saved_macs, tokens_per_image
 from moee.methods.neurons.allocation import Candidate, allocate
+from moee.mlps.find import find_ffns
 
 log = logging.getLogger("moee")
 SHORT = 0.005  # of the model's MACs, by which a floor may miss a target without a word
@@ -89,6 +91,21 @@ def _share_for(
         else:
             high = middle
     return best
+
+
+def kept_share(
+    model: nn.Module, exclude: Sequence[str], target: float, shape: tuple[int, int, int], *, experts: int = 1
+) -> float:  # fmt: skip
+    """The share of its MLPs' neurons that a token may use for `model`, on images of `shape`, to end at the share `target` of the
+    dense MACs, when each MLP but those of `exclude` gets a router of so many `experts`. Raises `OutOfReach` if none are left."""
+    ffns = {ffn.name: ffn for ffn in find_ffns(model, exclude).ffns}
+    tokens = tokens_per_image(model, ffns, shape)
+    whole = sum(tokens[name] * ffn.macs for name, ffn in ffns.items())
+    routers = sum(tokens[name] * ffn.routing_macs(experts) for name, ffn in ffns.items())
+    budget = ffn_budget(original_macs(model, shape), whole, target, saved_macs(model, shape))
+    if budget <= routers:
+        raise OutOfReach(f"--target-macs {target:g}: routers of {experts} experts take all that is left to the MLPs; give more")
+    return min(1.0, (budget - routers) / whole)
 
 
 def ffn_budget(total: int, ffn: int, target: float, saved: int = 0, *, floor: float = 0.0) -> float:

@@ -1,0 +1,177 @@
+"""Which part of a checkpoint is taken, and what is said of one that does not fit: by small dictionaries."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from moee.errors import UserError
+from moee.weights.fitting import MAX_PREFIXES, Fit, best_fit, classes_of, difference, image_size, listed, prefixes
+from moee.weights.weights_file import containers, is_average
+
+
+class Net(nn.Module):
+    """Two maps and a head, with timm's names of them."""
+
+    def __init__(self, classes=4, width=6):
+        super().__init__()
+        self.num_classes = classes
+        self.default_cfg = self.pretrained_cfg = {"classifier": "head", "first_conv": "stem"}
+        self.stem, self.body, self.head = nn.Conv2d(3, width, 2), nn.Linear(width, width), nn.Linear(width, classes)
+
+
+HEAD = ("head",)
+
+
+def state(classes=4, width=6, seed=0):
+    torch.manual_seed(seed)
+    return dict(Net(classes, width).state_dict())
+
+
+def fit_of(given, model=None):
+    return best_fit([("", given)], model or Net(), HEAD)
+
+
+def told(given, model=None, says=None):
+    model = model or Net()
+    return difference(fit_of(given, model), model, "net", HEAD, says)
+
+
+def test_a_fit_is_complete_when_nothing_differs():
+    whole = fit_of(state())
+    assert whole.complete and whole.fitting == set(state()) and whole.sentence() == "6 tensors"
+    for change in ({"missing": ("a",)}, {"unexpected": ("a",)}, {"mismatched": {"a": ((1,), (2,))}}):
+        assert not Fit("", "", {}, **change).complete
+    assert Fit("", "", {}, outside=("a",), resized={"a": ((1,), (2,))}).complete
+
+
+def test_of_two_fits_the_one_that_fits_more_and_differs_less_is_better():
+    names = frozenset("abc")
+    better = Fit("", "", {}, names)
+    for worse in (
+        Fit("", "", {}, frozenset("ab")),
+        Fit("", "", {}, names, unexpected=("x",)),
+        Fit("", "", {}, names, {"x": ((1,), (2,))}),
+    ):
+        assert better.rank > worse.rank
+    assert (
+        Fit("", "", {}, names, unexpected=("x", "y")).rank == Fit("", "", {}, names, {"x": ((1,), (2,))}, unexpected=("y",)).rank
+    )
+    # the rest of a file may lie under a wrapper beside another model's weights
+    mixed = {f"backbone.{key}": value for key, value in state().items()}
+    found = fit_of({**mixed, "student.head.weight": torch.ones(4, 6)})
+    assert found.complete and found.prefix == "backbone." and found.outside == ("student.head.weight",)
+    assert found.sentence() == "6 tensors, prefix backbone. removed, student.head.weight left out"
+
+
+def test_averaged_weights_come_before_plain_ones_and_the_named_part_before_all():
+    plain, average = state(seed=1), state(seed=2)
+    content = {"state_dict": plain, "state_dict_ema": average}
+    found = best_fit(containers_of(content), Net(), HEAD)
+    assert found.container == "state_dict_ema" and torch.equal(found.state["body.weight"], average["body.weight"])
+    recorded = best_fit(containers_of(content), Net(), HEAD, ("state_dict", ""))
+    assert recorded.container == "state_dict" and torch.equal(recorded.state["body.weight"], plain["body.weight"])
+    assert best_fit(containers_of(content), Net(), HEAD, ("model", "")).missing == tuple(state())
+    assert is_average("model.ema.0") and is_average("Teacher_weights") and not is_average("schema") and not is_average("cinema.x")
+
+
+def containers_of(content, tmp=Path("/dev/null"), size=1 << 20):
+    with patch("moee.weights.weights_file.checkpoint_size", lambda path: size):
+        return containers(content, tmp)
+
+
+def test_containers_are_found_three_deep_and_an_optimisers_come_last():
+    inner = state()
+    three = containers_of({"a": {"b": {"c": inner}}})
+    assert [name for name, _ in three] == ["a.b.c"]
+    with pytest.raises(UserError, match=r"holds no tensors by name \('?a'?\)"):
+        containers_of({"a": {"b": {"c": {"d": inner}}}})
+    order = [
+        name for name, _ in containers_of({"optimizer": inner, "model": inner, "grads": inner, "ema": inner, "options": inner})
+    ]
+    assert order == ["ema", "model", "options", "optimizer", "grads"]
+
+
+def test_tensors_that_the_file_cannot_hold_are_refused():
+    whole = {"x": torch.ones(100)}  # 400 bytes
+    assert containers_of(whole, size=401)
+    with pytest.raises(UserError, match="claims tensors of 400 bytes in a file of 399"):
+        containers_of(whole, size=399)
+    shared = torch.ones(100)
+    assert containers_of({str(i): shared for i in range(4)}, size=401)
+    with pytest.raises(UserError, match="claims tensors of 2000 bytes in a file of 401"):
+        containers_of({str(i): shared for i in range(5)}, size=401)
+
+
+def test_prefixes_are_those_of_wrappers_around_one_another():
+    assert prefixes(["weight"]) == [""]
+    assert prefixes(["module._orig_mod.model.backbone.weight"]) == [
+        "", "module.", "module._orig_mod.", "module._orig_mod.model.", "module._orig_mod.model.backbone.",
+    ]  # fmt: skip
+    assert prefixes(["module." * 6 + "weight"])[-1] == "module." * 4
+    many = [
+        f"{a}{b}{c}w"
+        for a in ("module.", "model.", "net.")
+        for b in ("ema.", "net.", "model.")
+        for c in ("ema.", "net.", "model.")
+    ]
+    assert len(prefixes(many)) == MAX_PREFIXES and prefixes(many)[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, ""), (1, "n0"), (3, "n0, n1, n2"), (4, "n0, n1, n2 and 1 more"), (9, "n0, n1, n2 and 6 more")]
+)
+def test_long_lists_are_cut_and_counted(count, text):
+    assert listed(f"n{i}" for i in range(count)) == text
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "classes"),
+    [((7, 6), (7,), 7), ((6, 7), (7,), 7), ((7, 6), None, 7), ((5, 5), (5,), 5), ((9, 6, 1, 1), (9,), 9), ((7, 6), (6,), 6)],
+)
+def test_classes_are_counted_of_a_transposed_head_too(weight, bias, classes):
+    given = {"head.weight": torch.ones(weight)} | ({"head.bias": torch.ones(bias)} if bias else {})
+    assert classes_of({"body.weight": torch.ones(3, 3), **given}, HEAD) == classes
+    assert classes_of(given, ("other",)) == 0 and classes_of({"head.weight": torch.ones(5)}, HEAD) == 0
+
+
+def test_what_differs_is_said_with_the_flag_that_mends_it():
+    assert told(state(classes=7)) == "the file has 7 classes, net has 4: add --num-classes 7"
+    assert told({k: v for k, v in state().items() if not k.startswith("head")}).startswith(
+        "the file has no classifier, net has one:"
+    )
+    half = {k: v for k, v in state().items() if k != "head.bias"}
+    assert told(half).startswith("the file has only a part of the classifier and lacks head.bias")
+    grey = {**state(), "stem.weight": torch.ones(6, 1, 2, 2)}
+    assert told(grey) == "the file has 1 input channels, net has 3: add --in-chans 1"
+    turned = {**state(), "head.weight": torch.ones(6, 4)}
+    assert (
+        told(turned)
+        == "head.weight of the classifier is [6, 4], net takes [4, 6]: it is transposed, store it the other way round"
+    )
+    whole_numbers = {**state(), "body.weight": torch.ones(6, 6, dtype=torch.int32)}
+    assert told(whole_numbers).startswith("body.weight is int32 [6, 6], expected [6, 6] of real ones")
+    few = {"body.weight": torch.ones(6, 6), "x": torch.ones(1)}
+    assert told(few).startswith("1 of its 2 tensors fit the 6 of net: it belongs to another model;")
+    assert told(few, says="vit") == "the file says that it is vit; 1 of its 2 tensors fit the 6 of net: give that name"
+    more = {**state(), "extra": torch.ones(1)}
+    assert (
+        told(more)
+        == "6 of its 7 tensors fit the 6 of net: 1 unexpected (extra); check the model's name, --img-size and --model-kwargs"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prefix", "own", "size"),
+    [(197, 1, False, 224), (196, 0, False, 224), (198, 2, False, 224), (196, 1, True, 224), (197, 0, False, None),
+     (1, 1, False, None),
+     (2, 1, False, 16), (0, 1, False, None)],
+)  # fmt: skip
+def test_the_size_of_images_is_told_by_the_positions(tokens, prefix, own, size):
+    model = nn.Module()
+    model.patch_embed = nn.Module()
+    model.patch_embed.patch_size, model.num_prefix_tokens, model.no_embed_class = (16, 16), prefix, own
+    assert image_size((1, tokens, 8), model) == size
+    assert image_size((tokens, 8), model) is None and image_size((1, tokens, 8), nn.Module()) is None

@@ -1,0 +1,53 @@
+"""What is mutated, and which tests must notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Module:
+    """Source files that belong together, and the quick tests that hold them, as pytest takes them."""
+
+    name: str
+    sources: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+MODULES = (
+    Module(
+        "routing",
+        ("moee/layers/routing.py", "moee/layers/routed.py"),
+        ("tests/moee/test_routing.py", "tests/moee/test_ops.py", "tests/moee/test_autocast.py", "tests/moee/test_convert.py",
+         "--deselect=tests/moee/test_ops.py::test_opcheck_covers_schema_fake_and_autograd"),
+    ),
+    Module(
+        "refit",
+        ("moee/calibrate/refit.py", "moee/calibrate/ridge.py", "moee/calibrate/layer_sums.py"),
+        ("tests/moee/test_refit_ridge.py", "tests/moee/test_thread_ranks.py", "tests/moee/test_convert.py",
+         "tests/moee/test_elimination.py", "tests/moee/test_stream.py", "tests/moee/test_hierarchical.py"),
+    ),
+    Module(
+        "selection",
+        ("moee/calibrate/selection.py", "moee/calibrate/elimination.py", "moee/methods/neurons/allocation.py"),
+        ("tests/moee/test_selection.py", "tests/moee/test_elimination.py", "tests/moee/test_thread_ranks.py",
+         "tests/moee/test_allocation.py", "tests/moee/test_convert.py"),
+    ),
+    Module(
+        "loading",
+        ("moee/weights/weights_file.py", "moee/weights/fitting.py", "moee/weights/loading.py"),
+        ("tests/moee/test_fitting.py", "tests/moee/test_weights_file.py", "tests/untrusted/test_weights.py",
+         "--deselect=tests/moee/test_weights_file.py::test_models_of_these_tests_have_no_two_equal_tensors",
+         "--deselect=tests/untrusted/test_weights.py::test_safetensors_with_any_bytes_changed",
+         "--deselect=tests/untrusted/test_weights.py::test_checkpoints_with_any_tensor_changed"),
+    ),
+    Module(
+        "gates",
+        ("exporter/verification/result.py", "exporter/verification/accuracy.py", "exporter/verification/suite.py",
+         "exporter/parity/result.py", "exporter/parity/outputs.py", "exporter/parity/stats.py"),
+        ("tests/exporter/test_gate_figures.py", "tests/exporter/test_gates.py", "tests/exporter/test_junit.py",
+         "tests/exporter/test_accuracy_shown.py", "tests/exporter/test_verify.py",
+         "--deselect=tests/exporter/test_verify.py::test_typed_exports_pass_and_their_damage_is_caught",
+         "--deselect=tests/exporter/test_gates.py::test_fail_if_slower_fails_where_nothing_could_be_told"),
+    ),
+)  # fmt: skip
