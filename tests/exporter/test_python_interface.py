@@ -392,9 +392,13 @@ def test_a_compiled_model_is_the_one_that_was_compiled(data, caplog):
 
 @pytest.mark.slow
 def test_the_example_of_the_page_runs(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
+    code, after = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 32
-    (tmp_path / "example.py").write_text(code)
+    loaders = "train_loader, val_loader = DataLoader(train, 50), DataLoader(val, 50)\nimages = next(iter(val_loader))[0]\n"
+    after = after.replace('out="runs/mine", max_drop=1', 'out="runs/mine", max_drop=5, time_s=60')
+    agreed = "wanted = (model if result.part == 'dense' else cut.model)(images)\n"
+    agreed += "assert (torch.from_numpy(outputs) - wanted).abs().max() < 1e-3\n"
+    (tmp_path / "example.py").write_text(code + loaders + after + agreed)
     found = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, env=found)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -151,6 +151,14 @@ def test_keep_is_the_share_of_the_error_of_all_layers_together():
     assert allocate(layers, keep=1.0).error == pytest.approx(0)
 
 
+@pytest.mark.parametrize(("keep", "kept"), [(0.5, 4), (0.51, 5), (0.25, 2), (1.0, 8)])
+def test_a_share_of_the_error_that_is_met_exactly_needs_no_more(keep, kept):
+    candidate = Candidate(torch.full((2, 4), 0.1, dtype=torch.float64), torch.tensor([0.5, 0.5]), 10, 8, 0)
+    found = allocate({"mlp": candidate}, keep=keep)
+    assert sum(map(len, found.kept["mlp"])) == kept and found.error == pytest.approx(1 - kept / 8)
+    assert found.macs == kept * 10 * 0.5 * 8
+
+
 def test_every_expert_keeps_a_neuron_even_with_no_budget():
     layers = candidates(2)
     result = allocate(layers, macs=0.0)

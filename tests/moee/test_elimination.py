@@ -106,6 +106,36 @@ def test_each_expert_keeps_what_its_own_tokens_leave_and_misses_less(tiny_model)
     assert [layer.union for layer in layers.values()] == [report.union for report in made["eliminated"][1]]
 
 
+def test_the_gram_matrix_is_centred_although_few_tokens_tell_the_first_mean(tiny_moee):
+    """Every sixteenth token, by which the first mean goes, is far from the others."""
+    _, dense, *_ = tiny_moee
+    ffn = find_ffns(dense).ffns[0]
+    layer = routed_layers(extracted_static(dense))["blocks.0.mlp"]
+    tokens = torch.randn(480, ffn.dim, generator=torch.Generator().manual_seed(0))
+    tokens[::16] += 3.0
+    with torch.no_grad():
+        (kept,), means = eliminated(layer, ffn, [LayerPart(tokens)])
+        hidden = hidden_activations(ffn, tokens).double()
+    off = hidden - hidden.mean(0)
+    assert kept.tolist() == eliminate((off.T @ off / 480).float(), ffn.w_down.T, layer.widths[0]).tolist()
+    torch.testing.assert_close(means[0].double(), hidden.mean(0), atol=1e-5, rtol=1e-5)
+
+
+def extracted_static(dense):
+    model = copy.deepcopy(dense)
+    extract(model, tiny_images(), method_options("static", keep=0.6, compensation="none"))
+    return model
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1.0, 1e12])
+def test_a_metric_counts_by_its_shape_and_not_by_its_size(factor):
+    metric = torch.tensor([[4.0, 2.0], [2.0, 3.0]])
+    root = root_of(metric * factor)
+    whole = (root @ root.T).float()
+    torch.testing.assert_close(whole, metric * (whole[0, 0] / 4))
+    assert float(root.norm()) == pytest.approx(2**0.5, rel=1e-6)
+
+
 def test_parts_give_what_the_whole_gives_and_an_expert_without_tokens_goes_by_all(tiny_moee):
     model, dense, data, *_ = tiny_moee
     layer, ffn = next(iter(routed_layers(model).values())), find_ffns(dense).ffns[0]

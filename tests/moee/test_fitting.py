@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from moee.errors import UserError
-from moee.weights.fitting import MAX_PREFIXES, Fit, best_fit, classes_of, difference, image_size, listed, prefixes
+from moee.weights.difference import difference, image_size
+from moee.weights.fitting import Fit, best_fit, classes_of, listed
+from moee.weights.prefixes import MAX_PREFIXES, prefixes
 from moee.weights.weights_file import containers, is_average
 
 

@@ -40,6 +40,22 @@ def test_moments_do_not_depend_on_the_chunks(chunks):
         torch.testing.assert_close(moments.variance[e], member.var(0, correction=0), rtol=1e-4, atol=1e-6)
 
 
+def test_an_expert_without_tokens_has_no_moments_and_no_nan():
+    accumulator = MomentAccumulator(2, 3)
+    accumulator.add(torch.tensor([[1.0, -2.0, 0.0], [3.0, 2.0, 0.0]]), torch.zeros(2, dtype=torch.int64))
+    moments = accumulator.finish()
+    assert moments.count.tolist() == [2, 0]
+    assert moments.mean.tolist() == [[2, 0, 0], [0, 0, 0]] and moments.variance.tolist() == [[1, 4, 0], [0, 0, 0]]
+    assert moments.magnitude.tolist() == [[2, 2, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("share", "multiple", "kept"), [(0.5, 1, 2), (0.5, 3, 3), (0.75, 2, 4), (1.0, 3, 4), (1e-9, 4, 4), (0.3, 1, 2)]
+)
+def test_a_share_that_is_met_exactly_needs_no_more(share, multiple, kept):
+    assert len(keep_by_share(torch.full((4,), 0.1, dtype=torch.float64), share, multiple)) == kept
+
+
 def test_output_variance_weighs_by_the_down_projection(tiny_model):
     ffn = find_ffns(tiny_model).ffns[0]
     ffn.w_down[:, 0] = 0  # a neuron that cannot be seen in the output is never worth keeping

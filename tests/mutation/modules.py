@@ -35,7 +35,8 @@ MODULES = (
     ),
     Module(
         "loading",
-        ("moee/weights/weights_file.py", "moee/weights/fitting.py", "moee/weights/loading.py"),
+        ("moee/weights/weights_file.py", "moee/weights/fitting.py", "moee/weights/prefixes.py",
+         "moee/weights/difference.py", "moee/weights/loading.py"),
         ("tests/moee/test_fitting.py", "tests/moee/test_weights_file.py", "tests/untrusted/test_weights.py",
          "--deselect=tests/moee/test_weights_file.py::test_models_of_these_tests_have_no_two_equal_tensors",
          "--deselect=tests/untrusted/test_weights.py::test_safetensors_with_any_bytes_changed",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +93,7 @@ def _share_for(
 
 
 def kept_share(
-    model: nn.Module, exclude: Sequence[str], target: float, shape: tuple[int, int, int], *, experts: int = 1
+    model: nn.Module, exclude: tuple[str, ...], target: float, shape: tuple[int, int, int], *, experts: int = 1
 ) -> float:  # fmt: skip
     """The share of its MLPs' neurons that a token may use for `model`, on images of `shape`, to end at the share `target` of the
     dense MACs, when each MLP but those of `exclude` gets a router of so many `experts`. Raises `OutOfReach` if none are left."""
