@@ -17,6 +17,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): about 7 GB, some minutes"
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,rtx]'
 	@touch $(STAMP)
 

@@ -60,6 +60,17 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(**{**kwargs, "allow_abbrev": False})
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but what a command does not know is answered by that command, with the flag that is most like it."""
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            import difflib
+
+            inner, word = parsers_of(self, found)[-1], rest[0].partition("=")[0]
+            alike = difflib.get_close_matches(word, inner._option_string_actions, 1, 0.75) if word.startswith("-") else []
+            inner.error(f"unrecognized arguments: {' '.join(rest)}" + "".join(f" (did you mean {flag}?)" for flag in alike))
+        return found
+
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {shown(message, quoted=False, limit=MOST_SAID)}; see {self.prog} --help\n")
 
@@ -140,13 +151,21 @@ def shown_method(argv: Sequence[str]) -> str | None:
 
 def called(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, str]:
     """What the user calls the values of `args`: flags, or the metavars of what has none."""
-    names, parsers = {}, [parser]
-    for each in parsers:  # commands, and theirs
+    names = {}
+    for each in parsers_of(parser, args):
         for action in each._actions:
             names[action.dest] = action.option_strings[0] if action.option_strings else action.metavar or action.dest.upper()
-            if isinstance(action, argparse._SubParsersAction):
-                parsers.append(action.choices[getattr(args, action.dest)])
     return {name: str(word) for name, word in names.items()}
+
+
+def parsers_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[argparse.ArgumentParser]:
+    """The parser, that of the command that `args` name, and that of a command of its own."""
+    found = [parser]
+    for each in found:
+        for action in each._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found.append(action.choices[getattr(args, action.dest)])
+    return found
 
 
 def refuse_texts(args: argparse.Namespace, names: Mapping[str, str]) -> None:

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(line, highlight=False, soft_wrap=True)
     engine = result.summary["engine"]
     if engine:
-        console.print(f"engine built on CPU by {engine['builder']}: {engine['plugin_layers']} plugin layers, {engine['path']}")
+        console.print(f"engine: {engine['builder']}, {engine['plugin_layers']} plugin layers, {engine['path']}")
     if result.engine_error:
         console.print(f"no engines: {result.engine_error}", highlight=False)
     console.print(f"summary written to {Path(args.out) / 'summary.json'}", soft_wrap=True)

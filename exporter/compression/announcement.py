@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from exporter.compression.clock import Clock, duration
 from exporter.compression.request import Request, described
+from exporter.terminal.ui import percent
 from moee.planning.budget import Budget
-from moee.stages.session import Session
+from moee.stages.session import Session, is_classifier
 
 
 def announce(session: Session, request: Request, clock: Clock, budget: Budget, say: Callable[[str], None]) -> None:
@@ -19,6 +20,8 @@ def announce(session: Session, request: Request, clock: Clock, budget: Budget, s
         f"{session.spec.name}: {len(session.train)} training and {images} held-out images; budget: {described(budget)}; "
         f"device: {request.device}, batch {request.batch}"
     )
+    if is_classifier(session.dense) and (compared := session.comparison(None)) and compared.dense is not None:
+        say(f"accuracy of the dense model: {percent(compared.dense.value)} of {compared.labelled} labelled held-out images")
     if few := allowance(budget, sum(label >= 0 for label in session.held_out.labels)):
         say(few)
     if request.time_s is None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from moee.train.trial import FORWARDS  # of the learning rate
 
 FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
-CONFIRM_PASSES = 4  # of the dense model on each image that confirms the choice: both models, and reading it twice
+CONFIRM_PASSES = 2.5  # of the dense model on each image that confirms the choice: both models, and reading it
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
 TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while both are timed in turns
 TRIALS = 0.7  # of the time before the last stages; tuning gets the rest, where that is worth it
@@ -56,14 +56,21 @@ class Clock:
 
     @property
     def trials_end(self) -> float:
-        """Seconds after the start at which the trials must be over."""
-        return float("inf") if self.seconds is None else (TRIALS if self.tunes else 1.0) * (self.seconds - self.finish)
+        """Seconds after the start at which the trials must be over. What is too little for a tuning they get too."""
+        if self.seconds is None:
+            return float("inf")
+        whole = self.seconds - self.finish
+        return TRIALS * whole if self.tunes and whole - self.spent >= self.least_tuning else whole
 
     @property
     def tunes(self) -> bool:
         """Whether what trials leave is enough for a tuning; else trials get all of the time."""
-        least = WORTH_EPOCHS * self.epoch_s + FORWARDS * self.image_s
-        return self.seconds is None or (1 - TRIALS) * (self.seconds - self.finish) >= least
+        return self.seconds is None or (1 - TRIALS) * (self.seconds - self.finish) >= self.least_tuning
+
+    @property
+    def least_tuning(self) -> float:
+        """Seconds of the shortest tuning that teaches anything."""
+        return WORTH_EPOCHS * self.epoch_s + FORWARDS * self.image_s
 
     @property
     def epoch_s(self) -> float:

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any
 
 from exporter.compression.announcement import announce
-from exporter.compression.clock import Clock, Trials, duration, images_within, remaining
+from exporter.compression.clock import Clock, Trials, duration, images_within
 from exporter.compression.refusals import Tried, refuse_early
 from exporter.compression.request import ALLOCATION, BASE, Request, default_budget, widened
 from exporter.compression.state import TIMINGS, Compressed, State, reported, resumable
-from exporter.compression.tuning import epochs_within, within, worth
+from exporter.compression.tuning import epochs_within, too_short, within, worth
 from exporter.compression.verdicts import last_lines, slower
 from exporter.engines.plugin_cache import ensure_kernels
 from exporter.graph.export import export
@@ -202,8 +202,9 @@ class Job:
             begun = state.stages.get("tuning") if self.place.folder("tuned.resume").place.is_dir() else None
             epochs = begun["epochs"] if begun else epochs_within(self.clock)
             if not epochs:
-                self.say(f"not tuned: {remaining(self.clock.tuning)}{', too little for it' * (self.clock.tuning >= 1)}")
-                state.add("tuned", {"epochs": 0, "kept": False, "why": "no time was left"})
+                why = too_short(self.clock)
+                self.say(f"not tuned: {why}")
+                state.add("tuned", {"epochs": 0, "kept": False, "why": why})
             else:
                 state.add("tuning", {"epochs": epochs})
                 with self._stage("tuned", state) as facts:

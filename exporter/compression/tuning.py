@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporter.compression.clock import WORTH_EPOCHS, Clock
+from exporter.compression.clock import WORTH_EPOCHS, Clock, duration
 from moee.artifacts.model import MoeeModel
 from moee.planning.budget import Budget
 from moee.train.trial import FORWARDS  # of the learning rate
@@ -18,6 +18,12 @@ def epochs_within(clock: Clock) -> int:
         return MOST_EPOCHS
     fit = min(MOST_EPOCHS, int((clock.tuning - FORWARDS * clock.image_s) / clock.epoch_s))
     return fit if fit >= WORTH_EPOCHS else 0
+
+
+def too_short(clock: Clock) -> str:
+    """Why there is no tuning within the time."""
+    least = f"two epochs take about {duration(clock.least_tuning)}"
+    return f"{duration(clock.tuning)} were left, and {least}" if clock.tuning >= 1 else f"no time was left, and {least}"
 
 
 def within(budget: Budget, kept: dict[str, Any]) -> bool:

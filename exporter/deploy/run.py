@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--time", type=count, default=0, metavar="RUNS", help="time each image so many times")
     args = parser.parse_args(argv)
     check_files()
-    session, recipe, names, head = load()
+    session, graph, recipe, names, head = load()
     unreadable = 0
     for path in args.images:
         try:
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         output = run(session, batch, head)
         line = answer(output[0], names, classifies=head is not None or (HERE / "models" / "labels.txt").is_file())
         if args.time > 0:
-            line += f"  {median_ms(session, batch, args.time):.2f} ms"
+            line += f"  {median_ms(session, batch, args.time):.2f} ms by {graph}"
         print(f"{path}: {line}")
     return 2 if unreadable else 0
 
@@ -70,10 +70,10 @@ def check_files() -> None:
             sys.exit(f"{name} is missing or was changed; copy the bundle again")
 
 
-def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str], tuple[np.ndarray, np.ndarray] | None]:
+def load() -> tuple[onnxruntime.InferenceSession, str, dict[str, list[str]], list[str], tuple[np.ndarray, np.ndarray] | None]:
     """The graph, how images are prepared, the classes' names, and the classifier of a graph that ends in features."""
     models = HERE / "models"
-    session = session_of(models)
+    session, graph = session_of(models)
     lines = (models / "preprocess.txt").read_text(encoding="utf-8").splitlines()
     recipe = {key: values for key, *values in (line.split() for line in lines if line and not line.startswith("#"))}
     labels = models / "labels.txt"
@@ -84,11 +84,11 @@ def load() -> tuple[onnxruntime.InferenceSession, dict[str, list[str]], list[str
         classes, features = struct.unpack("<ii", content[:8])
         values = np.frombuffer(content, "<f4", offset=8)
         head = values[: classes * features].reshape(classes, features), values[classes * features :]
-    return session, recipe, names, head
+    return session, graph, recipe, names, head
 
 
-def session_of(models: Path) -> onnxruntime.InferenceSession:
-    """The faster graph, if the bundle has one and its operator can be loaded, else the graph of standard operators."""
+def session_of(models: Path) -> tuple[onnxruntime.InferenceSession, str]:
+    """The faster graph, if the bundle has one and its operator can be loaded, else the graph of standard operators; its name."""
     providers = ["CPUExecutionProvider"]
     if (models / "runtime.onnx").is_file():
         places = [HERE / "operator" / "libmoee_onnxruntime.so", HERE / "operator" / platform.machine() / "libmoee_onnxruntime.so"]
@@ -98,11 +98,11 @@ def session_of(models: Path) -> onnxruntime.InferenceSession:
             options = onnxruntime.SessionOptions()
             try:
                 options.register_custom_ops_library(str(library))
-                return onnxruntime.InferenceSession(str(models / "runtime.onnx"), options, providers=providers)
+                return onnxruntime.InferenceSession(str(models / "runtime.onnx"), options, providers=providers), "runtime.onnx"
             except Exception as error:  # ONNX Runtime's exceptions share no public base class
                 reason = str(error).splitlines()[0]
         print(f"the graph of standard operators is used: {reason}; operator/build.sh compiles it here", file=sys.stderr)
-    return onnxruntime.InferenceSession(str(models / "portable.onnx"), providers=providers)
+    return onnxruntime.InferenceSession(str(models / "portable.onnx"), providers=providers), "portable.onnx"
 
 
 def prepared(path: str, recipe: dict[str, list[str]]) -> np.ndarray:

@@ -100,7 +100,10 @@ class StagedFolder(Output):
             raise UserError(f"{self.said} lies in the input {surrounding}; choose another place, an input is never changed")
         if family(ours) == self.kind.schema and not self.force:
             if ours and ours.get("done"):
-                raise UserError(f"output folder {self.path} exists; choose another {self.option} or pass --force to replace it")
+                raise UserError(
+                    f"output folder {self.path} exists, and what it holds is finished: report.html shows it; choose another "
+                    f"{self.option}, or pass --force to make it anew"
+                )
             return
         signs = {self.kind.manifest: self.kind.schema, **OLDER}
         if entries and not any(family(read_object(place / name)) == schema for name, schema in signs.items()):

@@ -210,7 +210,7 @@ class Planner:
             self.obstacle = str(error)
             write_json(file, None)
             return None
-        name = f"{way.method}, {way.allocation}, {target:.2f}{way.beside}"
+        name = ", ".join(filter(None, [way.method, way.allocation, f"{target:.2f}"])) + way.beside
         measured = self.session.measure(model, self.probe, f"{name} on held-out images")
         kept, cost = measured["retention"], measured["cost"]
         drop = None if kept["accuracy"] is None else kept["dense_accuracy"] - kept["accuracy"]

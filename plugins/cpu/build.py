@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -85,7 +86,8 @@ def cross_build(out_dir: Path, machine: str) -> Path:
     files = [str(path) for path in sources() if path.suffix == ".cpp"]
     zig = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.{GLIBC}"]
     with atomic_file(folder / LIBRARY) as temporary, tempfile.TemporaryDirectory() as scratch:
-        caches = [f"ZIG_LOCAL_CACHE_DIR={scratch}", f"ZIG_GLOBAL_CACHE_DIR={scratch}"]
+        kept = os.environ.get("ZIG_GLOBAL_CACHE_DIR", scratch)  # the C++ library, which takes most of the time
+        caches = [f"ZIG_LOCAL_CACHE_DIR={scratch}", f"ZIG_GLOBAL_CACHE_DIR={kept}"]
         command = ["env", *caches, *zig, *FLAGS, "-s", "-o", str(temporary), *files]
         run_logged(command, folder / "build.log", f"the operator for {machine}")
     return folder / LIBRARY

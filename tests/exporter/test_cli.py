@@ -255,3 +255,14 @@ def test_the_shells_of_completion_are_shtabs(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--print-completion", "bash"])
     assert ended.value.code == 0 and "--max-drop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line, said", [
+    ("compress M --data D --out O --maxdrop 1", "moee compress: unrecognized arguments: --maxdrop 1 (did you mean --max-drop?)"),
+    ("plugin build --smm 87", "moee plugin build: unrecognized arguments: --smm 87 (did you mean --sm?)"),
+    ("inspect a b", "moee inspect: unrecognized arguments: b; see moee inspect --help"),
+])  # fmt: skip
+def test_a_flag_that_a_command_does_not_have_is_answered_by_that_command(line, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(line.split())
+    assert ended.value.code == 2 and said in capsys.readouterr().err

@@ -16,7 +16,7 @@ from exporter.compression.announcement import allowance
 from exporter.compression.clock import Clock, Trials, duration, images_within, remaining, seconds_of
 from exporter.compression.job import Job
 from exporter.compression.request import ALLOCATION, BASE, METHODS, Request, every_method, possible_heads, widened
-from exporter.compression.tuning import epochs_within, within
+from exporter.compression.tuning import epochs_within, too_short, within
 from exporter.compression.verdicts import choice_line
 from exporter.deploy.run import main as run_main
 from exporter.deploy.run import opened
@@ -89,6 +89,18 @@ def test_a_job_that_will_take_longer_says_so_when_its_first_trial_shows_it():
     short(fresh=True)
     short.ready()
     assert said[1:] == ["this takes longer than the 50 s that it was given: about 60 s in all"]
+
+
+def test_trials_get_the_time_of_a_tuning_that_no_longer_fits():
+    now = Faked()
+    clock = Clock(600.0, now, image_s=0.05, held_out=20, training=180)
+    whole = 600 - 60 - 8
+    assert clock.tunes and clock.trials_end == pytest.approx(0.7 * whole)
+    now.time = whole - 100.0
+    assert clock.trials_end == pytest.approx(whole) and not epochs_within(clock)
+    assert too_short(clock) == f"1 min 40 s were left, and two epochs take about {duration(clock.least_tuning)}"
+    now.time = 600.0
+    assert too_short(clock).startswith("no time was left, and two epochs")
 
 
 @pytest.mark.parametrize("drop, labelled, said", [(1, 80, "1.25 points of accuracy, so none may be lost"),
@@ -312,7 +324,7 @@ def test_the_bundles_script_names_a_file_that_is_no_image_and_goes_on(content, t
     size, colours = ["8", "8"], {"mean": ["0"] * 3, "std": ["1"] * 3}
     recipe = {"size": size, "resize": size, "crop": ["center"], "filter": ["bicubic"], **colours}
     monkeypatch.setattr("exporter.deploy.run.check_files", lambda: None)
-    monkeypatch.setattr("exporter.deploy.run.load", lambda: (None, recipe, ["cat"], True))
+    monkeypatch.setattr("exporter.deploy.run.load", lambda: (None, "portable.onnx", recipe, ["cat"], True))
     monkeypatch.setattr("exporter.deploy.run.run", lambda *args: np.zeros((1, 1), np.float32))
     assert run_main([str(path), str(image)]) == 2
     out, err = capsys.readouterr()

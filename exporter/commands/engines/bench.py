@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from moee.data.image_set import batches
     from moee.errors import UserError
 
-    manifest = read_export(args.path)
+    manifest, busy = read_export(args.path), _busy()
     refuse_lost_dense(manifest, args.path)
     if args.beside or args.batches:
         return _side_by_side(args, manifest, console)
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if result.layers:
         console.print(_layer_table(result.layers))
     console.print(result.verdict.text, highlight=False)
+    if busy:
+        console.print(busy, highlight=False, soft_wrap=True)
     words = ["--model", args.word] if args.word is not None else []
     console.print(after_bench(result, args.path, words), highlight=False, soft_wrap=True)
     if args.out is not None:
@@ -100,6 +103,16 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"FAILED: {slower}")
         return GATE_FAILED
     return OK
+
+
+def _busy() -> str:
+    """A sentence where more runs on this machine than it has processors for; it is asked before the timing."""
+    from moee.parallel.machine import usable_cpus
+
+    load, cpus = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, usable_cpus()
+    if load <= cpus:
+        return ""
+    return f"others were at work here (load {load:.1f} on {cpus} CPUs before the timing): alone, both models take less time"
 
 
 def _side_by_side(args: argparse.Namespace, manifest: dict[str, Any], console: Console) -> int:

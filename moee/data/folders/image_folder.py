@@ -77,7 +77,9 @@ def open_folder(source: str, transform: Transform, splits: Sequence[str], seed: 
     notes = said + notes
     samples = {split: list(listing.paths()) for split, listing in listings.items()}
     if not divided:
-        notes.append("there is no train and val, so a fifth of the images is held out")
+        notes.append(
+            "there is no train and val, so a fifth of the images is held out; a model trained on them answers too well"
+        )
         whole = samples["all"]
         samples = {split: [whole[i] for i in part] for split, part in divide(len(whole), seed).items()}
     empty = sorted(set.union(*(listing.empty_classes() for listing in listings.values())))
