@@ -46,6 +46,15 @@ def same_content(train: Iterable[bytes], val: Sequence[bytes]) -> list[str]:
     return [f"{both} of the {len(val)} held-out images {are} byte by byte among the training images"] if both else []
 
 
+def repeated(val: Sequence[bytes]) -> list[str]:
+    """A sentence if some held-out images are there several times."""
+    again = len(val) - len(set(val))
+    if not again:
+        return []
+    are = "is" if again == 1 else "are"
+    return [f"{again} of the {len(val)} held-out images {are} there before, byte by byte, so intervals come out too narrow"]
+
+
 def _shared(train: Iterable[Hashable], val: Sequence[Hashable]) -> int:
     trained = set(train)
     return sum(image in trained for image in val)

@@ -15,14 +15,23 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
-    default_collate,
 )
 
 from moee.data.image_set import ImageSet, Source, TensorSet, divide, image_shape
-from moee.data.leaks import digest, refuse_shared, rows, same_content, sources_of
+from moee.data.leaks import digest, refuse_shared, repeated, rows, same_content, sources_of
 from moee.data.sources import numbered
 from moee.errors import UserError
-from moee.given.datasets import DatasetSet, class_names_of, first_item, indexed, name_of, names_not_taken, positions_of
+from moee.given.datasets import (
+    COMPARED,
+    DatasetSet,
+    class_names_of,
+    first_item,
+    gives_items,
+    indexed,
+    name_of,
+    names_not_taken,
+    positions_of,
+)
 from moee.given.items import check_shape, label_of, pair_of
 from moee.models.model import Shape
 from moee.progress import Reporter, silent
@@ -59,6 +68,7 @@ def given_splits(
     _refuse_changing(sets["val"])
     if isinstance(sets["train"], DatasetSet) and (moving := sets["train"].changes()):
         shared.append(f"{moving}, and tuning matches outputs of the one that was read first")
+    shared += repeated(_digests(sets["val"]))
     notes = [*shared, *names_not_taken(train), *(names_not_taken(val) if val is not None else [])]
     both = {split: given for split, given in (("train", train), ("val", val)) if given is not None}
     named = {split: class_names_of(given) for split, given in both.items()}
@@ -81,7 +91,7 @@ def first_shape(given: Any) -> Shape | None:
     if isinstance(given, (tuple, list)) and given and isinstance(given[0], Tensor) and given[0].ndim == 4:
         return image_shape(given[0])
     if isinstance(given, DataLoader):
-        given = given.dataset if given.collate_fn is default_collate else None
+        given = given.dataset if gives_items(given) else None
     if isinstance(given, ImageSet):
         return image_shape(given.load(0)[None]) if len(given) else None
     if not isinstance(given, Sized) or not hasattr(given, "__getitem__") or not len(given):
@@ -100,16 +110,17 @@ def given_images(
     names = class_names_of(data)
     held_out = _opened(data, shape, report)
     _refuse_changing(held_out)
-    source = Source({"val": held_out}, indices=not names, order=names, notes=names_not_taken(data))
+    notes = [*repeated(_digests(held_out)), *names_not_taken(data)]
+    source = Source({"val": held_out}, indices=not names, order=names, notes=notes)
     return numbered(source, classes, head_classes)["val"]
 
 
 def _refuse_changing(held_out: ImageSet) -> None:
     """Raise `UserError` for held-out images that differ from read to read: two models would be compared on different ones."""
     if isinstance(held_out, DatasetSet) and (changes := held_out.changes()):
-        raise UserError(
-            f"{changes}, so two models would be compared on different images; give held-out images without random transforms"
-        )
+        raise UserError(f"{changes}, so {COMPARED}")
+    if isinstance(held_out, DatasetSet):
+        held_out.held_out = True
 
 
 def _sources(data: ImageSet, given: Any) -> list[Hashable]:
@@ -144,7 +155,7 @@ def _as_set(given: Any, shape: Shape, report: Reporter) -> ImageSet:
     if isinstance(given, (tuple, list)) and len(given) == 2 and all(isinstance(part, Tensor) for part in given):
         images, labels = given
         return _in_memory(name_of(given), [(images, labels)], class_names_of(given), shape)
-    if isinstance(given, DataLoader) and not isinstance(given.dataset, IterableDataset) and given.collate_fn is default_collate:
+    if isinstance(given, DataLoader) and not isinstance(given.dataset, IterableDataset) and gives_items(given):
         return indexed(given.dataset, positions_of(given), shape, report)
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset) and isinstance(given, Sized):
         return indexed(given, range(len(given)), shape, report)
@@ -184,7 +195,7 @@ def _part(data: ImageSet, positions: Sequence[int]) -> ImageSet:
     labels = [data.labels[i] for i in positions]
     if isinstance(data, DatasetSet):
         part = DatasetSet(data.name, data.dataset, [data.positions[i] for i in positions], labels, data.classes)
-        part.digests = [data.digests[i] for i in positions] if data.digests else []
+        part.digests, part.shape = [data.digests[i] for i in positions] if data.digests else [], data.shape
         return part
     if isinstance(data, TensorSet):
         return TensorSet(data.name, data.images[list(positions)], labels, data.classes)

@@ -12,14 +12,15 @@ from moee.errors import UserError
 from moee.models.model import Shape
 from moee.schema import shown
 
-IMAGE_KEYS, LABEL_KEYS = ("pixel_values", "image", "images"), ("labels", "label")  # of items that are dictionaries
+IMAGE_KEYS = ("pixel_values", "image", "images")  # of items that are dictionaries
+LABEL_KEYS = ("labels", "label", "targets", "target")
 EXPECTED = "expected pairs of an image and a label, images alone, or dictionaries with 'pixel_values' and 'labels'"
 
 
 def item_of(item: Any, name: str) -> tuple[Tensor, int]:
     """Image [C, H, W] and label (-1: none) of one item of a dataset. Raises `UserError` that says what came."""
     image, label = pair_of(item, name)
-    return image.float(), -1 if label is None else label_of(label, name)
+    return image.detach().float(), -1 if label is None else label_of(label, name)
 
 
 def pair_of(item: Any, name: str) -> tuple[Tensor, Any]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, Subset
 
 from moee.data.transform import Transform
 from moee.errors import UserError
+from moee.given.datasets import gives_items
 from moee.interface.spec import InputConfig
 from moee.libraries.from_torchvision import crop_share
 
@@ -25,8 +26,9 @@ PARTS = ("mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 def read_preparation(given: Any) -> InputConfig | None:
     """What the transform of a loader or dataset says: a resize, a crop in its middle, mean and deviation of pixels in 0..1. None
-    where there is none, where it holds anything else or in another order, and where the loader collates in a way of its own."""
-    if isinstance(given, DataLoader) and given.collate_fn is not default_collate:
+    where there is none, where it holds anything else or in another order, and where the loader collates or iterates in a way of
+    its own."""
+    if isinstance(given, DataLoader) and not gives_items(given):
         return None
     dataset = given.dataset if isinstance(given, DataLoader) else given
     while isinstance(dataset, Subset):

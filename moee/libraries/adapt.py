@@ -6,6 +6,7 @@ it can be, and what its submodules gave is looked at. What only a guess can tell
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -20,12 +21,11 @@ from moee.config import MAX_SIDE
 from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, Description, on_meta, output_of, tensor_in
 from moee.interface.spec import InputConfig, LibraryName
+from moee.libraries.feature_map import Shape, last_map, prefix_comes_first, prefix_tokens
 from moee.libraries.preparation import channels_of, described_input
 from moee.schema import reason_of
 
 log = logging.getLogger("moee")
-Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
-MAX_PREFIX = 64  # class tokens and registers
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def adapt(
             return module
         return _adapted_again(module, given, num_classes)
     if library == "timm":
+        own = _told_by_head(module, given, own)
         if num_classes in (None, own):
             return _with_input(module, given).eval()
         given = _sized_as_built(module, given or InputConfig())
@@ -80,12 +81,12 @@ def adapt(
     head = named or _heads(module, observed)
     classes, guessed = _classes(module, observed, num_classes, library, head, title)
     inputs = _input_width(module, head)
-    features, width, channels_last = _last_map(observed, inputs)
+    features, width, channels_last = last_map(observed.given, inputs)
     notes += guessed
     if features is None:
         notes.append(f"no submodule of {title} gives a last feature map: single tokens are not compared")
-    prefix = _prefix_tokens(module, config["input_size"], features, channels_last)
-    if prefix and features is not None and not _prefix_comes_first(module, config["input_size"], features[1].shape[1], prefix):
+    prefix = prefix_tokens(module, config["input_size"], features, channels_last)
+    if prefix and features is not None and not prefix_comes_first(module, config["input_size"], features[1].shape[1], prefix):
         notes.append(f"{prefix} tokens of {title} are no patches and do not come before them: every token counts alike")
         prefix = 0
     output_width = observed.output.shape[1]
@@ -112,6 +113,30 @@ def _sized_as_built(module: nn.Module, given: InputConfig) -> InputConfig:
     if size is None or given.input_size is not None:
         return given
     return given.model_copy(update={"input_size": (channels_of(module), *size)})
+
+
+def _told_by_head(module: Any, given: InputConfig | None, told: Any) -> Any:
+    """How many classes a model that speaks as timm's do tells apart; where someone has put another classifier into it, as many as
+    it gives, which it says from now on."""
+    heads = module.get_classifier() if hasattr(module, "get_classifier") else None
+    if (isinstance(heads, nn.Linear) and heads.out_features == told) or (isinstance(heads, nn.Identity) and told == 0):
+        return told
+    title = type(module).__name__
+    try:
+        shape = described_input(module, _sized_as_built(module, given or InputConfig()), title)[0]["input_size"]
+        width = _observe(module.eval(), shape, title).output.shape[1]
+    except UserError:  # which is said where it runs
+        return told
+    if width != (told or getattr(module, "num_features", width)):
+        _say_classes(title, told, width)
+        module.num_classes = told = width
+    return told
+
+
+@functools.cache
+def _say_classes(title: str, told: Any, width: int) -> None:
+    """Once for each model: it is loaded many times."""
+    log.warning("%s says that it has %s classes and gives %d outputs, which are taken for classes", title, told, width)
 
 
 def _with_input(module: Any, given: InputConfig | None) -> nn.Module:
@@ -213,69 +238,6 @@ def _input_width(module: nn.Module, head: tuple[str, ...]) -> int:
     """Width of the features that the classifier reads; 0 without one."""
     parts: dict[str, Any] = dict(module.named_modules())
     return next((parts[name].in_features for name in head if isinstance(parts.get(name), nn.Linear)), 0)
-
-
-def _last_map(observed: _Observed, width: int) -> tuple[tuple[str, Tensor] | None, int, bool]:
-    """The last submodule that gave tokens [2, N, D] or a map [2, D, H, W] or [2, H, W, D] of more than one place, the outermost
-    of those that gave the same; D; whether it is the last dimension. `width`: D, where the classifier tells."""
-    for name, given in reversed(observed.given):
-        if given.dim() not in (3, 4) or given.shape[0] != 2 or not given.is_floating_point():
-            continue
-        sides = given.shape[1:]
-        if given.dim() == 3:
-            first = width == sides[0] != sides[1]
-        elif width in (sides[0], sides[2]) and sides[0] != sides[2]:
-            first = width == sides[0]
-        else:  # of a square map the odd one out is D
-            first = sides[1] == sides[2] != sides[0] or (not sides[0] == sides[1] != sides[2] and sides[0] >= sides[2])
-        dim = sides[0] if first else sides[-1]
-        if dim > 1 and given[0].numel() > dim:
-            return (name, given), dim, not first
-    return None, 0, True
-
-
-def _prefix_tokens(module: nn.Module, shape: Shape, features: tuple[str, Tensor] | None, channels_last: bool) -> int:
-    """How many of the tokens are no patches: class tokens and registers."""
-    if features is None or features[1].dim() != 3 or not channels_last:
-        return 0
-    patches = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
-    if patches is None or patches.kernel_size != patches.stride:
-        return 0
-    rows, columns = (side // step for side, step in zip(shape[1:], patches.stride, strict=True))
-    extra = features[1].shape[1] - rows * columns
-    return extra if 0 <= extra <= MAX_PREFIX else 0
-
-
-class _Seen(Exception):
-    """Ends a run whose rest is not needed."""
-
-
-def _prefix_comes_first(module: nn.Module, shape: Shape, tokens: int, prefix: int) -> bool:
-    """Whether of the `tokens` that a part reads or gives exactly the first `prefix` are alike for two images, as class tokens
-    and registers are before attention mixes them. True of a module without memory, which nothing can be seen of."""
-    like = next(module.parameters(), None)
-    if like is None or like.is_meta:
-        return True
-    alike: list[bool] = []
-
-    def see(part: nn.Module, args: Any, output: Any = None) -> None:
-        given = tensor_in(args if output is None else output)
-        if given is not None and given.dim() == 3 and given.shape[:2] == (2, tokens):
-            alike.extend((given[0] == given[1]).all(-1).tolist())
-            raise _Seen
-
-    images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(like.device)
-    parts = [part for name, part in module.named_modules() if name]
-    handles = [part.register_forward_pre_hook(see) for part in parts] + [part.register_forward_hook(see) for part in parts]
-    try:
-        with torch.no_grad(), torch.device("cpu"):
-            module(images)
-    except Exception:  # `_Seen`, or any code's own: what was not seen is not so
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return alike == [at < prefix for at in range(tokens)]
 
 
 def without_head(module: nn.Module, head: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """Images from Python: loaders, datasets and iterables, with the labels that they mean."""
 
+import itertools
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    Sampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -303,3 +305,76 @@ def test_a_set_of_ours_is_taken_as_it_is():
     own = TensorSet("own", torch.zeros(4, *SHAPE), [0, 1, 0, 1], ["a", "b"])
     train, _ = given_splits(own, TensorSet("other", torch.ones(2, *SHAPE), [1, 0], ["b", "a"]), shape=SHAPE)
     assert train.classes == ("a", "b") and train.labels == [0, 1, 0, 1]
+
+
+class Scaling(DataLoader):
+    """A loader that changes what its dataset gives, after it."""
+
+    def __iter__(self):
+        return ((images * 2, labels) for images, labels in super().__iter__())
+
+
+class Endless(Sampler):
+    def __init__(self, positions):
+        self.positions = positions
+
+    def __iter__(self):
+        return itertools.cycle(self.positions)
+
+    def __len__(self):
+        return len(self.positions)
+
+
+class Rarely(Pairs):
+    """Its last image is another one from the third read on."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return (image + 1 if index == 5 and self.reads > 40 else image), label
+
+
+class Breaking(Pairs):
+    def __init__(self, labels, error):
+        super().__init__(labels)
+        self.error = error
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise self.error
+        return super().__getitem__(index)
+
+
+def test_a_loader_that_changes_what_its_dataset_gives_is_read_as_it_gives():
+    data = given_images(Scaling(Pairs(LABELS), batch_size=3), shape=SHAPE)
+    assert [position for position, _ in seen(data)] == [2 * i for i in range(len(LABELS))]
+
+
+def test_a_sampler_without_an_end_ends():
+    data = given_images(DataLoader(Pairs(LABELS), batch_size=3, sampler=Endless(range(8))), shape=SHAPE)
+    assert seen(data) == expected(LABELS)
+    with pytest.raises(UserError, match="sampler of python:Pairs does not end"):
+        given_images(DataLoader(Pairs(LABELS), batch_size=3, sampler=Endless(range(4))), shape=SHAPE)
+
+
+def test_a_held_out_image_that_changes_later_is_an_error():
+    data = given_images(Rarely(LABELS), shape=SHAPE)
+    with pytest.raises(UserError, match=r"Rarely\[5\] is another image at each read; two models would be compared"):
+        for _ in range(4):
+            seen(data)
+
+
+def test_an_image_that_cannot_be_decoded_is_skipped_and_one_of_another_size_is_named():
+    data = given_images(Breaking(LABELS, OSError("truncated")), shape=SHAPE)
+    assert [position for position, _ in seen(data)] == [0, 1, 3, 4, 5, 6, 7] and list(data.skipped) == [2]
+    with pytest.raises(UserError, match=r"python:Breaking\[2\] raised KeyError: 'row'"):
+        given_images(Breaking(LABELS, KeyError("row")), shape=SHAPE)
+    odd = [(torch.zeros(SHAPE), 0), (torch.zeros(3, 9, 9), 1)]
+    with pytest.raises(UserError, match=r"yields images of 3 x 9 x 9, the model takes 3 x 8 x 8"):
+        given_images(ConcatDataset([odd]), shape=SHAPE)
+
+
+def test_other_names_of_labels_gradients_and_repetitions():
+    items = [{"image": torch.full(SHAPE, float(i), requires_grad=True), "target": label} for i, label in enumerate(LABELS)]
+    assert seen(given_images(ConcatDataset([items]), shape=SHAPE)) == expected(LABELS)
+    both = given_images([batch(Pairs(LABELS), range(8))] * 2, shape=SHAPE)  # as two workers of a stream give it
+    assert "8 of the 16 held-out images are there before, byte by byte, so intervals come out too narrow" in both.notes

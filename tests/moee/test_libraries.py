@@ -14,7 +14,7 @@ from moee.artifacts.answers import check_answers
 from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, has_feature_map, on_meta, run_model
 from moee.interface.spec import InputConfig
-from moee.libraries.adapt import adapt, library_of
+from moee.libraries.adapt import _say_classes, adapt, library_of
 from moee.progress import silent
 
 transformers = pytest.importorskip("transformers")
@@ -111,7 +111,9 @@ def test_what_a_model_gives_is_found_by_running_it(name):
 
 def test_tokens_that_do_not_come_before_the_patches_are_no_prefix():
     """What a fit weighs a class token by would be given to patches."""
-    found = [adapt(Detector(last), SMALL).description for last in (False, True)]
+    models = [Detector(last) for last in (False, True)]
+    with torch.device("meta"):  # as where shapes are asked for
+        found = [adapt(model, SMALL).description for model in models]
     assert [d.num_prefix_tokens for d in found] == [4, 0]
     assert [any("4 tokens of Detector are no patches and do not come before them" in n for n in d.notes) for d in found] == [0, 1]
 
@@ -268,3 +270,13 @@ def test_a_module_of_the_same_weights_that_computes_something_else_is_refused(tm
         moee.load(tmp_path / "saved", model=model)
     with pytest.raises(UserError, match="gives other outputs than then"):
         check_answers(result.model, [[0.5] * 5, [0.5] * 4])
+
+
+@pytest.mark.parametrize(("told", "layers"), [(10, 1), (0, 1), (1000, 2)])
+def test_a_classifier_that_was_put_into_a_timm_model_says_how_many_classes_there_are(told, layers, caplog):
+    """timm's own number was of the classifier before: accuracy was not compared, or that of a probe was shown."""
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=told)
+    model.head = nn.Linear(192, 4) if layers == 1 else nn.Sequential(nn.LayerNorm(192), nn.Linear(192, 4))
+    _say_classes.cache_clear()
+    assert adapt(model).num_classes == 4 and f"it has {told} classes and gives 4 outputs" in caplog.text
+    assert adapt(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=told)).num_classes == told
