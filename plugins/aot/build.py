@@ -30,11 +30,11 @@ from moee.store.leftovers import sweep_all
 from moee.store.result_kinds import KERNELS
 from moee.store.scratch import temporary_folder
 from plugins.aot import manifest
-from plugins.aot.compile import Compiled, Job, compile_job, ptxas_version, uses_token_type
+from plugins.aot.compile import Compiled, Job, compile_job, ptxas_version, settings_of, uses_token_type
 from plugins.aot.manifest import Kernel, Manifest, TacticEntry
 from plugins.contract import DTYPES
 from plugins.devices import HOW, sm_named
-from plugins.tactics import SPECS, TACTICS, VARIANTS, config
+from plugins.tactics import SPECS, TACTICS, VARIANTS, Config
 from plugins.targets import DEFAULT_SMS, target
 
 Progress = Callable[[int, int, str], None]
@@ -129,10 +129,10 @@ def source_sha256() -> str:
 
 
 @cache
-def key(job: Job) -> str:
-    """Cache key: source with all called device functions, settings, target, and compiler versions."""
+def key(job: Job, settings: Config | None = None) -> str:
+    """Cache key: source with all called device functions, settings (None: the table's), target, and compiler versions."""
     goal = target(job.sm)
-    settings = config(job.role, job.variant, "float16" if job.dtype == "any" else job.dtype, job.sm)
+    settings = settings or settings_of(job)
     parts = {
         "job": asdict(job),
         "kernel": SPECS[job.role].fn.cache_key,
@@ -167,14 +167,19 @@ def read_cache(store: Path, job: Job) -> Compiled:
     return Compiled(kernel, binary, ptx)
 
 
-def compile_into(store: Path, job: Job, name: str) -> Job:
-    """Compile one kernel and put it into the cache under `name`, its key as the calling process sees it."""
+def compile_apart(job: Job, settings: Config | None = None, *, gates: bool = True) -> Compiled:
+    """`compile_job` with the compilers' own files in a folder that goes away with it, even after a kill."""
     with temporary_folder() as scratch:
-        usual, tempfile.tempdir = tempfile.tempdir, str(scratch)  # the compilers' own files go away with it, even after a kill
+        usual, tempfile.tempdir = tempfile.tempdir, str(scratch)
         try:
-            result = compile_job(job)
+            return compile_job(job, settings, gates=gates)
         finally:
             tempfile.tempdir = usual
+
+
+def compile_into(store: Path, job: Job, name: str) -> Job:
+    """Compile one kernel and put it into the cache under `name`, its key as the calling process sees it."""
+    result = compile_apart(job)
     with atomic_folder(store / name, force=True) as staging:
         (staging / "kernel.cubin").write_bytes(result.cubin)
         (staging / "kernel.ptx").write_bytes(result.ptx.encode())

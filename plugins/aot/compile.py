@@ -126,15 +126,26 @@ def ptxas_version(name: str) -> str:
     return found.group(1) if found else "unknown"
 
 
-def to_ptx(job: Job, max_registers: int | None = None) -> tuple[str, Any]:
-    """PTX text and Triton's metadata for one kernel; `max_registers` becomes a `.maxnreg` directive in the PTX."""
+def settings_of(job: Job) -> Config:
+    """The tactic table's settings for a kernel."""
+    return config(job.role, job.variant, token_type(job), job.sm)
+
+
+def token_type(job: Job) -> str:
+    """The type that T stands for; any will do for a kernel that never touches it."""
+    return "float16" if job.dtype == "any" else job.dtype
+
+
+def to_ptx(job: Job, settings: Config | None = None, *, max_registers: int | None = None) -> tuple[str, Any]:
+    """PTX text and Triton's metadata for one kernel in these settings (None: the table's); `max_registers` becomes a `.maxnreg`
+    directive in the PTX."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    spec, dtype = SPECS[job.role], "float16" if job.dtype == "any" else job.dtype
+    spec, dtype = SPECS[job.role], token_type(job)
     check_arguments(spec)
-    settings = config(job.role, job.variant, dtype, job.sm)
+    settings = settings or settings_of(job)
     types, hints = signature(spec, settings, dtype)
     source = ASTSource(spec.fn, signature=types, constexprs=dict(settings.constants), attrs=hints)
     goal = target(job.sm)
@@ -175,16 +186,16 @@ def assemble(ptx: str, goal: Target) -> tuple[bytes, int, int, int]:
         return binary.read_bytes(), int(registers[1]), int(stack[2]) + int(stack[3]), int(stack[1])
 
 
-def compile_job(job: Job, gates: bool = True) -> Compiled:
-    """Compile, inspect and check one kernel; GateError says which promise broke (`gates=False` only reports)."""
+def compile_job(job: Job, settings: Config | None = None, *, gates: bool = True) -> Compiled:
+    """Compile, inspect and check one kernel in these settings (None: the table's); GateError says which promise broke
+    (`gates=False` only reports)."""
     spec, goal = SPECS[job.role], target(job.sm)
-    dtype = "float16" if job.dtype == "any" else job.dtype
-    settings = config(job.role, job.variant, dtype, job.sm)
-    ptx, metadata = to_ptx(job)
+    settings = settings or settings_of(job)
+    ptx, metadata = to_ptx(job, settings)
     binary, registers, spills, stack = assemble(ptx, goal)
     if spills or stack:
         # ptxas trades a few spilled bytes for occupancy; an explicit bound, even the highest, makes it stop.
-        ptx, metadata = to_ptx(job, max_registers=255)
+        ptx, metadata = to_ptx(job, settings, max_registers=255)
         binary, registers, spills, stack = assemble(ptx, goal)
     listed = arguments(spec, metadata)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
