@@ -134,10 +134,11 @@ class Job:
         """The point that is to be shipped, the folder of its model, and what tuning did. A point that misses the budget is taken
         only if tuning brings it within; else the plan's winner is."""
         point, winner = plan["ambitious"], plan["winner"]
+        tried = sum(each["method"] != "dense" for each in plan["points"])
         beyond = point["recipe"] != winner["recipe"]
         if beyond and "fallback" not in state.stages:
             if state.done("tuned") or epochs_within(self.clock):
-                self._extract(state, point)
+                self._extract(state, point, tried)
                 tuned = self._tune(state, budget)
                 if state.stages["tuned"]["kept"] and within(budget, self._made("tuned").info["stages"]["tuned"]["retention"]):
                     return point, "tuned", tuned
@@ -148,7 +149,7 @@ class Job:
             state.add("fallback", {"from": point["method"]})
         if winner["recipe"] is None:
             return (winner, "dense", "") if beyond else (point, "dense", "")
-        self._extract(state, winner if beyond else point)
+        self._extract(state, winner if beyond else point, tried)
         tuned = self._tune(state, budget)
         return winner if beyond else point, "tuned" if state.stages["tuned"]["kept"] else "extracted", tuned
 
@@ -185,13 +186,13 @@ class Job:
         """A wider budget for trials, where there will be time to tune what they find."""
         return widened(budget) if self.clock.tunes else None
 
-    def _extract(self, state: State, point: dict[str, Any]) -> None:
+    def _extract(self, state: State, point: dict[str, Any], tried: int) -> None:
         if not state.done("extracted"):
             with self._stage("extracted", state):
                 self.place.folder("tuned.resume").remove()  # of another model
                 run_extract(
                     self.session.spec, self.session.source, read_recipe_json(point["recipe"], PLAN),
-                    self.place.folder("extracted").place, force=True, report=self.report, session=self.session,
+                    self.place.folder("extracted").place, force=True, report=self.report, session=self.session, among=tried,
                 )  # fmt: skip
 
     def _tune(self, state: State, budget: Budget) -> str:

@@ -173,7 +173,11 @@ def _figures(info: Mapping[str, Any]) -> list[str]:
         ("Cosine to the dense class feature", "class_cosine", ".4f"),
     )
     more += [f"{what}: {_number(kept.get(key), form)}." for what, key, form in likeness]
-    more.append("Whether this model was chosen among others by the same images, the manifest does not say.")
+    among = info.get("chosen_among")
+    more.append(
+        f"It was chosen among {among} models by these images, on which it looks better than on others."
+        if isinstance(among, int) else "Whether this model was chosen among others by the same images, the manifest does not say."
+    )
     return [*lines, _list(more)]
 
 

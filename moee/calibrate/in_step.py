@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.errors import StepFailed
+from moee.space.machine import give_back
 
 
 class _Ended(BaseException):
@@ -100,6 +101,7 @@ class InStep:
         on the way. The `ready` of a `WaitingStep` lets them go on."""
         for one in self.passes:
             one.advance()
+            give_back()  # what a thread has freed the C library keeps for that thread, and the passes' shares would add up
             if one.error is not None:
                 raise one.error
             if one.at != step:

@@ -27,7 +27,7 @@ from moee.store.result_kinds import MODEL
 def run_extract(
     spec: ModelSpec, source: str, recipe: Recipe | Options, out: Path | str | None, *, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
-    classes: Sequence[str] = (), trial: Trial | None = None, memory: int | None = None,
+    classes: Sequence[str] = (), trial: Trial | None = None, memory: int | None = None, among: int = 0,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: cut the model of `spec` by a recipe, or by the options of its one step, on the training images of
     `source`, and save the artifact.
@@ -35,7 +35,7 @@ def run_extract(
     In a `group` (a `session` has its own) the ranks share the work and rank 0 writes; the experts do not depend on the number
     of ranks. Probe and measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where
     measuring the model fails or is interrupted, the artifact is written without measurements, and the error has a note that
-    says so. Without `out` nothing is written at all.
+    says so. Without `out` nothing is written at all. `among`: models that this one was chosen from by the same held-out images.
     """
     recipe, inputs = Recipe.of(recipe), source_paths(source, spec.weights)
     group = group if session is None else session.group
@@ -62,6 +62,8 @@ def run_extract(
         "layers": [layer.to_json() for layer in layers],
         "data_read": session.data_facts(),
     }
+    if among > 1:
+        info["chosen_among"] = among
     told = {"data": session.source, "division": info["data_read"]["division"]}
     info["stages"] = {"extracted": {**told, "seconds": seconds, "device": title_of(group.device)}}
     moee = MoeeModel(model.eval(), spec, replace(recipe, tune=None), session.source, probe, info, session.classes(probe))
