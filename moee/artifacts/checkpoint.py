@@ -14,6 +14,7 @@ from moee.artifacts.card import model_card, write_card
 from moee.artifacts.manifest import Info, Manifest, whole_stages
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
+from moee.interface.adapted import title_of_model
 from moee.kinds.attention_records import attention_records, narrowed_in, rebuild_attention
 from moee.kinds.kind import LayerRecord
 from moee.kinds.merging_records import check_merging_record, merging_record, rebuild_merging
@@ -204,7 +205,7 @@ def _names_of_mlp(model: nn.Module, record: LayerRecord, path: Path) -> list[str
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in (record.name, *record.parts):
         if name not in modules:
-            raise UserError(f"{path} names layer {name}, which {type(model).__name__} does not have")
+            raise UserError(f"{path} names layer {name}, which {title_of_model(model)} does not have")
     try:
         read_mlp(model, record.name, record.parts)
     except UserError as error:

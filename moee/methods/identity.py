@@ -16,6 +16,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee.errors import UserError
+from moee.interface.adapted import title_of_model
 from moee.layers.routed import Experts, NeuronLayer, RoutedFFN
 from moee.methods.neurons.gated_pruning import whole as whole_gated
 from moee.mlps.attention import NarrowAttention, Widths
@@ -187,7 +188,7 @@ def dense_output(model: nn.Module, images: Tensor, room: float = NOISE) -> tuple
 def output_of_batch(model: nn.Module, images: Tensor) -> Tensor:
     output = model(images)
     if not isinstance(output, Tensor):
-        raise UserError(f"{type(model).__name__} returns {type(output).__name__}, expected one tensor an image")
+        raise UserError(f"{title_of_model(model)} returns {type(output).__name__}, expected one tensor an image")
     return output
 
 

@@ -14,6 +14,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from moee.errors import UserError
+from moee.interface.adapted import title_of_model
 from moee.interface.watch import shapes_given
 from moee.mlps.structure import HOOKED, hooked
 from moee.models.model import Shape
@@ -73,7 +74,7 @@ def find_attentions(model: nn.Module) -> dict[str, Attention]:
         elif re.search("attn|attention", kind, re.IGNORECASE) and "Pool" not in kind:
             raise UserError(f"only timm's plain Attention can be narrowed, and `{name}` is {kind}; leave --attention-macs out")
     if not found:
-        raise UserError(f"{type(model).__name__} has no attention that can be narrowed; leave --attention-macs out")
+        raise UserError(f"{title_of_model(model)} has no attention that can be narrowed; leave --attention-macs out")
     return found
 
 

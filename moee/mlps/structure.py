@@ -18,6 +18,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from moee.errors import UserError
+from moee.interface.adapted import title_of_model
 from moee.interface.computed import computed, is_leaf, is_parametrisation
 from moee.layers.activations import KNOWN, activation_name
 from moee.mlps.gated_structure import gated_width, read_gated
@@ -50,7 +51,7 @@ def read_mlp(model: nn.Module, name: str, bypassed: Sequence[str] = ()) -> FFN:
         parts = [model.get_submodule(path) for path in (name, *bypassed)]
     except AttributeError:
         missing = next(path for path in (name, *bypassed) if path not in dict(model.named_modules(remove_duplicate=False)))
-        raise UserError(f"{type(model).__name__} has no module {shown(missing)}") from None
+        raise UserError(f"{title_of_model(model)} has no module {shown(missing)}") from None
     found = read_split((name, *bypassed), *parts) if bypassed else read_module(name, parts[0])
     if isinstance(found, FFN):
         return found

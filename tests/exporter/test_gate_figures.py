@@ -11,10 +11,11 @@ from exporter.forms.form import WeightProblem
 from exporter.parity.merges.judge import MergeParity
 from exporter.parity.operator import OperatorParity
 from exporter.parity.outputs import SAFETY, BatchError, batch_error, tolerance
-from exporter.parity.stats import error_stats
+from exporter.parity.result import ParityResult
+from exporter.parity.stats import ErrorStats, error_stats
 from exporter.runners import PluginCheck
-from exporter.verification.accuracy import calibration_error, compare_accuracy, kl_divergence
-from exporter.verification.result import EngineParity
+from exporter.verification.accuracy import AccuracyResult, calibration_error, compare_accuracy, kl_divergence
+from exporter.verification.result import Case, EngineParity, VerifyResult
 from moee.measure.accuracy import wilson
 from tests.exporter.test_gates import compared, failures, layer, parity, result
 
@@ -46,6 +47,14 @@ def test_calibration_is_that_of_fifteen_bins(scale):
     broken[50:] = math.nan
     assert calibration_error(broken, LABELS) == pytest.approx(expected_calibration_error(given[:50], LABELS.tolist()), abs=1e-12)
     assert math.isnan(calibration_error(broken[50:], LABELS[50:]))
+
+
+def test_the_lowest_bins_are_bins_of_their_own():
+    """40 classes: images of a confidence of 0.05 that are all right, and of 0.1 that are all wrong."""
+    given = torch.zeros(100, 40)
+    given[:50, 0], given[50:, 0] = math.log(0.05 * 39 / 0.95), math.log(0.1 * 39 / 0.9)
+    labels = torch.zeros(100, dtype=torch.int64).index_fill_(0, torch.arange(50, 100), 1)
+    assert calibration_error(given, labels) == pytest.approx(0.5 * 0.95 + 0.5 * 0.1, abs=1e-6)
 
 
 def test_divergence_is_of_the_cut_model_from_the_dense_one():
@@ -138,6 +147,13 @@ def test_tolerances_by_hand():
     assert (found.values, found.passed, found.output_rms) == (6, False, 2.0)
     assert found.relative == pytest.approx(0.005, rel=1e-3) and found.message.startswith("largest error 0.01 of 0.008 allowed")
     assert batch_error(2, reference, reference, 1e-3, 0.0, dtype=torch.float32).passed
+    assert replace(found, output_rms=0.5).relative == found.max_abs_error / 0.5
+    assert replace(found, output_rms=0.0).relative == found.max_abs_error / 1e-30
+
+
+def test_nobody_changes_a_result():
+    for kind in (AccuracyResult, BatchError, Case, EngineParity, ErrorStats, ParityResult, VerifyResult):
+        assert kind.__dataclass_params__.frozen, kind
 
 
 def test_one_batch_that_fails_fails_the_parity():

@@ -1,17 +1,30 @@
 """Which part of a checkpoint is taken, and what is said of one that does not fit: by small dictionaries."""
 
+import json
+import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from moee.errors import UserError
 from moee.weights.difference import difference, image_size
 from moee.weights.fitting import Fit, best_fit, classes_of, listed
 from moee.weights.prefixes import MAX_PREFIXES, prefixes
-from moee.weights.weights_file import containers, is_average
+from moee.weights.weights_file import (
+    _check_archive,
+    _reason,
+    checkpoint_size,
+    containers,
+    is_average,
+    read_checkpoint,
+    shards_of,
+    unusable,
+)
 
 
 class Net(nn.Module):
@@ -177,3 +190,104 @@ def test_the_size_of_images_is_told_by_the_positions(tokens, prefix, own, size):
     model.patch_embed.patch_size, model.num_prefix_tokens, model.no_embed_class = (16, 16), prefix, own
     assert image_size((1, tokens, 8), model) == size
     assert image_size((tokens, 8), model) is None and image_size((1, tokens, 8), nn.Module()) is None
+
+
+def index(folder, places):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": places}))
+    return path
+
+
+def test_shards_are_files_of_the_indexs_own_folder(tmp_path):
+    for name, tensor in (("b", torch.zeros(2)), ("a", torch.ones(2))):
+        save_file({name: tensor, "old": tensor.clone()}, tmp_path / f"{name}.safetensors")
+    path = index(tmp_path, {"x": "b.safetensors", "a": "a.safetensors", "old": "a.safetensors"})
+    assert [shard.name for shard in shards_of(path)] == ["a.safetensors", "b.safetensors"]
+    with pytest.raises(UserError, match="'x' is not in 'b.safetensors', which it names for it"):
+        read_checkpoint(path)
+    found = read_checkpoint(index(tmp_path, {"b": "b.safetensors", "a": "a.safetensors", "old": "b.safetensors"}))
+    assert sorted(found) == ["a", "b", "old"] and found["old"].tolist() == [0, 0]
+    size = sum((tmp_path / name).stat().st_size for name in ("a.safetensors", "b.safetensors")) + path.stat().st_size
+    alone = tmp_path / "a.safetensors"
+    assert checkpoint_size(path) == size and checkpoint_size(alone) == alone.stat().st_size
+    with pytest.raises(UserError, match="names the shard 'c.safetensors', which is not beside it"):
+        shards_of(index(tmp_path, {"a": "a.safetensors", "c": "c.safetensors"}))
+
+
+@pytest.mark.parametrize(
+    "places",
+    [{}, {"a": "../a.safetensors"}, {"a": "a.txt"}, {"a": "a.bin", "b": "/b.bin"}, {str(i): f"{i}.bin" for i in range(1001)}],
+)  # fmt: skip
+def test_an_index_names_some_files_and_not_too_many(tmp_path, places):
+    with pytest.raises(UserError, match="as its shards; expected files of its own folder"):
+        shards_of(index(tmp_path, places))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": 5}}', '{"weight_map": ["a"]}', "no JSON"]
+)
+def test_what_is_no_index_is_said(tmp_path, content):
+    (tmp_path / "x.index.json").write_text(content)
+    with pytest.raises(UserError, match="is no index of shards"):
+        shards_of(tmp_path / "x.index.json")
+
+
+def test_tensors_without_plain_values_are_named_where_they_lie():
+    sparse = torch.ones(2, 2).to_sparse()
+    content = {"w": sparse, "a": {"w": torch.ones(1), "b": {"x": sparse, "y": torch.ones(1, device="meta")}}}
+    assert unusable(content, "") == {"w": "sparse_coo"} and unusable(content, "a") == {}
+    assert unusable(content, "a.b") == {"x": "sparse_coo", "y": "on the device meta"}
+    assert unusable({"a": {"b": {"c": {"x": sparse}}}}, "a.b.c") == {"x": "sparse_coo"}
+
+
+def test_what_was_resized_is_said_once_and_counted():
+    sizes = {f"p{i}": ((1, 4), (1, 9)) for i in range(3)}
+    one, three = (Fit("ema", "net.", {}, frozenset("abcd"), resized=dict(list(sizes.items())[:n])).sentence() for n in (1, 3))
+    assert one == "ema, 4 tensors, prefix net. removed, p0 resized from [1, 4] to [1, 9]" and three == f"{one} and 2 more"
+
+
+def test_as_many_shards_as_may_be_are_looked_for(tmp_path):
+    with pytest.raises(UserError, match="names the shard '0.bin', which is not beside it"):
+        shards_of(index(tmp_path, {str(i): f"{i}.bin" for i in range(1000)}))
+
+
+@pytest.mark.parametrize(
+    ("members", "kind", "message"),
+    [
+        ({"x/data.pkl": b"1", "x/constants.pkl": b"2"}, zipfile.ZIP_STORED, "is a TorchScript archive"),
+        ({"x/data.pkl": b"1" * 500}, zipfile.ZIP_DEFLATED, "is a compressed archive"),
+        ({"x/data.pkl": b"no pickle"}, zipfile.ZIP_STORED, "is no checkpoint|is damaged"),
+    ],
+)
+def test_archives_that_torch_never_writes_are_refused(tmp_path, members, kind, message):
+    with zipfile.ZipFile(tmp_path / "w.pth", "w", kind) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_members_that_claim_more_than_the_file_holds_are_refused(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"1" * 300)
+    size = (tmp_path / "w.pth").stat().st_size
+    for claimed, refused in ((size, False), (size + 1, True)):
+        member = zipfile.ZipInfo("x/data.pkl")
+        member.file_size, member.compress_type = claimed, zipfile.ZIP_STORED
+        monkeypatch.setattr(zipfile.ZipFile, "infolist", lambda self, member=member: [member])
+        with pytest.raises(UserError, match="is a compressed archive") if refused else nullcontext():
+            _check_archive(tmp_path / "w.pth", size)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("one\nGLOBAL os.system was not allowed\nend", "wants os.system, and only tensors, plain values"),
+        ("x but got <class 'a.B'>", "wants a.B, and only"), ("a legacy .tar file", "is damaged, or has the .tar format"),
+        ("Unsupported operand 149", "is no checkpoint that torch.save wrote"),
+        ("Weights only load failed", "is no checkpoint that"),
+        ("first\nlast one\n\n  \n", "is damaged or no checkpoint by torch.save (last one)"), ("", "by torch.save (EOFError)"),
+    ],
+)  # fmt: skip
+def test_why_torch_refused_is_one_sentence(message, said):
+    assert said in _reason(message, "EOFError")

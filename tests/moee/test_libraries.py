@@ -15,6 +15,8 @@ from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, has_feature_map, on_meta, run_model
 from moee.interface.spec import InputConfig
 from moee.libraries.adapt import _say_classes, adapt, library_of
+from moee.mlps.attention import find_attentions
+from moee.mlps.structure import read_mlp
 from moee.progress import silent
 
 transformers = pytest.importorskip("transformers")
@@ -280,3 +282,11 @@ def test_a_classifier_that_was_put_into_a_timm_model_says_how_many_classes_there
     _say_classes.cache_clear()
     assert adapt(model).num_classes == 4 and f"it has {told} classes and gives 4 outputs" in caplog.text
     assert adapt(timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=told)).num_classes == told
+
+
+def test_messages_call_a_model_by_its_own_class():
+    with pytest.raises(UserError, match="^Stranger has no module 'net.nowhere'"):
+        read_mlp(adapt(Stranger(), SMALL), "net.nowhere")
+    plain = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(), nn.Linear(128, 5))
+    with pytest.raises(UserError, match="^Sequential has no attention that can be narrowed"):
+        find_attentions(adapt(plain, SMALL))

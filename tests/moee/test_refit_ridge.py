@@ -1,6 +1,7 @@
 """Lambda of the refit, chosen on held-out tokens."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -98,8 +99,12 @@ def test_held_out_tokens_decide_where_there_are_fewer_than_five_runs():
     assert (layer(fresh) - dense).square().mean() < (before(fresh) - dense).square().mean()
 
 
-def test_the_error_on_held_out_tokens_is_that_of_the_fit_without_them():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_error_on_held_out_tokens_is_that_of_the_fit_without_them(scaled):
+    """Behind the LayerScale, where there is one."""
     layer, ffn, x = starved(1500)
+    scale = torch.linspace(0.01, 3.0, 24) if scaled else torch.ones(24)
+    ffn = replace(ffn, scale=scale if scaled else None)
     held = held_out_runs(1500)
     other = copy.deepcopy(layer)
     facts = refit_layer(layer, ffn, x)
@@ -111,9 +116,9 @@ def test_the_error_on_held_out_tokens_is_that_of_the_fit_without_them():
     a, r = hidden[~held], rest[~held]
     penalty = facts.ridge * (a.T @ a).diagonal().mean() * torch.eye(64)
     fitted = torch.linalg.solve(a.T @ a + penalty, a.T @ r)
-    power = target[held].square().sum()
-    assert facts.error_before == pytest.approx(float(rest[held].square().sum() / power), rel=1e-3)
-    assert facts.error_after == pytest.approx(float((rest - hidden @ fitted)[held].square().sum() / power), rel=1e-3)
+    power = (target * scale)[held].square().sum()
+    assert facts.error_before == pytest.approx(float((rest * scale)[held].square().sum() / power), rel=1e-3)
+    assert facts.error_after == pytest.approx(float(((rest - hidden @ fitted) * scale)[held].square().sum() / power), rel=1e-3)
 
 
 def test_a_token_that_counts_for_three_is_one_that_stands_there_three_times():
@@ -176,13 +181,13 @@ def test_nearly_constant_activations_are_told_by_their_own_size(far):
     """Neurons that never fire, and ones whose spread beside their mean is the rounding of float32."""
     layer, ffn, x = starved(500)
     for weights, bias in ((ffn.w_up, ffn.b_up), (layer.w_up.data, layer.b_up.data)):
-        weights.mul_(1e-6 if far else 0.0)
+        weights.mul_(2.5e-5 if far else 0.0)
         bias.fill_(far)
     before = layer.w_down.detach().clone()
     facts = refit_layer(layer, ffn, x, 0.01)
     assert facts.note == "refit skipped: the activations are constant" and torch.equal(layer.w_down, before)
     if far:  # a spread that is no rounding is not skipped
-        layer.w_up.data.mul_(1e6)
+        layer.w_up.data.mul_(4e4)
         assert refit_layer(layer, ffn, x, 0.01).ridge == 0.01
 
 

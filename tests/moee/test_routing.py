@@ -4,8 +4,18 @@ import pytest
 import torch
 
 from moee.errors import UserError
-from moee.layers.routed import MASKED_TOKENS, Experts, RoutedFFN, check_indices, mask_pays
-from moee.layers.routing import cosine_router, euclidean_router, hash_router, random_router, route, scores
+from moee.layers.routed import (
+    LOAD_UNIT,
+    MASKED_TOKENS,
+    Experts,
+    NeuronLayer,
+    RoutedFFN,
+    RoutedLayer,
+    check_indices,
+    mask_pays,
+)
+from moee.layers.routing import cosine_router, euclidean_router, hash_router, make_router, random_router, route, scores
+from plugins import contract
 
 TOKENS = torch.tensor([[3.0, 0.0], [5.0, 0.0], [0.0, 2.0], [0.0, 4.0], [100.0, 100.0]])
 LABELS = torch.tensor([0, 0, 1, 1, -1])
@@ -124,6 +134,12 @@ def test_what_a_layer_says_of_itself():
     assert not routed.router.requires_grad and routed.w_up.requires_grad
 
 
+def test_what_every_routed_layer_must_say():
+    assert RoutedLayer.__abstractmethods__ == {"num_experts", "routes", "macs_per_token", "widths", "union"}
+    assert NeuronLayer.__abstractmethods__ == RoutedLayer.__abstractmethods__ | {"activations"}
+    assert Experts.__dataclass_params__.frozen
+
+
 def test_when_a_mask_pays():
     assert mask_pays("cpu", True, tokens=MASKED_TOKENS, share=0.1) and not mask_pays(
         "cpu", True, tokens=MASKED_TOKENS + 1, share=0.9
@@ -146,3 +162,38 @@ def test_training_takes_the_mask_where_it_pays(monkeypatch):
     for parameter in routed.parameters():
         parameter.requires_grad_(False)
     assert not (routed(x) == 7).any() and (routed(x.requires_grad_()) == 7).all() and len(asked) == 2
+
+
+def test_maps_route_like_tokens():
+    """[B, D, H, W] in, the same out; tokens in reading order."""
+    routed, x = layer(), torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(3))
+    maps = layer()
+    maps.channels_first = True
+    with torch.no_grad():
+        assert torch.equal(maps.routes(x.movedim(-1, 1)), routed.routes(x))
+        torch.testing.assert_close(maps(x.movedim(-1, 1)), routed(x).movedim(-1, 1))
+
+
+def test_a_provided_layer_is_for_passes_without_gradients(monkeypatch):
+    routed, x = layer(), torch.randn(4, 8)
+    assert not routed._provided(x)
+    monkeypatch.setattr("moee.layers.routed.ops.WHOLE", {"cpu"})
+    assert not routed._provided(x), "its weights want gradients"
+    for parameter in routed.parameters():
+        parameter.requires_grad_(False)
+    assert routed._provided(x) and not routed._provided(torch.randn(4, 8, requires_grad=True))
+    routed.b_out.requires_grad_()
+    assert not routed._provided(x)
+    with torch.no_grad():
+        assert routed._provided(x) and routed._provided(torch.randn(4, 8, requires_grad=True))
+
+
+def test_routers_by_name_and_the_unit_of_loads():
+    tokens, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    made = {"cosine": cosine_router(tokens, labels, 3), "euclidean": euclidean_router(tokens, labels, 3)}
+    made |= {"hash": hash_router(tokens, 3, 0), "random": random_router(tokens, 3, 0)}
+    for kind, (rows, bias) in made.items():
+        assert all(torch.equal(a, b) for a, b in zip(make_router(kind, tokens, labels, 3), (rows, bias), strict=True))
+    with pytest.raises(ValueError, match="unknown routing 'nearest'; expected cosine, euclidean, hash or random"):
+        make_router("nearest", tokens, labels, 3)
+    assert LOAD_UNIT == contract.LOAD_UNIT == 1_000_000

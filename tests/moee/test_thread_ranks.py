@@ -5,13 +5,16 @@ import copy
 import pytest
 import torch
 
-from moee.calibrate.elimination import eliminated
-from moee.calibrate.layer_sums import LayerPart
+from moee.calibrate.elimination import Elimination, eliminated
+from moee.calibrate.layer_sums import CentredSums, LayerPart
 from moee.calibrate.refit import refit_from_parts
+from moee.calibrate.selection import Moments
 from moee.errors import UserError
 from moee.layers.routed import Experts, RoutedFFN
+from moee.methods.neurons.allocation import Allocation, Candidate
 from moee.models.ffn import FFN
 from moee.parallel.group import SOLO
+from moee.weights.fitting import Fit
 from tests.moee.thread_ranks import on_ranks
 
 DIM, HIDDEN = 12, 24
@@ -89,6 +92,11 @@ def test_an_expert_that_only_a_later_rank_sees_is_shifted_by_that_rank():
         dense = (torch.nn.functional.gelu(tokens @ ffn.w_up.T + ffn.b_up) @ ffn.w_down.T + ffn.b_down).mean(0)
         torch.testing.assert_close(alone(tokens).mean(0), dense, atol=1e-4, rtol=1e-4)
         assert not torch.equal(alone.b_out[e], before.b_out[e])
+
+
+def test_nobody_changes_what_was_found():
+    for kind in (Allocation, Candidate, CentredSums, Elimination, Experts, Fit, LayerPart, Moments):
+        assert kind.__dataclass_params__.frozen, kind
 
 
 def test_no_image_that_can_be_read_is_an_error_of_every_rank():

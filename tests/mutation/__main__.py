@@ -24,7 +24,7 @@ from tests.mutation.trial import SURVIVED, preload, tried
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEPT = ROOT / "build" / "mutation"
 WANTED = 0.9
-COUNT = 60
+COUNT = 40
 
 
 def main(argv: Sequence[str] | None = None) -> int:
