@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 # pip's cmake serves where the system has none
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: install demo test test-hostile test-slow soak test-zoo test-browser results results-methods lint plugin docs dist clean
+.PHONY: install demo test test-hostile test-slow soak test-zoo test-browser mutate results results-methods lint plugin docs dist clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -52,6 +52,11 @@ results-methods: install
 # static pruning and experts beside the dense model, timed in turns; writes docs/results/speed.md
 results: install
 	$(BIN)/python scripts/results.py
+
+# small faults in five modules, which the tests must notice; writes docs/results/mutation.md, goes on where it was stopped
+mutate: install
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[mutation]'
+	$(BIN)/python -m tests.mutation
 
 test-browser: install
 	$(BIN)/python -m pytest -m browser

@@ -178,6 +178,27 @@ def test_what_differs_is_said_with_the_flag_that_mends_it():
     )
 
 
+def test_a_prefix_of_nobodys_is_taken_from_half_of_the_tensors_on():
+    some = {f"weird.{key}": state()[key] for key in ("stem.weight", "stem.bias", "body.weight")}
+    assert fit_of(some).prefix == "weird." and told(some).startswith("3 of its 3 tensors under weird. fit the 6 of net")
+    del some["weird.stem.bias"]
+    assert fit_of(some).prefix == ""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (10, "the file was trained on 48 pixels, net takes another size: add --img-size 48"),
+        (8, "pos_embed is [1, 8, 6], expected [1, 5, 6]"),
+    ],
+)
+def test_positions_of_another_size_are_said_in_pixels(tokens, said):
+    model = Net()
+    model.patch_embed, model.pos_embed = nn.Module(), nn.Parameter(torch.zeros(1, 5, 6))
+    model.patch_embed.patch_size = (16, 16)
+    assert said in told({**model.state_dict(), "pos_embed": torch.zeros(1, tokens, 6)}, model)
+
+
 @pytest.mark.parametrize(
     ("tokens", "prefix", "own", "size"),
     [(197, 1, False, 224), (196, 0, False, 224), (198, 2, False, 224), (196, 1, True, 224), (197, 0, False, None),

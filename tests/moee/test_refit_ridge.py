@@ -39,6 +39,22 @@ def test_the_chosen_lambda_leaves_the_least_held_out_error(rows, noise):
     assert choose_ridge(a.T @ a, a.T @ r, held_a.T @ held_a, held_a.T @ held_r)[0] == min(errors, key=errors.__getitem__)
 
 
+def test_every_lambda_of_the_grid_is_best_somewhere():
+    """Against solutions by hand."""
+    grid, found = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3), set()
+    for noise in (0.05, 0.3, 0.6, 1.0, 2.0, 3.0, 5.0, 9.0):
+        (a, r), (held_a, held_r) = problem(100, noise)
+        errors = {}
+        for ridge in grid:
+            gram = (a.T @ a).double()
+            change = torch.linalg.solve(gram + ridge * gram.diagonal().mean() * torch.eye(30), (a.T @ r).double())
+            errors[ridge] = float((held_r - held_a @ change.float()).square().sum())
+        chosen = choose_ridge(a.T @ a, a.T @ r, held_a.T @ held_a, held_a.T @ held_r)[0]
+        assert chosen == min(errors, key=errors.__getitem__)
+        found.add(chosen)
+    assert found >= {0.03, 0.1, 0.3}
+
+
 def test_few_noisy_tokens_ask_for_more_than_many_clean_ones():
     chosen = []
     for rows, noise in ((35, 5.0), (2000, 0.1)):

@@ -44,11 +44,22 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, :1]",
         "routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, : 2]",
     ): "layers that are refitted send a token to one expert",
+    (LAYERS, "@property", ""): "of a protocol, which is never run",
     (
         ROUTED,
         "gates = torch.softmax(scores(x.reshape(-1, x.shape[-1]), self.router, self.router_bias), -1)",
         "gates = torch.softmax(scores(x.reshape(-1, x.shape[-1]), self.router, self.router_bias), 1)",
     ): "of two dimensions the last is the one after the first",
+    (
+        ROUTED,
+        "def mask_pays(device: str, wanted: bool, *, tokens: float, share: float) -> bool:",
+        "def mask_pays(device: str, wanted: bool, /, tokens: float, share: float) -> bool:",
+    ): "what is given by name may be given by name",
+    (
+        FILES,
+        "yield from _called(value, inner, wanted, depth - 1)",
+        "yield from _called(value, inner, wanted, depth - 2)",
+    ): "how deep it looks is bounded by the name that is looked for",
     (
         FILES,
         "if max(sizes) > size or sum(sizes) > MAX_SHARING * size:",
