@@ -44,7 +44,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, :1]",
         "routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, : 2]",
     ): "layers that are refitted send a token to one expert",
-    (LAYERS, "@property", ""): "of a protocol, which is never run",
+    (LAYERS, " @property", ""): "of a protocol, which is never run",
     (
         ROUTED,
         "gates = torch.softmax(scores(x.reshape(-1, x.shape[-1]), self.router, self.router_bias), -1)",
