@@ -24,10 +24,10 @@ killed then. What survives shows code that no test holds to anything. The mutant
 {drawn} mutants of each module were drawn by seed {seed} and tried by the module's quick tests, in forks of a process that has
 everything loaded. Nothing is written into the source tree. Measured on two shared cores of an AMD EPYC (CPU).
 
-**Tests were added for what survived of this sample**, so its score is no estimate for the other mutants; another `--seed` gives one. The
-first round, with fewer tests, had killed 62 of 85 (routing), 17 of 22 (refit), 45 of 55 (selection), 14 of 19 (loading) and 15 of
-19 (gates). What it had killed was not tried again; it had `test_convert.py`, `test_hierarchical.py`, `test_verify.py` and
-`tests/untrusted/test_weights.py` too, which take longer.
+**Tests were added for what survived of this sample**, so its score is no estimate for the other mutants; another `--seed`
+gives one. The first round, with fewer tests, had killed 62 of 85 (routing), 17 of 22 (refit), 45 of 55 (selection), 14 of 19
+(loading) and 15 of 19 (gates). What it had killed was not tried again; it had `test_convert.py`, `test_hierarchical.py`,
+`test_verify.py` and `tests/untrusted/test_weights.py` too, which take longer.
 
 """
 
