@@ -18,8 +18,8 @@ from plugins.kernels.spec import Block
 from plugins.targets import occupancy
 
 EXPERTS = (8, 32)
-# Cycles, assumed for all boards, of the order of microbenchmarks: an L40's L2 takes 222 to 339 (arXiv 2606.22588), memory about
-# twice as long (Luo et al., arXiv 2402.13499), an A100's m16n8k16 with float32 sums about 33 (Sun et al., arXiv 2206.02874).
+# Cycles, assumed for all boards. An L40's L2 takes 222 to 339 (arXiv 2606.22588); that memory takes twice as long, and a product
+# of 16 x 8 x 16 with float32 sums about 33, nobody looked up.
 L2_LATENCY, MEMORY_LATENCY, PRODUCT_LATENCY = 280, 560, 33
 STEP = 60  # a barrier and a read of shared memory (about 30) before a step's products
 SHARED_BYTES = 128  # a clock and multiprocessor, CUDA C++ Programming Guide: 32 banks of 4 bytes

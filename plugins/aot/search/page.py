@@ -68,8 +68,8 @@ A launch takes the board's microseconds and the longest of five times. The first
   products, and these, which for each 16 columns of the sum take {product} cycles at least. A load takes {memory} cycles in the
   first wave, from memory, and {l2} later, from L2. How many tiles are on their way follows from the binary's shared memory.
 
-The cycles are assumptions, one set for all boards, of the order of published microbenchmarks: products of an A100 (Sun et al.,
-arXiv 2206.02874), memory of three generations (Luo et al., arXiv 2402.13499), L2 of an L40, 222 to 339 (arXiv 2606.22588).
+The cycles are assumptions of ours, one set for all boards. Of one there is a source: an L40's L2 takes 222 to 339 (arXiv
+2606.22588).
 
 Not modelled: activations, the sorting of a group's tokens, bank conflicts, other instructions, clocks under load, experts of
 unequal load.
