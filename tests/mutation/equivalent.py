@@ -7,6 +7,7 @@ ELIMINATION, ALLOCATION = "moee/calibrate/elimination.py", "moee/methods/neurons
 FILES, ROUTED = "moee/weights/weights_file.py", "moee/layers/routed.py"
 
 COMPACTION = "when matrices are made smaller is a matter of time and memory; the neurons are the same"
+LAST = "of two dimensions the last is the one after the first"
 NAMES_SHOWN = "how many names a message lists, and how long they may be, is promised nowhere"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -40,16 +41,63 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "KEPT = 3  # numbers kept of the images on their way to a later stage, as a multiple of the tokens times the widest layer's width",  # noqa: E501
     ): "a bound of memory",
     (
+        REFIT,
+        "parts = min(PARTS, tokens // (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))",
+        "parts = min(PARTS, tokens * (PART_TOKENS * max(len(layer.b_out) for layer in self.layers.values())))",
+    ): "into how many parts the images are cut is a matter of time",
+    (
+        REFIT,
+        "for own, model in zip(passes, models, strict=True):",
+        "for own, model in zip(passes, models, strict=False):",
+    ): "one is made of the other",
+    (
+        "moee/calibrate/ridge.py",
+        "width = max(1, -(-len(gram) // BLOCKS))",
+        "width = max(1, -(-len(gram) * BLOCKS))",
+    ): "one product in place of ten smaller ones",
+    (
         LAYERS,
         "routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, :1]",
         "routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, : 2]",
     ): "layers that are refitted send a token to one expert",
     (LAYERS, " @property", ""): "of a protocol, which is never run",
     (
+        "moee/layers/routing.py",
+        "return torch.where(torch.isfinite(raw).all(-1, keepdim=True), raw, torch.zeros_like(raw))",
+        "return torch.where(torch.isfinite(raw).all(1, keepdim=True), raw, torch.zeros_like(raw))",
+    ): LAST,
+    ("moee/layers/routing.py", "return values.argmax(-1, keepdim=True)", "return values.argmax(1, keepdim=True)"): LAST,
+    (
+        "moee/layers/routing.py",
+        "return values.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]",
+        "return values.sort(dim=1, descending=True, stable=True).indices[:, :top_k]",
+    ): LAST,
+    ("moee/layers/routing.py", "if top_k == 1:", "if top_k == 0:"): "the first of a stable sort is the first largest",
+    (
+        ELIMINATION,
+        "COMPACT = 0.75  # of the neurons: when so few are left, matrices are made that hold no others",
+        "COMPACT = -0.25  # of the neurons: when so few are left, matrices are made that hold no others",
+    ): COMPACTION,
+    (
+        ALLOCATION,
+        "error, cost = errors[order].cumsum(0), costs[order].cumsum(0)",
+        "error, cost = errors[order].cumsum(0), costs[order].cumsum( -1)",
+    ): "of one dimension the first is the last",
+    (
+        ALLOCATION,
+        "shape = blocks[name][0].shape",
+        "shape = blocks[name][ -1].shape",
+    ): "all three have one shape",
+    (
+        "moee/weights/fitting.py",
+        "most = max((len(fit.fitting) for fit in fits), default=0)",
+        "most = max((len(fit.fitting) for fit in fits), default= -1)",
+    ): "neither is half of the model's tensors",
+    (
         ROUTED,
         "gates = torch.softmax(scores(x.reshape(-1, x.shape[-1]), self.router, self.router_bias), -1)",
         "gates = torch.softmax(scores(x.reshape(-1, x.shape[-1]), self.router, self.router_bias), 1)",
-    ): "of two dimensions the last is the one after the first",
+    ): LAST,
     (
         ROUTED,
         "def mask_pays(device: str, wanted: bool, *, tokens: float, share: float) -> bool:",
