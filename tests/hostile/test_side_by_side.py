@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 
 import pytest
 
@@ -57,14 +58,16 @@ def test_a_command_interrupted_at_any_moment_goes_on(name, tracing_zygote, place
     """Ctrl-C: exit code 130 in one sentence, the former result or the new one, whole; the same line then makes what an
     undisturbed run makes."""
     command = COMMANDS[name]
-    start = prepare(tracing_zygote, place, command)
-    run = copy(start, place / "point")
+    run, kept = prepare(tracing_zygote, place, command), place / "kept"
+    shutil.copytree(run, kept, symlinks=True)
     earlier = under(tree(run), command.out)
     whole = tracing_zygote.run(command.forced(), run)
     assert whole.code == 0, whole.text
     reference, draw = tree(run), random.Random(name)
     for _ in range(POINTS[name]):
-        run, moment = copy(start, place / "point"), draw.uniform(0.02, 1.0) * whole.seconds
+        moment = draw.uniform(0.02, 1.0) * whole.seconds
+        shutil.rmtree(run)  # and back at its place, since manifests name it and hold hashes of each other
+        shutil.copytree(kept, run, symlinks=True)
         inputs = {p: v for p, v in tree(run, raw=True).items() if p.split("/")[0] not in (command.out, "cache", "tmp")}
         outcome = tracing_zygote.run(command.forced(), run, interrupt_after=moment)
         said = (name, moment, outcome)
@@ -82,4 +85,4 @@ def test_a_command_interrupted_at_any_moment_goes_on(name, tracing_zygote, place
         final = tree(run)
         assert final == reference, (said, difference(final, reference))
         tried("interrupts", name, "resumed" if outcome.code else "done")
-    assert digest(start / "w.safetensors", start) == digest(run / "w.safetensors", run)
+    assert digest(kept / "w.safetensors", kept) == digest(run / "w.safetensors", run)
