@@ -102,8 +102,9 @@ def refuse_without_space(
         )
 
 
-def say_space(needs: Sequence[Need], weights: int, folder: Path | str | None = None) -> None:
-    """Log what the stages will take at their peak, and where their files lie."""
+def say_space(needs: Sequence[Need], weights: int, folder: Path | str | None = None, beside: str = "") -> None:
+    """Log what the stages will take at their peak, where their files lie, and what stands `beside` it without an estimate."""
     most, disk = worst(needs), sum(need.disk_bytes for need in needs)
     where = f"; disk: {in_words(disk)} in {folder}" if disk and folder is not None else ""
+    where += f"; {beside}" if beside else ""
     log.info("memory: about %s at the peak (%s)%s", in_words(loaded(weights) + most.memory_bytes), most.stage, where)

@@ -25,6 +25,7 @@ log = logging.getLogger("moee")
 
 Stages = Callable[[ModelShape, Extraction, Limits], list[Need]]
 EXPERTS = 8  # of a layer, where the clustering says how many there are
+NOT_COUNTED = "narrower heads, graphs and timings are not counted, and may take as much again"
 
 
 def model_shape(model: nn.Module, ffns: Sequence[FFN], tokens: Mapping[str, int], image: Shape) -> ModelShape:
@@ -91,7 +92,7 @@ class Space:
         if size <= self._said:
             return
         self._said = size
-        say_space(needs, weights, folder)
+        say_space(needs, weights, folder, NOT_COUNTED if work.stream else "")  # heads are narrowed beside such a refit as a rule
         if (left := self.limits.refitted(work.refitted)) < work.refitted:
             log.warning("the bound on the memory leaves the refit %s of its %s tokens a layer", f"{left:,}", f"{work.refitted:,}")
 
