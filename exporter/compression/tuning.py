@@ -22,7 +22,7 @@ def epochs_within(clock: Clock) -> int:
 
 def too_short(clock: Clock) -> str:
     """Why there is no tuning within the time."""
-    least = f"two epochs take about {duration(clock.least_tuning)}"
+    least = f"{WORTH_EPOCHS} epochs take about {duration(clock.least_tuning)}"
     return f"{duration(clock.tuning)} were left, and {least}" if clock.tuning >= 1 else f"no time was left, and {least}"
 
 

@@ -199,7 +199,7 @@ def _graphs(export: Mapping[str, Any]) -> list[str]:
     nodes = export.get("plugin_nodes")
     return [_list([
         f"Precision: {_code(export.get('precision', 'fp32'))}.",
-        "Layers of several experts, which need the plugin in TensorRT and nothing in ONNX Runtime: "
+        "Layers of several experts, for which TensorRT needs the plugin and portable.onnx nothing: "
         f"{NOT_KNOWN if nodes is None else nodes}.",
         "The figures above are of the model before the export. `moee verify` compares the graphs with it.",
     ])]  # fmt: skip

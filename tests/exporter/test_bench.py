@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from exporter import cli
+from exporter.commands.engines import bench as bench_command
 from exporter.engines import environment
 from exporter.report import write_report
 from exporter.runners import EngineRunner
@@ -244,3 +245,11 @@ def test_two_benches_agree_and_a_model_does_not_beat_itself(tiny_export, tmp_pat
         (folder / name.replace("dense.onnx", "portable.onnx")).write_bytes((folder / name).read_bytes())
     same = bench(folder, 4, runs=80, threads=1, duration_s=5).verdict
     assert same.winner is None, same.text
+
+
+@pytest.mark.parametrize("load, said", [(3.1, "others were at work here (load 3.1 on 2 CPUs"), (2.0, "")])
+def test_a_machine_that_others_load_is_said(load, said, monkeypatch):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("moee.parallel.machine.usable_cpus", lambda: 2)
+    found = bench_command._busy()
+    assert found.startswith(said) and bool(found) == bool(said)

@@ -111,7 +111,7 @@ def test_the_bundle_has_the_card_of_its_export(shared, written, exported, tmp_pa
     (exported / CARD).unlink()
     write_cpu_bundle(exported, tmp_path / "bundle")
     later = (tmp_path / "bundle" / CARD).read_text()
-    assert "Layer by layer: not known" in later and "nothing in ONNX Runtime: 3" in later
+    assert "Layer by layer: not known" in later and "portable.onnx nothing: 3" in later
     assert CARD in (tmp_path / "bundle" / "SHA256SUMS").read_text()
 
 

@@ -98,9 +98,9 @@ def test_trials_get_the_time_of_a_tuning_that_no_longer_fits():
     assert clock.tunes and clock.trials_end == pytest.approx(0.7 * whole)
     now.time = whole - 100.0
     assert clock.trials_end == pytest.approx(whole) and not epochs_within(clock)
-    assert too_short(clock) == f"1 min 40 s were left, and two epochs take about {duration(clock.least_tuning)}"
+    assert too_short(clock) == f"1 min 40 s were left, and 2 epochs take about {duration(clock.least_tuning)}"
     now.time = 600.0
-    assert too_short(clock).startswith("no time was left, and two epochs")
+    assert too_short(clock).startswith("no time was left, and 2 epochs")
 
 
 @pytest.mark.parametrize("drop, labelled, said", [(1, 80, "1.25 points of accuracy, so none may be lost"),

@@ -95,7 +95,7 @@ def test_the_last_stage_counts_and_every_data_set_is_named():
 def test_what_nobody_recorded_is_not_known():
     text = model_card({"model": body()["model"], "data": "digits"}, {"precision": "fp16"})
     for words in ("Licence of the weights: not known", "Layer by layer: not known", "likeness to the dense model: not known",
-                  "Images read last: not known", "nothing in ONNX Runtime: not known"):  # fmt: skip
+                  "Images read last: not known", "portable.onnx nothing: not known"):  # fmt: skip
         assert words in text
     broken = model_card(body(info={"stages": {"extracted": {"data": "digits", "unmeasured": "KeyboardInterrupt"}}}))
     assert "nothing was measured (measuring ended with `KeyboardInterrupt`)" in broken

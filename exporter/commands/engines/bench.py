@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     manifest, busy = read_export(args.path), _busy()
     refuse_lost_dense(manifest, args.path)
     if args.beside or args.batches:
-        return _side_by_side(args, manifest, console)
+        return _side_by_side(args, manifest, console, busy)
     if args.fail_if_slower and args.runs < MIN_PAIRS and args.duration <= 0:
         raise UserError(f"--fail-if-slower needs {MIN_PAIRS} pairs of runs or more, came --runs {args.runs}")
     with ProgressDisplay() as report:
@@ -115,8 +115,8 @@ def _busy() -> str:
     return f"others were at work here (load {load:.1f} on {cpus} CPUs before the timing): alone, both models take less time"
 
 
-def _side_by_side(args: argparse.Namespace, manifest: dict[str, Any], console: Console) -> int:
-    """The table of `--beside` and `--batches`."""
+def _side_by_side(args: argparse.Namespace, manifest: dict[str, Any], console: Console, busy: str) -> int:
+    """The table of `--beside` and `--batches`, and what makes its times longer."""
     from exporter.manifests import read_export, refuse_lost_dense
     from exporter.timing.side_by_side import BATCHES, side_by_side
     from exporter.verdict import MIN_PAIRS
@@ -150,6 +150,8 @@ def _side_by_side(args: argparse.Namespace, manifest: dict[str, Any], console: C
     console.print(table)
     for name, runtime in dict.fromkeys((row.name, row.runtime) for row in rows):
         console.print(f"{name}: {runtime}", highlight=False, soft_wrap=True)
+    if busy:
+        console.print(busy, highlight=False, soft_wrap=True)
     return OK
 
 
