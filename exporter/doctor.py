@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import platform
 import shutil
 from dataclasses import dataclass
 
@@ -33,9 +34,12 @@ def checks() -> list[Check]:
     """Everything that some command needs, in the order of the pipeline."""
     from exporter.pretrained import TIMM_NAME
     from moee.store.cache import cache_dir
+    from plugins.cpu.build import prebuilt
     from plugins.library.build import find_cmake
 
     weights = cache_dir() / f"{TIMM_NAME}.safetensors"
+    compiler = shutil.which("g++") or shutil.which("c++")
+    operator = "came with moee" if platform.machine() in prebuilt() else None
     tensorrt = _version("tensorrt") if importlib.util.find_spec("tensorrt") else None
     return [
         Check("torch", _version("torch"), "pip install moee", True),
@@ -45,8 +49,13 @@ def checks() -> list[Check]:
         Check("Triton (kernels ahead of time)", _version("triton"), "pip install triton (Linux)"),
         Check("TensorRT-RTX (engines with no GPU)", _version("tensorrt-rtx-cu13"), "pip install 'moee[rtx]'"),
         Check("TensorRT", tensorrt, "pip install 'moee[trt]', or the device's JetPack"),
-        Check("C++ compiler (plugin)", shutil.which("g++") or shutil.which("c++"), "apt-get install g++"),
+        Check("C++ compiler (plugin)", compiler, "apt-get install g++"),
         Check("CMake (plugin)", find_cmake(), "pip install cmake"),
+        Check(
+            "operator of ONNX Runtime on this CPU",
+            operator or (f"compiled by {compiler}" if compiler else None),
+            "apt-get install g++",
+        ),
         Check("NVIDIA GPU", _gpu(), "optional: kernels and engines run on one, everything else does not need it"),
         *_runners(),
         Check("dinov2-s weights", str(weights) if weights.is_file() else None, "fetched on first use of dinov2-s"),

@@ -13,13 +13,13 @@ from math import ceil
 from plugins.aot.manifest import Manifest
 from plugins.devices import Profile, profile_named
 from plugins.kernels.group import GROUP, SCORED
-from plugins.tactics import TACTICS, VARIANTS
+from plugins.tactics import TACTICS, VARIANTS, config
 from plugins.targets import occupancy
 
 EFFICIENCY = 0.6  # of the peak that products reach, as in the planner's roofline
 L2_BYTES = 64  # a clock and multiprocessor
 BYTES = 2  # float16
-TABLE = VARIANTS["float16"]
+DTYPE = "float16"
 DENSE_TILES = ((64, 64), (128, 64), (128, 128))
 BOARDS: tuple[tuple[str, int, float], ...] = (  # profile, multiprocessors, GHz
     ("orin-agx", 16, 1.3), ("thor-agx", 20, 1.57), ("rtx-4060", 24, 2.46), ("rtx-5090", 170, 2.41), ("h200", 132, 1.98),
@@ -98,15 +98,15 @@ def dense(layer: Layer, width: int) -> Iterator[list[Launch]]:
         ]
 
 
-def bucket_forms(layer: Layer) -> Iterator[list[Launch]]:
-    """Today's tactics: clear, route, then up and down or both at once."""
+def bucket_forms(layer: Layer, sm: int | None = None) -> Iterator[list[Launch]]:
+    """Today's tactics: clear, route, then up and down or both at once, in the tiles of an SM."""
     t, d, w = layer.tokens, layer.dim, layer.width
     half = layer.bytes // 2
     before = [Launch(), Launch(ceil(t / 16), 16 * 64 * d, BYTES * (16 + 64) * d, BYTES * t * d)]
     for tactic in TACTICS:
         if not tactic.fits(t, d, 1) or tactic.kind not in ("tile", "masked", "fused"):
             continue
-        steps = [TABLE[s.role, s.variant].block for s in tactic.launches if s.role not in ("route", "combine")]
+        steps = [config(s.role, s.variant, DTYPE, sm).block for s in tactic.launches if s.role not in ("route", "combine")]
         m, n = steps[0].m, steps[0].n
         if tactic.kind == "fused":
             yield [*before, Launch(layer.tiles(m), 2 * m * w * d, BYTES * (2 * w + m) * d, 2 * half)]
@@ -131,9 +131,9 @@ def scoring(layer: Layer) -> tuple[int, int]:
     return GROUP * SCORED * blocks * layer.dim, BYTES * blocks * (GROUP + SCORED) * layer.dim
 
 
-def two_launches(layer: Layer) -> list[Launch]:
+def two_launches(layer: Layer, sm: int | None = None) -> list[Launch]:
     """`group_up`, `group_down`."""
-    up, down = TABLE["group_up", "r16"].block, TABLE["group_down", "r16"].block
+    up, down = (config(role, "r16", DTYPE, sm).block for role in ("group_up", "group_down"))
     (macs, read), half = scoring(layer), layer.bytes // 2
     programs, tiles = groups(layer, up.m)
     first = Launch(programs * ceil(layer.width / up.n), macs + tiles * 16 * up.n * layer.dim,
@@ -143,11 +143,11 @@ def two_launches(layer: Layer) -> list[Launch]:
                           tiles * BYTES * (16 + down.n) * layer.width, half)]  # fmt: skip
 
 
-def one_launch(layer: Layer) -> list[Launch] | None:
+def one_launch(layer: Layer, sm: int | None = None) -> list[Launch] | None:
     """`group_fused`; None for tokens that are too wide for it."""
     if not any(t.kind == "group_fused" and t.fits(layer.tokens, layer.dim, 1) for t in TACTICS):
         return None
-    m = TABLE["group_fused", "d384"].block.m
+    m = config("group_fused", "d384", DTYPE, sm).block.m
     count = ceil(layer.tokens / GROUP)
     size = ceil(layer.tokens / count)
     programs, tiles = ceil(layer.tokens / m) + layer.experts, layer.tiles(m, size)
@@ -168,9 +168,10 @@ def times_us(board: Board, layer: Layer) -> dict[str, float]:
     fastest = min(board.time_us(form) for form in dense(layer, layer.hidden))
     if layer.experts == 1:
         return {"dense": fastest, "static": min(board.time_us(form) for form in dense(layer, layer.width))}
-    today = min(map(board.time_us, bucket_forms(layer)))
-    times = {"dense": fastest, "today": today, "two": board.time_us(two_launches(layer))}
-    single = one_launch(layer)
+    sm = board.profile.sm
+    today = min(map(board.time_us, bucket_forms(layer, sm)))
+    times = {"dense": fastest, "today": today, "two": board.time_us(two_launches(layer, sm))}
+    single = one_launch(layer, sm)
     return times if single is None else {**times, "one": board.time_us(single)}
 
 
@@ -212,7 +213,7 @@ def _layout() -> Iterator[str]:
         times = ", ".join(f"{b / gbytes / 1e3:.0f}" for b in (store, *packed))
         yield f"| {name} | {store / 2**20:.1f} | {4 / (BYTES * dim):.2%} | {sizes} | {times} |"
     yield TILES_HEADER
-    columns = sorted({TABLE[role, v].block.n for role, v in TABLE if role in ("expert_up", "group_up")})
+    columns = sorted({c.block.n for (role, _), c in VARIANTS[DTYPE].items() if role in ("expert_up", "group_up")})
     yield "| layer | tile | any width | multiples of 8 | 16 | 32 | 64 |\n|---|---|---|---|---|---|---|"
     for name, _, hidden in MODELS:
         for tile in columns:
@@ -248,7 +249,7 @@ def _board(board: Board, build: Manifest) -> Iterator[str]:
         eight, p = layers[EXPERTS.index(8)], board.profile
         floors = f"{eight.bytes / p.gbytes / 1e3:.1f}, {eight.flops / p.tflops / 1e6:.1f}, "
         floors += " / ".join(f"{n * p.launch_us:g}" for n in (4, 2, 1))
-        waves = ceil(two_launches(eight)[0].programs / at_once)
+        waves = ceil(two_launches(eight, p.sm)[0].programs / at_once)
         cells, whole = [], 0.0
         for layer in layers:
             times = times_us(board, layer)

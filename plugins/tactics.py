@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from plugins.contract import DTYPES
 from plugins.kernels import (
@@ -158,6 +158,38 @@ def _variants(wide: bool) -> dict[tuple[str, str], Config]:
 
 VARIANTS: dict[str, dict[tuple[str, str], Config]] = {dtype: _variants(dtype == "float32") for dtype in DTYPES}
 
+# Settings of half precision that a search takes for an SM in the place of the table's: n and k of the tile, warps, stages. They
+# are modelled: `python -m plugins.aot.search` prints them into docs/results/tiles.md. An SM that is not here was not searched.
+# The rows of a tile stay: the tactic for sizes that nobody timed goes by them, whatever the SM.
+SEARCHED: dict[int, dict[tuple[str, str], tuple[int, int, int, int]]] = {
+    86: {("group_down", "r16"): (32, 64, 4, 7)},
+    87: {
+        ("expert_up", "bm16"): (128, 32, 2, 4),
+        ("expert_up", "bm32"): (64, 64, 2, 3),
+        ("expert_down", "bm16"): (64, 64, 2, 5),
+        ("expert_down", "bm32"): (64, 64, 2, 5),
+        ("group_up", "r16"): (64, 64, 4, 5),
+        ("group_down", "r16"): (64, 64, 4, 5),
+    },
+    89: {("group_down", "r16"): (32, 64, 4, 5)},
+    90: {
+        ("expert_up", "bm16"): (64, 128, 2, 3),
+        ("expert_down", "bm16"): (64, 128, 2, 5),
+        ("group_up", "r16"): (64, 128, 4, 4),
+        ("group_down", "r16"): (64, 128, 4, 5),
+    },
+    110: {
+        ("expert_up", "bm16"): (64, 64, 2, 4),
+        ("expert_up", "bm64"): (128, 64, 4, 3),
+        ("expert_up", "bm128"): (128, 128, 8, 3),
+        ("expert_down", "bm16"): (64, 64, 2, 5),
+        ("expert_down", "bm64"): (128, 64, 4, 5),
+        ("group_up", "r16"): (64, 128, 4, 4),
+        ("group_down", "r16"): (64, 128, 4, 5),
+    },
+    120: {("expert_down", "bm16"): (32, 64, 4, 7), ("group_down", "r16"): (32, 64, 4, 7)},
+}
+
 
 def by_id(id: int) -> Tactic:
     """Raises ValueError for an id that is not in the table."""
@@ -191,13 +223,26 @@ def _token_tile(tactic: Tactic, dtype: str) -> int:
 def config(role: str, variant: str, dtype: str, sm: int | None = None) -> Config:
     """Compile settings of one kernel; raises ValueError for one that does not exist.
 
-    Where there are no tensor cores to use (sm_75), every type takes the tiles of float32.
+    Without `sm` they are the table's for any SM; with it what a search takes for this SM goes first. Where there are no tensor
+    cores to use (sm_75), every type takes the tiles of float32.
     """
     cores = sm is None or target(sm).tensor_cores
     try:
-        return VARIANTS[dtype if cores else "float32"][role, variant]
+        listed = VARIANTS[dtype if cores else "float32"][role, variant]
     except KeyError:
         raise ValueError(f"no kernel {role}/{variant} for {dtype}; see plugins/tactics.py") from None
+    found = SEARCHED.get(sm or 0, {}).get((role, variant))
+    if found is None or dtype == "float32":
+        return listed
+    n, k, warps, stages = found
+    return varied(listed, Block(listed.block.m, n, k), warps, stages)
+
+
+def varied(settings: Config, block: Block, warps: int, stages: int) -> Config:
+    """`settings` with another tile, number of warps and depth; constants that name the tile follow."""
+    named = {"BM": block.m, "BN": block.n, "BK": block.k}
+    constants = tuple((name, named.get(name, value)) for name, value in settings.constants)
+    return replace(settings, block=block, num_warps=warps, num_stages=stages, constants=constants)
 
 
 def grid_axes(role: str, settings: Config) -> tuple[str, str, str]:

@@ -2,16 +2,18 @@
 
 import functools
 import json
+import platform
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from exporter import cli
+from exporter import cli, doctor
 from exporter.doctor import _gpu
 from exporter.terminal import interrupts
 from exporter.terminal.loading import load
@@ -188,6 +190,20 @@ def test_doctor_lists_what_is_missing(capsys):
     text = capsys.readouterr().out
     assert "ONNX Runtime" in text and "TensorRT" in text
     assert "run ONNX on CPU" in text and "run ONNX on CUDA" in text and "run tensorrt-rtx engines" in text
+
+
+def test_doctor_says_where_the_operator_comes_from(monkeypatch):
+    """A wheel brings it; else a compiler makes it; with neither it is missing."""
+
+    def found(libraries, compiler):
+        monkeypatch.setattr("plugins.cpu.build.prebuilt", lambda: libraries)
+        monkeypatch.setattr("exporter.doctor.shutil.which", lambda name: compiler)
+        (check,) = [c for c in doctor.checks() if c.name.startswith("operator")]
+        return check.found
+
+    monkeypatch.setattr(doctor, "_runners", list)
+    assert found({platform.machine(): Path("x.so")}, None) == "came with moee"
+    assert found({"riscv": Path("x.so")}, "/bin/g++") == "compiled by /bin/g++" and found({}, None) is None
 
 
 @pytest.mark.parametrize(("capability", "words"), [((8, 7), "Board, sm_87"), ((7, 5), "Board, sm_75: unsupported by the routed")])

@@ -13,13 +13,13 @@ from typing import Any
 
 from plugins.contract import DTYPES
 from plugins.kernels.spec import POINTERS
-from plugins.tactics import SPECS, TACTICS, VARIANTS, grid_axes
+from plugins.tactics import SPECS, TACTICS, VARIANTS, config, grid_axes
 
 SCRATCH = [{"name": "global_scratch", "type": "scratch_ptr"}, {"name": "profile_scratch", "type": "scratch_ptr"}]
 
 
 def _kernel(folder: Path, role: str, variant: str, dtype: str, sm: int) -> dict[str, Any]:
-    config = VARIANTS[dtype][role, variant]
+    settings = config(role, variant, dtype, sm)
     symbol = f"{role}_{variant}_{dtype}"
     filler = "".join(random.Random(f"{symbol}{sm}").choices("abcdefgh \n", k=3000))
     cubin = f"MOEE-FAKE sm={sm} symbol={symbol}\n{filler}\0".encode()
@@ -28,13 +28,13 @@ def _kernel(folder: Path, role: str, variant: str, dtype: str, sm: int) -> dict[
     (folder / f"{name}.cubin").write_bytes(cubin)
     (folder / f"{name}.ptx").write_bytes(ptx)
     arguments = [{"name": a, "type": "ptr" if a in POINTERS else "i32"} for a in SPECS[role].arguments]
-    block = config.block
+    block = settings.block
     return {
         **{"role": role, "variant": variant, "dtype": dtype, "sm": sm, "symbol": symbol},
         **{"cubin": f"{name}.cubin", "ptx": f"{name}.ptx", "sha256": hashlib.sha256(cubin).hexdigest()},
-        **{"num_warps": config.num_warps, "shared_bytes": 0 if role == "combine" else 16384 + 1024 * block.m},
+        **{"num_warps": settings.num_warps, "shared_bytes": 0 if role == "combine" else 16384 + 1024 * block.m},
         **{"registers": 64, "spill_bytes": 0, "stack_bytes": 0, "mma_count": 1, "cp_async_count": 1, "ptx_version": 80},
-        **{"block": vars(block), "grid": list(grid_axes(role, config)), "args": arguments + SCRATCH},
+        **{"block": vars(block), "grid": list(grid_axes(role, settings)), "args": arguments + SCRATCH},
     }
 
 

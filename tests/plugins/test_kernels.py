@@ -13,7 +13,7 @@ from plugins import dispatch, interpreter, reference
 from plugins.contract import ACTIVATIONS
 from plugins.interpreter import Watch, watching
 from plugins.kernels.group import arrange, tile_tokens
-from plugins.tactics import SPECS, TACTICS, config
+from plugins.tactics import SEARCHED, SPECS, TACTICS, config
 from plugins.workspace import Sizes, layout
 from tests.plugins.cases import bound, operator, poison
 
@@ -85,6 +85,30 @@ def test_tactic_odd_shapes(name, dtype):
     assert torch.equal(
         buffers["routes"].view(-1, 1).long(), reference.routes(inputs["x"], inputs["router"], inputs["router_bias"])
     )
+
+
+# One SM for each tactic and pair of tiles that a search took for it.
+OF_AN_SM = [("tile16", 87), ("tile16", 90), ("tile16", 120), ("tile64", 110), ("tile128", 110), ("group16", 86), ("group16", 90)]
+
+
+@pytest.mark.parametrize(("name", "sm"), OF_AN_SM)
+def test_tiles_of_an_sm(name, sm, monkeypatch):
+    """Widths around these tiles' edges, too."""
+    monkeypatch.setattr(dispatch, "sm_of", lambda tensor: sm)
+    inputs = operator(37, 48, (5, 33, 17, 150, 1), 150, "float16")
+    y, buffers = run_checked(NAMES[name], inputs)
+    close(y, inputs, buffers)
+
+
+def test_every_tile_of_an_sm_is_tried():
+    """Warps and stages do nothing in the interpreter; tiles do."""
+    launches = {(t.name, s.role, s.variant) for t in TACTICS for s in t.launches}
+    tried = {
+        (role, config(role, variant, "float16", sm).block)
+        for name, sm in OF_AN_SM for tactic, role, variant in launches if tactic == name
+    }  # fmt: skip
+    wanted = {(role, config(role, v, "float16", sm).block) for sm, found in SEARCHED.items() for role, v in found}
+    assert wanted - tried <= {(role, config(role, v, "float16").block) for _, role, v in launches}
 
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "odd"])

@@ -31,7 +31,7 @@ from plugins.aot.search.model import (
 )
 from plugins.aot.search.trials import Trial, Trials, compile_trial, key_of, label
 from plugins.kernels.spec import Block
-from plugins.tactics import config
+from plugins.tactics import SEARCHED, config
 from plugins.targets import target
 
 ORIN = Group(87, "expert_up", "bm16", "float16")
@@ -72,7 +72,7 @@ def compiles(monkeypatch):
 def test_candidates_begin_with_the_table_and_keep_its_constants():
     for group in GROUPS:
         first, *others = candidates(group)
-        assert first == config(group.role, group.variant, "float16", group.sm) and len(others) > 10
+        assert first == config(group.role, group.variant, "float16") and len(others) > 10
         assert len({first, *others}) == len(others) + 1
         for other in others:
             named, kept = dict(other.constants), dict(first.constants)
@@ -80,7 +80,7 @@ def test_candidates_begin_with_the_table_and_keep_its_constants():
             assert {k: v for k, v in named.items() if k[0] != "B" or k == "BS"} == {
                 k: v for k, v in kept.items() if k[0] != "B" or k == "BS"
             }
-            assert group.role in GROUP_ROLES or group.role == "fused" or other.block.m == first.block.m
+            assert group.role in GROUP_ROLES or other.block.m == first.block.m
             assert least_shared(group, other) <= target(group.sm).shared_block
     small, large = (candidates(Group(sm, "expert_up", "bm64", "float16")) for sm in (86, 87))
     assert set(small) < set(large)
@@ -285,14 +285,32 @@ def test_another_file_is_refused_and_left(text, tmp_path, capsys):
     assert "pass another --results" in capsys.readouterr().err and file.read_text(encoding="latin-1") == text
 
 
-def test_the_committed_page_is_of_this_table():
-    """Every search of the default command has a row with the table's settings, and none is unfinished."""
+def test_the_table_holds_what_the_committed_page_takes():
+    """Every search of the default command has a row with the table's settings, none is unfinished. Kernels of the SM are compiled
+    with what its rows take, and with nothing else."""
     text = (Path(__file__).parents[2] / "docs" / "results" / "tiles.md").read_text()
-    assert "nfinished" not in text
+    assert "nfinished" not in text and set(SEARCHED) <= set(command.SMS)
+    taken_ones = 0
     for group in GROUPS:
         section = text.split(f"### sm_{group.sm} ")[1].split("### ")[0]
         (row,) = [line for line in section.splitlines() if line.startswith(f"| {group.role} {group.variant} |")]
-        assert row.split(" | ")[3] == label(group.listed)
+        cells = row.split(" | ")
+        assert cells[3] == label(group.listed)
+        best = cells[5].removesuffix(" (**taken**)")
+        used = [config(group.role, group.variant, dtype, group.sm) for dtype in command.DTYPES]
+        assert {label(each) for each in used} == {best if best != cells[5] else cells[3]}, row
+        taken_ones += best != cells[5]
+    assert taken_ones == sum(map(len, SEARCHED.values())) > 0
+
+
+def test_settings_of_an_sm_keep_the_rows_and_serve_half_precision_alone():
+    for sm, found in SEARCHED.items():
+        for role, variant in found:
+            listed, used = config(role, variant, "float16"), config(role, variant, "float16", sm)
+            assert used != listed and used.block.m == listed.block.m and used == config(role, variant, "bfloat16", sm)
+            assert dict(used.constants)["BN"] == used.block.n and dict(used.constants)["BK"] == used.block.k
+            assert config(role, variant, "float32", sm) == config(role, variant, "float32")
+            assert config(role, variant, "float16", 80) == listed  # another SM keeps the table's
 
 
 @pytest.mark.slow

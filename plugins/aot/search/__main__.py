@@ -17,7 +17,7 @@ from plugins.aot.search.model import board_of
 from plugins.aot.search.trials import Trials, compiled, workers
 from plugins.devices import HOW, sm_named
 
-SMS = (86, 87, 90, 110, 120)  # one of each class of shared memory and tensor cores
+SMS = (86, 87, 89, 90, 110, 120)  # those with a board to model them by
 DTYPES = ("float16", "bfloat16")  # whose products take tensor cores, and whose values take two bytes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
@@ -11,7 +11,7 @@ from plugins.aot.compile import Job
 from plugins.aot.search.model import ASYNC_ROWS, DOWN_ROLES, GROUP_ROLES, ROWS, asynchronous, step_bytes
 from plugins.kernels.group import GROUP
 from plugins.kernels.spec import Block
-from plugins.tactics import Config, config
+from plugins.tactics import Config, config, varied
 from plugins.targets import target
 
 # Which variants are searched. The account has no tokens as narrow as `fused` d192 takes.
@@ -44,20 +44,13 @@ class Group:
 
     @property
     def listed(self) -> Config:
-        """The tactic table's settings."""
-        return config(self.role, self.variant, self.dtype, self.sm)
+        """The tactic table's settings for any SM, which the search begins with."""
+        return config(self.role, self.variant, self.dtype)
 
     @property
     def max_dim(self) -> int:
         """The widest tokens that the role takes, 0 for any."""
         return MAX_DIM.get(self.role, 0)
-
-
-def varied(settings: Config, block: Block, warps: int, stages: int) -> Config:
-    """`settings` with another tile, number of warps and depth; constants that name the tile follow."""
-    named = {"BM": block.m, "BN": block.n, "BK": block.k}
-    constants = tuple((name, named.get(name, value)) for name, value in settings.constants)
-    return replace(settings, block=block, num_warps=warps, num_stages=stages, constants=constants)
 
 
 def accumulators(role: str, block: Block, warps: int) -> int:
@@ -101,7 +94,8 @@ def changes(listed: Config, other: Config) -> tuple[int, int]:
 def _all(group: Group, listed: Config) -> Iterator[Config]:
     block = listed.block
     fused = group.role == "fused"
-    tokens = GROUP_TOKENS if group.role in GROUP_ROLES else (16, 32, 64) if fused else (block.m,)
+    # Other tactics are chosen by their rows of tokens where nobody timed, on whichever SM: these stay.
+    tokens = GROUP_TOKENS if group.role in GROUP_ROLES else (block.m,)
     columns = (16, 32, 64) if fused else COLUMNS
     inner = (block.k,) if fused else INNER
     stages = (3, 5, 7, 9) if group.role in DOWN_ROLES else (2, 3, 4, 5, 6)

@@ -45,11 +45,12 @@ HEADER = """# Tiles: the tactic table against a search
 
     python -m plugins.aot.search > docs/results/tiles.md
 
-The command compiles settings around those of `plugins/tactics.py` (tile, warps, stages), drops what spills, has a stack, exceeds
+The command compiles settings around those that `plugins/tactics.py` lists for any SM (columns and depth of the tile, warps,
+stages; of the group kernels the tokens too), drops what spills, has a stack, exceeds
 shared memory or loses its tensor cores, and models the others. What came of each candidate stays in `build/tiles.jsonl`;
-`--minutes 4` stops in between, and the same command goes on. It changes nothing in the table: what it prefers is a
-recommendation that no device has timed. On a device TensorRT times the tactics that are built and keeps the fastest for each
-layer; the table decides only which settings each tactic has.
+`--minutes 4` stops in between, and the same command goes on. What it takes stands in `SEARCHED` of that file, and the kernels of
+this SM are built so, for float16 and bfloat16; a test holds the two together. No device has timed it. On a device TensorRT times
+the tactics and keeps the fastest for each layer; these settings decide only how each tactic is compiled.
 
 ## What the model assumes
 
@@ -88,6 +89,7 @@ compiling promises less than {worth} are not compiled.
 COLUMNS = """
 - *sizes*: layers, of {count}, at which this tile is the fastest or within 5 %, by the table's kernels; other tiles serve the
   rest.
+- *table*: what the tactic table lists for any SM.
 - *bound by*: what the table's kernel meets at those sizes, and how often. Where it is `launch`, the launch takes longer than the
   work, and no tile helps.
 - *regs, KiB, at once*: registers a thread, shared memory a program, programs on a multiprocessor at once.
@@ -192,7 +194,7 @@ def _forms(own: States, pick) -> list[tuple[float, float]] | None:
 
     narrow = {layer: i for i, layer in enumerate(layers(384))}
     for i, layer in enumerate(layers(0)):
-        route = board.time_us(next(bucket_forms(layer))[:2])
+        route = board.time_us(next(bucket_forms(layer, sample.sm))[:2])
         forms = [(route + of("expert_up", v)[i] + of("expert_down", v)[i], 4) for v in tiles]
         forms.append((of("group_up", "r16")[i] + of("group_down", "r16")[i], 2))
         if layer in narrow and ("fused", "d384") in own:
