@@ -66,5 +66,4 @@ ATTRIBUTES: tuple[Attribute, ...] = (
 )
 
 INPUT_NAMES: tuple[str, ...] = tuple(i.name for i in INPUTS)
-ATTRIBUTE_NAMES: tuple[str, ...] = tuple(a.name for a in ATTRIBUTES)
 LOAD_UNIT = 1_000_000

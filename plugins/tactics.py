@@ -191,14 +191,6 @@ SEARCHED: dict[int, dict[tuple[str, str], tuple[int, int, int, int]]] = {
 }
 
 
-def by_id(id: int) -> Tactic:
-    """Raises ValueError for an id that is not in the table."""
-    for tactic in TACTICS:
-        if tactic.id == id:
-            return tactic
-    raise ValueError(f"tactic {id} is unknown; known are {[t.id for t in TACTICS]}")
-
-
 def default_tactic(tokens: int, dim: int, top_k: int, experts: int, dtype: str) -> Tactic:
     """The tactic for sizes that nobody timed: the largest tile that an expert's tokens fill on average, else the smallest. One
     group of tokens and as many experts as are scored at a time take the first tactic that groups, for it has half the launches.

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from exporter.terminal.flags import OK, add_moved, add_out, add_outputs, at_least, open_artifact
+from exporter.terminal.idle import keep_defaults, refuse_idle
 from exporter.terminal.ui import ProgressDisplay
-from moee.errors import UserError
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.store.result_kinds import FRONT, PLAN, PLOTS, kind_of
@@ -22,11 +22,12 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("plots", help=TEXT, description=TEXT)
     sub.set_defaults(run=run, loads="exporter.plots")
     sub.add_argument("path", help="folder that extract, finetune or plan wrote")
-    sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
+    sub.add_argument("--data", help="images to run on (default: what the model was tuned on, else extracted on)")
     sub.add_argument("--images", type=at_least(1), default=256, help="held-out images that are routed and compared (256)")
     add_moved(sub)
     add_out(sub, "the plots")
     add_outputs(sub, _outputs)
+    keep_defaults(sub)
 
 
 def _is_plan(args: argparse.Namespace) -> bool:
@@ -47,9 +48,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _front(args: argparse.Namespace) -> list[str]:
     from exporter.front import write_front
 
-    given = {"--data": args.data, "--checkpoint": args.checkpoint, "--model": args.word}
-    if idle := [flag for flag, value in given.items() if value is not None]:
-        raise UserError(f"{', '.join(idle)}: the front of a plan is drawn from its plan.json alone; leave it out")
+    why = "for a model, and the front of a plan is drawn from its plan.json alone"
+    refuse_idle(args, why, "data", "images", "checkpoint", "word")
     return write_front(args.path, args.out, force=args.force)
 
 

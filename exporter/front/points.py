@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from exporter.markup.values import DASH, dig, fixed, numbers, percent, real
+from exporter.markup.values import DASH, dig, fixed, numbers, percent, real, word
 
 DENSE, STATIC, ROUTED = "dense", "static", "routed"  # roles of a candidate: how its mark looks
 MOST = 120  # candidates drawn; a plan tries tens
@@ -108,7 +108,7 @@ def read_front(plan: dict[str, Any]) -> Front:
     limits = {name: v for name, bounds in LIMITS.items() if (v := _within(dig(budget, name), bounds)) is not None}
     reason = dig(plan, "accuracy", "no_accuracy")
     return Front(
-        str(dig(plan, "model", "name") or DASH), str(plan.get("data") or DASH), candidates, limits,
+        word(dig(plan, "model", "name")), word(plan.get("data")), candidates, limits,
         reason if isinstance(reason, str) else "", len(given) - len(drawn),
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def _same(point: dict[str, Any], winner: Any) -> bool:
 
 
 def _candidate(point: dict[str, Any], chosen: bool) -> Candidate:
-    method = str(point.get("method") or DASH)[:MOST_NAME]
+    method = word(point.get("method"))[:MOST_NAME]
     allocation, attention, tokens = point.get("allocation"), real(point.get("attention")), real(point.get("tokens"))
     parts = [method, *([str(allocation)[:MOST_NAME]] if allocation else [])]
     parts += [f"attention {percent(attention, 0)}"] if attention is not None and attention < WHOLE else []

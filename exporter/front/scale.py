@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 STEPS = (1, 2, 2.5, 5, 10)
+MOST_TICKS = 5
 MARGIN = 0.06  # of the range, on both sides
 FAR = 2.5  # times the range that matters: what lies further below its top is drawn at the edge
 
@@ -25,9 +26,9 @@ class Scale:
         inside = min(max(value, self.low), self.high)
         return self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self, most: int = 5) -> list[float]:
-        """At most `most` round values within the range."""
-        raw = (self.high - self.low) / most
+    def ticks(self) -> list[float]:
+        """At most `MOST_TICKS` round values within the range."""
+        raw = (self.high - self.low) / MOST_TICKS
         power = 10.0 ** math.floor(math.log10(raw))
         step = next(s * power for s in STEPS if s * power >= raw * (1 - 1e-9))
         first = math.ceil(self.low / step - 1e-9)

@@ -35,6 +35,13 @@ def numbers(values: Any) -> list[float]:
     return [v for v in found if v is not None] if all(v is not None for v in found) else []
 
 
+def word(value: Any) -> str:
+    """A text, or a finite number as it is; a dash for anything else, such as a list or an empty text."""
+    if isinstance(value, str):
+        return value or DASH
+    return DASH if real(value) is None else str(value)
+
+
 def percent(value: Any, digits: int = 2) -> str:
     number = real(value)
     return DASH if number is None else f"{number:.{digits}%}"

@@ -161,11 +161,11 @@ def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
         yield folder / graph.name
 
 
-def taps_of(outputs: list[np.ndarray], layers: list[str], own: int = 1) -> dict[str, Tap]:
-    """Taps from the outputs of a tapped graph; the first `own` outputs are the model's."""
+def taps_of(outputs: list[np.ndarray], layers: list[str]) -> dict[str, Tap]:
+    """Taps from the outputs of a tapped graph; the first output is the model's."""
     taps = {}
     for i, layer in enumerate(layers):
-        tokens, route, result = (torch.from_numpy(np.ascontiguousarray(a)) for a in outputs[own + 3 * i : own + 3 * i + 3])
+        tokens, route, result = (torch.from_numpy(np.ascontiguousarray(a)) for a in outputs[1 + 3 * i : 4 + 3 * i])
         taps[layer] = Tap(tokens, route.reshape(len(tokens), -1), result.reshape(tokens.shape))
     return taps
 

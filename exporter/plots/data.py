@@ -136,13 +136,13 @@ def router_similarity(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def neuron_curves(dense: nn.Module, data: ImageSet, tokens: int = CURVE_TOKENS, report: Reporter = silent) -> dict[str, Any]:
+def neuron_curves(dense: nn.Module, data: ImageSet, report: Reporter = silent) -> dict[str, Any]:
     """Variance and mean of every hidden neuron of the dense MLPs on calibration images, each sorted from high to low (paper,
     Figure 9): {"tokens": N, "layers": {name: {"variance": [H], "mean": [H]}}}."""
     ffns = find_ffns(dense, gated=True).ffns
     layers = {}
     with temporary_folder() as folder:
-        sampled = collect_tokens(dense, ffns, data, folder, tokens, seed=0, report=report)
+        sampled = collect_tokens(dense, ffns, data, folder, CURVE_TOKENS, seed=0, report=report)
         for ffn, layer in zip(ffns, sampled, strict=True):
             total, squares = torch.zeros(ffn.hidden).double(), torch.zeros(ffn.hidden).double()
             for part in torch.arange(layer.count).split(CHUNK):

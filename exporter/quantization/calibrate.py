@@ -78,8 +78,7 @@ def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
 
 @torch.inference_mode()
 def calibrate(
-    model: nn.Module, data: ImageSet, dtype: torch.dtype, images: int = CALIBRATION_IMAGES, report: Reporter = silent,
-    *, min_sqnr_db: float = MIN_SQNR_DB,
+    model: nn.Module, data: ImageSet, dtype: torch.dtype, images: int = CALIBRATION_IMAGES, report: Reporter = silent
 ) -> Quantization:  # fmt: skip
     """Calibrate float32 `model` on `images` images of `data`, drawn once. `dtype` is the type of the scales.
 
@@ -104,13 +103,13 @@ def calibrate(
     tried = {method: {n: histograms[n].step(method) for n in names if n in histograms} for method in METHODS}
     reached, method = max((loss(tried[method]), method) for method in METHODS)
     scales = tried[method]
-    if reached < min_sqnr_db:
+    if reached < MIN_SQNR_DB:
         alone = {}
         for done, (name, scale) in enumerate(scales.items()):
             alone[name] = loss({name: scale})
             report("sensitivity", done + 1, len(scales))
         for name in sorted(alone, key=lambda n: alone[n]):
-            if reached >= min_sqnr_db:
+            if reached >= MIN_SQNR_DB:
                 break
             del scales[name]
             kept[name] = f"quantised alone it leaves the output {alone[name]:.1f} dB; it was among the worst"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.markup import Html, table, tag
-from exporter.markup.values import DASH, dig, fixed, numbers, percent, real, scientific
+from exporter.markup.values import DASH, dig, fixed, numbers, percent, real, scientific, word
 from exporter.report import charts
 from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.sources import Sources
@@ -29,7 +29,7 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
         rows = [
             ["accuracy (95 % interval)", DASH, *ours],
             ["dense, on the same images", DASH, *[accuracy_of(r, "dense_accuracy") for r in kept.values()]],
-            ["held-out images of", DASH, *map(str, data.values())],
+            ["held-out images of", DASH, *map(word, data.values())],
         ]
     for label, key, show in (
         ("same class as dense", "top1_agreement", percent),
@@ -38,7 +38,7 @@ def retention(sources: Sources) -> tuple[str | None, list[Html]]:
     ):
         rows.append([label, DASH, *[show(dig(r, key)) for r in kept.values()]])
     names = [STAGE_NAMES.get(name, name) for name in found]
-    caption = f"{fixed(dig(first, 'images'), 0)} held-out images of {next(iter(data.values()))}"
+    caption = f"{fixed(dig(first, 'images'), 0)} held-out images of {word(next(iter(data.values())))}"
     parts = [table(["", "dense", *names], rows, caption)]
     parts += [tag("p", note, class_="missing") for note in [*_accuracy_notes(kept), *[f"T{CHANGED[1:]}."] * changed]]
     missing = next((str(dig(r, "no_tokens")) for r in kept.values() if dig(r, "no_tokens")), "")
@@ -106,7 +106,7 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
         if not isinstance(short, dict):
             return None, [*_int8(sources), not_there("A parity result (parity.json) was", "moee verify export --out verify")]
         rows: list[list[object]] = [
-            ["runtime", str(short.get("runtime", DASH))], ["largest absolute error", scientific(short.get("max_abs_error"))],
+            ["runtime", word(short.get("runtime"))], ["largest absolute error", scientific(short.get("max_abs_error"))],
             ["equal routes", percent(short.get("route_agreement"), 4)], ["same class", percent(short.get("top1_agreement"))],
         ]  # fmt: skip
         note = not_there("Details (parity.json) were", "moee verify export --out verify")
@@ -116,11 +116,11 @@ def parity(sources: Sources) -> tuple[str | None, list[Html]]:
     for batch in batches if isinstance(batches, list) else ():
         error, rms = real(dig(batch, "max_abs_error")), real(dig(batch, "output_rms"))
         relative = error / rms if error is not None and rms else None
-        row = [str(dig(batch, "batch")), scientific(error), scientific(dig(batch, "tolerance_abs"))]
+        row = [word(dig(batch, "batch")), scientific(error), scientific(dig(batch, "tolerance_abs"))]
         rows.append([*row, scientific(dig(batch, "mean_abs_error")), scientific(relative)])
     typed = f", graph in {body['precision']}" if isinstance(body.get("precision"), str) else ""
     head = ["batch", "largest error", "allowed", "mean error", "largest error / output rms"]
-    parts = [*_failures(body), *_int8(sources), table(head, rows, f"torch against {body.get('runtime', DASH)}{typed}")]
+    parts = [*_failures(body), *_int8(sources), table(head, rows, f"torch against {word(body.get('runtime'))}{typed}")]
     if rule := dig(body, "tolerance", "rule"):
         parts.append(tag("p", f"Allowed: {rule}."))
     routes = body.get("route_agreement")
@@ -151,10 +151,10 @@ def _int8(sources: Sources) -> list[Html]:
 def _failures(body: dict[str, Any]) -> list[Html]:
     """The checks that failed or did not run, and the first layer that deviates."""
     cases = body.get("cases")
-    failed = [c for c in cases if dig(c, "failure")] if isinstance(cases, list) else []
-    items = [tag("li", f"{dig(c, 'group')} {dig(c, 'name')}: {dig(c, 'failure')}") for c in failed]
-    skipped = [c for c in cases if dig(c, "skipped")] if isinstance(cases, list) else []
-    items += [tag("li", f"not checked, {dig(c, 'group')} {dig(c, 'name')}: {dig(c, 'skipped')}") for c in skipped]
+    items: list[Html] = []
+    for key, before in (("failure", ""), ("skipped", "not checked, ")):
+        said = [c for c in cases if dig(c, key)] if isinstance(cases, list) else []
+        items += [tag("li", f"{before}{word(dig(c, 'group'))} {word(dig(c, 'name'))}: {word(dig(c, key))}") for c in said]
     first = body.get("first_deviation")
     if isinstance(first, dict):
         items.insert(0, tag("li", "first deviation: ", ", ".join(f"{k} {v}" for k, v in first.items() if v is not None)))

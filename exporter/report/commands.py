@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from exporter.markup.values import dig
+from exporter.markup.values import DASH, dig, word
 from exporter.report.sources import Sources
 from exporter.terminal.options import flag_of
 from moee.config import FinetuneConfig, Options
@@ -70,7 +70,8 @@ def _line(*words: Any) -> str:
 
 def _extracted_on(body: dict[str, Any]) -> str:
     """The data of the extraction; the artifact's own are those of the last stage."""
-    return str(dig(body, "info", "stages", "extracted", "data") or body.get("data", "DATA"))
+    data = dig(body, "info", "stages", "extracted", "data") or body.get("data")
+    return data if isinstance(data, str) and data else "DATA"
 
 
 def _function_words(body: dict[str, Any] | None) -> list[str]:
@@ -98,7 +99,7 @@ def _changes(body: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
         at = came if isinstance(came, int) and 0 <= came <= len(tunings) else len(tunings)
         steps.insert(number + at, ("shrink", stage))
     return [
-        (command, str(stage.get("data") or ""), stage["config"])
+        (command, data if isinstance(data := stage.get("data"), str) else "", stage["config"])
         for command, stage in steps if isinstance(stage.get("config"), dict)
     ]  # fmt: skip
 
@@ -255,7 +256,7 @@ def _build(engine: dict[str, Any]) -> str:
         "build",
         "export",
         "--backend",
-        (str(engine.get("builder")).split() or ["tensorrt-rtx"])[0],
+        (word(engine.get("builder")).split() or [DASH])[0].replace(DASH, "tensorrt-rtx"),
         *shapes,
         "--out",
         "engine",

@@ -7,7 +7,7 @@ import binascii
 from typing import Any
 
 from exporter.markup import Html, table, tag
-from exporter.markup.values import DASH, dig, fixed, percent, real
+from exporter.markup.values import dig, fixed, percent, real, word
 from exporter.report.sections import not_there
 from exporter.report.sources import EXAMPLES, Sources
 from exporter.terminal.ui import data_title
@@ -56,7 +56,7 @@ def classes(sources: Sources) -> tuple[str | None, list[Html]]:
     if body is None:
         return None, _absent(sources)
     said = f"On {fixed(body.get('images'), 0)} of {fixed(body.get('of_images'), 0)} held-out images of "
-    parts = [tag("p", said + f"{data_title(str(body.get('data') or DASH))}, spread evenly.")]
+    parts = [tag("p", said + f"{data_title(word(body.get('data')))}, spread evenly.")]
     rows: list[list[object]] = []
     keys: list[list[float | str]] = []
     for row in _dicts(dig(body, "classes", "rows"))[:MOST_CLASSES]:
@@ -64,7 +64,7 @@ def classes(sources: Sources) -> tuple[str | None, list[Html]]:
         if not images or dense is None or moee is None:
             continue
         change = (moee - dense) / images
-        name = str(row.get("name") or DASH)
+        name = word(row.get("name"))
         points = f"{100 * change:+.1f}".replace("-", "−")
         rows.append([name, fixed(images, 0), _share(dense, images), _share(moee, images), points])
         keys.append([name, images, dense / images, moee / images, change])
@@ -90,7 +90,7 @@ def _changed(changed: Any) -> list[Html]:
     text = f"{lost} lost the right class, {gained} gained it, {other} changed otherwise. {len(shown)} are shown, in this order."
     pictures, figures = Pictures(), []
     for entry in shown:
-        label, dense, moee = (str(dig(entry, key) or DASH) for key in ("label", "dense", "moee"))
+        label, dense, moee = (word(dig(entry, key)) for key in ("label", "dense", "moee"))
         said = [tag("span", f"label {label}"), tag("span", f"dense {dense}"), tag("span", f"MoEE {moee}")]
         image = pictures.image(entry, f"image of label {label}: dense says {dense}, MoEE {moee}")
         figures.append(tag("figure", image, tag("figcaption", *said)))
@@ -111,7 +111,7 @@ def experts(sources: Sources) -> tuple[str | None, list[Html]]:
     parts: list[Html] = [tag("p", text)]
     pictures = Pictures(sum(len(str(entry.get("picture", ""))) for entry in _shown(dig(body, "changed"))))
     for index, layer in enumerate(_dicts(dig(body, "experts", "layers"))[:MOST_LAYERS]):
-        name, rows = str(layer.get("name") or DASH), _dicts(layer.get("experts"))[:MOST_EXPERTS]
+        name, rows = word(layer.get("name")), _dicts(layer.get("experts"))[:MOST_EXPERTS]
         drawn = []
         for row in rows:
             expert, share = fixed(row.get("expert"), 0), _taken(row.get("share"))

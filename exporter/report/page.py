@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.markup import Html, join, raw_text_element, tag
-from exporter.markup.values import DASH, change, dig, fixed, percent, real, scientific
+from exporter.markup.values import DASH, change, dig, fixed, percent, real, scientific, word
 from exporter.report import agreement, examples, sections, selftest, tables, timing
 from exporter.report.collect import collect
 from exporter.report.front import front
@@ -73,10 +73,10 @@ def render(sources: Sources) -> str:
     model = sources.body("moee.model") or sources.body("moee.export") or sources.body(PLAN) or {}
     name = dig(model, "model", "name") or dig(sources.body("moee.summary"), "model") or "a model"
     data = model.get("data") or dig(sources.body("moee.summary"), "dataset")
-    title = f"{name} on {data_title(str(data))}" if data else str(name)
+    title = f"{word(name)} on {data_title(word(data))}" if data else word(name)
     first = dig(sections.stages(sources).get("extracted"), "data")
     if data and first and first != data:
-        title += f" (extracted on {data_title(str(first))})"
+        title += f" (extracted on {data_title(word(first))})"
     timm_name = dig(model, "model", "timm_name")
     library = LIBRARIES.get(str(dig(model, "model", "library") or "timm"))
     known = f"{library} model {timm_name}." if library and timm_name and timm_name != name else ""
@@ -140,7 +140,7 @@ def _method(model: dict[str, Any]) -> str:
     for step in (step for step in steps if isinstance(step, dict)):
         known = {name: step[name] for name in MAIN_OPTIONS if isinstance(step.get(name), (str, int, float))}
         main = [f"{name.replace('_', ' ')} {value}" for name, value in known.items()]
-        said.append(", ".join([str(step.get("method", DASH)), *main]))
+        said.append(", ".join([word(step.get("method")), *main]))
     return f"{'; then '.join(said)}." if said else ""
 
 
@@ -163,8 +163,8 @@ def _cards(sources: Sources) -> Html:
         cards.append((label, change(dig(cost, key), dig(dense, key)), "against dense"))
     speed = _either(sources, "moee.latency", "latency")
     others = [body for timing in sources.latencies if (body := timing.body) is not speed]
-    beside = "".join(f"; {fixed(body.get('speedup'), 2, '×')} at batch {body.get('batch', DASH)}" for body in others)
-    detail = f"{speed.get('runtime', DASH)}, batch {speed.get('batch', DASH)}{beside}" if speed else "not timed"
+    beside = "".join(f"; {fixed(body.get('speedup'), 2, '×')} at batch {word(body.get('batch'))}" for body in others)
+    detail = f"{word(speed.get('runtime'))}, batch {word(speed.get('batch'))}{beside}" if speed else "not timed"
     cards.append(("speed-up", fixed(speed.get("speedup"), 2, "×"), detail))
     agreed = _either(sources, "moee.parity", "parity")
     verdict = agreement.verdict(agreed) or DASH

@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.figures import SMALL, macs_unit
 from exporter.markup import Html, table, tag
-from exporter.markup.values import DASH, change, dig, fixed, numbers, real, scaled
+from exporter.markup.values import change, dig, fixed, numbers, real, scaled, word
 from exporter.report import charts
 from exporter.report.sources import Sources
 from moee.store.artifact import stays_inside
@@ -107,7 +107,7 @@ def engines(sources: Sources) -> tuple[str | None, list[Html]]:
     if body is None:
         short = dig(sources.body("moee.summary"), "engine")
         if isinstance(short, dict):
-            text = f"{short.get('builder', DASH)}: {short.get('plugin_layers', DASH)} plugin layers (from the demo's summary)."
+            text = f"{word(short.get('builder'))}: {word(short.get('plugin_layers'))} plugin layers (from the demo's summary)."
             return None, [tag("p", text), not_there("Details (engine.json) were", "moee build export --out engine")]
         return None, [not_there("Engines (engine.json) were", "moee build export --out engine")]
     rows: list[list[object]] = []
@@ -117,18 +117,18 @@ def engines(sources: Sources) -> tuple[str | None, list[Html]]:
         rows.append(
             [
                 name,
-                str(engine.get("file", DASH)),
+                word(engine.get("file")),
                 scaled(engine.get("size_bytes"), 2**20, 1, " MiB"),
                 fixed(engine.get("build_s"), 1, " s"),
             ]
         )
-    batch = [str(dig(body, "batch", key) or DASH) for key in ("min", "opt", "max")]
-    facts = f"Builder: {body.get('builder', DASH)}. Batch {'/'.join(batch)} (min/opt/max), "
-    facts += f"{body.get('plugin_layers', DASH)} plugin layers. "
-    plugin = f"Plugin {dig(body, 'plugin', 'file')}, sha256 {dig(body, 'plugin', 'sha256')}."
+    batch = [word(dig(body, "batch", key)) for key in ("min", "opt", "max")]
+    facts = f"Builder: {word(body.get('builder'))}. Batch {'/'.join(batch)} (min/opt/max), "
+    facts += f"{word(body.get('plugin_layers'))} plugin layers. "
+    plugin = f"Plugin {word(dig(body, 'plugin', 'file'))}, sha256 {word(dig(body, 'plugin', 'sha256'))}."
     if dig(body, "plugin", "file") == "":
         plugin = "Standard operators alone, no plugin."
     return None, [
-        table(["engine", "file", "size", "build time"], rows, f"Target: {body.get('target', DASH)}"),
+        table(["engine", "file", "size", "build time"], rows, f"Target: {word(body.get('target'))}"),
         tag("p", facts, plugin, class_="wrap"),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.markup import Html, table, tag
-from exporter.markup.values import DASH, dig, fixed, percent, real
+from exporter.markup.values import DASH, dig, fixed, percent, real, word
 from exporter.report.sources import Artifact, Sources
 
 
@@ -24,9 +24,9 @@ def selftest(sources: Sources) -> tuple[str | None, list[Html]]:
 
 def _one(artifact: Artifact) -> list[Html]:
     body = artifact.body
-    where = f"{dig(body, 'device', 'name') or DASH}, sm_{dig(body, 'device', 'sm') or DASH}, {_label(body)}"
+    where = f"{word(dig(body, 'device', 'name'))}, sm_{word(dig(body, 'device', 'sm'))}, {_label(body)}"
     checks: list[list[object]] = [
-        [*(str(check.get(key, DASH)) for key in ("name", "meaning", "comparisons")), _verdict(check)]
+        [*(word(check.get(key)) for key in ("name", "meaning", "comparisons")), _verdict(check)]
         for check in _dicts(body, "checks")
     ]
     parts = [table(["check", "what must hold", "compared", "result"], checks, f"Checks, {where}")]
@@ -60,11 +60,11 @@ def _row(timing: dict[str, Any]) -> list[object]:
     tactics = [t for t in timing.get("tactics", []) if isinstance(t, dict)] if isinstance(timing.get("tactics"), list) else []
     routed = next((t.get("p50_us") for t in tactics if t.get("name") == timing.get("winner")), None)
     dense = timing.get("dense") if isinstance(timing.get("dense"), dict) else {}
-    words = [str(timing.get(key, DASH)) for key in ("case", "type", "batch", "winner")]
+    words = [word(timing.get(key)) for key in ("case", "type", "batch", "winner")]
     figures = [fixed(routed, 1), fixed(dig(dense, "p50_us"), 1), fixed(timing.get("ratio"), 2, "×")]
     ideal = real(timing.get("ideal_share"))
     note = dig(dense, "note")
-    by = str(dig(dense, "by") or DASH) + (f" ({note})" if isinstance(note, str) and note else "")
+    by = word(dig(dense, "by")) + (f" ({note})" if isinstance(note, str) and note else "")
     return [*words, *figures, percent(ideal, 0) if ideal is not None else DASH, by]
 
 

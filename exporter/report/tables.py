@@ -6,7 +6,7 @@ from typing import Any
 
 from exporter.figures import status_of
 from exporter.markup import Html, table, tag
-from exporter.markup.values import DASH, dig, fixed, numbers, percent, real
+from exporter.markup.values import DASH, dig, fixed, numbers, percent, real, word
 from exporter.report.commands import commands
 from exporter.report.sections import latest, layers, merging, not_there
 from exporter.report.sources import Sources
@@ -37,7 +37,7 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         span = f"{widths[0]:.0f} to {widths[-1]:.0f}" if widths else DASH
         share = f" ({percent(mean / hidden, 0)})" if mean is not None and hidden else ""
         row: list[object] = [
-            str(layer.get("name", DASH)), status_of(layer) or DASH, fixed(layer.get("experts"), 0), fixed(hidden, 0),
+            word(layer.get("name")), status_of(layer) or DASH, fixed(layer.get("experts"), 0), fixed(hidden, 0),
             fixed(layer.get("union"), 0), f"{fixed(mean, 0)}{share}", span, percent(layer.get("noise"), 0),
         ]  # fmt: skip
         key: list[float | str] = [
@@ -65,7 +65,7 @@ def layer_table(sources: Sources) -> tuple[str | None, list[Html]]:
         note += "Routing entropy: of the experts' shares of the held-out tokens, over its maximum; 1 is even, 0 a single expert. "
     note += "Noise: calibration tokens that the clustering left outside every cluster. Press a column's head to sort."
     doubts = [
-        f"{layer.get('name', DASH)}: {text}"
+        f"{word(layer.get('name'))}: {text}"
         for layer in found
         for text in (layer["notes"] if isinstance(layer.get("notes"), list) else [])
     ]
@@ -98,7 +98,7 @@ def reproduce(sources: Sources) -> tuple[str | None, list[Html]]:
     names = sorted({str(name) for tools in versions.values() for name in tools})
     if versions:
         rows: list[list[object]] = [
-            [f"{path.parent.name}/{path.name}", *[str(tools.get(name, DASH)) for name in names]]
+            [f"{path.parent.name}/{path.name}", *[word(tools.get(name)) for name in names]]
             for path, tools in versions.items()
         ]
         parts.append(table(["artifact", *names], rows, "Versions that made it"))
@@ -118,7 +118,7 @@ def _images_read(sources: Sources) -> list[Html]:
     parts = [table(["split", "images", "classes", "without a label", "unreadable"], rows, "Images that the model was made on")]
     names = dig(body, "classes")
     if isinstance(names, list) and names:
-        listed = ", ".join(map(str, names[:SHOWN_CLASSES]))
+        listed = ", ".join(map(word, names[:SHOWN_CLASSES]))
         more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
         parts.append(tag("p", f"Classes 0 to {len(names) - 1}: {listed}{more}.", class_="wrap"))
     notes = dig(body, "info", "data_read", "notes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from exporter.markup import Html, table, tag
-from exporter.markup.values import DASH, dig, fixed, numbers, percent, real
+from exporter.markup.values import dig, fixed, numbers, percent, real, word
 from exporter.report import charts
 from exporter.report.sections import not_there
 from exporter.report.sources import Sources
@@ -20,7 +20,7 @@ def latency(sources: Sources) -> tuple[str | None, list[Html]]:
         return None, [not_there("Timings (latency.json) were", "moee bench export --out latency.json")]
     parts: list[Html] = []
     for body in sorted(shown, key=lambda body: (str(body.get("runtime")), real(body.get("batch")) or 0)):
-        parts += _timing(body, body.get("threads", dig(sources.body("moee.summary"), "threads") or DASH))
+        parts += _timing(body, body.get("threads", dig(sources.body("moee.summary"), "threads")))
     machine = _flat(dig(shown[0], "environment", 0))
     if machine:
         parts.append(table(["machine", "value"], machine, "Where it was measured, before the first run"))
@@ -39,9 +39,9 @@ def _timing(shown: dict[str, Any], threads: object) -> list[Html]:
         if marks:
             drawn.append((label, samples, marks, kind))
         rows.append(
-            [label, *[fixed(marks.get(p), 2) for p in ("p50", "p90", "p95", "p99")], str(len(samples) or shown.get("runs", DASH))]
+            [label, *[fixed(marks.get(p), 2) for p in ("p50", "p90", "p95", "p99")], word(len(samples) or shown.get("runs"))]
         )
-    where = f"{shown.get('runtime', DASH)}, batch {shown.get('batch', DASH)}, {threads} threads"
+    where = f"{word(shown.get('runtime'))}, batch {word(shown.get('batch'))}, {word(threads)} threads"
     parts = [charts.runs(drawn)] if drawn else []
     parts.append(table(["ms a batch", "p50", "p90", "p95", "p99", "runs"], rows, f"Latency, {where}"))
     low, high = shown.get("speedup_p5"), shown.get("speedup_p95")
@@ -55,7 +55,7 @@ def _timing(shown: dict[str, Any], threads: object) -> list[Html]:
     rates = shown.get("throughput")
     if isinstance(rates, dict):
         figures = ", ".join(f"{name} {fixed(rate, 1)}" for name, rate in rates.items())
-        parts.append(tag("p", f"Throughput, images a second with {shown.get('streams', DASH)} requests in flight: {figures}."))
+        parts.append(tag("p", f"Throughput, images a second with {word(shown.get('streams'))} requests in flight: {figures}."))
     return parts
 
 

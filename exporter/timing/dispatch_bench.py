@@ -108,8 +108,9 @@ def _seconds(function: Callable[[], Any], runs: int) -> np.ndarray:
     return times
 
 
-def measure_machine(size: int = 1536, megabytes: int = 256, runs: int = 7) -> Machine:
+def measure_machine() -> Machine:
     """Best of a few large matrix products and copies."""
+    size, megabytes, runs = 1536, 256, 7
     a, b = torch.randn(size, size), torch.randn(size, size)
     source = torch.randn(megabytes * 2**20 // WORD)
     target = torch.empty_like(source)
@@ -120,10 +121,9 @@ def measure_machine(size: int = 1536, megabytes: int = 256, runs: int = 7) -> Ma
 
 def synthetic_layer(
     dim: int = 384, hidden: int = 1536, experts: int = 4, rank: int = 160, residual: int = 8,
-    *, activation: str = "gelu", seed: int = 0,
 ) -> ClearFFN:  # fmt: skip
     """A layer of random weights, for shapes alone."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
 
     def factors(inputs: int, outputs: int) -> Factors:
         rows = rank + experts * residual
@@ -131,8 +131,8 @@ def synthetic_layer(
         return Factors(inward / inputs**0.5, outward / rows**0.5, torch.randn(experts, outputs, generator=g), rank, residual)
 
     sample = torch.randn(1024, dim, generator=g)
-    router, _ = fit_router("random", sample, torch.zeros(1024, dtype=torch.int64), experts, seed=seed)
-    return ClearFFN(ClearParts(router, factors(dim, hidden), factors(hidden, dim), activation)).eval()
+    router, _ = fit_router("random", sample, torch.zeros(1024, dtype=torch.int64), experts, seed=0)
+    return ClearFFN(ClearParts(router, factors(dim, hidden), factors(hidden, dim), "gelu")).eval()
 
 
 def stage_work(name: str, layer: ClearFFN, tokens: int) -> dict[str, tuple[float, float]]:

@@ -51,10 +51,6 @@ class FFNSpeed:
         return float(np.median(self.dense_s)) * 1e3
 
     @property
-    def ours_ms(self) -> float:
-        return float(np.median(self.ours_s)) * 1e3
-
-    @property
     def verdict(self) -> Verdict:
         return judge(self.dense_s, self.ours_s)
 

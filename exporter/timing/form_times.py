@@ -63,7 +63,7 @@ def measure_forms(
     jobs: dict[str, tuple[Hashable, Callable[[], list[Forms]]]] = {}
     for name, ffn in ffns.items():
         counts = [max(1, round(tokens[name] * share)) for share in shares]
-        kind: Hashable = ("mlp", ffn.dim, ffn.hidden, ffn.activation, ffn.only_static, *counts)
+        kind: Hashable = ("mlp", ffn.dim, ffn.hidden, ffn.activation, ffn.gated, *counts)
         jobs[name] = kind, partial(_mlp_forms, dense, ffn, [batch * count for count in counts], experts, threads)
     for name, attention in found.items():
         images, count = seen[name]
@@ -162,15 +162,15 @@ def _mlp_forms(
     def made(number: int) -> Callable[[float], nn.Module]:
         return lambda share: _cut(ffn, share, number, generator)
 
-    numbers = (1,) if ffn.only_static else (1, *experts)
-    return _forms(original, {n: made(n) for n in numbers}, inputs, threads, routed=not ffn.only_static)
+    numbers = (1,) if ffn.gated else (1, *experts)
+    return _forms(original, {n: made(n) for n in numbers}, inputs, threads, routed=not ffn.gated)
 
 
 def _cut(ffn: FFN, share: float, experts: int, generator: torch.Generator) -> nn.Module:
     """An MLP that keeps `share` of its neurons in each of so many experts, drawn at random; tokens spread evenly over them."""
     width = max(1, round(share * ffn.hidden))
     chosen = [torch.randperm(ffn.hidden, generator=generator)[:width].sort().values for _ in range(experts)]
-    if ffn.only_static:
+    if ffn.gated:
         return narrower(cast(GatedMLP, ffn), chosen[0])
     union = torch.cat(chosen).unique()
     position = torch.zeros(ffn.hidden, dtype=torch.int64)

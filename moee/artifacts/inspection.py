@@ -26,7 +26,7 @@ from moee.tokens.block import merged_tokens, merging_like
 class LayerFigures:
     """One MLP. `tokens` an image that come to it, `merged` fewer than before any were merged. `macs` per image; `balance` is the
     largest share times the experts (1: even), `entropy` of the routing relative to its maximum (1: even). Both are None for a
-    dense layer. `gated`: a gated MLP, which static pruning alone cuts."""
+    dense layer. `gated`: a gated MLP, of which there are no experts."""
 
     name: str
     tokens: int
@@ -89,7 +89,7 @@ def inspect_dense(spec: ModelSpec) -> Inspection:
         model = build_model(spec)
     shape = model_transform(model).shape
     ffns, uncut = _mlps(model, shape)
-    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n), gated=f.only_static) for f, n in ffns]
+    layers = [LayerFigures(f.name, n, f.hidden, *_ffn_cost(f, n), *_ffn_cost(f, n), gated=f.gated) for f, n in ffns]
     cost = {"macs": dense_macs(model, shape), "params": dense_params(model)}
     return Inspection(spec.name, shape, cost, None, layers, uncut=uncut)
 
@@ -115,7 +115,7 @@ def inspect_artifact(moee: MoeeModel) -> Inspection:
     for ffn, before in ffns:
         tokens = left[ffn.name]
         macs, params = _ffn_cost(ffn, before)
-        facts: dict[str, Any] = {"gated": ffn.only_static, "merged": before - tokens}
+        facts: dict[str, Any] = {"gated": ffn.gated, "merged": before - tokens}
         if ffn.name not in routed:
             layers.append(LayerFigures(ffn.name, tokens, ffn.hidden, tokens * ffn.macs, params, macs, params, **facts))
             continue

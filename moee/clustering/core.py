@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moee.clustering.neighbours import Lists, nearest_outside
+from moee.clustering.neighbours import SCANNED, Lists, nearest_outside
 from moee.clustering.pairwise import Bounds, Points, exact_distances
 
 Tick = Callable[[str, tuple[int, int] | None], None]  # what is done, and how much of how much (0: nobody knows)
@@ -26,7 +26,7 @@ class Known:
 
 def core_distances(
     points: Points, lists: Lists, ladder: Callable[[int], Bounds], copies: Tensor, min_samples: int, *, block: int,
-    tick: Tick, budget: int = 1 << 22,
+    tick: Tick,
 ) -> tuple[Tensor, Tensor, list[Known]]:  # fmt: skip
     """Core distances [M] float64, bounds [M] of every distance that is not known, and the known distances.
 
@@ -40,7 +40,7 @@ def core_distances(
     rows, step, length = torch.arange(count, device=device), 0, lists.entry.shape[1]
     while True:
         unproven = []
-        for part, found in _lists(rows, lists if step == 0 else None, ladder(step), length, block, step, tick, budget):
+        for part, found in _lists(rows, lists if step == 0 else None, ladder(step), length, block, step, tick):
             bounds = ladder(step)
             low = bounds.lower(found.entry)
             high = bounds.upper(found.entry, part[:, None], found.index.clamp_min(0))
@@ -58,9 +58,9 @@ def core_distances(
 
 
 def _lists(
-    rows: Tensor, lists: Lists | None, bounds: Bounds, length: int, block: int, step: int, tick: Tick, budget: int
+    rows: Tensor, lists: Lists | None, bounds: Bounds, length: int, block: int, step: int, tick: Tick
 ) -> Iterator[tuple[Tensor, Lists]]:
-    parts = rows.split(max(1, min(4 * block, budget // length)))
+    parts = rows.split(max(1, min(4 * block, SCANNED // length)))
     total = len(parts) * -(-len(bounds.norms) // block)
     counts = iter(range(1, total + 1))
 

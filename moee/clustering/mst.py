@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from moee.clustering.core import Tick
-from moee.clustering.neighbours import Lists, nearest_outside
+from moee.clustering.neighbours import SCANNED, Lists, nearest_outside
 from moee.clustering.pairwise import Bounds, Points, exact_distances
 
 
@@ -134,11 +134,11 @@ class Forest:
 
 
 def spanning_tree(
-    forest: Forest, ladder: Callable[[int], Bounds], width: int, block: int, tick: Tick, *, budget: int = 1 << 22
+    forest: Forest, ladder: Callable[[int], Bounds], width: int, block: int, tick: Tick
 ) -> Tensor:
     """Complete `forest`; returns the tree's edges, float64 [M - 1, 3] rows (i, j, weight), in order (weight, i, j).
 
-    `ladder(step)` gives ever tighter bounds; `width` is the length of a scan's lists; `budget` limits rows x width.
+    `ladder(step)` gives ever tighter bounds; `width` is the length of a scan's lists.
     """
     while forest.groups > 1:
         weight, chosen = forest.lightest()
@@ -146,13 +146,13 @@ def spanning_tree(
         if certain.any():
             forest.join(chosen[certain])
         else:
-            _scan(forest, weight, ladder, width, block, tick, budget)
+            _scan(forest, weight, ladder, width, block, tick)
     tree = np.concatenate([*forest.tree, np.empty((0, 3))])
     return torch.from_numpy(tree[np.lexsort((tree[:, 1], tree[:, 0], tree[:, 2]))])
 
 
 def _scan(
-    forest: Forest, weight: np.ndarray, ladder: Callable[[int], Bounds], width: int, block: int, tick: Tick, budget: int
+    forest: Forest, weight: np.ndarray, ladder: Callable[[int], Bounds], width: int, block: int, tick: Tick
 ) -> None:
     """Scan components until the lightest edges out of them, of known `weight` [groups] so far, have certificates."""
     device, wanted = forest.core.device, _cheapest(forest, weight)
@@ -169,7 +169,7 @@ def _scan(
         if len(rows) == 0:
             return
         bounds, length = ladder(step), min(width * 4**step, len(forest.bound))
-        for start in range(0, len(rows), size := max(1, min(4 * block, budget // length))):
+        for start in range(0, len(rows), size := max(1, min(4 * block, SCANNED // length))):
             part = rows[start : start + size]
             limit = bounds.reach(torch.from_numpy(weight[forest.group[part]]).to(device))
             where = torch.from_numpy(part).to(device)

@@ -13,6 +13,9 @@ from torch import Tensor
 from moee.clustering.pairwise import Bounds
 from moee.clustering.workers import spread
 
+SCANNED = 1 << 22  # entries that the lists of one scan hold, rows x length
+GROUP = 256  # offers that a row takes at once; few rows get more
+
 
 @dataclass
 class Lists:
@@ -31,15 +34,15 @@ class Lists:
         entry = torch.full((len(limit), k), torch.inf, device=limit.device)
         return cls(entry, torch.full((len(limit), k), -1, dtype=torch.int64, device=limit.device), limit.clone())
 
-    def merge(self, row: Tensor, index: Tensor, entry: Tensor, group: int = 256) -> None:
+    def merge(self, row: Tensor, index: Tensor, entry: Tensor) -> None:
         """Offer entries to the lists: `row` int64 [m] ascending, `index` int64 [m], `entry` float32 [m]."""
         if len(row) == 0:
             return
         k = self.entry.shape[1]
         counts = torch.bincount(row, minlength=len(self.limit))
         place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-        for start in range(0, int(counts.max()), group):  # few rows get more than `group` offers at once
-            part = (place >= start) & (place < start + group)
+        for start in range(0, int(counts.max()), GROUP):
+            part = (place >= start) & (place < start + GROUP)
             rows, where = torch.unique_consecutive(row[part], return_inverse=True)
             most = int(place[part].max()) - start + 1
             offered = torch.full((len(rows), k + most), torch.inf, device=entry.device)

@@ -36,7 +36,7 @@ class GatedKind(LayerKind[GatedRecord, GatedFFN]):
         return weight_shapes(record.dim, record.width)
 
     def check(self, record: GatedRecord, ffn: FFN) -> None:
-        if not ffn.only_static:
+        if not ffn.gated:
             raise UserError(f"layer {record.name}: the manifest says that it is gated; the model's MLP is not")
         if record.dim != ffn.dim or record.width > ffn.hidden or record.channels_first != ffn.channels_first:
             came = f"dim {record.dim}, width {record.width}"

@@ -105,5 +105,5 @@ def checked_tensors(name: str, shapes: Mapping[str, tuple[int, ...]], state: Map
 
 def refuse_gated(record: LayerRecord, ffn: FFN) -> None:
     """Raise `UserError` where a layer of experts is to stand for a gated MLP."""
-    if ffn.only_static:
+    if ffn.gated:
         raise UserError(f"layer {record.name}: the manifest has experts there; the model has a gated MLP, which has none")

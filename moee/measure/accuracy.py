@@ -53,13 +53,13 @@ def wilson(successes: float, count: int) -> Proportion:
     return Proportion(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)))
 
 
-def paired_drop(dense_correct: np.ndarray, moee_correct: np.ndarray, seed: int = 0) -> tuple[float, Interval]:
+def paired_drop(dense_correct: np.ndarray, moee_correct: np.ndarray) -> tuple[float, Interval]:
     """Drop in percentage points and its 95 % interval; images are resampled in pairs, so that shared difficulty cancels."""
     import numpy as np
 
     difference = dense_correct.astype(np.float64) - moee_correct.astype(np.float64)
     counts = np.array([(difference == v).sum() for v in (-1, 0, 1)])
-    draws = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), RESAMPLES)
+    draws = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), RESAMPLES)
     drops = (draws[:, 2] - draws[:, 0]) / len(difference) * 100
     low, high = np.percentile(drops, (2.5, 97.5))
     return float(difference.mean() * 100), (float(low), float(high))

@@ -204,7 +204,7 @@ def _put_layers(model: nn.Module, prepared: Prepared, options: Any, data: ImageS
     for ffn, finding in zip(prepared.ffns, prepared.layers, strict=True):
         layer: NeuronLayer | None = None
         if isinstance(finding, GroupedLayer):
-            build = prune_gated if ffn.only_static else build_layer
+            build = prune_gated if ffn.gated else build_layer
             layer, layer_report = build(finding, kept.get(ffn.name), options.compensation)
         elif isinstance(finding, tuple):
             experts, layer_report = finding

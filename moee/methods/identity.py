@@ -46,7 +46,7 @@ class _StandIn:
 
 def whole_ffn(ffn: FFN) -> NeuronLayer:
     """Two experts that keep every neuron, and a router that sends tokens to both; a gated MLP with every neuron."""
-    if ffn.only_static:
+    if ffn.gated:
         return whole_gated(ffn).eval()
     hidden = ffn.hidden
     direction = torch.randn(ffn.dim, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from moee.errors import UserError
 from moee.interface.adapted import title_of_model
 from moee.layers.report import FROM_THE_START, LayerReport, left_dense
 from moee.mlps.flow import Flow, has_weights
-from moee.mlps.gated import ONLY_STATIC
+from moee.mlps.gated import NO_EXPERTS
 from moee.mlps.proof import ELSEWHERE, SUMMARY, Call, Run, prove, prove_alone, random_images
 from moee.mlps.scales import following_scales
 from moee.mlps.sites import inseparable, mlp_module
@@ -76,13 +76,13 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
         left = {name: ffn for name, ffn in plain.items() if name not in dense}
         dense |= {name: Dense(why, plain[name].hidden) for name, why in strained(model, left, run.images).items()}
     if not gated:
-        others = [ffn for name, ffn in plain.items() if ffn.only_static and name not in dense]
-        dense |= {ffn.name: Dense(ONLY_STATIC, ffn.hidden) for ffn in others}
+        others = [ffn for name, ffn in plain.items() if ffn.gated and name not in dense]
+        dense |= {ffn.name: Dense(NO_EXPERTS, ffn.hidden) for ffn in others}
     ffns, unscaled = _scaled(model, [ffn for name, ffn in plain.items() if name not in dense], shape)
     if not ffns:
         reasons = {name: part.reason for name, part in dense.items()}
         what = f"; it holds {described(reasons)}" if dense else ""
-        other = ONLY_STATIC in reasons.values()
+        other = NO_EXPERTS in reasons.values()
         cure = "use --preset static" if other else "choose a Vision Transformer"
         raise UserError(f"{title_of_model(model)} has no fc1-act-fc2 MLP to take experts from{what}; {cure}")
     return Found(ffns, {name: dense[name] for name in names if name in dense}, unscaled)

@@ -18,7 +18,7 @@ from moee.layers.activations import ACTIVATIONS, SAME, activation_name
 from moee.layers.routed import NeuronLayer
 from moee.models.ffn import FFN
 
-ONLY_STATIC = "gated: only --preset static cuts it"
+NO_EXPERTS = "gated: only --preset static and --method corp cut it"
 # of the gate: those of a plain MLP and the sigmoid of the first gated linear units (Dauphin et al. 2017), which is not 0 at 0
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     **{row.name: row.forward for row in ACTIVATIONS.values()}, "sigmoid": torch.sigmoid,
@@ -70,7 +70,7 @@ class GatedMLP(FFN):
         return self.w_gate, self.w_up
 
     @property
-    def only_static(self) -> bool:
+    def gated(self) -> bool:
         return True
 
     @property

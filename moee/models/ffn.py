@@ -68,8 +68,8 @@ class FFN:
         return self.neuron_macs * self.hidden
 
     @property
-    def only_static(self) -> bool:
-        """Whether only static pruning cuts it: there are no experts of gated MLPs."""
+    def gated(self) -> bool:
+        """Whether it is gated. Such an MLP is pruned; it gets no experts."""
         return False
 
     @property

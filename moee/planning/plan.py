@@ -182,7 +182,7 @@ def applicable(session: Session, methods: tuple[str, ...]) -> tuple[str, ...]:
     """The methods that can cut the model. Where all of its MLPs are gated, those that take gated ones, if static pruning is among
     them. What cannot cut this model, such as merging tokens of a Swin, is left out where others are tried."""
     methods = _possible(session, methods)
-    gated = all(ffn.only_static for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
+    gated = all(ffn.gated for ffn in find_ffns(session.dense, shape=session.transform.shape, gated=True).ffns)
     fitting = tuple(name for name in methods if variants()[name][0].gated)
     if not gated or STATIC not in fitting or fitting == methods:
         return methods

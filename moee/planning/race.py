@@ -70,16 +70,14 @@ def may_cost_more(point: Point, budget: Budget) -> bool:
     return point.lacks_quality(budget) if budget.limits_quality else not point.shortfalls(budget)
 
 
-def race(
-    planner: Planner, ways: Sequence[Way], over: Over, rounds: Sequence[int] | None = None
-) -> tuple[list[Point], int]:
-    """Points of `ways`, and how many more there would have been, had `over` not said that the time is. `rounds`: ways that are
-    tried in each, else `rounds_of` them; of more than `FEW`, the others are tried at the cost of what would be chosen, too.
+def race(planner: Planner, ways: Sequence[Way], over: Over) -> tuple[list[Point], int]:
+    """Points of `ways`, and how many more there would have been, had `over` not said that the time is. `rounds_of` says how many
+    ways each round tries; of more than `FEW`, the others are tried at the cost of what would be chosen, too.
 
     The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
     for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
     """
-    planner.ready, rounds = over.ready, rounds_of(len(ways)) if rounds is None else rounds
+    planner.ready, rounds = over.ready, rounds_of(len(ways))
     many = len(ways) > FEW
     racers = [Racer(way) for way in ways]
     points: list[Point] = []

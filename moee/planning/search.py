@@ -119,14 +119,13 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
 
 class Planner:
     """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs.
-    `frugal`: latencies are measured of points of enough quality alone."""
+    `frugal`, which who makes it may set: latencies are measured of points of enough quality alone."""
 
     def __init__(
-        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, *, report: Reporter,
-        frugal: bool = False,
+        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, *, report: Reporter
     ):  # fmt: skip
         self.session, self.budget, self.base, self.store = session, budget, base, store
-        self.latency, self.report, self.frugal = latency, report, frugal
+        self.latency, self.report, self.frugal = latency, report, False
         self.probe = session.probe()
         self.prepared: dict[str, Prepared] = {}
         self.sampled: list[LayerTokens] = []

@@ -29,4 +29,9 @@ class ShrinkConfig(Options):
     def _asked_for_something(self) -> ShrinkConfig:
         if self.experts is None and not self.specialise:
             raise ValueError("nothing is asked for; give --experts, --specialise or both")
+        merging = self.experts is not None
+        needs = {"tolerance": ("--specialise", self.specialise), "refit_tokens": ("--experts", merging)}
+        for name, (flag, given) in (needs | {"refit_lambda": ("--experts", merging)}).items():
+            if not given and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} does nothing without {flag}; give that too, or leave it out")
         return self

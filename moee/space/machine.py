@@ -28,11 +28,6 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def resident_bytes() -> int:
-    """Resident set of this process; its largest so far where the system does not tell (no /proc)."""
-    return _field(STATUS, "VmRSS") or peak_memory_bytes()
-
-
 def available_memory() -> Available | None:
     """What this process may still take: the least of what the machine has, its control groups leave and its limits allow; None
     where nothing tells."""

@@ -29,7 +29,6 @@ PREBUILT = Path(__file__).resolve().parent / "prebuilt"
 HASH = "sources.sha256"  # beside them
 MACHINES = ("x86_64", "aarch64")  # that a wheel has libraries for
 GLIBC = "2.28"  # the oldest that they load with: Debian 10, Ubuntu 20.04, RHEL 8
-OLDEST = (1, 18)  # ONNX Runtime, whose table of functions is the 18th
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def test_operator_node_follows_the_contract(exported):
         layer = routed_layers(moee.model)[node.name]
         assert node.domain == contract.DOMAIN and len(node.input) == len(contract.INPUTS)
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        assert set(attributes) == set(contract.ATTRIBUTE_NAMES)
+        assert set(attributes) == {a.name for a in contract.ATTRIBUTES}
         assert attributes["activation"] == b"gelu" and attributes["top_k"] == 1
         assert attributes["max_width"] == max(layer.widths) and tuple(attributes["load"]) == layer.load
         assert attributes["plugin_version"] == b"1" and attributes["plugin_namespace"] == b""

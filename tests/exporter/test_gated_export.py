@@ -216,14 +216,14 @@ def test_commands_from_extract_to_bundle(tmp_path, capsys):
 def test_other_methods_refuse_a_model_of_gated_mlps_before_any_work(tmp_path, capsys, method):
     assert run("extract", NAMES["eva02"], *FLAGS, "--data", "digits", *method, "--out", tmp_path / "model") == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "`blocks.0.mlp`, `blocks.1.mlp` (gated: only --preset static cuts it); use --preset static" in said
+    assert "`blocks.0.mlp`, `blocks.1.mlp` (gated: only --preset static and --method corp cut it); use --preset static" in said
     assert not (tmp_path / "model").exists() and "calibrate" not in said
 
 
 def test_inspect_says_what_a_dense_model_allows(capsys):
     assert run("inspect", NAMES["eva02"], *FLAGS[2:]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "gated, which --preset static alone cuts: `blocks.0.mlp`, `blocks.1.mlp`" in shown
+    assert "gated, which only --preset static and --method corp cut: `blocks.0.mlp`, `blocks.1.mlp`" in shown
 
 
 def test_plan_tries_static_pruning_alone(tmp_path, capsys, caplog):

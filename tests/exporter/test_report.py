@@ -199,11 +199,14 @@ def test_damaged_foreign_and_newer_files_are_problems(run):
 
 @pytest.mark.parametrize("nonsense", [None, "x", {}, 1e999, [1, "x", None]])
 def test_nonsense_in_any_field_shows_as_a_dash(run, nonsense):
+    dashes, more = page_of(run).text.count("–"), 0
     for path in run.rglob("*.json"):
         body = json.loads(path.read_text())
         for key in set(body) - {"schema"}:
             path.write_text(json.dumps({**body, key: nonsense}))
-            page_of(run)
+            text = page_of(run).text
+            assert not set(re.findall(r"\w+", text)) & {"None", "inf", "nan"}, (path.name, key)
+            more += text.count("–") > dashes
         for stage in (body.get("info") or {}).get("stages", {}).values():
             for key in list(stage):
                 kept, stage[key] = stage[key], nonsense
@@ -211,6 +214,7 @@ def test_nonsense_in_any_field_shows_as_a_dash(run, nonsense):
                 page_of(run)
                 stage[key] = kept
         path.write_text(json.dumps(body))
+    assert more > 5, "fields that show as a dash"
 
 
 def test_plots_are_embedded_as_pictures_within_the_limit(run):

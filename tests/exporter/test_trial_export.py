@@ -122,8 +122,13 @@ def test_another_architecture_size_or_layer_is_tried(tried):
     assert len(tried) == 5  # one MLP is left, and none that stays: the dense model is tried as well
 
 
-def test_a_model_of_one_mlp_passes():
+def test_a_model_of_one_mlp_passes(monkeypatch):
+    """No MLP stays dense beside the one that is cut, so the dense model is tried as well."""
+    compared = []
+    deviation = trial_export._deviation
+    monkeypatch.setattr(trial_export, "_deviation", lambda *given: compared.append(deviation(*given)) or compared[-1])
     attempt(tiny_spec(depth=1))
+    assert len(compared) == 2 and max(compared) < trial_export.LIMIT
 
 
 def test_gated_and_plain_mlps_of_one_model_are_both_tried(monkeypatch):

@@ -14,7 +14,7 @@ SMALL = dict(depth=2, embed_dim=48, num_heads=2)
 
 @dataclass(frozen=True)
 class Family:
-    """`cut` MLPs, `scaled` of them behind a LayerScale; `gated` ones, which static pruning alone cuts; `dense`: what the reasons
+    """`cut` MLPs, `scaled` of them behind a LayerScale; `gated` ones, which get no experts; `dense`: what the reasons
     of the others say, each at least once."""
 
     timm_name: str

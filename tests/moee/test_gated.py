@@ -130,7 +130,8 @@ def test_every_form_is_read_as_what_it_computes(form):
         torch.testing.assert_close(whole(ffn)(x), module(x), rtol=1e-5, atol=1e-6)
     (shadow,) = find_ffns(copy.deepcopy(host).to("meta"), shape=(3, 32, 32), gated=True).ffns
     assert (shadow.activation, shadow.w_gate.shape, shadow.hidden) == (activation, ffn.w_gate.shape, ffn.hidden)
-    with pytest.raises(UserError, match=r"holds `mlp` \(gated: only --preset static cuts it\); use --preset static"):
+    said = r"holds `mlp` \(gated: only --preset static and --method corp cut it\); use --preset static"
+    with pytest.raises(UserError, match=said):
         find_ffns(host, shape=(3, 32, 32))
 
 
@@ -270,7 +271,7 @@ def test_experts_leave_gated_mlps_dense_with_the_reason():
     ):
         model = mixed()
         reports = {report.name: report for report in convert_it(model)}
-        assert reports["blocks.1.mlp"].status == "dense: gated: only --preset static cuts it"
+        assert reports["blocks.1.mlp"].status == "dense: gated: only --preset static and --method corp cut it"
         assert isinstance(model.blocks[1].mlp, GluMlp) and len(routed_layers(model)) == 2
 
 

@@ -65,5 +65,6 @@ with alone_on(Path({str(place)!r})): os._exit(9)"
 def test_a_cache_that_cannot_be_written_to_locks_nothing(work, monkeypatch):
     (work / "file").write_text("no folder")
     monkeypatch.setenv("MOEE_CACHE", str(work / "file"))
-    with alone_on(work / "tuned.resume"):
-        pass
+    with alone_on(work / "tuned.resume"), alone_on(work / "tuned.resume"):
+        entered = True
+    assert entered, "a lock that cannot be kept keeps nobody out"

@@ -159,7 +159,7 @@ def test_operator_agrees_with_the_contract():
     from plugins import contract
 
     names = [a.name for a in torch.ops.moee.ffn.default._schema.arguments]
-    attributes = [a for a in contract.ATTRIBUTE_NAMES if not a.startswith("plugin_")]
+    attributes = [a.name for a in contract.ATTRIBUTES if not a.name.startswith("plugin_")]
     assert names == [*contract.INPUT_NAMES, *attributes]
 
 

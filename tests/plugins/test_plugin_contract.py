@@ -6,7 +6,6 @@ import pytest
 
 from plugins.contract import (
     ACTIVATIONS,
-    ATTRIBUTE_NAMES,
     ATTRIBUTES,
     INPUT_NAMES,
     OP_TYPE,
@@ -57,7 +56,7 @@ def test_creator_fields_are_the_contracts_attributes():
     kinds = {"string": "kCHAR", "int": "kINT32", "ints": "kINT32"}
     found = re.findall(r'emplace_back\("(\w+)", nullptr, PluginFieldType::(\w+)', source("plugin/creator.cpp"))
     assert found == [(a.name, kinds[a.kind]) for a in ATTRIBUTES]
-    assert tuple(name for name, _ in found) == ATTRIBUTE_NAMES
+    assert tuple(name for name, _ in found) == tuple(a.name for a in ATTRIBUTES)
 
 
 def test_kernel_arguments_are_known_to_the_generator_and_to_the_launcher():

@@ -13,7 +13,7 @@ from plugins import interpreter
 from plugins.contract import INPUT_NAMES
 from plugins.kernels.common import find_tile
 from plugins.kernels.spec import AXES, POINTERS, SCALARS, Block, KernelSpec, check_arguments
-from plugins.tactics import SPECS, TACTICS, VARIANTS, by_id, config, grid_axes
+from plugins.tactics import SPECS, TACTICS, VARIANTS, config, grid_axes
 from plugins.workspace import ALIGNMENT, KINDS, Sizes, bytes_needed, layout
 
 SIZES = st.builds(
@@ -135,17 +135,16 @@ def test_tactic_table():
             block: Block = settings_.block
             assert dict(settings_.constants)["BM"] == block.m and dict(settings_.constants)["BN"] == block.n
             assert all(axis in AXES for axis in grid_axes(role, settings_))
-    assert by_id(7).name == "fused_d192"
-    with pytest.raises(ValueError, match="tactic 99 is unknown"):
-        by_id(99)
     with pytest.raises(ValueError, match="no kernel route/none"):
         config("route", "none", "float16")
 
 
 def test_fits():
-    assert by_id(7).fits(10, 192, 1) and not by_id(7).fits(10, 208, 1)
-    assert by_id(5).fits(512, 1024, 3) and not by_id(5).fits(513, 1024, 1)
-    assert by_id(1).fits(10**6, 4096, 8)
-    assert by_id(9).fits(10**6, 4096, 1) and not by_id(9).fits(10, 64, 2)
-    assert by_id(10).fits(10, 384, 1) and not by_id(10).fits(10, 400, 1)
+    tactics = {tactic.id: tactic for tactic in TACTICS}
+    assert tactics[7].name == "fused_d192"
+    assert tactics[7].fits(10, 192, 1) and not tactics[7].fits(10, 208, 1)
+    assert tactics[5].fits(512, 1024, 3) and not tactics[5].fits(513, 1024, 1)
+    assert tactics[1].fits(10**6, 4096, 8)
+    assert tactics[9].fits(10**6, 4096, 1) and not tactics[9].fits(10, 64, 2)
+    assert tactics[10].fits(10, 384, 1) and not tactics[10].fits(10, 400, 1)
     assert set(SCALARS) >= {a for s in SPECS.values() for a in s.arguments if a not in POINTERS}

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from exporter.terminal.advice import after_bench
 from exporter.terminal.flags import GATE_FAILED, OK, add_outputs, add_word, at_least, finite, several
+from exporter.terminal.idle import NO_ENGINE, keep_defaults, refuse_idle
 from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.bounds import BATCH, JOBS, RUNS, SECONDS
 from moee.places.inputs import source_paths
@@ -28,31 +29,49 @@ TEXT = "latency and throughput of the dense and the MoEE model, interleaved"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bench", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run, loads="exporter.timing.latency")
+    sub.set_defaults(check=check, run=run, loads="exporter.timing.latency")
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--engine", metavar="DIR", help="time the engines that moee build wrote there; needs their GPU")
-    sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
+    sub.add_argument("--trust-engine", action="store_true", help="load an engine that engine.json does not vouch for: it is code")
     sub.add_argument("--provider", default="cpu", help="what runs the graphs: cpu, cuda or tensorrt of ONNX Runtime (cpu)")
     sub.add_argument("--batch", type=at_least(*BATCH), default=8, help="images of a batch (8)")
     beside = "another export of the same dense model, timed in the same turns; may be given several times. Prints what share of "
     beside += "the speed-up that its MACs allow each reaches"
     sub.add_argument("--beside", metavar="DIR", action="append", default=[], help=beside)
-    sizes = "such a table at several batch sizes, separated by commas (1,8,32 with --beside)"
+    sizes = "a table at several batch sizes, separated by commas (1,8,32 with --beside)"
     sub.add_argument("--batches", type=several(at_least(*BATCH)), metavar="LIST", help=sizes)
     sub.add_argument("--runs", "--iterations", type=at_least(*RUNS), default=40, help="pairs of runs, at least (40)")
-    sub.add_argument("--duration", type=finite(*SECONDS), default=3.0, metavar="S", help="seconds of pairs, at least (3)")
+    least = "seconds that pairs of runs take, at least (3)"
+    sub.add_argument("--duration", type=finite(*SECONDS), default=3.0, metavar="S", help=least)
     flying = "requests in flight for throughput (2)"
     sub.add_argument("--streams", "--infStreams", type=at_least(*JOBS), default=2, help=flying)
-    sub.add_argument("--throughput", type=finite(*SECONDS), default=3.0, metavar="S", help="seconds of it, 0 for none (3)")
+    rate = "seconds of throughput, 0 for none (3)"
+    sub.add_argument("--throughput", type=finite(*SECONDS), default=3.0, metavar="S", help=rate)
     sub.add_argument("--cuda-graph", "--useCudaGraph", action="store_true", help="replay engines as CUDA graphs")
     sub.add_argument("--profile", "--dumpProfile", action="store_true", help="also the time of every routed layer")
     sub.add_argument("--data", help="images to run on: routing depends on them (default: those of its tuning, else extraction)")
     add_word(sub)
-    sub.add_argument("--threads", type=at_least(*JOBS), help="of ONNX Runtime (all cores)")
+    sub.add_argument("--threads", type=at_least(*JOBS), help="threads of ONNX Runtime (all cores)")
     sub.add_argument("--out", metavar="FILE", help="write latency.json here; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
-    add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
     sub.add_argument("--fail-if-slower", action="store_true", help="exit code 1 if dense is faster beyond the noise")
+    add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
+    keep_defaults(sub)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `UserError` for options that would do nothing beside the others."""
+    if args.beside or args.batches:
+        alone = "engine", "trust_engine", "cuda_graph", "profile", "out", "fail_if_slower", "batch", "streams", "throughput"
+        refuse_idle(args, "for one export at one --batch, and this is a table of --beside and --batches", *alone)
+    if args.engine is None:
+        refuse_idle(args, NO_ENGINE, "trust_engine", "cuda_graph")
+    else:
+        refuse_idle(args, "for graphs that ONNX Runtime runs, and --engine names engines", "provider", "threads", "profile")
+    if args.provider != "cpu":
+        refuse_idle(args, f"for ONNX Runtime on the CPU, and --provider is {args.provider}", "profile")
+    if args.throughput == 0:
+        refuse_idle(args, "for the throughput, and --throughput 0 measures none", "streams")
 
 
 def _output(args: argparse.Namespace) -> OutputFile:
@@ -121,11 +140,7 @@ def _side_by_side(args: argparse.Namespace, manifest: dict[str, Any], console: C
     from exporter.timing.side_by_side import BATCHES, side_by_side
     from exporter.verdict import MIN_PAIRS
     from moee.data.image_set import batches
-    from moee.errors import UserError
 
-    for flag in ("engine", "trust_engine", "cuda_graph", "profile", "out", "fail_if_slower"):
-        if getattr(args, flag):
-            raise UserError(f"--{flag.replace('_', '-')} is for one export at one --batch; leave out --beside and --batches")
     for folder in args.beside:
         refuse_lost_dense(read_export(folder), folder)
     sizes = args.batches or BATCHES

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from exporter.terminal.flags import OK, add_outputs, add_word, at_least
+from exporter.terminal.idle import keep_defaults, refuse_idle
 from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.config import MOST_BATCH, MOST_WORKERS
 from moee.errors import UserError
@@ -23,24 +24,36 @@ TEXT = "stages of CLEAR-MoE dispatch: time, bytes, FLOPs, and which are memory-b
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("bench-dispatch", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run, loads="exporter.timing.dispatch_bench")
+    sub.set_defaults(check=check, run=run, loads="exporter.timing.dispatch_bench")
     sub.add_argument("path", nargs="?", help="CLEAR-MoE model folder; its first layer on real tokens (default: random weights)")
     add_word(sub)
     sub.add_argument("--layer", help="name of the layer, with a model folder")
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images, with a model folder (8)")
-    sub.add_argument("--tokens", type=at_least(1), default=2056, help="tokens of the random input (2056: eight images of 257)")
-    sub.add_argument("--dim", type=at_least(1, MOST_WIDTH), default=384)
-    sub.add_argument("--hidden", type=at_least(1, MOST_WIDTH), default=1536)
-    sub.add_argument("--experts", type=at_least(1, MOST_WIDTH), default=4)
-    sub.add_argument("--rank", type=at_least(1, MOST_WIDTH), default=160)
-    sub.add_argument("--residual-rank", type=at_least(0, MOST_WIDTH), default=8)
+    tokens = "tokens of the random layer's input (2056: eight images of 257)"
+    sub.add_argument("--tokens", type=at_least(1), default=2056, help=tokens)
+    sub.add_argument("--dim", type=at_least(1, MOST_WIDTH), default=384, help="width of the random layer's tokens (384)")
+    sub.add_argument("--hidden", type=at_least(1, MOST_WIDTH), default=1536, help="hidden neurons of the random layer (1536)")
+    sub.add_argument("--experts", type=at_least(1, MOST_WIDTH), default=4, help="experts of the random layer (4)")
+    sub.add_argument("--rank", type=at_least(1, MOST_WIDTH), default=160, help="rank that its experts share (160)")
+    own = "rank that each of its experts has beside that (8)"
+    sub.add_argument("--residual-rank", type=at_least(0, MOST_WIDTH), default=8, help=own)
     sub.add_argument("--backend", action="append", help="loop, sorted, grouped, masked, triton; repeatable (all but triton)")
-    sub.add_argument("--runs", type=at_least(1, MOST_RUNS), default=30)
+    sub.add_argument("--runs", type=at_least(1, MOST_RUNS), default=30, help="runs of every stage (30)")
     clock = "1 times CPU seconds, which other load does not disturb (all cores, wall time)"
     sub.add_argument("--threads", type=at_least(1, MOST_WORKERS), help=clock)
     sub.add_argument("--out", metavar="FILE", help="write dispatch.json here; an earlier one is overwritten")
     sub.add_argument("--force", action="store_true", help="replace an existing file of another kind")
     add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
+    keep_defaults(sub)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise `UserError` for options that would do nothing beside the others."""
+    if args.path is None:
+        refuse_idle(args, "for a layer of a model, whose folder is not given", "layer", "batch", "word")
+    else:
+        shape = "tokens", "dim", "hidden", "experts", "rank", "residual_rank"
+        refuse_idle(args, f"for a layer of random weights, and {args.path} has layers of its own", *shape)
 
 
 def _output(args: argparse.Namespace) -> OutputFile:

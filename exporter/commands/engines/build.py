@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from exporter.terminal.flags import GATE_FAILED, OK, add_out, add_outputs
+from exporter.terminal.idle import keep_defaults, refuse_idle
 from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.places.inputs import source_paths
 from moee.places.output_file import OutputFile
@@ -22,18 +23,25 @@ TEXT = "build dense and MoEE engines from an export"
 
 def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("build", help=TEXT, description=TEXT)
-    sub.set_defaults(run=run, loads="exporter.engines.build")
+    sub.set_defaults(check=check, run=run, loads="exporter.engines.build")
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--backend", default="tensorrt-rtx", help="tensorrt-rtx (needs no GPU) or tensorrt")
     sub.add_argument("--plugin", help="plugin library (default: compiled and cached for --sm)")
     sub.add_argument("--sm", default="all", help=f"devices of the plugin's kernels, separated by commas: {HOW} (all)")
-    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
-    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
-    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
+    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="smallest batch, such as input:1x3x224x224 or 1 (1)")
+    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="usual batch, which engines are tuned for (8)")
+    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="largest batch (32)")
     cache = "TensorRT's timing cache, read and written: a new file or an earlier cache"
     sub.add_argument("--timing-cache", "--timingCacheFile", metavar="FILE", help=cache)
     add_out(sub, "dense.plan, moee.plan and engine.json")
     add_outputs(sub, _outputs)
+    keep_defaults(sub)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the line alone."""
+    if args.plugin is not None:
+        refuse_idle(args, "for the plugin that is compiled, and --plugin names one that exists", "sm")
 
 
 def _outputs(args: argparse.Namespace) -> list[Output]:

@@ -30,7 +30,8 @@ def add_parser(subparsers: Any) -> None:
         "--runtime-ops", action="store_true",
         help="also runtime.onnx, for ONNX Runtime on a CPU: experts as an operator, whose library is compiled where it runs",
     )  # fmt: skip
-    sub.add_argument("--calibration-images", type=at_least(*CALIBRATION), metavar="N", help="for int8 (128)")
+    steps = "images that the steps of int8 are chosen by (128)"
+    sub.add_argument("--calibration-images", type=at_least(*CALIBRATION), metavar="N", help=steps)
     sub.add_argument("--data", help="calibration images for int8 (default: what the model was tuned on, else extracted on)")
     add_moved(sub)
     add_out(sub, "the graphs")

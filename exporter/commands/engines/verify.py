@@ -25,6 +25,7 @@ from exporter.terminal.flags import (
     rank_display,
     show_skipped,
 )
+from exporter.terminal.idle import NO_ENGINE, given_flags, keep_defaults, refuse_idle
 from exporter.terminal.ui import FittingTable, percent, within
 from moee.bounds import AGREEMENT, DROP, IMAGES, JOBS
 from moee.config import MOST_FACTOR
@@ -42,26 +43,28 @@ def add_parser(subparsers: Any) -> None:
     sub = subparsers.add_parser("verify", help=TEXT, description=TEXT)
     sub.set_defaults(check=_check, run=run, loads="exporter.verification")
     sub.add_argument("path", help="folder that moee export wrote; with --quick also a model, engines, a bundle, or a file of one")
-    sub.add_argument("more", nargs="*", metavar="PATH", help="further ones, with --quick alone")
+    sub.add_argument("more", nargs="*", metavar="PATH", help="further paths, with --quick alone")
     what = "take seconds: manifest, hashes, graphs, the operator's contract, parity on random images; no accuracy"
     sub.add_argument("--quick", action="store_true", help=what)
     sub.add_argument("--engine", metavar="DIR", help="also run the engine that moee build wrote there; needs its GPU")
-    sub.add_argument("--trust-engine", action="store_true", help="load it though engine.json does not vouch for it: it is code")
+    sub.add_argument("--trust-engine", action="store_true", help="load an engine that engine.json does not vouch for: it is code")
     what = "artifact it was exported from (default: the one its manifest names), or package.module:function; repeatable"
     sub.add_argument("--model", action=ArtifactOrFunction, metavar="DIR", help=what)
     sub.set_defaults(word=None)
-    sub.add_argument("--data", help="default: what the model was tuned on, else extracted on")
+    sub.add_argument("--data", help="images to verify on (default: what the model was tuned on, else extracted on)")
     sub.add_argument("--images", type=at_least(*IMAGES), default=1000, help="labelled images for accuracy, 0 for none (1000)")
     sub.add_argument("--provider", default="cpu", help="what runs the graphs: cpu, cuda or tensorrt of ONNX Runtime (cpu)")
     sub.add_argument("--max-drop", type=finite(*DROP), metavar="POINTS", help="fail if top-1 falls by more percentage points")
-    sub.add_argument("--min-route-agreement", type=finite(*AGREEMENT), metavar="SHARE", help="(fp32: 0.9999; else none)")
-    sub.add_argument("--rtol", type=finite(0, MOST_FACTOR), help="allow atol + rtol x rms instead of 8 times torch's own error")
-    sub.add_argument("--atol", type=finite(0, MOST_FACTOR), help="see --rtol (0)")
-    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="such as input:1x3x224x224, or a batch size (1)")
-    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="(8)")
-    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="(32)")
+    fewer = "fail if a smaller share of the tokens takes the same expert (fp32: 0.9999; else none)"
+    sub.add_argument("--min-route-agreement", type=finite(*AGREEMENT), metavar="SHARE", help=fewer)
+    allowed = "allow atol + rtol x rms of the output instead of 8 times torch's own error (0)"
+    sub.add_argument("--rtol", type=finite(0, MOST_FACTOR), help=allowed)
+    sub.add_argument("--atol", type=finite(0, MOST_FACTOR), help=allowed)
+    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="smallest batch, such as input:1x3x224x224 or 1 (1)")
+    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="usual batch (8)")
+    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="largest batch (32)")
     sub.add_argument("--bisect", action="store_true", help="show every routed layer, and name the first that deviates")
-    what = "of ONNX Runtime and torch, a rank (all cores; under torchrun 1)"
+    what = "threads of ONNX Runtime and torch, in each rank (all cores; under torchrun 1)"
     sub.add_argument("--threads", type=at_least(*JOBS), help=what)
     place = "where torch's own classes are computed; its float64 run and what sets tolerances stay on the CPU"
     add_device(sub, what=place)
@@ -69,8 +72,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--out", metavar="DIR", help="write parity.json, junit.xml and summary.md there (or FILE.json alone)")
     sub.add_argument("--force", action="store_true", help="replace an earlier result in --out, or FILE.json of another kind")
     add_outputs(sub, lambda args: [_output(args)] if args.out is not None else [])
-    quick = ("help", "path", "more", "quick", "model", "word")
-    sub.set_defaults(whole={a.dest: (a.option_strings[0], a.default) for a in sub._actions if a.dest not in quick})
+    keep_defaults(sub)
 
 
 class ArtifactOrFunction(argparse.Action):
@@ -89,12 +91,15 @@ def _output(args: argparse.Namespace) -> OutputFolder | OutputFile:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise `UserError` for options of the whole verification beside --quick, and for several folders without it."""
+    """Raise `UserError` for options of the whole verification beside --quick, for several folders without it, and for trust in an
+    engine that is not named."""
     if not args.quick and args.more:
         raise UserError(f"{args.more[0]}: expected one export, came {1 + len(args.more)}; give one, or --quick")
-    beside = next((flag for name, (flag, default) in args.whole.items() if args.quick and getattr(args, name) != default), None)
-    if beside is not None:
-        raise UserError(f"--quick does not take {beside}; leave one of them out")
+    whole = [name for name in args.kept if name not in ("quick", "model")]
+    if args.quick and (beside := given_flags(args, *whole)):
+        raise UserError(f"--quick does not take {beside[0]}; leave one of them out")
+    if args.engine is None:
+        refuse_idle(args, NO_ENGINE, "trust_engine")
     if args.quick and args.more and (args.model is not None or args.word is not None):
         raise UserError(f"--model is of one export, and --quick came with {1 + len(args.more)} paths; give one")
 

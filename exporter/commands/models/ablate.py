@@ -40,12 +40,12 @@ def add_parser(subparsers: Any) -> None:
     what = "paper: tables 2, 7, 8, fig6 and fig7, and what Tables 1 and 5 would take on ImageNet with a GPU (modelled)"
     sub.add_argument("what", nargs="?", metavar="{paper}", help=what)
     sub.add_argument("--model", default="vit-scratch", metavar="NAME", help="vit-scratch (default), dinov2-s or timm's")
-    text = "digits (default), photos, photo-crops, an image folder or a timm.data dataset string"
+    text = "digits (default), photos, photo-crops, an image folder or timm.data's"
     sub.add_argument("--data", default="digits", help=text)
     add_weights(sub)
     add_class_map(sub)
-    sub.add_argument("--tables", help="comma-separated: 2, 3, 7, 8, 9, fig6, fig7 (all)")
-    sub.add_argument("--compensation", help="comma-separated: none, mean, refit (none,refit)")
+    sub.add_argument("--tables", help="comma-separated tables and figures of the paper: 2, 3, 7, 8, 9, fig6, fig7 (all)")
+    sub.add_argument("--compensation", help="comma-separated compensations: none, mean, refit (none,refit)")
     sub.add_argument("--keep", help="comma-separated kept shares that each row is run at (0.50,0.70,0.90)")
     add_options(sub.add_argument_group("the scale of every cell"), AblationConfig, SCALE)
     add_device(sub)

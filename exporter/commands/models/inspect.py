@@ -69,7 +69,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         console.print(f"tokens merged block by block: {' '.join(map(str, result.merged_tokens))}", markup=False)
     gated = [layer.name for layer in result.layers if layer.gated and not layer.experts]
     if gated:
-        console.print(f"gated, which --preset static alone cuts: {grouped(gated)}", markup=False)
+        console.print(f"gated, which only --preset static and --method corp cut: {grouped(gated)}", markup=False)
     if result.uncut:
         console.print(f"stays dense: {described(result.uncut)}", markup=False)
     for name, figures in (("dense", result.dense), ("MoEE", result.moee)):

@@ -23,6 +23,7 @@ from exporter.terminal.flags import (
     session_of,
     show_skipped,
 )
+from exporter.terminal.idle import keep_defaults, refuse_idle
 from exporter.terminal.options import add_options, given_options
 from exporter.terminal.space import add_memory, add_scratch
 from exporter.terminal.ui import FittingTable, ProgressDisplay, data_title, number, percent, span
@@ -58,8 +59,8 @@ def add_parser(subparsers: Any) -> None:
     add_options(sub.add_argument_group("the budget, one of these or more"), Budget)
     where = "measured: cpu, cuda, tensorrt (this machine's), ssh:HOST, a RESULT.json; modelled, by a roofline:"
     sub.add_argument("--device", help=f"where the model will run. {where} {', '.join(PROFILES)}")
-    sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="batch size of latencies (8)")
-    typed = "type of the graphs that are measured: fp32, fp16 or bf16 (fp32)"
+    sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images of a batch that is timed (8)")
+    typed = "type of the graphs that are measured: fp32, fp16 or bf16 (fp32); a board is modelled in fp16"
     sub.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", metavar="TYPE", help=typed)
     add_elsewhere(sub)
     add_device(sub, target=True)
@@ -82,6 +83,7 @@ def add_parser(subparsers: Any) -> None:
     add_memory(sub)
     add_out(sub, "plan.json")
     add_outputs(sub, _outputs)
+    keep_defaults(sub)
 
 
 def _outputs(args: argparse.Namespace) -> list[Output]:
@@ -114,6 +116,9 @@ def check(args: argparse.Namespace) -> None:
     parse_shares("--attention-macs", args.attention_macs, whole=True)
     parse_shares("--token-macs", args.token_macs, whole=True)
     budget_of(args)
+    if args.device is None and args.emit is None and args.measured is None:
+        idle = "batch", "precision", "candidates", "sm"
+        refuse_idle(args, "for a device that models are timed on, and --device names none", *idle)
 
 
 def budget_of(args: argparse.Namespace) -> Budget:

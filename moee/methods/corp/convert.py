@@ -82,7 +82,7 @@ def _pruned(
     grouped = one_group(ffn, tokens, options, device)
     energy = grouped.moments.mean[0].square() + grouped.moments.variance[0]
     kept = energy.sort(descending=True, stable=True).indices[: neurons_at(keep, ffn.hidden)].sort().values.cpu()
-    layer, report = (prune_gated if ffn.only_static else build_layer)(grouped, [kept], "mean")
+    layer, report = (prune_gated if ffn.gated else build_layer)(grouped, [kept], "mean")
     assert layer is not None, "it was told what to keep"
     refit = refit_layer(layer.to(device), ffn.to(device), tokens.load().to(device))
     return layer.cpu(), replace(report, refit=refit)
