@@ -129,6 +129,7 @@ def bench(
     look.
 
     Latencies are in milliseconds, with the median ratio and its verdict. `options` are those of `exporter.timing.latency.bench`.
+    Raises `UserError` for images in Python without the model, and as that function does.
     """
     report = report or to_stderr()
     batch, runs = whole("batch", batch, BATCH), whole("runs", runs, RUNS)

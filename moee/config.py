@@ -90,7 +90,7 @@ class FinetuneConfig(Options):
 
 
 def validated(kind: type[BaseModel], values: dict[str, Any]) -> Any:
-    """Build a pydantic model; its errors become the sentence of one `OptionError`."""
+    """Build a pydantic model of `values`. Raises `OptionError`, a `UserError`, with the first of its errors as a sentence."""
     if not isinstance(values, dict):  # values may come from a file
         raise UserError(f"{kind.__name__}: expected an object with fields, came {shown(values)}")
     try:

@@ -38,7 +38,7 @@ def launch_reference(spec: KernelSpec, settings: Config, grid: tuple[int, int, i
 
 
 def sizes_of(inputs: Mapping[str, torch.Tensor], top_k: int) -> Sizes:
-    """Read and check the sizes from the operator's inputs (names of plugins/contract.py, x [T, D])."""
+    """Read and check the sizes from the operator's inputs (names of plugins/contract.py, x [T, D]). Raises `ValueError`."""
     x = inputs["x"]
     if x.ndim != 2 or x.shape[1] % 16:
         raise ValueError(f"x must be [T, D] with D a multiple of 16, got {tuple(x.shape)}")
@@ -118,7 +118,8 @@ def run_sized(
     load_cdf: torch.Tensor | None = None, memory: torch.Tensor | None = None, y: torch.Tensor | None = None,
     execute: Execute = launch, watch: interpreter.Watch | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # fmt: skip
-    """`run` for sizes that are known and right: nothing here waits for the device, so that a CUDA graph may record it."""
+    """`run` for sizes that are known and right: nothing here waits for the device, so that a CUDA graph may record it. Raises
+    `ValueError` for an unknown activation, and for sizes that the tactic does not serve."""
     if not 0 <= activation < len(ACTIVATIONS):
         raise ValueError(f"activation must be an index into {ACTIVATIONS}, got {activation}")
     x = inputs["x"]

@@ -74,6 +74,7 @@ def layout(sizes: Sizes, dtype: str, kind: str) -> Workspace:
     """Workspace of a tactic of `kind`, one of KINDS, for token type `dtype`.
 
     Order: counts, member, buckets, routes, hidden, partial; each start a multiple of 256 bytes. The group kinds count nothing.
+    Raises `ValueError` for an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of tactic {kind!r}; expected one of {', '.join(KINDS)}")

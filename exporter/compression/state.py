@@ -34,16 +34,22 @@ class Facts(Body):
 
 
 class Tuning(Facts):
+    """How long the tuning is to be."""
+
     epochs: int = Field(ge=1, le=MOST_EPOCHS)
 
 
 class Tuned(Facts):
+    """What came of the tuning."""
+
     epochs: int = Field(ge=0, le=MOST_EPOCHS)
     kept: bool
     why: str
 
 
 class Unshipped(Facts):
+    """Why no cut model ships."""
+
     why: Text
 
 
@@ -125,11 +131,13 @@ class State:
         self._write()
 
     def add(self, stage: str, facts: dict[str, Any]) -> None:
+        """Record a finished stage, with the hashes of what it made."""
         made = {part: sha256_file(file) for part in self._parts(stage) if (file := self._file(part)).is_file()}
         self.stages[stage] = {**facts, **({MADE: made} if made else {})}
         self._write()
 
     def finish(self, result: dict[str, Any]) -> None:
+        """Record that all is done."""
         self._write(done=True, result=result)
 
     def _write(self, done: bool = False, **facts: Any) -> None:

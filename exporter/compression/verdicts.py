@@ -82,6 +82,7 @@ def speed_line(latencies: list[dict[str, Any]], planned: dict[str, Any] | None) 
 
 
 def size_line(cost: dict[str, Any], bytes_dense: int, bytes_moee: int) -> str:
+    """The line of the size: MACs, parameters and bytes beside the dense model's."""
     macs, params = (cost["moee"][key] / cost["dense"][key] for key in ("macs", "params"))
     return (
         f"size: {macs:.1%} of the MACs, {params:.1%} of the parameters, weights {bytes_moee / 2**20:.1f} instead of "

@@ -117,7 +117,8 @@ def prepared(path: str, recipe: dict[str, list[str]]) -> np.ndarray:
 
 
 def opened(path: str) -> Image.Image:
-    """An image in RGB. 16-bit grey levels are scaled to 8 bits, which Pillow itself would clip."""
+    """An image in RGB. 16-bit grey levels are scaled to 8 bits, which Pillow itself would clip. Raises `ValueError` for other
+    depths."""
     with Image.open(path) as picture:
         if picture.mode[0] in "IF":
             levels = np.asarray(picture)
@@ -149,6 +150,7 @@ def run(session: onnxruntime.InferenceSession, batch: np.ndarray, head: tuple[np
 
 
 def answer(output: np.ndarray, names: list[str], classifies: bool) -> str:
+    """The best class of logits [C] with its share, or the size of features, in words."""
     if not classifies or output.ndim != 1:
         return f"features {list(output.shape)}, length {np.linalg.norm(output):.4f}"
     best = int(output.argmax())
@@ -157,6 +159,7 @@ def answer(output: np.ndarray, names: list[str], classifies: bool) -> str:
 
 
 def median_ms(session: onnxruntime.InferenceSession, batch: np.ndarray, runs: int) -> float:
+    """Median milliseconds of `runs` runs on images [B, C, H, W]."""
     times = []
     for _ in range(runs + 2):
         started = time.perf_counter()

@@ -103,6 +103,7 @@ def make_profile(builder: Any, network: Any, spec: dict[str, Any]) -> Any:
 
 
 def attach_timing_cache(config: Any, path: Path | None) -> Any:
+    """TensorRT's timing cache of the file at `path`, empty if there is none, attached to the builder's configuration."""
     if path is None:
         return None
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
@@ -122,6 +123,7 @@ def device_count() -> int:
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
+    """Build one engine as `spec` says, and write it; what was built. Raises `Failed`."""
     trt = importlib.import_module(MODULES[spec["backend"]])
     logger = make_logger(trt, Path(spec["log"]) if spec.get("log") else None)
     builder = trt.Builder(logger)

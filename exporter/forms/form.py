@@ -113,6 +113,7 @@ def read_by_nodes(
 
 
 def lacks(name: str, part: str, place: str, graph: StoredGraph) -> WeightProblem:
+    """The problem of a graph without the node that reads a weight."""
     return WeightProblem(name, part, f"{graph.name} has no node {name}/{place}, which reads {part}; export it again")
 
 

@@ -59,7 +59,8 @@ def output_errors(
     runner: Runner, yard: Yardsticks, pool: Tensor, sizes: Sequence[int], rtol: float | None = None, *, atol: float | None = None,
     report: Reporter = silent, message: str = "parity", merges: MergeReader | None = None,
 ) -> list[BatchError]:  # fmt: skip
-    """Errors of a runner's first output at each batch size. With `merges` the models merge tokens as the graph does."""
+    """Errors of a runner's first output at each batch size. With `merges` the models merge tokens as the graph does. Raises
+    `UserError` for outputs of another shape than the model's."""
     runs = []
     for done, size in enumerate(sizes):
         report(message, done, len(sizes))

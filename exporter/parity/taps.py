@@ -162,7 +162,7 @@ def copied(model: ir.Model, graph: Path, widen: bool = False) -> Iterator[Path]:
 
 
 def taps_of(outputs: list[np.ndarray], layers: list[str]) -> dict[str, Tap]:
-    """Taps from the outputs of a tapped graph; the first output is the model's."""
+    """Taps from the outputs of a tapped graph: the model's, then tokens, routes and result of each layer."""
     taps = {}
     for i, layer in enumerate(layers):
         tokens, route, result = (torch.from_numpy(np.ascontiguousarray(a)) for a in outputs[1 + 3 * i : 4 + 3 * i])

@@ -46,7 +46,8 @@ STORED_AT = {
 
 
 def lower_clear_ffn(model: ir.Model, form: Form | Mapping[str, Form]) -> int:
-    """Replace every `ClearFfn` node in place; returns how many there were. `form` is one for all, or one a layer by name."""
+    """Replace every `ClearFfn` node in place; returns how many there were. `form` is one for all, or one a layer by name. Raises
+    `ValueError` for an unknown form."""
     nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]
     for node in nodes:
         chosen = form if isinstance(form, str) else form[node.name or ""]

@@ -68,8 +68,8 @@ class Histogram:
 
 
 def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
-    """Power of `reference` over the power of the difference, in decibels; infinite if there is none, minus infinity if one of
-    them holds a value that is no number."""
+    """Power of `reference` over the power of its difference to `noisy`, of one shape, in decibels; infinite if there is none,
+    minus infinity if one of them holds a value that is no number."""
     power, noise = (float(x.square().sum()) for x in (reference.double(), noisy.double() - reference.double()))
     if not math.isfinite(noise) or power == 0 < noise:
         return -math.inf
@@ -78,7 +78,8 @@ def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
 
 @torch.inference_mode()
 def calibrate(
-    model: nn.Module, data: ImageSet, dtype: torch.dtype, images: int = CALIBRATION_IMAGES, report: Reporter = silent
+    model: nn.Module, data: ImageSet, dtype: torch.dtype, images: int = CALIBRATION_IMAGES, report: Reporter = silent,
+    *, min_sqnr_db: float = MIN_SQNR_DB,
 ) -> Quantization:  # fmt: skip
     """Calibrate float32 `model` on `images` images of `data`, drawn once. `dtype` is the type of the scales.
 
@@ -103,13 +104,13 @@ def calibrate(
     tried = {method: {n: histograms[n].step(method) for n in names if n in histograms} for method in METHODS}
     reached, method = max((loss(tried[method]), method) for method in METHODS)
     scales = tried[method]
-    if reached < MIN_SQNR_DB:
+    if reached < min_sqnr_db:
         alone = {}
         for done, (name, scale) in enumerate(scales.items()):
             alone[name] = loss({name: scale})
             report("sensitivity", done + 1, len(scales))
         for name in sorted(alone, key=lambda n: alone[n]):
-            if reached >= MIN_SQNR_DB:
+            if reached >= min_sqnr_db:
                 break
             del scales[name]
             kept[name] = f"quantised alone it leaves the output {alone[name]:.1f} dB; it was among the worst"

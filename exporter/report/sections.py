@@ -15,6 +15,7 @@ STAGE_NAMES = {"extracted": "extracted", "tuned": "fine-tuned", "shrunk": "shrun
 
 
 def not_there(what: str, command: str) -> Html:
+    """A sentence about what was not found, with the command that makes it."""
     return tag("p", f"{what} not found. ", tag("code", command), " makes it.", class_="missing")
 
 
@@ -25,10 +26,12 @@ def stages(sources: Sources) -> dict[str, dict[str, Any]]:
 
 
 def latest(sources: Sources) -> dict[str, Any]:
+    """The record of the last stage; empty without one."""
     return next(reversed(stages(sources).values()), {})
 
 
 def layers(sources: Sources) -> list[dict[str, Any]]:
+    """What the manifest says of each layer; empty where it says nothing."""
     found = dig(sources.body("moee.model"), "info", "layers")
     return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
 
@@ -103,6 +106,7 @@ def routing(sources: Sources) -> tuple[str | None, list[Html]]:
 
 
 def engines(sources: Sources) -> tuple[str | None, list[Html]]:
+    """Files, sizes and build times of the engines, their target and their plugin."""
     body = sources.body("moee.engine")
     if body is None:
         short = dig(sources.body("moee.summary"), "engine")

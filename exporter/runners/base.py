@@ -38,8 +38,8 @@ class Runner(ABC):
         """images [B, C, H, W] float32 to the model's outputs; returns when they are complete, in host memory."""
 
     def bound(self, images: np.ndarray) -> Callable[[], Any]:
-        """One inference on `images` as a call that returns when it is complete, for timing: what can be done before the call is
-        done here."""
+        """One inference on `images` [B, C, H, W] as a call that returns when it is complete, for timing: what can be done before
+        the call is done here."""
         return lambda: self.run(images)
 
 

@@ -172,7 +172,8 @@ def ends_in_classes(model: nn.Module) -> bool:
 
 
 def read_head(export_dir: Path, export: dict[str, Any], output: Tensor, probe: Probe | None = None) -> Head | None:
-    """The classifier of a graph that ends in features: `probe`, or the one beside the exported model; None without one."""
+    """The classifier of a graph that ends in features: `probe`, or the one beside the exported model; None without one. Raises
+    `UserError` for one that does not fit the graph."""
     if probe is not None:
         source, state = "the model's probe", probe.state()
     elif not export.get("source"):

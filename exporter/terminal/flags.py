@@ -221,7 +221,7 @@ def show_skipped(console: Console, data_read: dict[str, Any]) -> None:
 
 
 def model_of(args: argparse.Namespace, report: Reporter, console: Console) -> ModelSpec:
-    """The model that the flags of `add_weights` describe; what was taken and guessed is printed."""
+    """The model that the flags of `add_weights` describe; what was taken and guessed is printed. Raises `UserError`."""
     from exporter import pretrained
     from moee.errors import UserError
     from moee.store.wrong_folder import what_is_in

@@ -122,7 +122,7 @@ def layers_side_by_side(
 
 
 def image_tokens(moee: MoeeModel, data: ImageSet) -> int:
-    """Tokens of an image of `data` in the layer that sees most of them."""
+    """Tokens of an image of `data` in the layer that sees most of them. Raises `UserError` for a model without MLPs."""
     counts: list[int] = []
     with watched(moee.model, _on_tokens(moee), lambda name, x: counts.append(x.numel() // x.shape[-1])), torch.inference_mode():
         moee.model(next(batches(data, 1)).images)

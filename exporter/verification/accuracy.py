@@ -51,8 +51,8 @@ class AccuracyResult:
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error: |accuracy - confidence| a bin of confidence, weighted by the bin's share of the images.
-    Of those whose logits are numbers; NaN for none."""
+    """Expected calibration error of logits [N, C]: |accuracy - confidence| a bin of confidence, weighted by the bin's share of
+    the images. Of those whose logits are numbers; NaN for none."""
     answered = top1(logits) != NO_ANSWER
     if not answered.any():
         return float("nan")

@@ -115,7 +115,7 @@ class GraphAccuracy:
         return self.group.broadcast(Parcel(verdict) if self.group.leader else None).body
 
     def compare(self, dense: dict[str, Tensor], ours: dict[str, Tensor], max_drop_pp: float | None) -> AccuracyResult | None:
-        """Both graphs' answers compared; None on ranks other than 0."""
+        """Both graphs' answers compared; None on ranks other than 0. Raises `UserError` where images can no longer be read."""
         with self.group.agreed():
             if not self.group.leader:
                 return None

@@ -49,7 +49,7 @@ def verify_ranks(
     engine: Path | str | None = None, report: Reporter = silent, trust_engine: bool = False,
 ) -> VerifyResult | None:  # fmt: skip
     """`verify` on the ranks of a `group`: the images of the accuracy are divided, parity and engine are rank 0's. The result is
-    rank 0's, None on the others."""
+    rank 0's, None on the others. Raises `UserError` for a gate that has nothing to check or could not fail."""
     started = time.perf_counter()
     folder = Path(export_dir)
     check = GraphAccuracy(folder, moee, data, images, provider, threads, report, group)

@@ -11,6 +11,7 @@ from moee.store.artifact import write_manifest
 
 
 def write_result(output: OutputFolder | OutputFile, result: VerifyResult) -> None:
+    """Write parity.json, and beside it junit.xml and summary.md where `output` is a folder."""
     body = result.to_json()
     if isinstance(output, OutputFile):
         output.write_json(body)

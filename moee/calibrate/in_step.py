@@ -98,7 +98,8 @@ class InStep:
 
     def bring(self, step: object, name: str) -> list[Pass]:
         """Every pass, once it has come to the step of the layer `name`: `x` is what it hands over there, `beside` what it noted
-        on the way. The `ready` of a `WaitingStep` lets them go on."""
+        on the way. The `ready` of a `WaitingStep` lets them go on. Raises the error of a
+        pass, or `StepFailed` where the layer does not run in its turn."""
         for one in self.passes:
             one.advance()
             give_back()  # what a thread has freed the C library keeps for that thread, and the passes' shares would add up

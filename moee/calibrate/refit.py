@@ -70,7 +70,7 @@ def refit_from_parts(
     layer: NeuronLayer, ffn: Original, parts: Sequence[LayerPart], ridge: float | None, group: Group = SOLO
 ) -> RefitReport:
     """`refit_layer` on this rank's parts of the tokens, those of lower ranks first; every rank's layer gets the same bytes. The
-    sums are made part by part and added in their order; rank 0 solves."""
+    sums are made part by part and added in their order; rank 0 solves. Raises `UserError` where there is no token."""
     device = layer.w_down.device
     shifts, told = find_shifts(layer, ffn, parts, group)
     before, total = sum(told[: group.rank]), sum(told)

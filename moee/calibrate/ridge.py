@@ -28,7 +28,7 @@ def add_upper(gram: Tensor, rows: Tensor, weighed: Tensor) -> None:
 
 
 def mirrored(gram: Tensor) -> Tensor:
-    """The whole matrix of sums by `add_upper`."""
+    """The whole symmetric matrix [U, U] of sums by `add_upper`, which fill its upper triangle."""
     return gram.triu() + gram.triu(1).mT
 
 
@@ -68,8 +68,9 @@ def error_change(change: Tensor, gram: Tensor, cross: Tensor) -> float:
 def choose_ridge(
     gram: Tensor, cross: Tensor, held_gram: Tensor, held_cross: Tensor, ridges: Sequence[float] = RIDGES
 ) -> tuple[float | None, float]:
-    """The lambda of `ridges`, ascending, whose solution dW on (gram, cross) leaves the least squared error on held-out tokens,
-    and the change of that error. None and 0 where no lambda lowers it, or nothing is held out."""
+    """The lambda of `ridges`, ascending, whose solution dW on (gram [U, U], cross [U, C]) leaves the least squared error on
+    held-out tokens, whose sums are of the same shapes, and the change of that error. None and 0 where no lambda lowers it, or
+    nothing is held out."""
     best: tuple[float | None, float] = None, 0.0
     for ridge in reversed(ridges):
         delta, used = solve_ridge(gram, cross, ridge, LEAST)

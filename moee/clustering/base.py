@@ -31,7 +31,7 @@ def principal_components(x: Tensor, components: int) -> Tensor:
 
 
 def relabel(labels: Tensor) -> Tensor:
-    """Labels renumbered 0.. in order of first appearance; noise stays."""
+    """Labels int64 [N] renumbered 0.. in order of first appearance; noise stays."""
     result = torch.full_like(labels, NOISE)
     seen: dict[int, int] = {}
     for value in labels.tolist():

@@ -60,7 +60,8 @@ class Lists:
 
 
 def positions(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of the true elements of a contiguous bool matrix, row-major. Reads eight at a time on the CPU."""
+    """Row and column, int64 [m], of the true elements of a contiguous bool matrix, row-major. Reads eight at a time on the
+    CPU."""
     if mask.device.type != "cpu" or mask.numel() % 8:
         row, column = mask.nonzero(as_tuple=True)
         return row, column

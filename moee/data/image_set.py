@@ -179,7 +179,8 @@ def batches(
 def listed_batches(
     data: ImageSet, lists: Sequence[list[int]], workers: int = 0, strict: bool = True
 ) -> Iterator[Batch]:
-    """One batch for each list of positions, as `batches`; a list that holds no readable image gives none."""
+    """One batch for each list of positions, as `batches`; a list that holds no readable image gives none. Raises
+    `UserError` if no image at all can be read."""
     count = _readers(data, workers or data.workers)
     loader = DataLoader(data, batch_sampler=lists, num_workers=count, collate_fn=list)  # type: ignore[arg-type]
     seen = 0

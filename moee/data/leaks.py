@@ -137,7 +137,7 @@ def rows(images: Tensor) -> list[Hashable]:
 
 
 def digest(image: Tensor) -> bytes:
-    """Hash of an image as the model takes it."""
+    """Hash of an image [C, H, W] as the model takes it."""
     return hashlib.blake2b(image.detach().float().cpu().contiguous().numpy().data, digest_size=16).digest()
 
 

@@ -113,6 +113,7 @@ def _drawing(seed: int) -> Iterator[None]:
 
 
 def name_of(given: Any) -> str:
+    """The name of a dataset or a loader of one, by its class."""
     return PREFIX + type(getattr(given, "dataset", given)).__name__
 
 
@@ -143,6 +144,8 @@ def gives_items(loader: DataLoader) -> bool:
 
 
 def indexed(dataset: Any, positions: Sequence[int], shape: Shape, report: Reporter) -> DatasetSet:
+    """The images of a dataset at `positions`, read when needed; their labels are read now. Raises `UserError` for images of
+    another shape (C, H, W) than `shape`."""
     name = name_of(dataset)
     if not len(positions):
         return DatasetSet(name, dataset, (), (), ())
@@ -218,7 +221,8 @@ def names_not_taken(given: Any) -> list[str]:
 
 
 def class_names_of(given: Any) -> tuple[str, ...]:
-    """Class names of a dataset, as torchvision keeps them; of several for one class the first."""
+    """Class names of a dataset, as torchvision keeps them; of several for one class the first. Raises `UserError` for
+    joined datasets of different classes."""
     dataset = getattr(given, "dataset", given) if isinstance(given, DataLoader) else given
     if isinstance(dataset, ImageSet):
         return dataset.classes

@@ -24,6 +24,7 @@ def item_of(item: Any, name: str) -> tuple[Tensor, int]:
 
 
 def pair_of(item: Any, name: str) -> tuple[Tensor, Any]:
+    """Image and label (None without one) of what a dataset gives. Raises `UserError` for anything else."""
     if isinstance(item, Mapping):
         image = next((item[key] for key in IMAGE_KEYS if key in item), None)
         label = next((item[key] for key in LABEL_KEYS if key in item), None)
@@ -41,6 +42,7 @@ def pair_of(item: Any, name: str) -> tuple[Tensor, Any]:
 
 
 def label_of(label: Any, name: str) -> int:
+    """A label as a whole number from 0, or -1. Raises `UserError` for anything else."""
     if isinstance(label, Tensor) and label.ndim == 0 and not label.is_floating_point():
         label = int(label)
     if isinstance(label, bool) or not isinstance(label, numbers.Integral) or not -1 <= int(label) < 1 << 31:
@@ -49,6 +51,7 @@ def label_of(label: Any, name: str) -> int:
 
 
 def check_shape(image: Tensor, shape: Shape, name: str) -> None:
+    """Raise `UserError` unless `image` has this shape (C, H, W)."""
     if tuple(image.shape) != tuple(shape):
         came, wanted = (" x ".join(map(str, sizes)) for sizes in (image.shape, shape))
         raise UserError(f"{name} yields images of {came}, the model takes {wanted}; change the transform, or the model's size")

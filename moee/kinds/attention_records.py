@@ -47,7 +47,8 @@ def rebuild_attention(model: nn.Module, records: list[AttentionRecord], state: d
 def narrowed_in(
     model: nn.Module, records: list[AttentionRecord], state: dict[str, Tensor], path: Path
 ) -> dict[str, tuple[Attention, Widths, dict[str, Tensor]]]:
-    """Each record's original, its widths, and its tensors, whose shapes are checked. `model` may have no memory."""
+    """Each record's original, its widths, and its tensors, whose shapes are checked. `model` may have no memory. Raises
+    `UserError` for a record or a tensor that does not fit the model."""
     if not records:
         return {}
     try:

@@ -61,7 +61,7 @@ def find_activation(name: str) -> Activation:
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """Activation `name` of x, elementwise."""
+    """Activation `name` of x, of any shape and type, elementwise. Raises `UserError` for an unknown name."""
     return find_activation(name).forward(x)
 
 

@@ -57,7 +57,7 @@ def linear_parts(rows: Tensor, bias: Tensor, dim: int) -> Router:
 
 
 def centroid_router(tokens: Tensor, labels: Tensor, experts: int) -> Router:
-    """Nearest cluster mean: argmin |x - m|^2 = argmax x.m - |m|^2 / 2."""
+    """Nearest mean of the clusters `labels` [N] of tokens [N, D]: argmin |x - m|^2 = argmax x.m - |m|^2 / 2."""
     means = torch.stack([tokens[labels == e].double().mean(0) for e in range(experts)])
     return linear_parts(means, -means.square().sum(1) / 2, tokens.shape[1])
 
@@ -67,7 +67,7 @@ def _standardise(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear_router(tokens: Tensor, labels: Tensor, experts: int) -> Router:
-    """Multinomial logistic regression on standardised tokens, folded back into rows and biases."""
+    """Multinomial logistic regression of `labels` [N] on standardised tokens [N, D], folded back into rows and biases."""
     mean, deviation = _standardise(tokens)
     x = (tokens - mean) / deviation
     weight = torch.zeros(experts, x.shape[1], requires_grad=True)
@@ -87,7 +87,8 @@ def linear_router(tokens: Tensor, labels: Tensor, experts: int) -> Router:
 
 
 def mlp_router(tokens: Tensor, labels: Tensor, experts: int, width: int, seed: int) -> Router:
-    """Two layers with ReLU, trained by AdamW on standardised tokens, which the first layer takes up."""
+    """Two layers with ReLU between, `width` wide, trained by AdamW to give `labels` [N] on standardised tokens [N, D]; the first
+    layer takes the standardising up."""
     mean, deviation = _standardise(tokens)
     x = (tokens - mean) / deviation
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +114,7 @@ def fit_router(
 ) -> tuple[Router, float]:
     """A router by name for tokens [N, D] with cluster labels [N], and its accuracy on a fifth of them, held out.
 
-    kind: linear, mlp, centroid or random (which looks at no label).
+    kind: linear, mlp, centroid or random (which looks at no label). Raises `ValueError` for another.
     """
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
     held_out, train = order[: max(1, round(len(order) * HELD_OUT))], order[max(1, round(len(order) * HELD_OUT)) :]

@@ -110,7 +110,8 @@ def check_ffn(x: Tensor, router: Tensor, router_bias: Tensor, *others: Any) -> N
 
 
 def ffn_by_groups(x: Tensor, router: Tensor, router_bias: Tensor, *others: Any) -> Tensor:
-    """What `ffn` computes, expert by expert, on any device and for every type."""
+    """What `ffn` computes for x [..., D], expert by expert, on any device and for every type. Raises `ValueError` as
+    `check_ffn`."""
     check_ffn(x, router, router_bias, *others)
     *stored, top_k, _, _ = others  # the widest expert and the load are for plugins
     return _forward(x, route(x.reshape(-1, x.shape[-1]), router, router_bias, top_k), Store(*stored))
@@ -152,8 +153,8 @@ def _(x, routes, *stored):
 
 @torch.library.custom_op("moee::experts_backward", mutates_args=(), schema=EXPERTS_BACKWARD)
 def experts_backward(grad: Tensor, x: Tensor, routes: Tensor, *stored: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w_up, b_up, w_down and b_out, in their types; what experts share is summed in float32. Hidden activations
-    are computed again, not stored."""
+    """Gradients of x, w_up, b_up, w_down and b_out, in their shapes and types, from `grad` and x [..., D] and routes [N, k]; what
+    experts share is summed in float32. Hidden activations are computed again, not stored."""
     store = Store(*stored)
     tokens, upstream = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
     act = find_activation(store.activation)

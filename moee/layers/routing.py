@@ -26,7 +26,8 @@ def euclidean_router(tokens: Tensor, labels: Tensor, experts: int) -> tuple[Tens
 
 
 def hash_router(tokens: Tensor, experts: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Locality-sensitive hashing by random hyperplanes through the mean token, written as a linear router.
+    """Locality-sensitive hashing by random hyperplanes through the mean of tokens [N, D], written as a linear router: rows [K, D]
+    and biases [K].
 
     With b = ceil(log2 K) planes h_i, expert e answers to the sign pattern c of its binary digits: its row is
     sum_i c_i h_i, so the highest score is the pattern nearest to the token's.
@@ -39,14 +40,16 @@ def hash_router(tokens: Tensor, experts: int, seed: int) -> tuple[Tensor, Tensor
 
 
 def random_router(tokens: Tensor, experts: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random unit rows, centred on the mean token: experts that have nothing to do with the clusters."""
+    """Random unit rows [K, D], and biases [K] that centre them on the mean of tokens [N, D]: experts that have nothing to do with
+    the clusters."""
     rows = torch.randn(experts, tokens.shape[1], generator=torch.Generator().manual_seed(seed))
     rows = torch.nn.functional.normalize(rows, dim=1)
     return rows, -rows @ tokens.mean(0)
 
 
 def make_router(kind: str, tokens: Tensor, labels: Tensor, experts: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows [K, D] and biases [K] of a routing by name; tokens [N, D] and labels [N] as in `cosine_router`."""
+    """Rows [K, D] and biases [K] of a routing by name; tokens [N, D] and labels [N] as in `cosine_router`. Raises `ValueError`
+    for an unknown name."""
     if kind == "cosine":
         return cosine_router(tokens, labels, experts)
     if kind == "euclidean":

@@ -43,7 +43,7 @@ def described_input(
     module: nn.Module, given: InputConfig, title: str
 ) -> tuple[dict[str, Any], list[str], tuple[str, ...]]:
     """The module's input as timm describes it, sentences about what was guessed of it, and the names of that. What is `given`
-    comes first."""
+    comes first. Raises `UserError` for a module that does not say its size."""
     own: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None) or {}
     own = own if isinstance(own, Mapping) else {}
     known = {name: own[name] for name in InputConfig.model_fields if own.get(name) is not None}

@@ -18,6 +18,7 @@ ELSE = "give the model as package.module:function"
 
 
 def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises `UserError` for anything else."""
     try:
         body = parse_json(path)
     except (OSError, ValueError) as error:
@@ -28,7 +29,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_input(folder: Path, row: Architecture, config: dict[str, Any]) -> tuple[InputConfig, list[str]]:
-    """How images are prepared, and what the folder does not say of it."""
+    """How images are prepared, and what the folder does not say of it. Raises `UserError` for what cannot be done here."""
     path = folder / PROCESSOR
     size = config.get(SIZE, getattr(class_named(row.config)(), SIZE, 224))
     model_sides = _sides(size)

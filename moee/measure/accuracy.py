@@ -44,7 +44,8 @@ class Proportion:
 
 
 def wilson(successes: float, count: int) -> Proportion:
-    """Share of `successes` in `count` (at least 1) with Wilson's 95 % interval, which holds near 0 and 1 too."""
+    """Share of `successes` in `count` (at least 1) with Wilson's 95 % interval, which holds near 0 and 1 too. Raises
+    `ValueError` for more successes than images, or none."""
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(f"a share needs some images and not more hits than images; came {successes} of {count}")
     share = successes / count
@@ -54,7 +55,8 @@ def wilson(successes: float, count: int) -> Proportion:
 
 
 def paired_drop(dense_correct: np.ndarray, moee_correct: np.ndarray) -> tuple[float, Interval]:
-    """Drop in percentage points and its 95 % interval; images are resampled in pairs, so that shared difficulty cancels."""
+    """Drop in percentage points and its 95 % interval, of answers [N] that are right or not; images are resampled in pairs, so
+    that shared difficulty cancels."""
     import numpy as np
 
     difference = dense_correct.astype(np.float64) - moee_correct.astype(np.float64)
@@ -85,7 +87,7 @@ def shared_answers(dense: Tensor, moee: Tensor) -> float | None:
 
 
 def class_count(labels: Sequence[int] | Tensor | np.ndarray, classes: int) -> int:
-    """How many classes labels number from 0: `classes`, or more if a label lies above it; 0 for data without labels."""
+    """How many classes labels [N] number from 0: `classes`, or more if a label lies above it; 0 for data without labels."""
     import numpy as np
 
     known = np.asarray(labels, np.int64)

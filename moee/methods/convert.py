@@ -99,7 +99,8 @@ def convert_layers(method: FindsExperts, model: nn.Module, options: Any, context
 
 
 def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: Context) -> Prepared:
-    """Calibrate and find each layer's groups or experts, the layers divided over the ranks."""
+    """Calibrate and find each layer's groups or experts, the layers divided over the ranks. Raises `StepFailed` where ranks
+    differ in the MLPs that they find."""
     group, report = context.group, context.report
     with group.agreed():
         mlps = find_ffns(model, options.exclude, gated=method.gated)

@@ -61,7 +61,7 @@ def pack_finding(found: Finding) -> Parcel:
 
 
 def unpack_finding(parcel: Parcel, ffn: FFN) -> Finding:
-    """The inverse of `pack_finding`, for the layer `ffn`."""
+    """The inverse of `pack_finding`, for the layer `ffn`. Raises `UserError` for another version's."""
     body, tensors = parcel.body, parcel.tensors
     if body["kind"] == "grouped":
         moments = Moments(**{name: tensors[name] for name in MOMENTS})

@@ -174,7 +174,8 @@ def _check(
 
 
 def dense_output(model: nn.Module, images: Tensor, room: float = NOISE) -> tuple[Tensor, float]:
-    """The model's output on `images`, and how far from it one that computes the same may lie: `room` times its own noise."""
+    """The model's output on `images` [B, C, H, W], and how far from it one that computes the same may lie: `room` times its own
+    noise. Raises `UserError` for an output that is not finite."""
     signs = torch.randint(0, 2, images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     rounded = images * (1 + torch.finfo(images.dtype).eps * signs)
     dense, twin = output_of_batch(model, torch.cat([images, rounded])).chunk(2)
@@ -186,6 +187,7 @@ def dense_output(model: nn.Module, images: Tensor, room: float = NOISE) -> tuple
 
 
 def output_of_batch(model: nn.Module, images: Tensor) -> Tensor:
+    """The output for images [B, C, H, W]. Raises `UserError` for a model that gives no tensor."""
     output = model(images)
     if not isinstance(output, Tensor):
         raise UserError(f"{title_of_model(model)} returns {type(output).__name__}, expected one tensor an image")

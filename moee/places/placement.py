@@ -127,7 +127,7 @@ class Output(ABC):
 
 
 def check_all(outputs: Sequence[Output]) -> None:
-    """Check every place that a command writes to, and that they do not lie in one another."""
+    """Check every place that a command writes to, and that they do not lie in one another. Raises `UserError`."""
     for output in outputs:
         output.check()
     for output in outputs:

@@ -161,6 +161,7 @@ def standing(points: list[Point], budget: Budget) -> tuple[bool, float, float]:
 
 
 def nearest(points: list[Point], budget: Budget) -> str:
+    """A sentence about the point that misses the budget least, and by how much."""
     best = min(points, key=lambda p: sum(p.shortfalls(budget).values()))
     said = {
         "accuracy": lambda by: f"{100 * by:.3g} points", "latency": lambda by: f"{by * (budget.target_latency_ms or 0):.3g} ms",

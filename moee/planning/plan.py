@@ -102,7 +102,7 @@ def search(
     report: Reporter = silent, allocations: tuple[str, ...] = USUAL_ALLOCATIONS, attention: tuple[float, ...] = (1.0,),
     tokens: tuple[float, ...] = (1.0,), over: Over | None = None, slack: Budget | None = None,
 ) -> Found:  # fmt: skip
-    """The points of `make_plan`, kept in `store`, on which nobody else works."""
+    """The points of `make_plan`, kept in `store`, on which nobody else works. Raises `UserError` as `make_plan` does."""
     base, methods = base or {}, usual() if methods is None else methods
     check_ways(methods, allocations, attention, base, tokens)
     if budget.max_drop is not None:

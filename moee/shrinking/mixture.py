@@ -69,7 +69,7 @@ class Mixture:
 
 @torch.no_grad()
 def extremes(mixture: Mixture, tokens: Tensor) -> list[float]:
-    """The largest absolute output of each expert on the tokens that it is sent; 0 where it is sent none."""
+    """The largest absolute output of each expert on those of the tokens [n, D] that it is sent; 0 where it is sent none."""
     found = [0.0] * mixture.layer.num_experts
     kept = mixture.experts()
     for e, own in mixture.sent(tokens):

@@ -28,8 +28,8 @@ def needs(mixture: Mixture, tokens: Tensor) -> Tensor:
 
 
 def dropped_experts(need: Tensor, tolerance: float, least: int, protected: list[int]) -> list[int]:
-    """The least needed experts that together contribute at most `tolerance`; ties to the highest number. At least `least`
-    experts and the `protected` ones stay."""
+    """The least needed experts, by `need` [K], that together contribute at most `tolerance`; ties to the highest number. At
+    least `least` experts and the `protected` ones stay."""
     order = sorted(range(len(need)), key=lambda e: (float(need[e]), -e))
     found, given_up = list[int](), 0.0
     for e in order:

@@ -142,7 +142,7 @@ def spec_of(
 
 
 def source_of(data: Images, val: Images) -> tuple[str, tuple[Any, Any] | None]:
-    """The name of a source, or what stands for one in Python."""
+    """The name of a source, or what stands for one in Python. Raises `UserError` for held-out images beside a name."""
     if isinstance(data, (str, Path)):
         if val is not None:
             raise UserError("held-out images go with training images given in Python; a folder or a named source has its own")
@@ -156,7 +156,7 @@ def bytes_of(memory: int | str | None) -> int | None:
 
 
 def class_names(classes: Any) -> tuple[str, ...]:
-    """Names that differ, or none."""
+    """Names that differ, or none. Raises `UserError` for others."""
     names = classes if isinstance(classes, (list, tuple)) else None
     if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise UserError(f"classes came as {shown(classes)}; expected a list of names that differ")

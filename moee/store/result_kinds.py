@@ -200,6 +200,7 @@ def _raise(error: OSError) -> None:
 
 
 def is_litter(name: str) -> bool:
+    """Whether a file of this name may lie anywhere: what systems leave, or an unfinished file of ours."""
     return name in LITTER or OURS_UNFINISHED.fullmatch(name) is not None
 
 

@@ -40,7 +40,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, classifier: bool, temper
 
 
 def token_power(teacher: Tensor) -> Tensor:
-    """Mean squared norm of a feature map's tokens."""
+    """Mean squared norm of the tokens of a feature map [B, ..., D]."""
     return teacher.square().sum(-1).mean()
 
 

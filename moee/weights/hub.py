@@ -103,7 +103,7 @@ class ModelFolder:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the model was made with."""
+        """What the model was made with. Raises `UserError` where the file says it wrongly."""
         given = self.config.get("model_args", {})
         if not isinstance(given, dict):
             raise UserError(f"{self.weights.parent / CONFIG} has no object in model_args; save the model with timm again")

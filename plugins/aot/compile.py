@@ -171,7 +171,8 @@ def to_ptx(job: Job, settings: Config | None = None, *, max_registers: int | Non
 
 
 def assemble(ptx: str, goal: Target) -> tuple[bytes, int, int, int]:
-    """Cubin, registers, spill bytes, stack bytes of a PTX text. The device bundle runs the same command."""
+    """Cubin, registers, spill bytes, stack bytes of a PTX text. The device bundle runs the same command. Raises
+    `GateError` if ptxas rejects it."""
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         source.write_text(ptx)

@@ -14,8 +14,9 @@ CP_ASYNC = re.compile(r"\bLDGSTS\b")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One kernel parameter in the cubin's own table: byte offset and size."""
+    """One kernel parameter in the cubin's own table: position, byte offset and size."""
 
+    ordinal: int
     offset: int
     size: int
 
@@ -46,7 +47,7 @@ def parse_parameters(listing: str) -> list[Parameter]:
     pattern = re.compile(
         r"EIATTR_KPARAM_INFO\b.*?Ordinal\s*:\s*(0x\w+)\s+Offset\s*:\s*(0x\w+)\s+Size\s*:\s*(0x\w+)", re.S
     )
-    found = {int(o, 16): Parameter(int(at, 16), int(size, 16)) for o, at, size in pattern.findall(listing)}
+    found = {int(o, 16): Parameter(int(o, 16), int(at, 16), int(size, 16)) for o, at, size in pattern.findall(listing)}
     return [found[o] for o in sorted(found)]
 
 

@@ -35,6 +35,7 @@ def one_of(*names: str) -> Callable[[str], str]:
 
 
 def file_name(value: str) -> str:
+    """The value, if it is a name without a folder. Raises `ValueError` for a path."""
     if Path(value).name != value:
         raise ValueError("expected a plain file name")
     return value

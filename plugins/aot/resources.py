@@ -58,7 +58,8 @@ def row(k: Kernel) -> str:
 
 
 def table(build: Manifest) -> str:
-    """The whole document; `build` must come from `manifest.load`, so that file sizes can be read."""
+    """The whole document; `build` must come from `manifest.load`, so that file sizes can be read. Raises `ValueError`
+    for another."""
     if build.folder is None:
         raise ValueError("the manifest has no folder; read it with plugins.aot.manifest.load")
     files = {k.cubin for k in build.kernels}

@@ -25,13 +25,13 @@ ZERO = {
     "--atol": "verify", "--augment": "extract finetune", "--clip-norm": "finetune",
     "--collages": "extract finetune plan", "--duration": "bench", "--images": "verify", "--max-drop": "plan verify compress",
     "--min-route-agreement": "verify", "--num-classes": "plan extract inspect ablate ablate-clear compress",
-    "--random-weights": "plan extract ablate ablate-clear compress", "--residual-rank": "extract bench-dispatch ablate-clear",
+    "--random-weights": "plan extract ablate ablate-clear compress", "--residual-rank": "extract ablate-clear",
     "--rtol": "verify", "--tolerance": "shrink", "--seed": "plan extract finetune shrink",
     "--throughput": "bench", "--warmup": "finetune",
     "--weight-decay": "finetune", "--workers": "extract finetune verify",
 }  # fmt: skip
 BESIDE = {  # what an option cannot be without, or must not stand beside
-    ("shrink", "--tolerance"): ["--experts", "4"], ("shrink", "--seed"): ["--experts", "4"],
+    ("shrink", "--tolerance"): ["--specialise"], ("shrink", "--seed"): ["--experts", "4"],
     ("extract", "--rank"): ["--method", "clear-moe", "--residual-rank", "0"],
     ("extract", "--residual-rank"): ["--method", "clear-moe", "--rank", "8"],
     ("extract", "--energy"): ["--method", "clear-moe"], ("extract", "--layers"): ["--method", "clear-moe"],

@@ -103,7 +103,7 @@ def _available(name: str) -> bool:
 
 
 def real_layer(path: str, name: str | None, batch: int, word: str | None = None) -> tuple[Any, Any]:
-    """A layer of a saved model and its input tokens on the first held-out images."""
+    """A layer of a saved model and its input tokens on the first held-out images. Raises `UserError` without such a layer."""
     import torch
 
     from moee.artifacts import checkpoint

@@ -60,7 +60,7 @@ def _output(args: argparse.Namespace) -> OutputFolder:
 
 
 def check(args: argparse.Namespace) -> None:
-    """What can be said of the line alone."""
+    """What can be said of the line alone. Raises `UserError`."""
     if args.what not in (None, PAPER):
         raise UserError(f"ablate {shown(args.what)}: expected {PAPER}, or nothing; a model goes with --model")
     if args.what is not None and args.tables is not None:

@@ -91,7 +91,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def budget_of(args: argparse.Namespace) -> Budget | None:
-    """What the line asks of the result; None where it leaves that open."""
+    """What the line asks of the result; None where it leaves that open. Raises `UserError`."""
     values = given_options(args, [Budget])
     budget = validated(Budget, values) if values else None
     if budget is not None and not budget.limits_quality and budget.target_latency_ms is None:

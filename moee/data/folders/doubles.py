@@ -22,7 +22,8 @@ def without_doubles(listing: Listing) -> tuple[Listing, list[str]]:
 
 
 def take_apart(source: str, listings: dict[str, Listing]) -> list[str]:
-    """Take from train what val holds too, so that nothing held out is trained on; a sentence if there was any."""
+    """Take from train what val holds too, so that nothing held out is trained on; a sentence if there was any. Raises
+    `UserError` where nothing would be left to train on."""
     train, val = listings["train"], listings["val"]
     held_out = {inode for _, inode in val.images if inode is not None}
     kept = [image for image in train.images if image[1] is None or image[1] not in held_out]
@@ -37,4 +38,5 @@ def take_apart(source: str, listings: dict[str, Listing]) -> list[str]:
 
 
 def count_images(count: int) -> str:
+    """A number of images in words."""
     return f"{count} image" if count == 1 else f"{count} images"

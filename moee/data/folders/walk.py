@@ -141,4 +141,5 @@ class Walk:
 
 
 def inode_of(facts: os.stat_result) -> Inode:
+    """What tells one file from another on this machine: device and inode."""
     return facts.st_dev, facts.st_ino

@@ -81,7 +81,8 @@ def directions(covariance: Tensor) -> int:
 
 
 def require_directions(covariance: Tensor, rank: int, name: str) -> None:
-    """Raises `UserError` if a map's outputs have fewer than `rank` directions: the layer is singular for this rank."""
+    """Raises `UserError` if a map's outputs, of this covariance [D, D], have fewer than `rank` directions: the layer is singular
+    for this rank."""
     found = directions(covariance)
     if found + NORMALISED < rank:
         raise UserError(
@@ -142,6 +143,7 @@ def output_scale(ffn: FFN) -> Tensor:
 
 
 def full_rank(ffn: FFN) -> int:
+    """The largest rank that either map can have."""
     return min(ffn.dim, ffn.hidden)
 
 

@@ -17,6 +17,7 @@ LEAST = 0.5  # share of a head's dimensions that stays, at least
 
 
 def full_widths(attention: Attention) -> Widths:
+    """All dimensions of its heads."""
     return Widths(attention.head_dim, attention.head_dim)
 
 
@@ -51,6 +52,7 @@ def narrowest_and_full(model: nn.Module, shape: Shape) -> list[tuple[int, int]]:
 
 
 def check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, int]], share: float) -> None:
+    """Raise `UserError` for a share of the MACs that the narrowest heads exceed."""
     narrowest = {name: levels(attention.head_dim)[-1] for name, attention in attentions.items()}
     low = sum(macs_of(a, Widths(narrowest[n], narrowest[n]), shapes[n]) for n, a in attentions.items())
     least = low / sum(macs_of(a, full_widths(a), shapes[n]) for n, a in attentions.items())
@@ -62,6 +64,7 @@ def check_reach(attentions: dict[str, Attention], shapes: dict[str, tuple[int, i
 
 
 def macs_of(attention: Attention, widths: Widths, shape: tuple[int, int]) -> int:
+    """MACs an image with heads of these widths, for inputs of `shape` (windows of an image, tokens of each)."""
     return attention_macs(attention.qkv.in_features, attention.num_heads, widths, *shape)
 
 

@@ -56,7 +56,7 @@ class MoeficationMethod(LayerMethod[MoeficationOptions]):
     def within(
         self, options: MoeficationOptions, target: float, model: nn.Module, shape: tuple[int, int, int]
     ) -> MoeficationOptions:
-        """The most experts a token whose MACs, router included, meet the target."""
+        """The most experts a token whose MACs, router included, meet the target. Raises `OutOfReach` if one is too many."""
         from moee.methods.neurons.choice import kept_share
 
         share = kept_share(model, options.exclude, target, shape, experts=options.experts)

@@ -27,7 +27,8 @@ ITERATIONS = 20
 
 def balanced_groups(rows: Tensor, groups: int, seed: int) -> Tensor:
     """Groups [H] int64 of equal size (differing by one at most) for rows [H, F]: k-means, then the assignment that
-    minimises the summed squared distance under the size constraint (Hungarian method)."""
+    minimises the summed squared distance under the size constraint (Hungarian method). Raises `UserError` for more groups than
+    rows."""
     from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 

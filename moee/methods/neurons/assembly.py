@@ -16,7 +16,7 @@ from moee.models.ffn import FFN
 def build_layer(
     routed: GroupedLayer, kept: list[Tensor] | None, compensation: str
 ) -> tuple[RoutedFFN | None, LayerReport]:
-    """The layer whose experts keep the given neurons; None and the reason where it stays dense."""
+    """The layer whose experts keep the given neurons, ascending ids an expert; None and the reason where it stays dense."""
     ffn = routed.ffn
     if kept is None:
         return None, stays_dense(ffn, "dense: experts would cost as much", routed.noise)
