@@ -10,6 +10,7 @@ from moee.planning.budget import Budget
 from moee.planning.plan import applicable, refuse_incomparable
 from moee.planning.search import recipe_of, ways
 from moee.stages.session import Session
+from moee.stages.space import GRAPHS
 
 Tried = tuple[tuple[str, ...], tuple[float, ...], tuple[float, ...]]  # methods, shares of the attention's MACs, of merged tokens
 
@@ -27,6 +28,7 @@ def refuse_early(session: Session, request: Request, budget: Budget, say: Callab
     if why:
         say(f"the attention stays as it is: {why}")
     methods = applicable(session, request.methods)
+    session.space.beside = GRAPHS
     for way in ways(methods, ALLOCATION, heads, request.tokens):
         session.prove(recipe_of(way, BASE))
     if budget.max_drop is not None:

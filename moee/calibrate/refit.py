@@ -111,9 +111,8 @@ def _solve(layer: NeuronLayer, ffn: Original, found: CentredSums, ridge: float |
             f"`{ffn.name}` receives NaN or infinite activations in the refit; check the weights and the input normalisation, use "
             f"--compensation mean, or skip the layer with --exclude {ffn.name}"
         )
-    gram, cross = found.gram.sum(0), found.cross.sum(0)
     facts = {"tokens": tokens, "neurons": layer.union}
-    if float(gram.diagonal().double().sum()) <= CONSTANT * found.moment:
+    if float(found.gram.diagonal(dim1=1, dim2=2).sum(0).double().sum()) <= CONSTANT * found.moment:
         return RefitReport(**facts, note="refit skipped: the activations are constant")
     before = after = None
     if ridge is None:
@@ -124,7 +123,7 @@ def _solve(layer: NeuronLayer, ffn: Original, found: CentredSums, ridge: float |
             why = f"{tokens} tokens for {layer.union} neurons"
             return RefitReport(**facts, error_before=before, note=f"refit skipped: {why}, no lambda helps on held-out tokens")
         after = (found.missed[1] + gain) / found.power[1] if found.power[1] else None
-    change, used = solve_ridge(gram, cross, ridge, LEAST)
+    change, used = solve_ridge(found.gram.sum(0), found.cross.sum(0), ridge, LEAST)
     layer.w_down.data += change.float()
     for e, (kept, hidden_mean, target_mean) in found.means.items():
         layer.b_out[e] = ffn.b_down + target_mean - hidden_mean @ layer.w_down[kept]
@@ -275,8 +274,8 @@ class _Refit:
                         parts = [step.part(one.x) for one in running.bring(step, name)]
                         if name in added:
                             given = zip(parts, beside[0].bring(name, name), running.passes, strict=True)
-                            wanted = [(p, target_of(d.x, own.beside, ffn.scale)) for p, d, own in given]
-                            parts = [replace(part, targets=target - ffn.b_down) for part, target in wanted]
+                            wanted = ((p, target_of(d.x, own.beside, ffn.scale)) for p, d, own in given)
+                            parts = [replace(part, targets=target.sub_(ffn.b_down)) for part, target in wanted]
                     with own_arithmetic():
                         if self.elimination is not None:
                             assert isinstance(ffn, FFN), "neurons are chosen anew for dense MLPs alone"
@@ -284,8 +283,8 @@ class _Refit:
                         report = refit_from_parts(self.layers[name], ffn, parts, self.ridge, self.group)
                     if self.dense is not None and name not in added:
                         report = replace(report, note="; ".join(filter(None, [report.note, NO_READER])))
-                    done[name] = report
-                    step.ready = True
+                    done[name], step.ready = report, True
+                    parts.clear()  # the passes bring others, and need the memory
                     give_back()  # every pass has freed some of it in a thread of its own
                     self.report("refit", len(done), len(self.layers))
         finally:

@@ -39,17 +39,18 @@ def solve_ridge(gram: Tensor, cross: Tensor, ridge: float, least: float = 1e-30)
     where the sums do not determine X at that penalty, the first of 10, 100, ... times it at which they do. Raises `UserError` for
     sums that are not finite.
     """
-    gram, cross = gram.double(), cross.double()
     if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         raise UserError("a least-squares fit met NaN or infinite activations; check the weights and the input normalisation")
-    mean = gram.diagonal().mean().clamp(min=least)
+    mean = gram.diagonal().double().mean().clamp(min=least)
     while True:
-        system = gram.clone()
+        system = gram.to(torch.float64, copy=True)
         system.diagonal().add_(ridge * mean)
+        least_pivots = PIVOT * system.diagonal()
         factor, failed = torch.linalg.cholesky_ex(system)
+        del system  # as large as the factor, and the solution needs copies of its own
         # a symmetric system with a penalty above its trace is positive definite whatever its rounding, so this ends
-        if not failed and bool((factor.diagonal().square() >= PIVOT * system.diagonal()).all()):
-            return torch.cholesky_solve(cross, factor), ridge
+        if not failed and bool((factor.diagonal().square() >= least_pivots).all()):
+            return torch.cholesky_solve(cross.double(), factor), ridge
         ridge *= STEP
 
 

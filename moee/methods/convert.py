@@ -115,6 +115,7 @@ def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: 
             sampled = [by_name[name] for name in names]
         else:
             sampled = calibrate(model, ffns, Path(folder), options, context)
+            give_back()
         pairs = zip(ffns, sampled if group.alone else gather_tokens(list(sampled), group), strict=True)
         share = [(ffn, tokens) for ffn, tokens in pairs if tokens is not None]
         if group.leader:

@@ -87,10 +87,12 @@ class NeuronMethod(LayerMethod[Any]):
     def _measure(self, model: nn.Module, prepared: Prepared, options: Any, context: Context) -> None:
         """The error that dropping each neuron makes, once it is asked for."""
         from moee.methods.convert import measured_by, sensitivity_of
+        from moee.space.machine import give_back
 
         kind = measured_by(options)
         if (options.criterion in MEASURED or options.neurons == "eliminated") and kind not in prepared.measured:
             prepared.measured[kind] = sensitivity_of(model, prepared, options, context)
+            give_back()
 
 
 class ExpertsMethod(NeuronMethod):

@@ -31,6 +31,7 @@ from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
 from moee.stages.session import Session
+from moee.stages.space import GRAPHS
 from moee.store.artifact import read_json, read_manifest
 from moee.store.result_kinds import PLAN as PLAN_FOLDER
 from moee.store.result_kinds import PLAN_STATE
@@ -111,6 +112,7 @@ def search(
     if budget.target_latency_ms is not None and latency is None:
         raise UserError("--target-latency-ms needs a device to time or model; give --device")
     methods = applicable(session, methods)
+    session.space.beside = GRAPHS
     told = {"model": model_identity(session), "base": base}
     compare_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE)  # before trials and the reading of images
     for way in ways(methods, allocations, attention, tokens):  # said before a resumed plan is bound to the options

@@ -20,12 +20,15 @@ CURES = {
     "calibration": "fewer images or a smaller --img-size", "clustering": "fewer --cluster-tokens", "statistics": "fewer --jobs",
     "sensitivity": "--criterion output_variance and --neurons ranked", "refit": "fewer --refit-tokens",
     "comparison": "fewer --tokens", "measurement": "fewer held-out images",
+    "narrower heads": "fewer --attention-tokens", "solution": "fewer --tokens", "decomposition": "fewer --calibration-images",
     "fine-tuning": "more --accumulate, --checkpointing, or --train experts",
     "export": "a machine that has it", "trial export": "--no-trial-export",
 }  # fmt: skip
 
-FILES = {"calibration": "the calibration's tokens", "export": "the graphs"}
-PLACES = {"calibration": "a larger disk with --scratch DIR, or fewer --tokens", "export": "an --out on a larger disk"}
+TOKENS = "the calibration's tokens"
+FILES = {"calibration": TOKENS, "decomposition": TOKENS, "export": "the graphs"}
+SCRATCH = "a larger disk with --scratch DIR, or fewer --tokens"
+PLACES = {"calibration": SCRATCH, "decomposition": SCRATCH, "export": "an --out on a larger disk"}
 
 
 def in_words(size_bytes: int) -> str:
@@ -96,9 +99,9 @@ def refuse_without_space(
         log.warning("memory may not suffice: %s", sentence)
     free = free_disk(folder) if folder is not None and disk else None
     if free is not None and disk > free:
+        stage = next(need.stage for need in needs if need.disk_bytes)
         raise MissingDependency(
-            f"{FILES[needs[0].stage]} take {in_words(disk)} in {folder}, and {in_words(free)} are free there; give "
-            f"{PLACES[needs[0].stage]}"
+            f"{FILES[stage]} take {in_words(disk)} in {folder}, and {in_words(free)} are free there; give {PLACES[stage]}"
         )
 
 

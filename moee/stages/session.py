@@ -30,7 +30,6 @@ from moee.methods.apart import check_apart
 from moee.methods.context import Context
 from moee.methods.exchange import check_same_data, share_dense
 from moee.methods.identity import IMAGES, check_attentions, check_ffns, check_merging
-from moee.methods.neurons.choice import ffn_budget
 from moee.methods.recipe import Recipe
 from moee.methods.registry import method_of
 from moee.mlps.attention import find_attentions
@@ -41,7 +40,9 @@ from moee.models.model import ModelSpec, Shape, load_model, sharing
 from moee.parallel.group import SOLO, Group
 from moee.progress import Reporter, silent
 from moee.schema import reason_of
+from moee.space.estimate import ModelShape
 from moee.space.machine import give_back
+from moee.stages.reach import refuse_beyond_reach
 from moee.stages.space import Space, model_shape
 
 log = logging.getLogger("moee")
@@ -103,6 +104,7 @@ class Session:
         self._train_outputs: Outputs | None = None
         self._started: dict[tuple[Options, ...], nn.Module] = {}
         self._proved: set[tuple[Any, ...]] = set()
+        self._shapes: dict[tuple[Any, ...], ModelShape] = {}  # by what is proved
         self._left: dict[Any, Any] = {}
         self.made: tuple[dict[str, Any], nn.Module, Sequence[LayerReport]] | None = None  # by the recipe of that JSON
 
@@ -159,11 +161,10 @@ class Session:
                 self._proved.add(("apart",))
             if mlps not in self._proved:
                 found = find_ffns(self.dense, exclude, self.transform.shape, method.gated)
-                tokens = self._count_costs(found.ffns, recipe)
+                tokens, share = self._count_costs(found.ffns, recipe)
                 if found.ffns:
-                    shape = model_shape(self.dense, found.ffns, tokens, self.transform.shape)
-                    tried = self.trial is not None
-                    self.space.find(shape, recipe.cut, len(self.train), len(self.held_out), jobs=jobs, tried=tried)
+                    self._shapes[mlps] = model_shape(self.dense, found.ffns, tokens, self.transform.shape, share)
+                    self._find_space(self._shapes[mlps], recipe, jobs)
                 names = ("mlps", *(ffn.name for ffn in found.ffns))  # methods that cut the same layers share the check
                 if "mlps" in cut and names not in self._proved:
                     check_ffns(self.dense, found.ffns, self._few_images(), self.report)
@@ -176,14 +177,21 @@ class Session:
                         grouped(found.unscaled),
                     )
                 self._proved.add(mlps)
+            elif mlps in self._shapes:
+                self._find_space(self._shapes[mlps], recipe, jobs)
             for part, check in (("attention", _check_attentions), ("tokens", check_merging)):
                 if part in cut and (part,) not in self._proved:
                     check(self.dense, self._few_images(), self.report)
                     self._proved.add((part,))
 
-    def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> dict[str, int]:
+    def _find_space(self, shape: ModelShape, recipe: Recipe, jobs: int) -> None:
+        """Say what memory and disk the recipe takes, and refuse it where they are not there."""
+        tried = self.trial is not None
+        self.space.find(shape, recipe, len(self.train), len(self.held_out), jobs=jobs, tried=tried)
+
+    def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> tuple[dict[str, int], float]:
         """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Tokens of an
-        image that each MLP sees. Raises `UserError`."""
+        image that each MLP sees, and the share of the dense MACs that they take. Raises `UserError`."""
         try:
             whole = dense_macs(self.dense, self.transform.shape)
             merging = self._merging(recipe)
@@ -191,17 +199,9 @@ class Session:
         except Exception as error:  # the counter runs a stranger's model on shapes alone
             reason = reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
-        if (budget := recipe.method.budget(recipe.cut)) is not None:
-            target, floor = budget
-            cut = sum(tokens[ffn.name] * ffn.macs for ffn in ffns)
-            saved = [method_of(step).saves(self.dense, self.transform.shape, step) for step in recipe.first]
-            least, most = sum(low for low, _ in saved), sum(high for _, high in saved)
-            asked = (1 - target) * whole
-            if asked - most >= cut or not recipe.first:  # even so the MLPs do not hold enough
-                ffn_budget(whole, cut, target, most, floor=floor)
-            if asked <= least:  # nothing is left to be cut
-                ffn_budget(whole, cut, target, least, floor=floor)
-        return tokens
+        cut = sum(tokens[ffn.name] * ffn.macs for ffn in ffns)
+        refuse_beyond_reach(recipe, self.dense, self.transform.shape, whole, cut)
+        return tokens, cut / whole
 
     def _merging(self, recipe: Recipe) -> nn.Module:
         """The dense model with the tokens merged that the recipe's steps before its last merge, by its shapes alone."""

@@ -12,6 +12,12 @@ from torch import nn
 from moee.calibrate.options import MEASURED, CalibrationOptions, GroupingOptions, RefitOptions, SelectionOptions
 from moee.config import FinetuneConfig, Options
 from moee.errors import MissingDependency
+from moee.methods.clear_moe.options import DecompositionOptions
+from moee.methods.corp.options import CorpOptions
+from moee.methods.heads.method import HeadsOptions
+from moee.methods.recipe import Recipe
+from moee.methods.static import StaticOptions
+from moee.methods.tokens import TokensOptions
 from moee.models.ffn import FFN
 from moee.models.model import Shape
 from moee.parallel.group import Group, Parcel
@@ -25,21 +31,39 @@ log = logging.getLogger("moee")
 
 Stages = Callable[[ModelShape, Extraction, Limits], list[Need]]
 EXPERTS = 8  # of a layer, where the clustering says how many there are
-NOT_COUNTED = "narrower heads, graphs and timings are not counted, and may take as much again"
+GRAPHS = "graphs and their timings are not counted"  # of commands that try many models
 
 
-def model_shape(model: nn.Module, ffns: Sequence[FFN], tokens: Mapping[str, int], image: Shape) -> ModelShape:
-    """The dense `model` with the MLPs that are cut, which see so many `tokens` of an `image` [C, H, W]."""
+def model_shape(
+    model: nn.Module, ffns: Sequence[FFN], tokens: Mapping[str, int], image: Shape, share: float = 1.0
+) -> ModelShape:
+    """The dense `model` with the MLPs that are cut, which see so many `tokens` of an `image` [C, H, W] and take so much of its
+    MACs."""
     channels, height, width = image
-    layers = tuple(LayerShape(ffn.dim, ffn.hidden, tokens[ffn.name]) for ffn in ffns)
-    return ModelShape(sum(p.numel() for p in model.parameters()), channels * height * width, layers)
+    layers = tuple(LayerShape(ffn.dim, ffn.hidden, tokens[ffn.name], ffn.neuron_macs // ffn.dim) for ffn in ffns)
+    return ModelShape(sum(p.numel() for p in model.parameters()), channels * height * width, layers, share)
 
 
-def extraction_of(options: Options, images: int, held_out: int, jobs: int = 1) -> Extraction | None:
-    """What the options of a method ask for on `images` training images; None of a method that calibrates nothing."""
+def extraction_of(
+    options: Options, images: int, held_out: int, jobs: int = 1, *, first: Sequence[Options] = (), share: float = 1.0
+) -> Extraction | None:
+    """What the options of a method, and of the steps `first` before it, ask for on `images` training images of a model whose
+    MLPs take so large a `share` of its MACs; None of a method that calibrates nothing."""
+    more: dict[str, int | float] = {}
+    for step in first:
+        if isinstance(step, HeadsOptions):
+            more |= {"narrowed": step.attention_tokens, "probes": step.attention_probes}
+    if isinstance(options, DecompositionOptions):
+        decomposed = min(images, options.calibration_images)
+        return Extraction(images, held_out, options.tokens, decomposed=decomposed, **more)  # type: ignore[arg-type]
+    if isinstance(options, TokensOptions):
+        return Extraction(images, held_out, 0, **more)  # type: ignore[arg-type]
     if not isinstance(options, CalibrationOptions):
         return None
-    more: dict[str, int | bool] = {}
+    if isinstance(options, StaticOptions) and options.target_macs and not first:  # else something is saved before
+        more["kept"] = max(1 - (1 - options.target_macs) / share, options.mlp_floor or 0)
+    if isinstance(options, CorpOptions):
+        more["solved"] = options.target_macs or options.keep
     if isinstance(options, GroupingOptions):
         more |= {
             "clustered": options.cluster_tokens, "by_density": options.by_density, "components": options.components is not None,
@@ -60,14 +84,15 @@ class Space:
     def __init__(self, group: Group, memory: int | None = None):
         self.group, self.memory, self.limits = group, memory, USUAL
         self._said = 0  # bytes of memory and disk
+        self.beside = ""  # what the command does beside, without an estimate
 
     def find(
-        self, shape: ModelShape, options: Options, images: int, held_out: int, *, jobs: int = 1, tried: bool = False
+        self, shape: ModelShape, recipe: Recipe, images: int, held_out: int, *, jobs: int = 1, tried: bool = False
     ) -> None:
-        """Cut the work that the options of a method ask for into pieces that the memory holds, and say what it takes. `tried`:
-        whether an export is tried first. Of rank 0 alone. Raises `UserError` where memory or disk do not suffice."""
+        """Cut the work that a recipe asks for into pieces that the memory holds, and say what it takes. `tried`: whether an
+        export is tried first. Of rank 0 alone. Raises `UserError` where memory or disk do not suffice."""
         world = self.group.world
-        work = extraction_of(options, -(-images // world), -(-held_out // world), jobs)
+        work = extraction_of(recipe.cut, -(-images // world), -(-held_out // world), jobs, first=recipe.first, share=shape.share)
         if work is not None:
             self._find(shape, work, extraction, [trial(shape.weights)] * tried)
 
@@ -85,14 +110,14 @@ class Space:
             found = limits_within(self.memory, weights, lambda some: stages(shape, work, some), work.refitted, least)
             self.limits = self.limits.tighter(found)
         on_cpu = self.group.device.type == "cpu"
-        needs = [*stages(shape, work, self.limits)[: None if on_cpu else 1], *more]
+        needs = [*(need for need in stages(shape, work, self.limits) if on_cpu or need.disk_bytes), *more]
         refuse_without_space(needs, weights, self.memory if on_cpu else None, folder)
         self._refuse_without_threads(passes(shape, work, self.limits) * (1 + work.stream) if work.refitted else 0)
         size = worst(needs).memory_bytes + sum(need.disk_bytes for need in needs)
         if size <= self._said:
             return
         self._said = size
-        say_space(needs, weights, folder, NOT_COUNTED if work.stream else "")  # heads are narrowed beside such a refit as a rule
+        say_space(needs, weights, folder, self.beside)
         if (left := self.limits.refitted(work.refitted)) < work.refitted:
             log.warning("the bound on the memory leaves the refit %s of its %s tokens a layer", f"{left:,}", f"{work.refitted:,}")
 

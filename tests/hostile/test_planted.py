@@ -13,6 +13,7 @@ from tests.hostile.faults import FAULTS
 from tests.reliability.runner import ROOT
 
 PARTS = ("moee", "exporter", "plugins", "tests")
+ALONE = {"PYTHONDONTWRITEBYTECODE": "1", "PYTEST_ADDOPTS": ""}  # a --basetemp there would be emptied, and the copy with it
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_a_fault_can_be_planted(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_caught(copy, name, tried):
     fault = FAULTS[name]
@@ -43,7 +44,7 @@ def test_a_planted_fault_is_caught(copy, name, tried):
     try:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", fault.where, "-k", fault.choice],
-            cwd=copy, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=copy, capture_output=True, text=True, env={**os.environ, **ALONE, "PYTHONPATH": str(copy)},
         )  # fmt: skip
     finally:
         path.write_text(before)

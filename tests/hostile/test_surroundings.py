@@ -119,7 +119,7 @@ def outcomes(work: Path, cases: list[dict]) -> dict[str, dict]:
     given = json.dumps([{"work": str(work), **case} for case in cases])
     done = subprocess.run(
         [sys.executable, "-m", "tests.hostile.host"],
-        input=given, capture_output=True, text=True, cwd=ROOT, timeout=300, env={**os.environ, **base}
+        input=given, capture_output=True, text=True, cwd=ROOT, timeout=900, env={**os.environ, **base}
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return {answer["name"]: answer for answer in map(json.loads, done.stdout.splitlines())}
@@ -253,6 +253,7 @@ def test_classes_and_pictures_of_odd_names(answers, tried):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)  # a busy machine
 def test_every_odd_name_alone(tmp_path, tried):
     work = tmp_path / "work"
     write_images(work / "images", train=4, val=2)

@@ -6,17 +6,20 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from exporter import cli
 from exporter.terminal.space import size_of
 from moee.bounds import size
 from moee.config import FinetuneConfig
 from moee.errors import MissingDependency, UserError
-from moee.methods.recipe import method_options
+from moee.methods.heads.method import HeadsOptions
+from moee.methods.recipe import Recipe, method_options
+from moee.methods.tokens import TokensOptions
 from moee.models.model import sharing
 from moee.parallel.group import SOLO
 from moee.shrinking.options import ShrinkConfig
@@ -151,7 +154,7 @@ def test_a_disk_that_lacks_the_space_is_refused_in_one_sentence(tmp_path, monkey
     monkeypatch.setattr(refusal, "free_disk", lambda folder: 1000)
     said = r"the calibration's tokens take \S+ \wiB in .*, and 1 KiB are free there; .* --scratch DIR"
     with pytest.raises(MissingDependency, match=said):
-        Space(SOLO).find(LARGE, method_options(), 1000, 10)
+        Space(SOLO).find(LARGE, Recipe.of(method_options()), 1000, 10)
     with pytest.raises(MissingDependency, match="the graphs take .* --out on a larger disk"):
         refuse_without_space([export(1 << 20)], 1 << 20, folder=tmp_path)
 
@@ -219,18 +222,69 @@ def test_a_copy_that_shares_weights_leaves_the_dense_model_alone(tiny_model):
     assert all(torch.equal(before[name], value) for name, value in tiny_model.state_dict().items())
 
 
+def test_every_part_of_a_recipe_is_estimated():
+    heads = HeadsOptions(attention_macs=0.75, attention_tokens=2000)
+    work = extraction_of(method_options(), 100, 5, first=(heads,))
+    assert (work.narrowed, work.probes) == (2000, heads.attention_probes)
+    assert [need.stage for need in extraction(LARGE, work)][:2] == ["narrower heads", "calibration"]
+    assert [need.stage for need in extraction(LARGE, extraction_of(TokensOptions(), 100, 5))] == ["measurement"]
+    solved = extraction(LARGE, extraction_of(method_options("corp"), 100, 5))
+    assert [need.stage for need in solved] == ["calibration", "statistics", "solution", "measurement"]
+    images = [extraction(LARGE, extraction_of(method_options("lowrank"), n, 5))[0] for n in (10, 100, 200, 300)]
+    assert {need.stage for need in images} == {"decomposition"} and images[2] == images[3], "of 200 images at most"
+    assert [need.memory_bytes for need in images[:3]] == sorted({need.memory_bytes for need in images})
+
+
+def test_one_expert_stores_what_its_budget_leaves():
+    static = method_options(method="static", target_macs=0.7)
+    assert extraction_of(static, 10, 5, share=0.6).kept == pytest.approx(0.5)
+    assert extraction_of(method_options(method="static", target_macs=0.7, mlp_floor=0.8), 10, 5, share=0.6).kept == 0.8
+    heads = HeadsOptions(attention_macs=0.75)
+    for other in (method_options(method="static", keep=0.9), method_options(target_macs=0.7)):
+        assert extraction_of(other, 10, 5, share=0.6).kept == 1
+    assert extraction_of(static, 10, 5, first=(heads,), share=0.6).kept == 1, "the heads save some of it"
+    needs = [{n.stage: n for n in extraction(LARGE, replace(PAPER, kept=kept))}["measurement"] for kept in (0.5, 1.0)]
+    assert needs[1].memory_bytes - needs[0].memory_bytes == 24 * 4096 * 1024 * 4
+
+
+SMALL = ["vit_small_patch14_dinov2", "--img-size", "224", "--model-kwargs", "depth=2"]
+FEW = ["--tokens", "20000", "--refit-tokens", "20000"]
+EXTRACTIONS = {
+    "static": [*SMALL, "--preset", "static", *FEW],
+    "experts to the stream, beside narrower heads": [
+        *SMALL, *FEW, "--clustering", "kmeans", "--clusters", "8", "--cluster-tokens", "4000", "--neurons", "eliminated",
+        "--refit-target", "stream", "--sensitivity-tokens", "4096", "--attention-macs", "0.75", "--attention-tokens", "16000",
+        "--attention-probes", "4",
+    ],
+    "corp": [*SMALL, "--method", "corp", "--tokens", "20000"],
+    "lowrank": [*SMALL, "--method", "lowrank"],
+    "tokens": [*SMALL, "--method", "tokens"],
+    "a wide model": [
+        "vit_base_patch16_224", "--model-kwargs", "depth=2", "--clustering", "kmeans", "--clusters", "4",
+        "--cluster-tokens", "2000",
+    ],
+    "swin": ["swin_tiny_patch4_window7_224", "--preset", "static"],
+    "convnext": ["convnext_tiny", "--preset", "static"],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["test_vit", "vit_small_patch16_224"])
-def test_an_estimate_is_within_a_factor_of_two(tmp_path, name):
+@pytest.mark.parametrize("name", EXTRACTIONS)
+def test_an_estimate_is_what_is_taken_at_most_and_little_more(tmp_path, name):
     """What a command says before its work against what it took, by the process's peak."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 96), ("val", 16)):
+        for number in range(count):
+            folder = tmp_path / "images" / part / f"c{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            coarse = Image.fromarray(rng.integers(0, 255, (14, 14, 3), dtype=np.uint8))
+            coarse.resize((224, 224), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
     done = subprocess.run(
-        [sys.executable, "-m", "exporter.cli", "extract", name, "--random-weights", "0", "--data", "photos",
-            "--out", tmp_path / "o", "--clustering", "kmeans", "--clusters", "4", "--cluster-tokens", "1000",
-            "--criterion", "sensitivity", "--no-trial-export"],
+        [sys.executable, "-m", "exporter.cli", "extract", *EXTRACTIONS[name], "--random-weights", "0",
+            "--data", tmp_path / "images", "--out", tmp_path / "o", "--no-trial-export"],
         capture_output=True, text=True, cwd=ROOT, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     said = re.search(r"memory: about ([\d.]+) GiB at the peak", done.stdout + done.stderr)
     took = re.search(r"peak memory ([\d.]+) GiB", done.stdout)
-    assert 0.5 <= float(said[1]) / float(took[1]) <= 2, (said[0], took[0])
-    assert Path(tmp_path, "o").is_dir()
+    assert -0.05 <= float(said[1]) - float(took[1]) <= 0.3 * float(took[1]), (said[0], took[0])  # what is said is rounded

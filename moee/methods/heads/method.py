@@ -70,6 +70,7 @@ class HeadsMethod(Method[HeadsOptions]):
         from moee.data.views import widened
         from moee.methods.heads.narrowing import narrow, width_losses
         from moee.methods.heads.widths import check_share
+        from moee.space.machine import give_back
 
         share = options.attention_macs
         if share == 1:
@@ -82,7 +83,9 @@ class HeadsMethod(Method[HeadsOptions]):
             check_share(model, transform.shape, share)  # before minutes of trials
         if key not in context.left:
             context.left[key] = width_losses(model, seen, transform.shape, equal, context.report, group=group, **trials)
+            give_back()
         narrow(
             model, seen, transform.shape, share, equal, report=context.report, losses=context.left[key], group=group, **trials
         )
+        give_back()
         return []

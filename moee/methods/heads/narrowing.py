@@ -139,6 +139,7 @@ def narrow(
                         parts = [one.x for one in running.bring(step, name)]
                     step.make(parts, group)
                     step.ready = True
+                    parts.clear()  # the passes bring others, and need the memory
         finally:
             for name in steps:
                 replace_module(model, name, attentions[name])
