@@ -110,6 +110,7 @@ class Trials:
     def __init__(self, clock: Clock, say: Callable[[str], None]):
         self.clock, self.say = clock, say
         self.begun: list[_Begun] = []
+        self.told = False
 
     def __call__(self, fresh: bool) -> bool:
         spent = self.clock.spent
@@ -117,9 +118,13 @@ class Trials:
         if len(self.begun) == 1:
             return False
         each, left = self.expected(fresh), self.clock.trials_end - spent
-        if len(self.begun) == 2 and left != float("inf"):
+        if not self.told and left != float("inf"):
+            self.told = True
             self.say(f"the first trial took {duration(spent - self.begun[0].at)}; {remaining(left)} for others")
-        return left < each * MARGIN
+        if left >= each * MARGIN:
+            return False
+        self.begun.pop()  # it is not begun
+        return True
 
     def ready(self) -> None:
         """The first trial is not broken off, however long it takes; what it makes of the time is said as soon as it is known."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from moee.planning.budget import COST_TOLERANCE, Budget, Point, choose, standing
-from moee.planning.search import Planner, Way, variants
+from moee.planning.search import ALONE, Planner, Way, variants
 
 FIRST = 0.72  # of the dense MACs, where every way begins: most budgets are met there, and it is worth deploying
 CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
@@ -74,28 +74,35 @@ def race(planner: Planner, ways: Sequence[Way], over: Over) -> tuple[list[Point]
     """Points of `ways`, and how many more there would have been, had `over` not said that the time is. `rounds_of` says how many
     ways each round tries; of more than `FEW`, the others are tried at the cost of what would be chosen, too.
 
-    The first point is made in any case. Ways after the same first steps are tried one after another, since what is calibrated
-    for one serves the next. What an interrupted run stored costs no time, so the same call comes to the same points.
+    The first point is made in any case. Where the time no longer serves for a way that has to be prepared, trials of the others
+    go on. Ways after the same first steps are tried one after another, since what is calibrated for one serves the next. What an
+    interrupted run stored costs no time, so the same call comes to the same points.
     """
     planner.ready, rounds = over.ready, rounds_of(len(ways))
     many = len(ways) > FEW
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
     left = sum(min(count, len(ways)) for count in rounds) + many * (len(ways) - 1)
-    first, prepared = (0.0, 0.0), set[str]()
+    first, prepared, started, skipped = ALONE, set[str](), {ALONE}, False
     for racer, target in _trials(racers, rounds, many, planner.budget):
-        if racer.way.first != first:  # what was prepared is of no use to another share
-            first, prepared = racer.way.first, set()
-        fresh = racer.way.method not in prepared and variants()[racer.way.method][0].shares != "nothing"
-        prepared.add(racer.way.method)
+        way = racer.way
+        known = prepared if way.first == first else set[str]()  # what was prepared is of no use to another share
+        prepares = variants()[way.method][0].shares != "nothing"
+        fresh = prepares and way.method not in known or way.first not in started  # first steps are calibrated too
         if over(fresh) and points:  # asked before the first too, by whose time the second is judged
+            if fresh:  # a trial that needs no preparation may still fit
+                skipped = True
+                continue
             return points, max(0, left)
-        point = planner.point(racer.way, target)
+        started.add(way.first)
+        if prepares:
+            first, prepared = way.first, {*known, way.method}
+        point = planner.point(way, target)
         racer.learn(target, point, planner.budget)
         if point is not None:
             points.append(point)
         left -= 1
-    return points, 0
+    return points, max(0, left) if skipped else 0
 
 
 def _trials(racers: list[Racer], rounds: Sequence[int], many: bool, budget: Budget) -> Iterator[tuple[Racer, float]]:

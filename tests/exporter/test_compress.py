@@ -61,6 +61,18 @@ def test_trials_end_when_one_more_would_not_fit():
     assert trials.expected(fresh=True) == 130.0 and trials.expected(fresh=False) == 40.0
 
 
+def test_a_trial_that_does_not_fit_leaves_a_shorter_one_its_time():
+    now, said = Faked(), []
+    trials = Trials(Clock(600.0, now), said.append)
+    for seconds, fresh in ((150.0, True), (40.0, False), (90.0, True)):
+        assert not trials(fresh)
+        now.time += seconds
+    assert trials(fresh=True) and trials(fresh=True), "98 of 120 seconds are left"
+    assert not trials(fresh=False)
+    now.time += 40.0
+    assert trials.expected(fresh=False) == 40.0 and trials.expected(fresh=True) == 120.0 and len(said) == 1
+
+
 def test_preparation_is_not_counted_for_the_next_trial():
     now = Faked()
     trials = Trials(Clock(600.0, now), lambda sentence: None)

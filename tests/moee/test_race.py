@@ -13,13 +13,14 @@ GOOD, POOR, LATE = Way("static", "sensitivity"), Way("kmeans-8", "sensitivity"),
 
 
 class Until:
-    """Time that is over by the answers given, and never after them."""
+    """Time that is over by the answers given, and as the last of them says from then on; never without any."""
 
     def __init__(self, *answers):
-        self.answers, self.prepared = iter(answers), 0
+        self.answers, self.over, self.prepared = iter(answers), False, 0
 
     def __call__(self, fresh):
-        return next(self.answers, False)
+        self.over = next(self.answers, self.over)
+        return self.over
 
     def ready(self):
         self.prepared += 1
@@ -86,6 +87,26 @@ def test_the_first_point_is_made_and_the_rest_when_there_is_time():
     # asked before the first too, so that its time is known
     points, left = race(ours, [GOOD, POOR], Until(True, False, True))
     assert [p.method for p in points] == ["static", "kmeans-8"] and left == 8 - 2
+
+
+def test_what_needs_no_preparation_is_tried_where_the_time_does_not_serve_for_others():
+    """Merging tokens waits for nothing; one expert was prepared before."""
+
+    class Short(Until):
+        def __call__(self, fresh):
+            return fresh or super().__call__(fresh)
+
+    merged = Way("tokens", "")
+    ours = planner({GOOD: 0.9, POOR: 0.5, merged: 0.5}, Budget(min_cosine=0.98))
+    points, left = race(ours, [GOOD, POOR, merged], Short())
+    assert [way for way, _ in ours.asked[:2]] == [GOOD, merged] and POOR not in {way for way, _ in ours.asked}
+    assert {way for way, _ in ours.asked[2:]} >= {GOOD, merged} and left > 0 and len(points) == len(ours.asked)
+    assert choose(points, ours.budget).recipe == {"way": "tokens"} and min(p.macs for p in points if p.cosine > 0.98) < 0.6
+    assert race(ours, [GOOD, merged], Short(*[False] * 2, True))[0] != points, "nor is there time for ever"
+    heads = merged._replace(attention=0.75)
+    narrowed = planner({GOOD: 0.5, heads: 0.5}, ours.budget)
+    race(narrowed, [GOOD, heads], Short())
+    assert heads not in {way for way, _ in narrowed.asked}, "narrower heads are calibrated first"
 
 
 def test_what_cannot_be_made_is_looked_for_dearer():
