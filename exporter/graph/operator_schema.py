@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx.defs
 from onnx.defs import OpSchema
 
@@ -43,55 +45,33 @@ def schema() -> OpSchema:
     )
 
 
-def clear_schema() -> OpSchema:
-    """The node that a CLEAR-MoE layer is while it is being exported; `passes.clear` lowers it, no file holds it."""
-    ints = OpSchema.Attribute("ranks", OpSchema.AttrType.INTS, description="r1, q1, r2, q2", required=True)
-    text = OpSchema.Attribute("activation", OpSchema.AttrType.STRING, description="of the hidden layer", required=True)
+def _while_exported(name: str, inputs: Sequence[str], doc: str, types: Sequence[str] = DTYPES, ranks: bool = False) -> OpSchema:
+    """The node that a layer is while it is being exported; a pass lowers it, no file holds it."""
+    attributes = [_attribute("ranks", "ints", None, "r1, q1, r2, q2")] if ranks else []
     return OpSchema(
-        CLEAR,
+        name,
         DOMAIN,
         VERSION,
-        doc="Two low-rank maps with a shared basis and residual experts.",
-        inputs=[OpSchema.FormalParameter(name, "T", "") for name in CLEAR_INPUTS],
+        doc=doc,
+        inputs=[OpSchema.FormalParameter(part, "T", "") for part in inputs],
         outputs=[OpSchema.FormalParameter("y", "T", "same shape as x")],
-        type_constraints=[("T", ["tensor(float)"], "token type")],
-        attributes=[ints, text],
-    )
-
-
-def gated_schema() -> OpSchema:
-    """The node that a pruned gated MLP is while it is being exported; `passes.gated` lowers it, no file holds it."""
-    text = OpSchema.Attribute("activation", OpSchema.AttrType.STRING, description="of the gate", required=True)
-    return OpSchema(
-        GATED,
-        DOMAIN,
-        VERSION,
-        doc="Gated MLP, down(act(gate(x)) * up(x)).",
-        inputs=[OpSchema.FormalParameter(name, "T", "") for name in ("x", *GATED_INPUTS)],
-        outputs=[OpSchema.FormalParameter("y", "T", "same shape as x")],
-        type_constraints=[("T", [ONNX_TYPES[d] for d in DTYPES], "token type")],
-        attributes=[text],
-    )
-
-
-def low_rank_schema() -> OpSchema:
-    """The node that a low-rank MLP is while it is being exported; `passes.low_rank` lowers it, no file holds it."""
-    text = OpSchema.Attribute("activation", OpSchema.AttrType.STRING, description="of the hidden layer", required=True)
-    return OpSchema(
-        LOW_RANK,
-        DOMAIN,
-        VERSION,
-        doc="MLP whose two maps are products of two smaller ones.",
-        inputs=[OpSchema.FormalParameter(name, "T", "") for name in ("x", *LOW_RANK_INPUTS)],
-        outputs=[OpSchema.FormalParameter("y", "T", "same shape as x")],
-        type_constraints=[("T", [ONNX_TYPES[d] for d in DTYPES], "token type")],
-        attributes=[text],
+        type_constraints=[("T", [ONNX_TYPES[d] for d in types], "token type")],
+        attributes=[*attributes, _attribute("activation", "string", None, "of the hidden layer, or of the gate")],
     )
 
 
 def register() -> None:
     """Register the schemas once, so that onnx's checker and onnxscript know the operators."""
-    made = ((OP_TYPE, schema), (CLEAR, clear_schema), (GATED, gated_schema), (LOW_RANK, low_rank_schema))
-    for name, make in made:
+    made = {
+        OP_TYPE: schema,
+        CLEAR: lambda: _while_exported(
+            CLEAR, CLEAR_INPUTS, "Two low-rank maps with a shared basis and residual experts.", ("float32",), ranks=True
+        ),
+        GATED: lambda: _while_exported(GATED, ("x", *GATED_INPUTS), "Gated MLP, down(act(gate(x)) * up(x))."),
+        LOW_RANK: lambda: _while_exported(
+            LOW_RANK, ("x", *LOW_RANK_INPUTS), "MLP whose two maps are products of two smaller ones."
+        ),
+    }
+    for name, make in made.items():
         if not onnx.defs.has(name, VERSION, DOMAIN):
             onnx.defs.register_schema(make())

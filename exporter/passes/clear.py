@@ -26,8 +26,8 @@ import onnx_ir as ir
 
 from exporter.passes.activation import activation as activate
 from exporter.passes.dispatch import by_expert
+from exporter.passes.stored import drop_unused, nodes_of
 from exporter.passes.tape import Tape
-from plugins.contract import DOMAIN
 
 OP_TYPE = "ClearFfn"
 INPUT_NAMES = (
@@ -48,15 +48,14 @@ STORED_AT = {
 def lower_clear_ffn(model: ir.Model, form: Form | Mapping[str, Form]) -> int:
     """Replace every `ClearFfn` node in place; returns how many there were. `form` is one for all, or one a layer by name. Raises
     `ValueError` for an unknown form."""
-    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    nodes = nodes_of(model, OP_TYPE)
     for node in nodes:
         chosen = form if isinstance(form, str) else form[node.name or ""]
         if chosen not in ("masked", "sorted"):
             raise ValueError(f"unknown form {chosen!r}; expected masked or sorted")
         _lower(model.graph, node, chosen)
     if nodes:
-        for name in [n for n, value in model.graph.initializers.items() if not value.uses()]:
-            del model.graph.initializers[name]
+        drop_unused(model)
     return len(nodes)
 
 
@@ -77,10 +76,7 @@ def _lower(graph: ir.Graph, node: ir.Node, form: Form) -> None:
     lower = _masked if form == "masked" else _sorted
     y = lower(tape, tokens, route, inputs, ranks, activation)
     result = tape.op("Reshape", [y, tape.op("Shape", [x])[0]])[0]
-    old = node.outputs[0]
-    result.type, result.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    tape.finish(result)
 
 
 def _route(tape: Tape, tokens: ir.Value, inputs: dict[str, ir.Value | None]) -> ir.Value:

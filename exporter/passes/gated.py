@@ -13,10 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.passes.activation import activation
-from exporter.passes.stored import drop_unused, stored_inputs
+from exporter.passes.stored import drop_unused, nodes_of, stored_inputs
 from exporter.passes.tape import Tape
 from moee.mlps.gated import NAMES
-from plugins.contract import DOMAIN
 
 OP_TYPE = "GatedFfn"
 # Each stored weight: which node `<layer>/...` reads it, as its second input.
@@ -31,7 +30,7 @@ def lower_gated(model: ir.Model) -> list[str]:
 
     Raises `ValueError` for such a node whose weights are not initialisers.
     """
-    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    nodes = nodes_of(model, OP_TYPE)
     for node in nodes:
         _lower(model.graph, node)
     if nodes:
@@ -58,7 +57,4 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     gate = tape.op("Sigmoid", [gate])[0] if kind == "sigmoid" else activation(tape, gate, kind, dtype)
     hidden = tape.op("Mul", [gate, product(node.inputs[0], "w_up", "b_up")])[0]
     y = product(hidden, "w_down", "b_out")
-    old = node.outputs[0]
-    y.type, y.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    tape.finish(y)

@@ -13,10 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.passes.activation import activation
-from exporter.passes.stored import drop_unused, stored_inputs
+from exporter.passes.stored import drop_unused, nodes_of, stored_inputs
 from exporter.passes.tape import Tape
 from moee.layers.low_rank import NAMES
-from plugins.contract import DOMAIN
 
 OP_TYPE = "LowRankFfn"
 # Each stored weight: which node `<layer>/...` reads it, as its second input.
@@ -32,7 +31,7 @@ def lower_low_rank(model: ir.Model) -> list[str]:
 
     Raises `ValueError` for such a node whose weights are not initialisers.
     """
-    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    nodes = nodes_of(model, OP_TYPE)
     for node in nodes:
         _lower(model.graph, node)
     if nodes:
@@ -57,7 +56,4 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
 
     hidden = activation(tape, product(node.inputs[0], "up"), node.attributes["activation"].as_string(), dtype)
     y = product(hidden, "down")
-    old = node.outputs[0]
-    y.type, y.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    tape.finish(y)

@@ -14,9 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from exporter.passes.activation import activation
-from exporter.passes.stored import drop_unused, stored_inputs
+from exporter.passes.stored import drop_unused, nodes_of, stored_inputs
 from exporter.passes.tape import Tape
-from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
+from plugins.contract import INPUT_NAMES, OP_TYPE
 
 # Each stored weight: which node `<layer>/...` reads it, as its second input.
 STORED_AT = {"w_up": "up", "b_up": "up_bias", "w_down": "down", "b_out": "result"}
@@ -29,7 +29,7 @@ def lower_single_experts(model: ir.Model) -> list[str]:
     Raises `ValueError` for such a node whose weights are not initialisers.
     """
     names = []
-    for node in [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]:
+    for node in nodes_of(model, OP_TYPE):
         router = node.inputs[INPUT_NAMES.index("router")]
         if router is not None and router.shape is not None and router.shape[0] == 1:
             _lower(model.graph, node)
@@ -54,7 +54,4 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     hidden = activation(tape, hidden, node.attributes["activation"].as_string(), dtype)
     y = tape.op("MatMul", [hidden, constants["w_down"]], name=STORED_AT["w_down"])[0]
     y = tape.op("Add", [y, constants["b_out"]], name=STORED_AT["b_out"])[0]
-    old = node.outputs[0]
-    y.type, y.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    tape.finish(y)

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from exporter.passes.activation import activation
 from exporter.passes.dispatch import by_expert
-from exporter.passes.stored import drop_unused
+from exporter.passes.stored import drop_unused, nodes_of
 from exporter.passes.tape import Tape
 from plugins.contract import DOMAIN, INPUT_NAMES, OP_TYPE
 
@@ -74,7 +74,7 @@ def lower_routed_ffn(model: ir.Model) -> int:
 
     Raises `ValueError` for a node whose routing tables are not initialisers.
     """
-    nodes = [n for n in model.graph if n.domain == DOMAIN and n.op_type == OP_TYPE]
+    nodes = nodes_of(model, OP_TYPE)
     for node in nodes:
         _lower(model.graph, node)
     if nodes:
@@ -109,10 +109,7 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     else:
         y = _grouped(tape, layer, tokens, routes, dim, "result")
     result = tape.op("Reshape", [y, tape.op("Shape", [x])[0]])[0]  # rule 6
-    old = node.outputs[0]
-    result.type, result.shape = old.type, old.shape
-    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
+    tape.finish(result)
 
 
 def _tokens_an_image(x: ir.Value) -> int:

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from plugins.contract import DOMAIN
+
+
+def nodes_of(model: ir.Model, op_type: str) -> list[ir.Node]:
+    """The nodes of one of our operators, in the graph's order."""
+    return [node for node in model.graph if node.domain == DOMAIN and node.op_type == op_type]
+
 
 def stored_inputs(node: ir.Node, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The initialisers that a node of a layer reads after its tokens, by name. Raises `ValueError` for what is none."""

@@ -18,6 +18,7 @@ class Tape:
         self._branch: list[ir.Node] | None = None
 
     def op(self, kind: str, inputs: Sequence[ir.Value | None], outputs: int = 1, name: str = "", **attributes) -> list[ir.Value]:
+        """Append a node of a standard operator, and return its outputs."""
         self.count += 1
         label = f"{self.prefix}/{name or f'{kind}_{self.count}'}"
         converted = ir.convenience.convert_attributes(attributes)
@@ -28,6 +29,7 @@ class Tape:
         return list(node.outputs)
 
     def place(self, node: ir.Node) -> None:
+        """Append a node to the branch that is being written, else to the graph."""
         if self._branch is None:
             self.graph.insert_before(self.before, node)
         else:
@@ -48,6 +50,13 @@ class Tape:
         value.const_value = ir.tensor(array, name=label)
         self.graph.register_initializer(value)
         return value
+
+    def finish(self, result: ir.Value) -> None:
+        """`result` takes the place of the output of the node that is replaced, and that node goes."""
+        old = self.before.outputs[0]
+        result.type, result.shape = old.type, old.shape
+        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+        self.graph.remove(self.before, safe=True)
 
     @contextmanager
     def branch(self) -> Iterator[list[ir.Node]]:

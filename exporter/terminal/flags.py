@@ -165,6 +165,13 @@ def add_checkpoint(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--checkpoint", "--weights", metavar="FILE", help=text)
 
 
+def add_shapes(parser: argparse.ArgumentParser) -> None:
+    """`--min-shapes`, `--opt-shapes` and `--max-shapes`, also by trtexec's names; `batch_profile` reads them."""
+    for name, what in (("min", "smallest batch, such as input:1x3x224x224 or 1 (1)"), ("opt", "usual batch (8)"),
+                       ("max", "largest batch (32)")):  # fmt: skip
+        parser.add_argument(f"--{name}-shapes", f"--{name}Shapes", metavar="SHAPE", help=what)
+
+
 def add_word(parser: argparse.ArgumentParser) -> None:
     """`--model`, of the commands that read an artifact: what only a manifest names is never imported."""
     what = "function of your own that the artifact was made from, and which may be imported: package.module:function"

@@ -55,6 +55,17 @@ def _external(folder: Path, tensor: onnx.TensorProto, change: Change) -> None:
     (folder / where.location).write_bytes(data)
 
 
+def change_weight(folder: Path, graph: str, name: str) -> None:
+    """Add 1 to the first number of an initialiser of one graph, wherever it is stored."""
+    model = onnx.load(folder / graph)
+    weight = next(i for i in model.graph.initializer if i.name == name)
+    changed = numpy_helper.to_array(weight).copy()
+    changed.reshape(-1)[0] += 1
+    weight.CopyFrom(numpy_helper.from_array(changed, name))
+    onnx.save(model, folder / graph)
+    rehash(folder)
+
+
 def change_constants(folder: Path, change: Callable[[dict[str, np.ndarray]], None], graph: str = "portable.onnx") -> None:
     """Change small constants of one graph in place; they are given by name."""
     model = onnx.load(folder / graph, load_external_data=False)

@@ -20,6 +20,7 @@ from exporter.terminal.loading import load
 from moee.errors import UserError
 from moee.models.model import load_model
 from tests.conftest import tiny_spec
+from tests.exporter.command import run
 
 KMEANS = ["--clusters", "4", "--cluster-tokens", "400", "--tokens", "2000"]
 MODEL = "vit_tiny_patch16_224"
@@ -47,13 +48,6 @@ def small_world(monkeypatch):
     images = functools.partial(tiny_images, 40, classes=10)
     monkeypatch.setattr(moee.stages.session, "load_splits", tiny(moee.data.sources.load_splits, lambda: (images(), images())))
     monkeypatch.setattr("moee.data.sources.load_data", tiny(moee.data.sources.load_data, images))
-
-
-def run(*argv):
-    try:
-        return cli.main([str(a) for a in argv])
-    except SystemExit as exit:
-        return exit.code
 
 
 def test_whole_chain(tmp_path, capsys):

@@ -10,7 +10,6 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.cli import main
 from exporter.engines.build import needs_plugin
 from exporter.graph.export import export
 from exporter.graph.trace import to_onnx
@@ -28,6 +27,8 @@ from moee.models.model import ModelSpec, load_model
 from plugins.contract import DOMAIN
 from plugins.devices import PROFILES
 from tests.conftest import extract, tiny_images
+from tests.exporter import damage
+from tests.exporter.command import run
 from tests.exporter.conftest import rehash
 
 KW = dict(img_size=56, depth=2, embed_dim=48, num_heads=2, num_classes=10)
@@ -39,10 +40,6 @@ STATIC = ("--preset", "static", "--target-macs", 0.75, "--tokens", 2000, "--refi
 
 def never():
     raise AssertionError("no kernel is needed")
-
-
-def run(*arguments):
-    return main([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -115,13 +112,7 @@ def test_a_damaged_weight_is_found(made, tmp_path, part, file):
         pytest.skip("each file once")
     folder = tmp_path / "export"
     shutil.copytree(root / "fp32", folder)
-    model = onnx.load(folder / file)
-    weight = next(i for i in model.graph.initializer if i.name == f"blocks.1.mlp/{part}")
-    changed = onnx.numpy_helper.to_array(weight).copy()
-    changed.reshape(-1)[0] += 1
-    weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
-    onnx.save(model, folder / file)
-    rehash(folder)
+    damage.change_weight(folder, file, f"blocks.1.mlp/{part}")
     result = check(folder, moee, data)
     assert not result.passed
     assert result.first_deviation is None or result.first_deviation.layer == "blocks.1.mlp"

@@ -25,7 +25,7 @@ from moee.stages.session import Session
 from plugins.contract import DOMAIN
 from plugins.devices import PROFILES
 from tests.conftest import tiny_images, tiny_spec
-from tests.exporter.conftest import rehash
+from tests.exporter import damage
 from tests.moee.test_lowrank import layer
 
 
@@ -84,13 +84,7 @@ def test_a_damaged_weight_is_found(made, tmp_path, file, part):
     moee, data, root = made
     folder = tmp_path / "export"
     shutil.copytree(root / "fp32", folder)
-    model = onnx.load(folder / file)
-    weight = next(i for i in model.graph.initializer if i.name == f"blocks.1.mlp/{part}")
-    changed = onnx.numpy_helper.to_array(weight).copy()
-    changed.reshape(-1)[0] += 1
-    weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
-    onnx.save(model, folder / file)
-    rehash(folder)
+    damage.change_weight(folder, file, f"blocks.1.mlp/{part}")
     result = check(folder, moee, data)
     named = {p.layer for p in result.weight_problems} | {of.name for of in result.layers if not of.passed}
     assert not result.passed and named == {"blocks.1.mlp"}

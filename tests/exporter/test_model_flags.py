@@ -25,19 +25,13 @@ from moee.errors import MissingDependency, UserError
 from moee.models.model import load_model
 from moee.models.source import named_spec, with_file, with_pretrained
 from moee.weights import hub
+from tests.exporter.command import run
 
 KWARGS = ["embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"]
 MODEL = ["vit_tiny_patch16_224", "--img-size", "32", "--model-kwargs", *KWARGS]
 SMALL = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 FAST = ["--clusters", "3", "--cluster-tokens", "200", "--tokens", "400"]
 CLASSES = ("rose", "daisy", "tulip", "aster")  # not as folders are sorted
-
-
-def run(*words):
-    try:
-        return cli.main([str(word) for word in words])
-    except SystemExit as exit:
-        return exit.code
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import exporter
-from exporter import cli
 from exporter.engines.build import needs_plugin
 from exporter.graph import export as onnx_export
 from exporter.graph.export import export
@@ -35,6 +34,7 @@ from moee.models.model import load_model, replace_module
 from plugins.contract import DOMAIN
 from tests.conftest import extract, tiny_images, tiny_spec
 from tests.exporter import one_layer
+from tests.exporter.command import run
 from tests.exporter.conftest import rehash
 from tests.moee.reference import random_problem
 from tests.moee.test_ops import layer_of
@@ -172,10 +172,6 @@ def test_exports_of_older_versions_are_read(static, tmp_path, monkeypatch):
     assert [n.name for n in nodes(tmp_path / "old" / "tensorrt.onnx") if n.op_type == "MoeeFfn"] == LAYERS
     result = check_parity(tmp_path / "old", moee, data)
     assert result.passed and {layer.kind for layer in result.layers} == {"moee"}
-
-
-def run(*arguments):
-    return cli.main([str(a) for a in arguments])
 
 
 def test_routes_that_a_static_model_does_not_choose_are_refused_before_any_graph_runs(static, monkeypatch):

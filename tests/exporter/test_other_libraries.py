@@ -13,7 +13,6 @@ import torchvision
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from exporter import cli
 from exporter.graph.trace import to_onnx
 from exporter.pretrained import ModelOptions, layout_of, resolve
 from exporter.report.commands import _extract
@@ -25,6 +24,7 @@ from moee.errors import MissingDependency, UserError
 from moee.interface.spec import ModelSpec
 from moee.libraries import from_torchvision, from_transformers
 from moee.models.model import build_model, load_model
+from tests.exporter.command import run
 
 transformers = pytest.importorskip("transformers")
 KMEANS = ["--clusters", "2", "--cluster-tokens", "200", "--tokens", "400", "--keep", "0.9"]
@@ -94,13 +94,6 @@ CODE = """
 
     constant = 3
 """
-
-
-def run(*words):
-    try:
-        return cli.main([str(word) for word in words])
-    except SystemExit as exit:
-        return exit.code
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 
-from exporter import cli
 from exporter.report.commands import _extract
 from exporter.terminal.ui import data_title, title_of
 from moee.artifacts import checkpoint
@@ -17,6 +16,7 @@ from moee.models.model import load_model
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from tests.conftest import tiny_spec
+from tests.exporter.command import run
 from tests.moee.test_folders import tree
 
 FEW = ["--clusters", "2", "--cluster-tokens", "60", "--tokens", "120", "--components", "4", "--keep", "0.9"]
@@ -32,10 +32,6 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEE_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path
-
-
-def run(*argv):
-    return cli.main([str(word) for word in argv])
 
 
 def test_later_commands_from_another_folder_read_what_the_first_one_read(workplace, monkeypatch, capsys):

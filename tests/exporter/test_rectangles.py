@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from exporter import cli
 from exporter.graph.export import export
 from exporter.manifests import Input, exported_model, input_shape, read_export
 from exporter.parity import check_parity
@@ -30,15 +29,12 @@ from moee.methods.recipe import Recipe, method_options
 from moee.models.model import load_model
 from moee.schema import checked
 from tests.conftest import extract, tiny_spec
+from tests.exporter.command import run
 from tests.exporter.test_bundle_runner import ours
 from tests.plugins import built
 
 SCALE = ("--clustering", "kmeans", "--clusters", 2, "--components", 4, "--tokens", 400, "--compensation", "mean", "--threads", 1)
 SIZES = {"test_vit": (96, 64), "test_convnext": (64, 96)}
-
-
-def run(*argv) -> int:
-    return cli.main([str(a) for a in argv])
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 
-from exporter import cli
 from exporter.graph.export import _calibration_data
 from moee.artifacts import checkpoint
 from moee.data.image_set import TensorSet
 from moee.data.sources import same_data
 from moee.data.transform import model_transform
 from moee.store.artifact import read_json, write_json
+from tests.exporter.command import run
 
 
 def sets(tiny_export):
@@ -27,10 +27,6 @@ def world(tiny_export, monkeypatch):
     known = sets(tiny_export)
     monkeypatch.setattr("moee.data.sources.load_data", lambda source, *args, **kwargs: known[source])
     monkeypatch.setattr("moee.stages.session.load_splits", lambda source, *args, **kwargs: (known[source], known[source]))
-
-
-def run(*argv):
-    return cli.main([str(a) for a in argv])
 
 
 @pytest.fixture

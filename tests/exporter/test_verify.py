@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from exporter import cli
 from exporter.parity import check_parity
 from exporter.verification import compare_accuracy, verify
 from exporter.verification.suite import verify_ranks
@@ -15,6 +14,7 @@ from moee.data.image_set import TensorSet
 from moee.errors import MissingDependency, UserError
 from moee.parallel.group import SOLO, Group, Parcel
 from tests.exporter import damage
+from tests.exporter.command import run
 from tests.exporter.engines import write_engine
 
 LAYER = "blocks.1.mlp"
@@ -178,10 +178,6 @@ def test_typed_exports_pass_and_their_damage_is_caught(tiny_export, tmp_path, pr
     noise(folder)
     damaged = check(tiny_export, folder)
     assert not damaged and damaged.first_deviation.layer == LAYER
-
-
-def run(*argv):
-    return cli.main([str(a) for a in argv])
 
 
 def test_command_writes_the_files_and_exits_0_and_1(tiny_export, tmp_path, capsys):

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.terminal.flags import GATE_FAILED, OK, add_out, add_outputs
+from exporter.terminal.flags import GATE_FAILED, OK, add_out, add_outputs, add_shapes
 from exporter.terminal.idle import keep_defaults, refuse_idle
 from exporter.terminal.ui import FittingTable, ProgressDisplay
 from moee.places.inputs import source_paths
@@ -28,9 +28,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--backend", default="tensorrt-rtx", help="tensorrt-rtx (needs no GPU) or tensorrt")
     sub.add_argument("--plugin", help="plugin library (default: compiled and cached for --sm)")
     sub.add_argument("--sm", default="all", help=f"devices of the plugin's kernels, separated by commas: {HOW} (all)")
-    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="smallest batch, such as input:1x3x224x224 or 1 (1)")
-    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="usual batch, which engines are tuned for (8)")
-    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="largest batch (32)")
+    add_shapes(sub)
     cache = "TensorRT's timing cache, read and written: a new file or an earlier cache"
     sub.add_argument("--timing-cache", "--timingCacheFile", metavar="FILE", help=cache)
     add_out(sub, "dense.plan, moee.plan and engine.json")

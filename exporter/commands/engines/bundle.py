@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from exporter.terminal.flags import OK, add_out, add_outputs, add_word
+from exporter.terminal.flags import OK, add_out, add_outputs, add_shapes, add_word
 from exporter.terminal.ui import ProgressDisplay
 from moee.errors import UserError
 from moee.places.inputs import source_paths
@@ -25,9 +25,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(run=run, loads="exporter.ship.deployment")
     sub.add_argument("path", help="folder that moee export wrote")
     sub.add_argument("--sm", required=True, help=f"the device: {HOW}; or cpu, for ONNX Runtime")
-    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="smallest batch, such as input:1x3x224x224 or 1 (1)")
-    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="usual batch, which engines are tuned for (8)")
-    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="largest batch (32)")
+    add_shapes(sub)
     add_word(sub)
     add_out(sub, "the bundle")
     add_outputs(sub, lambda args: [OutputFolder(args.out, DEPLOYMENT, args.force, source_paths(args.path))])

@@ -19,6 +19,7 @@ from exporter.terminal.flags import (
     add_device,
     add_outputs,
     add_ranks,
+    add_shapes,
     at_least,
     check_outputs,
     finite,
@@ -60,9 +61,7 @@ def add_parser(subparsers: Any) -> None:
     allowed = "allow atol + rtol x rms of the output instead of 8 times torch's own error (0)"
     sub.add_argument("--rtol", type=finite(0, MOST_FACTOR), help=allowed)
     sub.add_argument("--atol", type=finite(0, MOST_FACTOR), help=allowed)
-    sub.add_argument("--min-shapes", "--minShapes", metavar="SHAPE", help="smallest batch, such as input:1x3x224x224 or 1 (1)")
-    sub.add_argument("--opt-shapes", "--optShapes", metavar="SHAPE", help="usual batch (8)")
-    sub.add_argument("--max-shapes", "--maxShapes", metavar="SHAPE", help="largest batch (32)")
+    add_shapes(sub)
     sub.add_argument("--bisect", action="store_true", help="show every routed layer, and name the first that deviates")
     what = "threads of ONNX Runtime and torch, in each rank (all cores; under torchrun 1)"
     sub.add_argument("--threads", type=at_least(*JOBS), help=what)
