@@ -13,7 +13,6 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -168,12 +167,12 @@ def convert_dinov2(path: Path) -> dict[str, torch.Tensor]:
                 state[f"{new}{norm}.{part}"] = arrays[f"{old}{norm}.{part}"]
         for scale in (1, 2):
             state[f"{new}ls{scale}.gamma"] = arrays[f"{old}layer_scale{scale}.lambda1"]
-    final = _final_norm(graph, arrays)
+    final = _final_norm(arrays)
     state["norm.weight"], state["norm.bias"] = final
     return {name: torch.from_numpy(np.ascontiguousarray(a, dtype=np.float32)) for name, a in state.items()}
 
 
-def _final_norm(graph: Any, arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def _final_norm(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The last LayerNorm's weight and bias: named in the file if the decoder uses it, the identity otherwise."""
     weight = next((n for n in arrays if n.startswith("backbone.") and n.endswith("layernorm.weight")), None)
     if weight is not None:

@@ -7,7 +7,7 @@ target names the oldest ptxas that can make it and the lowest ISA version its co
 - Triton 3.8 writes `shared::cta`, which needs ISA 7.8 (CUDA 11.8); that is the floor for sm_75 to sm_89. JetPack 6
   (sm_87) ships CUDA 12.2 or newer, which takes ISA 8.2.
 - The `a` targets need the version that introduced them: 90a 8.0, 100a 8.6, 120a 8.7, 103a and 121a 8.8, 110a 9.0.
-- Triton bundles ptxas 12.9 and 13.3 and would use the latter from sm_100 on. Its cubins need a CUDA 13 driver, although
+- Triton bundles ptxas 12.9 and 13.3 and would use 13.3 from sm_100 on. Its cubins need a CUDA 13 driver, although
   12.8 drivers run sm_100 and sm_120; so only sm_110, which 12.9 does not know, gets 13.3 (JetPack 7 ships CUDA 13.0).
 
 Limits: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".

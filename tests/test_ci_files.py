@@ -188,6 +188,7 @@ def test_the_hooks_check_an_artifact_by_any_of_its_files(repository, capsys, mon
     monkeypatch.chdir(repository)
     manifest = read_json(repository / "models" / "vit" / MODEL.manifest)
     files = [f"models/vit/{name}" for name in (*manifest["files"], MODEL.manifest)]
+    assert len(hooks()) == 2
     for hook in hooks():
         assert hook["language"] == "system" and hook["require_serial"] and hook["id"] == "moee-verify-quick"
         taken = [file for file in files if re.search(hook["files"], file)]

@@ -118,6 +118,7 @@ def test_a_method_that_looks_at_tokens_is_refitted_and_planned(monkeypatch, sess
         few = {"experts": 3, "tokens": 300, "refit_tokens": 300}
         recipe = make_recipe("drawn", values={**few, "keep": 0.25})
         moee = run_extract(session.spec, "digits", recipe, tmp_path / "m", session=session)
+        assert moee.info["layers"]
         for layer in moee.info["layers"]:
             assert layer["experts"] == 3 and layer["widths"] == [32, 32, 32] and 32 <= layer["union"] <= 96
             assert sum(layer["share"]) == pytest.approx(1) and layer["refit"]["tokens"] > 0

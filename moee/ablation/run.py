@@ -15,7 +15,7 @@ from moee.store.atomic import write_text
 
 
 def run_ablation(session: Session, ablation: AblationConfig, out: Path | str, report: Reporter = silent) -> dict[str, Any]:
-    """Run the cells that `out` lacks, write `ablation.json` and `table.md` there, and return the former's body.
+    """Run the cells that `out` lacks, write `ablation.json` and `table.md` there, and return the body of `ablation.json`.
 
     Raises `UserError` when `out` holds an ablation of another set-up, and names the difference.
     """

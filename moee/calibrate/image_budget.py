@@ -51,7 +51,7 @@ def image_groups(
     counts: Mapping[str, int], images: int, tokens: int, least: int = 1, *, alike: float = 1.0
 ) -> list[ImageGroup]:
     """Layers with `counts` tokens an image, in groups that want about `tokens` tokens: `least` to `images` images. A layer that
-    wants at most `alike` times as many images as the group before it is content with that one's."""
+    wants at most `alike` times as many images as the group before it is content with the images of that group."""
     groups: list[ImageGroup] = []
     for name, count in counts.items():
         wanted = min(images, max(least, tokens // count))

@@ -63,7 +63,9 @@ class SelectionOptions(Options):
         "may be repeated (default: all alike)",
     )  # fmt: skip
     objective: Literal["output", "tokens", "both"] = Field(
-        "both", description="what the sensitivity is measured on: the output, the tokens of the last feature map, or both"
+        "both",
+        description="what --criterion sensitivity, taylor and atomic are measured on: the output, the tokens of the last feature "
+        "map, or both",
     )
     sensitivity_tokens: Count = Field(32_768, description="tokens a layer that the sensitivity is measured on")
 
@@ -117,14 +119,15 @@ class RefitOptions(Options):
     )
     refit_lambda: float | None = Field(
         None, gt=0, le=MOST_FACTOR,
-        description="ridge of the refit, as a share of the Gram matrix's mean diagonal (default: chosen by held-out tokens)",
+        description="ridge of --compensation refit, as a share of the Gram matrix's mean diagonal (default: chosen by held-out "
+        "tokens)",
     )  # fmt: skip
     refit_target: Literal["stream", "layer"] = Field(
         "layer",
         description="what the refit brings a layer to: the dense model's residual stream behind it, so that it makes good what "
         "earlier layers lost too, or the dense MLP's output on the layer's own inputs",
     )  # fmt: skip
-    refit_tokens: Count = Field(PAPER_TOKENS, description="tokens a layer that the refit may use")
+    refit_tokens: Count = Field(PAPER_TOKENS, description="tokens a layer that --compensation refit may use")
     augment: Views = Field(0, description="random views of each training image that the refit sees beside it")
 
     @model_validator(mode="after")

@@ -24,9 +24,11 @@ class ClusteringOptions(Options):
     cluster_tokens: int = Field(
         PAPER_TOKENS, ge=2, le=MOST_COUNT, description="tokens a layer that are clustered; the others count for statistics alone"
     )
-    min_cluster_size: float = Field(0.006, gt=0, lt=1, description="smallest cluster, as a share of the clustered tokens")
+    min_cluster_size: float = Field(
+        0.006, gt=0, lt=1, description="smallest cluster of hdbscan and optics, as a share of the clustered tokens"
+    )
     min_samples: Count | None = Field(
-        None, description="neighbours that make a token a core point, of the density-based clusterings (default: the library's)"
+        None, description="neighbours that make a token a core point, of hdbscan, dbscan and optics (default: the library's)"
     )
     clusters: int | None = Field(
         None, ge=2, le=MOST_COUNT,

@@ -38,7 +38,7 @@ from moee.store.result_kinds import PLAN_STATE
 
 log = logging.getLogger("moee")
 STORE_SCHEMA = "moee.plan-store/5"
-IDENTITY, INTERRUPTED, CURE = "identity.json", "an interrupted plan", "finish that one or remove the folder"
+IDENTITY, INTERRUPTED, CURE = "identity.json", "an interrupted plan", "finish that plan or remove the folder"
 
 
 class Plan(Body):

@@ -190,7 +190,7 @@ def sensitivity(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> 
     return Need("sensitivity", FLOAT * (graph + sums + 3 * images * model.image + BUFFERS))
 
 
-def passes(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> int:
+def passes(work: Extraction, limits: Limits = USUAL) -> int:
     """Passes of the refit that wait for each other, each in a thread of its own; as many again run of the dense model."""
     wanted = limits.refitted(work.refitted)
     return max(1, min(PARTS, wanted // (256 * work.experts), work.images))
@@ -206,7 +206,7 @@ def refit(model: ModelShape, work: Extraction, limits: Limits = USUAL) -> Need:
         return Need("solution", FLOAT * (most + matrices(widest, work.solved) + BUFFERS))
     if not work.refitted:
         return Need("refit", 0)
-    most, at_once = 0, passes(model, work, limits)
+    most, at_once = 0, passes(work, limits)
     for each in model.layers:
         count = sampled(each, work.images, limits.refitted(work.refitted))
         held = count * ((4 + 8 * work.stream) * each.dim + model.image // max(1, each.tokens))

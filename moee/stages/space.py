@@ -112,7 +112,7 @@ class Space:
         on_cpu = self.group.device.type == "cpu"
         needs = [*(need for need in stages(shape, work, self.limits) if on_cpu or need.disk_bytes), *more]
         refuse_without_space(needs, weights, self.memory if on_cpu else None, folder)
-        self._refuse_without_threads(passes(shape, work, self.limits) * (1 + work.stream) if work.refitted else 0)
+        self._refuse_without_threads(passes(work, self.limits) * (1 + work.stream) if work.refitted else 0)
         size = worst(needs).memory_bytes + sum(need.disk_bytes for need in needs)
         if size <= self._said:
             return

@@ -98,7 +98,7 @@ def _refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
     if outdated(stored, ours):
         raise UserError(f"{folder} holds an interrupted run of an earlier version, {OUTDATED}; remove the folder")
     raise UserError(
-        f"{folder} holds an interrupted run with another {name} ({stored!r}, now {ours!r}); finish that one or remove the folder"
+        f"{folder} holds an interrupted run with another {name} ({stored!r}, now {ours!r}); finish that run or remove the folder"
     )
 
 

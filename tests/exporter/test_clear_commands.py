@@ -53,6 +53,7 @@ def artifact(tmp_path):
 def test_extract_writes_scores_ranks_and_costs(artifact):
     manifest = read_manifest(artifact, "moee.json", "moee.model/2")
     assert manifest["recipe"]["steps"][-1]["method"] == "clear-moe"
+    assert manifest["info"]["layers"]
     for layer in manifest["info"]["layers"]:
         assert layer["ranks"] == [8, 4, 8, 4] and layer["router_accuracy"] > 0.5 and layer["scores"]["sensitivity"] > 0
     stage = manifest["info"]["stages"]["extracted"]

@@ -190,6 +190,7 @@ def test_a_damaged_state_is_one_sentence(damage, tmp_path):
 
 def test_files_of_the_users_own_in_the_folder_are_never_replaced(tmp_path):
     state_of(tmp_path / "out").open()
+    assert StagedFolder.files
     for name in StagedFolder.files:
         file = tmp_path / "out" / name
         file.parent.mkdir(exist_ok=True)

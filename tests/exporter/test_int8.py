@@ -73,6 +73,7 @@ def test_what_stands_in_the_graphs(exports, tiny_export, precision):
             elif owner in expected and node.op_type in ("MatMul", "Gemm", "Conv"):
                 assert [makers[v].op_type for v in node.input[:2]] == ["DequantizeLinear"] * 2, node.name
         assert found == set(expected)
+        assert (OP_TYPE in {node.op_type for node in model.graph.node}) == (name == "tensorrt")
         for node in model.graph.node:
             if node.op_type == OP_TYPE:
                 assert {stored[v].data_type for v in node.input[3:7]} == {kind}

@@ -75,6 +75,7 @@ def test_the_folder_for_a_device_holds_each_part_once(emitted):
     assert body["batch"] == 4 and body["precision"] == "fp16" and body["sm"] == 87 and not (emitted / "plan").exists()
     files = set(body["files"])
     assert {name for name in files if name.startswith("dense/")} == {"dense/dense.onnx", "dense/dense.data"}
+    assert len(body["candidates"]) == 2
     for name in body["candidates"]:
         assert {f"candidates/{name}/tensorrt.onnx", f"candidates/{name}/moee.data"} <= files
     assert "plugin/CMakeLists.txt" in files and sum(name.endswith("CMakeLists.txt") for name in files) == 1

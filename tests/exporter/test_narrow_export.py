@@ -92,6 +92,7 @@ def test_graph_has_the_four_products_and_no_others(made):
     """No scaling and no copies: narrower heads must not cost more kernels than the dense ones."""
     moee, _, _ = made
     graph = to_onnx(moee.model, (3, 32, 32))
+    assert narrow_attentions(moee.model)
     for name in narrow_attentions(moee.model):
         nodes = [n for n in graph.graph if n.name.startswith((f"{name}/", f"{name}."))]
         kinds = [n.op_type for n in nodes]

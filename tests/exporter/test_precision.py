@@ -25,6 +25,9 @@ def test_typed_model_is_close_and_keeps_norms_and_router_bias(tiny_export, preci
     model = tiny_export.moee.model
     half = typed(model, dtype)
     assert isinstance(half, TypedModel) and typed(model, torch.float32) is model
+    for kind in (torch.nn.LayerNorm, torch.nn.Linear):
+        assert any(isinstance(module, kind) for module in half.model.modules()), kind
+    assert routed_layers(half.model)
     for module in half.model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             assert module.weight.dtype == torch.float32
@@ -74,6 +77,8 @@ def test_typed_graphs(tiny_export, precision):
         model = onnx.load(folder / f"{name}.onnx")
         assert [v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.output]] == [onnx.TensorProto.FLOAT] * 2
         types = types_of(model)
+        found = {node.op_type for node in model.graph.node}
+        assert {"LayerNormalization", "Softmax", "Conv", "MatMul"} <= found and (OP_TYPE in found) == (name == "tensorrt")
         for node in model.graph.node:
             if node.op_type in ("LayerNormalization", "Softmax"):
                 assert types[node.input[0]] == onnx.TensorProto.FLOAT, node.name

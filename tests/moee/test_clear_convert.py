@@ -117,6 +117,7 @@ def test_same_seed_gives_the_same_bits(tiny_model):
 def test_layers_are_what_evaluation_expects(tiny_model):
     model, data, reports = converted(tiny_model, rank=8, residual_rank=2)
     outputs = run(model, data)
+    assert reports
     for report in reports:
         layer = routed_layers(model)[report.name]
         assert isinstance(layer, ClearFFN)

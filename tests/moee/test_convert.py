@@ -114,6 +114,7 @@ def test_static_preset_is_one_expert(tiny_model):
 
 def test_reports_agree_with_the_layers(tiny_moee):
     model, _, _, _, reports = tiny_moee
+    assert [report.name for report in reports] == list(routed_layers(model))
     for report in reports:
         layer = routed_layers(model)[report.name]
         assert report.widths == layer.widths and report.union == layer.union

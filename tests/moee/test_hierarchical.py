@@ -61,6 +61,7 @@ def test_every_layer_is_refitted_on_its_own_number_of_tokens(name):
     counts = counts_of(model, data)
     assert max(counts.values()) >= 13 * min(counts.values())
     reports = extract(model, data, method_options(refit_tokens=512, **STATIC))
+    assert {report.name for report in reports} == set(counts)
     for report in reports:
         own = counts[report.name]
         assert report.refit.tokens == min(58, 512 // own) * own, "a tenth of the images is for tuning"

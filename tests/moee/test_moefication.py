@@ -36,6 +36,7 @@ def test_clear_clusters_are_found():
 def test_all_experts_reproduce_the_dense_model(tiny_model, split, selector, compensation):
     dense, data = copy.deepcopy(tiny_model), tiny_images()
     extract(tiny_model, data, config(top_k=8, split=split, selector=selector, compensation=compensation))
+    assert routed_layers(tiny_model)
     for layer in routed_layers(tiny_model).values():
         assert sorted(layer.neurons.tolist()) == list(range(128)) and set(layer.widths) == {16}
     with torch.no_grad():

@@ -12,6 +12,7 @@ from moee.errors import UserError
 from moee.kinds.routed import RoutedRecord
 from moee.methods.recipe import read_recipe_json
 from moee.models.model import ModelSpec
+from moee.planning import found
 from moee.schema import MIGRATIONS, split, upgraded
 from moee.store.artifact import read_manifest, write_manifest
 
@@ -69,12 +70,13 @@ def test_manifests_are_read_through_it(tmp_path):
 
 def test_migrations_form_whole_chains():
     """A step without its successors would strand a file halfway."""
-    current = {"moee.model": split(SCHEMA)[1]}
+    current = dict(map(split, (SCHEMA, found.SCHEMA)))
+    assert {name for name, _ in MIGRATIONS} == set(current)
     for name, version in MIGRATIONS:
         reached = version
         while (name, reached) in MIGRATIONS:
             reached += 1
-        assert reached == current.get(name, reached)
+        assert reached == current[name]
 
 
 def test_a_stored_artifact_of_version_1_still_computes_the_same():

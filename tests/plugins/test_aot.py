@@ -48,6 +48,7 @@ def test_every_tactic_is_complete(built):
 
 def test_gates_hold_and_are_not_empty(built):
     """No spill, no stack; tensor cores and asynchronous copies in every half-precision GEMM."""
+    assert {k.role for k in built[0].kernels} > set(GEMM_ROLES)
     for k in built[0].kernels:
         assert (k.spill_bytes, k.stack_bytes) == (0, 0) and 0 < k.registers <= 255
         assert k.shared_bytes <= target(k.sm).shared_block

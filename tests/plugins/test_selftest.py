@@ -94,6 +94,7 @@ def test_workspaces_and_tactics_are_those_of_python():
     """plugins/workspace.py and plugins/tactics.py against the library."""
     _, body = right()
     facts = {c["name"]: c for c in body["cases"]}
+    assert {workspace["case"] for workspace in body["workspaces"]} == set(facts)
     for workspace in body["workspaces"]:
         case = facts[workspace["case"]]
         sizes = Sizes(*(case[key] for key in ("tokens", "dim", "experts", "union", "max_width", "top_k")))

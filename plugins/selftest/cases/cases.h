@@ -17,7 +17,7 @@ struct Case {
     moee::Sizes sizes;       // `type` is not set: see `types`
     int64_t neuronCount{0};  // N, the sum of the experts' widths
     uint32_t types{0};       // bit of moee::Type: the answer holds in these types
-    uint32_t timed{0};       // likewise: types that are timed
+    uint32_t timed{0};       // types that are timed, a bit each as above
     int32_t perImage{0};     // tokens an image
     int32_t denseWidth{0};   // neurons of the MLP that the layer replaces
     std::vector<float> x, router, routerBias, wUp, bUp, wDown, bOut;
