@@ -7,7 +7,9 @@ import logging
 import os
 import sys
 
+from moee.config import MOST_WORKERS
 from moee.errors import RankLost, UserError
+from moee.schema import shown
 
 RANKED = ("extract", "finetune", "verify")  # commands that may run on several processes
 POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -25,7 +27,12 @@ def follower() -> bool:
 
 def prepare(args: argparse.Namespace) -> None:
     """Pin threads and warnings of a rank. Call it before torch is imported. Raises `UserError` for a command that cannot be
-    divided."""
+    divided, and for more threads than the libraries start without a crash."""
+    for name in POOLS:
+        count = os.environ.get(name, "").partition(",")[0].strip()
+        if count.isascii() and count.isdecimal() and int(count.lstrip("0")[:9] or 0) > MOST_WORKERS:
+            asked = shown(count, quoted=False, limit=20)
+            raise UserError(f"{name}: expected at most {MOST_WORKERS} threads, came {asked}; set it lower, or unset it")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         # sums depend on the number of threads, which must not depend on the number of ranks
         threads = str(getattr(args, "threads", None) or os.environ.get("OMP_NUM_THREADS", 1))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import Attention
@@ -42,6 +43,27 @@ class _StandIn:
     module: nn.Module
     distance: Callable[[Tensor, Tensor, Tensor], float]
     bypassed: tuple[str, ...] = ()
+
+
+class _WholeFFN(nn.Module):
+    """`whole_ffn` of an MLP, made where it runs: a second copy of all MLPs would be gigabytes of a large model."""
+
+    def __init__(self, ffn: FFN):
+        super().__init__()
+        self.ffn = ffn
+
+    def forward(self, x: Tensor, *more: object, **named: object) -> Tensor:
+        output: Tensor = whole_ffn(self.ffn)(x, *more, **named)
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        """What a block around it asks for, the layer in its place will have too."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "ffn":
+                raise
+            return getattr(whole_ffn(self.ffn), name)
 
 
 def whole_ffn(ffn: FFN) -> NeuronLayer:
@@ -78,10 +100,10 @@ def whole_attention(attention: Attention) -> NarrowAttention:
 
 def check_ffns(model: nn.Module, ffns: Sequence[FFN], images: Tensor, report: Reporter = silent) -> None:
     """Raise `UserError` that names the layer unless `model`, its MLPs `ffns` replaced by experts that keep every neuron, gives
-    the dense output on `images` [B, C, H, W]. Two forward passes; takes memory for a second copy of the MLPs. `model` stays as
-    it is.
+    the dense output on `images` [B, C, H, W]. Two forward passes; takes memory for a second copy of one MLP. `model` stays as it
+    is.
     """
-    stand_ins = {ffn.name: _StandIn(whole_ffn(ffn), partial(disagreement, ffn), ffn.bypassed) for ffn in ffns}
+    stand_ins = {ffn.name: _StandIn(_WholeFFN(ffn), partial(disagreement, ffn), ffn.bypassed) for ffn in ffns}
     _check(model, stand_ins, images, "experts that keep every neuron", "leave it dense with --exclude {}", report)
 
 

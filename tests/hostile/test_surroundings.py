@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from exporter import cli
 from tests.hostile.host import NOT_HERE
 from tests.reliability.runner import ROOT
 from tests.reliability.tiny_vit import NAME, write_images, write_weights
@@ -273,6 +274,17 @@ def test_places_that_cannot_be_are_refused_in_one_sentence(answers, name, tried)
     if name.startswith("out "):
         assert found[name]["err"].count("\n") == 1, "refused before anything was read"
     tried("places", name, "refused")
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"])
+@pytest.mark.parametrize("count", ["1000000", "99999999999999999999", "100000,4", "0000000100000"])
+def test_threads_without_number_are_refused(monkeypatch, capsys, name, count, tried):
+    """PyTorch's pools end the process there."""
+    monkeypatch.setenv(name, count)
+    assert cli.main(["inspect", "test_vit"]) == 2
+    said = capsys.readouterr().err
+    assert f"{name}: expected at most " in said and said.count("\n") == 1, said
+    tried("environments", f"{name} of {count}", "refused")
 
 
 def test_an_empty_cache_folder_is_not_the_current_one(monkeypatch, tried):
