@@ -39,7 +39,7 @@ class TinySession(Session):
         self.transform = model_transform(self.dense)
         self.train, self.held_out = tiny_images(40), tiny_images(24)
         self._reference = self._train_outputs = self.made = None
-        self._proved, self._started, self._left = set(), {}, {}
+        self._proved, self._shapes, self._started, self._left = set(), {}, {}, {}
 
 
 @pytest.fixture
