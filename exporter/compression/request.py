@@ -19,7 +19,7 @@ from plugins.devices import parse_sm
 DROP, COSINE = 1.0, 0.98  # of a budget that nobody gave: percentage points of accuracy, or the mean cosine to the dense outputs
 TIME_S = 1200.0
 MORE_DROP, MORE_DISTANCE = 2.0, 1.25  # points of accuracy, and of one less the cosine, that tuning may bring back
-METHODS = ("static", "kmeans-4", "tokens")  # two that need no plugin, and experts; the planner tries more
+METHODS = ("static", "tokens", "kmeans-4")  # two that need no plugin, and experts, which take longest to prepare
 ALLOCATION = ("sensitivity",)  # what serves both best (docs/results/methods.md)
 HEADS = (1.0, 0.75)  # shares of the attention's MACs
 BASE = {  # of all ways: seconds instead of minutes

@@ -15,7 +15,7 @@ from moee.planning.search import ALONE, Planner, Way, variants
 
 FIRST = 0.72  # of the dense MACs, where every way begins: most budgets are met there, and it is worth deploying
 CHEAPEST, DEAREST = 0.3, 1.0  # between which targets are looked for
-GOING_ON = (5, 3, 2, 2)  # ways that are tried in each round
+GOING_ON = (6, 3, 2, 2)  # ways that are tried in each round
 REPEATS = 3  # of more: how often the others are tried at the cost of what would be chosen, which they may change
 FEW = 6  # ways up to which that is so; of more, all are tried first, and half as many in each round until they are few
 

@@ -47,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images of a batch that is timed (8)")
     when = f"how long it may take, such as 15m, 900s or 2h; none for no limit ({DEFAULT})"
     sub.add_argument("--time", type=time_of, default=DEFAULT, metavar="T", help=when)
-    tried = "comma-separated ways that are tried, as in moee plan; all: every one (static,kmeans-4,tokens)"
+    tried = "comma-separated ways that are tried, as in moee plan; all: every one (static,tokens,kmeans-4)"
     sub.add_argument("--methods", metavar="NAMES", help=tried)
     share = "comma-separated shares of the attention's MACs that are tried, heads narrowed to them (1,0.75)"
     sub.add_argument("--attention-macs", metavar="SHARES", help=share)
