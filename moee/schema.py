@@ -86,7 +86,10 @@ def checked(kind: type[Model], body: Any, path: Path | str) -> Model:
 
 def shown(value: Any, quoted: bool = True, limit: int = MAX_SHOWN) -> str:
     """A value from a file as a message may show it: short, on one line, without control characters."""
-    text = repr(value) if quoted else plain(str(value))
+    try:
+        text = repr(value) if quoted else plain(str(value))
+    except ValueError:
+        text = "a number of thousands of digits"  # which Python does not write
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

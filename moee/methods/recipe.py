@@ -191,8 +191,8 @@ def read_recipe(path: Path | str) -> Recipe:
         body = tomllib.loads(text)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; name a recipe's file") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is no TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # of bytes, of TOML, of numbers with thousands of digits
+        raise UserError(f"{path} is no TOML: {str(error).partition(';')[0]}") from error
     unknown = [name for name in body if name not in ("seed", "step", "tune")]
     if unknown:
         raise UserError(f"{path}, line {_line(text, unknown[0])}: unknown {shown(unknown[0])}; expected seed, [[step]] or [tune]")

@@ -223,3 +223,16 @@ def test_a_plan_of_the_former_version_is_read(tmp_path):
     write_manifest(tmp_path, "plan.json", "moee.plan/1", {**body, "winner": {**point, "config": 7}})
     with pytest.raises(UserError, match="recipe: expected an object with steps, came 7"):
         read_plan(tmp_path, spec)
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 5000])
+@pytest.mark.parametrize(
+    "text", ['seed = {}\n[[step]]\nmethod = "static"', '[[step]]\nmethod = "static"\nkeep = {}', "step = [{}]"]
+)
+def test_numbers_of_thousands_of_digits_are_refused(tmp_path, text, number):
+    """Python reads and writes none of more than 4,300 decimal digits."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.format(number))
+    with pytest.raises(UserError, match="is no TOML: Exceeds|line 1: seed|line 3: keep|line 1: expected steps") as refused:
+        read_recipe(path)
+    assert len(str(refused.value)) < 400
