@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 Reporter = Callable[[str, int, int], None]
@@ -25,6 +26,16 @@ def track(items: Iterable[T], message: str, total: int, report: Reporter = silen
     for done, item in enumerate(items, 1):
         yield item
         report(message, done, total)
+
+
+@contextmanager
+def reported(message: str, report: Reporter, really: bool = True) -> Iterator[None]:
+    """A block that is one step, which is reported if it is `really` worth it."""
+    if really:
+        report(message, 0, 1)
+    yield
+    if really:
+        report(message, 1, 1)
 
 
 class Lines:

@@ -98,8 +98,8 @@ class Job:
         point, shipped, tuned = self._candidate(state, plan, budget)
         unshipped = state.stages.get("unshipped", {}).get("why", "")  # of an interrupted job
         latencies = self._export(state, "dense" if unshipped else shipped)
-        if latencies and (slow := slower(latencies, budget, self.request.device)):
-            unshipped = f"since the timing at the end says: {slow}"
+        if latencies and (slow := slower(latencies, budget, self.request.device, point["latency"])):
+            unshipped = f"since {slow}"
             state.begin("unshipped")
             state.add("unshipped", {"why": unshipped})
             latencies = self._export(state, "dense")

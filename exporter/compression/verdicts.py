@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from exporter.compression.request import CPU, described
 from exporter.graph.export import DENSE_DATA, MOEE_DATA
 from exporter.terminal.ui import percent
+from exporter.verdict import MIN_EFFECT
+from moee.measure.accuracy import drop_in_words
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
 from moee.schema import shown
 
-NAMES = {"static": "static pruning", "tokens": "merged tokens", "dense": "the dense model"}
+NAMED = 4  # ways in a line
+NAMES = {
+    "static": "static pruning", "tokens": "merged tokens", "lowrank": "low-rank maps", "corp": "structured pruning (corp)",
+    "dense": "the dense model",
+}  # fmt: skip
 
 
 def way(point: dict[str, Any]) -> str:
@@ -20,6 +27,13 @@ def way(point: dict[str, Any]) -> str:
     name = NAMES.get(method, f"experts ({method})")
     name += f" after merging tokens to {point['tokens']:.0%} of the MACs" if point.get("tokens", 1) < 1 else ""
     return name + (f" beside {point['attention']:.0%} of the attention's MACs" if point["attention"] < 1 else "")
+
+
+def untried_ways(ways: Sequence[dict[str, Any]]) -> str:
+    """Names of a few, and how many others there are."""
+    names = list(dict.fromkeys(map(way, ways)))
+    more = len(names) - NAMED
+    return "; ".join(names[:NAMED]) + (f"; and {more} other{'s' * (more > 1)}" if more > 0 else "")
 
 
 def accuracy_line(
@@ -33,13 +47,12 @@ def accuracy_line(
     if kept.get("accuracy") is None:
         return f"accuracy: not compared ({kept['no_accuracy']}); {cosine}" + (confirmed_by(confirmation) if confirmation else "")
     drop = 100 * (kept["dense_accuracy"] - kept["accuracy"])
-    interval = kept.get("drop_interval_pp")
-    within = f", 95 % interval {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+    told, interval = drop_in_words(drop, kept["drop_interval_pp"])
     probe = " by a probe on the features" if kept.get("probe") else ""
     of = f"{kept['labelled']} held-out images{probe}"
     return (
         f"accuracy: {percent(kept['accuracy'])} of {of}, dense {percent(kept['dense_accuracy'])} "
-        f"(drop {drop:.2f} points{within}); {cosine}"
+        f"({told}, 95 % interval {interval}); {cosine}"
     ) + (confirmed_by(confirmation, drop, most) if confirmation else "")
 
 
@@ -52,10 +65,11 @@ def confirmed_by(confirmation: dict[str, Any], drop: float | None = None, most: 
     if kept.get("accuracy") is None:
         why = kept.get("no_accuracy")
         return f"; on {kept['images']} {new}: {cosine}" + (f", accuracy not compared ({why})" if why else "")
-    found, interval = 100 * (kept["dense_accuracy"] - kept["accuracy"]), kept["drop_interval_pp"]
-    told = [f"drop {found:.2f} points", f"95 % interval {interval[0]:.2f} to {interval[1]:.2f}"]
+    found = 100 * (kept["dense_accuracy"] - kept["accuracy"])
+    text, interval = drop_in_words(found, kept["drop_interval_pp"])
+    told = [text, f"95 % interval {interval}"]
     if drop is not None:
-        apart = "as" if abs(found - drop) < 0.005 else f"{abs(found - drop):.2f} {'more' if found > drop else 'less'} than"
+        apart = "as" if abs(found - drop) < 0.005 else f"{abs(found - drop):.2f} {'worse' if found > drop else 'better'} than"
         told.append(f"{apart} where it was chosen")
     if most is not None and found > most:
         told.append(f"more than the {most:g} of the budget")
@@ -105,6 +119,8 @@ def choice_line(
     points = [p for p in plan["points"] if p["method"] != "dense"]
     left = plan.get("left_out", 0)
     counted, fitted = f"{len(points)} candidate{'' if len(points) == 1 else 's'}", f"{left} more did not fit in the time"
+    if untried := plan.get("untried"):
+        fitted += f", so that {untried_ways(untried)} {'was' if len(untried) == 1 else 'were'} never tried"
     if unshipped:
         return f"chosen: the dense model, {unshipped}; {way(winner)} is kept beside it"
     if winner["recipe"] is None:
@@ -114,7 +130,8 @@ def choice_line(
             return f"chosen: the dense model: no candidate could be made: {plan.get('obstacle') or 'the reason is not known'}"
         if not budget.limits_quality:
             return f"chosen: the dense model: it keeps to {described(budget)} itself{how}"
-        return f"chosen: the dense model: none of {counted} is faster with {described(budget)}{how}"
+        none = f"none of {counted} is" if len(points) > 1 else "the one candidate is not"
+        return f"chosen: the dense model: {none} faster with {described(budget)}{how}"
     others = [p for p in points if p["recipe"] != winner["recipe"]]
     tried = ("the one candidate" if not others else f"the best of {counted}") + (f" ({fitted})" if left else "")
     return f"chosen: {way(winner)}{tuned}: {tried} with {described(budget)}"
@@ -140,12 +157,21 @@ def last_lines(
     )
 
 
-def slower(latencies: list[dict[str, Any]], budget: Budget, device: str) -> str:
-    """Why the model must not be shipped: on the device, where that is the CPU, it is not faster beyond the noise. Empty where the
-    dense model is no answer, since it costs more than the budget allows."""
-    limit, dense_ms = budget.target_latency_ms, latencies[-1]["dense_ms"]["p50"]
-    too_dear = budget.target_macs is not None or budget.target_params is not None or (limit is not None and dense_ms > limit)
-    if device != CPU or too_dear:
+def slower(
+    latencies: list[dict[str, Any]], budget: Budget, device: str, planned: dict[str, Any] | None = None
+) -> str:
+    """Why the model must not be shipped: on the CPU, by the timing at the end, it is not faster beyond the noise, or on another
+    device by what the plan says of it (`planned`) not by `MIN_EFFECT`. Empty where the dense model is no answer, since it costs
+    more than the budget allows."""
+    elsewhere = None if device == CPU else planned
+    if device != CPU and elsewhere is None:
         return ""
+    limit, dense_ms = budget.target_latency_ms, elsewhere["dense_ms"] if elsewhere else latencies[-1]["dense_ms"]["p50"]
+    if budget.target_macs is not None or budget.target_params is not None or (limit is not None and dense_ms > limit):
+        return ""
+    if elsewhere:
+        ratio = elsewhere["dense_ms"] / elsewhere["moee_ms"]
+        on = f"on {elsewhere['device']} ({elsewhere['kind']}) it is {ratio:.3f}x as fast"
+        return "" if ratio >= 1 + MIN_EFFECT else f"{on}, and a gain below {MIN_EFFECT:.0%} is none"
     verdict = latencies[-1]["verdict"]
-    return "" if verdict["winner"] == "moee" else str(verdict["text"])
+    return "" if verdict["winner"] == "moee" else f"the timing at the end says: {verdict['text']}"

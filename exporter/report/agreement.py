@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from exporter.markup import Html, table, tag
@@ -10,7 +11,7 @@ from exporter.report import charts
 from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.sources import Sources
 from moee.artifacts.stages import CHANGED, dense_differs, images_changed
-from moee.measure.accuracy import counted, recorded_interval
+from moee.measure.accuracy import counted, drop_in_words, recorded_interval
 
 
 def retention(sources: Sources) -> tuple[str | None, list[Html]]:
@@ -82,15 +83,23 @@ def _intervals(parity: Any) -> list[Html]:
         if any(pair):
             rows.append([label, *[_proportion(p) for p in pair]])
     rows.append(["expected calibration error", fixed(accuracy.get("dense_ece")), fixed(accuracy.get("moee_ece"))])
-    low, high = (fixed(dig(accuracy, "drop_interval_pp", i), 2) for i in (0, 1))
-    facts = f"Top-1 drop {fixed(accuracy.get('drop_pp'), 2)} points ({low} to {high}); "
-    facts += f"same class {_proportion(accuracy.get('agreement'))}; KL divergence {fixed(accuracy.get('kl'), 5)} nats."
+    facts = f"Top-1 {_drop(accuracy)}; same class {_proportion(accuracy.get('agreement'))}; "
+    facts += f"KL divergence {fixed(accuracy.get('kl'), 5)} nats."
     labelled, images = accuracy.get("images"), accuracy.get("of_images")
     of = f"{fixed(labelled, 0)} images"
     if isinstance(labelled, int) and isinstance(images, int):
         of = counted(labelled, images, accuracy.get("probe") is True)
     caption = f"Against dense on {of}, with 95 % intervals"
     return [table(["", "dense", "MoEE"], rows, caption), tag("p", facts)]
+
+
+def _drop(accuracy: dict[str, Any]) -> str:
+    """A gain is called one."""
+    figures = accuracy.get("drop_pp"), *(dig(accuracy, "drop_interval_pp", i) for i in (0, 1))
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in figures):
+        return f"drop {DASH}"
+    drop, interval = drop_in_words(figures[0], figures[1:])
+    return f"{drop} ({interval})"
 
 
 def _proportion(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exporter.verification.result import VerifyResult
-from moee.measure.accuracy import Proportion
+from moee.measure.accuracy import Proportion, drop_in_words
 
 
 def _share(p: Proportion) -> str:
@@ -40,7 +40,7 @@ def to_markdown(result: VerifyResult) -> str:
     lines += [part for note in parity.notes for part in ("", f"Note: {note}.")]
     if accuracy is None:
         return "\n".join([*lines, "", f"Accuracy: not measured, {result.no_accuracy}.", ""])
-    low, high = accuracy.drop_interval_pp
+    drop, interval = drop_in_words(accuracy.drop_pp, accuracy.drop_interval_pp)
     lines += [
         "",
         f"| on {accuracy.counted} (95 % interval) | dense | MoEE |",
@@ -53,7 +53,7 @@ def to_markdown(result: VerifyResult) -> str:
     lines += [
         f"| calibration error | {accuracy.dense_ece:.4f} | {accuracy.moee_ece:.4f} |",
         "",
-        f"Drop {accuracy.drop_pp:.2f} points ({low:.2f} to {high:.2f}; {gate}), agreement {_share(accuracy.agreement)}, "
+        f"{drop.capitalize()} ({interval}; {gate}), agreement {_share(accuracy.agreement)}, "
         f"KL {accuracy.kl:.2e} nats.",
         "",
     ]

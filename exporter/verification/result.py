@@ -10,6 +10,7 @@ from exporter.graph.runtime_graph import RUNTIME
 from exporter.parity import BatchError, ParityResult
 from exporter.runners import PluginCheck
 from exporter.verification.accuracy import AccuracyResult
+from moee.measure.accuracy import drop_in_words
 from moee.schema import json_safe
 
 
@@ -102,8 +103,8 @@ class VerifyResult:
             return Case("accuracy", "dense outputs", failure=self.dense_failure)
         if a is None:
             return Case("accuracy", "drop", skipped=self.no_accuracy)
-        low, high = a.drop_interval_pp
-        detail = f"drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}) on {a.counted}"
+        drop, interval = drop_in_words(a.drop_pp, a.drop_interval_pp)
+        detail = f"{drop} ({interval}) on {a.counted}"
         return Case("accuracy", "drop", detail, None if a.passed else f"{detail}; at most {a.max_drop_pp:g} allowed")
 
     def _operator_cases(self) -> list[Case]:

@@ -14,7 +14,7 @@ from typing import Any
 from moee.artifacts.stages import latest
 from moee.errors import plain
 from moee.given.datasets import PREFIX
-from moee.measure.accuracy import counted, recorded_interval
+from moee.measure.accuracy import counted, drop_in_words, recorded_interval
 from moee.methods.recipe import read_recipe_json
 from moee.schema import shown
 from moee.store.result_kinds import CARD
@@ -166,8 +166,10 @@ def _figures(info: Mapping[str, Any]) -> list[str]:
     reason = kept.get("no_accuracy")
     if reason:
         lines.append(f"Accuracy was not compared: {plain(reason)}.")
-    drop = kept.get("drop_interval_pp")
-    more = [f"Drop in accuracy, 95 % interval: {drop[0]:.2f} to {drop[1]:.2f} points."] if drop else []
+    more = []
+    if kept.get("drop_interval_pp") and None not in (kept.get("accuracy"), kept.get("dense_accuracy")):
+        drop, between = drop_in_words(100 * (kept["dense_accuracy"] - kept["accuracy"]), kept["drop_interval_pp"])
+        more.append(f"{drop.capitalize()} of accuracy, 95 % interval {between}.")
     likeness = (
         ("Same class as the dense model", "top1_agreement", ".2%"),
         ("Cosine to the dense class feature", "class_cosine", ".4f"),

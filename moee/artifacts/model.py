@@ -50,7 +50,7 @@ class ImageRecord:
         )
         self._check(source, data)
         if split == "val":
-            self.told(source, data)
+            self.told(source, data, report)
         return data
 
     def splits(self, given: str | None = None, report: Reporter = silent) -> tuple[ImageSet, ImageSet]:
@@ -60,15 +60,15 @@ class ImageRecord:
             source, self.transform, self.seed, self.classes or None, self.head_classes, report=report
         )
         self._check(source, val)
-        train.notes = (*train.notes, *self.told(source, val))
+        train.notes = (*train.notes, *self.told(source, val, report))
         return train, val
 
     def _check(self, source: str, data: ImageSet) -> None:
         check_divisions(self.divisions, source, data)
 
-    def told(self, source: str, held_out: ImageSet) -> list[str]:
+    def told(self, source: str, held_out: ImageSet, report: Reporter = silent) -> list[str]:
         """What is to be said of `held_out` images of a `source` that stages were made with; they have it in their notes then."""
-        notes = trained_on(self.made_on, source, held_out, self.transform, self.seed)
+        notes = trained_on(self.made_on, source, held_out, self.transform, self.seed, report=report)
         held_out.notes = (*held_out.notes, *notes)
         return notes
 
@@ -132,11 +132,11 @@ class MoeeModel:
             found.append((stage.get("data"), recorded_division(read)))
         return tuple((name, division) for name, division in found if isinstance(name, str) and division is not None)
 
-    def check_images(self, source: str, train: ImageSet, held_out: ImageSet) -> None:
+    def check_images(self, source: str, train: ImageSet, held_out: ImageSet, report: Reporter = silent) -> None:
         """Raise `UserError` where `source` is data of one of its stages and changed, so that other images would be held out. Warn
         where held-out images of other data are training images of a stage, and note it."""
         check_divisions(self.divisions, source, train)
-        for note in self.record.told(source, held_out):
+        for note in self.record.told(source, held_out, report):
             train.notes = (*train.notes, note)
             log.warning("%s", note)
 

@@ -11,9 +11,14 @@ from moee.data.image_set import ImageSet
 from moee.data.leaks import count_copies
 from moee.data.transform import Transform
 from moee.errors import MissingDependency, UserError
+from moee.progress import Reporter, reported, silent
+
+MANY = 10_000  # training images that take a while to look at
 
 
-def trained_on(names: Iterable[str], source: str, held_out: ImageSet, transform: Transform, seed: int) -> list[str]:
+def trained_on(
+    names: Iterable[str], source: str, held_out: ImageSet, transform: Transform, seed: int, *, report: Reporter = silent
+) -> list[str]:
     """A sentence for each of the `names`, the data of an artifact's stages, whose training images, or copies of them, are among
     the `held_out` ones of `source`. Of the same data other images are held out (`moee.artifacts.model.check_divisions`)."""
     said = []
@@ -23,12 +28,13 @@ def trained_on(names: Iterable[str], source: str, held_out: ImageSet, transform:
         if opener.fetched or not place or not os.path.exists(place) or sources.same_data(name, source):
             continue
         try:
-            train = opener.open(name, transform, ("train",), seed).splits["train"]
+            train = opener.open(name, transform, ("train",), seed, report).splits["train"]
         except (UserError, MissingDependency):  # it is not what it was
             continue
-        same = _same(train, held_out, place)
-        rest = [index for index in range(len(held_out)) if index not in same]
-        copies, looked = count_copies(train, held_out, rest)
+        with reported(f"compare with the {len(train)} training images of {name}", report, len(train) >= MANY):
+            same = _same(train, held_out, place)
+            rest = [index for index in range(len(held_out)) if index not in same]
+            copies, looked = count_copies(train, held_out, rest)
         if not same and not copies:
             continue
         both = len(same) + copies

@@ -18,6 +18,7 @@ from moee.errors import UserError
 
 StateFilter = Callable[[dict[str, Tensor], nn.Module], Mapping[str, Any]]  # tensors of a file in the names and sizes of a model
 OUTPUTS = ("logits", "image_embeds", "pooler_output")  # of transformers, in this order
+BY_CONTENT = "what it computes for an image depends on the values of its tensors, as where a mixture of experts picks tokens"
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,11 @@ def bare(model: nn.Module) -> nn.Module:
 def title_of_model(model: nn.Module) -> str:
     """What sentences call a model: the name of its class."""
     return type(bare(model)).__name__
+
+
+def asks_for_values(error: Exception) -> bool:
+    """Whether a run by shapes alone ended with `error` since the model asks for the values of its tensors."""
+    return "meta" in str(error) and isinstance(error, (NotImplementedError, RuntimeError))
 
 
 def on_meta(model: nn.Module) -> nn.Module:

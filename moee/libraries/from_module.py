@@ -16,8 +16,8 @@ from moee.interface.adapted import on_meta
 from moee.interface.spec import InputConfig, ModelSpec
 from moee.libraries.adapt import adapt
 from moee.libraries.library import Library
-from moee.libraries.wrapped import plain, unwrapped
-from moee.schema import reason_of, shown
+from moee.libraries.wrapped import copied, plain, unwrapped
+from moee.schema import shown
 
 
 def module_spec(module: nn.Module, num_classes: int | None = None, given: InputConfig | None = None) -> ModelSpec:
@@ -57,13 +57,8 @@ def _adapted(own: nn.Module, spec: ModelSpec) -> nn.Module:
     return adapt(unwrapped(own, spec.name), spec.input, spec.outputs, spec.name)
 
 
-def _copied(spec: ModelSpec, copied: Callable[[nn.Module], nn.Module] = copy.deepcopy) -> nn.Module:
-    """A copy of the module, which stays as it is."""
-    module = plain(spec.module, spec.name)
-    try:
-        return copied(module)
-    except Exception as error:  # it is someone's own code
-        raise UserError(f"{spec.name} cannot be copied ({reason_of(error)}); give a module that can be") from error
+def _copied(spec: ModelSpec, by: Callable[[nn.Module], nn.Module] = copy.deepcopy) -> nn.Module:
+    return copied(plain(spec.module, spec.name), spec.name, by)
 
 
 def _drifted(spec: ModelSpec) -> str:

@@ -25,7 +25,7 @@ from moee.interface.spec import InputConfig, ModelSpec
 from moee.libraries.adapt import adapt, takes
 from moee.libraries.library import Library, Named
 from moee.libraries.preparation import channels_of
-from moee.libraries.wrapped import plain, unwrapped
+from moee.libraries.wrapped import copied, plain, unwrapped
 from moee.schema import reason_of, shown
 
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -130,7 +130,7 @@ def _create(spec: ModelSpec) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise UserError(f"{spec.timm_name} returned a {type(module).__name__}; expected a torch.nn.Module")
     title = f"the model that {spec.timm_name} returned"
-    module = unwrapped(plain(module, title), title).cpu().float()
+    module = unwrapped(copied(plain(module, title), title), title).cpu().float()  # a copy: it may be given again
     given = spec.input or InputConfig()
     model = adapt(module, _sized(given, spec, module), spec.outputs, spec.timm_name)
     return model if with_memory else on_meta(model)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from moee.errors import UserError
 from moee.interface.computed import computed
+from moee.schema import reason_of
 
 log = logging.getLogger("moee")
 INSIDE = {  # where wrappers that compute the same keep the module, and what was done to it
@@ -49,6 +51,15 @@ def plain(module: Any, title: str) -> Any:
                 "first"
             )
     return module
+
+
+def copied(module: nn.Module, title: str, by: Callable[[nn.Module], nn.Module] = copy.deepcopy) -> nn.Module:
+    """A copy of someone's module, which stays as it is: layers are cut in the copy, and whoever has the module may give it, or
+    parts of it, again. Raises `UserError` for one that cannot be copied."""
+    try:
+        return by(module)
+    except Exception as error:  # it is someone's own code
+        raise UserError(f"{title} cannot be copied ({reason_of(error)}); give a module that can be") from error
 
 
 def unwrapped(module: nn.Module, title: str) -> nn.Module:

@@ -86,6 +86,17 @@ def shared_answers(dense: Tensor, moee: Tensor) -> float | None:
     return None if share == 1 and len(dense) > 1 and len(top1(dense).unique()) == 1 else share
 
 
+def drop_in_words(drop_pp: float, interval: Sequence[float]) -> tuple[str, str]:
+    """`("drop 2.50 points", "0.25 to 4.75")` of a drop in percentage points and its interval; of a negative one a gain, with that
+    of the gain."""
+    low, high = interval
+    word, sign = ("gain", -1.0) if round(drop_pp, 2) < 0 else ("drop", 1.0)
+    if sign < 0:
+        low, high = -high, -low
+    points, low, high = (round(value, 2) + 0.0 for value in (sign * drop_pp, low, high))  # no "-0.00"
+    return f"{word} {points:.2f} points", f"{low:.2f} to {high:.2f}"
+
+
 def class_count(labels: Sequence[int] | Tensor | np.ndarray, classes: int) -> int:
     """How many classes labels [N] number from 0: `classes`, or more if a label lies above it; 0 for data without labels."""
     import numpy as np

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.errors import UserError
-from moee.interface.adapted import title_of_model
+from moee.interface.adapted import BY_CONTENT, asks_for_values, title_of_model
 from moee.mlps.flow import Flow, Near, Site
 from moee.mlps.sites import SplitMLP
 from moee.mlps.structure import read_module, read_split, runs_several_times
@@ -48,6 +48,8 @@ class Run:
 
 
 ELSEWHERE = "its input does not depend on the image"
+UNORDERED = "its tokens do not lie image by image"
+CHOSEN = "sees tokens that the model picks by what they hold, as the experts of a mixture do"
 SUMMARY = "sees one token an image"
 
 
@@ -67,10 +69,12 @@ def prove(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Tenso
     """Run the model on `images` and hold what the MLPs `ffns` give against their formulas. `whole`: modules that are MLPs or
     share weights, in which no split MLP is looked for."""
     calls = {name: Call() for name in ffns}
+    shapes = {name: list[torch.Size]() for name in ffns}
 
     def hook(name: str) -> Any:
         def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             call = calls[name]
+            shapes[name] += [given.shape for given in args[:1] if isinstance(given, Tensor)]
             if not call.count:
                 call = judge(ffns[name], args, kwargs, output, len(images))
             calls[name] = replace(call, count=call.count + 1)
@@ -89,6 +93,8 @@ def prove(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Tenso
     except (UserError, MemoryError):
         raise
     except Exception as error:  # any code may stand behind a model
+        if images.is_meta and asks_for_values(error):
+            raise UserError(f"{title_of_model(model)} cannot be read by its shapes: {BY_CONTENT}") from error
         reason = reason_of(error)
         size = " x ".join(map(str, images.shape[1:]))
         raise UserError(f"{title_of_model(model)} does not run on images of {size}: {reason}") from error
@@ -100,9 +106,29 @@ def prove(model: nn.Module, ffns: dict[str, FFN], whole: set[str], images: Tenso
             calls[name] = replace(call, obstacle="takes no part in a forward pass")
         elif call.count > 1:
             calls[name] = replace(call, obstacle=runs_several_times(call.count))
+    odd = {name: shapes[name] for name, call in calls.items() if call.count != 1 or call.obstacle in (ELSEWHERE, UNORDERED)}
+    calls |= {name: replace(calls[name], obstacle=CHOSEN) for name in _picked(model, odd, images)}
     sites = flow.sites()
     calls |= {name: Call(1, site.tokens) for name, site in sites.items() if isinstance(site.read, FFN)}
     return Run(calls, sites, flow.near, images, output)
+
+
+def _picked(model: nn.Module, shapes: dict[str, list[torch.Size]], images: Tensor) -> list[str]:
+    """Of modules that were called with tensors of these `shapes`, those that get others from other images than `images`."""
+    if not shapes or images.is_meta:
+        return []
+    found = {name: list[torch.Size]() for name in shapes}
+
+    def hook(name: str) -> Any:
+        return lambda module, args: found[name].extend(given.shape for given in args[:1] if isinstance(given, Tensor))
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in shapes]
+    try:
+        model(images[[1, 0, 1]].roll(images.shape[-1] // 2, -1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name in shapes if found[name] != shapes[name]]
 
 
 def judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> Call:
@@ -119,6 +145,8 @@ def judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> Call
     if not isinstance(output, Tensor) or output.shape != x.shape:
         came = list(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
         return Call(obstacle=f"turns {list(x.shape[1:])} an image into {came}")
+    if not x.numel():
+        return Call(obstacle=CHOSEN)
     tokens, rest = divmod(x.numel() // ffn.dim, images)
     if rest:
         return Call(obstacle=ELSEWHERE)
@@ -133,7 +161,7 @@ def judge(ffn: FFN, args: tuple, kwargs: dict, output: Any, images: int) -> Call
         first, other, again = x.reshape(IMAGES, -1).float()
         apart = float((first - other).norm())
         if not float((first - again).norm()) <= UNALIKE * apart:
-            return Call(tokens=tokens, obstacle=ELSEWHERE if apart == 0 else "its tokens do not lie image by image")
+            return Call(tokens=tokens, obstacle=ELSEWHERE if apart == 0 else UNORDERED)
         if apart == 0:
             return Call(tokens=tokens, obstacle=ELSEWHERE)
     distances = [disagreement(reading, x, output) for reading in ffn.readings()]

@@ -14,7 +14,7 @@ from moee.methods.recipe import read_recipe_json
 from moee.places.output_folder import OutputFolder
 from moee.planning.budget import Budget, Point, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
-from moee.planning.search import Planner
+from moee.planning.search import Planner, Way
 from moee.planning.shortlist import Candidate, Timed, with_times, worth_measuring
 from moee.progress import Reporter
 from moee.store.artifact import write_manifest
@@ -25,17 +25,23 @@ SCHEMA, PLAN, RECIPE = "moee.plan/2", "plan.json", "recipe.toml"
 @dataclass(frozen=True)
 class Found:
     """The points that were made and measured, by the planner that can make their models again. `left_out`: trials that there was
-    no time for. `wanted`: the budget, where points were looked for under a wider one."""
+    no time for, `untried` the ways that had none. `wanted`: the budget, where points were looked for under a wider one."""
 
     planner: Planner
     points: list[Point]
     compared: Comparison
     left_out: int = 0
     wanted: Budget | None = None
+    untried: Sequence[Way] = ()
 
     @property
     def budget(self) -> Budget:
         return self.wanted or self.planner.budget
+
+    @property
+    def obstacle(self) -> str:
+        """Why nothing could be made; empty if something was."""
+        return self.planner.failed[-1][2] if self.planner.failed and not self.points else ""
 
     def candidates(self, most: int) -> list[Candidate]:
         """Those that are worth timing on the device, at most `most`."""
@@ -67,7 +73,7 @@ class Found:
             facts = {"measurement": {**timed.facts, "candidates": entries}}
         winner = choose([*eligible, dense], self.budget)
         if winner is None:
-            obstacle = f"; {self.planner.obstacle}" if not points and self.planner.obstacle else ""
+            obstacle = f"; {self.obstacle}" if self.obstacle else ""
             raise BudgetUnmet(nearest([*eligible, dense], self.budget) + obstacle)
         everything = [*points, dense]
         session = self.planner.session
@@ -75,14 +81,17 @@ class Found:
         if self.planner.frugal and ambitious.recipe is not None:
             session.made = (ambitious.recipe, *self.planner.made(ambitious))
         result = {
-            "model": session.spec.model_dump(mode="json"), "data": session.source, "base": self.planner.base,
+            "model": session.spec.model_dump(mode="json"), "data": session.source, "images": self.planner.images,
+            "base": self.planner.base,
             "budget": self.budget.model_dump(),
             "winner": asdict(winner), "ambitious": asdict(ambitious), "margins": margins(winner, eligible, dense, self.budget),
             "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
             "layers": layer_table(session, self.planner, winner, report), "data_read": session.data_facts(),
             "accuracy": {"images": self.compared.images, "labelled": self.compared.labelled,
                          "no_accuracy": self.compared.reason, "probe": self.planner.probe is not None},
-            "left_out": self.left_out, "obstacle": "" if points else self.planner.obstacle,
+            "left_out": self.left_out, "untried": [way._asdict() for way in self.untried],
+            "not_made": [{**w._asdict(), "target": target, "why": why} for w, target, why in dict.fromkeys(self.planner.failed)],
+            "obstacle": self.obstacle,
             "prediction": prediction_error(self.points), **facts,
         }  # fmt: skip
         with output.write() as folder:

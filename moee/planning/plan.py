@@ -30,6 +30,7 @@ from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Planner, Way, rec
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
+from moee.stages.planned import Planned
 from moee.stages.session import Session
 from moee.stages.space import GRAPHS
 from moee.store.artifact import read_json, read_manifest
@@ -130,15 +131,15 @@ def search(
             raise
     if budget.target_macs is not None and not budget.limits_quality:
         targets = (budget.target_macs,)
-    left_out = 0
+    left_out, untried = 0, list[Way]()
     if over is not None:
-        points, left_out = race(planner, ways(methods, allocations, attention, tokens), over)
+        points, left_out, untried = race(planner, ways(methods, allocations, attention, tokens), over)
     else:
         wanted = [(way, target) for way in ways(methods, allocations, attention, tokens) for target in targets]
         points = [p for way, target in wanted if (p := planner.point(way, target)) is not None]
         points += planner.refine(points, targets)
     points = list({json.dumps(p.recipe, sort_keys=True): p for p in points}.values())
-    return Found(planner, points, compared, left_out, budget)
+    return Found(planner, points, compared, left_out, budget, untried)
 
 
 def model_identity(session: Session) -> dict[str, Any]:
@@ -151,11 +152,11 @@ def planner_of(
     report: Reporter,
 ) -> Planner:  # fmt: skip
     """The planner of the points in `store`. Raises `UserError` if these are of another model, other images or options."""
-    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
-    told = {"model": model_identity(session), "base": base, **images}
+    train, val = fingerprint(session.train, report), fingerprint(session.held_out, report)
+    told = {"model": model_identity(session), "base": base, "images": train, "held_out_images": val}
     check_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE, said={"data": session.source})
     timing = latency.ranking if isinstance(latency, Shortlist) else latency
-    return Planner(session, budget, base, store.place, timing, report=report)
+    return Planner(session, budget, base, store.place, timing, report=report, images={"train": train, "val": val})
 
 
 def check_ways(
@@ -222,11 +223,14 @@ def refuse_incomparable(compared: Comparison, max_drop: float) -> None:
         raise UserError(f"--max-drop {max_drop:g} limits nothing: {idle}")
 
 
-def planned_on(path: Path | str) -> str:
-    """The data that a plan was made on; empty where it does not say."""
+def planned_on(path: Path | str) -> Planned:
+    """What a plan that `read_plan` took says of its images."""
     path = Path(path)
-    data = read_json(path / PLAN if path.is_dir() else path).get("data")
-    return data if isinstance(data, str) else ""
+    body = read_json(path / PLAN if path.is_dir() else path)
+    data, images, points = (body.get(name) for name in ("data", "images", "points"))
+    known = isinstance(images, dict) and all(isinstance(value, str) for value in images.values())
+    count = sum(point.get("method") != "dense" for point in points if isinstance(point, dict)) if isinstance(points, list) else 0
+    return Planned(data if isinstance(data, str) else "", images if known else {}, count)
 
 
 def read_plan(path: Path | str, spec: ModelSpec) -> Recipe:

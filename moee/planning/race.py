@@ -70,9 +70,10 @@ def may_cost_more(point: Point, budget: Budget) -> bool:
     return point.lacks_quality(budget) if budget.limits_quality else not point.shortfalls(budget)
 
 
-def race(planner: Planner, ways: Sequence[Way], over: Over) -> tuple[list[Point], int]:
-    """Points of `ways`, and how many more there would have been, had `over` not said that the time is. `rounds_of` says how many
-    ways each round tries; of more than `FEW`, the others are tried at the cost of what would be chosen, too.
+def race(planner: Planner, ways: Sequence[Way], over: Over) -> tuple[list[Point], int, list[Way]]:
+    """Points of `ways`, how many more there would have been, had `over` not said that the time is, and the ways that were never
+    tried because of that. `rounds_of` says how many ways each round tries; of more than `FEW`, the others are tried at the cost
+    of what would be chosen, too.
 
     The first point is made in any case. Where the time no longer serves for a way that has to be prepared, trials of the others
     go on. Ways after the same first steps are tried one after another, since what is calibrated for one serves the next. What an
@@ -83,7 +84,8 @@ def race(planner: Planner, ways: Sequence[Way], over: Over) -> tuple[list[Point]
     racers = [Racer(way) for way in ways]
     points: list[Point] = []
     left = sum(min(count, len(ways)) for count in rounds) + many * (len(ways) - 1)
-    first, prepared, started, skipped = ALONE, set[str](), {ALONE}, False
+    first, prepared, started, untried = ALONE, set[str](), {ALONE}, list(ways)
+    skipped = False
     for racer, target in _trials(racers, rounds, many, planner.budget):
         way = racer.way
         known = prepared if way.first == first else set[str]()  # what was prepared is of no use to another share
@@ -93,7 +95,8 @@ def race(planner: Planner, ways: Sequence[Way], over: Over) -> tuple[list[Point]
             if fresh:  # a trial that needs no preparation may still fit
                 skipped = True
                 continue
-            return points, max(0, left)
+            return points, max(0, left), untried
+        untried = [other for other in untried if other != way]
         started.add(way.first)
         if prepares:
             first, prepared = way.first, {*known, way.method}
@@ -102,7 +105,7 @@ def race(planner: Planner, ways: Sequence[Way], over: Over) -> tuple[list[Point]
         if point is not None:
             points.append(point)
         left -= 1
-    return points, max(0, left) if skipped else 0
+    return points, max(0, left) if skipped else 0, untried if skipped else []
 
 
 def _trials(racers: list[Racer], rounds: Sequence[int], many: bool, budget: Budget) -> Iterator[tuple[Racer, float]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import statistics
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from moee.mlps.find import find_ffns
 from moee.models.model import sharing
 from moee.planning.budget import Budget, Point, checked_point, choose, standing
 from moee.planning.forms import Latency
-from moee.progress import Reporter
+from moee.progress import Reporter, reported
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.scratch import temporary_folder
@@ -119,13 +119,14 @@ def recipe_of(way: Way, base: dict[str, Any]) -> Recipe:
 
 class Planner:
     """Makes and measures points. `base` are options that all of them share, but for the attention's share of MACs.
-    `frugal`, which who makes it may set: latencies are measured of points of enough quality alone."""
+    `frugal`, which who makes it may set: latencies are measured of points of enough quality alone. `images`: fingerprints."""
 
     def __init__(
-        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, *, report: Reporter
+        self, session: Session, budget: Budget, base: dict[str, Any], store: Path, latency: Latency | None, *, report: Reporter,
+        images: Mapping[str, str] | None = None,
     ):  # fmt: skip
         self.session, self.budget, self.base, self.store = session, budget, base, store
-        self.latency, self.report, self.frugal = latency, report, False
+        self.latency, self.report, self.frugal, self.images = latency, report, False, dict(images or {})
         self.probe = session.probe()
         self.prepared: dict[str, Prepared] = {}
         self.sampled: list[LayerTokens] = []
@@ -133,7 +134,7 @@ class Planner:
         weakref.finalize(self, self.scratch.close)
         self.ready: Callable[[], None] = lambda: None  # called when what later points of a way need not do again is done
         self.first: tuple[Options, ...] = ()  # the steps that `prepared` and `sampled` come after
-        self.obstacle = ""  # why the last point that could not be made was not
+        self.failed: list[tuple[Way, float, str]] = []  # points that could not be made, and why
         self.best: tuple[Point, nn.Module, Sequence[LayerReport]] | None = None  # of the points made by this process
 
     def recipe(self, way: Way, target: float) -> Recipe:
@@ -195,20 +196,21 @@ class Planner:
         try:
             recipe = self.recipe(way, target)
         except OutOfReach as error:
-            self.obstacle = str(error)
-            return None
+            return self._failed(way, target, str(error))
         identity = json.dumps([recipe.to_json(), self.latency and self.latency.label, *["frugal"] * self.frugal])
-        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        file = self.store / f"{key}.json"
+        file = self.store / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.json"
         if file.is_file():
             stored = read_json(file)
-            return None if stored is None else self._known(checked_point(stored, file), way, recipe, file)
+            if stored is None or isinstance(stored, str):
+                return self._failed(way, target, stored or "an earlier run could not make it")
+            known = self._known(checked_point(stored, file), way, recipe, file)
+            if known.latency or not self._to_be_timed(known):  # under another budget it was not
+                return known
         try:
             model, reports = self.make(way.method, recipe)
         except (NothingRouted, OutOfReach) as error:
-            self.obstacle = str(error)
-            write_json(file, None)
-            return None
+            write_json(file, str(error))
+            return self._failed(way, target, str(error))
         name = ", ".join(filter(None, [way.method, way.allocation, f"{target:.2f}"])) + way.beside
         measured = self.session.measure(model, self.probe, f"{name} on held-out images")
         kept, cost = measured["retention"], measured["cost"]
@@ -218,15 +220,20 @@ class Planner:
             cost["moee"]["params"] / cost["dense"]["params"], kept["class_cosine"], kept["token_cosine"], kept["accuracy"], drop,
             None, recipe.to_json(), kept["accuracy_interval"], way.attention, way.tokens,
         )  # fmt: skip
-        if self.latency is not None and not (self.frugal and result.lacks_quality(self.budget)):
-            timing = f"{name}, export and timing"
-            self.report(timing, 0, 1)
-            result = replace(result, latency=self.latency.timed(model))
-            self.report(timing, 1, 1)
+        if self.latency is not None and self._to_be_timed(result):
+            with reported(f"{name}, export and timing", self.report):
+                result = replace(result, latency=self.latency.timed(model))
         write_json(file, asdict(result))
         if choose([result] if self.best is None else [self.best[0], result], self.budget) is result:
             self.best = (result, model, reports)
         return result
+
+    def _to_be_timed(self, point: Point) -> bool:
+        return self.latency is not None and not (self.frugal and point.lacks_quality(self.budget))
+
+    def _failed(self, way: Way, target: float, why: str) -> Point | None:
+        self.failed.append((way, target, why))
+        return None
 
     @staticmethod
     def _known(point: Point, way: Way, recipe: Recipe, file: Path) -> Point:

@@ -19,6 +19,7 @@ from moee.parallel.group import SOLO, Group
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.progress import Reporter, silent
+from moee.stages.planned import Planned
 from moee.stages.results import kept, measured, save
 from moee.stages.session import Session, Trial
 from moee.store.result_kinds import MODEL
@@ -28,6 +29,7 @@ def run_extract(
     spec: ModelSpec, source: str, recipe: Recipe | Options, out: Path | str | None, *, force: bool = False,
     report: Reporter = silent, session: Session | None = None, jobs: int = 1, group: Group = SOLO, workers: int = 0,
     classes: Sequence[str] = (), trial: Trial | None = None, memory: int | None = None, among: int = 0,
+    planned: Planned | None = None,
 ) -> MoeeModel:  # fmt: skip
     """`moee extract`: cut the model of `spec` by a recipe, or by the options of its one step, on the training images of
     `source`, and save the artifact.
@@ -35,7 +37,8 @@ def run_extract(
     In a `group` (a `session` has its own) the ranks share the work and rank 0 writes; the experts do not depend on the number
     of ranks. Probe and measurements are rank 0's alone. Raises `UserError` for bad input; nothing is written then. Where
     measuring the model fails or is interrupted, the artifact is written without measurements, and the error has a note that
-    says so. Without `out` nothing is written at all. `among`: models that this one was chosen from by the same held-out images.
+    says so. Without `out` nothing is written at all. `among`: models that this one was chosen from by the same held-out images;
+    `planned`: what the plan that the recipe comes from says of its images.
     """
     recipe, inputs = Recipe.of(recipe), source_paths(source, spec.weights)
     group = group if session is None else session.group
@@ -48,6 +51,9 @@ def run_extract(
     )  # fmt: skip
     with group.agreed():
         session.check_names(classes)
+    if planned is not None:
+        with group.agreed():
+            among = planned.among(session) if group.leader else 0
     session.warn_early()
     session.prove(recipe, jobs)
     probe = session.probe()

@@ -78,7 +78,7 @@ def tune(
 ) -> None:  # fmt: skip
     """Distil the session's dense model into `moee`, in place, and save it at `out` unless that is None. `state`: the folder of
     what an interrupted run leaves."""
-    moee.check_images(session.source, session.train, session.held_out)
+    moee.check_images(session.source, session.train, session.held_out, session.report)
     started, group = time.perf_counter(), session.group
     config = _within_memory(moee, session, config)
     result = finetune(

@@ -20,7 +20,7 @@ from moee.data.sources import load_splits, located
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.given.images import given_splits
-from moee.interface.adapted import on_meta
+from moee.interface.adapted import BY_CONTENT, asks_for_values, on_meta
 from moee.layers.report import LayerReport
 from moee.measure.accuracy import Comparison, class_count, comparison
 from moee.measure.evaluation import Outputs, retention, run
@@ -197,7 +197,7 @@ class Session:
             merging = self._merging(recipe)
             tokens = tokens_per_image(merging, [ffn.name for ffn in ffns], self.transform.shape)
         except Exception as error:  # the counter runs a stranger's model on shapes alone
-            reason = reason_of(error)
+            reason = BY_CONTENT if asks_for_values(error) else reason_of(error)
             raise UserError(f"the MACs of {self.spec.name} cannot be counted ({reason}); choose another model") from error
         cut = sum(tokens[ffn.name] * ffn.macs for ffn in ffns)
         refuse_beyond_reach(recipe, self.dense, self.transform.shape, whole, cut)

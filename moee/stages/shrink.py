@@ -54,7 +54,7 @@ def shrink_with(
     inputs: tuple[Path, ...] = (),
 ) -> None:  # fmt: skip
     """Make the experts of `moee` fewer, in place, on the session's images, and save it at `out` unless that is None."""
-    moee.check_images(session.source, session.train, session.held_out)
+    moee.check_images(session.source, session.train, session.held_out, session.report)
     session.warn_early(moee.probe)
     started, group, report = time.perf_counter(), session.group, session.report
     _keep_within_memory(moee, session, config)

@@ -435,6 +435,22 @@ def test_the_line_of_the_choice_says_how_many_were_tried():
     assert line.endswith("no candidate could be made: no MLP is faster than dense")
     alone = choice_line({**plan, "points": [experts, dense]}, experts, budget)
     assert "the one candidate (3 more did not fit in the time)" in alone
+    assert "chosen: low-rank maps: " in choice_line(plan, point("lowrank", 1.0, {"c": 1}), budget), "which hold no experts"
+    assert "the one candidate is not faster with" in choice_line({**plan, "points": [experts, dense]}, dense, budget)
+
+
+def test_the_line_of_the_choice_names_what_was_never_tried():
+    point = {"method": "static", "attention": 1.0, "recipe": {"a": 1}, "allocation": ""}
+    untried = [{"method": name, "allocation": "", "attention": 0.75, "tokens": 1.0} for name in ("static", "tokens")]
+    plan = {"points": [point], "left_out": 9, "untried": untried[:1]}
+    line = choice_line(plan, point, Budget(min_cosine=0.98))
+    assert "(9 more did not fit in the time, so that static pruning beside 75% of the attention's MACs was never tried)" in line
+    line = choice_line({**plan, "untried": untried}, point, Budget(min_cosine=0.98))
+    assert "MACs; merged tokens beside 75% of the attention's MACs were never tried)" in line
+    many = [{**untried[0], "method": f"kmeans-{n}"} for n in range(9)]
+    assert "; experts (kmeans-3) beside 75% of the attention's MACs; and 5 others were never tried" in choice_line(
+        {**plan, "untried": many}, point, Budget(min_cosine=0.98)
+    )
 
 
 def kept(accuracy, cosine):

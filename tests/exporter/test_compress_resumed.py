@@ -150,6 +150,11 @@ def test_the_dense_model_is_no_answer_where_it_costs_more_than_the_budget_allows
     latencies = [{"dense_ms": {"p50": dense_ms}, "verdict": {"winner": "dense", "text": "dense is faster"}}]
     assert bool(slower(latencies, budget, "cpu")) == falls_back
     assert not slower(latencies, budget, "orin-agx"), "what is timed here says nothing of a board"
+    for ratio, ships in ((1.003, False), (1.019, False), (1.021, True)):
+        planned = {"dense_ms": dense_ms, "moee_ms": dense_ms / ratio, "device": "orin-agx", "kind": "modelled"}
+        said = slower(latencies, budget, "orin-agx", planned)
+        assert bool(said) == (falls_back and not ships)
+        assert not said or said == f"on orin-agx (modelled) it is {ratio:.3f}x as fast, and a gain below 2% is none"
 
 
 @pytest.mark.parametrize("stage", ["plan", "extracted", "export", "latency"])

@@ -109,6 +109,6 @@ def test_the_line_counts_labelled_images_and_says_what_the_budget_does_not_allow
     line = confirmed_by({"data": "new", "retention": kept}, 2.0, 1.0)
     assert line == (
         "; on 20 images of new that nothing was chosen by: 80.00%, dense 85.00% (drop 5.00 points, 95 % interval 0.00 to 15.00, "
-        "3.00 more than where it was chosen, more than the 1 of the budget); cosine 0.9900"
+        "3.00 worse than where it was chosen, more than the 1 of the budget); cosine 0.9900"
     )
     assert "20 " not in confirmed_by({"data": "new", "retention": {**kept, "accuracy": None}})

@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import torch
 
+from exporter.commands.engines.verify import _show
+from exporter.compression.verdicts import accuracy_line
 from exporter.forms.form import WeightProblem
 from exporter.parity.merges.judge import MergeParity
 from exporter.parity.operator import OperatorParity
 from exporter.parity.outputs import SAFETY, BatchError, batch_error, tolerance
 from exporter.parity.result import ParityResult
 from exporter.parity.stats import ErrorStats, error_stats
+from exporter.report.agreement import _intervals
 from exporter.runners import PluginCheck
+from exporter.terminal.ui import plain_console
 from exporter.verification.accuracy import AccuracyResult, calibration_error, compare_accuracy, kl_divergence
+from exporter.verification.markdown import to_markdown
 from exporter.verification.result import Case, EngineParity, VerifyResult
-from moee.measure.accuracy import wilson
+from moee.measure.accuracy import drop_in_words, wilson
 from tests.exporter.test_gates import compared, failures, layer, parity, result
 
 
@@ -215,3 +220,24 @@ def test_cases_say_of_which_layer_what_was_compared():
     assert case.failure == "only 75.0000% of the routes are equal, 99.9900% wanted"
     (case,) = [case for case in result(parity(layers=[layer(wrong_routes=3)])).cases() if case.group == "routes"]
     assert case.failure == "3 of 4 tokens take an expert that is not their best, and no near tie"
+
+
+def test_a_gain_is_called_one_wherever_a_drop_is_shown(capsys):
+    assert drop_in_words(2.5, (-0.25, 5.25)) == ("drop 2.50 points", "-0.25 to 5.25")
+    assert drop_in_words(-2.5, (-5.25, 0.25)) == ("gain 2.50 points", "-0.25 to 5.25")
+    assert drop_in_words(-0.001, (0.0, 0.0)) == drop_in_words(0.0, (0.0, 0.0)) == ("drop 0.00 points", "0.00 to 0.00")
+    found = replace(compare_accuracy(logits(), logits(seed=1), LABELS), drop_pp=-2.5, drop_interval_pp=(-5.25, 0.25))
+    verified = replace(result(parity()), accuracy=found)
+    assert "Gain 2.50 points (-0.25 to 5.25; no gate)" in to_markdown(verified)
+    assert "gain 2.50 points (-0.25 to 5.25) on 200" in next(c.detail for c in verified.cases() if c.group == "accuracy")
+    assert "Top-1 gain 2.50 points (-0.25 to 5.25); " in str(_intervals({"accuracy": found.to_json()})[1])
+    assert "Top-1 drop –; " in str(_intervals({"accuracy": {**found.to_json(), "drop_pp": None}})[1])
+    kept = {
+        "images": 200, "labelled": 200, "class_cosine": 0.99, "dense_accuracy": 0.8, "accuracy": 0.825, "probe": False,
+        "drop_interval_pp": [-5.25, 0.25],
+    }  # fmt: skip
+    line = accuracy_line(kept, {"data": "new", "retention": {**kept, "accuracy": 0.81}}, 1.0)
+    assert "(gain 2.50 points, 95 % interval -0.25 to 5.25)" in line
+    assert "(gain 1.00 points, 95 % interval -0.25 to 5.25, 1.50 worse than where it was chosen)" in line
+    _show(plain_console(width=400), verified, False)
+    assert "gain 2.50 points (-0.25 to 5.25), agreement" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from PIL import Image
 
 from exporter import cli
 from exporter.graph.export import export
-from moee.artifacts import checkpoint
+from moee.artifacts import checkpoint, trained_on
 from moee.artifacts.model import MoeeModel
 from moee.data.sources import load_data, load_splits
 from moee.data.transform import model_transform
@@ -266,3 +266,16 @@ def test_copies_of_images_that_a_stage_was_trained_on_are_counted(made, tmp_path
     held_out = record.images("val", f"{'wds/' if layout == 'shards' else ''}{given}")
     of = f"3 of the {len(held_out)} held-out images are training images of {pictures}, 3 of them byte by byte under another name"
     assert any(of in note for note in held_out.notes), held_out.notes
+
+
+def test_looking_at_many_images_that_a_stage_was_made_on_is_shown(made, tmp_path, monkeypatch):
+    """Of 45,000 it takes seconds."""
+    root = recorded(made, tmp_path / "r", {**COUNTS, "division": None})
+    other, record, told = tmp_path / "other", checkpoint.load(root / "model").record, []
+    shutil.copytree(root / "pictures", other)
+    record.images("val", str(other), lambda *facts: told.append(facts))
+    assert not told, "of few it takes no time"
+    monkeypatch.setattr(trained_on, "MANY", 10)
+    record.images("val", str(other), lambda *facts: told.append(facts))
+    looked = f"compare with the 32 training images of {root / 'pictures'}"
+    assert told == [(looked, 0, 1), (looked, 1, 1)]

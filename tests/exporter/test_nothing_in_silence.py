@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from moee.methods.recipe import make_recipe
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.planning.plan import planned_on
+from moee.stages.planned import Planned
 from moee.stages.session import Session
 from moee.store.artifact import write_manifest
 from moee.store.result_kinds import EXPORT, MODEL, PLAN
@@ -94,22 +96,24 @@ def test_clear_moe_takes_no_preset(tmp_path, monkeypatch, capsys):
     assert "--preset static is of method static, and not of clear-moe" in refusal(capsys, *EXTRACT, "--data", "digits", *method)
 
 
-def test_a_plan_of_other_data_is_said(tmp_path, monkeypatch, capsys):
+def test_a_plan_of_an_earlier_version_and_of_other_data_is_said(tmp_path, monkeypatch, caplog):
     """Its winner holds for its own data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan").mkdir()
     write_manifest(tmp_path / "plan", "plan.json", "moee.plan/1", {"data": "photos"})
-    assert planned_on("plan") == planned_on("plan/plan.json") == "photos"
+    assert planned_on("plan") == planned_on("plan/plan.json") == Planned("photos")
     monkeypatch.setattr("moee.planning.plan.read_plan", lambda *a: make_recipe())
     monkeypatch.setattr(extract_command, "_shared_spec", lambda *a: tiny_spec())
 
-    def stopped(*args, **kwargs):
+    def stopped(spec, source, *args, planned, **kwargs):
+        assert planned.among(SimpleNamespace(source=source)) == 0
         raise UserError("stopped")
 
     monkeypatch.setattr("moee.stages.extract.run_extract", stopped)
     for data, said in (("digits", True), ("photos", False)):
         assert cli.main([*EXTRACT, "--data", data, "--plan", "plan"]) == 2
-        assert ("the plan was made on photos, and on digits another method may win" in capsys.readouterr().out) == said
+        assert ("the plan was made on photos, and on digits another method may win" in caplog.text) == said
+        caplog.clear()
 
 
 @pytest.mark.parametrize("out", ["d/train/out", "d/val/ant/out", "new/../d/train/x/out", "model/out"])

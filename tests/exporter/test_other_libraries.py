@@ -86,6 +86,19 @@ CODE = """
         torch.nn.utils.prune.l1_unstructured(model.fc, "weight", 0.5)
         return model
 
+    SHARED = Mine()
+
+    def shared():
+        return SHARED
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.image_size = SHARED, 32
+
+        def forward(self, x):
+            return self.body(x)
+
     def traced():
         return torch.jit.trace(Mine(), torch.zeros(1, 3, 32, 32))
 
@@ -245,6 +258,18 @@ def test_a_function_to_a_verified_export(place, capsys):
     assert run("finetune", "extracted", *word, "--epochs", 1, "--out", "tuned") == 0
     assert run("inspect", "tuned", *word) == 0
     assert run("bench", "exported", *word, "--runs", 2, "--duration", 0, "--throughput", 0, "--batch", 2) == 0
+
+
+@pytest.mark.parametrize("name", ["mymodels:shared", "mymodels:Around"])
+def test_a_function_may_give_the_same_module_at_each_call(place, name):
+    """One is cut and the other is what it is held against."""
+    assert run("extract", name, "--data", "images", *STATIC, "--no-trial-export", "--out", "extracted") == 0
+    dense, moee = (checkpoint.load("extracted", name) for _ in range(2))
+    own = build_model(moee.spec)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert not torch.equal(own(images), moee.model(images)) and torch.equal(dense.model(images), moee.model(images))
+        torch.testing.assert_close(own(images), sys.modules["mymodels"].SHARED(images), rtol=0, atol=0)
 
 
 CONSTANTS = """

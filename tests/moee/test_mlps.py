@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from moee.errors import UserError
+from moee.interface.adapted import on_meta
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import dense_params, model_cost
 from moee.methods.identity import check_ffns
 from moee.mlps.find import find_ffns
-from moee.mlps.proof import disagreement, random_images
+from moee.mlps.proof import CHOSEN, disagreement, random_images
 from moee.mlps.structure import read_mlp
 from moee.models.ffn import FFN
 from moee.models.model import ModelSpec, load_model, names_of, replace_module
@@ -164,6 +165,34 @@ def test_what_is_no_mlp_stays_dense_with_the_reason(mlp, name, reason):
     assert [ffn.name for ffn in found.ffns] == ["blocks.0.mlp", "blocks.2.mlp"]
     assert list(found.dense) == [name] and reason in found.dense[name].reason
     assert found.dense[name].hidden == 64
+
+
+class Picking(nn.Module):
+    """A mixture of experts that runs each on the tokens it gets; `by_image`: all tokens of an image go to one."""
+
+    def __init__(self, by_image=False):
+        super().__init__()
+        torch.manual_seed(1)
+        self.gate, self.experts, self.by_image = nn.Linear(32, 4), nn.ModuleList(Plain() for _ in range(4)), by_image
+
+    def forward(self, x):
+        if self.by_image:
+            return torch.stack([self.experts[int(e)](image) for e, image in zip(self.gate(x.mean(1)).argmax(-1), x, strict=True)])
+        flat, out = x.flatten(0, 1), torch.zeros_like(x).flatten(0, 1)
+        experts = self.gate(flat).argmax(-1)
+        for e, expert in enumerate(self.experts):
+            out[experts == e] = expert(flat[experts == e])
+        return out.unflatten(0, x.shape[:2])
+
+
+@pytest.mark.parametrize("by_image", [False, True])
+def test_experts_that_get_picked_tokens_stay_dense_since_they_are_picked(by_image):
+    found = find_ffns(with_mlp(Picking(by_image)))
+    reasons = {part.reason for part in found.dense.values()}
+    assert [ffn.name for ffn in found.ffns] == ["blocks.0.mlp", "blocks.2.mlp"] and len(found.dense) == 4
+    assert CHOSEN in reasons <= {CHOSEN, "takes no part in a forward pass"}
+    with pytest.raises(UserError, match="VisionTransformer cannot be read by its shapes: what it computes for an image depends"):
+        find_ffns(on_meta(with_mlp(Picking(by_image))))
 
 
 def test_an_mlp_that_fails_on_large_inputs_hides_no_other():

@@ -1,19 +1,23 @@
 """The planner's choice, its budgets and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from exporter.commands.models.plan import verdict
 from moee.artifacts.checkpoint import load
 from moee.errors import UserError
 from moee.methods import convert
 from moee.models.model import ModelSpec
+from moee.places.resume import fingerprint
 from moee.planning.budget import Budget, Point, choose, margins, pareto, standing
 from moee.planning.forms import Latency
-from moee.planning.plan import PLAN, STORE_SCHEMA, check_ways, make_plan, read_plan
-from moee.planning.search import ways
+from moee.planning.plan import PLAN, STORE_SCHEMA, check_ways, make_plan, planned_on, read_plan
+from moee.planning.search import Planner, Way, ways
 from moee.stages.extract import run_extract
+from moee.stages.planned import Planned
 from moee.stages.session import Session
 from tests.conftest import TINY, tiny_images
 
@@ -101,8 +105,10 @@ def test_the_plan_is_what_extract_then_measures(session, tmp_path, more):
     assert len(plan["layers"]) == 3 and all(row["cosine_alone"] <= 1 + 1e-6 for row in plan["layers"])
     assert not (tmp_path / "plan.resume").exists()
     config = read_plan(tmp_path / "plan", session.spec)
-    run_extract(session.spec, "tiny", config, tmp_path / "model", session=session)
-    stage = load(tmp_path / "model").info["stages"]["extracted"]
+    run_extract(session.spec, "tiny", config, tmp_path / "model", session=session, planned=planned_on(tmp_path / "plan"))
+    info = load(tmp_path / "model").info
+    stage = info["stages"]["extracted"]
+    assert info["chosen_among"] == len(plan["points"]) - 1, "by the images that it was measured on"
     assert stage["cost"]["moee"]["macs"] / stage["cost"]["dense"]["macs"] == pytest.approx(winner["macs"], abs=1e-3)
     assert stage["retention"]["class_cosine"] == pytest.approx(winner["cosine"], abs=1e-3)
 
@@ -226,6 +232,19 @@ def test_plan_of_another_model_is_refused(session, tmp_path):
         read_plan(tmp_path / "plan", other)
 
 
+def test_images_that_changed_since_the_plan_are_said(session, caplog):
+    """Its winner holds for the images of then, and looks too good on the held-out ones that it was chosen by."""
+    images = {"train": fingerprint(session.train), "val": fingerprint(session.held_out)}
+    planned = Planned("tiny", images, 7)
+    assert planned.among(session) == 7 and not caplog.text
+    assert planned.among(SimpleNamespace(**{**vars(session), "source": "moved"})) == 7 and not caplog.text, "a folder was moved"
+    session.train = tiny_images(41)
+    assert planned.among(session) == 7
+    assert "made on the images of tiny, which have changed since: another method may win" in caplog.text
+    session.held_out, session.source = tiny_images(25), "other"
+    assert planned.among(session) == 0 and "of tiny, and not on those of other: another method may win" in caplog.text
+
+
 def test_a_plan_needs_a_budget():
     from moee.config import validated
 
@@ -241,8 +260,6 @@ def test_a_drop_is_in_percentage_points_as_in_verify():
 
 def test_points_timed_in_another_way_are_not_taken_over(session, tmp_path):
     """An interrupted plan for one device must not lend its milliseconds to another."""
-    from moee.planning.search import Planner, Way
-
     def planner(label, ms):
         timing = Latency(label, lambda model: {"kind": "modelled", "dense_ms": 2 * ms, "moee_ms": ms})
         return Planner(session, Budget(min_cosine=0.5), {"cluster_tokens": 300}, tmp_path, timing, report=lambda *a: None)
@@ -250,6 +267,20 @@ def test_points_timed_in_another_way_are_not_taken_over(session, tmp_path):
     assert planner("a", 1.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 1.0
     assert planner("b", 3.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 3.0
     assert planner("a", 9.0).point(Way("static", "share"), 0.8).latency["moee_ms"] == 1.0
+
+
+def test_a_point_that_was_not_timed_for_its_quality_is_timed_under_a_wider_budget(session, tmp_path):
+    """Else it would be chosen by its MACs among others that are chosen by their time."""
+    def planner(least):
+        timing = Latency("a", lambda model: {"kind": "modelled", "dense_ms": 2.0, "moee_ms": 1.0})
+        made = Planner(session, Budget(min_cosine=least), {}, tmp_path, timing, report=lambda *a: None)
+        made.frugal = True
+        return made
+
+    way = Way("static", "share")
+    strict, again, wide = (planner(least).point(way, 0.8) for least in (1.0, 1.0, 0.1))
+    assert strict == again and strict.latency is None and wide.latency["moee_ms"] == 1.0
+    assert planner(1.0).point(way, 0.8) == wide
 
 
 def test_bad_data_is_not_taken_for_a_budget_out_of_reach(session, tmp_path):
@@ -325,3 +356,14 @@ def test_lowrank_is_planned_like_the_others_and_what_cannot_cut_the_model_is_lef
     assert plan["winner"]["macs"] <= 0.8 and plan["winner"]["method"] == "lowrank"
     with pytest.raises(UserError, match="corp: no attention"):
         make_plan(session, Budget(target_macs=0.8), tmp_path / "alone", **{**fast, "methods": ("corp",)})
+
+
+def test_what_could_not_be_made_is_named_with_the_reason_and_after_an_interruption_too(session, tmp_path):
+    options = dict(methods=("static", "clear-moe"), targets=(0.9, 0.3), base={"tokens": 400}, allocations=("share",))
+    with pytest.raises(UserError, match="nothing meets the budget"):  # the points are kept
+        make_plan(session, Budget(target_params=0.01), tmp_path / "plan", **options)
+    plan = make_plan(session, Budget(min_cosine=0.1), tmp_path / "plan", **options)
+    made = {(p["method"], round(p["macs"], 1)) for p in plan["points"]}
+    assert {(f["method"], f["target"]) for f in plan["not_made"]} == {("clear-moe", 0.3), ("static", 0.3)} and made
+    (line,) = [text for text in verdict(plan) if text.startswith("clear-moe")]
+    assert line.startswith("clear-moe (ranks) could not be made at 30.00% of the MACs: ") and "earlier run" not in line

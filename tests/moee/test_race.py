@@ -43,8 +43,8 @@ def planner(least, budget, impossible=()):
 
 def test_the_better_way_gets_the_trials_and_comes_near_its_limit():
     ours = planner({GOOD: 0.5, POOR: 0.8, LATE: 0.95}, Budget(min_cosine=0.98))
-    points, left = race(ours, [GOOD, POOR, LATE], Until())
-    assert left == 0
+    points, left, untried = race(ours, [GOOD, POOR, LATE], Until())
+    assert left == 0 and not untried
     tried = [target for way, target in ours.asked if way is GOOD]
     assert tried[0] == FIRST and len(tried) == 4 and min(t for t in tried if t >= 0.5) - 0.5 < 0.07
     assert len([way for way, _ in ours.asked if way is LATE]) < 4
@@ -56,13 +56,14 @@ def test_of_many_ways_all_are_tried_and_half_go_on():
     many = [Way(name, "sensitivity") for name in list(variants())[:9]]
     last = many[-1].method
     ours = planner({way: 0.5 if way.method == last else 0.9 for way in many}, Budget(min_cosine=0.98))
-    points, left = race(ours, many, Until())
+    points, left, untried = race(ours, many, Until())
     assert [way for way, _ in ours.asked[:9]] == many and left == 0, "the last one too"
     tried = [target for way, target in ours.asked if way.method == last]
     assert len(tried) == 5 and min(t for t in tried if t >= 0.5) - 0.5 < 0.05
     assert choose(points, ours.budget).recipe == {"way": last}
-    points, left = race(ours, many, Until(*[False] * 5, True))
+    points, left, untried = race(ours, many, Until(*[False] * 5, True))
     assert len(points) == 5 and left == 9 - 5 + sum(GOING_ON) + 8
+    assert untried == many[5:], "what had no trial is named"
 
 
 def test_no_other_way_is_better_at_the_cost_of_what_is_chosen():
@@ -75,7 +76,7 @@ def test_no_other_way_is_better_at_the_cost_of_what_is_chosen():
         return Point(way.method, way.allocation, target, target, cosine, None, None, None, None, {way.method: target})
 
     ours = SimpleNamespace(budget=Budget(min_cosine=0.98), point=point)
-    points, left = race(ours, many, Until())
+    points, left, untried = race(ours, many, Until())
     best = choose(points, ours.budget)
     assert left == 0 and best.method == third.method and best.macs < 0.5
     assert all(p.cosine <= best.cosine + 0.002 for p in points if abs(p.macs - best.macs) <= COST_TOLERANCE)
@@ -85,7 +86,7 @@ def test_no_other_way_is_better_at_the_cost_of_what_is_chosen():
 def test_the_first_point_is_made_and_the_rest_when_there_is_time():
     ours = planner({GOOD: 0.5, POOR: 0.8}, Budget(min_cosine=0.98))
     # asked before the first too, so that its time is known
-    points, left = race(ours, [GOOD, POOR], Until(True, False, True))
+    points, left, untried = race(ours, [GOOD, POOR], Until(True, False, True))
     assert [p.method for p in points] == ["static", "kmeans-8"] and left == 8 - 2
 
 
@@ -111,14 +112,14 @@ def test_what_needs_no_preparation_is_tried_where_the_time_does_not_serve_for_ot
 
 def test_what_cannot_be_made_is_looked_for_dearer():
     ours = planner({GOOD: 0.0}, Budget(min_cosine=0.98), impossible={GOOD: 0.75})
-    points, _ = race(ours, [GOOD], Until())
+    points, *_ = race(ours, [GOOD], Until())
     assert points and all(point.macs >= 0.75 for point in points)
     assert [target for _, target in ours.asked][:2] == [FIRST, pytest.approx(0.86)]
 
 
 def test_under_a_limit_of_the_latency_the_dearest_below_it_is_looked_for():
     ours = planner({GOOD: 0.0}, Budget(target_latency_ms=8.0))
-    points, _ = race(ours, [GOOD], Until())
+    points, *_ = race(ours, [GOOD], Until())
     assert max(p.macs for p in points if not p.shortfalls(ours.budget)) == pytest.approx(0.781, abs=0.02)
 
 

@@ -31,6 +31,7 @@ from exporter.terminal.ui import FittingTable, percent, within
 from moee.bounds import AGREEMENT, DROP, IMAGES, JOBS
 from moee.config import MOST_FACTOR
 from moee.errors import MissingDependency, UserError
+from moee.measure.accuracy import drop_in_words
 from moee.places.inputs import source_paths
 from moee.places.output_file import OutputFile
 from moee.places.output_folder import OutputFolder
@@ -231,10 +232,10 @@ def _show(console: Console, result: Any, layers: bool) -> None:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
     a = result.accuracy
     if a:
-        low, high = a.drop_interval_pp
+        drop, interval = drop_in_words(a.drop_pp, a.drop_interval_pp)
         console.print(
             f"accuracy on {a.counted}: dense {within(a.dense_top1.value, a.dense_top1.interval)}, "
-            f"MoEE {within(a.moee_top1.value, a.moee_top1.interval)}, drop {a.drop_pp:.2f} points ({low:.2f} to {high:.2f}), "
+            f"MoEE {within(a.moee_top1.value, a.moee_top1.interval)}, {drop} ({interval}), "
             f"agreement {percent(a.agreement.value)}, KL {a.kl:.1e}"
         )
     else:

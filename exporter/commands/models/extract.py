@@ -29,7 +29,7 @@ from exporter.terminal.flags import (
 )
 from exporter.terminal.options import Known, add_options, flag_of, given_options
 from exporter.terminal.space import add_memory, add_scratch
-from exporter.terminal.ui import FittingTable, attention_table, data_title, layer_notes, layer_table, number, percent, stage_table
+from exporter.terminal.ui import FittingTable, attention_table, layer_notes, layer_table, number, percent, stage_table
 from moee.bounds import JOBS
 from moee.errors import UserError
 from moee.methods.recipe import ALONE, PARTS, make_recipe, read_recipe
@@ -97,7 +97,6 @@ def add_method_options(sub: argparse.ArgumentParser, shown: str | None) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    from moee.data.sources import same_data
     from moee.parallel.joining import joined
     from moee.planning.plan import planned_on, read_plan
     from moee.stages.extract import run_extract
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rest = [*sources[1:], *chosen]
         raise UserError(f"--{sources[0]} decides the method and its options; leave {', '.join(map(flag_of, rest))} out")
     recipe = make_recipe(args.method, args.preset, values) if not sources else read_recipe(args.recipe) if args.recipe else None
-    classes = classes_of(args)
+    classes, planned = classes_of(args), None
     with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         with group.agreed():
             if group.leader:
@@ -120,13 +119,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
             with group.agreed():
                 recipe = read_plan(args.plan, spec)
             planned = planned_on(args.plan)
-            if not same_data(args.data, planned):
-                made = data_title(planned) or "data that it does not name"
-                console.print(f"the plan was made on {made}, and on {args.data} another method may win", highlight=False)
         assert recipe is not None, "from the flags, a recipe's file or a plan"
         moee = run_extract(
             spec, args.data, recipe, args.out, force=args.force, report=report, session=None, jobs=args.jobs, group=group,
-            workers=args.workers, classes=classes, trial=trial_of(args), memory=args.memory,
+            workers=args.workers, classes=classes, trial=trial_of(args), memory=args.memory, planned=planned,
         )  # fmt: skip
     if not group.leader:
         return OK

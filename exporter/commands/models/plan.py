@@ -218,15 +218,32 @@ def _accuracy(point: dict[str, Any]) -> str:
     return percent(point["accuracy"]) + (f"\n{span(interval)}" if interval else "")
 
 
+def _named(point: dict[str, Any]) -> str:
+    """A point's way."""
+    name = point["method"] + (f" ({point['allocation']})" if point["allocation"] else "")
+    if _share(point, "attention") < 1:
+        name += f" beside {percent(_share(point, 'attention'))} of the attention"
+    if _share(point, "tokens") < 1:
+        name += f" after merging tokens to {percent(_share(point, 'tokens'))} of the MACs"
+    return name
+
+
+def not_made(plan: dict[str, Any]) -> list[str]:
+    """Sentences on what could not be made, one a way: at which targets, and why not at the first of them."""
+    ways: dict[str, list[dict[str, Any]]] = {}
+    for failed in plan.get("not_made", []):
+        ways.setdefault(_named(failed), []).append(failed)
+    return [
+        f"{name} could not be made at {', '.join(percent(f['target']) for f in failed)} of the MACs: "
+        + failed[0]["why"].removeprefix(f"--target-macs {failed[0]['target']:g}: ").partition(";")[0]
+        for name, failed in ways.items()
+    ]
+
+
 def verdict(plan: dict[str, Any]) -> list[str]:
     """The winner and its margins as sentences."""
     winner = plan["winner"]
-    name = winner["method"] + (f" ({winner['allocation']})" if winner["allocation"] else "")
-    if _share(winner, "attention") < 1:
-        name += f" beside {percent(_share(winner, 'attention'))} of the attention"
-    if _share(winner, "tokens") < 1:
-        name += f" after merging tokens to {percent(_share(winner, 'tokens'))} of the MACs"
-    lines = [f"winner: {name} at {percent(winner['macs'])} of the MACs, cosine {number(winner['cosine'], 4)}"]
+    lines = [f"winner: {_named(winner)} at {percent(winner['macs'])} of the MACs, cosine {number(winner['cosine'], 4)}"]
     measured = plan.get("accuracy", {})
     if measured.get("no_accuracy"):
         lines.append(f"accuracy is not compared: {measured['no_accuracy']}")
@@ -242,4 +259,4 @@ def verdict(plan: dict[str, Any]) -> list[str]:
         if margin["latency_ms"] is not None:
             text += f", {margin['latency_ms']:+.2f} ms saved"
         lines.append(text)
-    return lines
+    return lines + not_made(plan)
