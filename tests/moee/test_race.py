@@ -99,9 +99,10 @@ def test_what_needs_no_preparation_is_tried_where_the_time_does_not_serve_for_ot
 
     merged = Way("tokens", "")
     ours = planner({GOOD: 0.9, POOR: 0.5, merged: 0.5}, Budget(min_cosine=0.98))
-    points, left = race(ours, [GOOD, POOR, merged], Short())
+    points, left, untried = race(ours, [GOOD, POOR, merged], Short())
     assert [way for way, _ in ours.asked[:2]] == [GOOD, merged] and POOR not in {way for way, _ in ours.asked}
     assert {way for way, _ in ours.asked[2:]} >= {GOOD, merged} and left > 0 and len(points) == len(ours.asked)
+    assert untried == [POOR]
     assert choose(points, ours.budget).recipe == {"way": "tokens"} and min(p.macs for p in points if p.cosine > 0.98) < 0.6
     assert race(ours, [GOOD, merged], Short(*[False] * 2, True))[0] != points, "nor is there time for ever"
     heads = merged._replace(attention=0.75)
