@@ -359,11 +359,10 @@ def test_lowrank_is_planned_like_the_others_and_what_cannot_cut_the_model_is_lef
 
 
 def test_what_could_not_be_made_is_named_with_the_reason_and_after_an_interruption_too(session, tmp_path):
-    options = dict(methods=("static", "clear-moe"), targets=(0.9, 0.3), base={"tokens": 400}, allocations=("share",))
+    options = dict(methods=("clear-moe",), targets=(0.3,), base={"tokens": 400})
     with pytest.raises(UserError, match="nothing meets the budget"):  # the points are kept
         make_plan(session, Budget(target_params=0.01), tmp_path / "plan", **options)
     plan = make_plan(session, Budget(min_cosine=0.1), tmp_path / "plan", **options)
-    made = {(p["method"], round(p["macs"], 1)) for p in plan["points"]}
-    assert {(f["method"], f["target"]) for f in plan["not_made"]} == {("clear-moe", 0.3), ("static", 0.3)} and made
+    assert [(f["method"], f["target"]) for f in plan["not_made"]] == [("clear-moe", 0.3)]
     (line,) = [text for text in verdict(plan) if text.startswith("clear-moe")]
     assert line.startswith("clear-moe (ranks) could not be made at 30.00% of the MACs: ") and "earlier run" not in line
