@@ -1,3 +1,3 @@
 """The version of the project; `moee.__version__` is the same."""
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"

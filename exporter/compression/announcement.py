@@ -28,9 +28,9 @@ def announce(session: Session, request: Request, clock: Clock, budget: Budget, s
         say("no time limit: plan, extract, tune, export, verify, bench, bundle, report")
         return
     trials, rest = max(0.0, clock.trials_end - clock.spent), clock.finish
-    planned = f"trials for about {duration(trials)}" if trials >= 1 else "which is too short: one trial"
+    planned = f": trials for about {duration(trials)}" if trials >= 1 else " is too short: one trial all the same"
     say(
-        f"time {duration(request.time_s)}: {planned}, then {'tuning, then ' * clock.tunes}"
+        f"time {duration(request.time_s)}{planned}, then {'tuning, then ' * clock.tunes}"
         f"{duration(rest)} for export, verification, timing and bundle (the dense model takes "
         f"{1e3 * clock.image_s:.0f} ms an image here)"
     )
