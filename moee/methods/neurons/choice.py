@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -107,10 +108,12 @@ def kept_share(
     return min(1.0, (budget - routers) / whole)
 
 
-def ffn_budget(total: int, ffn: int, target: float, saved: int = 0, *, floor: float = 0.0) -> float:
+def ffn_budget(
+    total: int, ffn: int, target: float, saved: int = 0, *, floor: float = 0.0, further: Sequence[str] = ()
+) -> float:
     """MACs left to the routed layers so that a model of `total` MACs, `ffn` of them in these layers, ends at the share `target`,
     when narrower attention and merged tokens have `saved` some already; at least the share `floor` of theirs. Raises
-    `OutOfReach` if nothing would be left.
+    `OutOfReach` if nothing would be left; it advises `further`, the options by which this model saves more.
     """
     budget = ffn - ((1 - target) * total - saved)
     if budget >= ffn:
@@ -122,7 +125,6 @@ def ffn_budget(total: int, ffn: int, target: float, saved: int = 0, *, floor: fl
     if budget <= 0:
         raise OutOfReach(
             f"--target-macs {target:g}: the routed MLPs hold {ffn / total:.0%} of the MACs, so the result stays above "
-            f"{1 - (ffn + saved) / total:.2f}; give a larger share, or save in the attention too: "
-            f"{'a smaller --attention-macs' if saved else '--attention-macs 0.5'}"
+            f"{1 - (ffn + saved) / total:.2f}; give a larger share{''.join(f', or {option}' for option in further)}"
         )
     return budget
