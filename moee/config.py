@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from moee.errors import OptionError, UserError
@@ -87,6 +87,12 @@ class FinetuneConfig(Options):
     relative_lr: bool = Field(False, description="take --lr as a share of each tensor's root mean square")
     masked: bool = Field(False, description="faster steps on a CPU while experts have few tokens a batch; the result is the same")
     clip_norm: float = Field(0.0, ge=0, le=MOST_FACTOR, description="largest norm of a step's gradient (default: no limit)")
+
+    @model_validator(mode="after")
+    def _forced_something(self) -> FinetuneConfig:
+        if self.force_amp and self.amp == "off":
+            raise ValueError("--force-amp does nothing without --amp; give that too, or leave it out")
+        return self
 
 
 def validated(kind: type[BaseModel], values: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ BINS = 15  # of the calibration error, as is usual
 class AccuracyResult:
     """Of the `images` that have a label, out of `of_images`.
 
-    `drop_pp`: dense top-1 less MoEE top-1 in percentage points, with the 95 % interval of a paired bootstrap over images.
+    `drop_pp`: dense top-1 less MoEE top-1 in percentage points, with its 95 % interval, of paired proportions.
     `kl`: mean KL divergence of the MoEE model's probabilities from the dense one's, in nats. `*_ece`: expected calibration
     error, 15 bins of equal width. `max_drop_pp` is the gate, None if there is none. Top-5 is None below 6 classes.
     `probe`: the classes are those of a probe on the features."""

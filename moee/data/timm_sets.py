@@ -11,6 +11,7 @@ from typing import Any
 import timm.data
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets import DatasetFolder
 
 from moee.data.class_names import class_name
 from moee.data.image_set import SPLITS, ImageSet, Source
@@ -69,18 +70,39 @@ def open_timm(source: str, transform: Transform) -> Source:
     if package is not None and importlib.util.find_spec(package) is None:
         raise MissingDependency(f"data {source!r} needs the package {package}; install it with pip install {package}")
     opened = {split: _opened(source, names) for split, names in SPLITS.items()}
-    names = _names(opened["train"])
+    _refuse_overlap(source, opened["train"], opened["val"])
     targets = {split: _targets(dataset) for split, dataset in opened.items()}
-    unnamed = names is None
-    if names is None:
+    own = _names(opened["train"])
+    unnamed = own is None
+    if own is None:
         numbers = sorted({target for part in targets.values() for target in part if target >= 0})
-        names, places = tuple(map(str, numbers)), {number: place for place, number in enumerate(numbers)}
-        targets = {split: [places.get(target, -1) for target in part] for split, part in targets.items()}
+        names: tuple[str, ...] = tuple(map(str, numbers))
+        places = {split: {number: place for place, number in enumerate(numbers)} for split in targets}
+    else:
+        # a split may number its classes itself, as torchvision's ImageFolder does: val's numbers mean val's names
+        named = {"train": own, "val": _names(opened["val"]) or own}
+        names = tuple(dict.fromkeys([*own, *named["val"]]))
+        place_of = {name: place for place, name in enumerate(names)}
+        places = {split: {i: place_of[name] for i, name in enumerate(of_split)} for split, of_split in named.items()}
     sets: dict[str, ImageSet] = {}
     for split, dataset in opened.items():
-        labels = [target if target < len(names) else -1 for target in targets[split]]
+        labels = [places[split].get(target, -1) for target in targets[split]]
         sets[split] = TimmSet(source, dataset, labels, names, transform)
     return Source(sets, order=() if unnamed else names, indices=unnamed)
+
+
+def _refuse_overlap(source: str, train: Any, val: Any) -> None:
+    """Raise `UserError` if torchvision's `ImageFolder` took one folder for both splits, or one that lies in the other: timm gives
+    it the folder above where a split has none of its own."""
+    roots = [dataset.root for dataset in (train, val) if isinstance(dataset, DatasetFolder)]
+    if len(roots) < 2:
+        return
+    inner, outer = sorted((Path(root).resolve() for root in roots), key=lambda path: len(path.parts), reverse=True)
+    if inner.is_relative_to(outer):
+        raise UserError(
+            f"data {source!r} reads folders train and val, and {Path.cwd()} lacks one of them, so images would be both trained "
+            "on and held out; give the folder itself, --data ."
+        )
 
 
 def _opened(source: str, splits: Sequence[str]) -> Any:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # a report and `--help` read this file, and importing torch t
     from torch import Tensor
 
 Z = 1.959963984540054  # 95 %, two-sided
-RESAMPLES = 2000
 CHANCE_P = 0.01  # of as many hits or more by the best constant answer: below it the dense model is better than that
 LIMIT_ROUNDING = 1e-6  # percentage points: accuracies are quotients of counts
 MAX_NAME = 200  # characters of a data set's name in a reason
@@ -55,16 +54,27 @@ def wilson(successes: float, count: int) -> Proportion:
 
 
 def paired_drop(dense_correct: np.ndarray, moee_correct: np.ndarray) -> tuple[float, Interval]:
-    """Drop in percentage points and its 95 % interval, of answers [N] that are right or not; images are resampled in pairs, so
-    that shared difficulty cancels."""
-    import numpy as np
+    """Drop in percentage points and its 95 % interval, of answers [N] that are right or not, N at least 1.
 
-    difference = dense_correct.astype(np.float64) - moee_correct.astype(np.float64)
-    counts = np.array([(difference == v).sum() for v in (-1, 0, 1)])
-    draws = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), RESAMPLES)
-    drops = (draws[:, 2] - draws[:, 0]) / len(difference) * 100
-    low, high = np.percentile(drops, (2.5, 97.5))
-    return float(difference.mean() * 100), (float(low), float(high))
+    The images are the same, so shared difficulty cancels: Newcombe's score interval for paired proportions (Statistics in
+    Medicine 17, 1998, method 10). Unlike a bootstrap's it has a width where the models agree on every one of a few images.
+    """
+    dense, moee = dense_correct.astype(bool), moee_correct.astype(bool)
+    count, pairs = len(dense), zip((True, True, False, False), (True, False, True, False), strict=True)
+    both, lost, won, none = (int(((dense == a) & (moee == b)).sum()) for a, b in pairs)
+    before, after = wilson(both + lost, count), wilson(both + won, count)
+    shared = float(both * none - lost * won)
+    shared = max(shared - count / 2, 0.0) if shared > 0 else shared
+    margins = math.sqrt((both + lost) * (won + none) * (both + won) * (lost + none))
+    correlation = shared / margins if margins else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one * one - 2 * correlation * one * other + other * other))
+
+    drop = (lost - won) / count
+    low = drop - reach(before.value - before.low, after.high - after.value)
+    high = drop + reach(before.high - before.value, after.value - after.low)
+    return 100 * drop, (100 * max(-1.0, low), 100 * min(1.0, high))
 
 
 def top1(logits: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Retention:
     """A changed model against the dense one on the same `images`.
 
     Accuracies are of the `labelled` ones, with 95 % intervals; None where they cannot be compared, and `no_accuracy` says why.
-    `drop_interval_pp`: 95 % of the drop in percentage points, images resampled in pairs. The agreement is of all images, None
+    `drop_interval_pp`: 95 % of the drop in percentage points, of paired proportions. The agreement is of all images, None
     without classes."""
 
     images: int

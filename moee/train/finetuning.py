@@ -62,6 +62,7 @@ def finetune(
             raise UserError(f"{title_of_model(model)} has no activation checkpointing in its library; leave --checkpointing out")
         if config.distil == "tokens" and not has_feature_map(model):
             raise UserError(f"--distil tokens needs a model with one feature map; {title_of_model(model)} has none, use output")
+        _refuse_idle(model, config)
     config = affordable(config, group)
     count, given = len(data), data
     held_out, train = validation_images(count, config.validation), other_images(count, config.validation)
@@ -92,6 +93,19 @@ def finetune(
         finally:
             trainer.close()
     return replace(result, amp=config.amp)
+
+
+def _refuse_idle(model: nn.Module, config: FinetuneConfig) -> None:
+    """Raise `UserError` for options that would change nothing about this model."""
+    layers = routed_layers(model)
+    if not getattr(model, "num_classes", 0) and config.temperature != 1:
+        raise UserError(f"--temperature is for logits, and {title_of_model(model)} gives features; leave it out")
+    if config.train_router and not any(layer.router is not None for layer in layers.values()):
+        raise UserError(f"--train-router: no layer of {title_of_model(model)} has a router; leave it out")
+    if config.train == "experts" and not layers and not narrow_attentions(model):
+        raise UserError(
+            f"--train experts trains routed layers and narrowed attention, and {title_of_model(model)} has none; leave it out"
+        )
 
 
 def affordable(config: FinetuneConfig, group: Group = SOLO) -> FinetuneConfig:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from moee.config import FinetuneConfig
+from moee.config import FinetuneConfig, validated
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.methods.recipe import method_options
@@ -193,3 +193,25 @@ def test_a_model_without_gradients_is_refused_before_the_work(pair, switch):
     model.forward = switch()(model.forward)
     with pytest.raises(UserError, match="nothing in VisionTransformer that --train all names can learn: .*without gradients"):
         finetune(model, dense, data, FinetuneConfig(epochs=1), teacher=not_run)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 2.0}, "--temperature is for logits, and VisionTransformer gives features"),
+        ({"train_router": True}, "--train-router: no layer of VisionTransformer has a router"),
+        ({"train": "experts"}, "--train experts trains routed layers and narrowed attention, and VisionTransformer has none"),
+    ],
+)
+def test_options_that_do_nothing_about_a_model_are_refused(fields, message):
+    """The model has merged tokens or low-rank maps alone, say, and is a backbone."""
+    backbone = load_model(tiny_spec(num_classes=0))
+    with pytest.raises(UserError, match=message):
+        finetune(copy.deepcopy(backbone), backbone, tiny_images(8), FinetuneConfig(epochs=1, **fields), teacher=not_run)
+    finetune(copy.deepcopy(backbone), backbone, tiny_images(8), FinetuneConfig(epochs=1, lr=1e-5))
+
+
+def test_force_amp_alone_is_refused():
+    with pytest.raises(UserError, match="--force-amp does nothing without --amp; give that too, or leave it out"):
+        validated(FinetuneConfig, {"force_amp": True})
+    assert validated(FinetuneConfig, {"force_amp": True, "amp": "bf16"}).force_amp

@@ -89,6 +89,31 @@ def test_torchvisions_reader_of_folders(tmp_path, monkeypatch):
     assert train.classes == ("cat", "dog") and val.labels == [0, 1] and next(batches(val, 2)).images.shape[0] == 2
 
 
+def pictures(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (40, 36), 60).save(root / name / "0.png")
+
+
+def test_a_split_that_numbers_its_own_folders(tmp_path, monkeypatch):
+    """torchvision's ImageFolder numbers the folders of each split from 0: val lacks 'bee', and has 'wasp' alone."""
+    pictures(tmp_path / "train", "ant", "bee", "cat")
+    pictures(tmp_path / "val", "ant", "cat", "wasp")
+    monkeypatch.chdir(tmp_path)
+    train, val = load_splits("torch/image_folder", SMALL, head_classes=3)
+    assert train.classes == val.classes == ("ant", "bee", "cat") and train.labels == [0, 1, 2] and val.labels == [0, 2, -1]
+    assert any("'wasp' is in val alone" in note for note in val.notes)
+
+
+@pytest.mark.parametrize("splits", [["train/a", "train/b", "test/a", "test/b"], ["a", "b"], ["train/a", "train/b"]])
+def test_folders_without_a_split_of_their_own_are_refused(splits, tmp_path, monkeypatch):
+    """timm takes the folder above for a split that it does not find: "train" would be a class."""
+    pictures(tmp_path, *splits)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="lacks one of them, so images would be both trained on and held out"):
+        load_splits("torch/image_folder", SMALL, head_classes=2)
+
+
 def test_a_long_picture_is_skipped(monkeypatch):
     serve(monkeypatch, Pictures([0, 1], size=(200_000, 1)), Pictures([0, 1]))
     data = load_data("torch/some", SMALL)
