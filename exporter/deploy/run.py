@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import platform
 import statistics
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_files()
     session, graph, recipe, names, head = load()
+    classifies = tells_classes()
     unreadable = 0
     for path in args.images:
         try:
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             unreadable += 1
             continue
         output = run(session, batch, head)
-        line = answer(output[0], names, classifies=head is not None or (HERE / "models" / "labels.txt").is_file())
+        line = answer(output[0], names, classifies)
         if args.time > 0:
             line += f"  {median_ms(session, batch, args.time):.2f} ms by {graph}"
         print(f"{path}: {line}")
@@ -68,6 +70,15 @@ def check_files() -> None:
     for name, digest in sums.items():
         if not (HERE / name).is_file() or hashlib.sha256((HERE / name).read_bytes()).hexdigest() != digest:
             sys.exit(f"{name} is missing or was changed; copy the bundle again")
+
+
+def tells_classes() -> bool:
+    """Whether the graph, or the classifier beside it, tells classes apart; their names may not be known."""
+    try:
+        classes = json.loads((HERE / "deployment.json").read_text(encoding="utf-8"))["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sys.exit("deployment.json is missing or was changed; copy the bundle again")
+    return classes is not None
 
 
 def load() -> tuple[onnxruntime.InferenceSession, str, dict[str, list[str]], list[str], tuple[np.ndarray, np.ndarray] | None]:

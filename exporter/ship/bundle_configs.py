@@ -171,7 +171,7 @@ def deepstream(facts: Facts) -> str:
 
 def readme(facts: Facts) -> str:
     """README.md of a bundle."""
-    head = "" if facts.classifies or facts.classes is None else " --head models/head.bin"
+    head = "" if facts.classifies else " --output features" if facts.classes is None else " --head models/head.bin"
     (height, width), (low, _, high) = facts.recipe.size, facts.batch
     option, row, preload, graph, test = PLUGIN_TEXTS if facts.plugin else ("", "", "", "standard operators", "")
     return README.format(

@@ -66,6 +66,9 @@ def finetune(
     config = affordable(config, group)
     count, given = len(data), data
     held_out, train = validation_images(count, config.validation), other_images(count, config.validation)
+    if not len(train):
+        with group.agreed():
+            raise UserError(f"--validation {config.validation:g} leaves none of {count} images to train on; give less")
     made: ImageSet | None = None
     if config.augment or config.collages:
         transform = model_transform(dense)

@@ -17,6 +17,7 @@ import onnxruntime as ort
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from exporter import cli
@@ -199,7 +200,30 @@ def test_class_names_are_in_every_format(triton_schema):
     assert "label_filename" not in unknown["triton/model_repository/moee/config.pbtxt"]
     features = bundle_configs.files(facts(names=names, classes=4, classifies=False))
     assert "models/labels.txt" in features and "label_filename" not in features["triton/model_repository/moee/config.pbtxt"]
-    assert "models/labels.txt" in features["README.md"]
+    assert "models/labels.txt" in features["README.md"] and "--output" not in features["README.md"]
+    bare = bundle_configs.files(facts(names=(), classes=None, classifies=False))
+    assert "--images ppm --output features" in bare["README.md"]
+
+
+@pytest.mark.parametrize("classes", [10, None])
+def test_the_script_says_classes_where_their_names_are_not_known(classes, exported, tmp_path, capsys):
+    """As after `compress` by images without class folders; a backbone without a classifier has features."""
+    body = json.loads((exported / "export.json").read_text())
+    kept = {key: value for key, value in body.items() if key not in ("schema", "files", "tools", "classes")}
+    write_manifest(exported, "export.json", SCHEMA, kept)
+    bundle = write_cpu_bundle(exported, tmp_path / "bundle")
+    assert not (bundle / "models" / "labels.txt").exists()
+    manifest = bundle / "deployment.json"
+    deployed = json.loads(manifest.read_text())
+    assert deployed["classes"] == 10
+    manifest.write_text(json.dumps({**deployed, "classes": classes}))
+    Image.new("RGB", (40, 40), (200, 90, 10)).save(tmp_path / "image.png")
+    script = importlib.util.module_from_spec(importlib.util.spec_from_file_location("run", bundle / "run.py"))
+    script.__spec__.loader.exec_module(script)
+    assert script.main([str(tmp_path / "image.png")]) == 0
+    said = capsys.readouterr().out
+    expected = r"image\.png: class \d \(\d+\.\d%\)" if classes else r"image\.png: features \[10\], length \d+\.\d+"
+    assert re.search(expected, said), said
 
 
 def test_names_travel_from_the_export_and_must_fit(exported, tmp_path):

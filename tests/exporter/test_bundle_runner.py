@@ -189,6 +189,18 @@ def test_labels_of_the_bundle_are_found_and_others_must_fit(engine, tmp_path):
         assert done.returncode == 2 and said in done.stderr
 
 
+def test_features_have_no_class(engine, tmp_path):
+    values = np.random.default_rng(3).standard_normal((2, ELEMENTS)).astype(np.float32)
+    values.tofile(tmp_path / "in.raw")
+    done = moee_run(*engine, "--raw", tmp_path / "in.raw", "--output", "features")
+    lengths = np.linalg.norm(expected_output(values.reshape(2, 3, SIDE, SIDE)), axis=1)
+    for i, line in enumerate(done.stdout.splitlines()[:2]):
+        assert line.startswith(f"tensor {i}: {CLASSES} features, length ") and "class " not in line
+        assert float(line.split("length ")[1]) == pytest.approx(lengths[i], abs=1e-3)
+    done = moee_run(*engine, "--raw", tmp_path / "in.raw", "--output", "labels")
+    assert done.returncode == 2 and "--output labels: expected classes or features" in done.stderr
+
+
 def test_half_precision_engines(engine, tmp_path):
     (tmp_path / "moee.plan").write_text(f"{ELEMENTS} {CLASSES} 1 4 1 1")
     values = np.random.default_rng(2).standard_normal((2, ELEMENTS)).astype(np.float32)

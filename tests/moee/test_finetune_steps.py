@@ -211,6 +211,12 @@ def test_options_that_do_nothing_about_a_model_are_refused(fields, message):
     finetune(copy.deepcopy(backbone), backbone, tiny_images(8), FinetuneConfig(epochs=1, lr=1e-5))
 
 
+def test_a_validation_of_all_images_is_refused(pair):
+    dense, model, data = pair
+    with pytest.raises(UserError, match="--validation 0.99 leaves none of 16 images to train on; give less"):
+        finetune(model, dense, data, FinetuneConfig(validation=0.99), teacher=not_run)
+
+
 def test_force_amp_alone_is_refused():
     with pytest.raises(UserError, match="--force-amp does nothing without --amp; give that too, or leave it out"):
         validated(FinetuneConfig, {"force_amp": True})

@@ -3,6 +3,7 @@
 #include "preprocess.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +12,7 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <numeric>
 #include <stdexcept>
 
 namespace {
@@ -25,6 +27,7 @@ char const kUsage[] = R"(usage: moee_run --engine FILE (--images FOLDER | --raw 
   --recipe FILE      preprocess.txt of the bundle (models/preprocess.txt)
   --head FILE        linear classifier of the bundle, for models that end in features (models/head.bin)
   --labels FILE      one class name a line (models/labels.txt, where it fits)
+  --output KIND      classes, or features of a model without a classifier, whose length is shown (classes)
   --batch N          images a run (the engine's largest, at most the images given)
   --runs N           timed runs (100)
   --warm-up N        runs before (10)
@@ -143,7 +146,7 @@ class Options {
 public:
     Options(int count, char** words) {
         static char const* const known[] = {"engine", "plugin", "images", "raw", "recipe", "head", "labels", "batch", "runs",
-            "warm-up", "device", "out", "tensorrt"};
+            "warm-up", "device", "out", "output", "tensorrt"};
         for (int i = 1; i < count; i += 2) {
             std::string const flag = std::strncmp(words[i], "--", 2) == 0 ? words[i] + 2 : "";
             if (std::find(std::begin(known), std::end(known), flag) == std::end(known) || i + 1 >= count) {
@@ -225,6 +228,10 @@ int run(Options const& options) {
     if (path.empty() || folder.empty() == raw.empty()) {
         throw std::runtime_error(kUsage);
     }
+    std::string const kind = options.text("output", "classes");
+    if (kind != "classes" && kind != "features") {
+        throw std::runtime_error("--output " + kind + ": expected classes or features");
+    }
     Device device(options.number("device", 0, 0));
     Engine engine(path, options.text("plugin"), options.text("tensorrt"), device);
     Input const input = folder.empty() ? readRaw(raw, engine.inputElements())
@@ -244,6 +251,11 @@ int run(Options const& options) {
     for (size_t i = 0; i < input.names.size(); ++i) {
         auto const result
             = scores(outputs.data() + i * engine.outputElements(), engine.outputElements(), headPath.empty() ? nullptr : &head);
+        if (kind == "features") {
+            double const squares = std::inner_product(result.begin(), result.end(), result.begin(), 0.0);
+            std::printf("%s: %zu features, length %.4f\n", input.names[i].c_str(), result.size(), std::sqrt(squares));
+            continue;
+        }
         auto const best = static_cast<size_t>(std::max_element(result.begin(), result.end()) - result.begin());
         std::string const label = best < labels.size() ? labels[best] : "class " + std::to_string(best);
         std::printf("%s: %s (%.4f)\n", input.names[i].c_str(), label.c_str(), static_cast<double>(result[best]));
