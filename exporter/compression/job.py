@@ -47,6 +47,7 @@ from moee.progress import Reporter, silent
 from moee.stages.confirmation import confirmed, fresh_images
 from moee.stages.extract import run_extract
 from moee.stages.finetune import run_finetune
+from moee.stages.identity import model_identity
 from moee.stages.session import Session
 from moee.store.artifact import read_json
 
@@ -88,9 +89,8 @@ class Job:
 
     def _identity(self, budget: Budget) -> dict[str, Any]:
         session = self.session
-        model = {"name": session.spec.name, **session.spec.identity()}
         images = {"train": fingerprint(session.train, self.report), "val": fingerprint(session.held_out, self.report)}
-        return {"model": model, "images": images, **self.request.to_json(), "budget": budget.model_dump()}
+        return {"model": model_identity(session), "images": images, **self.request.to_json(), "budget": budget.model_dump()}
 
     def _run(self, state: State, budget: Budget, tried: Tried | None) -> Compressed:
         announce(self.session, self.request, self.clock, budget, self.say)

@@ -21,6 +21,7 @@ from moee.mlps.find import find_ffns
 from moee.places.output_folder import OutputFolder
 from moee.places.resume import check_identity, compare_identity, fingerprint
 from moee.progress import Reporter, silent
+from moee.stages.identity import model_identity
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.cache import tensor_hash
@@ -100,7 +101,8 @@ def setup_of(session: Session, ablation: AblationConfig, report: Reporter = sile
 
 def _told(session: Session, ablation: AblationConfig) -> dict[str, Any]:
     """What of the set-up is known without reading an image."""
-    return {"model": session.spec.name, **session.spec.identity(), **ablation.shared()}
+    identity = model_identity(session)
+    return {"model": identity.pop("name"), **identity, **ablation.shared()}
 
 
 def run_cells(

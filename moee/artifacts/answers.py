@@ -12,10 +12,10 @@ from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.interface.adapted import title_of_model
 from moee.mlps.proof import random_images
+from moee.places.resume import alike
 
 CODED = ("python", "module")  # libraries whose models are the user's code
 KEPT = 16  # numbers an image
-ALIKE = 1e-2  # of their root mean square: another machine adds up in another order, and a token may find another expert
 
 
 @torch.no_grad()
@@ -33,14 +33,7 @@ def answers_of(model: nn.Module) -> list[list[float]]:
 
 def check_answers(model: nn.Module, recorded: list[list[float]]) -> None:
     """Raise `UserError` where `model`, read again, does not give what was recorded of it; a record that lacks says nothing."""
-    given = answers_of(model)
-    if not recorded or not given:
-        return
-    alike = [len(row) for row in recorded] == [len(row) for row in given]
-    if alike:
-        then, now = torch.tensor(recorded), torch.tensor(given)
-        alike = bool((now - then).abs().max() <= ALIKE * then.square().mean().sqrt())
-    if not alike:
+    if not alike(recorded, answers_of(model)):
         raise UserError(
             f"{title_of_model(model)} has the weights that the artifact was made from and gives other outputs than then: its "
             "code, or an attribute that it reads, has changed; give the model of then, or extract again"

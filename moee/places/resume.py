@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from moee.store.leftovers import sweep_all
 CONTENT = "bytes:"  # of a fingerprint, before its digits
 OUTDATED = "which knew its images by names and sizes alone, so they may be others now"
 SHOWN = 60  # characters of a differing value in a message
+ANSWERS = "answers"  # of an identity: what a model of someone's own code gives, which is the same but for float noise
+ALIKE = 1e-2  # of their root mean square: another machine adds up in another order, and a token may find another expert
 
 
 @contextmanager
@@ -108,9 +111,26 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, A
             differing = difference(old, new)
             if differing is not None:
                 return f"{name}.{differing[0]}", *differing[1:]
+        elif name == ANSWERS and old != new:
+            if not alike(old, new):
+                return name, "those of then", "others, so its code or what that reads has changed"
         elif old != new:
             return name, old, new
     return None
+
+
+def alike(recorded: Any, given: Any) -> bool:
+    """Whether a model's outputs, `given` as a list of numbers an image, are those `recorded`; one that lacks says nothing."""
+    if not recorded or not given:
+        return True
+    try:
+        if [len(row) for row in recorded] != [len(row) for row in given]:
+            return False
+        then, now = ([float(value) for row in rows for value in row] for rows in (recorded, given))
+    except (TypeError, ValueError):  # the record is a damaged file's
+        return False
+    bound = ALIKE * math.sqrt(sum(value * value for value in then) / max(1, len(then)))
+    return all(abs(a - b) <= bound for a, b in zip(then, now, strict=True))
 
 
 def fingerprint(data: ImageSet, report: Reporter = silent) -> str:

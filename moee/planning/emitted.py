@@ -22,7 +22,6 @@ from moee.planning.plan import (
     IDENTITY,
     INTERRUPTED,
     STORE_SCHEMA,
-    model_identity,
     places,
     planner_of,
     refuse_incomparable,
@@ -31,6 +30,7 @@ from moee.planning.plan import (
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, Text, checked, upgraded
+from moee.stages.identity import model_identity
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.result_kinds import EMITTED

@@ -12,11 +12,13 @@ from moee.errors import BudgetUnmet
 from moee.measure.accuracy import Comparison
 from moee.methods.recipe import read_recipe_json
 from moee.places.output_folder import OutputFolder
+from moee.places.resume import ANSWERS
 from moee.planning.budget import Budget, Point, choose, margins, nearest, pareto
 from moee.planning.layers import layer_table
 from moee.planning.search import Planner, Way
 from moee.planning.shortlist import Candidate, Timed, with_times, worth_measuring
 from moee.progress import Reporter
+from moee.stages.identity import model_identity
 from moee.store.artifact import write_manifest
 
 SCHEMA, PLAN, RECIPE = "moee.plan/2", "plan.json", "recipe.toml"
@@ -82,7 +84,7 @@ class Found:
             session.made = (ambitious.recipe, *self.planner.made(ambitious))
         result = {
             "model": session.spec.model_dump(mode="json"), "data": session.source, "images": self.planner.images,
-            "base": self.planner.base,
+            "base": self.planner.base, **{key: value for key, value in model_identity(session).items() if key == ANSWERS},
             "budget": self.budget.model_dump(),
             "winner": asdict(winner), "ambitious": asdict(ambitious), "margins": margins(winner, eligible, dense, self.budget),
             "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],

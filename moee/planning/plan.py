@@ -21,7 +21,7 @@ from moee.models.model import ModelSpec
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import check_all
-from moee.places.resume import alone_on, check_identity, compare_identity, fingerprint
+from moee.places.resume import ANSWERS, alone_on, check_identity, compare_identity, fingerprint
 from moee.planning.budget import Budget
 from moee.planning.forms import Latency
 from moee.planning.found import PLAN, SCHEMA, Found
@@ -30,6 +30,7 @@ from moee.planning.search import ALLOCATIONS, STATIC, TARGETS, Planner, Way, rec
 from moee.planning.shortlist import Candidate, Shortlist, Timed
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked, shown
+from moee.stages.identity import model_identity
 from moee.stages.planned import Planned
 from moee.stages.session import Session
 from moee.stages.space import GRAPHS
@@ -142,11 +143,6 @@ def search(
     return Found(planner, points, compared, left_out, budget, untried)
 
 
-def model_identity(session: Session) -> dict[str, Any]:
-    """Which model a plan is of; not where its weights lie."""
-    return {"name": session.spec.name, **session.spec.identity()}
-
-
 def planner_of(
     session: Session, budget: Budget, base: dict[str, Any], store: OutputFolder, latency: Latency | Shortlist | None = None, *,
     report: Reporter,
@@ -229,8 +225,9 @@ def planned_on(path: Path | str) -> Planned:
     body = read_json(path / PLAN if path.is_dir() else path)
     data, images, points = (body.get(name) for name in ("data", "images", "points"))
     known = isinstance(images, dict) and all(isinstance(value, str) for value in images.values())
+    answers = body.get(ANSWERS)
     count = sum(point.get("method") != "dense" for point in points if isinstance(point, dict)) if isinstance(points, list) else 0
-    return Planned(data if isinstance(data, str) else "", images if known else {}, count)
+    return Planned(data if isinstance(data, str) else "", images if known else {}, count, answers)
 
 
 def read_plan(path: Path | str, spec: ModelSpec) -> Recipe:

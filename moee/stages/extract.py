@@ -53,6 +53,8 @@ def run_extract(
         session.check_names(classes)
     if planned is not None:
         with group.agreed():
+            if group.leader:
+                planned.check(session)
             among = planned.among(session) if group.leader else 0
     session.warn_early()
     session.prove(recipe, jobs)

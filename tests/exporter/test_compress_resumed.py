@@ -17,9 +17,12 @@ from exporter.compression.verdicts import slower
 from exporter.report import collect
 from moee.data.image_set import TensorSet
 from moee.errors import BudgetUnmet, OutOfReach, UserError
+from moee.places.resume import alike
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
+from moee.stages.identity import model_identity
 from moee.stages.opened import session_of
+from moee.stages.planned import Planned
 from tests.exporter.test_compress import FAST, interrupted, quick, session  # noqa: F401
 
 REQUEST = Request(Budget(min_cosine=0.9), time_s=None, **FAST)
@@ -176,6 +179,30 @@ def test_what_came_in_the_place_of_a_stage_meanwhile_is_not_gone_on_from(stage, 
         state_of(tmp_path / "out")
     changed.unlink()
     assert not state_of(tmp_path / "out").done(stage), "it is made anew"
+
+
+def test_a_model_whose_code_changed_is_not_gone_on_with(session, tmp_path):  # noqa: F811
+    """Its weights are the same: nothing but what it answers tells that a trial of it says nothing of it now."""
+    own = session_of(session.dense, (session.train.images, torch.tensor(session.train.labels)))
+
+    def state():
+        place = StagedFolder(tmp_path / "out")
+        return State(place, Job(own, place, REQUEST)._identity(REQUEST.budget))
+
+    state().open()
+    answers = model_identity(own)["answers"]
+    assert len(answers) == 2 and state().stages == {}
+    planned = Planned("given", answers=[[value * (1 + 1e-5) for value in row] for row in answers])
+    planned.check(own)
+    assert alike([], answers) and not alike(answers, answers[:1]) and not alike(["x"], answers)
+    act, own.dense.blocks[0].mlp.act = own.dense.blocks[0].mlp.act, torch.nn.ReLU()
+    try:
+        with pytest.raises(UserError, match=r"a compression with model\.answers 'those of then', now 'others, so its code"):
+            state()
+        with pytest.raises(UserError, match="when it gave other outputs: its code, or an attribute that it reads, has changed"):
+            planned.check(own)
+    finally:
+        own.dense.blocks[0].mlp.act = act
 
 
 @pytest.mark.parametrize(
