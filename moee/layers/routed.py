@@ -158,10 +158,11 @@ class RoutedFFN(NeuronLayer):
         return self.offsets.diff().tolist()
 
     def macs_per_token(self, share: Sequence[float] | Tensor) -> float:
-        """The router's scores, and the two products of the experts weighted by their share of the tokens."""
-        dim = self.w_up.shape[1]
+        """The router's scores, where there are several experts, and the two products of these weighted by their share of the
+        tokens."""
+        dim, scored = self.w_up.shape[1], self.num_experts if self.num_experts > 1 else 0
         weighted = sum(w * s for w, s in zip(self.widths, share, strict=True))
-        return self.num_experts * dim + 2.0 * dim * float(weighted) * self.top_k
+        return scored * dim + 2.0 * dim * float(weighted) * self.top_k
 
     @property
     def union(self) -> int:

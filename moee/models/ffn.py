@@ -78,8 +78,8 @@ class FFN:
         return "fc2(act(fc1(x)))"
 
     def routing_macs(self, experts: int) -> int:
-        """Multiply-accumulates a token that choosing among `experts` costs."""
-        return experts * self.dim
+        """Multiply-accumulates a token that choosing among `experts` costs; of one there is nothing to choose."""
+        return experts * self.dim if experts > 1 else 0
 
     def to(self, device: torch.device) -> FFN:
         """The same MLP with its tensors on `device`."""

@@ -1,12 +1,16 @@
 """MACs and parameters against the paper's tables, and against a count by hand."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moee.layers.routed import routed_layers
 from moee.measure.metrics import dense_macs, dense_params, model_cost
+from moee.methods.recipe import method_options
 from moee.models.model import ModelSpec, load_model
+from tests.conftest import extract, tiny_images
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,16 @@ def test_routed_cost_by_hand(tiny_moee):
         macs += 17 * (4 * 32 + 2 * 32 * width - 2 * 32 * 128)  # 17 tokens, 4 experts, D 32, H 128
         params += layer.union * (2 * 32 + 1) + 4 * (32 + 32 + 1) - (2 * 32 * 128 + 128 + 32)
     assert cost["moee"] == {"macs": round(macs), "params": params}
+
+
+def test_one_expert_has_no_router_to_pay_for(tiny_model):
+    """As its exported graph, which is MatMul, activation, MatMul."""
+    dense = copy.deepcopy(tiny_model)
+    extract(tiny_model, tiny_images(), method_options("static", keep=0.8, compensation="mean"))
+    layers = routed_layers(tiny_model)
+    cost = model_cost(dense, tiny_model, {name: [1.0] for name in layers}, (3, 32, 32))
+    fewer = sum(17 * 2 * 32 * (128 - layer.union) for layer in layers.values())  # 17 tokens, D 32, H 128
+    assert len(layers) == 3 and fewer > 0 and cost["moee"]["macs"] == cost["dense"]["macs"] - fewer
 
 
 def test_dense_macs_do_not_depend_on_fused_attention(tiny_model):
