@@ -48,7 +48,17 @@ def after_finetune(info: dict[str, Any], path: str, out: str, words: Sequence[st
     learned = f"epoch {best} of {len(after)} was best: validation loss {before:.3g} to {after[best - 1]:.3g}"
     kept, poor = _kept(stage["retention"])
     more = "; it was still falling, so more --epochs may help" if best == len(after) and poor else ""
-    return f"{learned}; {kept}{more}. Next: {_command('export', out, *words, '--out', 'export')}"
+    return f"{learned}; {kept}{_fell(info['stages'])}{more}. Next: {_command('export', out, *words, '--out', 'export')}"
+
+
+def _fell(stages: dict[str, Any]) -> str:
+    """What the accuracy was before the tuning, where that was more on the same held-out images: a loss may fall beside it."""
+    tuned, earlier = stages["tuned"], [(name, stage) for name, stage in stages.items() if name != "tuned"]
+    if not earlier or earlier[-1][1].get("held_out") != tuned.get("held_out"):
+        return ""
+    name, stage = earlier[-1]
+    before, now = (each["retention"].get("accuracy") for each in (stage, tuned))
+    return f", less than the {percent(before)} as {name}" if None not in (before, now) and before > now else ""
 
 
 def after_shrink(info: dict[str, Any], out: str, words: Sequence[str] = ()) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -78,7 +79,7 @@ def identity_of(
     """What a resumed run must share with the one that was interrupted: the teacher too, which may have been drawn at random.
     Raises `UserError` if `folder` holds another run; of two that differ in other things too, the images are not read."""
     identity = {
-        "config": config.model_dump(), "images": len(data), "weights": _checksum(model), "teacher": _checksum(dense),
+        "config": config.model_dump(), "images": len(data), "weights": _hash(model), "teacher": _hash(dense),
     }  # fmt: skip
     state = read_state(folder / STATE) if (folder / STATE).is_file() else None
     if state is not None:
@@ -102,8 +103,13 @@ def _refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
     )
 
 
-def _checksum(model: nn.Module) -> str:
-    return f"{sum(float(p.detach().double().abs().sum()) for p in model.parameters()):.6f}"
+def _hash(model: nn.Module) -> str:
+    """Of all tensors by name: a sum would take rows that changed places, such as two classes of a head, for the same model."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def share_standing(standing: Standing | None, learner: Learner, group: Group) -> Standing | None:

@@ -14,7 +14,7 @@ from moee.schema import Body, checked, upgraded
 from moee.store.artifact import read_json, sha256_file
 from moee.weights.weights_file import read_safetensors
 
-SCHEMA = "moee.finetune/2"
+SCHEMA = "moee.finetune/3"
 
 
 class State(Body):

@@ -61,6 +61,17 @@ def test_after_finetune(info, said):
     assert said in after_finetune(info, "in", "out")
 
 
+@pytest.mark.parametrize(
+    "held_out, accuracy, said",
+    [("a", 0.99, "; accuracy 97.00%, dense 97.50%, less than the 99.00% as extracted. Next"), ("a", 0.97, "dense 97.50%. Next"),
+     ("b", 0.99, "dense 97.50%. Next"), ("a", None, "dense 97.50%. Next")],
+)  # fmt: skip
+def test_an_accuracy_that_fell_while_the_loss_fell_is_said(held_out, accuracy, said):
+    info = tuned(1, [0.01, 0.008, 0.009], held_out="a")
+    stages = {"extracted": {**stage(accuracy=accuracy), "held_out": held_out}, **info["stages"]}
+    assert said in after_finetune({"stages": stages}, "in", "out")
+
+
 def timed(ratio, low, high, ideal=1.4, pairs=40):
     return SimpleNamespace(
         batch=8, runtime="onnxruntime CPU", ideal_speedup=ideal, verdict=Verdict(ratio, low, high, pairs),

@@ -175,6 +175,16 @@ def test_another_run_is_refused_before_the_work(pair, tmp_path, monkeypatch, fie
         finetune(model, dense, data, FinetuneConfig(**{"epochs": 2, "batch_size": 4, **fields}), resume=tmp_path, teacher=not_run)
 
 
+def test_a_teacher_whose_classes_changed_places_is_another(pair, tmp_path, monkeypatch):
+    interrupted_run(pair, tmp_path, monkeypatch)
+    dense, model, data = pair
+    with torch.no_grad():
+        for tensor in (dense.head.weight, dense.head.bias):
+            tensor[:2] = tensor[:2].flip(0)
+    with pytest.raises(UserError, match="another teacher"):
+        finetune(model, dense, data, FinetuneConfig(epochs=2, batch_size=4), resume=tmp_path, teacher=not_run)
+
+
 def test_other_images_and_a_lost_state_are_refused_before_the_work(pair, tmp_path, monkeypatch):
     interrupted_run(pair, tmp_path, monkeypatch)
     dense, model, data = pair

@@ -219,7 +219,7 @@ def test_pickles_with_a_manifest_that_vouches_for_them(spread, made, tmp_path, c
     resume.mkdir()
     shutil.copy(file, resume / "state-1.safetensors")
     state = {
-        "schema": "moee.finetune/2", "epoch": 1, "identity": {}, "file": "state-1.safetensors", "sha256": sha256_file(file),
+        "schema": "moee.finetune/3", "epoch": 1, "identity": {}, "file": "state-1.safetensors", "sha256": sha256_file(file),
         "step": 1.0, "train_loss": [1.0], "validation_loss": [1.0, 1.0], "best_epoch": 1,
     }  # fmt: skip
     write_json(resume / "state.json", state)

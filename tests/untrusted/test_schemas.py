@@ -166,7 +166,7 @@ def test_states_of_an_interrupted_tuning(tmp_path, count):
     save_file({**tensors, **frozen}, tmp_path / "state-1.safetensors")
     path = tmp_path / "state.json"
     path.write_text(json.dumps({
-        "schema": "moee.finetune/2", "epoch": 1, "identity": {"data": "digits"}, "file": "state-1.safetensors",
+        "schema": "moee.finetune/3", "epoch": 1, "identity": {"data": "digits"}, "file": "state-1.safetensors",
         "sha256": sha256_file(tmp_path / "state-1.safetensors"), "step": 3.0, "train_loss": [0.5], "validation_loss": [0.6, 0.5],
         "best_epoch": 1, "lr": 1e-6,
     }))  # fmt: skip
