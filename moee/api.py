@@ -220,8 +220,9 @@ def evaluate(model: MoeeModel, data: Images = None, *, device: str = "auto", rep
     told = classes_told(dense, model.probe)
     drawn = head_drawn(model.spec, model.probe)
     compared = comparison(
-        reference.labels, held_out.num_classes, told, held_out.name, logits=logits, drawn=drawn, probe=model.probe is not None
-    )
+        reference.labels, held_out.num_classes, told, held_out.name, logits=logits, drawn=drawn, probe=model.probe is not None,
+        unknown=held_out.unknown,
+    )  # fmt: skip
     return retention(reference, outputs, model.probe, told, compared)
 
 

@@ -72,8 +72,9 @@ def make_examples(
     told = classes_told(dense, moee.probe)
     drawn = head_drawn(moee.spec, moee.probe)
     compared = comparison(
-        trace.labels, held_out.num_classes, told, held_out.name, logits=dense_outputs, drawn=drawn, probe=moee.probe is not None
-    )
+        trace.labels, held_out.num_classes, told, held_out.name, logits=dense_outputs, drawn=drawn, probe=moee.probe is not None,
+        unknown=held_out.unknown,
+    )  # fmt: skip
     pictures = _Pictures(held_out, model_transform(moee.model))
     answers = (top1(dense_outputs), top1(ours)) if told > 1 else None
     names = moee.classes or held_out.classes

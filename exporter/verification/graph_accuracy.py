@@ -48,7 +48,8 @@ class GraphAccuracy:
             return Comparison(len(self.data), 0, "switched off with --images 0")
         told = classes_told(self.moee.model, self.moee.probe)
         drawn = head_drawn(self.moee.spec, self.moee.probe)
-        return comparison(self.data.labels, self.data.num_classes, told, self.data.name, drawn=drawn)
+        data = self.data
+        return comparison(data.labels, data.num_classes, told, data.name, drawn=drawn, unknown=data.unknown)
 
     def chosen(self) -> Tensor:
         """Positions of the images that are looked at: labelled ones, drawn once."""
@@ -105,7 +106,7 @@ class GraphAccuracy:
                 drawn = head_drawn(self.moee.spec, self.moee.probe)
                 compared = comparison(
                     dense["labels"], self.data.num_classes, told, self.data.name, logits=dense["logits"], drawn=drawn,
-                    probe=self.moee.probe is not None,
+                    probe=self.moee.probe is not None, unknown=self.data.unknown,
                 )  # fmt: skip
                 reason = compared.reason
                 silent = int((top1(dense["logits"]) == NO_ANSWER).sum())

@@ -56,7 +56,7 @@ class Part(ImageSet):
     def __init__(self, data: ImageSet, positions: Sequence[int]):
         super().__init__(data.name, [data.labels[at] for at in positions], data.classes)
         self.data, self.positions, self.workers = data, positions, data.workers
-        self.skipped = _Skipped(data.skipped, positions)
+        self.skipped, self.unknown = _Skipped(data.skipped, positions), data.unknown
 
     def load(self, index: int) -> Tensor:
         return self.data.load(self.positions[index])

@@ -9,7 +9,7 @@ number of classes; skewed labels, where a constant is right most of the time, ar
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,14 +163,14 @@ def counted(labelled: int, images: int, probe: bool = False) -> str:
 
 def comparison(
     labels: Sequence[int] | Tensor, classes: int, told: int, name: str, *, logits: Tensor | None = None, drawn: bool = False,
-    probe: bool = False,
+    probe: bool = False, unknown: Collection[str] = (),
 ) -> Comparison:  # fmt: skip
     """Whether accuracy can be compared on images with `labels` [N] (-1: none) of `classes` classes.
 
     `told`: how many classes the model's head or probe tells apart (0: it has neither). `name`: the data's, for the reason.
     `logits` [N, told] are the dense model's; without them the answer is what is known before anything has run, and a comparison
     that is not refused yet may still be. `drawn`: the head's weights are random ones, whose accuracy may beat a guess by chance.
-    `probe`: the logits are those of a probe on the dense features.
+    `probe`: the logits are those of a probe on the dense features. `unknown`: names of the data's classes that the model has not.
     """
     import numpy as np
 
@@ -182,6 +182,9 @@ def comparison(
     reason, cure = "", ""
     if classes < 2 or not len(known):
         reason = f"{name} has no labels of two classes or more"
+        if unknown and told:
+            some = ", ".join(shown(each) for each in list(unknown)[:2]) + (" and others" if len(unknown) > 2 else "")
+            reason += f" that the model has: its {some} {'are' if len(unknown) > 1 else 'is'} none of the model's classes"
     elif told == 0:
         reason = "the model has neither a classifier nor a probe"
     elif told == 1:

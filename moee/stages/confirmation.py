@@ -84,7 +84,7 @@ def confirmed(session: Session, model: nn.Module, probe: Probe | None, images: S
     told = classes_told(session.dense, probe)
     compared = comparison(
         dense.labels, images[0].num_classes, told, source, logits=logits, drawn=head_drawn(session.spec, probe),
-        probe=probe is not None,
+        probe=probe is not None, unknown=images[0].unknown,
     )  # fmt: skip
     return {"data": located(source), "retention": retention(dense, ours, probe, told, compared).to_json()}
 

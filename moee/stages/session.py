@@ -265,14 +265,13 @@ class Session:
         return found
 
     def comparison(self, probe: Probe | None) -> Comparison:
-        """Whether accuracy on the held-out images can be compared with the dense model's, which runs on them if need be. Of the
-        leader alone."""
+        """Whether accuracy on the held-out images can be compared with the dense model's, which runs on them. Of the leader."""
         logits = self.reference.features if probe is None else probe.logits(self.reference.features)
         told = classes_told(self.dense, probe)
         drawn = head_drawn(self.spec, probe)
         return comparison(
             self.reference.labels, self.held_out.num_classes, told, self.held_out.name, logits=logits, drawn=drawn,
-            probe=probe is not None,
+            probe=probe is not None, unknown=self.held_out.unknown,
         )  # fmt: skip
 
     def early_comparison(self, probe: Probe | None = None) -> Comparison:
@@ -281,7 +280,8 @@ class Session:
         drawn = told > 0 and head_drawn(self.spec, probe)
         if told == 0 and len({label for label in self.train.labels if label >= 0}) > 1:
             told = class_count(self.train.labels, self.train.num_classes)  # as the probe will
-        return comparison(self.held_out.labels, self.held_out.num_classes, told, self.held_out.name, drawn=drawn)
+        data = self.held_out
+        return comparison(data.labels, data.num_classes, told, data.name, drawn=drawn, unknown=data.unknown)
 
     def warn_early(self, probe: Probe | None = None) -> None:
         """Say before the work that accuracies will not be compared, where the user can change that."""

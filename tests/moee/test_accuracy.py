@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
+from moee.data.class_names import Labels
+from moee.data.validation import Part
 from moee.errors import UserError
 from moee.measure.accuracy import CHANCE_P, NO_ANSWER, agreement, comparison, paired_drop, recorded_interval, top1, wilson
 from moee.measure.evaluation import Outputs, retention
@@ -332,6 +334,18 @@ def test_the_drop_and_its_interval(counts, drop, low, high):
     dense, ours = np.repeat([1, 1, 0, 0], counts), np.repeat([1, 0, 1, 0], counts)
     found, interval = paired_drop(dense, ours)
     assert (found, *interval) == pytest.approx((drop, low, high), abs=0.01)
+
+
+def test_labels_of_other_classes_are_not_called_none():
+    """As of shards, whose classes are numbers, beside a folder of names."""
+    data = tiny_images(40)
+    data.classes = ("cat", "dog", "emu", "fox")
+    data.renumber(("0", "1"), Labels(("0", "1")).number)
+    part = Part(data, range(20))
+    found = comparison(part.labels, part.num_classes, 2, "new", unknown=part.unknown)
+    said = "new has no labels of two classes or more that the model has: its 'cat', 'dog' and others are none of the model's"
+    assert found.reason == f"{said} classes" and not found
+    assert comparison([-1] * 20, 0, 0, "new", unknown=["cat"]).reason == "new has no labels of two classes or more", "a backbone"
 
 
 def test_the_interval_of_the_drop_covers_what_it_says_on_few_images():
