@@ -36,6 +36,7 @@ from moee.keywords import in_python
 from moee.measure.accuracy import comparison
 from moee.measure.evaluation import Retention, retention, run
 from moee.measure.probe import classes_told, head_drawn
+from moee.methods.idle import refuse_idle_options
 from moee.methods.recipe import make_recipe, read_recipe, tuning_of
 from moee.methods.registry import METHODS
 from moee.models.model import load_model as load_spec
@@ -119,6 +120,7 @@ def extract(
             log.info("the recipe tunes the model too: moee.finetune(result, recipe=%r)", str(recipe))
     else:
         steps = make_recipe(method, preset, _tuples(options))
+        refuse_idle_options(steps, options)
     session = session_of(
         model, data, val, classes=classes, num_classes=num_classes, input=input, device=device, workers=workers, report=report,
         seed=steps.seed, memory=memory,

@@ -38,6 +38,10 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def idle(self) -> dict[str, str]:
+        """Names of fields that change nothing beside the values of others, and what each is for."""
+        return {}
+
     @field_validator("*", mode="before")
     @classmethod
     def _as_it_is(cls, value: Any, info: ValidationInfo) -> Any:

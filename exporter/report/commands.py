@@ -162,6 +162,10 @@ def _step_words(method: Method[Any], step: dict[str, Any], said: Sequence[Any], 
     method."""
     values = {name: value for name, value in step.items() if name != "method"}
     named = ["--method", method.name] if last and method is not METHODS[0] else []
+    try:
+        idle = options_for(method, _tuples(values)).idle()  # a command that names these is refused
+    except UserError:
+        idle = {}
     ways = []
     for number, (preset, start) in enumerate(method.presets.items()):
         usual = {name: start.get(name, field.default) for name, field in method.options.model_fields.items()}
@@ -169,10 +173,11 @@ def _step_words(method: Method[Any], step: dict[str, Any], said: Sequence[Any], 
         try:
             made = make_recipe(method.name, preset, _tuples(given)).cut
             if made == options_for(method, _tuples(values)):
-                ways.append([*named, *(["--preset", preset] if number else []), *_words(given, said)])
+                told = {name: value for name, value in given.items() if name not in idle}
+                ways.append([*named, *(["--preset", preset] if number else []), *_words(told, said)])
         except UserError:  # of a manifest that somebody changed, or of another version
             continue
-    return min(ways, key=len, default=[*named, *_flags(values, method.options, said)])
+    return min(ways, key=len, default=[*named, *_flags({n: v for n, v in values.items() if n not in idle}, method.options, said)])
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

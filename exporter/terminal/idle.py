@@ -1,4 +1,4 @@
-"""Options that do nothing beside others: said before anything is read."""
+"""Options that do nothing beside others: said before anything is read. For those of methods see `moee.methods.idle`."""
 
 from __future__ import annotations
 

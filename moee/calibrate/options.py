@@ -81,6 +81,11 @@ class SelectionOptions(Options):
             raise ValueError("--mac-time holds layers against each other; use it with --allocation model")
         return self
 
+    def idle(self) -> dict[str, str]:
+        measured = f"--criterion {', '.join(MEASURED)}, and it is {self.criterion}"
+        found = {} if self.criterion in MEASURED else {"objective": measured}
+        return {**super().idle(), **found}
+
     def multiple_of(self, hidden: int) -> int:
         """What the number of neurons that an expert keeps is a multiple of, in an MLP of `hidden`: `width_multiple`, halved until
         the layer has `STEPS_OF_WIDTH` widths to choose from."""
@@ -129,6 +134,11 @@ class RefitOptions(Options):
     )  # fmt: skip
     refit_tokens: Count = Field(PAPER_TOKENS, description="tokens a layer that --compensation refit may use")
     augment: Views = Field(0, description="random views of each training image that the refit sees beside it")
+
+    def idle(self) -> dict[str, str]:
+        refit = f"--compensation refit, and it is {self.compensation}"
+        found = {} if self.compensation == "refit" else dict.fromkeys(("refit_lambda", "refit_tokens"), refit)
+        return {**super().idle(), **found}
 
     @model_validator(mode="after")
     def _refitted(self) -> RefitOptions:

@@ -57,6 +57,14 @@ class ClusteringOptions(Options):
             raise ValueError(f"--eps is for dbscan; clustering {self.clustering} has no radius")
         return self
 
+    def idle(self) -> dict[str, str]:
+        sized, found = "hdbscan and optics", dict[str, str]()
+        if not self.by_density or self.clustering == "dbscan":
+            found["min_cluster_size"] = f"--clustering {sized}, and it is {self.clustering}"
+        if not self.by_density:
+            found["min_samples"] = f"--clustering hdbscan, dbscan and optics, and it is {self.clustering}"
+        return {**super().idle(), **found}
+
     @property
     def by_density(self) -> bool:
         """Whether distances between all tokens are looked at: a number of clusters that nobody gave is found so too."""

@@ -51,7 +51,7 @@ def torchrun(world: int, arguments: list[str], cache: Path, module: str = "expor
 
 def extraction(weights: Path, out: Path, *more: str) -> list[str]:
     command = ["extract", "test_vit", "--weights", str(weights), "--img-size", "32", "--data", "digits", "--out", str(out)]
-    return [*command, "--tokens", "1500", "--refit-tokens", "1500", "--min-cluster-size", "0.02", *more]
+    return [*command, "--tokens", "1500", "--refit-tokens", "1500", *more]
 
 
 def folder_of(tiny_export, root: Path) -> Path:

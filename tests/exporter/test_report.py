@@ -1,5 +1,6 @@
 """The report: well-formed, self-contained, escaped, and true to the artifacts; what is missing is said."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 from typing import get_args, get_origin
 
 import pytest
+from pydantic import ValidationError
 
 from exporter import cli
 from exporter.report import collect, render, write_report
@@ -263,9 +265,11 @@ def test_every_setting_is_in_the_command(tmp_path, method):
         body["recipe"] = {"steps": [{"method": method.name, name: value}]}
         path.write_text(json.dumps(body))
         words = shlex.split(commands(collect([run]))[0])[1:]
-        assert given_options(cli.build_parser(method.name).parse_args(words), [method.options]) == {
-            name: tuple(value) if isinstance(value, list) else value
-        }
+        given = {name: tuple(value) if isinstance(value, list) else value}
+        with contextlib.suppress(ValidationError):
+            if name in method.options(**given).idle():  # alone it does nothing, and a command that names it would be refused
+                given = {}
+        assert given_options(cli.build_parser(method.name).parse_args(words), [method.options]) == given
 
 
 def test_an_unknown_path_is_one_sentence(tmp_path):

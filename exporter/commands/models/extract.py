@@ -32,6 +32,7 @@ from exporter.terminal.space import add_memory, add_scratch
 from exporter.terminal.ui import FittingTable, attention_table, layer_notes, layer_table, number, percent, stage_table
 from moee.bounds import JOBS
 from moee.errors import UserError
+from moee.methods.idle import refuse_idle_options
 from moee.methods.recipe import ALONE, PARTS, make_recipe, read_recipe
 from moee.methods.registry import METHODS, presets
 from moee.places.inputs import source_paths
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         rest = [*sources[1:], *chosen]
         raise UserError(f"--{sources[0]} decides the method and its options; leave {', '.join(map(flag_of, rest))} out")
     recipe = make_recipe(args.method, args.preset, values) if not sources else read_recipe(args.recipe) if args.recipe else None
+    if recipe is not None and not sources:
+        refuse_idle_options(recipe, values)
     classes, planned = classes_of(args), None
     with joined(args.rank_timeout, args.threads, args.torch_device) as group, rank_display(group) as report:
         with group.agreed():
