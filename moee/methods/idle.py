@@ -10,8 +10,8 @@ from moee.methods.recipe import Recipe
 
 
 def refuse_idle_options(recipe: Recipe, given: Mapping[str, Any]) -> None:
-    """Raise `OptionError` for the first of the options `given`, by their names, that changes nothing in the `recipe` made of
-    them: no step takes it, or it has another value than it has anyway and the step's other options leave it without effect."""
+    """Raise `OptionError` for the first of the options `given`, by their names, that has another value than it has anyway, and
+    that the other options leave without effect in every step of the `recipe` that knows it."""
     for name, value in given.items():
         steps = [step for step in recipe.steps if name in type(step).model_fields]
         reasons = [reason for step in steps if (reason := step.idle().get(name))]

@@ -337,6 +337,7 @@ def test_the_bundles_script_names_a_file_that_is_no_image_and_goes_on(content, t
     recipe = {"size": size, "resize": size, "crop": ["center"], "filter": ["bicubic"], **colours}
     monkeypatch.setattr("exporter.deploy.run.check_files", lambda: None)
     monkeypatch.setattr("exporter.deploy.run.load", lambda: (None, "portable.onnx", recipe, ["cat"], True))
+    monkeypatch.setattr("exporter.deploy.run.tells_classes", lambda: True)
     monkeypatch.setattr("exporter.deploy.run.run", lambda *args: np.zeros((1, 1), np.float32))
     assert run_main([str(path), str(image)]) == 2
     out, err = capsys.readouterr()
