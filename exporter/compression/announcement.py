@@ -42,5 +42,6 @@ def allowance(budget: Budget, labelled: int) -> str:
         return ""
     most = int(budget.max_drop * labelled / 100 + 1e-9)
     lost = f"{most} may be lost" if most else "none may be lost"
-    one = f"one of the {labelled} labelled held-out images is {100 / labelled:.3g} points of accuracy"
+    share = 100 / labelled
+    one = f"one of the {labelled} labelled held-out images is {share:.3g} {'point' if share == 1 else 'points'} of accuracy"
     return f"{one}, so {lost}; more images tell more"

@@ -17,7 +17,7 @@ from moee.config import FinetuneConfig, Options
 from moee.errors import UserError
 from moee.methods.base import Method
 from moee.methods.recipe import make_recipe, read_recipe_json
-from moee.methods.registry import METHODS, options_for
+from moee.methods.registry import DEFAULT, METHODS, options_for
 from moee.natural_order import in_order
 from moee.shrinking.options import ShrinkConfig
 
@@ -161,7 +161,7 @@ def _step_words(method: Method[Any], step: dict[str, Any], said: Sequence[Any], 
     """The flags of a step, but for those that were `said`: from the preset that takes the fewest. `last`: it is the recipe's
     method."""
     values = {name: value for name, value in step.items() if name != "method"}
-    named = ["--method", method.name] if last and method is not METHODS[0] else []
+    named = ["--method", method.name] if last and method is not DEFAULT else []
     try:
         idle = options_for(method, _tuples(values)).idle()  # a command that names these is refused
     except UserError:

@@ -15,8 +15,9 @@ LEAST_COSINE = 0.95  # cosine of a model's outputs, beyond which tuning comes be
 SMALLER = "try --method static --target-macs 0.7"
 
 
-def after_extract(info: dict[str, Any], out: str, words: Sequence[str] = ()) -> str:
-    """`info` of the artifact that lies at `out`; `words`: flags that later commands want again."""
+def after_extract(info: dict[str, Any], out: str, words: Sequence[str] = (), less: str = "") -> str:
+    """`info` of the artifact that lies at `out`; `words`: flags that later commands want again; `less`: the flag of the method by
+    which it saves less, empty where there is none."""
     stage = info["stages"]["extracted"]
     share = _saved(stage)
     experts = max((layer["experts"] for layer in info["layers"]), default=0)
@@ -28,7 +29,7 @@ def after_extract(info: dict[str, Any], out: str, words: Sequence[str] = ()) -> 
     kept, poor = _kept(stage["retention"])
     if poor:
         cure = _command("finetune", out, *words, "--out", "tuned")
-        return f"{saved}, but {kept}: next tune it, {cure}, or save less (--target-macs)"
+        return f"{saved}, but {kept}: next tune it, {cure}, or save less" + (f" ({less})" if less else "")
     return f"{saved}; {kept}. How fast it is was not measured; next: {_command('export', out, *words, '--out', 'export')}"
 
 

@@ -42,7 +42,7 @@ class EngineParity:
         return self.plugin.passed and self.built_from_this_export is not False and compared
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VerifyResult:
     """Parity, accuracy (None where labels or classes lack, `no_accuracy` says why) and engine (None if not asked for).
     `dense_failure`: what is wrong with the dense graph, without which there is nothing to compare."""
@@ -63,6 +63,13 @@ class VerifyResult:
 
     def __bool__(self) -> bool:
         return self.passed
+
+    def __repr__(self) -> str:
+        """The verdict, as a notebook shows it, and each check that failed or did not run, a line each."""
+        cases = self.cases()
+        failed = [f"{c.group} {c.name} failed: {c.failure or c.error}" for c in cases if c.failure or c.error]
+        lines = [*failed, *(f"{c.group} {c.name} not checked: {c.skipped}" for c in cases if c.skipped)]
+        return "\n".join([f"verify {self.export!r} {'passed' if self.passed else 'failed'}, {len(cases)} checks", *lines])
 
     def cases(self) -> list[Case]:
         """Every check in the order of the model."""

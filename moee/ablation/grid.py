@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from moee.config import MOST_COUNT, MOST_SEEDS, Count, Options, validated
-from moee.methods.registry import METHODS, cutting, method_named, options_for
+from moee.methods.registry import DEFAULT, cutting, method_named, options_for
 
 Compensation = Literal["none", "mean", "refit"]
 
@@ -188,7 +188,7 @@ def cells_of(ablation: AblationConfig) -> Iterator[Cell]:
 
 def _cells_of_row(ablation: AblationConfig, table: str, row: Row, compensation: str, seed: int) -> Iterator[Cell]:
     values = dict(row.changes)
-    method = method_named(values.pop("method", METHODS[0].name))
+    method = method_named(values.pop("method", DEFAULT.name))
     known = method.options.model_fields
     base = {name: value for name, value in ablation.base().items() if name in known}
     if "compensation" in known:

@@ -73,7 +73,7 @@ class ImageRecord:
         return notes
 
 
-@dataclass
+@dataclass(repr=False)
 class MoeeModel:
     """A model with routed layers and everything that an artifact records about it.
 
@@ -89,6 +89,21 @@ class MoeeModel:
     probe: Probe | None = None
     info: dict[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """One line, as a notebook shows it: what was cut, and the last stage's figures."""
+        what = self.recipe.method.name if self.recipe else "not extracted"
+        stages: list[dict[str, Any]] = list(self.info.get("stages", {}).values())
+        stage = stages[-1] if stages else {}
+        cost, kept = stage.get("cost"), stage.get("retention") or {}
+        said = [self.spec.name, what]
+        if cost:
+            said.append(f"{cost['moee']['macs'] / cost['dense']['macs']:.1%} of the MACs")
+        if kept.get("accuracy") is not None:
+            said.append(f"accuracy {kept['accuracy']:.2%} (dense {kept['dense_accuracy']:.2%})")
+        if kept.get("class_cosine") is not None:
+            said.append(f"cosine {kept['class_cosine']:.4f}")
+        return f"MoeeModel({', '.join(said)})"
 
     @property
     def dense_spec(self) -> ModelSpec:

@@ -29,7 +29,7 @@ class RefitReport:
 @dataclass(frozen=True)
 class LayerReport:
     """What extraction did to one MLP. `share` [K] is each expert's share of the calibration tokens, of which there were `tokens`
-    (None: not recorded)."""
+    (None: not recorded, or the method looks at none)."""
 
     name: str
     status: str  # "routed" or the reason why the layer stayed dense

@@ -30,7 +30,7 @@ from moee.config import FinetuneConfig, Options, validated
 from moee.errors import OptionError, UserError
 from moee.keywords import spoken
 from moee.methods.base import Method
-from moee.methods.registry import METHODS, cutting, method_named, method_of, options_for, presets, refuse_dashes
+from moee.methods.registry import DEFAULT, METHODS, cutting, method_named, method_of, options_for, presets, refuse_dashes
 from moee.schema import shown
 
 PARTS = ("attention", "tokens", "mlps")  # in the order in which they are cut
@@ -122,7 +122,7 @@ def make_recipe(method: str | None = None, preset: str | None = None, values: Ma
     if given.get("clustering") == "none":  # an older way to ask for static pruning
         del given["clustering"]
         static = method_named("static")
-        if chosen is METHODS[0]:
+        if chosen is DEFAULT:
             start = {name: value for name, value in start.items() if name in static.options.model_fields}
             chosen, start = static, start if preset else _chosen(static.name, None)[1]
         elif chosen is not static:
@@ -152,9 +152,9 @@ def _chosen(name: str | None, preset: str | None) -> tuple[Method[Any], Mapping[
     known = presets()
     if preset is not None and preset not in known:
         raise UserError(f"unknown preset {shown(preset)}; expected one of {', '.join(known)}")
-    method = method_named(name) if name is not None else known[preset] if preset is not None else METHODS[0]
+    method = method_named(name) if name is not None else known[preset] if preset is not None else DEFAULT
     if method.cuts not in ALONE:
-        raise UserError(f"--method {method.name} goes beside another one; give --attention-macs with --method {METHODS[0].name}")
+        raise UserError(f"--method {method.name} goes beside another one; give --attention-macs with --method {DEFAULT.name}")
     if preset is not None and known[preset] is not method:
         raise UserError(f"--preset {preset} is of method {known[preset].name}, and not of {method.name}; leave one of them out")
     return method, method.presets[preset] if preset is not None else next(iter(method.presets.values()), {})
@@ -165,7 +165,7 @@ def method_options(preset: str | None = None, **values: Any) -> Any:
     name = values.pop("method", None)
     if preset is not None or values.get("clustering") == "none":
         return make_recipe(name, preset, values).cut
-    return recipe_with(method_named(name) if name else METHODS[0], values).cut
+    return recipe_with(method_named(name) if name else DEFAULT, values).cut
 
 
 def read_recipe_json(body: Any, path: Path | str) -> Recipe:

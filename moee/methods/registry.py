@@ -18,8 +18,9 @@ from moee.methods.static import StaticMethod
 from moee.methods.tokens import TokensMethod
 from moee.schema import shown
 
+DEFAULT: Method[Any] = ExpertsMethod()  # what is meant where no method is named
 METHODS: list[Method[Any]] = [
-    ExpertsMethod(),
+    DEFAULT,
     StaticMethod(),
     MoeficationMethod(),
     ClearMethod(),

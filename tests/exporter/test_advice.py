@@ -34,7 +34,11 @@ def stage(macs=0.7, accuracy=0.97, dense=0.975, cosine=0.99, **more):
     ],
 )  # fmt: skip
 def test_after_extract(layers, figures, said):
-    assert said in after_extract({"stages": {"extracted": stage(**figures)}, "layers": layers}, "my model")
+    assert said in after_extract({"stages": {"extracted": stage(**figures)}, "layers": layers}, "my model", less="--target-macs")
+
+
+def test_a_method_without_a_target_is_given_no_flag_for_one():
+    assert after_extract({"stages": {"extracted": stage(cosine=0.7, accuracy=0.5)}, "layers": ONE}, "m").endswith("or save less")
 
 
 def test_commands_of_a_function_of_the_users_name_it_again():

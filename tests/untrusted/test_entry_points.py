@@ -73,6 +73,7 @@ GUARDED = {
         "plugins/aot/build.py": "the user's own cache",
         "exporter/engines/build.py": "lines of our own worker",
         "exporter/engines/worker.py": "written by the parent",
+        "exporter/deploy/run.py": "of the bundle that it lies in",
         "exporter/timing/layer_profile.py": "ONNX Runtime's trace of a moment ago",
     },
 }

@@ -34,7 +34,7 @@ from moee.bounds import JOBS
 from moee.errors import UserError
 from moee.methods.idle import refuse_idle_options
 from moee.methods.recipe import ALONE, PARTS, make_recipe, read_recipe
-from moee.methods.registry import METHODS, presets
+from moee.methods.registry import DEFAULT, METHODS, presets
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder
 from moee.places.placement import Output
@@ -50,9 +50,9 @@ def add_parser(subparsers: Any, shown: str | None = None) -> None:
     add_model(sub)
     how = sub.add_argument_group("what is done to the model")
     names = ",".join(method.name for method in METHODS if method.cuts in ALONE)
-    text = f"what is done; its options are below, and --method NAME --help shows another one's (default: {METHODS[0].name})"
+    text = f"what is done; its options are below, and --method NAME --help shows another one's (default: {DEFAULT.name})"
     how.add_argument("--method", choices=Known(names.split(",")), metavar=f"{{{names}}}", help=text)
-    usual = next(iter(METHODS[0].presets))
+    usual = next(iter(DEFAULT.presets))
     several = {m.name: ", ".join(m.presets) for m in METHODS if set(m.presets) - {m.name}}
     named = "; ".join(f"{listed} of {name}" for name, listed in several.items())
     text = (
@@ -81,9 +81,9 @@ def _outputs(args: argparse.Namespace) -> list[Output]:
 
 def add_method_options(sub: argparse.ArgumentParser, shown: str | None) -> None:
     """The options of every method; help shows those of the method called `shown`, and of what goes beside it."""
-    first = next((m for m in METHODS if shown in (m.name, *m.also)), presets().get(shown or "", METHODS[0]))
+    first = next((m for m in METHODS if shown in (m.name, *m.also)), presets().get(shown or "", DEFAULT))
     if first.cuts not in ALONE:
-        first = METHODS[0]
+        first = DEFAULT
     preset = shown if shown in first.presets else next(iter(first.presets), None)
     of = f"--method {first.name}" + (f" --preset {preset}" if len(first.presets) > 1 else "")
     options = sub.add_argument_group(f"options of {of}: {first.summary}")
@@ -151,7 +151,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         command = shlex.join(["moee", "finetune", args.out, *words, "--recipe", args.recipe, "--out", "DIR"])
         console.print(f"the recipe tunes it too: {command}", highlight=False, soft_wrap=True)
     console.print(f"written to {args.out}; peak memory {moee.info['peak_memory_bytes'] / 2**30:.2f} GiB", highlight=False)
-    console.print(after_extract(moee.info, args.out, words), highlight=False, soft_wrap=True)
+    fields = () if args.plan or args.recipe else type(recipe.cut).model_fields
+    less = next((f"--{name.replace('_', '-')}" for name in ("target_macs", "token_macs") if name in fields), "")
+    console.print(after_extract(moee.info, args.out, words, less), highlight=False, soft_wrap=True)
     return OK
 
 
