@@ -30,7 +30,7 @@ from moee.places.output_folder import OutputFolder
 from moee.places.resume import check_identity, difference, fingerprint
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked
-from moee.stages.identity import model_identity
+from moee.stages.identity import named_identity
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.result_kinds import CLEAR_ABLATION, CLEAR_PLOT_TITLE
@@ -152,8 +152,7 @@ def ablate(
     grid.check(design)
     OutputFolder(out, CLEAR_ABLATION, grows=True).check()
     out.mkdir(parents=True, exist_ok=True)
-    identity = model_identity(session)
-    model = {"model": identity.pop("name"), **identity}
+    model = named_identity(session)
     images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
     check_identity(
         out / SETUP, SETUP_SCHEMA, {**model, **images}, "an ablation",

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from moee.config import MOST_EPOCHS
-from moee.errors import UserError
+from moee.errors import BudgetUnmet, UserError
 from moee.places.resume import difference
 from moee.places.staged_folder import StagedFolder
 from moee.schema import Body, Text, checked, shown, upgraded
@@ -170,10 +170,10 @@ def reported(folder: Path, part: str) -> tuple[list[Path], str]:
 
 @contextmanager
 def resumable(path: Any) -> Iterator[None]:
-    """What fails in the block is told that the job can be gone on with."""
+    """What fails in the block is told that the job can be gone on with; not a budget that nothing met: it would end alike."""
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, SystemExit):
+        if not isinstance(error, (SystemExit, BudgetUnmet)):
             error.add_note(f"the same command goes on from what is in {path}")
         raise

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from moee.mlps.find import find_ffns
 from moee.places.output_folder import OutputFolder
 from moee.places.resume import check_identity, compare_identity, fingerprint
 from moee.progress import Reporter, silent
-from moee.stages.identity import model_identity
+from moee.stages.identity import named_identity
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from moee.store.cache import tensor_hash
@@ -29,6 +31,7 @@ from moee.store.leftovers import sweep_all
 from moee.store.result_kinds import ABLATION
 from moee.store.scratch import sweep_scratch, temporary_folder
 
+log = logging.getLogger("moee")
 CELLS, SETUP = "cells", "setup.json"
 SETUP_SCHEMA, CELL_SCHEMA = "moee.ablation-setup/1", "moee.ablation-cell/2"
 WORST = -1.0  # of a cosine
@@ -101,14 +104,32 @@ def setup_of(session: Session, ablation: AblationConfig, report: Reporter = sile
 
 def _told(session: Session, ablation: AblationConfig) -> dict[str, Any]:
     """What of the set-up is known without reading an image."""
-    identity = model_identity(session)
-    return {"model": identity.pop("name"), **identity, **ablation.shared()}
+    return {**named_identity(session), **ablation.shared()}
+
+
+def fitting_cells(session: Session, ablation: AblationConfig) -> tuple[list[Cell], dict[str, str]]:
+    """The cells whose method can cut the session's model, and why others cannot, by row. Raises the reason where none can."""
+    fitting, left_out, refused = [], dict[str, str](), None
+    for cell in cells_of(ablation):
+        if cell.row in left_out:
+            continue
+        try:
+            Recipe.of(cell.options).method.check(session.dense, session.transform.shape, cell.options)
+        except UserError as error:
+            left_out[cell.row], refused = str(error).partition(";")[0], refused or error  # a cure may be no flag of an ablation
+        else:
+            fitting.append(cell)
+    if refused is not None and not fitting:
+        raise refused
+    for row, reason in left_out.items():
+        log.warning("row %r is left out: %s", row, reason)
+    return fitting, left_out
 
 
 def run_cells(
-    session: Session, ablation: AblationConfig, out: Path, report: Reporter = silent
+    session: Session, ablation: AblationConfig, cells: Sequence[Cell], out: Path, report: Reporter = silent
 ) -> list[tuple[Cell, dict[str, Any]]]:
-    """Run what is missing in `out`; returns every cell of the ablation with its result, in order.
+    """Run what is missing of the ablation's `cells` in `out`; returns every one with its result, in order.
 
     Calibration tokens are collected once (with seed 0); a cell's seed draws the tokens that are clustered and starts whatever
     is random. A cell whose layers all stay dense has status "dense" and no figures. Raises `UserError` when `out` holds
@@ -119,7 +140,6 @@ def run_cells(
     sweep_scratch()  # a run that finds every cell finished makes no scratch folder of its own
     (out / CELLS).mkdir(exist_ok=True)
     sweep_all(out / CELLS)
-    cells = list(cells_of(ablation))
     finished = read_cells(out)
     missing = {key: cell for cell in cells if (key := cell_key(cell.options)) not in finished}
     if missing:

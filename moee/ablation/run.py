@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moee.ablation.cells import run_cells, setup_of
+from moee.ablation.cells import fitting_cells, run_cells, setup_of
 from moee.ablation.grid import AblationConfig
 from moee.ablation.summary import markdown, summarise
 from moee.progress import Reporter, silent
@@ -20,9 +20,10 @@ def run_ablation(session: Session, ablation: AblationConfig, out: Path | str, re
     Raises `UserError` when `out` holds an ablation of another set-up, and names the difference.
     """
     out = Path(out)
-    results = run_cells(session, ablation, out, report)
+    cells, left_out = fitting_cells(session, ablation)
+    results = run_cells(session, ablation, cells, out, report)
     made = summarise(setup_of(session, ablation), ablation, results)
-    summary = {**made, "data_read": session.data_facts(), "tools": tool_versions()}
+    summary = {**made, "left_out": left_out, "data_read": session.data_facts(), "tools": tool_versions()}
     write_json(out / "ablation.json", summary)
     write_text(out / "table.md", markdown(summary) + "\n")
     return summary

@@ -84,6 +84,8 @@ def markdown(summary: dict[str, Any]) -> str:
         + (f" Dense accuracy {dense:.2%}{_within(summary['dense_accuracy_interval'])}." if dense is not None else "")
         + (f" Accuracy is not compared: {summary['no_accuracy']}." if summary["no_accuracy"] else ""), "",
     ]  # fmt: skip
+    for row, reason in summary.get("left_out", {}).items():
+        lines += [f"Left out: {row}. {reason}.", ""]
     if summary["verdicts"]:
         lines += ["## Published orderings", ""]
         lines += [

@@ -82,8 +82,9 @@ class SelectionOptions(Options):
         return self
 
     def idle(self) -> dict[str, str]:
-        measured = f"--criterion {', '.join(MEASURED)}, and it is {self.criterion}"
-        found = {} if self.criterion in MEASURED else {"objective": measured}
+        needed = self.criterion in MEASURED or self.neurons == "eliminated"
+        measured = f"--criterion {', '.join(MEASURED)} or --neurons eliminated, and the criterion is {self.criterion}"
+        found = {} if needed else dict.fromkeys(("objective", "sensitivity_tokens"), measured)
         return {**super().idle(), **found}
 
     def multiple_of(self, hidden: int) -> int:

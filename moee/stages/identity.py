@@ -15,3 +15,9 @@ def model_identity(session: Session) -> dict[str, Any]:
     spec = session.spec
     told = {"name": spec.name, **spec.identity()}
     return {**told, ANSWERS: answers_of(session.dense)} if spec.library in CODED else told
+
+
+def named_identity(session: Session) -> dict[str, Any]:
+    """The same among other facts of a run: the model's name is under `model`."""
+    identity = model_identity(session)
+    return {"model": identity.pop("name"), **identity}

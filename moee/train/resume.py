@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from moee.parallel.group import Group, Parcel
 from moee.places.resume import OUTDATED, difference, fingerprint, outdated
 from moee.progress import Reporter, silent
 from moee.store.artifact import sha256_file, write_json
+from moee.store.cache import tensor_hash
 from moee.store.tensor_file import write_tensors
 from moee.train.result import FinetuneResult
 from moee.train.state import SCHEMA, read_state, read_tensors, stored_tensors
@@ -105,11 +105,8 @@ def _refuse_another(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 
 def _hash(model: nn.Module) -> str:
     """Of all tensors by name: a sum would take rows that changed places, such as two classes of a head, for the same model."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+    state = model.state_dict()
+    return tensor_hash(*state.values(), extra=" ".join(state))[:16]
 
 
 def share_standing(standing: Standing | None, learner: Learner, group: Group) -> Standing | None:

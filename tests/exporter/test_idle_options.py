@@ -15,7 +15,7 @@ LINES = {
     "build E --plugin P --sm orin --out O": "--sm is for the plugin that is compiled",
     "extract M --data D --out O --min-samples 3": "--min-samples is for --clustering hdbscan, dbscan and optics, and it",
     "extract M --data D --out O --min-cluster-size 0.1": "--min-cluster-size is for --clustering hdbscan and optics",
-    "extract M --data D --out O --objective tokens": "--objective is for --criterion sensitivity, taylor, atomic, and it is",
+    "extract M --data D --out O --objective tokens": "--objective is for --criterion sensitivity, taylor, atomic or",
     "extract M --data D --out O --compensation mean --refit-tokens 9": "--refit-tokens is for --compensation refit, and it is",
     "extract M --data D --out O --compensation none --refit-lambda 1": "--refit-lambda is for --compensation refit",
     "finetune M --force-amp --out O": "--force-amp does nothing without --amp",

@@ -1,6 +1,7 @@
 """`moee verify`: an intact export passes; every planted damage fails, with its layer named; exit codes and files."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -43,6 +44,7 @@ def test_an_intact_export_passes(tiny_export):
     assert result.accuracy.images == result.accuracy.of_images == len(tiny_export.data)
     assert result.accuracy.dense_top1.value > 0.9 and result.accuracy.agreement.value > 0.5
     assert not [c for c in result.cases() if c.failure or c.skipped]
+    assert re.fullmatch(r"verify '.*' passed, [1-9]\d* checks", repr(result))
 
 
 def flipped_weight(folder):
@@ -203,6 +205,7 @@ def test_accuracy_gate(tiny_export, capsys):
     """No model gains 100 points, so a gate of minus 100 cannot be met."""
     result = verify(tiny_export.folder(), tiny_export.moee, tiny_export.data, sizes=(2,), max_drop_pp=-100)
     assert not result and any("at most -100 allowed" in (case.failure or "") for case in result.cases())
+    assert re.match(r"verify '.*' failed, \d+ checks\naccuracy .* failed: .*at most -100 allowed", repr(result))
     for never in ("nan", "inf", "-100"):
         assert run("verify", tiny_export.folder(), "--max-drop", never) == 2
         assert "expected a number" in capsys.readouterr().err

@@ -5,14 +5,16 @@ import json
 import pytest
 
 import moee.ablation.cells
-from moee.ablation.cells import cell_key, read_cells
+from moee.ablation.cells import cell_key, fitting_cells, read_cells
 from moee.ablation.grid import TABLES, Cell, cells_of, make_ablation_config
 from moee.ablation.run import run_ablation
 from moee.ablation.summary import markdown, summarise
 from moee.ablation.verdict import interpolate, judge
 from moee.errors import UserError
+from moee.methods.corp.method import CorpMethod
 from moee.methods.moefication.options import MoeficationOptions
 from moee.methods.recipe import method_options
+from moee.methods.registry import METHODS
 from moee.stages.session import Session
 from tests.conftest import tiny_images, tiny_spec
 
@@ -188,3 +190,29 @@ def test_spread_over_seeds():
     summary = summarise({}, make_ablation_config(tables=("8",)), made)
     row = summary["tables"]["8"]["rows"][0]
     assert row["accuracy"] == {"mean": pytest.approx(0.8), "deviation": pytest.approx(0.1 * 2**0.5)}
+
+
+def test_a_row_whose_method_cannot_cut_the_model_is_left_out_and_named(session, counted, tmp_path, monkeypatch, caplog):
+    def refuse(self, model, shape, options):
+        raise UserError("corp: `attn` is of another kind; give --corp-attention whole")
+
+    monkeypatch.setattr(CorpMethod, "check", refuse)
+    config = make_ablation_config(**{**SMALL, "tables": ("3",), "compensation": ("none",)})
+    cells, left_out = fitting_cells(session, config)
+    assert {cell.row for cell in cells_of(config)} - {cell.row for cell in cells} == set(left_out) == {"corp"}
+    assert left_out["corp"] == "corp: `attn` is of another kind", "the cure is a flag of another command"
+    few = [cell for cell in cells if cell.row == cells[0].row]
+    monkeypatch.setattr("moee.ablation.run.fitting_cells", lambda *given: (few, left_out))
+    run_ablation(session, config, tmp_path / "out")
+    assert "Left out: corp. corp: `attn` is of another kind." in (tmp_path / "out" / "table.md").read_text()
+    assert "row 'corp' is left out" in caplog.text
+
+
+def test_an_ablation_of_which_nothing_fits_is_refused(session, monkeypatch):
+    def refuse(self, model, shape, options):
+        raise UserError("no; choose another model")
+
+    for method in METHODS:
+        monkeypatch.setattr(type(method), "check", refuse)
+    with pytest.raises(UserError, match="choose another model"):
+        fitting_cells(session, make_ablation_config(**SMALL))

@@ -137,3 +137,15 @@ def test_licence_of_other_weights(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"license": "unknown"}}))
     (tmp_path / "README.md").write_text("license: mit\n")
     assert of("hf-hub:a/b", weights=file) is None
+
+
+def test_a_model_is_one_line_in_a_notebook(tiny_moee):
+    model, _, _, config, _ = tiny_moee
+    stage = {
+        "cost": {"moee": {"macs": 70}, "dense": {"macs": 100}},
+        "retention": {"accuracy": 0.5, "dense_accuracy": 0.75, "class_cosine": 0.9876},
+    }  # fmt: skip
+    info = {"stages": {"extracted": {}, "tuned": stage}}
+    shown = repr(MoeeModel(model, tiny_spec(), Recipe.of(config), "tiny", info=info))
+    assert shown.endswith("experts, 70.0% of the MACs, accuracy 50.00% (dense 75.00%), cosine 0.9876)")
+    assert repr(MoeeModel(model, tiny_spec(), None, "tiny")).endswith("not extracted)")

@@ -8,8 +8,9 @@ from moee.config import FinetuneConfig
 from moee.errors import UserError
 from moee.methods.experts import ExpertsOptions
 from moee.methods.heads.method import HeadsOptions
+from moee.methods.idle import refuse_idle_options
 from moee.methods.recipe import Recipe, make_recipe, read_recipe, read_recipe_json
-from moee.methods.registry import METHODS
+from moee.methods.registry import METHODS, method_named
 from moee.methods.static import StaticOptions
 from moee.migrations import recipe_of
 from moee.planning.plan import read_plan
@@ -236,3 +237,17 @@ def test_numbers_of_thousands_of_digits_are_refused(tmp_path, text, number):
     with pytest.raises(UserError, match="is no TOML: Exceeds|line 1: seed|line 3: keep|line 1: expected steps") as refused:
         read_recipe(path)
     assert len(str(refused.value)) < 400
+
+
+def test_a_method_at_the_head_of_the_list_is_no_default(monkeypatch):
+    monkeypatch.setattr("moee.methods.registry.METHODS", [method_named("static"), *METHODS])
+    assert make_recipe().method.name == "experts"
+
+
+def test_an_elimination_takes_the_sensitivitys_options():
+    """It measures the metric of errors with them, whatever the criterion."""
+    ranked, eliminated = (make_recipe("experts", "compensated", {"neurons": name}) for name in ("ranked", "eliminated"))
+    given = {"sensitivity_tokens": 500}
+    with pytest.raises(UserError, match="--sensitivity-tokens is for --criterion .* or --neurons eliminated"):
+        refuse_idle_options(ranked, given)
+    refuse_idle_options(eliminated, given)

@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> None:
     sub.set_defaults(check=check, run=run, loads="moee.ablation.run")
     what = "paper: tables 2, 7, 8, fig6 and fig7, and what Tables 1 and 5 would take on ImageNet with a GPU (modelled)"
     sub.add_argument("what", nargs="?", metavar="{paper}", help=what)
-    sub.add_argument("--model", default="vit-scratch", metavar="NAME", help="vit-scratch (default), dinov2-s or timm's")
+    sub.add_argument("--model", default="vit-scratch", metavar="NAME", help="as in moee extract (vit-scratch)")
     text = "digits (default), photos, photo-crops, an image folder or timm.data's"
     sub.add_argument("--data", default="digits", help=text)
     add_weights(sub)
