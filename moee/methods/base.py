@@ -48,7 +48,8 @@ class Method(ABC, Generic[Chosen]):
     options, whose descriptions are the help. `cuts`: which part of the model; attention comes before tokens, and these before
     MLPs. `gated`: whether it cuts gated MLPs too. `plugin`: whether its tokens are routed, which TensorRT needs a plugin for.
     `shares`: what models of different budgets have in common, so that a plan makes it once: the calibration tokens, the
-    groups of a layer's tokens, or nothing. `presets`: named values; the first ones are taken where none are named.
+    groups of a layer's tokens, or nothing. `calibrated`: whether it learns from training images, which takes most of the time;
+    what does not is tried at many budgets first. `presets`: named values; the first ones are taken where none are named.
     `replaced`: the values of a preset that an option, once given, makes void. `variants`: what a
     plan tries. `allocations`: the values with which it spends a plan's budget, by name.
     """
@@ -61,6 +62,7 @@ class Method(ABC, Generic[Chosen]):
     gated: ClassVar[bool] = False
     plugin: ClassVar[bool] = False
     shares: ClassVar[Shares] = "nothing"
+    calibrated: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Values]] = {}
     replaced: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     variants: ClassVar[Mapping[str, Variant]] = {}

@@ -45,7 +45,7 @@ class TokensOptions(Options):
 class TokensMethod(Method[TokensOptions]):
     name, options = "tokens", TokensOptions
     cuts: ClassVar[Part] = "tokens"
-    gated = True
+    gated, calibrated = True, False
     summary = "alike tokens merged from block to block (ToMe), with no training and no plugin; alone or beside another method"
     variants: ClassVar = {"tokens": Variant({})}
 

@@ -9,6 +9,7 @@ from moee.planning.forms import Latency, LayerChoices
 from moee.planning.race import FIRST, GOING_ON, Racer, may_cost_more, race, rounds_of
 from moee.planning.search import Way, variants
 
+SLOW = [name for name, (method, _) in variants().items() if method.calibrated]  # all others take their turns at once
 GOOD, POOR, LATE = Way("static", "sensitivity"), Way("kmeans-8", "sensitivity"), Way("hdbscan", "sensitivity")
 
 
@@ -53,7 +54,7 @@ def test_the_better_way_gets_the_trials_and_comes_near_its_limit():
 
 def test_of_many_ways_all_are_tried_and_half_go_on():
     assert rounds_of(3) == rounds_of(6) == GOING_ON and rounds_of(21) == (21, 11, *GOING_ON)
-    many = [Way(name, "sensitivity") for name in list(variants())[:9]]
+    many = [Way(name, "sensitivity") for name in SLOW[:9]]
     last = many[-1].method
     ours = planner({way: 0.5 if way.method == last else 0.9 for way in many}, Budget(min_cosine=0.98))
     points, left, untried = race(ours, many, Until())
@@ -68,7 +69,7 @@ def test_of_many_ways_all_are_tried_and_half_go_on():
 
 def test_no_other_way_is_better_at_the_cost_of_what_is_chosen():
     """A way that was left behind, since it holds less where little is saved, and that holds more where much is."""
-    many = [Way(name, "sensitivity") for name in list(variants())[:9]]
+    many = [Way(name, "sensitivity") for name in SLOW[:9]]
     third, least = many[2], 0.48
 
     def point(way, target):
@@ -111,6 +112,21 @@ def test_what_needs_no_preparation_is_tried_where_the_time_does_not_serve_for_ot
     assert heads not in {way for way, _ in narrowed.asked}, "narrower heads are calibrated first"
 
 
+def test_what_learns_from_no_image_is_bisected_first_and_the_others_begin_at_its_cost():
+    """Of a long list nothing but the first trial of each had time, and merged tokens, which take seconds, stayed at the first."""
+    merged = Way("tokens", "")
+    ways = [GOOD, merged, *(Way(name, "sensitivity") for name in SLOW if name != "static")]
+    ours = planner({way: 0.55 if way is merged else 0.7 for way in ways}, Budget(min_cosine=0.98))
+    points, left, untried = race(ours, ways, Until(*[False] * (len(ways) + len(GOING_ON) - 1), True))
+    asked = [target for way, target in ours.asked if way is merged]
+    assert [way for way, _ in ours.asked[:6]] == [GOOD, *[merged] * 4, ways[2]] and not untried and left > 0
+    best = choose(points, ours.budget)
+    assert best.recipe == {"way": "tokens"} and 0.55 <= best.macs < 0.6 and asked[0] == FIRST
+    assert {target for way, target in ours.asked[5:]} == {best.macs}, "a dearer one would not be chosen"
+    only = planner({merged: 0.55}, Budget(min_cosine=0.98))
+    assert len(race(only, [merged], Until())[0]) == len(GOING_ON)
+
+
 def test_what_cannot_be_made_is_looked_for_dearer():
     ours = planner({GOOD: 0.0}, Budget(min_cosine=0.98), impossible={GOOD: 0.75})
     points, *_ = race(ours, [GOOD], Until())
@@ -128,7 +144,8 @@ def test_a_point_of_no_number_is_missed_quality():
     broken = Point("static", "", 0.5, 0.5, float("nan"), None, None, None, None, {})
     assert may_cost_more(broken, Budget(min_cosine=0.9)) and broken.lacks_quality(Budget(min_cosine=0.9))
     assert broken.lacks_quality(Budget(max_drop=1.0)), "an accuracy that nobody measured is none that is good enough"
-    assert Racer(GOOD).target == FIRST
+    assert Racer(GOOD).target() == Racer(GOOD).target(broken.__class__(**{**vars(broken), "macs": 0.9})) == FIRST
+    assert Racer(GOOD).target(broken) == 0.5, "no dearer than what would be chosen"
 
 
 def test_what_the_forms_said_is_kept_for_the_run_that_goes_on(tmp_path):
