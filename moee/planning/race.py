@@ -1,7 +1,7 @@
 """Which way wins within a given time: ways of making a model are bisected side by side, and the worse are left behind.
 
 A grid of targets, as `moee.planning.search` tries them, costs the same for every way. Here each way begins in the middle, or at
-the cost of the best model so far where that is less; what it gives there says whether it may save more or must save less, and after
+the cost of the best model so far where that is less. What it gives there says whether it may save more or must save less. After
 every round fewer ways go on. Ways that learn nothing from images take little time: each has all of its trials in the first round.
 """
 

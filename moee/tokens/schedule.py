@@ -1,13 +1,14 @@
 """How many tokens each block merges so that a model costs a share of its MACs, counted without running it.
 
 All blocks merge as many tokens, or one more in the last ones: what ToMe calls a constant schedule, at the finest steps that whole
-numbers allow. A block whose share would be more than half of its patches merges half.
+numbers allow. Where late blocks have no patches left for that, each merges a fixed share fewer than the one before it, the share
+as small as possible. A block whose number would be more than half of its patches merges half.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,6 +19,9 @@ from moee.mlps.attention import mean_key_map, pair_macs
 from moee.models.model import Shape
 from moee.tokens.block import plain_blocks
 from moee.tokens.merge import TokenMerge
+
+RATIOS = tuple(1 - step / 20 for step in range(20))  # of the tokens that the last block merges to those of the first
+ROUNDING = 1e-9  # of a sum of powers; a whole number may come out so much less
 
 
 @dataclass(frozen=True)
@@ -99,28 +103,44 @@ def _linear_macs(module: nn.Module) -> int:
     return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
-def constant(blocks: int, total: int) -> list[int]:
-    """`total` merged tokens over so many blocks, as evenly as whole numbers allow, the last ones taking what is left over."""
-    each, more = divmod(total, blocks)
-    return [each + (at >= blocks - more) for at in range(blocks)]
+def spread(blocks: int, total: int, ratio: float = 1.0) -> list[int]:
+    """`total` merged tokens over so many blocks, a geometric series whose last is `ratio` times its first: the whole numbers
+    below, and one more where most is left over, of equal remainders in the last ones. With a ratio of 1 a constant schedule."""
+    weights = [ratio ** (at / max(1, blocks - 1)) for at in range(blocks)]
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(each + ROUNDING) for each in exact]
+    order = sorted(range(blocks), key=lambda at: (round(counts[at] - exact[at], 9), -at))
+    for at in order[: total - sum(counts)]:
+        counts[at] += 1
+    return counts
 
 
 def schedule_of(costs: Costs, whole: int, share: float) -> list[int]:
-    """The constant schedule that merges fewest tokens for at most the share `share` of the `whole` MACs an image that the model
-    costs without; late blocks merge half of their patches where that is less. Raises `OutOfReach` that names the least share if
-    no schedule does."""
-    blocks, plain = len(costs.blocks), costs.macs([0] * len(costs.blocks))
-    budget, least = plain - (1 - share) * whole, plain
-    for total in range(blocks * (most_merged(costs.tokens - costs.prefix) + 1)):
-        merged = costs.capped(constant(blocks, total))
-        least = min(least, cost := costs.macs(merged))
-        if cost <= budget:
-            return merged
+    """The schedule that merges fewest tokens for at most the share `share` of the `whole` MACs an image that the model costs
+    without: of the `RATIOS` the first with which no block but the last merges half of its patches for want of more, else the last
+    that serves. Raises `OutOfReach` that names the least share if none does."""
+    plain = costs.macs([0] * len(costs.blocks))
+    budget, found = plain - (1 - share) * whole, list[int]()
+    for ratio in RATIOS:
+        wanted = next((each for each in _series(costs, ratio) if costs.macs(costs.capped(each)) <= budget), None)
+        if wanted is not None:
+            found = costs.capped(wanted)
+            if found[:-1] == wanted[:-1]:
+                break
+    if found:
+        return found
+    least = min(costs.macs(costs.capped(wanted)) for wanted in _series(costs, 1.0))
     reach = math.ceil((whole - plain + least) / whole * 1000) / 1000
     if reach >= 1:
         patches = costs.tokens - costs.prefix
         raise OutOfReach(f"merging tokens saves none of the MACs of a model with {patches} patches; merge none")
     raise OutOfReach(f"token merging alone leaves {reach:g} of the MACs at least, {share:g} was asked for; give more")
+
+
+def _series(costs: Costs, ratio: float) -> Iterator[list[int]]:
+    """Schedules of this ratio, of more and more tokens, as if every block had enough."""
+    blocks = len(costs.blocks)
+    return (spread(blocks, total, ratio) for total in range(blocks * (most_merged(costs.tokens - costs.prefix) + 1)))
 
 
 def schedule_with(costs: Costs, each: int) -> list[int]:

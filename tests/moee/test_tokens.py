@@ -20,7 +20,7 @@ from moee.planning.search import Way, recipe_of, ways
 from moee.tokens.block import install_merging, merged_tokens, plain_blocks
 from moee.tokens.merge import Choice, Merged, TokenMerge, restored
 from moee.tokens.prefix import holds_prefix
-from moee.tokens.schedule import block_costs, constant
+from moee.tokens.schedule import BlockCost, Costs, block_costs, schedule_of, spread
 
 SHAPE = (3, 24, 24)
 
@@ -157,14 +157,26 @@ def test_counted_macs_are_those_of_the_running_model(narrow):
 def test_a_share_of_the_macs_makes_a_schedule():
     model = small()
     merged = schedule(model, SHAPE, TokensOptions(token_macs=0.8))
-    assert merged == constant(3, sum(merged))
+    assert merged == spread(3, sum(merged))
     for total, least in ((sum(merged), 0.0), (sum(merged) - 1, 0.8)):
         ours = copy.deepcopy(model)
-        install_merging(ours, constant(3, total))
+        install_merging(ours, spread(3, total))
         share = dense_macs(ours, SHAPE) / dense_macs(model, SHAPE)
         assert least < share <= 0.8 + least
     assert schedule(model, SHAPE, TokensOptions(merge_tokens=4)) == [4, 4, 4]
-    assert schedule(model, SHAPE, TokensOptions(token_macs=0.55))[-1] < schedule(model, SHAPE, TokensOptions(token_macs=0.55))[0]
+
+
+def test_where_late_blocks_run_out_of_patches_each_merges_less_than_the_one_before():
+    costs = Costs((BlockCost(4 * 384**2, 8 * 384**2, 2 * 384, 384, 64),) * 12, 65, 1)  # ViT-S at 8 x 8 patches
+    whole = costs.macs([0] * 12)
+    for share in (0.8, 0.6, 0.5, 0.45, 0.4, 0.3):
+        merged = schedule_of(costs, whole, share)
+        assert costs.macs(merged) <= share * whole < costs.macs(merged) + 0.03 * whole, share
+        assert costs.overfull(merged) is None
+        assert merged[-2] >= merged[0] / 3 or share < 0.45, "as gently as serves"
+        assert merged == sorted(merged) or share <= 0.5 and merged == sorted(merged, reverse=True), "constant while that serves"
+    assert spread(4, 10) == [2, 2, 3, 3] and spread(1, 7, 0.5) == [7] and spread(3, 70, 0.25) == [40, 20, 10]
+    assert all(sum(spread(12, total, ratio)) == total for total in range(70) for ratio in (1, 0.95, 0.3, 0.05))
 
 
 def test_what_cannot_be_merged_is_refused():
