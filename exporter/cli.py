@@ -21,6 +21,7 @@ from exporter.terminal.flags import BAD_INPUT, GATE_FAILED, OK, check_outputs
 from exporter.terminal.interrupts import ARRIVED, lose_none
 from exporter.terminal.loading import load
 from exporter.terminal.ui import plain_console
+from moee.cures import offering
 from moee.errors import StepFailed, UserError, plain, printable
 from moee.schema import shown
 from moee.store.scratch import scratch_in
@@ -237,7 +238,13 @@ def run(words: Sequence[str]) -> int:
         parser.print_help()
         return OK
     args = parser.parse_args(words)
-    names = called(parser, args)
+    flags = [flag for each in parsers_of(parser, args) for flag in each._option_string_actions]
+    with offering(flags):  # for what a refusal advises
+        return run_command(args, called(parser, args))
+
+
+def run_command(args: argparse.Namespace, names: Mapping[str, str]) -> int:
+    """As `run`, for a line that was read; `names`: what the user calls its values."""
     told = sys.stdout.isatty() or os.environ.get("COLUMNS")
     console = plain_console(width=None if told else 120, quiet=ranks.follower())
     try:

@@ -13,6 +13,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 from exporter.precision import Quantization
 from moee.artifacts.manifest import Classes, Costs
 from moee.config import MAX_SIDE
+from moee.cures import cures
 from moee.errors import UserError, printable
 from moee.models.ffn import plain_size
 from moee.models.model import ModelSpec, Shape
@@ -263,7 +264,8 @@ def read_engine(folder: Path | str, trust: bool = False) -> dict[str, Any]:
         if not trust and Path(folder).is_dir() and another_kind(Path(folder), ENGINE):
             raise
         if not trust:
-            raise UserError(f"{error}; an engine is code, and --trust-engine loads one that nothing vouches for") from error
+            trusted = cures(", and --trust-engine loads one that nothing vouches for")
+            raise UserError(f"{error}; an engine is code{trusted}") from error
         log.warning("--trust-engine: %s", error)
         return _assumed(Path(folder))
     return manifest

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import ParamSpec, TypeVar
 
+from moee.cures import offering
 from moee.errors import UserError
 from moee.surroundings import own_arithmetic
 
@@ -29,12 +30,13 @@ def in_python(
     def decorated(function: Callable[P, T]) -> Callable[P, T]:
         parameters = inspect.signature(function).parameters
         known = {name: name for name in (*parameters, *options)} | dict(renamed or {})
+        flags = [f"--{name.replace('_', '-')}" for name in known]  # what a refusal may advise
         switches = {name for name, parameter in parameters.items() if parameter.default is False}
 
         @functools.wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> T:
             try:
-                with own_arithmetic():
+                with own_arithmetic(), offering(flags):
                     return function(*args, **kwargs)
             except UserError as error:
                 error.args = (spoken(str(error), known, switches), *error.args[1:])

@@ -26,6 +26,7 @@ from exporter.passes.name_routes import name_routed_nodes
 from exporter.passes.portable import lower_routed_ffn
 from exporter.runners import OnnxRunner
 from moee import errors
+from moee.cures import cures
 from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.methods.identity import LIMIT, whole_ffn
@@ -45,7 +46,7 @@ SCHEMA = "moee.trial/1"
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")  # versions that decide what can be exported; timm's files are hashed
 # Of a spec: an architecture has no weights and may have any name.
 OTHER = {"name", "labels", "weights", "weights_sha256", "pretrained", "random_seed", "part"}
-CURE = "choose another model, or add --no-trial-export to extract it all the same, without ONNX"
+CURES = ("choose another model", "add --no-trial-export to extract it all the same, without ONNX")
 
 
 def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Shape, report: Reporter = silent) -> None:
@@ -73,9 +74,11 @@ def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Sh
         try:
             off = _deviation(network.eval(), images)
         except UserError as error:
-            raise UserError(f"{spec.called}: a trial export of {what} failed: {error}; {CURE}") from error
+            raise UserError(f"{spec.called}: a trial export of {what} failed: {error}; {cures(*CURES)}") from error
         if not off <= LIMIT:
-            raise UserError(f"{spec.called}: the exported graph of {what} is off by {off:.2g} of its output's size; {CURE}")
+            raise UserError(
+                f"{spec.called}: the exported graph of {what} is off by {off:.2g} of its output's size; {cures(*CURES)}"
+            )
     report("trial export", len(trials), len(trials))
     try:
         write_json(path, record)

@@ -8,6 +8,7 @@ import re
 import sys
 
 from exporter.terminal.flags import BAD_INPUT, ENVIRONMENT, GATE_FAILED, INTERRUPTED
+from moee.cures import cures
 from moee.errors import BudgetUnmet, MissingDependency, StepFailed, UserError, plain
 
 # what the machine lacks, as opposed to a path that was given wrongly
@@ -18,7 +19,7 @@ LACKS = {
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "close other programs",
     errno.ENOMEM: "free some memory",
-    errno.EAGAIN: "raise the limit on processes and threads (ulimit -u), or use fewer --workers, --jobs and --threads",
+    errno.EAGAIN: "raise the limit on processes and threads (ulimit -u), or use fewer processes and threads",
     errno.EIO: "check the disk",
 }
 PATH_CURES = {
@@ -29,9 +30,7 @@ PATH_CURES = {
 }
 NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))  # Python's words, and those of C++ libraries
 MAX_SENTENCE = 2000  # characters
-GPU_CURES = (
-    "use --device cpu (plan: --torch-device cpu) or a smaller --batch-size, or close what else uses the GPU"
-)
+GPU_CURES = ("use --torch-device cpu", "use a smaller --batch-size", "close what else uses the GPU")
 INTACT = "earlier results are as they were"
 
 
@@ -59,7 +58,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, StepFailed):
         return GATE_FAILED, " ".join(str(error).split())
     if isinstance(error, torch_memory_error()):
-        return ENVIRONMENT, f"the GPU is out of memory; {GPU_CURES}; {INTACT}"
+        return ENVIRONMENT, f"the GPU is out of memory; {cures(*GPU_CURES)}; {INTACT}"
     if isinstance(error, MemoryError) or _out_of_memory(error):
         return ENVIRONMENT, f"out of memory; free some, or use fewer tokens or a smaller batch; {INTACT}"
     if isinstance(error, OSError):

@@ -133,7 +133,10 @@ def title_of(info: dict[str, Any], model: str, data: str) -> str:
 
 def data_title(data: str) -> str:
     """A source of images for a title: of a folder the name alone, since its path is recorded whole."""
-    return os.path.basename(data) if os.path.isabs(data) else data
+    kind, _, rest = data.partition("/")
+    if kind in ("wds", "hfds") and os.path.isabs(rest):
+        return f"{kind}/{os.path.basename(rest)}"
+    return os.path.basename(data) if os.path.isabs(data) else data.partition("@")[0] if kind == "torch" else data
 
 
 def stage_table(info: dict[str, Any], title: str) -> Table:

@@ -19,6 +19,7 @@ from exporter.precision import INT8
 from exporter.runners import graph_runner
 from exporter.verification.accuracy import AccuracyResult, compare_accuracy
 from moee.artifacts.model import MoeeModel
+from moee.cures import cures
 from moee.data.image_set import ImageSet, batches, merge_skipped
 from moee.errors import UserError
 from moee.measure.accuracy import NO_ANSWER, Comparison, comparison, top1
@@ -71,7 +72,8 @@ class GraphAccuracy:
                 first = self.data.describe(int(self.chosen()[0]))
                 raise UserError(
                     f"none of the {len(self.chosen())} labelled images of {self.data.name} that are looked at could be read "
-                    f"(first: {first}); check the files, or look at more with --images"
+                    f"(first: {first}); "
+                    + cures("check the files", "look at more with --images")
                 )
         whole = {key: torch.cat([part[key] for part in parts]) for key in ("outputs", "labels")} if parts else {}
         return {"logits": logits(self.moee, whole["outputs"]), "labels": whole["labels"]} if whole else {}

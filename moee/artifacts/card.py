@@ -142,6 +142,11 @@ def _source(data: str) -> str:
     """Of a folder its name alone: where it lay on a machine is in the manifest, and nobody else's business."""
     if data.startswith(PREFIX):
         return f"images given in Python ({_code(data.removeprefix(PREFIX))})"
+    kind, _, rest = data.partition("/")
+    if kind in ("wds", "hfds") and Path(rest).is_absolute():
+        return _code(f"{kind}/{Path(rest).name}")
+    if kind == "torch":
+        return _code(data.partition("@")[0])
     return f"the folder {_code(Path(data).name)}" if Path(data).is_absolute() else _code(data)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moee.cures import cures
 from moee.data.image_set import ImageSet, batches, merge_skipped
 from moee.errors import UserError
 from moee.interface.watch import watched
@@ -123,7 +124,8 @@ class _Sampler:
                 raise
             raise UserError(
                 f"{os.strerror(error.errno)}: the tokens of `{self.ffn.name}` take {max(1, -(-size_bytes >> 20))} MiB in "
-                f"{self.path.parent}, beside those of the other layers; give a larger disk with --scratch DIR, or fewer --tokens"
+                f"{self.path.parent}, beside those of the other layers; give "
+                f"{cures('a larger disk with --scratch DIR', 'fewer --tokens', elsewhere='a larger disk with TMPDIR=DIR')}"
             ) from error
 
     def add(self, x: Tensor, indices: Tensor) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moee.cures import without
 from moee.errors import UserError
 from moee.interface.watch import watched
 from moee.parallel.ordered import PARTS, cut
@@ -38,7 +39,7 @@ def tokens_an_image(model: nn.Module, dims: Mapping[str, int], image: Tensor) ->
         model(image)
     for name in dims:
         if not counts.get(name):
-            raise UserError(f"`{name}` takes no part in the forward pass; skip it with --exclude {name}")
+            raise UserError(f"`{name}` takes no part in the forward pass; {without(name)}")
     return counts
 
 

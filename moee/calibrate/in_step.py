@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from moee.cures import without
 from moee.errors import StepFailed
 from moee.space.machine import give_back
 
@@ -106,5 +107,5 @@ class InStep:
             if one.error is not None:
                 raise one.error
             if one.at != step:
-                raise StepFailed(f"`{name}` runs out of turn or not at all for some images; skip it with --exclude {name}")
+                raise StepFailed(f"`{name}` runs out of turn or not at all for some images; {without(name)}")
         return self.passes

@@ -30,6 +30,7 @@ from moee.calibrate.layer_sums import CentredSums, LayerPart, Original, RefitSte
 from moee.calibrate.projection import ProjectionStep, project
 from moee.calibrate.ridge import LEAST, choose_ridge, held_out_runs, solve_ridge
 from moee.calibrate.stream import Stream, target_of
+from moee.cures import cures, without
 from moee.data.image_set import ImageSet, batches
 from moee.errors import StepFailed, UserError
 from moee.layers.report import RefitReport
@@ -108,8 +109,8 @@ def _solve(layer: NeuronLayer, ffn: Original, found: CentredSums, ridge: float |
     """Correct the layer by the sums over `tokens` tokens; what was done."""
     if not (torch.isfinite(found.gram).all() and torch.isfinite(found.cross).all()):
         raise UserError(
-            f"`{ffn.name}` receives NaN or infinite activations in the refit; check the weights and the input normalisation, use "
-            f"--compensation mean, or skip the layer with --exclude {ffn.name}"
+            f"`{ffn.name}` receives NaN or infinite activations in the refit; "
+            + cures("check the weights and the input normalisation", "use --compensation mean", without(ffn.name))
         )
     facts = {"tokens": tokens, "neurons": layer.union}
     if float(found.gram.diagonal(dim1=1, dim2=2).sum(0).double().sum()) <= CONSTANT * found.moment:

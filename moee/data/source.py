@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
@@ -30,4 +31,13 @@ class DataSource(ABC):
 
     def path(self, name: str) -> str:
         """The folder or file of this machine that a name ends with; empty for none."""
+        return ""
+
+    def located(self, name: str) -> str:
+        """The name with that folder or file by its absolute path, as far as it is there."""
+        path = self.path(name)
+        return name.removesuffix(path) + os.path.abspath(path) if path and os.path.exists(path) else name
+
+    def part(self, name: str) -> str:
+        """What a name takes from that folder, where one holds several sets; empty for all of it."""
         return ""

@@ -64,15 +64,17 @@ def load_data(
 
 def same_data(source: str, other: str) -> bool:
     """Whether two names are of the same data; a folder may be spelled in many ways."""
+    if source == other:
+        return True
     one, two = (source_of(name).path(name) for name in (source, other))
-    return source == other or (os.path.exists(one) and os.path.exists(two) and os.path.samefile(one, two))
+    parts = {source_of(name).part(name) for name in (source, other)}
+    return len(parts) == 1 and os.path.exists(one) and os.path.exists(two) and os.path.samefile(one, two)
 
 
 def located(source: str) -> str:
     """`source` as it is recorded: a folder or file by its absolute path, so that a command in another folder takes no other one
-    of that name; names of built-in data and of timm's sets as they are."""
-    path = source_of(source).path(source)
-    return source.removesuffix(path) + os.path.abspath(path) if path and os.path.exists(path) else source
+    of that name; names of built-in data and of sets on a hub as they are."""
+    return source_of(source).located(source)
 
 
 def _opened(source: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter) -> Source:

@@ -1,9 +1,11 @@
 """Image sets that `timm.data` opens by name: `torch/cifar10` of torchvision, `hfds/NAME` of Hugging Face; their own labels and
-names of classes."""
+names of classes. A set of torchvision lies in a folder, by default the one in which the command runs: `torch/cifar10@FOLDER`
+names it, and so it is recorded."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,20 @@ class TimmSets(DataSource):
 
     def takes(self, name: str) -> bool:
         return "/" in name and name.partition("/")[0] in INDEXED + STREAMS and not Path(name).exists()
+
+    def path(self, name: str) -> str:
+        kind, _, rest = name.partition("/")
+        if kind == "hfds":  # a folder goes before a set of the hub
+            return rest if os.path.isdir(rest) else ""
+        return rest.partition("@")[2] or os.curdir
+
+    def located(self, name: str) -> str:
+        if name.partition("/")[0] != "torch":
+            return super().located(name)
+        return f"{self.part(name)}@{os.path.abspath(self.path(name))}"
+
+    def part(self, name: str) -> str:
+        return name.partition("@")[0] if name.partition("/")[0] == "torch" else ""
 
     def open(self, name: str, transform: Transform, splits: Sequence[str], seed: int, report: Reporter = silent) -> Source:
         return open_timm(name, transform)
@@ -69,7 +85,10 @@ def open_timm(source: str, transform: Transform) -> Source:
     package = PACKAGES.get(kind)
     if package is not None and importlib.util.find_spec(package) is None:
         raise MissingDependency(f"data {source!r} needs the package {package}; install it with pip install {package}")
-    opened = {split: _opened(source, names) for split, names in SPLITS.items()}
+    root = TimmSets().path(source) if kind == "torch" else os.curdir
+    if not os.path.isdir(root):
+        raise UserError(f"data {source!r}: {root} is no folder; give the one that the set lies in, such as torch/cifar10@FOLDER")
+    opened = {split: _opened(source, root, names) for split, names in SPLITS.items()}
     _refuse_overlap(source, opened["train"], opened["val"])
     targets = {split: _targets(dataset) for split, dataset in opened.items()}
     own = _names(opened["train"])
@@ -100,17 +119,17 @@ def _refuse_overlap(source: str, train: Any, val: Any) -> None:
     inner, outer = sorted((Path(root).resolve() for root in roots), key=lambda path: len(path.parts), reverse=True)
     if inner.is_relative_to(outer):
         raise UserError(
-            f"data {source!r} reads folders train and val, and {Path.cwd()} lacks one of them, so images would be both trained "
-            "on and held out; give the folder itself, --data ."
+            f"data {source!r} reads folders train and val, and {os.path.abspath(TimmSets().path(source))} lacks one of them, "
+            "so images would be both trained on and held out; give the folder itself with --data"
         )
 
 
-def _opened(source: str, splits: Sequence[str]) -> Any:
+def _opened(source: str, root: str, splits: Sequence[str]) -> Any:
     """The first of these splits that there is."""
     reasons = []
     for split in splits:
         try:
-            dataset: Any = timm.data.create_dataset(source, root=".", split=split)
+            dataset: Any = timm.data.create_dataset(TimmSets().part(source) or source, root=root, split=split)
             if len(dataset):
                 return dataset
             reasons.append(f"its split {split} is empty")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moee.cures import cures
+
 FROM_THE_START = "dense: "
 
 
@@ -52,7 +54,8 @@ class LayerReport:
         """What makes the layer's figures doubtful, one sentence each."""
         found = []
         if self.tokens is not None and self.tokens < self.hidden and self.status == "routed":
-            found.append(f"experts from {self.tokens} calibration tokens for {self.hidden} neurons: give more images or --tokens")
+            more = cures("give more images", "more --tokens")
+            found.append(f"experts from {self.tokens} calibration tokens for {self.hidden} neurons: {more}")
         if self.refit is not None and self.refit.note:
             found.append(self.refit.note)
         return found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.config import MAX_SIDE
+from moee.cures import cures
 from moee.errors import UserError
 from moee.interface.adapted import AdaptedModel, Description, on_meta, output_of, tensor_in
 from moee.interface.spec import InputConfig, LibraryName
@@ -171,7 +172,8 @@ def _observe(module: nn.Module, shape: Shape, title: str) -> _Observed:
 def _refused(title: str, shape: Shape, error: Exception) -> UserError:
     channels, height, width = shape
     what = f"{height} x {width} pixels and {channels} channels"
-    return UserError(f"{title} does not run on images of {what} ({reason_of(error)}); give their size with --img-size")
+    size = cures("; give their size with --img-size")
+    return UserError(f"{title} does not run on images of {what} ({reason_of(error)}){size}")
 
 
 def _run(module: nn.Module, shape: Shape, device: torch.device | str, title: str) -> _Observed:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moee.cures import cures
 from moee.errors import UserError
 from moee.interface.adapted import on_meta
 from moee.interface.spec import InputConfig, ModelSpec
@@ -59,8 +60,8 @@ def _check(spec: ModelSpec) -> None:
     if not spec.named_by_user:
         name = shown(spec.timm_name, quoted=False)
         raise UserError(
-            f"the artifact was made from the function {name}, and what a file names is never imported: say with --model {name} "
-            "that it is yours"
+            f"the artifact was made from the function {name}, and what a file names is never imported"
+            + cures(f": say with --model {name} that it is yours", elsewhere="; a command with --model takes it")
         )
     function = _function(spec.timm_name)
     try:

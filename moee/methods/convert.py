@@ -18,6 +18,7 @@ from moee.calibrate.grouping import GroupedLayer
 from moee.calibrate.options import MEASURED, CalibrationOptions, NeuronOptions, SelectionOptions
 from moee.calibrate.refit import refit
 from moee.calibrate.sensitivity import RoutedStats, Sensitivity, measure_sensitivity
+from moee.cures import cures
 from moee.data.image_set import ImageSet, refuse_all_skipped
 from moee.data.transform import model_transform
 from moee.data.validation import fitted_part
@@ -218,8 +219,11 @@ def _put_layers(model: nn.Module, prepared: Prepared, options: Any, data: ImageS
         reports.append(layer_report)
     if not layers:
         if prepared.routed:
-            raise NothingRouted("experts would cost as much as the dense MLPs in every layer; lower --target-macs or --keep")
-        raise NothingRouted("no layer showed two clusters, so the model would stay dense; add images or lower --min-cluster-size")
+            lower = cures("lower --target-macs", "lower --keep")
+            raise NothingRouted(f"experts would cost as much as the dense MLPs in every layer; {lower}")
+        raise NothingRouted(
+            f"no layer showed two clusters, so the model would stay dense; {cures('add images', 'lower --min-cluster-size')}"
+        )
     parts = {ffn.name: ffn.bypassed for ffn in prepared.ffns}
     for name, layer in layers.items():
         put_mlp(model, name, layer, parts[name])

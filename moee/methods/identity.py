@@ -16,6 +16,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from moee.cures import cures, without
 from moee.errors import UserError
 from moee.interface.adapted import title_of_model
 from moee.layers.routed import Experts, NeuronLayer, RoutedFFN
@@ -104,7 +105,7 @@ def check_ffns(model: nn.Module, ffns: Sequence[FFN], images: Tensor, report: Re
     is.
     """
     stand_ins = {ffn.name: _StandIn(_WholeFFN(ffn), partial(disagreement, ffn), ffn.bypassed) for ffn in ffns}
-    _check(model, stand_ins, images, "experts that keep every neuron", "leave it dense with --exclude {}", report)
+    _check(model, stand_ins, images, "experts that keep every neuron", without("{}"), report)
 
 
 def check_attentions(model: nn.Module, attentions: Mapping[str, Attention], images: Tensor, report: Reporter = silent) -> None:
@@ -113,7 +114,8 @@ def check_attentions(model: nn.Module, attentions: Mapping[str, Attention], imag
     for name, attention in attentions.items():
         made = whole_attention(attention)
         stand_ins[name] = _StandIn(made, partial(_attention_distance, made))
-    _check(model, stand_ins, images, "heads that keep every dimension", "leave --attention-macs out", report)
+    cure = cures("leave --attention-macs out", elsewhere="choose another model")
+    _check(model, stand_ins, images, "heads that keep every dimension", cure, report)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
+from moee.cures import cures
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.interface.adapted import title_of_model
@@ -83,7 +84,8 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
         reasons = {name: part.reason for name, part in dense.items()}
         what = f"; it holds {described(reasons)}" if dense else ""
         other = NO_EXPERTS in reasons.values()
-        cure = "use --preset static" if other else "choose a Vision Transformer"
+        ways = ("use --preset static", "try --methods static,corp") if other else ()
+        cure = cures(*ways, elsewhere="choose a Vision Transformer")
         raise UserError(f"{title_of_model(model)} has no fc1-act-fc2 MLP to take experts from{what}; {cure}")
     return Found(ffns, {name: dense[name] for name in names if name in dense}, unscaled)
 

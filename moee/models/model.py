@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from moee.cures import cures
 from moee.errors import MissingDependency, UserError
 from moee.interface.spec import ModelSpec
 from moee.libraries.from_module import MODULE
@@ -30,6 +31,7 @@ MAX_ARGUMENT = 1 << 14  # of a model: pixels, widths and depths are below it
 MAX_OUTPUTS = 1 << 20  # classes; ImageNet-21k has 21,843
 MAX_DEPTH = 1024  # blocks; a model's construction takes time for each
 Shape = tuple[int, int, int]  # of one image: channels, height, width in pixels
+WEIGHTS = ("give --pretrained", "a file with --checkpoint", "a seed with --random-weights to draw them")
 RESIZES = {"img_size", "patch_size", "in_chans"}  # arguments to which timm fits pretrained weights
 # Arguments of timm.create_model that name files or hubs. A manifest is not trusted, and timm would unpickle a .pth file.
 FILE_ARGUMENTS = {"checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained"}
@@ -101,8 +103,8 @@ def load_model(spec: ModelSpec) -> nn.Module:
     """
     if not spec.has_weights:
         raise UserError(
-            f"{shown(spec.name, quoted=False)} has no weights: give --pretrained, a file with --checkpoint, or a seed with "
-            "--random-weights to draw them"
+            f"{shown(spec.name, quoted=False)} has no weights: "
+            + cures(*WEIGHTS, elsewhere="extract again")
         )
     if sum((spec.pretrained, spec.weights is not None, spec.random_seed is not None)) > 1:
         raise UserError(f"{shown(spec.name, quoted=False)} names two sources of weights; expected pretrained, a file or a seed")
@@ -194,11 +196,11 @@ def _check_hash(path: Path, expected: str | None) -> None:
     if expected is None:
         return
     if not path.is_file():
-        raise UserError(f"weights {path} not found: put the file back, or give its new place with --checkpoint")
+        raise UserError(f"weights {path} not found: {cures('put the file back', 'give its new place with --checkpoint')}")
     if checkpoint_sha256(path) != expected:
         raise UserError(
-            f"weights {path} have changed since the artifact was made; put the old file back, give it with --checkpoint, or "
-            "extract again"
+            f"weights {path} have changed since the artifact was made; "
+            + cures("put the old file back", "give it with --checkpoint", "extract again")
         )
 
 

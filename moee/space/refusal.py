@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from moee.cures import cures
 from moee.errors import MissingDependency, UserError
 from moee.space.estimate import FLOAT, Need
 from moee.space.limits import USUAL, Limits
@@ -16,19 +17,21 @@ log = logging.getLogger("moee")
 LIBRARIES = 1 << 30  # bytes that Python, PyTorch, timm, scikit-learn and ONNX Runtime take once they are loaded
 SLACK = 1.5  # times the memory that is free, up to which an estimate may be too high, and is only warned of
 STEP = 0.9  # of a refit's tokens that are tried next
-CURES = {
-    "calibration": "fewer images or a smaller --img-size", "clustering": "fewer --cluster-tokens", "statistics": "fewer --jobs",
-    "sensitivity": "--criterion output_variance and --neurons ranked", "refit": "fewer --refit-tokens",
-    "comparison": "fewer --tokens", "measurement": "fewer held-out images",
-    "narrower heads": "fewer --attention-tokens", "solution": "fewer --tokens", "decomposition": "fewer --calibration-images",
-    "fine-tuning": "more --accumulate, --checkpointing, or --train experts",
-    "export": "a machine that has it", "trial export": "--no-trial-export",
+MACHINE = "a machine that has it"
+CURES: dict[str, tuple[str, ...]] = {
+    "calibration": ("fewer images", "a smaller --img-size"), "clustering": ("fewer --cluster-tokens",),
+    "sensitivity": ("fewer --sensitivity-tokens", "--criterion output_variance and --neurons ranked"),
+    "statistics": ("fewer --jobs",),
+    "refit": ("fewer --refit-tokens",), "comparison": ("fewer --tokens",), "measurement": ("fewer held-out images",),
+    "narrower heads": ("fewer --attention-tokens",), "solution": ("fewer --tokens",),
+    "decomposition": ("fewer --calibration-images",), "fine-tuning": ("more --accumulate", "--checkpointing", "--train experts"),
+    "export": (MACHINE,), "trial export": ("--no-trial-export",),
 }  # fmt: skip
 
 TOKENS = "the calibration's tokens"
 FILES = {"calibration": TOKENS, "decomposition": TOKENS, "export": "the graphs"}
-SCRATCH = "a larger disk with --scratch DIR, or fewer --tokens"
-PLACES = {"calibration": SCRATCH, "decomposition": SCRATCH, "export": "an --out on a larger disk"}
+SCRATCH, TEMPORARY = ("a larger disk with --scratch DIR", "fewer --tokens"), "a larger disk with TMPDIR=DIR"
+PLACES = {"calibration": SCRATCH, "decomposition": SCRATCH, "export": ("an --out on a larger disk",)}
 
 
 def in_words(size_bytes: int) -> str:
@@ -80,19 +83,19 @@ def refuse_without_space(
     it is there, on this machine and below the `folder` of files. The model of so many `weights` is loaded already. What a system
     does not tell refuses nothing."""
     most, disk = worst(needs), sum(need.disk_bytes for need in needs)
-    cure = CURES[most.stage]
+    ways = CURES[most.stage]
     if memory is not None and loaded(weights) + most.memory_bytes > memory:
         raise UserError(
             f"the {most.stage} takes about {in_words(most.memory_bytes)} in the smallest pieces, beside "
-            f"{in_words(loaded(weights))} of libraries and weights, and --memory allows {in_words(memory)}; give a larger "
-            f"--memory, or {cure}"
+            f"{in_words(loaded(weights))} of libraries and weights, and --memory allows {in_words(memory)}; give "
+            f"{cures('a larger --memory', *ways)}"
         )
     there = available_memory()
     if there is not None and most.memory_bytes > there.size_bytes:
-        smaller = "" if memory is not None or "export" in most.stage else "--memory with what there is, or "
+        smaller = () if memory is not None or "export" in most.stage else ("--memory with what there is",)
         sentence = (
             f"the {most.stage} takes about {in_words(most.memory_bytes)} of memory beside the model, and "
-            f"{in_words(there.size_bytes)} are {there.limit}; give {smaller}{cure}"
+            f"{in_words(there.size_bytes)} are {there.limit}; give {cures(*smaller, *ways, elsewhere=MACHINE)}"
         )
         if most.memory_bytes > SLACK * there.size_bytes:
             raise MissingDependency(sentence)
@@ -101,7 +104,8 @@ def refuse_without_space(
     if free is not None and disk > free:
         stage = next(need.stage for need in needs if need.disk_bytes)
         raise MissingDependency(
-            f"{FILES[stage]} take {in_words(disk)} in {folder}, and {in_words(free)} are free there; give {PLACES[stage]}"
+            f"{FILES[stage]} take {in_words(disk)} in {folder}, and {in_words(free)} are free there; give "
+            f"{cures(*PLACES[stage], elsewhere=TEMPORARY)}"
         )
 
 

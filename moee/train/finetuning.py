@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.config import FinetuneConfig
+from moee.cures import cures
 from moee.data.collage import Collages
 from moee.data.image_set import ImageSet
 from moee.data.transform import model_transform
@@ -174,7 +175,7 @@ def _chosen_rate(
     chosen, share = tried_rate(trainer, trainable, data, train, held_out)
     if trainer.group.leader:
         told = "by a trial, whose steps leave" if share < 1 else "the least that is tried, though its steps leave"
-        log.info("learning rate %g, %s %.3g of the validation loss; --lr gives another", chosen, told, share)
+        log.info("learning rate %g, %s %.3g of the validation loss%s", chosen, told, share, cures("; --lr gives another"))
     return chosen
 
 
@@ -213,7 +214,7 @@ def _train(
             loss = trainer.backward(images, parts)
             if not math.isfinite(loss):
                 with group.agreed():  # it is the same on all ranks
-                    raise UserError(f"the loss became {loss} in epoch {epoch + 1}; lower --lr (came {result.lr:g})")
+                    raise UserError(f"the loss became {loss} in epoch {epoch + 1}" + cures(f"; lower --lr (came {result.lr:g})"))
             if config.clip_norm:
                 trainer.scaler.unscale_(optimiser)
                 nn.utils.clip_grad_norm_(trainable.values(), config.clip_norm)

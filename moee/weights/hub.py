@@ -23,12 +23,14 @@ from huggingface_hub import constants, errors
 from timm.models import parse_model_name
 from torch import nn
 
+from moee.cures import cures
 from moee.errors import MissingDependency, UserError
 from moee.schema import parse_json, shown
 
 CONNECT_S = 5.0  # a hub that does not answer by then is out of reach
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth", "open_clip_model.safetensors",
            "open_clip_pytorch_model.bin")  # fmt: skip
+FILE = "give a file with --checkpoint"
 CONFIG = "config.json"
 MAX_LABELS, MAX_LABEL = 1 << 15, 255  # class names, and characters of one
 HUB_ERRORS = (OSError, errors.EntryNotFoundError)  # of its first versions, some are a ValueError as well
@@ -68,7 +70,7 @@ def pretrained_model(timm_name: str, **arguments: Any) -> nn.Module:
     none; what the model says to its arguments is passed on."""
     config = timm.get_pretrained_cfg(timm_name)
     if config is None or not (config.hf_hub_id or config.url or config.file):
-        raise UserError(f"timm has no pretrained weights of {timm_name}; give a file with --checkpoint")
+        raise UserError(f"timm has no pretrained weights of {timm_name}; {cures(FILE, elsewhere='choose another')}")
     try:
         with one_try():
             return timm.create_model(timm_name, pretrained=True, **arguments)
@@ -83,7 +85,8 @@ def _out_of_reach(what: str, where: str, error: Exception) -> MissingDependency:
     command = f"hf download {where}" if "://" not in where else f"curl -LO {where}"
     return MissingDependency(
         f"{what} could not be fetched ({type(error).__name__}) and are not in the cache; where there is a network run "
-        f"`{command}`, then give the file with --checkpoint"
+        f"`{command}`"
+        + cures(", then give the file with --checkpoint", elsewhere=" there, and copy the cache")
     )
 
 

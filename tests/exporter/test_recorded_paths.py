@@ -8,11 +8,13 @@ import torch
 from exporter.report.commands import _extract
 from exporter.terminal.ui import data_title, title_of
 from moee.artifacts import checkpoint
+from moee.artifacts.card import _source
 from moee.artifacts.model import recorded_data
-from moee.data.sources import located, same_data
+from moee.data.sources import load_data, located, same_data
 from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.models.model import load_model
+from moee.places.inputs import source_paths
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from tests.conftest import tiny_spec
@@ -57,13 +59,31 @@ def test_names_of_built_in_data_stay_and_folders_become_absolute(workplace):
     (workplace / "here" / "digits").mkdir()
     root = str(workplace / "here")
     assert [located(name) for name in ("digits", "photos:8", "torch/cifar10", "nowhere")] == [
-        "digits", "photos:8", "torch/cifar10", "nowhere",
+        "digits", "photos:8", f"torch/cifar10@{root}", "nowhere",
     ]  # fmt: skip
     assert located("./digits/") == f"{root}/digits" and located("wds/pictures") == f"wds/{root}/pictures"
     assert same_data("wds/pictures", f"wds/{root}/pictures") and not same_data("wds/pictures", "digits")
     assert Session(tiny_spec(), "pictures").source == f"{root}/pictures"
     assert data_title(f"{root}/pictures") == "pictures" and data_title("photos:8") == "photos:8"
     assert title_of({"stages": {}}, "tiny", f"{root}/pictures") == "tiny on pictures"
+
+
+def test_sets_of_torchvision_are_recorded_with_their_folder(workplace, monkeypatch):
+    """By name alone, a command in another folder read the set of that name there."""
+    here, there = workplace / "here" / "pictures", workplace / "there" / "pictures"
+    monkeypatch.chdir(here)
+    named = located("torch/image_folder")
+    assert named == f"torch/image_folder@{here}" == located(named) == located("torch/image_folder@../pictures")
+    assert data_title(named) == "torch/image_folder" and data_title(f"wds/{here}") == "wds/pictures"
+    assert _source(named) == "`torch/image_folder`" and _source(f"wds/{here}") == "`wds/pictures`"
+    monkeypatch.chdir(there)
+    transform = model_transform(load_model(tiny_spec(num_classes=2)))
+    assert load_data(named, transform, "val").counts() == {"a": 2, "b": 2}
+    assert load_data(f"torch/image_folder@{here}", transform, "val").counts() == {"a": 2, "b": 2}
+    assert not same_data(named, "torch/image_folder") and not same_data(named, f"torch/cifar10@{here}")
+    assert same_data(named, "torch/image_folder@../../here/pictures") and source_paths(named) == (here,)
+    with pytest.raises(UserError, match="nowhere is no folder; give the one that the set lies in"):
+        load_data("torch/image_folder@nowhere", transform)
 
 
 def test_recorded_images_that_are_gone_are_asked_for(workplace):

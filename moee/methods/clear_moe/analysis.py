@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibrate.calibration import collect_tokens
+from moee.cures import cures
 from moee.data.image_set import ImageSet, TensorSet, batches
 from moee.errors import UserError
 from moee.layers.clear_routers import Router, fit_router
@@ -62,7 +63,8 @@ def cluster(tokens: Tensor, experts: int, seed: int, name: str = "layer") -> Ten
 
     if len(tokens) < experts:
         raise UserError(
-            f"`{name}` has {len(tokens)} calibration tokens for {experts} experts; give more --calibration-images or --tokens"
+            f"`{name}` has {len(tokens)} calibration tokens for {experts} experts; "
+            + cures("give more --calibration-images", "give more --tokens", elsewhere="give more images")
         )
     if experts == 1:
         return torch.zeros(len(tokens), dtype=torch.int64)
@@ -72,8 +74,8 @@ def cluster(tokens: Tensor, experts: int, seed: int, name: str = "layer") -> Ten
     found = len(set(labels.tolist()))
     if found < experts:
         raise UserError(
-            f"`{name}`: k-means found {found} distinct clusters for {experts} experts; lower --experts or give more "
-            "--calibration-images"
+            f"`{name}`: k-means found {found} distinct clusters for {experts} experts; "
+            + cures("lower --experts", "give more --calibration-images", elsewhere="give more images")
         )
     return torch.from_numpy(labels).long()
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moee.calibrate.calibration import CHUNK, as_tokens
+from moee.cures import cures
 from moee.errors import UserError
 from moee.layers.activations import activate
 from moee.layers.clear import ClearFFN, ClearParts
@@ -62,8 +63,8 @@ def build_layer(a: Analysis, tokens: Tensor, config: ClearOptions) -> Built:
     ffn, k = a.ffn, config.experts
     if not torch.isfinite(tokens).all():
         raise UserError(
-            f"`{ffn.name}` receives NaN or infinite activations from the layers converted before it; raise --rank or --energy, "
-            "or skip one of those layers with --exclude"
+            f"`{ffn.name}` receives NaN or infinite activations from the layers converted before it; "
+            + cures("raise --rank", "raise --energy", "skip one of those layers with --exclude", elsewhere="choose another")
         )
     routes = a.router.route(tokens)
     up = decompose_up(ffn, tokens, routes, k, r1, residual=q1, metric=up_metric(ffn, tokens, config.metric))

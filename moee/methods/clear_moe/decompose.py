@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moee.calibrate.calibration import CHUNK, hidden_activations
 from moee.calibrate.ridge import LEAST, error_change, held_out_runs, solve_ridge
+from moee.cures import cures, without
 from moee.errors import UserError, chosen
 from moee.layers.activations import activate
 from moee.layers.clear_dispatch import Factors
@@ -86,8 +87,8 @@ def require_directions(covariance: Tensor, rank: int, name: str) -> None:
     found = directions(covariance)
     if found + NORMALISED < rank:
         raise UserError(
-            f"`{name}` is singular: its map has {found} independent directions on the calibration tokens, rank {rank} needs as "
-            f"many; lower --rank, give more --calibration-images or skip it with --exclude {name}"
+            f"`{name}` is singular: its map has {found} independent directions on the calibration tokens, and rank {rank} "
+            "needs as many; " + cures("lower --rank", "give more --calibration-images", without(name))
         )
 
 

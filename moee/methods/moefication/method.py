@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from moee.cures import cures
 from moee.errors import OutOfReach, UserError
 from moee.methods.base import Row, Shares, Variant
 from moee.methods.layerwise import LayerMethod
@@ -49,8 +50,8 @@ class MoeficationMethod(LayerMethod[MoeficationOptions]):
         for ffn in find_ffns(model, options.exclude, shape).ffns:
             if options.experts > ffn.hidden:
                 raise UserError(
-                    f"--experts {options.experts} is more than the {ffn.hidden} neurons of `{ffn.name}`; give fewer, or leave it "
-                    "dense with --exclude"
+                    f"--experts {options.experts} is more than the {ffn.hidden} neurons of `{ffn.name}`; "
+                    + cures("give fewer --experts", "leave it dense with --exclude", elsewhere="choose another")
                 )
 
     def within(

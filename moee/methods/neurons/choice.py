@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moee.calibrate.grouping import GroupedLayer
 from moee.calibrate.options import MEASURED, NeuronOptions
 from moee.calibrate.selection import keep_by_share, select_neurons
+from moee.cures import cures
 from moee.data.image_set import ImageSet, batches, image_shape
 from moee.errors import OutOfReach
 from moee.measure.metrics import original_macs, saved_macs, tokens_per_image
@@ -119,7 +120,8 @@ def ffn_budget(
     if budget >= ffn:
         raise OutOfReach(
             f"--target-macs {target:g}: narrower attention or merged tokens alone leave {1 - saved / total:.2f} of the MACs, "
-            "so nothing is to be cut from the MLPs; give a smaller share, or a larger --attention-macs or --token-macs"
+            "so nothing is to be cut from the MLPs; "
+            + cures("give a smaller share", "a larger --attention-macs", "a larger --token-macs")
         )
     budget = max(budget, floor * ffn)
     if budget <= 0:
