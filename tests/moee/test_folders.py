@@ -251,6 +251,17 @@ def test_a_split_holds_every_file_once(tmp_path, split, link):
     assert [len(train), len(val)] == counts and any("1 image under a second name" in note for note in val.notes)
 
 
+def test_a_link_takes_no_file_from_the_class_in_whose_folder_it_lies(tmp_path):
+    """The first of the names stayed: a link in "ant" to an image of "bee" made an ant of it."""
+    root = tree(tmp_path / "d")
+    (root / "val" / "ant" / "aa.png").symlink_to(root / "val" / "bee" / "0.png")
+    before = load_splits(str(tree(tmp_path / "e")), SMALL)[1]
+    val = load_splits(str(root), SMALL)[1]
+    assert val.labels == before.labels and val.counts() == before.counts()
+    said = "1 image under a second name was left out (ant/aa.png); 1 image of them in another folder, which may be of another"
+    assert any(said in note for note in val.notes)
+
+
 def test_copies_in_a_folder_without_splits_are_counted(tmp_path):
     for name in ("a", "bb", "ccc", "dddd"):
         add(tmp_path / "d" / name, 5)

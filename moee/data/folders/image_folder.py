@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from moee.data.class_names import class_name, listed
-from moee.data.folders.doubles import count_images, take_apart, without_doubles
+from moee.data.folders.doubles import count_images, said_of_doubles, take_apart, without_doubles
 from moee.data.folders.splits import LAYOUT, TYPES, find_splits
 from moee.data.folders.walk import Listing, Walk
 from moee.data.image_set import Division, ImageSet, Source, divide
@@ -104,7 +104,7 @@ def list_folder(
     for name, listing in listings.items():
         listings[name], doubles = without_doubles(listing)
         if doubles:
-            notes.append(f"{count_images(len(doubles))} under a second name were left out ({listed(doubles, False)})")
+            notes.append(said_of_doubles(doubles, listings[name]))
     if len(listings) > 1:
         notes += take_apart(source, listings)
     for split, listing in listings.items():
