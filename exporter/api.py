@@ -4,7 +4,7 @@
     exporter.compress(model, train_loader, val_loader, out="runs/mine", max_drop=1)   # everything below in one call
     exporter.export(result, "runs/export", precision="fp16")
     assert exporter.verify("runs/export", result, val_loader, max_drop=0.5)
-    print(exporter.bench("runs/export", val_loader).speedup)
+    print(exporter.bench("runs/export", val_loader, model=result).speedup)
 
 The functions that the command line calls, with images as Python has them (`moee.api`).
 """

@@ -4,11 +4,13 @@
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from moee.version import VERSION
 
 __version__ = VERSION
+warnings.filterwarnings("ignore", message="IProgress not found")  # of tqdm, which timm's downloads import; it draws nothing here
 
 INTERFACE = ("load_model", "extract", "finetune", "shrink", "evaluate", "save", "load")
 MODULES = ("errors", "progress")  # that go with it: `moee.errors.UserError`, `moee.progress.silent`

@@ -64,22 +64,22 @@ OF_INPUT = {name: f"{name} of input=" for name in InputConfig.model_fields}
 SCRATCH = {"scratch": "TMPDIR=DIR"}  # a flag of the command line; Python has the environment
 
 
-@in_python(renamed={"random_weights": "random_seed"})
+@in_python()
 def load_model(
-    name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, random_seed: int | None = None,
+    name: str, *, pretrained: bool = False, checkpoint: str | Path | None = None, random_weights: int | None = None,
     num_classes: int | None = None, in_chans: int | None = None, img_size: int | tuple[int, int] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> nn.Module:  # fmt: skip
     """A dense model by its name: timm's, `torchvision:NAME`, `hf:FOLDER`, `local-dir:FOLDER`, `hf-hub:ID` or
     `package.module:function`; in eval mode, float32, on the CPU.
 
-    The weights are those of the file `checkpoint`, timm's `pretrained` ones, or drawn under `random_seed`; the number of classes
-    is the file's by default. `img_size` is in pixels, height and width or one number for both. What was taken and guessed is
-    logged. Raises `UserError` for an unknown name, weights that do not fit, or none.
+    The weights are those of the file `checkpoint`, timm's `pretrained` ones, or drawn under the seed `random_weights`; the number
+    of classes is the file's by default. `img_size` is in pixels, height and width or one number for both. What was taken and
+    guessed is logged. Raises `UserError` for an unknown name, weights that do not fit, or none.
     """
     sides = [img_size] if isinstance(img_size, int) else list(img_size) if img_size is not None else None
     path = None if checkpoint is None else os.fspath(checkpoint)
-    options = ModelOptions(pretrained, path, random_seed, num_classes, in_chans, sides, dict(model_kwargs or {}))
+    options = ModelOptions(pretrained, path, random_weights, num_classes, in_chans, sides, dict(model_kwargs or {}))
     spec = named_model(name, options, log.info)
     model = load_spec(spec)
     setattr(model, SOURCE, (spec, Loaded.of(model)))

@@ -78,7 +78,8 @@ def test_onnx_forms(name, dtype):
     values = np.linspace(-6, 6, 97).astype(dtype)
     (got,) = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": values})
     exact = FORMULAS[name](torch.from_numpy(values).double()).numpy()
-    assert np.abs(got - exact).max() < {"float32": 2e-6, "float16": 8e-3}[dtype]
+    scale = np.maximum(1, np.abs(exact) / 6)  # squares and the like are larger than their argument, and so is their rounding
+    assert (np.abs(got - exact) / scale).max() < {"float32": 2e-6, "float16": 8e-3}[dtype]
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ class State:
         self.place.write({"done": done, "identity": self.identity, "stages": self.stages, **facts})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compressed:
     """`shipped`: plan's way of the model in the bundle, "dense" for that one; `part`: "extracted" or "tuned", the folder of that
     model, or "dense". `lines`: accuracy, speed, size, what was chosen and why, where the bundle is. `folder`: of all stages'
@@ -156,6 +156,10 @@ class Compressed:
     lines: tuple[str, ...]
     seconds: float
     stages: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The five lines, as a notebook shows them."""
+        return "\n".join(self.lines)
 
 
 def reported(folder: Path, part: str) -> tuple[list[Path], str]:
@@ -175,5 +179,5 @@ def resumable(path: Any) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, (SystemExit, BudgetUnmet)):
-            error.add_note(f"the same command goes on from what is in {path}")
+            error.add_note(f"started again, it goes on from what is in {path}")
         raise

@@ -33,7 +33,7 @@ def untried_ways(ways: Sequence[dict[str, Any]]) -> str:
     """Names of a few, and how many others there are."""
     names = list(dict.fromkeys(map(way, ways)))
     more = len(names) - NAMED
-    return "; ".join(names[:NAMED]) + (f"; and {more} other{'s' * (more > 1)}" if more > 0 else "")
+    return ", ".join(names[:NAMED]) + (f", and {more} more way{'s' * (more > 1)}" if more > 0 else "")
 
 
 def accuracy_line(
@@ -109,7 +109,7 @@ def missed(latencies: list[dict[str, Any]], budget: Budget) -> str:
     limit = budget.target_latency_ms
     if limit is None or not latencies or latencies[-1]["moee_ms"]["p50"] <= limit:
         return ""
-    return f"; but it took {latencies[-1]['moee_ms']['p50']:.2f} ms a batch in the timing at the end, above {limit:g} ms"
+    return f". In the timing at the end it took {latencies[-1]['moee_ms']['p50']:.2f} ms a batch, above {limit:g} ms"
 
 
 def choice_line(
@@ -118,14 +118,15 @@ def choice_line(
     """What was chosen of a plan's points, and why. `tuned`: what fine-tuning did; `unshipped`: why it is not what is shipped."""
     points = [p for p in plan["points"] if p["method"] != "dense"]
     left = plan.get("left_out", 0)
-    counted, fitted = f"{len(points)} candidate{'' if len(points) == 1 else 's'}", f"{left} more did not fit in the time"
-    if untried := plan.get("untried"):
-        fitted += f", so that {untried_ways(untried)} {'was' if len(untried) == 1 else 'were'} never tried"
+    counted = f"{len(points)} candidate{'' if len(points) == 1 else 's'}"
+    fitted = f". No time was left for {left} further trial{'' if left == 1 else 's'}" if left else ""
+    if left and (untried := plan.get("untried")):
+        fitted += f"; not tried at all: {untried_ways(untried)}"
     if unshipped:
         return f"chosen: the dense model, {unshipped}; {way(winner)} is kept beside it"
     if winner["recipe"] is None:
         kinds = sorted({p["latency"]["kind"] for p in points if p.get("latency")})
-        how = f" ({', '.join(kinds)}{'; ' if left and kinds else ''}{fitted if left else ''})" if kinds or left else ""
+        how = (f" ({', '.join(kinds)})" if kinds else "") + fitted
         if not points:
             return f"chosen: the dense model: no candidate could be made: {plan.get('obstacle') or 'the reason is not known'}"
         if not budget.limits_quality:
@@ -133,8 +134,8 @@ def choice_line(
         none = f"none of {counted} is" if len(points) > 1 else "the one candidate is not"
         return f"chosen: the dense model: {none} faster with {described(budget)}{how}"
     others = [p for p in points if p["recipe"] != winner["recipe"]]
-    tried = ("the one candidate" if not others else f"the best of {counted}") + (f" ({fitted})" if left else "")
-    return f"chosen: {way(winner)}{tuned}: {tried} with {described(budget)}"
+    tried = "the one candidate" if not others else f"the best of {counted}"
+    return f"chosen: {way(winner)}{tuned}: {tried} with {described(budget)}{fitted}"
 
 
 def last_lines(

@@ -46,7 +46,7 @@ class Engine:
     build_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EngineReport:
     """What `build_engines` made; `plugin_layers` is counted in the parsed network."""
 
@@ -58,6 +58,14 @@ class EngineReport:
     plugin_layers: int
     dense: Engine
     moee: Engine
+
+    def __repr__(self) -> str:
+        """One line, as a notebook shows it."""
+        low, optimal, high = self.batch
+        return (
+            f"EngineReport({self.dense.file} and {self.moee.file} in {str(self.folder)!r}, by {self.builder} for {self.target}, "
+            f"batches {low} to {high}, tuned for {optimal}; {self.plugin_layers} layers by the plugin)"
+        )
 
 
 class BuildFailed(StepFailed):

@@ -87,7 +87,7 @@ class Front:
     def limits(self) -> list[str]:
         """The budget in words."""
         words: dict[str, Callable[[float], str]] = {
-            "max_drop": lambda v: f"accuracy at most {v:g} points below dense",
+            "max_drop": lambda v: f"accuracy at most {v:g} point{'' if v == 1 else 's'} below dense",
             "min_cosine": lambda v: f"cosine at least {v:g}",
             "target_macs": lambda v: f"at most {percent(v, 0)} of the MACs",
             "target_params": lambda v: f"at most {percent(v, 0)} of the parameters",

@@ -139,6 +139,8 @@ def _method(model: dict[str, Any]) -> str:
     said = []
     for step in (step for step in steps if isinstance(step, dict)):
         known = {name: step[name] for name in MAIN_OPTIONS if isinstance(step.get(name), (str, int, float))}
+        if "target_macs" in known:
+            known.pop("keep", None)  # the budget decides how much is kept
         main = [f"{name.replace('_', ' ')} {value}" for name, value in known.items()]
         said.append(", ".join([word(step.get("method")), *main]))
     return f"{'; then '.join(said)}." if said else ""

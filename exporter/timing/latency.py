@@ -31,7 +31,7 @@ THROUGHPUT_BLOCKS = 6  # a model, alternating
 PERCENTILES = (50, 90, 95, 99)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyResult:
     """Milliseconds a batch, each run waited for. `speedup` is the verdict's ratio, dense over MoEE; p5 and p95: of single pairs.
 
@@ -61,6 +61,11 @@ class LatencyResult:
     samples_ms: dict[str, list[float]] = field(default_factory=dict)
     images: str = "noise"
     belongs_to: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The verdict, as a notebook shows it, and the medians."""
+        dense, moee = (times.get("p50", float("nan")) for times in (self.dense_ms, self.moee_ms))
+        return f"{self.verdict.text}\nmedian of batch {self.batch}: dense {dense:.2f} ms, MoEE {moee:.2f} ms; {self.runtime}"
 
     def to_json(self) -> dict[str, Any]:
         body = asdict(self)

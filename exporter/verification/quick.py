@@ -42,7 +42,7 @@ ACCURACY = "accuracy, and any image of yours"
 CASES = "larger batches"
 
 
-@dataclass
+@dataclass(repr=False)
 class QuickCheck:
     """What was found of the folder `path`, which is `what`. `done` are sentences, `not_done` what nobody checked, `failures` what
     is wrong. It is true where something was checked and nothing is wrong."""
@@ -60,6 +60,12 @@ class QuickCheck:
 
     def __bool__(self) -> bool:
         return self.passed
+
+    def __repr__(self) -> str:
+        """The verdict, as a notebook shows it, and each thing that is wrong, was checked or was not, a line each."""
+        lines = [*(f"failed: {text}" for text in self.failures), *(f"checked: {text}" for text in self.done)]
+        lines += [f"not checked: {text}" for text in self.not_done]
+        return "\n".join([f"quick check of {self.what} {str(self.path)!r} {'passed' if self.passed else 'failed'}", *lines])
 
 
 def quick_check(path: Path | str, model: Path | str | MoeeModel | None = None, word: Word | None = None) -> QuickCheck:

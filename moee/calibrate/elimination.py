@@ -47,7 +47,9 @@ class Elimination:
         if found is None:
             return layer
         with torch.inference_mode(False), torch.no_grad():  # its parameters are to be trained
-            return self.rechoose(layer, ffn, *found)
+            chosen = self.rechoose(layer, ffn, *found)
+        chosen.bypassed = layer.bypassed
+        return chosen
 
 
 def eliminate(

@@ -36,7 +36,7 @@ class Outputs:
     no_tokens: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Retention:
     """A changed model against the dense one on the same `images`.
 
@@ -57,6 +57,21 @@ class Retention:
     drop_interval_pp: Interval | None = None
     no_tokens: str = ""  # why there is no token cosine
     probe: bool = False  # whether accuracies and agreement are those of a probe on the features
+
+    def __repr__(self) -> str:
+        """One line, as a notebook shows it."""
+        said = [f"{self.images} images"]
+        if self.accuracy is not None and self.dense_accuracy is not None:
+            within = "95 % interval {:.1%} to {:.1%}, ".format(*self.accuracy_interval) if self.accuracy_interval else ""
+            beside = f"({within}dense {self.dense_accuracy:.2%}, {self.labelled} labelled)"
+            said.append(f"accuracy{' of a probe' if self.probe else ''} {self.accuracy:.2%} {beside}")
+        else:
+            said.append(f"accuracy not compared ({self.no_accuracy})")
+        if self.top1_agreement is not None:
+            said.append(f"same class {self.top1_agreement:.2%}")
+        said.append(f"class cosine {self.class_cosine:.4f}")
+        tokens = f"no token cosine ({self.no_tokens})" if self.token_cosine is None else f"token cosine {self.token_cosine:.4f}"
+        return f"Retention({', '.join([*said, tokens])})"
 
     def to_json(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

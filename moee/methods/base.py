@@ -50,8 +50,9 @@ class Method(ABC, Generic[Chosen]):
     `shares`: what models of different budgets have in common, so that a plan makes it once: the calibration tokens, the
     groups of a layer's tokens, or nothing. `calibrated`: whether it learns from training images, which takes most of the time;
     what does not is tried at many budgets first. `presets`: named values; the first ones are taken where none are named.
-    `replaced`: the values of a preset that an option, once given, makes void. `variants`: what a
-    plan tries. `allocations`: the values with which it spends a plan's budget, by name.
+    `replaced`: the values of a preset that an option, once given, makes void. `counterparts`: options of other methods, and the
+    option that says the same here. `variants`: what a plan tries. `allocations`: the values with which it spends a plan's
+    budget, by name.
     """
 
     name: ClassVar[str]
@@ -65,6 +66,7 @@ class Method(ABC, Generic[Chosen]):
     calibrated: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Values]] = {}
     replaced: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    counterparts: ClassVar[Mapping[str, str]] = {}
     variants: ClassVar[Mapping[str, Variant]] = {}
     allocations: ClassVar[Mapping[str, Values]] = {"": {}}
 

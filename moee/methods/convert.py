@@ -123,12 +123,12 @@ def group_layers(method: FindsExperts, model: nn.Module, options: Any, context: 
             method.announce([tokens.count for _, tokens in share], options)
         threads = torch.get_num_threads()
         with group.agreed(), computing_on(group.device):
-            report("experts", 0, len(share))
+            report("MLPs analysed", 0, len(share))
             pool = ThreadPoolExecutor(max(1, context.limits.side_by_side(context.jobs)))
             try:
                 for layer in pool.map(lambda pair: method.find(pair[0], pair[1], options, report, group.device), share):
                     layers.append(layer)
-                    report("experts", len(layers), len(share))
+                    report("MLPs analysed", len(layers), len(share))
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)  # an interrupt need not wait for a clustering
         torch.set_num_threads(threads)  # fits that run side by side each set and restore it, in any order

@@ -97,6 +97,7 @@ class NeuronMethod(LayerMethod[Any]):
 
 class ExpertsMethod(NeuronMethod):
     name, also, options, plugin = "experts", ("moee",), ExpertsOptions, True
+    counterparts = {"experts": "clusters"}
     summary = "experts of neurons, found by clustering each layer's tokens; every token goes to one"
     presets: ClassVar = {
         "deploy": {

@@ -72,6 +72,8 @@ def options_for(method: Method[Any], values: dict[str, Any]) -> Options:
             flag = f"--{shown(name, quoted=False).replace('_', '-')}"
             if owners:
                 named = " or ".join([", ".join(owners[:-1]), owners[-1]] if owners[1:] else owners)
-                raise OptionError(f"{flag} is for method {named}, and not for {method.name}; leave it out", name)
+                here = method.counterparts.get(name)
+                advice = f"give --{here.replace('_', '-')} in its place" if here else "leave it out"
+                raise OptionError(f"{flag} is for method {named}, and not for {method.name}; {advice}", name)
             raise OptionError(f"{flag} is no option of method {method.name}; expected some of {', '.join(known)}", name)
     return validated(method.options, values)

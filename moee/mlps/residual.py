@@ -2,8 +2,8 @@
 
 A pre-norm block has it at hand: its norms read it. A module's input is taken for it if the block's output is that input plus
 the MLP's output behind its LayerScale, on random images; and the stream before an attention, if with the attention's
-output it is the stream before the MLP. Where no module reads it (parallel blocks, norms behind the sum), the answer is that none
-does.
+output it is the stream before the MLP. It reads once, and before the output is there: behind a tiny LayerScale what comes later
+looks the same. Where no module reads it (parallel blocks, norms behind the sum), the answer is that none does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -45,10 +46,12 @@ class AttentionSite:
 
 
 class _Seen(NamedTuple):
-    """Inputs and outputs of modules in one forward pass, by their paths."""
+    """Inputs and outputs of modules in one forward pass, by their paths, and the turns at which they came."""
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    read: dict[str, list[int]]
+    given: dict[str, int]
 
 
 def residual_readers(model: nn.Module, ffns: Sequence[FFN], images: Tensor) -> dict[str, Reader]:
@@ -65,7 +68,8 @@ def residual_readers(model: nn.Module, ffns: Sequence[FFN], images: Tensor) -> d
                 continue
             added = _scaled(_tokens(output, ffn.channels_first), ffn.scale)
             before = [each - added for each in _readings(whole).values() if each.shape == added.shape]
-            tried = [(_distance(tokens, each), reader) for reader, tokens in _read_in(seen, block) for each in before]
+            reads = _read_in(seen, block, ffn.output_name)
+            tried = [(_distance(tokens, each), reader) for reader, tokens in reads for each in before]
             distance, nearest = min(tried, key=lambda pair: pair[0], default=(CLOSE, None))
             if nearest is not None and distance < CLOSE:
                 found[ffn.name] = nearest
@@ -86,7 +90,7 @@ def attention_sites(
         if name not in seen.outputs or readers[mlp].path not in seen.inputs:
             continue
         added, expected = _tokens(seen.outputs[name], False), readers[mlp].tokens(seen.inputs[readers[mlp].path])
-        read = [(reader, tokens) for reader, tokens in _read_in(seen, _block(name)) if tokens.shape == added.shape]
+        read = [(reader, tokens) for reader, tokens in _read_in(seen, _block(name), name) if tokens.shape == added.shape]
         scales: list[Tensor | None] = [None, *weights_of(model.get_submodule(_block(name)), added.shape[1])]
         tried = [
             (_distance(tokens + _scaled(added, scale), expected), AttentionSite(name, reader, scale))
@@ -102,16 +106,17 @@ def attention_sites(
 @torch.no_grad()
 def _watched(model: nn.Module, blocks: set[str], images: Tensor) -> _Seen:
     """What the modules of the blocks read and give, and what the blocks give."""
-    seen = _Seen({}, {})
+    seen, turns = _Seen({}, {}, {}, {}), count()
 
     def reads(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             seen.inputs[path] = args[0]
+            seen.read.setdefault(path, []).append(next(turns))
 
     def gives(path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         given = tensor_in(output)
         if given is not None:
-            seen.outputs[path] = given
+            seen.outputs[path], seen.given[path] = given, next(turns)
 
     handles = []
     for path, module in model.named_modules():
@@ -126,9 +131,10 @@ def _watched(model: nn.Module, blocks: set[str], images: Tensor) -> _Seen:
     return seen
 
 
-def _read_in(seen: _Seen, block: str) -> list[tuple[Reader, Tensor]]:
-    """What the modules in a block read, in every way in which it may be tokens."""
-    inside = ((path, x) for path, x in seen.inputs.items() if path.startswith(f"{block}."))
+def _read_in(seen: _Seen, block: str, before: str) -> list[tuple[Reader, Tensor]]:
+    """What the modules in a block read once, before the module `before` gives, in every way in which it may be tokens."""
+    known = ((path, x) for path, x in seen.inputs.items() if path.startswith(f"{block}."))
+    inside = [(path, x) for path, x in known if len(seen.read[path]) == 1 and seen.read[path][0] < seen.given[before]]
     return [(Reader(path, first), tokens) for path, x in inside for first, tokens in _readings(x).items()]
 
 

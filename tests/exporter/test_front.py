@@ -114,6 +114,7 @@ def test_several_devices_stand_in_one_report(tmp_path):
     assert page.text.count("Chosen: kmeans-8, share, cosine 0.9960, 60.0% of the MACs") == 2
     assert "accuracy at most 2 points below dense" in page.text and "at most 8 ms a batch" in page.text
     assert "other/plan.json is a plan of another model: not shown" in page.text
+    assert read_front({"points": [], "budget": {"max_drop": 1}}).limits() == ["accuracy at most 1 point below dense"]
 
 
 def test_a_plan_alone_is_enough(tmp_path):

@@ -125,7 +125,7 @@ def test_commands_on_an_export_that_only_python_can_give_a_model_say_so(data, tm
 
 
 def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys):
-    model = moee.load_model("test_vit", random_seed=3, num_classes=3, img_size=32)
+    model = moee.load_model("test_vit", random_weights=3, num_classes=3, img_size=32)
     train, val = data
     moee.extract(model, train, val, **QUICK, out=tmp_path / "named")
     body = json.loads((tmp_path / "named" / "moee.json").read_text())
@@ -155,7 +155,7 @@ def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys)
         (lambda m, t: moee.extract(m, t, method="clear-moe", preset="static"), "clear-moe"),
         (lambda m, t: moee.load_model("vit_nothing", pretrained=True), "unknown model"),
         (lambda m, t: moee.load_model("test_vit"), "has no weights yet"),
-        (lambda m, t: moee.load_model("test_vit"), "give pretrained=True for timm's, checkpoint=FILE for yours, or random_seed="),
+        (lambda m, t: moee.load_model("test_vit"), "pretrained=True for timm's, checkpoint=FILE for yours, or random_weights="),
         (lambda m, t: moee.extract(m, t, device="tpu"), "tpu"),
         (lambda m, t: moee.extract(m, t, jobs=1.5), "jobs: expected a whole number"),
         (lambda m, t: moee.extract(nn.Sequential(m), iter(())), "give input={'input_size': (channels, height, width)}"),
@@ -167,6 +167,8 @@ def test_a_model_by_its_name_goes_on_at_the_command_line(data, tmp_path, capsys)
         (lambda m, t: moee.extract(m, t, classes=["a", "a", "b"]), "expected a list of names that differ"),
         (lambda m, t: moee.extract(m, t, classes="abc"), "expected a list of names that differ"),
         (lambda m, t: moee.extract(m, t, method="clear-moe", collages=2), "is for method experts"),
+        (lambda m, t: moee.extract(m, t, method="experts", experts=3), "and not for experts; give clusters in its place"),
+        (lambda m, t: moee.extract(m, t, method="moefication", clusters=3), "for moefication; give experts in its place"),
         (lambda m, t: exporter.bundle("nowhere", "b", sm=87, batch=(1, 2)), "batch: expected the smallest"),
         (lambda m, t: exporter.bench("nowhere", t, batch=8.0), "batch: expected a whole number"),
         (lambda m, t: exporter.bench("nowhere", t, streams=0), "streams: expected a whole number"),
@@ -299,7 +301,7 @@ def _other_mean(model):
 @pytest.mark.parametrize("change", [_relu, _average, _negative, _other_mean])
 def test_a_named_model_that_was_changed_without_its_weights_is_a_module_of_its_own(data, change, caplog):
     caplog.set_level("INFO", "moee")
-    model = moee.load_model("test_vit", random_seed=3, num_classes=3, img_size=32)
+    model = moee.load_model("test_vit", random_weights=3, num_classes=3, img_size=32)
     assert spec_of(model.train()).library == "timm" and model.training
     change(model.eval())
     result = moee.extract(model, *data, **QUICK)

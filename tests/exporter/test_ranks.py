@@ -144,7 +144,7 @@ def ranks_of(launcher: subprocess.Popen, world: int) -> list[psutil.Process]:
 
 # what rank 0 says before the kill: at the start of clustering, before the refit, before the last measurements
 STEPS = {
-    "extract": ("calibrate: done", "experts: done", "refit: done"),
+    "extract": ("calibrate: done", "MLPs analysed: done", "refit: done"),
     "finetune": ("dense on training images: done", "dense on training images: done", "finetune: done"),
 }
 

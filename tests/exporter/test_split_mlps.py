@@ -37,6 +37,9 @@ EXPERTS = dict(clustering="kmeans", clusters=3, components=8, cluster_tokens=300
 METHODS = {
     "experts": method_options(**EXPERTS, criterion="sensitivity"),
     "static": method_options(clustering="none", tokens=900),
+    "eliminated": method_options(
+        **EXPERTS, criterion="sensitivity", target_macs=0.9, neurons="eliminated", refit_target="stream"
+    ),
     "moefication": method_options(method="moefication", experts=4, top_k=2, compensation="mean", tokens=900),
     "clear-moe": ClearOptions(experts=2, rank=3, residual_rank=1, tokens=900),
 }

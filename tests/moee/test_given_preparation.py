@@ -223,7 +223,7 @@ def test_images_that_were_prepared_otherwise_confirm_nothing(folder):
 
 
 def test_a_loader_that_differs_from_the_models_description_is_told(folder, caplog):
-    model = moee.load_model("test_vit", random_seed=0, num_classes=2, img_size=32)
+    model = moee.load_model("test_vit", random_weights=0, num_classes=2, img_size=32)
     data = loader(folder, transforms.Resize(32), transforms.CenterCrop(32), *END).dataset
     moee.extract(model, Subset(data, range(0, 24, 2)), Subset(data, range(1, 24, 2)), preset="static", keep=0.7)
     assert "the loader prepares images by mean 0.5 0.4 0.3, not" in caplog.text and "crop_pct 1, not" in caplog.text

@@ -6,7 +6,7 @@ from moee.errors import NothingRouted, UserError
 from moee.keywords import in_python
 
 
-@in_python(["keep"], {"random_weights": "random_seed", "std": "std of input=", "side": "input={1}"})
+@in_python(["keep"], {"random_weights": "seed", "std": "std of input=", "side": "input={1}"})
 def call(said, pretrained=False, num_classes=None, img_size=None, checkpoint=None, kind=UserError):
     raise kind(said)
 
@@ -15,7 +15,7 @@ def call(said, pretrained=False, num_classes=None, img_size=None, checkpoint=Non
     ("said", "expected"),
     [
         ("give --pretrained, or --checkpoint FILE for yours", "give pretrained=True, or checkpoint=FILE for yours"),
-        ("or --random-weights SEED to draw them", "or random_seed=SEED to draw them"),
+        ("or --random-weights SEED to draw them", "or seed=SEED to draw them"),
         ("--keep: Input should be at most 1 (came 2)", "keep: Input should be at most 1 (came 2)"),
         ("--std.0: Input should be greater than 0", "std of input=: Input should be greater than 0"),
         ("give --img-size H W, or one number for both", "give img_size=(H, W)"),

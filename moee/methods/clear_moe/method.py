@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 class ClearMethod(Method[ClearOptions]):
     name, also, options, plugin = "clear-moe", ("clear_moe",), ClearOptions, True
+    counterparts = {"clusters": "experts"}
     summary = "a low-rank basis that a layer's experts share, and a small low-rank map for each"
     variants: ClassVar = {"clear-moe": Variant({})}
     allocations: ClassVar = {"ranks": {}}  # a rank for every map

@@ -26,6 +26,7 @@ _TOP_K = tuple({"top_k": k} for k in (4, 8, 12, 14))
 
 class MoeficationMethod(LayerMethod[MoeficationOptions]):
     name, options, plugin = "moefication", MoeficationOptions, True
+    counterparts = {"clusters": "experts"}
     summary = "disjoint experts of equal size; every token goes to the best few"
     shares: ClassVar[Shares] = "tokens"
     presets: ClassVar = {"moefication": {}}
