@@ -101,6 +101,7 @@ VALUES = {  # what help calls the value of a flag, in the place of the flag's ow
     "plugin": "FILE", "sm": "DEVICE",
     "device": "WHERE", "layer": "NAME", "design": "{star,full}", "precision": "{fp32,fp16,bf16,int8,int8-fp32}",
 }  # fmt: skip
+PLACES = ("out", "emit", "measured", "data", "confirm", "checkpoint", "plan", "recipe", "class_map", "scratch")  # on this machine
 LISTED = "LIST"  # values with commas between them
 
 
@@ -179,6 +180,8 @@ def refuse_texts(args: argparse.Namespace, names: Mapping[str, str]) -> None:
             flag = names.get(name, name)
             if not text.strip():
                 raise UserError(f"{flag} is empty; give a value, or leave it out")
+            if name in PLACES and text.startswith("-"):  # as --out=-x
+                raise UserError(f"{flag} {shown(text)} begins with a dash, and later commands would read a flag; write ./{text}")
             if len(text) > MOST_TEXT:
                 raise UserError(f"{flag} is {len(text)} characters long; expected at most {MOST_TEXT}")
             if not printable(text):

@@ -259,7 +259,7 @@ def run_worker(spec: dict[str, Any], progress: Progress) -> dict[str, Any]:
         environment = library_path(spec["backend"], folder)
         root = str(Path(__file__).resolve().parent.parent.parent)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "exporter.engines.worker", str(folder / "spec.json")]
+        command = [sys.executable, "-m", "exporter.engines.worker", str(folder / "spec.json"), str(os.getpid())]
         last: dict[str, Any] = {}
         with open(folder / "stderr", "w+", encoding="utf-8", errors="replace") as errors:
             child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)

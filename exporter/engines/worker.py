@@ -1,4 +1,4 @@
-"""Builds one engine in its own process: `python -m exporter.engines.worker SPEC.json`.
+"""Builds one engine in its own process: `python -m exporter.engines.worker SPEC.json PARENT`.
 
 TensorRT may abort the process, and TensorRT-RTX needs a library path that must stand before the process starts; so
 `exporter.engines.build` runs this file as a child. One JSON object a line on stdout: `{"progress": ...}` while it runs, and
@@ -156,16 +156,19 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies: an orphan would go on for minutes, for nobody."""
+def end_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when the one that started it dies: an orphan would go on for minutes, for nobody. That may
+    have died before: this process has another `parent` then."""
     try:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, linux/prctl.h
     except (AttributeError, OSError):
-        pass
+        return
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def main() -> int:
-    end_with_parent()
+    end_with_parent(int(sys.argv[2]))
     try:
         say(result=build(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
     except Failed as error:

@@ -76,7 +76,8 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 def _explain_os_error(error: OSError) -> tuple[int, str]:
     number = _errno_of(error)
-    what = f"{error.filename}: " if error.filename is not None else ""
+    place = error.filename2 if number in LACKS and error.filename2 else error.filename  # a copy lacks space where it goes
+    what = f"{place}: " if place is not None else ""
     if number is None:  # NumPy's short writes carry text alone
         return ENVIRONMENT, f"{what}{' '.join(str(error).split())}; is the disk full? {INTACT}"
     cure = LACKS.get(number) or PATH_CURES.get(number, "check that path")

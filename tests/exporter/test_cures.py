@@ -1,11 +1,13 @@
 """What a refusal advises can be given where it is met: commands and Python functions share code, and not all options."""
 
 import argparse
+import errno
 
 import pytest
 
 from exporter.cli import build_parser, main
 from exporter.terminal import failures
+from exporter.terminal.failures import explain
 from moee.cures import NAMED, cures, offering, without
 from moee.errors import MissingDependency, UserError
 from moee.keywords import in_python
@@ -66,3 +68,19 @@ def test_the_command_line_says_what_the_command_takes(monkeypatch, capsys):
         monkeypatch.setattr(f"exporter.commands.{'' if command == 'doctor' else 'models.'}{command}.run", fail)
         main([command, *(["model", "--out", "x"] if command == "finetune" else [])])
         assert f"can't allocate memory {expected};" in capsys.readouterr().err
+
+
+def test_a_copy_that_finds_no_space_names_where_it_goes():
+    """`shutil.copy` names its source first, so the export was said to be full, and not the disk of the bundle."""
+    full = OSError(errno.ENOSPC, "No space left on device", "export/moee.data", None, "small/.b.tmp/moee.data")
+    assert explain(full)[1].startswith("small/.b.tmp/moee.data: No space left on device;")
+    gone = OSError(errno.ENOENT, "No such file or directory", "export/moee.data", None, "b/moee.data")
+    assert explain(gone)[1].startswith("export/moee.data: No such file")
+
+
+@pytest.mark.parametrize("flag", ["--out", "--data", "--checkpoint"])
+def test_a_place_that_later_commands_would_read_as_a_flag_is_refused(flag, capsys):
+    """`--out=-dash` was taken, and what to do next was said to be `moee export -dash`."""
+    others = [word for name in ("--out", "--data") if name != flag for word in (name, "x")]
+    assert main(["extract", "vit_tiny_patch16_224", f"{flag}=-dash", *others]) == 2
+    assert f"{flag} '-dash' begins with a dash, and later commands would read a flag; write ./-dash" in capsys.readouterr().err
