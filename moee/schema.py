@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,3 +141,12 @@ def reason_of(error: BaseException, limit: int | None = None) -> str:
     """What an exception of someone else's code says, on one line; its kind where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return shown(text, quoted=False) if limit is None else shown(text, quoted=False, limit=limit)
+
+
+def data_title(data: str) -> str:
+    """A source of images for a title: of a folder the name alone. Where it lay on a machine is in the manifest, and nobody else's
+    business."""
+    kind, _, rest = data.partition("/")
+    if kind in ("wds", "hfds") and os.path.isabs(rest):
+        return f"{kind}/{os.path.basename(rest)}"
+    return os.path.basename(data) if os.path.isabs(data) else data.partition("@")[0] if kind == "torch" else data

@@ -20,6 +20,7 @@ from exporter.plots.data import BATCH, RoutingTrace, expert_patches, trace_route
 from exporter.plots.tiles import cut, key
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet, batches
+from moee.data.sources import located
 from moee.data.transform import MODES, Transform, model_transform
 from moee.interface.adapted import run_model
 from moee.measure.accuracy import NO_ANSWER, comparison, top1
@@ -80,7 +81,7 @@ def make_examples(
     names = moee.classes or held_out.classes
     changed = _changed(pictures, trace, answers, names)  # first: the patches get what these leave of the bytes
     return {
-        "schema": SCHEMA, "data": moee.data, "images": len(trace.indices), "of_images": len(held_out),
+        "schema": SCHEMA, "data": located(held_out.name), "images": len(trace.indices), "of_images": len(held_out),
         "classes": {"why": compared.reason, "rows": _classes(trace.labels, answers, names) if compared and answers else []},
         "changed": changed, "experts": _experts(pictures, trace, report),
     }  # fmt: skip

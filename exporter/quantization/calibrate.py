@@ -20,6 +20,7 @@ from exporter.precision import Quantization
 from exporter.quantization.modules import quantizable, quantized
 from exporter.quantization.ops import HIGH
 from moee.data.image_set import ImageSet, batches
+from moee.data.sources import located
 from moee.errors import UserError
 from moee.interface.watch import watched
 from moee.progress import Reporter, silent
@@ -116,7 +117,7 @@ def calibrate(
             kept[name] = f"quantised alone it leaves the output {alone[name]:.1f} dB; it was among the worst"
             reached = loss(scales)
     return Quantization(
-        input_scales=scales, kept=kept, method=method, sqnr_db=min(reached, 999.0), images=len(order), data=data.name
+        input_scales=scales, kept=kept, method=method, sqnr_db=min(reached, 999.0), images=len(order), data=located(data.name)
     )
 
 

@@ -12,6 +12,7 @@ from exporter.report.sections import STAGE_NAMES, layers, not_there, stages
 from exporter.report.sources import Sources
 from moee.artifacts.stages import CHANGED, dense_differs, images_changed
 from moee.measure.accuracy import counted, drop_in_words, recorded_interval
+from moee.schema import data_title
 
 
 def retention(sources: Sources) -> tuple[str | None, list[Html]]:
@@ -89,7 +90,8 @@ def _intervals(parity: Any) -> list[Html]:
     of = f"{fixed(labelled, 0)} images"
     if isinstance(labelled, int) and isinstance(images, int):
         of = counted(labelled, images, accuracy.get("probe") is True)
-    caption = f"Against dense on {of}, with 95 % intervals"
+    data = f" of {data_title(word(dig(parity, 'data')))}" if dig(parity, "data") else ""
+    caption = f"Against dense on {of}{data}, with 95 % intervals"
     return [table(["", "dense", "MoEE"], rows, caption), tag("p", facts)]
 
 

@@ -47,9 +47,11 @@ def commands(sources: Sources) -> list[str]:
         typed = ["--precision", precision] if isinstance(precision, str) and precision != "fp32" else []
         if isinstance(images := dig(export, "quantization", "moee", "images"), int):
             typed += ["--calibration-images", str(images)]
+            typed += _other(dig(export, "quantization", "moee", "data"), export)
         lines.append(_line("moee", "export", source, *own, *typed, "--out", "export"))
     if sources.body("moee.parity"):
-        lines.append("moee verify export --out verify")
+        other = _other(dig(sources.body("moee.parity"), "data"), export or model)
+        lines.append(_line("moee", "verify", "export", *other, "--out", "verify"))
     latency = sources.body("moee.latency")
     if latency:
         words = [
@@ -62,6 +64,11 @@ def commands(sources: Sources) -> list[str]:
     if sources.body("moee.summary"):
         lines.append("moee demo --out demo   # all of the above")
     return lines
+
+
+def _other(data: Any, body: Any) -> list[str]:
+    """The flag that names the images, where they are others than those of an artifact's `body`."""
+    return ["--data", data] if isinstance(data, str) and data not in ("", dig(body, "data")) else []
 
 
 def _line(*words: Any) -> str:

@@ -10,7 +10,7 @@ from exporter.markup import Html, table, tag
 from exporter.markup.values import dig, fixed, percent, real, word
 from exporter.report.sections import not_there
 from exporter.report.sources import EXAMPLES, Sources
-from exporter.terminal.ui import data_title
+from moee.schema import data_title
 
 MAKES = "moee plots MODEL --out plots"
 MOST_CLASSES, MOST_CHANGED, MOST_LAYERS, MOST_EXPERTS = 2000, 100, 200, 64  # a page shows no more

@@ -7,7 +7,7 @@ from exporter.markup import Html, table, tag
 from exporter.markup.values import fixed, percent
 from exporter.report.sections import not_there
 from exporter.report.sources import Sources
-from exporter.terminal.ui import data_title
+from moee.schema import data_title
 
 MOST_PLANS = 6  # a page shows no more
 

@@ -16,11 +16,10 @@ from exporter.report.collect import collect
 from exporter.report.front import front
 from exporter.report.sources import EXAMPLES, PLAN, SELFTEST, Sources
 from exporter.report.style import SCRIPT, STYLE
-from exporter.terminal.ui import data_title
 from moee.measure.accuracy import recorded_interval
 from moee.places.inputs import source_paths
 from moee.places.output_file import OutputFile
-from moee.schema import shown
+from moee.schema import data_title, shown
 from moee.store.result_kinds import REPORT
 
 log = logging.getLogger("moee")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -26,6 +25,7 @@ from moee.artifacts.stages import CHANGED, dense_differs, images_changed
 from moee.errors import plain
 from moee.measure.accuracy import counted, recorded_interval
 from moee.progress import Lines
+from moee.schema import data_title
 
 LEAST_WIDTH, UNBOUNDED = 76, 10_000  # characters of a line
 
@@ -129,14 +129,6 @@ def title_of(info: dict[str, Any], model: str, data: str) -> str:
     """A model and its data, with those that it was extracted on if they are others."""
     first = info["stages"].get("extracted", {}).get("data") or data
     return f"{model} on {data_title(data)}" + (f" (extracted on {data_title(first)})" if first != data else "")
-
-
-def data_title(data: str) -> str:
-    """A source of images for a title: of a folder the name alone, since its path is recorded whole."""
-    kind, _, rest = data.partition("/")
-    if kind in ("wds", "hfds") and os.path.isabs(rest):
-        return f"{kind}/{os.path.basename(rest)}"
-    return os.path.basename(data) if os.path.isabs(data) else data.partition("@")[0] if kind == "torch" else data
 
 
 def stage_table(info: dict[str, Any], title: str) -> Table:

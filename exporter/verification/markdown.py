@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from exporter.verification.result import VerifyResult
 from moee.measure.accuracy import Proportion, drop_in_words
+from moee.schema import data_title
 
 
 def _share(p: Proportion) -> str:
@@ -40,10 +41,11 @@ def to_markdown(result: VerifyResult) -> str:
     lines += [part for note in parity.notes for part in ("", f"Note: {note}.")]
     if accuracy is None:
         return "\n".join([*lines, "", f"Accuracy: not measured, {result.no_accuracy}.", ""])
+    of = f" of {data_title(result.data)}".replace("|", "/") if result.data else ""
     drop, interval = drop_in_words(accuracy.drop_pp, accuracy.drop_interval_pp)
     lines += [
         "",
-        f"| on {accuracy.counted} (95 % interval) | dense | MoEE |",
+        f"| on {accuracy.counted}{of} (95 % interval) | dense | MoEE |",
         "|---|---|---|",
         f"| top-1 | {_share(accuracy.dense_top1)} | {_share(accuracy.moee_top1)} |",
     ]

@@ -45,7 +45,8 @@ class EngineParity:
 @dataclass(frozen=True, repr=False)
 class VerifyResult:
     """Parity, accuracy (None where labels or classes lack, `no_accuracy` says why) and engine (None if not asked for).
-    `dense_failure`: what is wrong with the dense graph, without which there is nothing to compare."""
+    `data`: the images that it was measured on, as they are recorded. `dense_failure`: what is wrong with the dense graph, without
+    which there is nothing to compare."""
 
     export: str
     parity: ParityResult
@@ -55,6 +56,7 @@ class VerifyResult:
     seconds: float
     data_read: dict[str, Any] = field(default_factory=dict)
     dense_failure: str = ""
+    data: str = ""
 
     @property
     def passed(self) -> bool:
@@ -148,6 +150,7 @@ class VerifyResult:
             "dense_failure": self.dense_failure,
             "engine": json_safe(engine),
             "cases": [asdict(case) for case in self.cases()],
+            "data": self.data,
             "data_read": self.data_read,
             "seconds": self.seconds,
             "passed": self.passed,

@@ -15,6 +15,7 @@ from exporter.verification.graph_accuracy import GraphAccuracy
 from exporter.verification.result import VerifyResult
 from moee.artifacts.model import MoeeModel
 from moee.data.image_set import ImageSet
+from moee.data.sources import located
 from moee.errors import UserError
 from moee.parallel.group import SOLO, Group
 from moee.progress import Reporter, silent
@@ -93,7 +94,8 @@ def verify_ranks(
                     trust=trust_engine,
                 )  # fmt: skip
             read = {"val": data.facts(), "notes": list(data.notes)}
-            result = VerifyResult(folder.name, parity, accuracy, reason, built, time.perf_counter() - started, read, failure)
+            seconds, source = time.perf_counter() - started, located(data.name)
+            result = VerifyResult(folder.name, parity, accuracy, reason, built, seconds, read, failure, source)
     return result
 
 

@@ -16,7 +16,7 @@ from moee.errors import plain
 from moee.given.datasets import PREFIX
 from moee.measure.accuracy import counted, drop_in_words, recorded_interval
 from moee.methods.recipe import read_recipe_json
-from moee.schema import shown
+from moee.schema import data_title, shown
 from moee.store.result_kinds import CARD
 
 NOT_KNOWN = "not known"
@@ -139,15 +139,9 @@ def _data(body: Mapping[str, Any], info: Mapping[str, Any]) -> list[str]:
 
 
 def _source(data: str) -> str:
-    """Of a folder its name alone: where it lay on a machine is in the manifest, and nobody else's business."""
     if data.startswith(PREFIX):
         return f"images given in Python ({_code(data.removeprefix(PREFIX))})"
-    kind, _, rest = data.partition("/")
-    if kind in ("wds", "hfds") and Path(rest).is_absolute():
-        return _code(f"{kind}/{Path(rest).name}")
-    if kind == "torch":
-        return _code(data.partition("@")[0])
-    return f"the folder {_code(Path(data).name)}" if Path(data).is_absolute() else _code(data)
+    return ("the folder " if Path(data).is_absolute() else "") + _code(data_title(data))
 
 
 def _figures(info: Mapping[str, Any]) -> list[str]:

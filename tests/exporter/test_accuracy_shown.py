@@ -201,3 +201,18 @@ def test_a_report_names_the_data_of_each_stage(page, tmp_path):
     text = page()
     assert "tiny on other (extracted on digits)" in text and "dense, on the same images" in text
     assert "moee extract tiny --data digits" in text and "moee finetune extracted --data other" in text
+
+
+def test_a_report_names_the_data_that_the_exported_graphs_were_measured_on(page, tmp_path):
+    """`verify --data OTHER` left no trace of OTHER: its accuracy stood under a title that names the artifact's own images."""
+    text = page()
+    assert "moee verify export --out verify" in text
+    edited(next((tmp_path / "run").rglob("parity.json")), lambda body: body.update(data="/somewhere/other"))
+    text = page()
+    assert "images of other, with 95 % intervals" in text and "moee verify export --data /somewhere/other --out verify" in text
+
+
+def test_a_report_names_the_images_that_int8_was_calibrated_on(page, tmp_path):
+    edited(next((tmp_path / "run").rglob("export.json")), lambda body: body.update(
+        precision="int8", quantization={"moee": {"images": 7, "data": "/somewhere/other"}}))  # fmt: skip
+    assert "--precision int8 --calibration-images 7 --data /somewhere/other --out export" in page()

@@ -49,6 +49,7 @@ def picture(entry):
 def test_classes_and_changed_images_are_those_of_the_models(models):
     moee, dense, data = models
     body = made.make_examples(moee, dense, data, trace_routes(moee, data))
+    assert body["data"] == data.name != moee.data, "the images that are shown, and not those that the model was made on"
     with torch.no_grad():
         before, after = (m(data.images).argmax(1) for m in (dense, moee.model))
     labels = torch.tensor(data.labels)

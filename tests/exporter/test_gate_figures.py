@@ -229,6 +229,7 @@ def test_a_gain_is_called_one_wherever_a_drop_is_shown(capsys):
     found = replace(compare_accuracy(logits(), logits(seed=1), LABELS), drop_pp=-2.5, drop_interval_pp=(-5.25, 0.25))
     verified = replace(result(parity()), accuracy=found)
     assert "Gain 2.50 points (-0.25 to 5.25; no gate)" in to_markdown(verified)
+    assert " of pictures (95 % interval) |" in to_markdown(replace(verified, data="/home/somebody/pictures"))
     assert "gain 2.50 points (-0.25 to 5.25) on 200" in next(c.detail for c in verified.cases() if c.group == "accuracy")
     assert "Top-1 gain 2.50 points (-0.25 to 5.25); " in str(_intervals({"accuracy": found.to_json()})[1])
     assert "Top-1 drop –; " in str(_intervals({"accuracy": {**found.to_json(), "drop_pp": None}})[1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exporter.report.commands import _extract
-from exporter.terminal.ui import data_title, title_of
+from exporter.terminal.ui import title_of
 from moee.artifacts import checkpoint
 from moee.artifacts.card import _source
 from moee.artifacts.model import recorded_data
@@ -15,6 +15,7 @@ from moee.data.transform import model_transform
 from moee.errors import UserError
 from moee.models.model import load_model
 from moee.places.inputs import source_paths
+from moee.schema import data_title
 from moee.stages.session import Session
 from moee.store.artifact import read_json, write_json
 from tests.conftest import tiny_spec

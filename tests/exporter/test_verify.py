@@ -167,6 +167,7 @@ def test_an_output_that_is_no_number_fails_and_stays_valid_json(tiny_export, tmp
     result = check(tiny_export, folder)
     assert not result and result.first_deviation.where == "head"
     body = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert body["data"] == "tiny", "what the accuracy was measured on"
     assert body["batches"][0]["max_abs_error"] is None and body["passed"] is False
 
 

@@ -26,7 +26,7 @@ from exporter.terminal.flags import (
 from exporter.terminal.idle import keep_defaults, refuse_idle
 from exporter.terminal.options import add_options, given_options
 from exporter.terminal.space import add_memory, add_scratch
-from exporter.terminal.ui import FittingTable, ProgressDisplay, data_title, number, percent, span
+from exporter.terminal.ui import FittingTable, ProgressDisplay, number, percent, span
 from moee.config import MOST_BATCH, validated
 from moee.errors import UserError
 from moee.measure.accuracy import counted
@@ -37,6 +37,7 @@ from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import Output
 from moee.planning.budget import Budget
+from moee.schema import data_title
 from moee.store.result_kinds import EMIT, PLAN, PLAN_STATE
 from plugins.devices import PROFILES, parse_sm
 
