@@ -20,7 +20,7 @@ from typing import Any
 import huggingface_hub
 import timm
 from huggingface_hub import constants, errors
-from timm.models import parse_model_name
+from timm.models import PretrainedCfg, parse_model_name
 from torch import nn
 
 from moee.cures import cures
@@ -32,6 +32,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model
            "open_clip_pytorch_model.bin")  # fmt: skip
 FILE = "give a file with --checkpoint"
 CONFIG = "config.json"
+UNSAID = {name: getattr(PretrainedCfg(), name) for name in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}
 MAX_LABELS, MAX_LABEL = 1 << 15, 255  # class names, and characters of one
 HUB_ERRORS = (OSError, errors.EntryNotFoundError)  # of its first versions, some are a ValueError as well
 
@@ -114,9 +115,11 @@ class ModelFolder:
 
     @property
     def input(self) -> dict[str, Any]:
-        """How its images are prepared: `mean`, `std`, `input_size` and so on. Older files have them beside the architecture."""
+        """How its images are prepared: `mean`, `std`, `input_size` and so on. Older files have them beside the architecture.
+        What a file leaves out is as timm takes it then, which is not what the architecture's own weights were trained with."""
         given = self.config.get("pretrained_cfg", self.config)
-        return given if isinstance(given, dict) else {}
+        said = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else {}
+        return {**UNSAID, **said}
 
     def labels(self) -> tuple[tuple[str, ...], str]:
         """Class names in the order of the head, as timm's `label_names`, and why the file's cannot be used ("" where they can, or

@@ -252,6 +252,12 @@ def test_a_folder_as_timm_saves_it_for_the_hub(tmp_path, file):
     assert resolve(f"local-dir:{tmp_path}", options=ModelOptions(img_size=[64])).kwargs["img_size"] == 64
     drawn = resolve(f"local-dir:{tmp_path}", options=ModelOptions(random_weights=1))
     assert drawn.random_seed == 1 and drawn.weights is None
+    # what the file leaves out is timm's default, and not what the architecture's own weights were trained with
+    config["pretrained_cfg"] = {"input_size": [3, 32, 32], "num_classes": 3, "std": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    own = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    ours = model_transform(load_model(resolve(f"local-dir:{tmp_path}"))).config
+    assert {name: ours[name] for name in own if name != "input_size"} == {name: own[name] for name in own if name != "input_size"}
 
 
 @pytest.mark.parametrize(
