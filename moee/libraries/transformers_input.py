@@ -50,8 +50,9 @@ def read_input(folder: Path, row: Architecture, config: dict[str, Any]) -> tuple
     if not isinstance(factor, (int, float)) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
         raise UserError(f"{path} scales pixels by {shown(factor)} and not to 0..1; {ELSE}")
     change: dict[str, Any] = {}
-    if body.get("image_mean") is not None and body.get("image_std") is not None:
-        change |= {"mean": body["image_mean"], "std": body["image_std"]}
+    for name in ("mean", "std"):
+        if body.get(f"image_{name}") is not None:
+            change[name] = body[f"image_{name}"]
     if body.get("resample") is not None:
         change["interpolation"] = FILTERS.get(body["resample"])
     try:

@@ -23,6 +23,8 @@ from moee.data.transform import evaluation, model_transform
 from moee.errors import MissingDependency, UserError
 from moee.interface.spec import ModelSpec
 from moee.libraries import from_torchvision, from_transformers
+from moee.libraries.transformers_classes import ARCHITECTURES
+from moee.libraries.transformers_input import read_input
 from moee.models.model import build_model, load_model
 from tests.exporter.command import run
 
@@ -567,3 +569,10 @@ def test_plans_and_printed_commands_know_the_library(place):
     old = {"name": "x", "timm_name": "vit_tiny_patch16_224", "kwargs": {}}
     assert ModelSpec.model_validate(old).library == "timm" and "library" not in ModelSpec.model_validate(old).identity()
     assert layout_of("mymodels:mine", ModelOptions(img_size=[32])).input_size == (32, 32)
+
+
+def test_a_processor_with_a_mean_alone_has_that_mean(tmp_path):
+    """Without the deviation beside it the mean was left out too, and only the deviation was said to be guessed."""
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "size": 32, "resample": 2}')
+    found, notes = read_input(tmp_path, ARCHITECTURES["ViTModel"], {"image_size": 32})
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5)) and "lacks image_std: guessed" in notes[0]
