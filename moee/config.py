@@ -64,7 +64,7 @@ class FinetuneConfig(Options):
     batch_size: int = Field(32, ge=1, le=MOST_BATCH, description="images of a step, of all ranks together")
     lr: float | None = Field(
         None, gt=0, le=MOST_FACTOR,
-        description="learning rate of AdamW, which falls to zero by a cosine (default: found by a trial, at most the paper's "
+        description="learning rate of AdamW, which falls to zero by a cosine (default: found by a trial; the paper's is "
         "1.5e-5)",
     )  # fmt: skip
     weight_decay: float = Field(0.01, ge=0, le=MOST_FACTOR, description="weight decay of AdamW")

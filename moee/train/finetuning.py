@@ -170,9 +170,10 @@ def _refuse_unreadable(data: ImageSet, group: Group) -> None:
 
 
 def _chosen_rate(
-    trainer: Trainer, trainable: dict[str, nn.Parameter], data: ImageSet, train: Tensor, held_out: Tensor
-) -> float:
-    chosen, share = tried_rate(trainer, trainable, data, train, held_out)
+    trainer: Trainer, trainable: dict[str, nn.Parameter], data: ImageSet, train: Tensor, held_out: Tensor, *,
+    report: Reporter,
+) -> float:  # fmt: skip
+    chosen, share = tried_rate(trainer, trainable, data, train, held_out, report=report)
     if trainer.group.leader:
         told = "by a trial, whose steps leave" if share < 1 else "the least that is tried, though its steps leave"
         log.info("learning rate %g, %s %.3g of the validation loss%s", chosen, told, share, cures("; --lr gives another"))
@@ -200,7 +201,9 @@ def _train(
     else:
         result.validation_loss.append(trainer.measure(data, held_out))
         result.train_loss.append(math.nan)
-        result.lr = _chosen_rate(trainer, trainable, data, train, held_out) if config.lr is None else config.lr
+        result.lr = (
+            _chosen_rate(trainer, trainable, data, train, held_out, report=report) if config.lr is None else config.lr
+        )
     chosen = 1.0 if config.lr is not None else result.lr
     report("finetune", first * steps, config.epochs * steps)
     for epoch in range(first, config.epochs):

@@ -22,7 +22,7 @@ from moee.store.atomic import atomic_folder
 from moee.train.finetuning import finetune
 from moee.train.rate import rate
 from moee.train.step import Trainer, distillation_loss
-from moee.train.trial import PAPER_RATE, tried_rate
+from moee.train.trial import _largest_as_good, rates_of, tried_rate
 from tests.conftest import tiny_spec
 
 
@@ -226,7 +226,8 @@ def test_a_run_without_a_learning_rate_takes_the_tried_one(lossy, caplog):
     free, said = FinetuneConfig(epochs=1, batch_size=8), copy.deepcopy(model)
     caplog.set_level("INFO")
     result = finetune(model, dense, data, free)
-    assert f"learning rate {result.lr:g}, by a trial" in caplog.text and 0 < result.lr <= PAPER_RATE
+    assert f"learning rate {result.lr:g}, by a trial" in caplog.text
+    assert result.lr in [float(f"{each:.2g}") for each in rates_of(free)]
     assert finetune(said, dense, data, free.model_copy(update={"lr": result.lr})).lr == result.lr
     for a, b in zip(model.parameters(), said.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
@@ -244,13 +245,21 @@ def test_a_trial_leaves_the_model_as_it_came_and_asks_more_of_one_that_is_far(lo
 
     before = {k: v.clone() for k, v in model.state_dict().items()}
     far, share = tried(model)
-    assert share < 1 and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert far > rates_of(config)[0] and share < 0.95, "more than the first steps, which go by signs, are worth"
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     near = copy.deepcopy(dense)
     with torch.no_grad():
         for parameter in near.parameters():
             parameter.add_(1e-7 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     assert tried(near)[0] < far
+
+
+def test_of_rates_as_good_the_largest_is_taken():
+    nan = float("nan")
+    assert _largest_as_good([0.9, 0.5, 0.505, 0.7], 1.0) == 2 and _largest_as_good([0.99, 0.985, 1.01], 1.0) == 1
+    assert _largest_as_good([1.1, 1.2], 1.0) == _largest_as_good([nan], 1.0) == _largest_as_good([], 1.0) == 0
+    assert _largest_as_good([0.9, nan], 1.0) == 0
 
 
 @pytest.mark.parametrize("lr", [1e-3, None])
