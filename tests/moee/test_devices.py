@@ -166,7 +166,7 @@ def test_every_command_refuses_before_any_work(no_gpu, command, tmp_path, capsys
 
 def test_a_full_gpu_is_one_sentence_that_says_what_helps():
     code, sentence = explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
-    assert code == 3 and sentence.startswith("the GPU is out of memory; use --device cpu")
+    assert code == 3 and sentence.startswith("the GPU is out of memory; use --torch-device cpu")
     assert "--batch-size" in sentence and "earlier results are as they were" in sentence
 
 

@@ -10,6 +10,7 @@ from moee.errors import UserError
 from moee.layers.routed import routed_layers
 from moee.methods.recipe import method_options
 from moee.models.model import load_model
+from moee.train import finetuning
 from moee.train.finetuning import finetune
 from moee.train.rate import LEAST_RMS, make_optimiser
 from moee.train.step import Trainer
@@ -154,12 +155,13 @@ def interrupted_run(pair, folder, monkeypatch):
 
     def stop(self, images, parts):
         calls.append(1)
-        if len(calls) > 8:  # three are of the trial of the learning rate
+        if len(calls) > 5:
             raise KeyboardInterrupt
         return real(self, images, parts)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Trainer, "backward", stop)
+        patch.setattr(finetuning, "tried_rate", lambda *args, **more: (1e-5, 0.9))
         finetune(copy.deepcopy(model), dense, data, FinetuneConfig(epochs=2, batch_size=4), resume=folder)
 
 
