@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moee.artifacts.trained_on import trained_on
+from moee.cures import cures
 from moee.data import sources
 from moee.data.image_set import Division, ImageSet
 from moee.data.transform import Transform, model_transform
@@ -182,14 +183,20 @@ def recorded_data(source: str) -> str:
     network, which takes the user's own word, for images that were given in Python, and for a folder that is not there."""
     if source.startswith(PREFIX):
         given = shown(source.removeprefix(PREFIX))
-        raise UserError(f"the artifact's images were given in Python ({given}); give some with --data")
+        raise _not_read(f"the artifact's images were given in Python ({given})", "give some with --data")
     origin = sources.source_of(source)
     if origin.fetched:
-        raise UserError(f"the artifact names {shown(source)} as its data, which may be fetched; say so with --data")
+        raise _not_read(f"the artifact names {shown(source)} as its data, which may be fetched", "say so with --data")
     path = origin.path(source)
     if os.path.isabs(path) and not os.path.exists(path):
-        raise UserError(f"the artifact was made on {shown(source)}, where no folder is now; say where it lies with --data")
+        raise _not_read(f"the artifact was made on {shown(source)}, where no folder is now", "say where it lies with --data")
     return source
+
+
+def _not_read(what: str, way: str) -> UserError:
+    """The refusal, with the way out where there is such an option: a bundle takes no images."""
+    cure = cures(way)
+    return UserError(f"{what}; {cure}" if cure else what)
 
 
 def check_divisions(divisions: Divisions, source: str, data: ImageSet) -> None:

@@ -8,6 +8,7 @@ import pytest
 from exporter.cli import build_parser, main
 from exporter.terminal import failures
 from exporter.terminal.failures import explain
+from moee.artifacts.model import recorded_data
 from moee.cures import NAMED, cures, offering, without
 from moee.errors import MissingDependency, UserError
 from moee.keywords import in_python
@@ -84,3 +85,12 @@ def test_a_place_that_later_commands_would_read_as_a_flag_is_refused(flag, capsy
     others = [word for name in ("--out", "--data") if name != flag for word in (name, "x")]
     assert main(["extract", "vit_tiny_patch16_224", f"{flag}=-dash", *others]) == 2
     assert f"{flag} '-dash' begins with a dash, and later commands would read a flag; write ./-dash" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("source", ["python:ImageFolder", "hfds/some/set", "/no/such/folder"])
+@pytest.mark.parametrize("command", ["bundle", "verify"])
+def test_images_that_are_not_read_are_asked_for_where_they_can_be_given(command, source):
+    flags = flags_of(command)
+    with offering(flags), pytest.raises(UserError) as caught:
+        recorded_data(source)
+    assert ("with --data" in str(caught.value)) == ("--data" in flags) == (command == "verify"), caught.value
