@@ -44,6 +44,7 @@ from moee.artifacts.model import MoeeModel
 from moee.bounds import AGREEMENT, BATCH, CALIBRATION, DROP, IMAGES, JOBS, RUNS, SECONDS, Bounds, real, several, whole
 from moee.config import validated
 from moee.data.image_set import batches
+from moee.data.sources import located
 from moee.errors import UserError
 from moee.interface.spec import InputConfig
 from moee.keywords import in_python
@@ -151,7 +152,7 @@ def bench(
     return time_export(
         export_dir, batch, runs=runs, threads=threads, images=images, report=report, duration_s=duration_s, provider=provider,
         engine=engine,
-        named=held_out.name, **options,
+        named=located(held_out.name), **options,
     )  # fmt: skip
 
 

@@ -253,7 +253,7 @@ class Job:
                     file.place.parent.mkdir(exist_ok=True)
                     result = bench(
                         folder, batch, runs=PAIRS, duration_s=SECONDS, images=images, report=self.report,
-                        named=self.session.held_out.name,
+                        named=located(self.session.held_out.name),
                     )  # fmt: skip
                     file.write_json(result.to_json())
         return [read_json(file.place) for file in files]

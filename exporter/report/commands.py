@@ -57,7 +57,8 @@ def commands(sources: Sources) -> list[str]:
         words = [
             w for key in ("batch", "runs", "threads") if isinstance(latency.get(key), int) for w in (f"--{key}", latency[key])
         ]
-        lines.append(_line("moee", "bench", "export", *words, "--out", "latency.json"))
+        other = [] if latency.get("images") in ("noise", "given") else _other(latency.get("images"), export or model)
+        lines.append(_line("moee", "bench", "export", *other, *words, "--out", "latency.json"))
     engine = sources.body("moee.engine")
     if engine:
         lines.append(_build(engine))

@@ -216,3 +216,12 @@ def test_a_report_names_the_images_that_int8_was_calibrated_on(page, tmp_path):
     edited(next((tmp_path / "run").rglob("export.json")), lambda body: body.update(
         precision="int8", quantization={"moee": {"images": 7, "data": "/somewhere/other"}}))  # fmt: skip
     assert "--precision int8 --calibration-images 7 --data /somewhere/other --out export" in page()
+
+
+@pytest.mark.parametrize(("images", "line"), [
+    ("/somewhere/other", "moee bench export --data /somewhere/other"), ("digits", "moee bench export --batch"),
+    ("noise", "moee bench export --batch"),
+])  # fmt: skip
+def test_a_report_names_the_images_that_were_timed(page, tmp_path, images, line):
+    edited(next((tmp_path / "run").rglob("latency.json")), lambda body: body.update(images=images))
+    assert line in page()

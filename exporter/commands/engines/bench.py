@@ -83,6 +83,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     from exporter.timing.latency import bench
     from exporter.verdict import MIN_PAIRS
     from moee.data.image_set import batches
+    from moee.data.sources import located
     from moee.errors import UserError
 
     manifest, busy = read_export(args.path), _busy()
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             args.path, args.batch, runs=args.runs, threads=args.threads, images=images, report=report, duration_s=args.duration,
             provider=args.provider,
             engine=args.engine, cuda_graph=args.cuda_graph, streams=args.streams, throughput_s=args.throughput,
-            profile=args.profile, named=data.name if data is not None else "noise", trust_engine=args.trust_engine,
+            profile=args.profile, named=located(data.name) if data is not None else "noise", trust_engine=args.trust_engine,
         )  # fmt: skip
     if data is None:
         console.print(f"on noise: {_why_noise(manifest)}", highlight=False, soft_wrap=True)
