@@ -42,6 +42,7 @@ def test_an_intact_export_passes(tiny_export):
         assert layer.tokens == 8 * 17 and layer.agreement == 1.0 and layer.flips == 0 and layer.flipped is None
         assert 0 < layer.local.max_abs_error <= layer.local_tolerance < 1e-4 * layer.local.rms
     assert result.accuracy.images == result.accuracy.of_images == len(tiny_export.data)
+    assert result.to_json()["data"] == "tiny", "the images that the accuracy is of"
     assert result.accuracy.dense_top1.value > 0.9 and result.accuracy.agreement.value > 0.5
     assert not [c for c in result.cases() if c.failure or c.skipped]
     assert re.fullmatch(r"verify '.*' passed, [1-9]\d* checks", repr(result))
@@ -167,7 +168,6 @@ def test_an_output_that_is_no_number_fails_and_stays_valid_json(tiny_export, tmp
     result = check(tiny_export, folder)
     assert not result and result.first_deviation.where == "head"
     body = json.loads(json.dumps(result.to_json(), allow_nan=False))
-    assert body["data"] == "tiny", "what the accuracy was measured on"
     assert body["batches"][0]["max_abs_error"] is None and body["passed"] is False
 
 
