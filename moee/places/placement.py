@@ -76,9 +76,6 @@ class Output(ABC):
             )
         if Path(text).name in ("", ".."):
             raise UserError(f"{self.option} {text!r} is no name of something new; name {self._wanted} to be made")
-        above = Path(text).parent
-        if ".." in above.parts and not os.path.exists(above):  # a later command would look there in vain
-            raise UserError(f"{self.option} {text}: {above} is not there; write the path without ..")
         place = self.place
         if place.is_symlink():
             target = os.readlink(place)

@@ -4,15 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from exporter.engines import worker
 from exporter.terminal import interrupts
-from moee.errors import UserError
-from moee.places.output_folder import OutputFolder
-from moee.store.result_kinds import MODEL
 
 
 @pytest.fixture
@@ -52,11 +48,3 @@ def test_a_worker_whose_command_was_killed_before_it_began_does_not_build():
     command = [sys.executable, "-S", "-E", worker.__file__, "no-spec.json", str(os.getpid() + 1)]
     done = subprocess.run(command, capture_output=True, timeout=30)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
-
-
-def test_a_place_beyond_a_folder_that_is_not_there_is_refused(tmp_path):
-    """It was written, and what to do next named a path that led nowhere."""
-    with pytest.raises(UserError, match="gone/.. is not there; write the path without .."):
-        OutputFolder(tmp_path / "gone" / ".." / "new", MODEL, False).check()
-    (tmp_path / "gone").mkdir()
-    OutputFolder(Path(tmp_path / "gone" / ".." / "new"), MODEL, False).check()
