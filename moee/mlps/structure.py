@@ -60,11 +60,12 @@ def read_mlp(model: nn.Module, name: str, bypassed: Sequence[str] = ()) -> FFN:
 
 
 def candidates(model: nn.Module) -> dict[str, FFN | Dense]:
-    """Every innermost module that holds two linear maps and an activation, as an MLP or with what speaks against it."""
+    """Every innermost module that holds two linear maps and an activation, as an MLP or with what speaks against it. A list or a
+    dictionary of modules is none: it is never called, and its parts are looked for as they run."""
     found: dict[str, FFN | Dense] = {}
     shared = shared_parameters(model)
     for name, module in model.named_modules():
-        if not name or not (read := read_module(name, module)):
+        if not name or type(module).forward is nn.Module.forward or not (read := read_module(name, module)):
             continue
         if isinstance(read, FFN) and any(id(p) in shared for p in module.parameters()):
             read = Dense(SHARED, read.hidden)

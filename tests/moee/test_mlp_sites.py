@@ -155,12 +155,25 @@ class FeedForward(Block):
         return x + self.net(x)
 
 
+class Kept(Block):
+    """The parts in a dictionary, which is no module that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"0": self.fc2, "forward_": self.fc1, "_": self.gelu})
+        del self.fc1, self.gelu, self.fc2
+
+    def mlp(self, x):
+        return self.parts["0"](self.parts["_"](self.parts["forward_"](x)))
+
+
 PARTS = ("blocks.0.fc1", "blocks.0.gelu", "blocks.0.fc2")
 KINDS = {
     "a, inside a sequence": (Inside, ("blocks.0.block.4", "blocks.0.block.5", "blocks.0.block.7"), True),
     "a, behind a norm": (FeedForward, ("blocks.0.net.1", "blocks.0.net.2", "blocks.0.net.4"), False),
     "b, two modules": (TwoModules, ("blocks.0.intermediate.dense", "blocks.0.intermediate.act", "blocks.0.output.dense"), False),
     "c, in the block": (Block, PARTS, False),
+    "c, in a dictionary": (Kept, ("blocks.0.parts.forward_", "blocks.0.parts._", "blocks.0.parts.0"), False),
     "c, convolutions": (Convolutions, PARTS, False),
     "c, in place": (InPlace, PARTS, False),
     "c, beside a parameter": (OwnParameter, PARTS, False),
