@@ -22,7 +22,8 @@ def found_in(family: Family, model) -> Found:
     with pytest.raises(UserError, match="has no fc1-act-fc2 MLP to take experts from") as refusal:
         find_ffns(model, shape=family.shape)
     if family.gated:
-        assert str(refusal.value).endswith("(gated: only --preset static and --method corp cut it); use --preset static, or try --methods static,corp")
+        said = "(gated: only --preset static and --method corp cut it); use --preset static, or try --methods static,corp"
+        assert str(refusal.value).endswith(said)
     for reason in family.dense:
         assert re.search(reason, str(refusal.value)), refusal.value
     return Found([])
