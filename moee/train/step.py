@@ -104,9 +104,10 @@ class Trainer:
         if self.config.checkpointing:
             self.model.set_grad_checkpointing(False)  # type: ignore[operator]
 
-    def steps(self, data: ImageSet, order: Tensor) -> Iterator[tuple[int, list[Batch]]]:
-        """For every batch of `order`: its number of images, and this rank's images in at most `accumulate` parts."""
-        whole = order.split(self.config.batch_size)
+    def steps(self, data: ImageSet, order: Tensor, size: int | None = None) -> Iterator[tuple[int, list[Batch]]]:
+        """For every batch of `order`, of `size` images or the usual number: how many it has, and this rank's images in at most
+        `accumulate` parts."""
+        whole = order.split(size or self.config.batch_size)
         plan = [self._parts(batch) for batch in whole]
         loaded = listed_batches(data, [part.tolist() for parts in plan for part in parts], strict=False)
         for batch, parts in zip(whole, plan, strict=True):

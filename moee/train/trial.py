@@ -24,8 +24,8 @@ from moee.train.step import Trainer
 PAPER_RATE = 1.5e-5  # of Adam
 RELATIVE_RATE = 1e-3  # the same as a share of each tensor's root mean square
 HALVINGS, DOUBLINGS = 7, 4  # of these that are tried
-STEPS, IMAGES = 2, 64  # at each rate, and on which it is judged
-FORWARDS = (HALVINGS + 1 + DOUBLINGS) * (3 * STEPS * 32 + IMAGES) + IMAGES  # most runs on an image, at the usual batch
+STEPS, BATCH, IMAGES = 2, 16, 32  # at each rate, most images of a step, and images on which the rate is judged
+FORWARDS = HALVINGS * (3 * STEPS * BATCH + IMAGES) + IMAGES  # runs on an image; a refit makes larger rates worse, and they end it
 WORSE = 1.2  # times the least loss, beyond which larger rates are not tried
 AS_GOOD = 1.02  # times the least loss: of such rates the largest is taken, since a few steps favour small ones
 
@@ -45,12 +45,13 @@ def tried_rate(
     `train`. The model is left as it came; all ranks of a group come to the same rate."""
     config, rates = trainer.config, rates_of(trainer.config)
     judged = held_out[torch.linspace(0, len(held_out) - 1, min(IMAGES, len(held_out))).round().long()]
-    order = _order(train, STEPS * len(rates) * config.batch_size, config.seed)
+    size = min(BATCH, config.batch_size)
+    order = _order(train, STEPS * len(rates) * size, config.seed)
     start = {name: p.detach().clone() for name, p in trainable.items()}
     scaler, optimiser = trainer.scaler.state_dict(), make_optimiser(trainable.values(), config)
     before = trainer.measure(data, judged)
     losses: list[float] = []
-    for step, (images, parts) in enumerate(trainer.steps(data, order)):
+    for step, (images, parts) in enumerate(trainer.steps(data, order, size)):
         for slot in optimiser.param_groups:
             slot["lr"] = slot["initial_lr"] * rates[step // STEPS]
         optimiser.zero_grad(set_to_none=True)

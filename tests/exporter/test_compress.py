@@ -352,7 +352,7 @@ def test_an_interrupted_job_goes_on_where_it_was(session, quick, tmp_path, monke
             patch.setattr(f"exporter.compression.job.{stage}", interrupted)
             with pytest.raises(KeyboardInterrupt) as raised:
                 Job(session, StagedFolder(out), request).run()
-            assert "the same command goes on" in raised.value.__notes__[0]
+            assert "it goes on from what is in" in raised.value.__notes__[0]
         assert not json.loads((out / "compress.json").read_text())["done"]
     monkeypatch.setattr("exporter.compression.job.make_plan", interrupted)
     monkeypatch.setattr("exporter.compression.job.run_extract", interrupted)

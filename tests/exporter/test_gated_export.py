@@ -229,4 +229,4 @@ def test_plan_tries_static_pruning_alone(tmp_path, capsys, caplog):
     assert run("extract", NAMES["eva02"], *FLAGS, *applied) == 0
     others = ("--data", "digits", "--methods", "hdbscan", *options, "--out", tmp_path / "other")
     assert run("plan", NAMES["eva02"], *FLAGS, *others) == 2
-    assert "use --preset static" in " ".join(capsys.readouterr().err.split())
+    assert "try --methods static" in " ".join(capsys.readouterr().err.split())

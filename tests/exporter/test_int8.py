@@ -195,7 +195,7 @@ def test_a_bundle_leaves_the_reference_out(exports, tmp_path):
 def test_the_report_says_what_is_quantised(exports, tmp_path):
     text = write_report([exports("int8")], tmp_path / "report.html").read_text()
     assert "dense model: 14 dense layers in int8" in text and "MoEE model: 8 dense layers in int8" in text
-    assert "moee export extracted --precision int8 --calibration-images 32 --out export" in text
+    assert "moee export extracted --precision int8 --calibration-images 32 --data tiny --out export" in text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra rtx")

@@ -341,7 +341,7 @@ def test_starved_layers_are_named_in_report_and_notes():
     reports = extract(model, tiny_images(12), method_options(**STATIC))
     last = reports[-1].to_json()
     assert last["tokens"] == 12
-    assert last["notes"][0] == "experts from 12 calibration tokens for 512 neurons: give more images or --tokens"
+    assert last["notes"][0] == "experts from 12 calibration tokens for 512 neurons: give more images, or more --tokens"
     assert reports[0].tokens == 12 * 64 and not reports[0].notes
     lines = layer_notes([r.to_json() for r in reports])
     assert f"{last['name']}: {last['refit']['note']}" in lines
