@@ -41,7 +41,7 @@ class TimmSets(DataSource):
         kind, _, rest = name.partition("/")
         if kind == "hfds":  # a folder goes before a set of the hub
             return rest if os.path.isdir(rest) else ""
-        return rest.partition("@")[2] or os.curdir
+        return rest.partition("@")[2] or os.curdir if kind == "torch" else ""
 
     def located(self, name: str) -> str:
         if name.partition("/")[0] != "torch":

@@ -123,10 +123,11 @@ def schedule_of(costs: Costs, whole: int, share: float) -> list[int]:
     budget, found = plain - (1 - share) * whole, list[int]()
     for ratio in RATIOS:
         wanted = next((each for each in _series(costs, ratio) if costs.macs(costs.capped(each)) <= budget), None)
-        if wanted is not None:
-            found = costs.capped(wanted)
-            if found[:-1] == wanted[:-1]:
-                break
+        if wanted is None:  # a smaller ratio reaches no further
+            break
+        found = costs.capped(wanted)
+        if found[:-1] == wanted[:-1]:
+            break
     if found:
         return found
     least = min(costs.macs(costs.capped(wanted)) for wanted in _series(costs, 1.0))

@@ -52,6 +52,7 @@ def tried_rate(
     before = trainer.measure(data, judged)
     losses: list[float] = []
     for step, (images, parts) in enumerate(trainer.steps(data, order, size)):
+        report("learning rate", step, STEPS * len(rates))
         for slot in optimiser.param_groups:
             slot["lr"] = slot["initial_lr"] * rates[step // STEPS]
         optimiser.zero_grad(set_to_none=True)
@@ -62,7 +63,6 @@ def tried_rate(
             nn.utils.clip_grad_norm_(trainable.values(), config.clip_norm)
         trainer.scaler.step(optimiser)
         trainer.scaler.update()
-        report("learning rate", step + 1, STEPS * len(rates))
         if (step + 1) % STEPS == 0:
             losses.append(trainer.measure(data, judged))
             if not losses[-1] <= WORSE * min(before, *losses):

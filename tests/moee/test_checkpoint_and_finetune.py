@@ -239,12 +239,16 @@ def test_a_trial_leaves_the_model_as_it_came_and_asks_more_of_one_that_is_far(lo
     config, count = FinetuneConfig(batch_size=8, **more), len(data)
     train, judged = other_images(count), validation_images(count)
 
+    told = []
+
     def tried(student):
         trainer = Trainer(student, dense, run(dense, data).features, config, SOLO)
-        return tried_rate(trainer, dict(student.named_parameters()), data, train, judged)
+        parts = dict(student.named_parameters())
+        return tried_rate(trainer, parts, data, train, judged, report=lambda *words: told.append(words))
 
     before = {k: v.clone() for k, v in model.state_dict().items()}
     far, share = tried(model)
+    assert told[0][1] == 0 and [done == total for _, done, total in told].index(True) == len(told) - 1, "done once, at the end"
     assert far > rates_of(config)[0] and share < 0.95, "more than the first steps, which go by signs, are worth"
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())

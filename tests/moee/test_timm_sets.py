@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from moee.data.image_set import batches
-from moee.data.sources import load_data, load_splits
+from moee.data.sources import load_data, load_splits, located
 from moee.data.transform import Transform
 from moee.errors import MissingDependency, UserError
 
@@ -124,6 +124,7 @@ def test_a_long_picture_is_skipped(monkeypatch):
 def test_what_cannot_be_read_is_said(monkeypatch):
     with pytest.raises(UserError, match="is a stream, and images are read by position; write them into a folder"):
         load_data("tfds/cifar10", SMALL)
+    assert located("tfds/cifar10") == "tfds/cifar10" and located("hfids/set") == "hfids/set", "no folder of this machine"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="needs the package datasets"):
         load_data("hfds/cifar10", SMALL)

@@ -1,6 +1,7 @@
 """Token merging against a nested-loop reference, and what it costs, refuses and leaves as it was."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -175,6 +176,10 @@ def test_where_late_blocks_run_out_of_patches_each_merges_less_than_the_one_befo
         assert costs.overfull(merged) is None
         assert merged[-2] >= merged[0] / 3 or share < 0.45, "as gently as serves"
         assert merged == sorted(merged) or share <= 0.5 and merged == sorted(merged, reverse=True), "constant while that serves"
+    with pytest.raises(OutOfReach, match="leaves 0.[0-9]+ of the MACs at least, 0.05 was") as raised:
+        schedule_of(costs, whole, 0.05)
+    least = float(re.search(r"leaves (\S+) of", str(raised.value))[1])
+    assert costs.macs(schedule_of(costs, whole, least)) <= least * whole, "what it names can be had"
     assert spread(4, 10) == [2, 2, 3, 3] and spread(1, 7, 0.5) == [7] and spread(3, 70, 0.25) == [40, 20, 10]
     assert all(sum(spread(12, total, ratio)) == total for total in range(70) for ratio in (1, 0.95, 0.3, 0.05))
 

@@ -64,7 +64,9 @@ def build_layer(a: Analysis, tokens: Tensor, config: ClearOptions) -> Built:
     if not torch.isfinite(tokens).all():
         raise UserError(
             f"`{ffn.name}` receives NaN or infinite activations from the layers converted before it; "
-            + cures("raise --rank", "raise --energy", "skip one of those layers with --exclude", elsewhere="choose another")
+            + cures(
+                "raise --rank", "raise --energy", "skip one of those layers with --exclude", elsewhere="choose another method"
+            )
         )
     routes = a.router.route(tokens)
     up = decompose_up(ffn, tokens, routes, k, r1, residual=q1, metric=up_metric(ffn, tokens, config.metric))

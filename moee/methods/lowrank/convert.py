@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from moee.cures import cures
+from moee.cures import cures, without
 from moee.data.image_set import ImageSet, image_shape
 from moee.data.transform import model_transform
 from moee.errors import NothingRouted, OutOfReach
@@ -66,7 +66,7 @@ def share_of(model: nn.Module, ffns: Sequence[FFN], shape: Shape, options: LowRa
         if not rank_for(ffn, keep):
             raise OutOfReach(
                 f"{said} leaves `{ffn.name}` no rank; "
-                + cures("give a larger share", f"leave it dense with --exclude {ffn.name}")
+                + cures("give a larger share", without(ffn.name))
             )
     return keep
 

@@ -52,7 +52,7 @@ class MoeficationMethod(LayerMethod[MoeficationOptions]):
             if options.experts > ffn.hidden:
                 raise UserError(
                     f"--experts {options.experts} is more than the {ffn.hidden} neurons of `{ffn.name}`; "
-                    + cures("give fewer --experts", "leave it dense with --exclude", elsewhere="choose another")
+                    + cures("give fewer --experts", "leave it dense with --exclude", elsewhere="choose another method")
                 )
 
     def within(
