@@ -36,6 +36,11 @@ class Verdict:
         return self.pairs >= MIN_PAIRS and all(map(math.isfinite, (self.ratio, self.low, self.high)))
 
     @property
+    def span(self) -> dict[str, list[float]]:
+        """The interval under the name that a plan's points have it by; nothing where the times allow no verdict."""
+        return {"speedup_range": [self.low, self.high]} if self.decidable else {}
+
+    @property
     def winner(self) -> str | None:
         if not self.decidable:
             return None

@@ -79,7 +79,7 @@ def measure_on_cpu(model: nn.Module, session: Session, batch: int, precision: st
         result = bench(target, batch, runs=CPU_RUNS, images=images)
     return {
         "kind": "measured on CPU", "device": CPU, "batch": batch, "dense_ms": result.dense_ms["p50"],
-        "moee_ms": result.moee_ms["p50"], "speedup": result.speedup,
+        "moee_ms": result.moee_ms["p50"], "speedup": result.speedup, **result.verdict.span,
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import math
 import statistics
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -84,6 +84,19 @@ class Point:
         against the dense one timed in turns with it, since points are minutes apart and a machine's speed changes."""
         return self.latency["moee_ms"] / self.latency["dense_ms"] if self.latency else self.macs
 
+    def noise(self) -> float:
+        """By how much the timing leaves the cost open, either way, as a share of it; 0 where nothing was measured in turns."""
+        low, high = (self.latency or {}).get("speedup_range", (1.0, 1.0))
+        return math.log(high / low) / 2
+
+    def outdone_by(self, other: Point) -> bool:
+        """Whether `other`, which is faster than dense, is more faithful with no more MACs, and the timings do not show that it is
+        slower than this one."""
+        if other.cosine <= self.cosine or other.macs > self.macs + COST_TOLERANCE or other.cost() >= 1:
+            return False
+        noise = math.hypot(self.noise(), other.noise())
+        return noise > 0 and math.log(other.cost() / self.cost()) <= noise
+
 
 def _excess(value: float | None, limit: float | None, tolerance: float = 0.0) -> float:
     """By how much a figure exceeds its limit: 0 if it does not or has none, infinite if the figure is unknown."""
@@ -99,6 +112,7 @@ class StoredLatency(Body):
 
     moee_ms: float = Field(gt=0)
     dense_ms: float = Field(gt=0)
+    speedup_range: list[Annotated[float, Field(gt=0)]] | None = Field(None, min_length=2, max_length=2)
 
 
 class StoredPoint(Body):
@@ -138,14 +152,15 @@ def pareto(points: list[Point]) -> list[Point]:
 
 
 def choose(points: list[Point], budget: Budget) -> Point | None:
-    """The best point that meets the budget: the cheapest under a quality limit, of those that cost the same but for
-    `COST_TOLERANCE` the most faithful; else the most faithful. None if none does."""
+    """The best point that meets the budget: the cheapest under a quality limit that no other outdoes (`Point.outdone_by`), of
+    those that cost the same but for `COST_TOLERANCE` the most faithful; else the most faithful. None if none does."""
     meeting = [p for p in points if not p.shortfalls(budget) and math.isfinite(p.cost())]
     if not meeting:
         return None
     if budget.limits_quality:
-        least = min(p.cost() for p in meeting)
-        return max((p for p in meeting if p.cost() <= least + COST_TOLERANCE), key=lambda p: (p.cosine, -p.cost()))
+        best = [p for p in meeting if not any(p.outdone_by(other) for other in meeting)]
+        least = min(p.cost() for p in best)
+        return max((p for p in best if p.cost() <= least + COST_TOLERANCE), key=lambda p: (p.cosine, -p.cost()))
     return max(meeting, key=lambda p: (p.cosine, -p.cost()))
 
 

@@ -257,8 +257,8 @@ class Planner:
         latency = None
         if known:
             middle = statistics.median(k["dense_ms"] for k in known)
-            latency = {**known[0], "dense_ms": middle, "moee_ms": middle, "speedup": 1.0}
-            latency.pop("predicted_ms", None)  # of another model
+            others = {k: v for k, v in known[0].items() if k not in ("predicted_ms", "speedup_range")}  # those of another model
+            latency = {**others, "dense_ms": middle, "moee_ms": middle, "speedup": 1.0}
         right = compared.dense if compared else None
         accuracy, drop, interval = (None, None, None) if right is None else (right.value, 0.0, list(right.interval))
         return Point("dense", "", 1.0, 1.0, 1.0, 1.0, accuracy, drop, latency, None, interval)

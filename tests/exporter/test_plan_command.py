@@ -110,6 +110,8 @@ def test_latency_is_measured_on_the_cpu_for_every_point(monkeypatch, tmp_path):
     )  # fmt: skip
     assert {p["method"] for p in plan["points"]} == {"static", "dense"}
     assert all(p["latency"]["kind"] == "measured on CPU" and p["latency"]["moee_ms"] > 0 for p in plan["points"])
+    ranges = {p["method"]: p["latency"].get("speedup_range") for p in plan["points"]}
+    assert ranges["dense"] is None and 0 < ranges["static"][0] <= plan["points"][0]["latency"]["speedup"] <= ranges["static"][1]
     with pytest.raises(UserError, match="misses latency"):
         make_plan(
             session, Budget(target_latency_ms=1e-6), tmp_path / "none", methods=("static",), targets=(0.8,),

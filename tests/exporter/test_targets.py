@@ -14,6 +14,7 @@ from exporter.targets.here import Board, Cpu, Gpu
 from exporter.targets.registry import target_of
 from exporter.targets.roofline import board_of, device_of
 from exporter.targets.target import latency
+from exporter.verdict import Verdict
 from moee.errors import MissingDependency, StepFailed, UserError
 from moee.models.model import ModelSpec
 from moee.planning.budget import Budget, Point, StoredLatency
@@ -94,7 +95,9 @@ def candidates(monkeypatch):
 
 def times(dense_ms, moee_ms):
     """What `bench` gives, as far as it is read."""
-    return SimpleNamespace(runtime="double", dense_ms={"p50": dense_ms}, moee_ms={"p50": moee_ms}, samples_ms={"dense": [1.0]})
+    verdict, samples = Verdict(dense_ms / moee_ms, 0.9 * dense_ms / moee_ms, 1.1 * dense_ms / moee_ms, 40), {"dense": [1.0]}
+    p50 = {"dense_ms": {"p50": dense_ms}, "moee_ms": {"p50": moee_ms}}
+    return SimpleNamespace(runtime="double", samples_ms=samples, verdict=verdict, **p50)
 
 
 def test_without_tensorrt_candidates_are_timed_by_onnx_runtime(gpu, session, candidates, monkeypatch):
@@ -109,6 +112,7 @@ def test_without_tensorrt_candidates_are_timed_by_onnx_runtime(gpu, session, can
     assert [(said["kind"], said["speedup"]) for said in timed.latencies] == [
         ("measured on NVIDIA GeForce RTX 4090", 2.0), ("measured on NVIDIA GeForce RTX 4090", 0.8),
     ]  # fmt: skip
+    assert timed.latencies[0]["speedup_range"] == [pytest.approx(1.8), pytest.approx(2.2)], "its interval"
     assert timed.dense["moee_ms"] == timed.dense["dense_ms"] == 4.0 and timed.facts["name"] == "NVIDIA GeForce RTX 4090"
     assert timed.facts["roofline"]["candidates"] == [4.0, pytest.approx(10 / 3)] and timed.scale.dense == 4.0
 

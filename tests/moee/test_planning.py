@@ -1,6 +1,8 @@
 """The planner's choice, its budgets and what it refuses."""
 
 import json
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from moee.errors import UserError
 from moee.methods import convert
 from moee.models.model import ModelSpec
 from moee.places.resume import fingerprint
-from moee.planning.budget import Budget, Point, choose, margins, pareto, standing
+from moee.planning.budget import COST_TOLERANCE, Budget, Point, checked_point, choose, margins, pareto, standing
 from moee.planning.forms import Latency
 from moee.planning.plan import PLAN, STORE_SCHEMA, check_ways, make_plan, planned_on, read_plan
 from moee.planning.search import Planner, Way, ways
@@ -63,6 +65,35 @@ def test_points_are_held_against_the_dense_model_timed_beside_them():
     slow = point("static", macs=0.55, latency={"moee_ms": 60.0, "dense_ms": 80.0})
     assert choose([slow, quick, dense], Budget(min_cosine=0.9)) is quick
     assert margins(quick, [slow, quick], dense, Budget(min_cosine=0.9))["dense"]["latency_ms"] == pytest.approx(40.0)
+
+
+def test_noise_does_not_choose_a_worse_model():
+    """A busy machine's timings of two models overlap; then MACs and cosine decide."""
+    def timed(speedup, noise, macs, cosine):
+        latency = {"moee_ms": 10 / speedup, "dense_ms": 10.0, "speedup_range": [speedup * (1 - noise), speedup * (1 + noise)]}
+        return point(macs=macs, cosine=cosine, latency=latency)
+
+    budget, loose = Budget(min_cosine=0.97), Budget(min_cosine=0.9)
+    experts, merged = timed(1.37, 0.08, 0.69, 0.9754), timed(1.28, 0.08, 0.61, 0.9765)
+    assert choose([experts, merged], budget) is merged, "fewer MACs, more faithful, and not shown to be slower"
+    surely = [timed(1.37, 0.01, 0.69, 0.9754), timed(1.28, 0.01, 0.61, 0.9765)]
+    assert choose(surely, budget) is surely[0], "on a quiet machine the time decides"
+    dearer = timed(1.36, 0.08, 0.72, 0.9865)
+    assert choose([experts, dearer], budget) is experts, "more MACs: its cosine is no reason"
+    same = timed(1.36, 0.08, experts.macs + COST_TOLERANCE, 0.9865)
+    assert choose([experts, same], budget) is same
+    worse = timed(1.28, 0.08, 0.61, 0.96)
+    assert choose([experts, worse], loose) is experts and choose([worse, experts, merged], loose) is merged
+    slow = timed(0.99, 0.5, 0.6, 0.99)
+    assert choose([experts, slow], budget) is experts, "one that is no faster than dense outdoes none"
+    modelled = [point(macs=0.69, cosine=0.9754, latency={"moee_ms": 7.0, "dense_ms": 10.0}),
+                point(macs=0.61, cosine=0.9765, latency={"moee_ms": 7.2, "dense_ms": 10.0})]  # fmt: skip
+    assert choose(modelled, budget) is modelled[0], "a model of a device has no noise"
+    stored = checked_point(json.loads(json.dumps(asdict(experts))), Path("point.json"))
+    assert stored == experts and stored.noise() > 0
+    broken = {**asdict(experts), "latency": {**experts.latency, "speedup_range": [0.0, 1.0]}}
+    with pytest.raises(UserError, match="speedup_range"):
+        checked_point(broken, Path("point.json"))
 
 
 def test_ways_are_ranked_by_what_the_budget_asks():

@@ -98,7 +98,7 @@ def measurement_lines(plan: dict[str, Any]) -> list[str]:
             lines.append(f"{entry['method']} at {percent(entry['macs'])} of the MACs failed there: {entry['failed']}")
     low, high = (plan["winner"]["latency"] or {}).get("speedup_range", (None, None))
     if low is not None and low <= 1 <= high:
-        lines.append(f"that the winner is faster than dense is not shown: its rounds reach from {low:.3f}x to {high:.3f}x")
+        lines.append(f"that the winner is faster than dense is not shown: its timings reach from {low:.3f}x to {high:.3f}x")
     if measured["roofline"] is not None:
         lines.append(measured["roofline"]["said"])
     return lines
