@@ -109,8 +109,8 @@ class Gpu(Target):
                     entries.append({"id": candidate.id, "failed": reason})
                     continue
                 runtime = result.runtime
-                median, span = (result.dense_ms["p50"], result.moee_ms["p50"]), result.verdict.span
-                latencies.append(latency(kind, name, self.batch, *median, **span))
+                dense, moee = result.dense_ms["p50"], result.moee_ms["p50"]
+                latencies.append(latency(kind, name, self.batch, dense, moee, **result.verdict.span))
                 entries.append({"id": candidate.id, "samples_ms": result.samples_ms})
         known = [said["dense_ms"] for said in latencies if isinstance(said, dict)]
         if not known:

@@ -149,7 +149,11 @@ def with_file(spec: ModelSpec, path: Path) -> tuple[ModelSpec, list[str]]:
             notes.append(f"the classifier of {path.name} ({told} classes) is left out, as --num-classes 0 asks")
         elif asked is None and told != wanted:
             notes.append(f"{told} classes, as the classifier of {path.name} has")
-    refuse_misfit(fit, model, path, spec.called, content)
+    try:
+        refuse_misfit(fit, model, path, spec.called, content)
+    except UserError as error:
+        cures = [note for note in trained if "--model-kwargs" in note]  # the likeliest reason
+        raise UserError("; ".join([str(error), *cures])) from error
     notes = [f"{path.name}: {fit.sentence()}", *notes, *trained]
     others = alternatives(found, model, classifier, fit)
     if others:

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from moee.interface.adapted import AdaptedModel, StateFilter, bare
 from moee.schema import shown
-from moee.weights.prefixes import MAX_PREFIXES, prefixes, shared_prefixes, without_wrappers
-from moee.weights.weights_file import is_average
+from moee.weights.prefixes import MAX_PREFIXES, is_average, prefixes, shared_prefixes, without_wrappers
 
 MAX_TRIED = 8  # containers that are tried, those with most tensors: an optimiser's states are small ones
 MAX_LISTED = 3

@@ -16,12 +16,20 @@ INSIDE = re.compile(r"(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped
 T = TypeVar("T")
 
 
+def is_average(name: str) -> bool:
+    """Whether a container or a prefix is of a running average of the weights, as timm's `state_dict_ema`."""
+    return not {"ema", "teacher"}.isdisjoint(re.split(r"[._]", name.lower()))  # DINO's teacher is its student's average
+
+
 def prefixes(names: Iterable[str]) -> list[str]:
-    """The combinations of wrappers' prefixes that any of the names has, at most `MAX_PREFIXES`; none first."""
+    """The combinations of wrappers' prefixes that any of the names has, at most `MAX_PREFIXES`; none first. A first part that
+    names an average (`net_ema.`) is a wrapper too."""
     names = list(names)
+    averages = [f"{first}." for first in dict.fromkeys(name.partition(".")[0] for name in names) if is_average(first)]
+    wrappers = dict.fromkeys([*averages, *PREFIXES])
     found = level = [""]
     for _ in range(MAX_WRAPPERS):
-        level = [p + w for p in level for w in PREFIXES if any(name.startswith(p + w) for name in names)][:MAX_PREFIXES]
+        level = [p + w for p in level for w in wrappers if any(name.startswith(p + w) for name in names)][:MAX_PREFIXES]
         found = found + level
     return found[:MAX_PREFIXES]
 

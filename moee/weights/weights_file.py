@@ -25,6 +25,7 @@ from torch import Tensor
 from moee.errors import UserError
 from moee.schema import parse_json, shown
 from moee.store.artifact import sha256_file
+from moee.weights.prefixes import is_average
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # by torch.save; timm's own end in .pth.tar
 READ = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar")
@@ -215,11 +216,6 @@ def _kind(tensor: Tensor) -> str:
     if tensor.is_quantized:
         return "quantized"
     return str(tensor.layout).removeprefix("torch.") if tensor.layout != torch.strided else f"on the device {tensor.device.type}"
-
-
-def is_average(name: str) -> bool:
-    """Whether a container holds a running average of the weights, as timm's `state_dict_ema`."""
-    return not {"ema", "teacher"}.isdisjoint(re.split(r"[._]", name.lower()))  # DINO's teacher is its student's average
 
 
 def _walk(

@@ -14,13 +14,12 @@ from torch import nn
 from moee.errors import UserError
 from moee.weights.difference import difference, image_size
 from moee.weights.fitting import Fit, best_fit, classes_of, listed
-from moee.weights.prefixes import MAX_PREFIXES, prefixes
+from moee.weights.prefixes import MAX_PREFIXES, is_average, prefixes
 from moee.weights.weights_file import (
     _check_archive,
     _reason,
     checkpoint_size,
     containers,
-    is_average,
     read_checkpoint,
     shards_of,
     unusable,
@@ -89,6 +88,10 @@ def test_averaged_weights_come_before_plain_ones_and_the_named_part_before_all()
     recorded = best_fit(containers_of(content), Net(), HEAD, ("state_dict", ""))
     assert recorded.container == "state_dict" and torch.equal(recorded.state["body.weight"], plain["body.weight"])
     assert best_fit(containers_of(content), Net(), HEAD, ("model", "")).missing == tuple(state())
+    for one, other in (("net_ema.", "net."), ("ema_encoder.", "encoder."), ("model_ema.", "model.")):  # in one dictionary
+        both = {one + key: t for key, t in average.items()} | {other + key: t for key, t in plain.items()}
+        found = fit_of(both)
+        assert found.complete and found.prefix == one and torch.equal(found.state["body.weight"], average["body.weight"])
     assert is_average("model.ema.0") and is_average("Teacher_weights") and not is_average("schema") and not is_average("cinema.x")
 
 

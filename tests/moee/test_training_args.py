@@ -73,6 +73,15 @@ def test_what_the_training_says_otherwise_is_said(tmp_path):
     assert len(notes) == 2, "a tag is no other model"
 
 
+def test_weights_that_do_not_fit_name_the_arguments_of_their_training(tmp_path):
+    given = {"qk_norm": True, "img_size": 64}
+    state = timm.create_model("test_vit", num_classes=3, **given).state_dict()
+    path = saved(tmp_path, state=state, model="test_vit", model_kwargs=given)
+    with pytest.raises(UserError, match="does not fit: .*; .* was trained with --model-kwargs qk_norm=True, which are not given"):
+        loaded(path)
+    assert loaded(path, qk_norm=True)[0].blocks[0].attn.q_norm.weight.shape == (32,)
+
+
 def test_a_training_whose_images_were_prepared_otherwise_is_said(tmp_path):
     """By a tag of the same model, or another model's name beside weights of equal shapes."""
     name, small = "vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
