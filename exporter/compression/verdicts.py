@@ -29,7 +29,7 @@ def way(point: dict[str, Any]) -> str:
     return name + (f" beside {point['attention']:.0%} of the attention's MACs" if point["attention"] < 1 else "")
 
 
-def untried_ways(ways: Sequence[dict[str, Any]]) -> str:
+def named_ways(ways: Sequence[dict[str, Any]]) -> str:
     """Names of a few, and how many others there are."""
     names = list(dict.fromkeys(map(way, ways)))
     more = len(names) - NAMED
@@ -121,7 +121,7 @@ def choice_line(
     counted = f"{len(points)} candidate{'' if len(points) == 1 else 's'}"
     fitted = f". No time was left for {left} further trial{'' if left == 1 else 's'}" if left else ""
     if left and (untried := plan.get("untried")):
-        fitted += f"; not tried at all: {untried_ways(untried)}"
+        fitted += f"; not tried at all: {named_ways(untried)}"
     if unshipped:
         return f"chosen: the dense model, {unshipped}; {way(winner)} is kept beside it"
     if winner["recipe"] is None:
@@ -135,6 +135,9 @@ def choice_line(
         return f"chosen: the dense model: {none} faster with {described(budget)}{how}"
     others = [p for p in points if p["recipe"] != winner["recipe"]]
     tried = "the one candidate" if not others else f"the best of {counted}"
+    faster = plan.get("passed_over")
+    if faster and winner["recipe"] == plan["winner"]["recipe"]:
+        tried += f" ({named_ways(faster)} measured faster, but within the noise)"
     return f"chosen: {way(winner)}{tuned}: {tried} with {described(budget)}{fitted}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,7 +93,7 @@ class Point:
     def outdone_by(self, other: Point) -> bool:
         """Whether `other`, which is faster than dense, is more faithful with no more MACs, and the timings do not show that it is
         slower than this one."""
-        if other.cosine <= self.cosine or other.macs > self.macs + COST_TOLERANCE or other.cost() >= 1:
+        if other.cosine <= self.cosine or other.macs > self.macs + COST_TOLERANCE or other.cost() > 1 - COST_TOLERANCE:
             return False
         noise = math.hypot(self.noise(), other.noise())
         return noise > 0 and math.log(other.cost() / self.cost()) <= noise
@@ -162,6 +163,14 @@ def choose(points: list[Point], budget: Budget) -> Point | None:
         least = min(p.cost() for p in best)
         return max((p for p in best if p.cost() <= least + COST_TOLERANCE), key=lambda p: (p.cosine, -p.cost()))
     return max(meeting, key=lambda p: (p.cosine, -p.cost()))
+
+
+def passed_over(winner: Point, points: Sequence[Point], budget: Budget) -> list[Point]:
+    """Points within a budget of the quality that were measured faster than its winner: others outdo them (`Point.outdone_by`)."""
+    if not budget.limits_quality or winner.latency is None:
+        return []
+    timed = [p for p in points if p.latency and not p.shortfalls(budget)]
+    return [p for p in timed if p.cost() < winner.cost() - COST_TOLERANCE]
 
 
 def standing(points: list[Point], budget: Budget) -> tuple[bool, float, float]:

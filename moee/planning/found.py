@@ -13,7 +13,7 @@ from moee.measure.accuracy import Comparison
 from moee.methods.recipe import read_recipe_json
 from moee.places.output_folder import OutputFolder
 from moee.places.resume import ANSWERS
-from moee.planning.budget import Budget, Point, choose, margins, nearest, pareto
+from moee.planning.budget import Budget, Point, choose, margins, nearest, pareto, passed_over
 from moee.planning.layers import layer_table
 from moee.planning.search import Planner, Way
 from moee.planning.shortlist import Candidate, Timed, with_times, worth_measuring
@@ -87,6 +87,7 @@ class Found:
             "base": self.planner.base, **{key: value for key, value in model_identity(session).items() if key == ANSWERS},
             "budget": self.budget.model_dump(),
             "winner": asdict(winner), "ambitious": asdict(ambitious), "margins": margins(winner, eligible, dense, self.budget),
+            "passed_over": [asdict(p) for p in passed_over(winner, eligible, self.budget)],
             "points": [asdict(p) for p in everything], "front": [asdict(p) for p in pareto(everything)],
             "layers": layer_table(session, self.planner, winner, report), "data_read": session.data_facts(),
             "accuracy": {"images": self.compared.images, "labelled": self.compared.labelled,

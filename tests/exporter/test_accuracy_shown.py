@@ -110,6 +110,9 @@ def test_a_plan_shows_them():
     assert "accuracies are of 30 of 40 images that have a label, with 95 % intervals" in verdict({**plan, "accuracy": measured})
     probed = verdict({**plan, "accuracy": {**measured, "labelled": 40, "probe": True}})
     assert "accuracies are of 40 images, by a linear probe on the features, with 95 % intervals" in probed
+    timed = [{**point, "latency": {"dense_ms": 10.0, "moee_ms": ms}} for ms in (8.0, 5.0)]
+    passed = verdict({**plan, "winner": timed[0], "passed_over": [timed[1]]})
+    assert any("static (share) was measured faster, 2.00x beside 1.25x, which is within the noise" in line for line in passed)
     lacking = {**measured, "no_accuracy": "d has no labels"}
     assert "accuracy is not compared: d has no labels" in verdict({**plan, "accuracy": lacking})
 

@@ -429,6 +429,10 @@ def test_the_line_of_the_choice_says_how_many_were_tried():
     line = choice_line(plan, experts, budget, tuned=", tuned for 2 epochs")
     assert "experts (kmeans-8) beside 75% of the attention's MACs, tuned for 2 epochs" in line
     assert line.endswith("the best of 2 candidates with a cosine of at least 0.98. No time was left for 3 further trials")
+    passed = {**plan, "winner": experts, "passed_over": [static]}
+    said = "the best of 2 candidates (static pruning measured faster, but within the noise) with"
+    assert said in choice_line(passed, experts, budget)
+    assert "noise" not in choice_line({**passed, "winner": static}, experts, budget), "said of the plan's own winner alone"
     assert "none of 2 candidates is faster" in choice_line(plan, dense, budget)
     within_limit = choice_line(plan, dense, Budget(target_latency_ms=9))
     assert "the dense model: it keeps to at most 9 ms a batch itself" in within_limit

@@ -14,7 +14,7 @@ from moee.errors import UserError
 from moee.methods import convert
 from moee.models.model import ModelSpec
 from moee.places.resume import fingerprint
-from moee.planning.budget import COST_TOLERANCE, Budget, Point, checked_point, choose, margins, pareto, standing
+from moee.planning.budget import COST_TOLERANCE, Budget, Point, checked_point, choose, margins, pareto, passed_over, standing
 from moee.planning.forms import Latency
 from moee.planning.plan import PLAN, STORE_SCHEMA, check_ways, make_plan, planned_on, read_plan
 from moee.planning.search import Planner, Way, ways
@@ -76,6 +76,8 @@ def test_noise_does_not_choose_a_worse_model():
     budget, loose = Budget(min_cosine=0.97), Budget(min_cosine=0.9)
     experts, merged = timed(1.37, 0.08, 0.69, 0.9754), timed(1.28, 0.08, 0.61, 0.9765)
     assert choose([experts, merged], budget) is merged, "fewer MACs, more faithful, and not shown to be slower"
+    assert passed_over(merged, [experts, merged], budget) == [experts] and passed_over(experts, [experts, merged], budget) == []
+    assert passed_over(merged, [experts, merged], Budget(target_macs=0.9)) == []
     surely = [timed(1.37, 0.01, 0.69, 0.9754), timed(1.28, 0.01, 0.61, 0.9765)]
     assert choose(surely, budget) is surely[0], "on a quiet machine the time decides"
     dearer = timed(1.36, 0.08, 0.72, 0.9865)

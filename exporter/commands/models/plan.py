@@ -245,6 +245,12 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     """The winner and its margins as sentences."""
     winner = plan["winner"]
     lines = [f"winner: {_named(winner)} at {percent(winner['macs'])} of the MACs, cosine {number(winner['cosine'], 4)}"]
+    for point in plan.get("passed_over", []):
+        ours, theirs = (each["latency"]["dense_ms"] / each["latency"]["moee_ms"] for each in (winner, point))
+        lines.append(
+            f"{_named(point)} was measured faster, {theirs:.2f}x beside {ours:.2f}x, which is within the noise; a more faithful "
+            "model has no more MACs"
+        )
     measured = plan.get("accuracy", {})
     if measured.get("no_accuracy"):
         lines.append(f"accuracy is not compared: {measured['no_accuracy']}")
