@@ -14,10 +14,9 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import triton
@@ -32,6 +31,7 @@ from moee.store.scratch import temporary_folder
 from plugins.aot import manifest
 from plugins.aot.compile import Compiled, Job, compile_job, ptxas_version, settings_of, uses_token_type
 from plugins.aot.manifest import Kernel, Manifest, TacticEntry
+from plugins.aot.pool import FreshProcesses
 from plugins.contract import DTYPES
 from plugins.devices import HOW, sm_named
 from plugins.tactics import SPECS, TACTICS, VARIANTS, Config
@@ -194,8 +194,7 @@ def _compile_all(jobs: list[Job], store: Path, workers: int | None) -> Iterator[
         for job in jobs:
             yield compile_into(store, job, key(job))
         return
-    # Fresh processes: LLVM's and torch's threads do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with FreshProcesses(workers) as pool:
         futures = [pool.submit(compile_into, store, job, key(job)) for job in jobs]
         try:
             for future in as_completed(futures):

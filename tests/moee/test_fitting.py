@@ -53,6 +53,13 @@ def told(given, model=None, says=None):
     return difference(fit_of(given, model), model, "net", HEAD, says)
 
 
+def test_prefix_tokens_are_no_part_of_the_square_of_a_position_embedding():
+    model = Net()
+    model.patch_embed, model.num_prefix_tokens = nn.Identity(), 5
+    model.patch_embed.patch_size = (8, 8)
+    assert image_size((1, 5 + 4, 6), model) == 16 and image_size((1, 4, 6), model) is None
+
+
 def test_a_fit_is_complete_when_nothing_differs():
     whole = fit_of(state())
     assert whole.complete and whole.fitting == set(state()) and whole.sentence() == "6 tensors"

@@ -192,7 +192,10 @@ def test_layers_that_share_what_goes_past_them_get_a_pass_each():
     layers = {name: halved(ffn) for name, ffn in ffns.items()}
     for name, layer in layers.items():
         replace_module(model, name, layer)
-    done = refit(model, layers, ffns, tiny_images(64), 640, ridge=None)
+    told = []
+    done = refit(model, layers, ffns, tiny_images(64), 640, ridge=None, report=lambda *words: told.append(words))
+    shown = [(taken, steps) for what, taken, steps in told if what.startswith("refit, images for blocks_token_only.1")]
+    assert shown and shown == [(k + 1, len(shown)) for k in range(len(shown))], "one batch more each time, up to all"
     assert {name: report.tokens for name, report in done.items()} == dict(zip(names, (640, 640, 39, 39), strict=True))
 
 

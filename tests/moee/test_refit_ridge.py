@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from moee.calibrate.calibration import CHUNK
+from moee.calibrate.layer_sums import LayerPart, RefitStep, find_shifts, part_sums
 from moee.calibrate.refit import refit_layer
 from moee.calibrate.ridge import RIDGES, choose_ridge, held_out_runs, solve_ridge
 from moee.errors import UserError
 from moee.layers.routed import Experts, RoutedFFN
 from moee.models.ffn import FFN
+from moee.parallel.group import SOLO
 from moee.tokens.prefix import holds_prefix, prefix_tokens
 
 
@@ -146,6 +148,25 @@ def test_a_token_that_counts_for_three_is_one_that_stands_there_three_times():
     refit_layer(other, ffn, torch.cat([x, x[:200], x[:200]]), 0.01)
     torch.testing.assert_close(layer.w_down, other.w_down, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(layer.b_out, other.b_out, rtol=1e-4, atol=1e-4)
+    parts = [LayerPart(x, weights)], [LayerPart(torch.cat([x, x[:200], x[:200]]))]
+    shifts, _ = find_shifts(layer, ffn, parts[0], SOLO)
+    ours, theirs = (part_sums(layer, ffn, part, None, shifts) for (part,) in parts)
+    assert ours.keys() == theirs.keys() and all(torch.allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-2) for key in ours)
+
+
+def test_tokens_of_feature_maps_are_tokens_and_passes_go_on_in_pieces(monkeypatch):
+    layer, ffn, x = starved(24)
+    plain = LayerPart(x).rows(layer)
+    layer.channels_first = True
+    mapped = LayerPart(x).rows(layer)
+    assert [e for e, *_ in mapped] == [0] and all(torch.equal(a, b) for a, b in zip(mapped[0][1:], plain[0][1:], strict=True))
+    layer.channels_first = False
+    pieces = []
+    layer.register_forward_pre_hook(lambda module, args: pieces.append(args[0].shape))
+    monkeypatch.setattr("moee.calibrate.layer_sums.CHUNK", 8)
+    images = x.reshape(4, 6, 24)
+    whole = RefitStep(layer, ffn, lambda tokens: 0).apply_to(images)
+    assert pieces == [(1, 6, 24)] * 4 and torch.allclose(whole, layer(images), atol=1e-4), "no more than eight tokens at once"
 
 
 def test_activations_far_from_zero_lose_nothing_in_one_pass():

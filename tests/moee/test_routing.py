@@ -130,6 +130,12 @@ def test_what_a_layer_says_of_itself():
     assert (routed.num_experts, routed.union, routed.widths, routed.max_width) == (3, 10, [4, 2, 5], 5)
     assert routed.stored_numbers() == 3 * 8 + 3 + 10 * 8 + 10 + 10 * 8 + 3 * 8
     assert routed.macs_per_token([0.5, 0.25, 0.25]) == 3 * 8 + 2 * 8 * (2 + 0.5 + 1.25) * 2
+    parts = {name: getattr(routed, name).detach() for name in ("w_up", "b_up", "w_down")} | {"neurons": torch.arange(10)}
+    for count, scored in ((2, 2 * 8), (1, 0)):
+        own = {"router": routed.router[:count], "router_bias": routed.router_bias[:count], "b_out": routed.b_out[:count].detach()}
+        bounds = [0, 4, 10] if count == 2 else [0, 10]
+        few = RoutedFFN(Experts(**parts, **own, offsets=torch.tensor(bounds), activation="relu"))
+        assert few.top_k == 1 and few.macs_per_token([1 / count] * count) == scored + 2 * 8 * 10 / count
     assert "experts=3, union=10, widths=2..5, top_k=2" in repr(routed)
     assert not routed.router.requires_grad and routed.w_up.requires_grad
 

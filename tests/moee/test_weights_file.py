@@ -18,7 +18,7 @@ from moee.models.model import ModelSpec, load_model
 from moee.models.source import named_spec, with_file
 from moee.weights.fitting import MAX_TRIED, best_fit
 from moee.weights.prefixes import MAX_PREFIXES, prefixes
-from moee.weights.weights_file import MAX_CONTAINERS, PICKLED, containers, read_checkpoint
+from moee.weights.weights_file import MAX_CONTAINERS, PICKLED, containers, read_checkpoint, refuse_not_finite
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 NAME = "vit_tiny_patch16_224"
@@ -32,6 +32,15 @@ def model_of(classes=4, name=NAME, seed=1, **kwargs):
         for parameter in model.parameters():
             parameter.normal_(std=0.1)
     return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int32])
+def test_tensors_of_an_artifact_must_be_finite(dtype):
+    path = pathlib.Path("a.safetensors")
+    refuse_not_finite({"w": torch.ones(3, dtype=dtype)}, path)
+    if dtype != torch.int32:
+        with pytest.raises(UserError, match="a.safetensors: 'w' holds numbers that are not finite"):
+            refuse_not_finite({"v": torch.ones(1), "w": torch.tensor([1, float("inf")], dtype=dtype)}, path)
 
 
 def test_models_of_these_tests_have_no_two_equal_tensors():

@@ -61,6 +61,18 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "routes = layer.routes(self.tokens.movedim(-1, 1) if layer.channels_first else self.tokens)[:, : 2]",
     ): "layers that are refitted send a token to one expert",
     (LAYERS, " @property", ""): "of a protocol, which is never run",
+    (ROUTED, " @property", ""): "of an abstract class, whose kinds have their own",
+    (ROUTED, "if self.top_k > 1:", "if self.top_k > 0:"): "a token of one expert has each of its neurons once",
+    (
+        "moee/calibrate/ridge.py",
+        "BLOCKS = 4  # of a Gram matrix's columns: ten of their sixteen products are made",
+        "BLOCKS = 5  # of a Gram matrix's columns: ten of their sixteen products are made",
+    ): "how a symmetric product is cut is a matter of time",
+    (
+        LAYERS,
+        "parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max(1, x.numel() // self.ffn.dim)))]",
+        "parts = [self.layer(part) for part in x.split(max(1, CHUNK * len(x) // max( 2, x.numel() // self.ffn.dim)))]",
+    ): "a single token is one part in any case",
     (
         "moee/layers/routing.py",
         "return torch.where(torch.isfinite(raw).all(-1, keepdim=True), raw, torch.zeros_like(raw))",

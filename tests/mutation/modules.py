@@ -24,7 +24,12 @@ MODULES = (
     Module(
         "refit",
         ("moee/calibrate/refit.py", "moee/calibrate/ridge.py", "moee/calibrate/layer_sums.py"),
-        ("tests/moee/test_refit_ridge.py", "tests/moee/test_thread_ranks.py", "tests/moee/test_stream.py"),
+        ("tests/moee/test_refit_ridge.py", "tests/moee/test_thread_ranks.py", "tests/moee/test_stream.py",
+         *(f"tests/moee/test_hierarchical.py::test_{name}" for name in (
+             "a_model_of_equal_layers_takes_its_images_in_one_go",
+             "without_an_entry_the_layers_get_what_fits_and_the_report_says_so",
+             "layers_that_share_what_goes_past_them_get_a_pass_each", "memory_bounds_the_images_whose_inputs_are_kept",
+         ))),
     ),
     Module(
         "selection",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -255,3 +257,24 @@ def test_command_line_in_a_fresh_process(tmp_path):
     command = [sys.executable, "-m", "plugins.aot", "--sm", "87", "--out", str(tmp_path / "k")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "66 kernels for sm 87" in done.stdout
+
+
+SCRIPT = """
+import os, sys
+with open(sys.argv[1], "a") as file:
+    file.write("once ")
+from plugins.aot.pool import FreshProcesses
+with FreshProcesses(2) as pool:
+    found = {future.result() for future in [pool.submit(os.getpid) for _ in range(4)]}
+assert os.getpid() not in found
+class Own: pass
+assert Own.__module__ == "__main__" and sys.modules["__main__"].Own is Own
+"""
+
+
+def test_a_script_that_has_kernels_compiled_is_not_run_again_by_the_compilers(tmp_path):
+    script, told = tmp_path / "mine.py", tmp_path / "told"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(Path(build.__file__).parents[2])}
+    subprocess.run([sys.executable, script, told], check=True, timeout=60, env=environment)
+    assert told.read_text() == "once "

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from moee.errors import UserError
 from plugins.aot.build import compile_apart, key
 from plugins.aot.compile import GateError, check_gates
 from plugins.aot.manifest import Count, Entry, Name, Size
+from plugins.aot.pool import FreshProcesses
 from plugins.aot.search.candidates import Group
 from plugins.aot.search.model import Tile, tile
 from plugins.tactics import Config
@@ -135,5 +135,5 @@ def compiled(pool: ProcessPoolExecutor | None, wanted: Sequence[Wanted], until: 
 
 
 def workers(count: int) -> ProcessPoolExecutor | None:
-    """Fresh processes, as LLVM's and torch's threads do not survive a fork; None for one worker, which is this process."""
-    return None if count == 1 else ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    """Processes of their own; None for one worker, which is this process."""
+    return None if count == 1 else FreshProcesses(count)
