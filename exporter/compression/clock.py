@@ -9,7 +9,8 @@ from itertools import pairwise
 
 from moee.train.trial import FORWARDS  # of the learning rate
 
-FINISH_S = 60.0  # export, verification, timing, bundle and report of a small model
+FINISH_S = 60.0  # export, verification, timing, bundle and report of a ViT-S, beside what goes by images
+TIMING_S, EXPORTS = 12.0, 8.0  # of these the least that timing takes, and the rest in trial exports of the model
 CONFIRM_PASSES = 2.5  # of the dense model on each image that confirms the choice: both models, and reading it
 FINISH_IMAGES = 8  # runs of the dense model on each held-out image, that these take beside it
 TIMED_IMAGES = 90  # runs of the dense model on a batch, and on an image, while both are timed in turns
@@ -25,7 +26,7 @@ MARGIN = 1.1  # a trial may take longer than the mean of those before
 class Clock:
     """`seconds` of a job (None: as long as it takes) since `started`, by the clock `now`. `image_s`: of the dense model on one
     image, once it is known; `held_out` and `training`: numbers of images; `batch`: images that are timed at once;
-    `confirming`: images that confirm the choice."""
+    `confirming`: images that confirm the choice; `trial_s`: that a trial export took, None where there was none."""
 
     seconds: float | None
     now: Callable[[], float] = time.monotonic
@@ -34,6 +35,7 @@ class Clock:
     training: int = 0
     batch: int = 0
     confirming: int = 0
+    trial_s: float | None = None
     started: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +54,8 @@ class Clock:
     def finish(self) -> float:
         """Seconds that the stages after tuning will take, as far as that can be told."""
         images = FINISH_IMAGES * min(self.held_out, 1000) + (TIMED_IMAGES * (self.batch + 1) if self.batch else 0)
-        return FINISH_S + self.image_s * (images + CONFIRM_PASSES * self.confirming)
+        fixed = FINISH_S if self.trial_s is None else min(FINISH_S, TIMING_S + EXPORTS * self.trial_s)
+        return fixed + self.image_s * (images + CONFIRM_PASSES * self.confirming)
 
     @property
     def trials_end(self) -> float:

@@ -83,6 +83,7 @@ class Job:
             if self.request.confirm is not None:
                 self.fresh = fresh_images(self.session, self.request.confirm)
                 self.clock.confirming = sum(map(len, self.fresh))
+            self.clock.trial_s = self.session.trial_seconds if tried else state.stages["plan"].get("trial_export_seconds")
             state.open()
             with resumable(self.place.path):
                 return self._run(state, budget, tried)
@@ -171,7 +172,8 @@ class Job:
             methods, heads, tokens = tried
             device = target_of(self.request.device, batch=self.request.batch, sm=self.request.sm)
             latency = device.timing(self.session, self.report)
-            with self._stage("plan", state):
+            with self._stage("plan", state) as facts:
+                facts["trial_export_seconds"] = self.clock.trial_s
                 make_plan(
                     self.session, budget, target, methods=methods, allocations=ALLOCATION, attention=heads, tokens=tokens,
                     base=BASE, latency=latency, force=True, report=self.report, over=Trials(self.clock, self.say),

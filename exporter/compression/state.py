@@ -33,6 +33,12 @@ class Facts(Body):
     made: dict[str, str] = {}
 
 
+class Planned(Facts):
+    """What a job that goes on after the plan must know of it; None where no trial export was made."""
+
+    trial_export_seconds: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+
 class Tuning(Facts):
     """How long the tuning is to be."""
 
@@ -60,7 +66,7 @@ class Stored(Body):
     stages: dict[str, Facts]
 
 
-OWN: dict[str, type[Facts]] = {"tuning": Tuning, "tuned": Tuned, "unshipped": Unshipped}  # stages that say more
+OWN: dict[str, type[Facts]] = {"plan": Planned, "tuning": Tuning, "tuned": Tuned, "unshipped": Unshipped}  # stages that say more
 
 
 class State:

@@ -12,7 +12,10 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 
 import onnx_ir as ir
@@ -42,24 +45,26 @@ from moee.store.scratch import temporary_folder
 from plugins import contract
 from plugins.contract import DOMAIN
 
-SCHEMA = "moee.trial/1"
+SCHEMA = "moee.trial/2"
 PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript")  # versions that decide what can be exported; timm's files are hashed
 # Of a spec: an architecture has no weights and may have any name.
 OTHER = {"name", "labels", "weights", "weights_sha256", "pretrained", "random_seed", "part"}
 CURES = ("choose another model", "add --no-trial-export to extract it all the same, without ONNX")
 
 
-def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Shape, report: Reporter = silent) -> None:
+def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Shape, report: Reporter = silent) -> float:
     """Raise `UserError` with the reason if `model`, the dense model of `spec` with the MLPs `ffns`, cannot be exported to ONNX
     with routed layers, or if the graph gives something else than the model on images of `shape`. `model` stays as it is.
 
-    Seconds for a model of twelve blocks; nothing for one that has passed before under the same versions.
+    Gives the seconds that it took, which are few for a model of twelve blocks. One that has passed before under the same versions
+    is not tried again; its seconds are those of then.
     """
     kinds = list({type(ffn): ffn for ffn in reversed(ffns)}.values())  # the first of each: gated ones have another graph
     key = _key(spec, model, kinds, shape)
     record, path = {"schema": SCHEMA, "key": key}, cache_dir() / "trials" / f"{key}.json"
-    if _remembered(path) == record:
-        return
+    if (seconds := _remembered(path, record)) is not None:
+        return seconds
+    started = time.perf_counter()
     here = all(parameter.device.type == "cpu" for parameter in model.parameters())
     dense = sharing(model, model) if here else copy.deepcopy(model).cpu()
     routed = sharing(dense, dense)
@@ -80,18 +85,21 @@ def try_export(spec: ModelSpec, model: nn.Module, ffns: Sequence[FFN], shape: Sh
                 f"{spec.called}: the exported graph of {what} is off by {off:.2g} of its output's size; {cures(*CURES)}"
             )
     report("trial export", len(trials), len(trials))
-    try:
-        write_json(path, record)
-    except (OSError, UserError):
-        return  # a cache that cannot be written is no error
+    seconds = round(time.perf_counter() - started, 3)
+    with suppress(OSError, UserError):  # a cache that cannot be written is no error
+        write_json(path, {**record, "seconds": seconds})
+    return seconds
 
 
-def _remembered(path: Path) -> object:
-    """What the cache says; None for nothing and for a damaged file."""
+def _remembered(path: Path, record: dict[str, str]) -> float | None:
+    """The seconds that the cache holds for `record`; None for nothing and for a damaged file."""
     try:
-        return parse_json(path)
+        found = parse_json(path)
     except (OSError, ValueError):
         return None
+    seconds = found.get("seconds") if isinstance(found, dict) else None
+    known = isinstance(seconds, float) and 0 <= seconds < inf and found == {**record, "seconds": seconds}
+    return seconds if known else None
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ log = logging.getLogger("moee")
 Given = tuple[Any, Any]  # training images as Python has them, and held-out ones or None
 FIRST = 16  # training images among which those of the identity check are looked for
 # A trial of what is to be done with the result, with the model, its MLPs and the shape of an image; raises `UserError`
-Trial = Callable[[ModelSpec, nn.Module, Sequence[FFN], Shape, Reporter], None]
+Trial = Callable[[ModelSpec, nn.Module, Sequence[FFN], Shape, Reporter], float]
 
 
 def _check_attentions(model: nn.Module, images: Tensor, report: Reporter) -> None:
@@ -101,6 +101,7 @@ class Session:
         self.unlike: Sequence[str] = ()  # how a folder's images would be prepared otherwise than those that Python gave
         self._reference: Outputs | None = None
         self.dense_seconds = 0.0  # that `reference` took
+        self.trial_seconds: float | None = None  # that `trial` took, once it has run
         self._train_outputs: Outputs | None = None
         self._started: dict[tuple[Options, ...], nn.Module] = {}
         self._proved: set[tuple[Any, ...]] = set()
@@ -170,7 +171,7 @@ class Session:
                     check_ffns(self.dense, found.ffns, self._few_images(), self.report)
                     self._proved.add(names)
                 if self.trial is not None:
-                    self.trial(self.spec, self.dense, found.ffns, self.transform.shape, self.report)
+                    self.trial_seconds = self.trial(self.spec, self.dense, found.ffns, self.transform.shape, self.report)
                 if found.unscaled and "mlps" in cut:
                     log.warning(
                         "what scales the output of %s could not be proved; neurons are chosen as if nothing did",
@@ -186,8 +187,7 @@ class Session:
 
     def _find_space(self, shape: ModelShape, recipe: Recipe, jobs: int) -> None:
         """Say what memory and disk the recipe takes, and refuse it where they are not there."""
-        tried = self.trial is not None
-        self.space.find(shape, recipe, len(self.train), len(self.held_out), jobs=jobs, tried=tried)
+        self.space.find(shape, recipe, len(self.train), len(self.held_out), jobs=jobs, tried=self.trial is not None)
 
     def _count_costs(self, ffns: Sequence[FFN], recipe: Recipe) -> tuple[dict[str, int], float]:
         """Count what the reports will need; what fails must fail now, and so must a cost that the MLPs cannot meet. Tokens of an

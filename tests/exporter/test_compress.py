@@ -46,6 +46,12 @@ class Faked:
         return self.time
 
 
+@pytest.mark.parametrize("trial_s, last", [(None, 60), (0.5, 16), (3.0, 36), (6.0, 60), (40.0, 60)])
+def test_the_last_stages_of_a_small_model_are_short(trial_s, last):
+    clock = Clock(60.0, Faked(), trial_s=trial_s)
+    assert clock.finish == pytest.approx(last) and clock.trials_end <= 60 - last
+
+
 def test_trials_end_when_one_more_would_not_fit():
     now = Faked()
     clock = Clock(600.0, now)
@@ -347,6 +353,7 @@ def test_the_bundles_script_names_a_file_that_is_no_image_and_goes_on(content, t
 def test_an_interrupted_job_goes_on_where_it_was(session, quick, tmp_path, monkeypatch):
     out = tmp_path / "out"
     request = Request(Budget(min_cosine=0.9), time_s=None, **FAST)
+    monkeypatch.setattr(session, "trial_seconds", 2.5)
     for stage in ("make_plan", "run_extract", "run_finetune", "export", "verify", "write_cpu_bundle", "write_report"):
         with monkeypatch.context() as patch:
             patch.setattr(f"exporter.compression.job.{stage}", interrupted)
@@ -356,7 +363,10 @@ def test_an_interrupted_job_goes_on_where_it_was(session, quick, tmp_path, monke
         assert not json.loads((out / "compress.json").read_text())["done"]
     monkeypatch.setattr("exporter.compression.job.make_plan", interrupted)
     monkeypatch.setattr("exporter.compression.job.run_extract", interrupted)
-    assert Job(session, StagedFolder(out), request).run().shipped == "static", "what is done is not done again"
+    monkeypatch.setattr(session, "trial_seconds", None)
+    last = Job(session, StagedFolder(out), request)
+    assert last.run().shipped == "static", "what is done is not done again"
+    assert last.clock.trial_s == 2.5, "and the time of the last stages is estimated as before"
 
 
 def interrupted(*args, **kwargs):
