@@ -81,7 +81,7 @@ def checked(kind: type[Model], body: Any, path: Path | str) -> Model:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the whole"
         reason = first["msg"].removeprefix("Value error, ")
-        came = "" if first["type"] == "missing" else f" (came {shown(first['input'])})"
+        came = "" if first["type"] == "missing" or not first["loc"] else f" (came {shown(first['input'])})"
         raise UserError(f"{path}: {shown(where, quoted=False)}: {reason}{came}; make it again") from error
 
 

@@ -63,9 +63,10 @@ class Sending(Body):
 
 
 class Emitted(Sending):
-    """What a plan keeps: `chosen` are the places of the candidates among the `points`."""
+    """What a plan keeps: `chosen` are the places of the candidates among the `points`; `ways`: what was tried, by option."""
 
     base: dict[str, Any]
+    ways: dict[str, list[Any]] = {}
     chosen: list[int]
     points: list[Any]
 
@@ -95,7 +96,10 @@ def emit_plan(
             raise UserError("only dense meets the budget, so there is nothing to measure; loosen the budget")
         with write(chosen) as sending:
             numbers = [next(i for i, p in enumerate(found.points) if p is candidate.point) for candidate in chosen]
-            kept = {"chosen": numbers, "base": found.planner.base, "points": [asdict(p) for p in found.points]}
+            tried = {name: list(value) for name, value in ways.items() if name != "base"}
+            kept = {
+                "chosen": numbers, "base": found.planner.base, "ways": tried, "points": [asdict(p) for p in found.points],
+            }  # fmt: skip
             write_json(store.place / EMITTED, {"schema": SCHEMA, **sending.model_dump(), **kept})
     return sending
 

@@ -196,6 +196,11 @@ def test_a_truncated_result_and_one_without_candidates_are_refused(begun, tmp_pa
     path.write_text(text)
     assert go_on(begun, "--batch", "1") == 2
     assert "written with --batch 4, and now it is 1; give --batch 4" in capsys.readouterr().err
+    for words, said in (
+        (("--targets", "0.5"), "with --targets 0."), (("--methods", "lowrank"), "now it is lowrank; give --methods "),
+        (("--attention-macs", "0.7,1"), "were written with --attention-macs 1.0, and now it is 0.7,1; give"),
+    ):  # fmt: skip
+        assert go_on(begun, *words) == 2 and said in capsys.readouterr().err
     assert go_on(begun, "--precision", "fp32") == 2 and "give --precision fp16" in capsys.readouterr().err
     words = ["--out", str(tmp_path / "none"), "--measured", str(path)]
     assert cli.main([*PLAN, *words]) == 2 and "write them with --emit DIR first" in capsys.readouterr().err

@@ -35,6 +35,9 @@ def result_of(args: argparse.Namespace) -> str | None:
     return args.device if named is None and (args.device or "").endswith(".json") else named
 
 
+FLAGS = {"attention": "--attention-macs", "tokens": "--token-macs"}  # that are not called as what they say
+
+
 def emit(args: argparse.Namespace, console: Console, budget: Budget, ways: dict[str, Any]) -> int:
     """Write the candidates for a device, and say how it goes on."""
     from exporter.targets.emit import Order, emitting
@@ -65,7 +68,7 @@ def emit(args: argparse.Namespace, console: Console, budget: Budget, ways: dict[
     return OK
 
 
-def go_on(args: argparse.Namespace, console: Console, budget: Budget, base: dict[str, Any]) -> dict[str, Any]:
+def go_on(args: argparse.Namespace, console: Console, budget: Budget, ways: dict[str, Any]) -> dict[str, Any]:
     """The plan, by the times of a device. They are held against what was emitted before a model is loaded."""
     from exporter.targets.result import read_result, timed
     from moee.planning import emitted
@@ -77,10 +80,18 @@ def go_on(args: argparse.Namespace, console: Console, budget: Budget, base: dict
     for flag, asked, had in (("--batch", args.batch, kept.batch), ("--precision", args.precision, kept.precision)):
         if asked != had:
             raise UserError(f"the candidates were written with {flag} {had}, and now it is {asked}; give {flag} {had}")
+    typed = {
+        "methods": args.methods, "targets": args.targets, "allocations": args.allocations, "attention": args.attention_macs,
+        "tokens": args.token_macs,
+    }  # fmt: skip
+    for name, words in typed.items():
+        if words is not None and name in kept.ways and {*kept.ways[name]} != {*ways[name]}:
+            flag, had = FLAGS.get(name, f"--{name}"), ",".join(map(str, kept.ways[name]))
+            raise UserError(f"the candidates were written with {flag} {had}, and now it is {words}; give {flag} {had}")
     times = timed(read_result(path), kept, path, board)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
-        return emitted.go_on(session, budget, args.out, times, base=base, force=args.force, report=report)
+        return emitted.go_on(session, budget, args.out, times, base=ways["base"], force=args.force, report=report)
 
 
 def measurement_lines(plan: dict[str, Any]) -> list[str]:

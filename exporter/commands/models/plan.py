@@ -146,7 +146,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.emit is not None:
         return emit(args, console, budget, ways)
     if result_of(args) is not None:
-        return _show(args, console, go_on(args, console, budget, base))
+        return _show(args, console, go_on(args, console, budget, ways))
     target = _target(args)
     with ProgressDisplay() as report:
         session = session_of(args, report, console, "--torch-device")
