@@ -27,7 +27,7 @@ from moee.methods.recipe import Recipe
 from moee.migrations import recipe_of
 from moee.places.output_file import OutputFile
 from moee.places.output_folder import OutputFolder
-from moee.places.resume import check_identity, difference, fingerprint
+from moee.places.resume import check_identity, difference, fingerprints
 from moee.progress import Reporter, silent
 from moee.schema import Body, checked
 from moee.stages.identity import named_identity
@@ -153,7 +153,7 @@ def ablate(
     OutputFolder(out, CLEAR_ABLATION, grows=True).check()
     out.mkdir(parents=True, exist_ok=True)
     model = named_identity(session)
-    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
+    images = dict(zip(("images", "held_out_images"), fingerprints(session.train, session.held_out, report), strict=True))
     check_identity(
         out / SETUP, SETUP_SCHEMA, {**model, **images}, "an ablation",
         "its cells do not go together, choose another --out or remove it", said={"data": session.source},

@@ -57,6 +57,7 @@ class Lines:
                 self.printed[message] = now
                 self.write(f"{message}: {done} so far, {elapsed:.0f} s")
         elif done >= total:
+            del self.started[message]  # a step of the same name begins anew, also where nothing says so
             self.write(f"{message}: done in {elapsed:.1f} s")
         elif now - self.printed[message] >= LINE_INTERVAL_S:
             self.printed[message] = now

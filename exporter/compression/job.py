@@ -39,7 +39,7 @@ from moee.data.sources import located
 from moee.errors import StepFailed
 from moee.layers.routed import routed_layers
 from moee.methods.recipe import read_recipe_json
-from moee.places.resume import alone_on, fingerprint
+from moee.places.resume import alone_on, fingerprint, fingerprints
 from moee.places.staged_folder import StagedFolder
 from moee.planning.budget import Budget
 from moee.planning.plan import PLAN, make_plan
@@ -90,7 +90,7 @@ class Job:
 
     def _identity(self, budget: Budget) -> dict[str, Any]:
         session = self.session
-        images = {"train": fingerprint(session.train, self.report), "val": fingerprint(session.held_out, self.report)}
+        images = dict(zip(("train", "val"), fingerprints(session.train, session.held_out, self.report), strict=True))
         return {"model": model_identity(session), "images": images, **self.request.to_json(), "budget": budget.model_dump()}
 
     def _run(self, state: State, budget: Budget, tried: Tried | None) -> Compressed:
@@ -279,7 +279,7 @@ class Job:
         source, before = self.request.confirm, state.stages.get("confirm", {})
         if source is None or shipped == "dense":
             return None
-        content = " ".join(fingerprint(part, self.report) for part in self.fresh)
+        content = " ".join(fingerprint(part, self.report, "images of --confirm") for part in self.fresh)
         if (before.get("data"), before.get("content")) != (located(source), content):
             with self._stage("confirm", state) as facts:
                 facts.update(confirmed(self.session, moee.model, moee.probe, self.fresh, source), content=content)

@@ -21,7 +21,7 @@ from moee.measure.probe import Probe
 from moee.methods.recipe import Recipe, read_recipe_json
 from moee.mlps.find import find_ffns
 from moee.places.output_folder import OutputFolder
-from moee.places.resume import check_identity, compare_identity, fingerprint
+from moee.places.resume import check_identity, compare_identity, fingerprints
 from moee.progress import Reporter, silent
 from moee.stages.identity import named_identity
 from moee.stages.session import Session
@@ -98,7 +98,7 @@ def check_setup(out: Path, setup: dict[str, Any]) -> None:
 
 def setup_of(session: Session, ablation: AblationConfig, report: Reporter = silent) -> dict[str, Any]:
     """What decides every cell besides its own configuration."""
-    images = {"images": fingerprint(session.train, report), "held_out_images": fingerprint(session.held_out, report)}
+    images = dict(zip(("images", "held_out_images"), fingerprints(session.train, session.held_out, report), strict=True))
     return {**_told(session, ablation), "data": session.source, **images}
 
 

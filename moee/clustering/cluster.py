@@ -68,5 +68,6 @@ def cluster_tokens(
         found = make_clusterer(density, len(activations), report=report, name=name).fit_predict(activations)
         clusters = max(2, int(found.max()) + 1)
     labels = relabel(make_clusterer(config, len(activations), clusters, report, name).fit_predict(activations))
-    report(name, 1, 1)
+    if config.clustering == "hdbscan" or config.clusters is None:  # the others report nothing on the way, so no end either
+        report(name, 1, 1)
     return labels

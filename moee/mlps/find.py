@@ -27,6 +27,7 @@ from moee.models.ffn import FFN
 from moee.models.model import Shape
 
 LISTED = 2  # names of a group in a sentence
+EXCLUDED = "excluded"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     plain: dict[str, FFN] = {}
     for name, found in listed.items():
         if _excluded(name, exclude):
-            dense[name] = Dense("excluded", found.hidden)
+            dense[name] = Dense(EXCLUDED, found.hidden)
         elif isinstance(found, Dense):
             dense[name] = found
         else:
@@ -83,9 +84,9 @@ def find_ffns(model: nn.Module, exclude: tuple[str, ...] = (), shape: Shape | No
     if not ffns:
         reasons = {name: part.reason for name, part in dense.items()}
         what = f"; it holds {described(reasons)}" if dense else ""
-        other = NO_EXPERTS in reasons.values()
-        ways = ("use --preset static", "try --methods static,corp") if other else ()
-        cure = cures(*ways, elsewhere="choose a Vision Transformer")
+        ways: tuple[str, ...] = ("leave out --exclude",) if EXCLUDED in reasons.values() else ()
+        ways += ("use --preset static", "try --methods static,corp") if NO_EXPERTS in reasons.values() else ()
+        cure = cures(*ways, elsewhere="choose a model with such MLPs")
         raise UserError(f"{title_of_model(model)} has no fc1-act-fc2 MLP to take experts from{what}; {cure}")
     return Found(ffns, {name: dense[name] for name in names if name in dense}, unscaled)
 

@@ -133,12 +133,17 @@ def alike(recorded: Any, given: Any) -> bool:
     return all(abs(a - b) <= bound for a, b in zip(then, now, strict=True))
 
 
-def fingerprint(data: ImageSet, report: Reporter = silent) -> str:
+def fingerprint(data: ImageSet, report: Reporter = silent, of: str = "images") -> str:
     """Hash of a data set's labels, classes and content (`ImageSet.content`); not of its name, since folders are moved. Versions
-    before `CONTENT` took two sets whose files had the same names and sizes for one."""
+    before `CONTENT` took two sets whose files had the same names and sizes for one. `of` names the data set in the progress."""
     digest = hashlib.sha256(f"{data.classes} {data.labels}".encode(errors="surrogateescape"))
-    digest.update(data.content(report))
+    digest.update(data.content(lambda _, done, total: report(f"hash of the {of}", done, total)))
     return CONTENT + digest.hexdigest()[:16]
+
+
+def fingerprints(train: ImageSet, held_out: ImageSet, report: Reporter = silent) -> tuple[str, str]:
+    """`fingerprint` of the images that a model is made on, and of those that it is judged by."""
+    return fingerprint(train, report, "training images"), fingerprint(held_out, report, "held-out images")
 
 
 def outdated(stored: Any, ours: Any) -> bool:

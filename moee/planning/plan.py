@@ -21,7 +21,7 @@ from moee.models.model import ModelSpec
 from moee.places.inputs import source_paths
 from moee.places.output_folder import OutputFolder, resume_folder
 from moee.places.placement import check_all
-from moee.places.resume import ANSWERS, alone_on, check_identity, compare_identity, fingerprint
+from moee.places.resume import ANSWERS, alone_on, check_identity, compare_identity, fingerprints
 from moee.planning.budget import Budget
 from moee.planning.forms import Latency
 from moee.planning.found import PLAN, SCHEMA, Found
@@ -148,7 +148,7 @@ def planner_of(
     report: Reporter,
 ) -> Planner:  # fmt: skip
     """The planner of the points in `store`. Raises `UserError` if these are of another model, other images or options."""
-    train, val = fingerprint(session.train, report), fingerprint(session.held_out, report)
+    train, val = fingerprints(session.train, session.held_out, report)
     told = {"model": model_identity(session), "base": base, "images": train, "held_out_images": val}
     check_identity(store.place / IDENTITY, STORE_SCHEMA, told, INTERRUPTED, CURE, said={"data": session.source})
     timing = latency.ranking if isinstance(latency, Shortlist) else latency

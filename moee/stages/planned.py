@@ -9,7 +9,7 @@ from typing import Any
 
 from moee.data.sources import same_data
 from moee.errors import UserError
-from moee.places.resume import ANSWERS, alike, fingerprint
+from moee.places.resume import ANSWERS, alike, fingerprints
 from moee.schema import shown
 from moee.stages.identity import model_identity
 from moee.stages.session import Session
@@ -44,7 +44,7 @@ class Planned:
             if not same_data(session.source, self.data):
                 log.warning("the plan was made on %s, and on %s another method may win", made, session.source)
             return 0
-        ours = {"train": fingerprint(session.train, session.report), "val": fingerprint(session.held_out, session.report)}
+        ours = dict(zip(("train", "val"), fingerprints(session.train, session.held_out, session.report), strict=True))
         if ours != dict(self.images):
             same = same_data(session.source, self.data)
             where = "which have changed since" if same else f"and not on those of {session.source}"

@@ -27,7 +27,7 @@ def measured(session: Session, model: nn.Module, probe: Probe | None, message: s
     """`Session.measure` with a hash of the held-out images, `held_out`, by which figures on others are told apart; empty on ranks
     other than 0."""
     found = session.measure(model, probe, message)
-    return {**found, "held_out": fingerprint(session.held_out, session.report)} if found else found
+    return {**found, "held_out": fingerprint(session.held_out, session.report, "held-out images")} if found else found
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def identity_of(
     if state is not None:
         stored_tensors(folder, state)
         _refuse_another(folder, {name: state["identity"].get(name) for name in identity}, identity)
-    identity["content"] = fingerprint(data, report)
+    identity["content"] = fingerprint(data, report, "training images")
     if state is not None:
         _refuse_another(folder, state["identity"], identity)
     return identity

@@ -34,6 +34,11 @@ def test_an_unknown_length_promises_nothing(monkeypatch):
     assert shown == ["join: 8 so far, 11 s"]
 
 
+def test_a_step_of_the_same_name_begins_anew(monkeypatch):
+    shown = lines([("fit", 0, 1), ("fit", 1, 1), ("other", 0, 1), ("fit", 1, 1)], monkeypatch)
+    assert shown == ["fit: done in 11.0 s", "fit: done in 0.0 s"]
+
+
 ODD = "a[/x] [red]b :cat:"  # what rich would refuse, swallow and replace
 
 

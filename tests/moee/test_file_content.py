@@ -11,7 +11,7 @@ import moee.store.file_content as file_content
 from moee.data.image_set import ImageSet
 from moee.data.sources import load_data
 from moee.errors import UserError
-from moee.places.resume import check_identity, fingerprint
+from moee.places.resume import check_identity, fingerprint, fingerprints
 from moee.store.file_content import files_digest, spread
 from tests.moee.test_folders import SMALL
 from tests.moee.test_shards import png, write_classes
@@ -111,6 +111,9 @@ def test_sets_of_ones_own_are_told_apart_by_their_images():
             return torch.full((3, 32, 32), float(self.value + index))
 
     assert fingerprint(Own(1)) == fingerprint(Own(1)) != fingerprint(Own(2))
+    said = []
+    fingerprints(Own(1), Own(2), lambda message, done, total: said.append(message))
+    assert list(dict.fromkeys(said)) == ["hash of the training images", "hash of the held-out images"]
 
 
 def test_a_state_of_before_is_refused_and_says_why(tmp_path):

@@ -279,7 +279,8 @@ def test_nan_is_not_the_mlps_fault():
 
 
 def test_nothing_left_to_cut_is_one_sentence():
-    with pytest.raises(UserError, match=r"no fc1-act-fc2 MLP .*`blocks.0.mlp`, `blocks.1.mlp` and 1 more \(excluded\)"):
+    said = r"no fc1-act-fc2 MLP .*`blocks.0.mlp`, `blocks.1.mlp` and 1 more \(excluded\); leave out --exclude"
+    with pytest.raises(UserError, match=said):
         find_ffns(load_model(tiny_spec()), ("blocks",))
 
 

@@ -43,7 +43,7 @@ def add_parser(subparsers: Any) -> None:
     add_options(sub.add_argument_group("the budget (default: at most 1 point of accuracy, or a cosine of 0.98)"), Budget)
     where = "where models are timed, as in moee plan: cpu, cuda, tensorrt, ssh:HOST, or a board (modelled) (cpu)"
     sub.add_argument("--device", default="cpu", help=where)
-    sub.add_argument("--sm", metavar="GPU", help=f"whom the bundle is for: {HOW}; or cpu (that of --device)")
+    sub.add_argument("--sm", metavar="GPU", help=f"the device of the bundle: {HOW}; or cpu (that of --device)")
     sub.add_argument("--batch", type=at_least(1, MOST_BATCH), default=8, help="images of a batch that is timed (8)")
     when = f"how long it may take, such as 15m, 900s or 2h; none for no limit ({DEFAULT})"
     sub.add_argument("--time", type=time_of, default=DEFAULT, metavar="T", help=when)

@@ -89,7 +89,7 @@ def add_method_options(sub: argparse.ArgumentParser, shown: str | None) -> None:
     options = sub.add_argument_group(f"options of {of}: {first.summary}")
     add_options(options, first.options, said=first.presets[preset] if preset else {})
     for method in (m for m in METHODS if m.cuts in PARTS[:-1] and m is not first):
-        add_options(sub.add_argument_group(f"beside it: {method.summary}"), method.options)
+        add_options(sub.add_argument_group(f"in addition: {method.summary}"), method.options)
     for method in METHODS:
         add_options(sub, method.options, hidden=True)
     lines = [f"  {method.name}: {method.summary}" for method in METHODS if method.cuts in ALONE]

@@ -45,7 +45,7 @@ class HeadsOptions(Options):
 class HeadsMethod(Method[HeadsOptions]):
     name, options = "heads", HeadsOptions
     cuts: ClassVar[Part] = "attention"
-    summary = "fewer dimensions in the attention's heads, beside any method that cuts MLPs"
+    summary = "fewer dimensions in the attention's heads, with any method that cuts MLPs"
 
     def changes(self, options: HeadsOptions) -> bool:
         return options.attention_macs != 1
