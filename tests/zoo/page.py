@@ -25,7 +25,7 @@ MLPs, attention or positions, made small by the arguments shown, with random wei
 
 *cut*: MLPs that became experts, of those that were found; the last column says why the others stay dense. {counts}.
 
-What each method takes of a model, beside what the table says:
+What each method can cut, in addition to what the table says:
 
 - `experts`, `moefication`, `clear-moe`, `lowrank`: MLPs of two maps and an activation, those of the column *cut*.
 - `static`, `corp`: these, and gated MLPs.
