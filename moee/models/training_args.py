@@ -44,7 +44,7 @@ def as_trained(spec: ModelSpec, content: Mapping[str, Any], file: str) -> tuple[
     """
     args = training_args(content)
     taken, refused = _preparation(args, _channels(spec, args))
-    notes = _differences(spec, {**args, "model": _said_model(content, args)}, file)
+    notes = [*_differences(spec, {**args, "model": _said_model(content, args)}, file), *_accuracy(content, args, file)]
     if spec.library != "timm":
         names = ", ".join([*taken, *refused])
         return spec, [f"{file}: its args name {names}, which are taken for timm's models alone", *notes] if names else notes
@@ -65,6 +65,15 @@ def as_trained(spec: ModelSpec, content: Mapping[str, Any], file: str) -> tuple[
     notes += [f"{file}: its {name}, {shown(value)}, is none that images can be prepared with; not taken"
               for name, value in refused.items()]  # fmt: skip
     return spec, notes
+
+
+def _accuracy(content: Mapping[str, Any], args: Mapping[str, Any], file: str) -> list[str]:
+    """A sentence about the accuracy that train.py measured, which shows an order of the classes that is not the training's."""
+    metric = content.get("metric")
+    if not args or args.get("eval_metric") not in (None, "top1") or not isinstance(metric, float) or not 0 < metric <= 100:
+        return []
+    return [f"{file}: its training measured an accuracy of {metric:.2f}%; if the dense model has far less here, the classes may "
+            "be numbered otherwise (--class-map)"]  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ from moee.errors import UserError
 from moee.models.input_size import sized
 from moee.models.model import load_model
 from moee.models.source import named_spec, with_file
-from moee.models.training_args import training_args
+from moee.models.training_args import as_trained, training_args
 
 
 def saved(folder, name="test_vit", kind=argparse.Namespace, state=None, **args):
@@ -114,6 +114,16 @@ def test_a_size_that_the_model_cannot_take_is_refused(tmp_path):
         loaded(saved(tmp_path, img_size=65))
     *_, notes = loaded(saved(tmp_path, img_size=10**9))
     assert "its img_size, 1000000000, is none that images can be prepared with; not taken" in notes[-1]
+
+
+@pytest.mark.parametrize(("metric", "args", "said"), [
+    (85.0, {}, True), (85.0, {"eval_metric": "top1"}, True), (0.7, {"eval_metric": "loss"}, False), (float("nan"), {}, False),
+    (5e9, {}, False), ("85", {}, False), (None, {}, False),
+])  # fmt: skip
+def test_the_accuracy_of_the_training_is_said(metric, args, said):
+    """Else a model whose classes are numbered otherwise here is taken for a bad one."""
+    notes = as_trained(named_spec("test_vit", {})[0], {"metric": metric, "args": {"model": "test_vit", **args}}, "w.pth.tar")[1]
+    assert [note.split(";")[0] for note in notes] == ["w.pth.tar: its training measured an accuracy of 85.00%"] * said
 
 
 def test_a_tensor_is_no_argument_of_a_training():
