@@ -363,7 +363,7 @@ def test_a_plan_of_other_options_is_refused_before_the_work(session, tmp_path, m
     former = {"schema": STORE_SCHEMA, "model": model, "base": {"seed": 7}, "data": "other"}
     (tmp_path / "plan.resume" / "identity.json").write_text(json.dumps(former))
     monkeypatch.setattr(Session, "prove", lambda *_: pytest.fail("the model was tried before the refusal"))
-    monkeypatch.setattr("moee.planning.plan.fingerprint", lambda *_: pytest.fail("images were read before the refusal"))
+    monkeypatch.setattr("moee.planning.plan.fingerprints", lambda *_: pytest.fail("images were read before the refusal"))
     with pytest.raises(UserError, match="base.cluster_tokens None, now 300"):
         make_plan(session, Budget(target_macs=0.8), tmp_path / "plan", **FAST)
 
