@@ -20,6 +20,8 @@ PLUGIN_NAMESPACE = ""
 
 # Their places are the kernels' codes: new ones go to the end.
 ACTIVATIONS: tuple[str, ...] = ("gelu", "gelu_tanh", "relu", "silu", "quick_gelu")
+# Of these the operator of ONNX Runtime on a CPU has:
+CPU_ACTIVATIONS = ACTIVATIONS[:5]
 DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
 

@@ -36,7 +36,7 @@ def test_every_language_has_the_same_rows():
     cpp = re.search(r"kActivations\{(.*?)\}", (SOURCE / "csrc" / "operator" / "operator.h").read_text(), re.DOTALL)
     assert cpp and re.findall(r'"(\w+)"', cpp.group(1)) == list(contract.ACTIVATIONS)
     cpu = re.search(r"ACTIVATIONS\[\] = \{(.*?)\}", (SOURCE / "cpu" / "csrc" / "layer.cpp").read_text())
-    assert cpu and (known := re.findall(r'"(\w+)"', cpu.group(1))) == list(contract.ACTIVATIONS[: len(known)])  # no others
+    assert cpu and re.findall(r'"(\w+)"', cpu.group(1)) == list(contract.CPU_ACTIVATIONS)
     for table in (ACTIVATIONS, FORMS, REFERENCES, FORMULAS):
         assert sorted(table) == sorted(contract.ACTIVATIONS)
     assert all(row.name == name for name, row in ACTIVATIONS.items())

@@ -148,7 +148,7 @@ def changed(tmp_path_factory):
         shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", root)
     changes = code("An activation", "diff")
-    assert len(changes) == 9
+    assert len(changes) == 10
     for diff in changes:
         apply(diff, root)
     return root

@@ -20,6 +20,7 @@ from moee.errors import UserError
 from moee.kinds.registry import kind_of
 from moee.layers.routed import RoutedLayer
 from moee.progress import Reporter, silent
+from plugins.contract import CPU_ACTIVATIONS
 
 log = logging.getLogger("moee")
 RUNTIME, PORTABLE = "runtime.onnx", "portable.onnx"
@@ -27,22 +28,30 @@ KEY = "runtime"  # in the manifest's graphs
 PRECISION, PROVIDER = "fp32", "cpu"
 
 
-def has_experts(layers: Mapping[str, RoutedLayer]) -> bool:
-    """Whether a layer would be a node of the graph."""
-    return any(kind_of(layer).name == "moee" and layer.num_experts > 1 for layer in layers.values())
+def _nodes(layers: Mapping[str, RoutedLayer]) -> list[RoutedLayer]:
+    """The layers that would be nodes of the graph."""
+    return [layer for layer in layers.values() if kind_of(layer).name == "moee" and layer.num_experts > 1]
 
 
 def refuse_runtime(layers: Mapping[str, RoutedLayer], precision: str) -> None:
     """Raise `UserError` for an export that the operator cannot serve."""
     if precision != PRECISION:
         raise UserError(f"--runtime-ops: the operator takes {PRECISION}, came --precision {precision}; leave one of them out")
-    if not has_experts(layers):
+    nodes = _nodes(layers)
+    if not nodes:
         raise UserError("--runtime-ops: no layer of the model has several experts, which the operator is for; leave it out")
+    if lacking := {layer.activation for layer in nodes} - set(CPU_ACTIVATIONS):
+        raise UserError(
+            f"--runtime-ops: the operator takes the activations {', '.join(CPU_ACTIVATIONS)}, and the model has "
+            f"{', '.join(sorted(lacking))}; leave it out"
+        )
 
 
 def serves(layers: Mapping[str, RoutedLayer], precision: str, report: Reporter = silent) -> bool:
     """Whether the graph can be written for a model, and run here."""
-    return precision == PRECISION and has_experts(layers) and operator_or_reason(report)[0] is not None
+    nodes = _nodes(layers)
+    known = bool(nodes) and {layer.activation for layer in nodes} <= set(CPU_ACTIVATIONS)
+    return precision == PRECISION and known and operator_or_reason(report)[0] is not None
 
 
 def write_runtime(traced: Path, target: Path, forms: dict[str, Form]) -> None:

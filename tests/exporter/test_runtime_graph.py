@@ -125,6 +125,14 @@ def test_what_the_operator_does_not_take_is_refused_before_any_work(tiny_export,
     assert not (tmp_path / "export").exists()
 
 
+def test_an_activation_that_the_operator_lacks_goes_by_the_standard_graph(tiny_export, monkeypatch):
+    monkeypatch.setattr("exporter.graph.runtime_graph.CPU_ACTIVATIONS", ("relu", "silu"))
+    layers = routed_layers(tiny_export.moee.model)
+    with pytest.raises(UserError, match="takes the activations relu, silu, and the model has gelu; leave it out"):
+        refuse_runtime(layers, "fp32")
+    assert not serves(layers, "fp32")
+
+
 def run_bundle(folder, image):
     """run.py's standard output and standard error."""
     done = subprocess.run([sys.executable, str(folder / "run.py"), str(image)], capture_output=True, text=True)
