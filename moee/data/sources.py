@@ -13,7 +13,7 @@ from moee.data.image_set import ImageSet, Source
 from moee.data.leaks import copied
 from moee.data.shards import Shards
 from moee.data.source import DataSource
-from moee.data.timm_sets import TimmSets
+from moee.data.timm_sets import TimmFolders, TimmSets
 from moee.data.transform import Transform, mode_of
 from moee.errors import UserError
 from moee.progress import Reporter, silent
@@ -23,6 +23,7 @@ SOURCES: list[DataSource] = [
     Photos(),
     PhotoCrops(),
     Shards(),
+    TimmFolders(),
     TimmSets(),
 ]
 FOLDERS = Folders()

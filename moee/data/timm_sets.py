@@ -55,6 +55,15 @@ class TimmSets(DataSource):
         return open_timm(name, transform)
 
 
+class TimmFolders(TimmSets):
+    """Those names that read image files of a folder, and nothing else."""
+
+    fetched = False
+
+    def takes(self, name: str) -> bool:
+        return super().takes(name) and self.part(name) in ("torch/image_folder", "torch/folder")
+
+
 class TimmSet(ImageSet):
     """A `timm.data` set whose images are found by position."""
 

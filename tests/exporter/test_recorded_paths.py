@@ -89,9 +89,12 @@ def test_sets_of_torchvision_are_recorded_with_their_folder(workplace, monkeypat
 
 def test_recorded_images_that_are_gone_are_asked_for(workplace):
     place = workplace / "here" / "pictures"
-    assert recorded_data(str(place)) == str(place) and recorded_data("pictures") == "pictures"
+    for source in (str(place), f"torch/image_folder@{place}", "pictures"):
+        assert recorded_data(source) == source
+    with pytest.raises(UserError, match="torch/cifar10@.* as its data, which may be fetched"):
+        recorded_data(f"torch/cifar10@{place}")
     shutil.rmtree(place)
-    for source in (str(place), f"wds/{place}"):
+    for source in (str(place), f"wds/{place}", f"torch/image_folder@{place}"):
         with pytest.raises(UserError, match="was made on '?.*pictures'?, where no folder is now; say where it lies with --data"):
             recorded_data(source)
 
