@@ -29,6 +29,7 @@ from moee.layers.routed import NeuronLayer, RoutedLayer, routed_layers
 from moee.mlps.sites import mlp_module
 from moee.progress import Reporter, silent
 from moee.store.scratch import temporary_folder
+from plugins.contract import CPU_ACTIVATIONS, OP_TYPE
 
 ROWS = 8  # leading dimension of the input: as many images
 NO_LAYER = "the model has no routed MLP on [..., D]; extract one with --method moee or moefication"
@@ -172,7 +173,8 @@ def lowered(graph: ir.Model, path: Path) -> Path:
     """A traced layer as ONNX Runtime on the CPU runs it, written to `path`."""
     lower_single_experts(graph)
     lower_gated(graph)
-    if operator_or_reason()[0] is None:
+    used = {node.attributes["activation"].as_string() for node in graph.graph if node.op_type == OP_TYPE}
+    if not used <= set(CPU_ACTIVATIONS) or operator_or_reason()[0] is None:
         lower_routed_ffn(graph)
     ir.save(graph, path)
     return path

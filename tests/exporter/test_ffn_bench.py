@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.timing.ffn_bench import FFNSpeed, ffn_speeds, ideal_speedup, image_tokens, layer_inputs, overall
+from exporter.graph.trace import to_onnx
+from exporter.timing.ffn_bench import FFNSpeed, ffn_speeds, ideal_speedup, image_tokens, layer_inputs, lowered, overall
 from moee.artifacts.model import MoeeModel
 from moee.errors import UserError
 from moee.layers.routed import RoutedFFN, routed_layers
@@ -21,6 +22,14 @@ def test_layers_of_a_model(tiny_export):
         assert row.tokens == 48 and row.dense_ms > 0 and (row.ours_s > 0).all() and row.ideal > 1
         assert row.dense_s.shape == row.ours_s.shape == (2,)
     assert image_tokens(moee, tiny_export.data) == 17  # 16 patches and the class token
+
+
+def test_an_activation_that_the_operator_lacks_is_timed_in_standard_operators(monkeypatch, tmp_path):
+    layer = layer_of(random_problem(2, 16, 24, [8, 8], activation="silu"))
+    for known, node in (("silu", True), ("relu", False)):
+        monkeypatch.setattr("exporter.timing.ffn_bench.CPU_ACTIVATIONS", (known,))
+        content = lowered(to_onnx(layer.eval(), torch.randn(2, 4, 16)), tmp_path / "0.onnx").read_bytes()
+        assert (b"MoeeFfn" in content) == node, known
 
 
 def test_inputs_are_the_tokens_that_the_layer_sees(tiny_export):
