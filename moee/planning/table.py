@@ -179,6 +179,9 @@ def _section(case: Case, work: Path) -> str:
                 "yes" if variants()[row.method][0].plugin else "no",
             )  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
+    if far := [f"{row.called[p['allocation']]} {_change(p['macs'])}: cosine {_cosine(p['cosine'])}, {_accuracy(p)}"
+               for row, made_of in rows for p in made_of if _stands_nowhere(p)]:  # fmt: skip
+        lines.append(f"\nMade too, but more than {100 * NEAR:.0f} points from a budget: {'; '.join(far)}.")
     for row in ROWS:
         if why := refused(case, row, work):
             lines.append(f"\n{', '.join(row.called.values())}: not made. {why}")
@@ -192,6 +195,11 @@ def _dense(plan: dict[str, Any]) -> str:
     if point["accuracy"] is None:
         return ""
     return f"Dense accuracy {_accuracy(point)}, of {counted(measured['labelled'], measured['images'], measured['probe'])}."
+
+
+def _stands_nowhere(point: dict[str, Any]) -> bool:
+    """Whether a point is too far from every target to stand in a row of it."""
+    return point["method"] != "dense" and all(abs(point["macs"] - target) > NEAR for target in TARGETS)
 
 
 def _at(target: float, points: list[dict[str, Any]]) -> list[dict[str, Any]]:

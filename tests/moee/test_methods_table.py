@@ -51,6 +51,11 @@ def test_rows_are_made_once_and_stand_in_the_table(opened, tmp_path, monkeypatch
     cosines = [float(cells[4].strip("*")) for cells in lines[:3]]
     assert cosines == sorted(cosines, reverse=True)
     assert "    moee plan tiny --data tiny --methods static --allocations share,sensitivity --targets 0.8,0.65 " in text
+    assert "Made too" not in text
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "NEAR", -1.0)
+        far = page([CASE], tmp_path, "")
+    assert far.count(": cosine 0.") == 6 and "| −20 %" not in far, "what is far from every budget is named below"
     monkeypatch.setattr(table, "SCALE", {**QUICK, "tokens": 299})
     assert made(CASE, ours[0], tmp_path) is None, "a row of other options is none of the table"
     assert "static pruning" not in page([CASE], tmp_path, "")
@@ -83,6 +88,11 @@ def test_points_of_an_interrupted_row_stand_in_the_table(opened, tmp_path, monke
     assert made(CASE, row, tmp_path) is None and len(begun(CASE, row, tmp_path)) == 2
     lines = [line for line in page([CASE], tmp_path, "").splitlines() if line.startswith("| −")]
     assert len(lines) == 2 and all("equal shares" in line for line in lines)
+    assert "Made too" not in text
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "NEAR", -1.0)
+        far = page([CASE], tmp_path, "")
+    assert far.count(": cosine 0.") == 6 and "| −20 %" not in far, "what is far from every budget is named below"
     monkeypatch.setattr(table, "SCALE", {**QUICK, "tokens": 299})
     assert begun(CASE, row, tmp_path) is None and page([CASE], tmp_path, "").strip() == ""
     monkeypatch.setattr(table, "make_plan", lambda *args, **kwargs: seen.clear())
