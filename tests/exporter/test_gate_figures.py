@@ -152,6 +152,8 @@ def test_tolerances_by_hand():
     assert (found.values, found.passed, found.output_rms) == (6, False, 2.0)
     assert found.relative == pytest.approx(0.005, rel=1e-3) and found.message.startswith("largest error 0.01 of 0.008 allowed")
     assert batch_error(2, reference, reference, 1e-3, 0.0, dtype=torch.float32).passed
+    nothing = replace(found, values=0, max_abs_error=0.0)
+    assert not nothing.passed and nothing.message == "no output is a number, so nothing was compared"
     assert replace(found, output_rms=0.5).relative == found.max_abs_error / 0.5
     assert replace(found, output_rms=0.0).relative == found.max_abs_error / 1e-30
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from exporter import cli
+from exporter.commands.models.elsewhere import measurement_lines
 from exporter.engines import plugin_cache
 from exporter.targets.result import read_result
 from moee.models.model import ModelSpec
@@ -186,6 +187,18 @@ def test_a_foreign_or_damaged_result_is_one_sentence_before_a_model_is_loaded(be
     assert go_on(begun) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and kept(begun) == before and not (begun / "plan").exists()
+
+
+@pytest.mark.parametrize("rounds, span, said", [
+    (1, [1.005, 1.005], "one round gave 1.005x, and how far rounds differ is not known; measure more with --rounds"),
+    (5, [0.99, 1.02], "its timings reach from 0.990x to 1.020x"), (5, [1.01, 1.02], ""),
+])  # fmt: skip
+def test_a_gain_that_the_rounds_do_not_show_is_said(rounds, span, said):
+    measured = {
+        "name": "x", "batch": 4, "precision": "fp16", "rounds": rounds, "environment": [], "candidates": [], "roofline": None,
+    }  # fmt: skip
+    lines = measurement_lines({"measurement": measured, "winner": {"latency": {"speedup_range": span}}})
+    assert lines[1:] == [f"that the winner is faster than dense is not shown: {said}"] * bool(said)
 
 
 def test_a_truncated_result_and_one_without_candidates_are_refused(begun, tmp_path, capsys):

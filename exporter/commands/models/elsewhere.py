@@ -108,7 +108,10 @@ def measurement_lines(plan: dict[str, Any]) -> list[str]:
         if "failed" in entry:
             lines.append(f"{entry['method']} at {percent(entry['macs'])} of the MACs failed there: {entry['failed']}")
     low, high = (plan["winner"]["latency"] or {}).get("speedup_range", (None, None))
-    if low is not None and low <= 1 <= high:
+    if low is not None and measured.get("rounds") == 1:
+        once = f"one round gave {low:.3f}x, and how far rounds differ is not known"
+        lines.append(f"that the winner is faster than dense is not shown: {once}; measure more with --rounds")
+    elif low is not None and low <= 1 <= high:
         lines.append(f"that the winner is faster than dense is not shown: its timings reach from {low:.3f}x to {high:.3f}x")
     if measured["roofline"] is not None:
         lines.append(measured["roofline"]["said"])
