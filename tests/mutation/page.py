@@ -32,7 +32,7 @@ gives one. The first round, with fewer tests, had killed 62 of 85 (routing), 17 
 Two other draws say what the tests do with mutants that they were not written for. The code written since version 0.2.0 had
 changed this draw: before tests were added once more, killed were, of those that are not equivalent, 35 of 39 (routing), 31 of 40
 (refit), 38 of 38 (selection), 37 of 40 (loading) and 38 of 40 (gates). Of `--seed 2 --count 25` they were 24 of 25, 19 of 23,
-21 of 24, 23 of 25 and 22 of 25, 89 % in all; two of these, of a comparison that has nothing to compare, are killed by now. Some of
+21 of 24, 23 of 25 and 22 of 25, 89 % in all; two of these, of a comparison that has nothing to compare, are killed now. Some of
 the survivors are equivalent too: they have not been judged one by one.
 
 """
