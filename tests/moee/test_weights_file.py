@@ -87,7 +87,9 @@ def test_what_timms_train_script_writes(tmp_path):
     assert spec.kwargs["num_classes"] == 4 and spec.part.container == "state_dict_ema" and len(spec.weights_sha256) == 64
     assert notes == [f"model_best.pth.tar: state_dict_ema, {len(averaged)} tensors",
                      "4 classes, as the classifier of model_best.pth.tar has",
-                     "model_best.pth.tar was trained with --model-kwargs a=[1, 2], which are not given"]  # fmt: skip
+                     "model_best.pth.tar was trained with --model-kwargs a=[1, 2], which are not given",
+                     "model_best.pth.tar: its training measured an accuracy of 71.25%; if the dense model has far less here, the "
+                     "classes may be numbered otherwise (--class-map)"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
