@@ -98,9 +98,11 @@ class RoutedLayer(nn.Module, ABC):
         """Hidden neurons stored, or those of a dense MLP of equally many weights."""
 
     def stored_numbers(self) -> int:
-        """Parameters and the floating-point buffers of the router; indices are not counted."""
-        floats = [b for b in self.buffers() if b.is_floating_point()]
-        return sum(t.numel() for t in (*self.parameters(), *floats))
+        """Parameters and the floating-point buffers of the router, which a layer of one expert has no use for; indices are not
+        counted."""
+        unused = ("router", "router_bias") if self.num_experts == 1 else ()
+        own = [*self.named_parameters(), *((name, b) for name, b in self.named_buffers() if b.is_floating_point())]
+        return sum(t.numel() for name, t in own if name not in unused)
 
 
 class NeuronLayer(RoutedLayer):

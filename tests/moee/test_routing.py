@@ -135,6 +135,7 @@ def test_what_a_layer_says_of_itself():
         own = {"router": routed.router[:count], "router_bias": routed.router_bias[:count], "b_out": routed.b_out[:count].detach()}
         bounds = [0, 4, 10] if count == 2 else [0, 10]
         few = RoutedFFN(Experts(**parts, **own, offsets=torch.tensor(bounds), activation="relu"))
+        assert few.stored_numbers() == (2 * 8 + 2) * (count == 2) + 10 * 8 + 10 + 10 * 8 + count * 8
         assert few.top_k == 1 and few.macs_per_token([1 / count] * count) == scored + 2 * 8 * 10 / count
     assert "experts=3, union=10, widths=2..5, top_k=2" in repr(routed)
     assert not routed.router.requires_grad and routed.w_up.requires_grad
